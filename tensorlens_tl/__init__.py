@@ -1,0 +1,71 @@
+"""The TensorLens operator for TransformerLens models: exact, matrix-free, from one forward pass.
+
+>>> import tensorlens_tl                                          # doctest: +SKIP
+>>> logits, lens = model.run_with_tensorlens("When Mary and John went to the store,")  # doctest:
++SKIP
+
+Importing the package gives TransformerLens's model classes that method (``uninstall`` takes it
+off) and imports neither torch nor a host: the names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .plugin import capture, install, uninstall, wrap
+
+if TYPE_CHECKING:
+    from .adapters import UnsupportedArchitectureError
+    from .attribution import Attribution
+    from .capturing import Capture, Convention
+    from .composer import FrozenTransformer
+    from .graph import Node
+    from .lens import TensorLens
+    from .linear_map import LinearMap, dot_test
+    from .selfcheck import CaptureMismatchError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "UnsupportedArchitectureError": "adapters",
+    "Attribution": "attribution",
+    "Capture": "capturing",
+    "CaptureMismatchError": "selfcheck",
+    "Convention": "capturing",
+    "FrozenTransformer": "composer",
+    "Node": "graph",
+    "TensorLens": "lens",
+    "LinearMap": "linear_map",
+    "dot_test": "linear_map",
+}
+
+__all__ = [
+    "Attribution",
+    "Capture",
+    "CaptureMismatchError",
+    "Convention",
+    "FrozenTransformer",
+    "LinearMap",
+    "Node",
+    "TensorLens",
+    "UnsupportedArchitectureError",
+    "capture",
+    "dot_test",
+    "install",
+    "uninstall",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+install()

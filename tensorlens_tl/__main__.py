@@ -1,0 +1,206 @@
+"""The command line: explain a model's prediction.
+
+``tensorlens-tl [--model NAME_OR_FOLDER] [--target T] [--versus T] [--by token|component] [PROMPT]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+WIDTH = 28
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser."""
+    p = argparse.ArgumentParser(
+        prog="tensorlens-tl",
+        description="Explain a transformer's next-token prediction with the TensorLens operator: "
+        "what every token and every component adds to the logit, exactly.",
+    )
+    p.add_argument("prompt", nargs="?", help="the text; '-' or nothing reads standard input")
+    p.add_argument("--model", help="hub name, or local Hugging Face folder")
+    p.add_argument(
+        "--kind", choices=("bridge", "hooked"), help="host class (default: what is there)"
+    )
+    p.add_argument("--file", type=Path, help="read the prompt from a file")
+    p.add_argument("--target", help="token to explain (default: the prediction)")
+    p.add_argument("--versus", help="explain the target's advantage over this token")
+    p.add_argument("--by", choices=("token", "component"), help="only this table (default: both)")
+    p.add_argument("--top", type=int, default=12, help="components to show (default: 12)")
+    p.add_argument("--json", action="store_true", help="print JSON, all rows")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0, or 2 after a user error (told in one sentence on standard error).
+    """
+    args = parser().parse_args(argv)
+    try:
+        with redirect_stdout(sys.stderr):  # hosts print while they load
+            report = explain(args)
+    except ValueError as error:
+        print(f"tensorlens-tl: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, ensure_ascii=False) if args.json else render(report, args.top))
+    return 0
+
+
+def explain(args: argparse.Namespace) -> dict[str, Any]:
+    """Load, capture, attribute: everything the command prints, as plain data."""
+    if args.top < 1:
+        raise ValueError(f"expected --top ≥ 1, got {args.top}")
+    if args.model is None:
+        raise ValueError("no model: pass --model with a hub name or a Hugging Face folder")
+    prompt = read_prompt(args)
+    from .loading import load_model
+
+    model = load_model(args.model, args.kind)
+    from .plugin import capture
+
+    unknown = unknown_words(model.tokenizer, prompt)
+    if unknown:
+        print(f"warning: the tokenizer does not know {', '.join(unknown)}", file=sys.stderr)
+    logits, lens = capture(model, prompt)
+    last = logits[0, -1].float()
+    best = last.topk(5)
+    predictions = [
+        {"token": model.tokenizer.decode([int(i)]), "logit": float(v), "prob": float(p)}
+        for i, v, p in zip(best.indices, best.values, last.softmax(-1)[best.indices], strict=True)
+    ]
+    tables = {
+        by: lens.attribute(args.target, args.versus, by=by)
+        for by in ([args.by] if args.by else ["token", "component"])
+    }
+    first = next(iter(tables.values()))
+    return {
+        "model": lens.capture.model_name,
+        "host": type(model).__name__,
+        "lens": repr(lens),
+        "prompt": prompt,
+        "tokens": list(lens.tokens[0]),
+        "unknown_words": unknown,
+        "predictions": predictions,
+        "target": first.target[0],
+        "target_value": float(first.target_value[0]),
+        "sums": {by: float(table.values.double().sum()) for by, table in tables.items()},
+        "rows": {by: _rows(table) for by, table in tables.items()},
+        "attribution_error": max(table.completeness_error or 0.0 for table in tables.values()),
+        "capture_check": lens.capture_check,
+        "completeness_error": lens.completeness_error,
+    }
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt: an argument, a file, or standard input.
+
+    Returns:
+        The text, without its last line break.
+
+    Raises:
+        ValueError: If there is none, or two.
+    """
+    if args.file is not None and args.prompt is not None:
+        raise ValueError("expected a prompt or --file, got both")
+    if args.file is not None:
+        try:
+            text = args.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the prompt file {args.file}: {error}") from None
+    elif args.prompt in (None, "-"):
+        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    else:
+        text = args.prompt
+    text = text.rstrip("\n")
+    if not text.strip():
+        raise ValueError("the prompt is empty: pass a text, --file, or standard input")
+    return text
+
+
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """Words of a text that the tokenizer has no token for."""
+    unk = getattr(tokenizer, "unk_token_id", None)
+    if unk is None:
+        return []
+    words = dict.fromkeys(text.split())
+    return [w for w in words if unk in tokenizer.encode(w, add_special_tokens=False)]
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    values = zip(table.sources, table.labels[0], table.values[0].tolist(), strict=True)
+    return [
+        {"label": label, "kind": source.node.kind, "pos": source.pos, "value": value}
+        for source, label, value in values
+    ]
+
+
+# --- Text ----------------------------------------------------------------------------------------
+
+
+def render(report: dict[str, Any], top: int) -> str:
+    """The report as text."""
+    lines = [f"{report['lens']}, {report['host']}", "", report["prompt"], "", "Predictions"]
+    for p in report["predictions"]:
+        lines.append(f"  {p['token']!r:<16} logit {p['logit']:8.3f}   {p['prob']:6.1%}")
+    target, value = report["target"], report["target_value"]
+    lines += ["", f"Where the logit {target} = {value:.3f} comes from"]
+    if "token" in report["rows"]:
+        lines += ["", *_token_table(report)]
+    if "component" in report["rows"]:
+        lines += ["", *_component_table(report["rows"]["component"], top)]
+    for by, total in report["sums"].items():
+        lines += ["", f"Sum by {by}: {total:.4f}, the model's own: {value:.4f}"]
+    lines += [
+        "",
+        f"capture check {report['capture_check']:.0e}, completeness error "
+        f"{report['completeness_error']:.0e}, attribution error {report['attribution_error']:.0e}",
+    ]
+    return "\n".join(lines)
+
+
+def _token_table(report: dict[str, Any]) -> list[str]:
+    rows = report["rows"]["token"]
+    at: dict[int, list[float]] = {i: [0.0, 0.0] for i in range(len(report["tokens"]))}
+    constants = [row for row in rows if row["kind"] == "constant"]
+    for row in rows:
+        if row["pos"] is not None:
+            at[row["pos"]][row["kind"] == "pos_embed"] += row["value"]
+    positions = any(row["kind"] == "pos_embed" for row in rows)
+    entries = [
+        (f"{i:3d} {token!r}", sum(at[i]), f"  position {at[i][1]:+.3f}" if positions else "")
+        for i, token in enumerate(report["tokens"])
+    ]
+    if constants:
+        total = sum(row["value"] for row in constants)
+        entries.append((f"    {len(constants)} biases", total, ""))
+    head = "By token (its embedding and its position's)" if positions else "By token"
+    return [head, *_bars(entries)]
+
+
+def _component_table(rows: list[dict[str, Any]], top: int) -> list[str]:
+    order = sorted(rows, key=lambda row: -abs(row["value"]))
+    entries = [(row["label"], row["value"], "") for row in order[:top]]
+    if rest := order[top:]:
+        entries.append((f"{len(rest)} more", sum(row["value"] for row in rest), ""))
+    return ["By component (direct effect)", *_bars(entries)]
+
+
+def _bars(entries: list[tuple[str, float, str]]) -> list[str]:
+    largest = max(abs(value) for _, value, _ in entries) or 1.0
+    width = max(len(label) for label, _, _ in entries)
+    lines = []
+    for label, value, note in entries:
+        bar = ("█" if value >= 0 else "░") * round(WIDTH * abs(value) / largest)
+        lines.append(f"  {label:<{width}} {value:+9.3f}  {bar:<{WIDTH}}{note}".rstrip())
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,477 @@
+"""The only file that knows the hosts: hook names, weight layouts, ways to run.
+
+An adapter reads a TransformerLens model and answers four questions in framework-free terms: what
+are the weights (:class:`ModelWeights`), where is each activation to be read
+(:meth:`Adapter.points`),
+what are the tokens (:class:`Prompts`), and how is the model run. It never edits the run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .graph import resid_site
+from .prompts import Prompts, as_ids, check_tokens, is_text, mask_spans, tokenize
+from .weights import (
+    AttentionWeights,
+    BlockWeights,
+    GatedMLPWeights,
+    MLPWeights,
+    ModelWeights,
+    NormWeights,
+    UnembedWeights,
+)
+
+
+class UnsupportedArchitectureError(ValueError):
+    """A model, or a part of one, that cannot be frozen exactly; the message names it."""
+
+
+def _refusal(what: str, why: str) -> str:
+    return (
+        f"cannot freeze {what} exactly: {why}. Supported: {', '.join(SUPPORTED)}, as "
+        "HookedTransformer or TransformerBridge"
+    )
+
+
+SUPPORTED = {
+    "GPT2LMHeadModel": "GPT-2",
+    "LlamaForCausalLM": "Llama",
+    "MistralForCausalLM": "Mistral",
+    "GPTNeoXForCausalLM": "GPT-NeoX/Pythia",
+    "Qwen2ForCausalLM": "Qwen2",
+    "Qwen3ForCausalLM": "Qwen3",
+    "Gemma2ForCausalLM": "Gemma-2",
+}
+"""Architectures that the tests cover, by Hugging Face class name."""
+
+_ACTIVATIONS = {
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_fast",
+    "quick_gelu": "quick_gelu",
+    "solu": "solu",
+    "solu_ln": "solu",
+}
+
+_LAYER_HOOKS = {
+    "ln1.scale": "ln1.hook_scale",
+    "ln1_post.scale": "ln1_post.hook_scale",
+    "ln2.scale": "ln2.hook_scale",
+    "ln2_post.scale": "ln2_post.hook_scale",
+    "pattern": "attn.hook_pattern",
+    "v": "attn.hook_v",
+    "z": "attn.hook_z",
+    "pre": "mlp.hook_pre",
+    "pre_linear": "mlp.hook_pre_linear",
+    "mid": "mlp.hook_mid",
+    "mlp.ln.scale": "mlp.ln.hook_scale",
+    "post": "mlp.hook_post",
+}
+
+Read = tuple[int | None, str]
+"""What is read, and in which layer: (3, "pattern"), (None, "embed")."""
+
+
+class Adapter(ABC):
+    """What the rest of the library needs of a host model. One subclass per host class."""
+
+    forbidden = (
+        "return_type",
+        "loss_per_token",
+        "start_at_layer",
+        "stop_at_layer",
+        "past_kv_cache",
+        "past_key_values",
+        "use_cache",
+        "names_filter",
+    )
+    """Keyword arguments that would make the run something else than prompt → logits."""
+
+    def __init__(self, model: nn.Module):
+        self.model: Any = model
+        self.cfg: Any = model.cfg
+        self.check_model()
+        self.weights = ModelWeights(
+            tuple(self.block_weights(block) for block in self.model.blocks),
+            self.norm_weights(getattr(self.model, "ln_final", None)),
+            self.unembed_weights(),
+        )
+
+    # --- What differs between the hosts
+
+    @abstractmethod
+    def check_model(self) -> None:
+        """Refuse what cannot be frozen, by name."""
+
+    @abstractmethod
+    def norm_weights(self, norm: nn.Module | None) -> NormWeights | None:
+        """A norm's affine part in the canonical form; None where there is no norm."""
+
+    @abstractmethod
+    def block_weights(self, block: Any) -> BlockWeights:
+        """A block's weights in the canonical layout."""
+
+    @abstractmethod
+    def unembed_weights(self) -> UnembedWeights:
+        """The unembedding in the canonical layout."""
+
+    # --- What they share
+
+    @property
+    def name(self) -> str:
+        """The model's name, for people."""
+        name = getattr(self.cfg, "model_name", None)
+        if name in (None, "custom", "external", ""):
+            name = getattr(self.cfg, "architecture", None) or "custom model"
+        return str(name)
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads per layer."""
+        return int(self.cfg.n_heads)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The host's tokenizer, or None."""
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's own dtype."""
+        return self.weights.unembed.W_U.dtype
+
+    def soft_cap(self) -> float | None:
+        """The logit soft cap; hosts write −1 or None for none."""
+        cap = getattr(self.cfg, "output_logits_soft_cap", None)
+        return float(cap) if cap is not None and cap > 0 else None
+
+    def activation(self) -> str:
+        """The activation's canonical name.
+
+        Returns:
+            A key of :data:`tensorlens_tl.primitives.RATIOS`.
+
+        Raises:
+            UnsupportedArchitectureError: If it has no closed-form ratio here.
+        """
+        act = self.cfg.act_fn
+        if act not in _ACTIVATIONS:
+            raise UnsupportedArchitectureError(
+                _refusal(f"the activation {act!r}", f"known are {', '.join(_ACTIVATIONS)}")
+            )
+        return _ACTIVATIONS[act]
+
+    def points(self) -> dict[Read, nn.Module]:
+        """Where each needed activation passes: a hook point per (layer, quantity).
+
+        Returns:
+            The hook points by what they carry.
+
+        Raises:
+            ValueError: If the host has no such hook point.
+        """
+        names: dict[Read, str] = {(None, "embed"): "hook_embed"}
+        if getattr(self.cfg, "positional_embedding_type", "standard") == "standard":
+            names[None, "pos_embed"] = "hook_pos_embed"
+        if self.weights.ln_final is not None:
+            names[None, "ln_final.scale"] = "ln_final.hook_scale"
+        for layer, block in enumerate(self.weights.blocks):
+            wanted = ["v", "pattern", "z"]
+            if block.mlp is not None:
+                wanted += ["pre", "post"]
+                wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []
+                wanted += (
+                    ["mid", "mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
+                )
+            norms = ("ln1", "ln1_post", "ln2", "ln2_post")
+            wanted += [f"{norm}.scale" for norm in norms if getattr(block, norm) is not None]
+            names |= {(layer, key): f"blocks.{layer}.{_LAYER_HOOKS[key]}" for key in wanted}
+            names[layer, "resid_pre"] = resid_site(layer, "pre")
+            if block.mlp is not None and not block.parallel:
+                names[layer, "resid_mid"] = resid_site(layer, "mid")
+            names[layer, "resid_post"] = resid_site(layer, "post")
+        hooks = self.model.hook_dict
+        if missing := [name for name in names.values() if name not in hooks]:
+            raise ValueError(
+                f"{self.name} has no hook point {', '.join(missing)}: expected the hook points of "
+                "TransformerLens 2.18 to 4.x; update transformer_lens or report the model"
+            )
+        return {read: hooks[name] for read, name in names.items()}
+
+    def foreign_hooks(self) -> list[str]:
+        """Names of the hook points that carry forward hooks of somebody else."""
+        named = {id(point): name for name, point in self.model.hook_dict.items()}
+        points = {id(point): point for point in self.model.hook_dict.values()}
+        return [named[key] for key, point in points.items() if point.fwd_hooks]
+
+    def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Prompts]:
+        """Tokens of a string, a list of strings or token ids, checked, and what to pass to the model.
+
+        Args:
+            inputs: What the user gave.
+            kwargs: The model's own keyword arguments.
+
+        Returns:
+            The input for :meth:`run`, and the prompts.
+
+        Raises:
+            ValueError: On arguments that change the run, an empty prompt, one longer than n_ctx,
+                ids outside the vocabulary, or text without a tokenizer.
+        """
+        if wrong := [key for key in self.forbidden if key in kwargs]:
+            raise ValueError(
+                f"{', '.join(wrong)} would change what is run; a capture is one whole forward pass "
+                "to the logits: leave it out"
+            )
+        if is_text(inputs):
+            texts = [inputs] if isinstance(inputs, str) else inputs
+            tokens, spans = tokenize(self.model, texts, kwargs)
+        else:
+            inputs = tokens = as_ids(inputs, self.weights.unembed.W_U.device)
+            mask = self.mask(tokens, kwargs)
+            whole = [(0, tokens.shape[1])] * len(tokens)
+            spans = whole if mask is None else mask_spans(mask, tokens.shape)
+        check_tokens(tokens, self.cfg.n_ctx, self.weights.unembed.W_U.shape[1])
+        strings = tuple(
+            tuple(self.token_string(int(token)) for token in row[start:stop])
+            for row, (start, stop) in zip(tokens, spans, strict=True)
+        )
+        return inputs, Prompts(tokens, tuple(spans), strings)
+
+    def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The attention mask under which the host runs token ids, or None."""
+        return kwargs.get("attention_mask")
+
+    def token_string(self, token: int) -> str:
+        """A token as text; its id where there is no tokenizer."""
+        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+
+    def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_vocab"]:
+        """One ordinary forward pass."""
+        return self.model(inputs, return_type="logits", **kwargs)
+
+
+def _flags_off(cfg: Any) -> None:
+    for flag in ("use_split_qkv_input", "use_attn_in"):
+        if getattr(cfg, flag, False):
+            raise ValueError(
+                f"cfg.{flag} is on, expected off: it gives every head its own norm. Call "
+                f"model.set_{flag}(False) before the capture"
+            )
+
+
+class HookedTransformerAdapter(Adapter):
+    """``HookedTransformer`` of transformer_lens 2.x and 3.x."""
+
+    def check_model(self) -> None:
+        _flags_off(self.cfg)
+        architecture = getattr(self.cfg, "original_architecture", None)
+        if architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM"):
+            raise UnsupportedArchitectureError(
+                _refusal(architecture, "its norms stand after the sublayers")
+            )
+        kind = self.cfg.positional_embedding_type
+        if kind not in ("standard", "rotary"):
+            raise UnsupportedArchitectureError(
+                _refusal(f"{kind!r} positions", "only standard and rotary ones are tested")
+            )
+        if getattr(self.cfg, "post_embedding_ln", False):
+            raise UnsupportedArchitectureError(
+                _refusal("post_embedding_ln", "an embedding norm is not served yet")
+            )
+
+    def norm_weights(self, norm: nn.Module | None) -> NormWeights | None:
+        kind = type(norm).__name__
+        if norm is None or kind == "Identity":
+            return None
+        if kind not in ("LayerNorm", "LayerNormPre", "RMSNorm", "RMSNormPre"):
+            raise UnsupportedArchitectureError(
+                _refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
+            )
+        return NormWeights(
+            getattr(norm, "w", None), getattr(norm, "b", None), center=kind.startswith("Layer")
+        )
+
+    def block_weights(self, block: Any) -> BlockWeights:
+        for module in (block, block.attn):
+            kind = type(module).__name__
+            if kind not in ("TransformerBlock", "Attention", "GroupedQueryAttention"):
+                raise UnsupportedArchitectureError(
+                    _refusal(f"the module {kind}", "its computation is not known here")
+                )
+        attn = block.attn
+        # The grouped class keeps the raw weights in _W_V and expands them in W_V.
+        grouped = hasattr(attn, "_W_V") and not self.cfg.ungroup_grouped_query_attention
+        W_V, b_V = (attn._W_V, attn._b_V) if grouped else (attn.W_V, attn.b_V)
+        return BlockWeights(
+            AttentionWeights(W_V, b_V, attn.W_O, attn.b_O),
+            None if self.cfg.attn_only else self._mlp_weights(block.mlp),
+            self.norm_weights(block.ln1),
+            None if self.cfg.attn_only else self.norm_weights(block.ln2),
+            self.norm_weights(getattr(block, "ln1_post", None)),
+            self.norm_weights(getattr(block, "ln2_post", None)),
+            parallel=bool(self.cfg.parallel_attn_mlp),
+        )
+
+    def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights:
+        kind, act = type(mlp).__name__, self.activation()
+        ln = self.norm_weights(getattr(mlp, "ln", None))
+        if kind == "MLP":
+            return MLPWeights(mlp.W_in, mlp.b_in, mlp.W_out, mlp.b_out, act, ln=ln)
+        if kind == "GatedMLP" and ln is None:
+            # Its b_in is added after gating.
+            return GatedMLPWeights(
+                mlp.W_gate, None, mlp.W_in, None, mlp.b_in, mlp.W_out, mlp.b_out, act
+            )
+        raise UnsupportedArchitectureError(
+            _refusal(f"the MLP {kind}", "it is neither MLP nor GatedMLP")
+        )
+
+    def unembed_weights(self) -> UnembedWeights:
+        unembed = self.model.unembed
+        return UnembedWeights(unembed.W_U, unembed.b_U, self.soft_cap())
+
+    def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        given = kwargs.get("attention_mask")
+        if given is not None or getattr(self.tokenizer, "padding_side", None) != "left":
+            return given
+        # With left padding this host masks pad ids in token tensors, too.
+        from transformer_lens.utils import get_attention_mask
+
+        bos = kwargs.get("prepend_bos")
+        bos = self.cfg.default_prepend_bos if bos is None else bos
+        return get_attention_mask(self.tokenizer, tokens, bos)
+
+
+class BridgeAdapter(Adapter):
+    """``TransformerBridge`` of transformer_lens 3.x and 4.x, raw or in compatibility mode."""
+
+    def check_model(self) -> None:
+        _flags_off(self.cfg)
+        architecture = getattr(self.cfg, "architecture", None)
+        if architecture not in SUPPORTED:
+            raise UnsupportedArchitectureError(
+                _refusal(f"{architecture}", "this architecture is not tested")
+            )
+        attention = getattr(self.model.original_model.config, "_attn_implementation", "eager")
+        if attention not in ("eager", None) and not self._reconstructs():
+            raise ValueError(
+                f"attention implementation {attention!r} has no pattern to read, expected 'eager': "
+                "load the model with attn_implementation='eager'"
+            )
+        if self.model.training and (dropout := self._active_dropout()):
+            raise ValueError(
+                f"the model is in training mode with dropout ({dropout}), expected evaluation mode: "
+                "call model.eval()"
+            )
+
+    def _reconstructs(self) -> bool:
+        # These attention bridges compute softmax(QK) themselves, whatever Hugging Face would do.
+        return type(self.model.blocks[0].attn).__name__ != "AttentionBridge"
+
+    def _active_dropout(self) -> str:
+        for name, module in self.model.original_model.named_modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                return f"{name}, p = {module.p}"
+        rate = getattr(self.model.original_model.config, "attention_dropout", 0) or 0
+        return f"attention_dropout = {rate}" if rate > 0 else ""
+
+    def norm_weights(self, norm: nn.Module | None) -> NormWeights | None:
+        if norm is None:
+            return None
+        component: Any = norm.original_component
+        kind = type(component).__name__
+        rms = bool(norm.uses_rms_norm)
+        if not (rms or isinstance(component, nn.LayerNorm)):
+            raise UnsupportedArchitectureError(
+                _refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
+            )
+        w = component.weight
+        if rms and getattr(self.cfg, "rmsnorm_uses_offset", False):
+            w = 1 + w.detach()
+        return NormWeights(w, getattr(component, "bias", None), center=not rms)
+
+    def block_weights(self, block: Any) -> BlockWeights:
+        def norm(name: str) -> NormWeights | None:
+            return self.norm_weights(getattr(block, name, None))
+
+        attn, d_head = block.attn, self.cfg.d_head
+        W_V, b_V = _linear(attn.v)
+        W_O, b_O = _linear(attn.o)
+        return BlockWeights(
+            AttentionWeights(
+                W_V.unflatten(1, (-1, d_head)).transpose(0, 1),
+                None if b_V is None else b_V.unflatten(0, (-1, d_head)),
+                W_O.unflatten(0, (-1, d_head)),
+                b_O,
+            ),
+            self._mlp_weights(block.mlp),
+            norm("ln1"),
+            norm("ln2"),
+            norm("ln1_post"),
+            norm("ln2_post"),
+            parallel="Parallel" in type(block).__name__,
+        )
+
+    def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights:
+        kind, act = type(mlp).__name__, self.activation()
+        if kind not in ("MLPBridge", "GatedMLPBridge"):
+            raise UnsupportedArchitectureError(
+                _refusal(f"the MLP {kind}", "it is neither MLPBridge nor GatedMLPBridge")
+            )
+        W_in, b_in = _linear(getattr(mlp, "in"))
+        W_out, b_out = _linear(mlp.out)
+        if kind == "MLPBridge":
+            return MLPWeights(W_in, b_in, W_out, b_out, act)
+        return GatedMLPWeights(*_linear(mlp.gate), W_in, b_in, None, W_out, b_out, act)
+
+    def unembed_weights(self) -> UnembedWeights:
+        W_U, b_U = _linear(self.model.unembed)
+        return UnembedWeights(W_U, b_U, self.soft_cap())
+
+
+def _linear(bridge: Any) -> tuple[Tensor, Tensor | None]:
+    # The orientation is told by the module's type, never by the shape: square weights have both.
+    module = bridge.original_component
+    if isinstance(module, nn.Linear):
+        return module.weight.T, module.bias
+    if type(module).__name__ == "Conv1D":
+        return module.weight, module.bias
+    raise UnsupportedArchitectureError(
+        _refusal(f"the linear module {type(module).__name__}", "its orientation is not known here")
+    )
+
+
+def adapt(model: Any) -> Adapter:
+    """The adapter of a TransformerLens model.
+
+    Args:
+        model: A ``HookedTransformer`` or a ``TransformerBridge``.
+
+    Returns:
+        A fresh adapter; it holds references to the weights.
+
+    Raises:
+        UnsupportedArchitectureError: If it is neither, or has a part that cannot be frozen.
+    """
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if "HookedTransformer" in names:
+        return HookedTransformerAdapter(model)
+    if any("TransformerBridge" in name for name in names):
+        return BridgeAdapter(model)
+    raise UnsupportedArchitectureError(
+        f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}; a "
+        "Hugging Face model is wrapped by tensorlens_tl.capture where the Bridge is installed"
+    )

@@ -1,0 +1,221 @@
+"""The frozen sublayers, contracted: the whole transformer as one affine map X → y.
+
+A block is one or two steps, and every block shape is an expression of the same kind,
+
+    step: x → x + Σ branches(x),     branch: post-norm ∘ sublayer ∘ pre-norm
+
+one branch a step in a sequential block, both in one step in a parallel block; absent norms are left
+out. The operator is the chain of all steps and the final norm; nothing of size (pos · d_model)² is
+ever built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .capturing import Capture
+from .graph import FINAL_SITE, resid_site
+from .linear_map import Chain, Frame, LinearMap, Residual, Sum
+from .primitives import Norm
+from .sublayers import Sublayer
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One writer to the residual stream: post ∘ body ∘ pre."""
+
+    pre: Norm | None
+    body: Sublayer
+    post: Norm | None
+
+    @cached_property
+    def map(self) -> Chain:
+        """The branch as one map."""
+        return Chain(tuple(m for m in (self.pre, self.body, self.post) if m is not None))
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step of the residual stream, x → x + Σ branches(x), and the site it starts from."""
+
+    site: str
+    branches: tuple[Branch, ...]
+    state: Float[Tensor, "batch pos d_model"]
+
+    @cached_property
+    def map(self) -> Residual:
+        """The step as one map."""
+        return Residual(Sum(tuple(branch.map for branch in self.branches)))
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(LinearMap):
+    """x → x: what stands in for an absent norm, or between a site and itself."""
+
+    frame: Frame
+    width: int
+
+    @property
+    def in_dim(self) -> int:
+        return self.width
+
+    @property
+    def out_dim(self) -> int:
+        return self.width
+
+    def apply(self, x):
+        return x
+
+    def apply_t(self, y, effects=None):
+        return y
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.width)
+
+    def constants(self):
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenTransformer(LinearMap):
+    """The TensorLens operator: X [batch, pos, d_model] → y, the final normalized residual.
+
+    y = T · X + bias, where T is Atad et al. (2026, arXiv 2601.17958)'s tensor at this prompt.
+    """
+
+    frame: Frame
+    steps: tuple[Step, ...]
+    ln_final: Norm | Identity
+
+    @classmethod
+    def of(cls, capture: Capture) -> FrozenTransformer:
+        """Compose a capture's sublayers."""
+        steps = []
+        for layer, block in enumerate(capture.blocks):
+            attn = Branch(block.ln1, block.attn, block.ln1_post)
+            mlp = () if block.mlp is None else (Branch(block.ln2, block.mlp, block.ln2_post),)
+            pre = resid_site(layer, "pre")
+            if block.resid_mid is None:
+                steps.append(Step(pre, (attn, *mlp), block.resid_pre))
+            else:
+                steps.append(Step(pre, (attn,), block.resid_pre))
+                steps.append(Step(resid_site(layer, "mid"), mlp, block.resid_mid))
+        width = capture.embed.shape[-1]
+        ln_final = capture.ln_final or Identity(capture.frame, width)
+        return cls(capture.frame, tuple(steps), ln_final)
+
+    @cached_property
+    def map(self) -> Chain:
+        """The whole chain."""
+        return Chain((*(step.map for step in self.steps), self.ln_final))
+
+    @property
+    def in_dim(self) -> int:
+        return self.ln_final.in_dim
+
+    @property
+    def out_dim(self) -> int:
+        return self.ln_final.in_dim
+
+    def apply(self, x):
+        return self.map.apply(x)
+
+    def apply_t(self, y, effects=None):
+        return self.map.apply_t(y, effects)
+
+    @cached_property
+    def bias(self):
+        return self.map.bias
+
+    # --- Sites
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """The residual sites in order: before every step, after the last, and the final one."""
+        last = int(self.steps[-1].site.split(".")[1])
+        return (*(step.site for step in self.steps), resid_site(last, "post"), FINAL_SITE)
+
+    def site_index(self, site: str) -> int:
+        """Where a site stands in :attr:`sites`; a block's resid_post is the next one's resid_pre.
+
+        Returns:
+            Its index.
+
+        Raises:
+            ValueError: If this model has no such site; lists those it has.
+        """
+        name = site
+        if site not in self.sites and site.endswith("hook_resid_post"):
+            parts = site.split(".")
+            if len(parts) == 3 and parts[1].isdigit():
+                name = resid_site(int(parts[1]) + 1, "pre")
+        if name not in self.sites:
+            raise ValueError(f"no residual site {site!r}; there are {', '.join(self.sites)}")
+        return self.sites.index(name)
+
+    def between(self, start: str, stop: str) -> LinearMap:
+        """The operator from one residual site to a later one.
+
+        Args:
+            start: For instance "blocks.2.hook_resid_pre".
+            stop: For instance "blocks.8.hook_resid_post"; "unembed.hook_in" is after the final
+                norm.
+
+        Returns:
+            The map; the identity where start is stop.
+
+        Raises:
+            ValueError: If a site does not exist, or stop is before start.
+        """
+        first, last = self.site_index(start), self.site_index(stop)
+        if last < first:
+            raise ValueError(f"expected a site at or after {start!r}, got {stop!r}: swap them")
+        maps = self.map.maps[first:last]
+        return Chain(maps) if maps else Identity(self.frame, self.in_dim)
+
+    def trace(
+        self, x: Float[Tensor, "*many batch pos d_model"]
+    ) -> dict[str, Float[Tensor, "*many batch pos d_model"]]:
+        """The linear part of the state at every site, pushed from x at the first.
+
+        Args:
+            x: Vectors at the first site.
+
+        Returns:
+            States by site name, in order.
+        """
+        states = [x]
+        for map_ in self.map.maps:
+            states.append(map_.apply(states[-1]))
+        return dict(zip(self.sites, states, strict=True))
+
+    def trace_t(
+        self,
+        u: Float[Tensor, "*many batch pos d_model"],
+        effects: dict[str, Float[Tensor, "*many batch pos"]] | None = None,
+    ) -> dict[str, Float[Tensor, "*many batch pos d_model"]]:
+        """The covector at every site, pulled from u at the last.
+
+        Args:
+            u: Covectors at the final site.
+            effects: See :meth:`LinearMap.apply_t`.
+
+        Returns:
+            Covectors by site name, in order.
+        """
+        covectors = [u]
+        for map_ in reversed(self.map.maps):
+            covectors.append(map_.apply_t(covectors[-1], effects))
+        return dict(zip(self.sites, reversed(covectors), strict=True))
+
+    def states(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        """The states the run itself had at every site before the last block's output."""
+        return {step.site: step.state for step in self.steps}
+
+    def constants(self):
+        return self.map.constants()

@@ -1,0 +1,169 @@
+"""What a user holds: a thin object whose every method is one call downwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .attribution import Attribution, TargetLike, attribute, resolve_target
+from .capturing import Capture, Convention
+from .composer import FrozenTransformer
+from .linear_map import LinearMap
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TensorLens:
+    """One run of a transformer as an affine map on its embedded tokens, and questions to it.
+
+    ``model.run_with_tensorlens(prompt)`` and :func:`tensorlens_tl.capture` make one. It is exact
+    for
+    this run: ``readout(operator @ embedding + operator.bias)`` are the model's logits. It is not
+    the
+    Jacobian (patterns, scales and gating ratios are held, not differentiated), it has no
+    query/key edges, and what it says is a decomposition, not a causal claim.
+
+    Attributes:
+        capture: The frozen run.
+    """
+
+    capture: Capture
+
+    def __repr__(self) -> str:
+        c = self.capture
+        count = [stop - start for start, stop in c.frame.spans]
+        size = (
+            f"{count[0]} tokens" if len(self) == 1 else f"{len(self)} prompts, {sum(count)} tokens"
+        )
+        return (
+            f"TensorLens({c.model_name}, {size}, {len(c.blocks)} layers × {c.n_heads} heads, "
+            f"capture check {c.check:.0e})"
+        )
+
+    def __len__(self) -> int:
+        return self.capture.frame.batch
+
+    def __getitem__(self, prompt: int) -> TensorLens:
+        """The lens of one prompt of a batch, without padding; shares the batch's memory."""
+        if not -len(self) <= prompt < len(self):
+            raise IndexError(f"prompt {prompt} does not exist; there are {len(self)}")
+        return TensorLens(self.capture.prompt(prompt % len(self)))
+
+    def __iter__(self) -> Iterator[TensorLens]:
+        return (self[i] for i in range(len(self)))
+
+    # --- The operator
+
+    @cached_property
+    def operator(self) -> FrozenTransformer:
+        """T and its bias: X [batch, pos, d_model] → the final normalized residual y."""
+        return FrozenTransformer.of(self.capture)
+
+    @property
+    def embedding(self) -> Float[Tensor, "batch pos d_model"]:
+        """X, the residual that entered the first block: what the operator acts on."""
+        return self.capture.blocks[0].resid_pre
+
+    @property
+    def tokens(self) -> tuple[tuple[str, ...], ...]:
+        """Each prompt's real tokens as strings."""
+        return self.capture.prompts.strings
+
+    @property
+    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
+        """The model's own logits."""
+        return self.capture.logits
+
+    @property
+    def convention(self) -> Convention:
+        """The choices under which the operator is unique."""
+        return self.capture.convention
+
+    def with_convention(self, gate: str) -> TensorLens:
+        """The same run with gated MLPs made linear in another way; nothing is run again.
+
+        Args:
+            gate: "gate", "up" or "half"; see :class:`Convention`.
+
+        Returns:
+            A lens on the same tensors.
+        """
+        return TensorLens(self.capture.with_convention(Convention(gate)))
+
+    def readout(
+        self, y: Float[Tensor, "*many batch pos d_model"]
+    ) -> Float[Tensor, "*many batch pos d_vocab"]:
+        """Logits of a final normalized residual; a soft cap's ratio is frozen."""
+        return self.capture.unembed @ y + self.capture.unembed.bias
+
+    def between(self, start: str, stop: str) -> LinearMap:
+        """The operator from one residual site to a later one.
+
+        Args:
+            start: TransformerLens's name of a site, "blocks.2.hook_resid_pre".
+            stop: A later one, "blocks.8.hook_resid_post", or "unembed.hook_in" for the end.
+
+        Returns:
+            The map; the identity where start is stop.
+
+        Raises:
+            ValueError: If a site does not exist or stop comes before start.
+        """
+        return self.operator.between(start, stop)
+
+    # --- How exact it is
+
+    @property
+    def capture_check(self) -> float:
+        """The largest relative error of the random-projection check made during the run."""
+        return self.capture.check
+
+    @cached_property
+    def completeness_error(self) -> float:
+        """Max |readout(T·X + bias) − logits| / max |logits| over the real tokens; see :meth:`verify`."""
+        return self.verify()
+
+    def verify(self) -> float:
+        """Compute the composed operator's logits anew and compare them with the model's.
+
+        Returns:
+            max |Δ logits| / max |logits| over the real tokens. Rounding is about 1e-15 in float64
+            and 1e-6 in float32.
+        """
+        real = self.capture.frame.real
+        ours = self.readout(self.operator.apply(self.embedding) + self.operator.bias)[real]
+        logits = self.capture.frame.cast(self.capture.logits)[real]
+        return float((ours - logits).abs().max() / logits.abs().max())
+
+    # --- Where a logit comes from
+
+    def attribute(
+        self,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+        by: str = "token",
+    ) -> Attribution:
+        """Split a logit, or a difference of two, by where it comes from.
+
+        Args:
+            target: A token string, a token id, a direction in logits [d_vocab] or in the final
+                normalized residual [d_model], or None for the model's own prediction.
+            versus: Subtracted from the target: a target of the same kinds, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            by: "token": every token's and position's embedding and every constant;
+                "component": the direct effect of every head, MLP and external constant.
+
+        Returns:
+            Contributions in logits that sum to the target.
+
+        Raises:
+            ValueError: If the target, the position or ``by`` does not exist.
+        """
+        goal = resolve_target(self.capture, target, pos)
+        if versus is not None:
+            goal = goal.minus(resolve_target(self.capture, versus, pos))
+        return attribute(self.capture, self.operator, goal, by)

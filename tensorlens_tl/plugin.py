@@ -1,0 +1,142 @@
+"""The way in: ``capture`` and the ``run_with_tensorlens`` method of the host classes.
+
+Importing this file imports neither torch nor a host: the host classes get their method when they
+are imported, before or after the plugin.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import wrapt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .lens import TensorLens
+
+METHOD = "run_with_tensorlens"
+
+_HOSTS = {
+    "transformer_lens.HookedTransformer": "HookedTransformer",
+    "transformer_lens.model_bridge.bridge": "TransformerBridge",
+    "transformer_lens.model_bridge.transformer_bridge": "TransformerBridge",
+}
+_installed = False
+_registered = False
+_patched: list[type] = []
+_wrapped: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def capture(
+    model: Any,
+    input: Any,
+    *,
+    gate: str = "gate",
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, TensorLens]:
+    """Run a model once and return its logits with the run's TensorLens.
+
+    Args:
+        model: A ``HookedTransformer`` or a ``TransformerBridge``; where the Bridge is installed
+            also
+            a Hugging Face causal language model, which is then wrapped *in place* (see
+            :func:`wrap`).
+        input: A string, a list of strings (padded by the host), or token ids [pos] or [batch, pos].
+        gate: How gated MLPs are made linear: "gate", "up" or "half" (:class:`Convention`).
+        dtype: Compute dtype of the operator, float32 or float64; by default float32, or the
+            model's own where that is wider.
+        tokenizer: For a Hugging Face model only.
+        **kwargs: The model's own arguments, such as ``prepend_bos`` or ``padding_side``.
+
+    Returns:
+        The logits [batch, pos, d_vocab] exactly as the model returned them, and the lens.
+
+    Raises:
+        ValueError: On bad input; the message says what was expected, what came and what to do.
+        UnsupportedArchitectureError: If the model cannot be frozen exactly.
+        CaptureMismatchError: If the run is not what the operator would compute.
+    """
+    from .adapters import adapt
+    from .capturing import Convention, record
+    from .lens import TensorLens
+
+    if not hasattr(model, "hook_dict") and hasattr(model, "config"):
+        model = wrap(model, tokenizer)
+    elif tokenizer is not None:
+        raise ValueError("tokenizer is for Hugging Face models only: this host has its own")
+    logits, captured = record(adapt(model), input, Convention(gate), dtype, **kwargs)
+    return logits, TensorLens(captured)
+
+
+def wrap(model: Any, tokenizer: Any = None) -> Any:
+    """Wrap a Hugging Face causal language model as a TransformerBridge, in place.
+
+    The Bridge replaces submodules of the model it wraps, and attention is set to "eager": use the
+    returned Bridge from then on. A model is wrapped once; a second call returns the same Bridge.
+
+    Args:
+        model: A ``transformers`` model.
+        tokenizer: Its tokenizer; needed for text prompts.
+
+    Returns:
+        The Bridge.
+
+    Raises:
+        ValueError: If the installed transformer_lens has no Bridge.
+    """
+    if model in _wrapped:
+        return _wrapped[model]
+    try:
+        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    except ImportError:
+        raise ValueError(
+            f"a Hugging Face model ({type(model).__name__}) needs TransformerBridge, expected "
+            "transformer_lens ≥ 3: upgrade it, or load a HookedTransformer"
+        ) from None
+    model.set_attn_implementation("eager")
+    bridge = build_bridge_from_module(
+        model, type(model).__name__, hf_config=model.config, tokenizer=tokenizer
+    )
+    _wrapped[model] = bridge
+    return bridge
+
+
+def _run_with_tensorlens(self: Any, input: Any, **kwargs: Any) -> tuple[Tensor, TensorLens]:
+    """Like ``run_with_cache``: the logits, and the run's TensorLens. See ``tensorlens_tl.capture``."""
+    return capture(self, input, **kwargs)
+
+
+def _patch(class_name: str, module: Any) -> None:
+    cls = getattr(module, class_name, None)
+    if _installed and isinstance(cls, type) and METHOD not in vars(cls):
+        setattr(cls, METHOD, _run_with_tensorlens)
+        _patched.append(cls)
+
+
+def install() -> None:
+    """Give every host class its ``run_with_tensorlens``, now or when it is imported. Idempotent."""
+    global _installed, _registered
+    _installed = True
+    import sys
+
+    for name, class_name in _HOSTS.items():
+        if name in sys.modules:
+            _patch(class_name, sys.modules[name])
+        elif not _registered:
+            wrapt.register_post_import_hook(
+                lambda module, class_name=class_name: _patch(class_name, module), name
+            )
+    _registered = True
+
+
+def uninstall() -> None:
+    """Take the method off again, and off classes yet to be imported. Idempotent."""
+    global _installed
+    _installed = False
+    while _patched:
+        delattr(_patched.pop(), METHOD)

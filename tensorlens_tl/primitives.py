@@ -1,0 +1,242 @@
+"""The primitive maps that every frozen sublayer is a chain of.
+
+Linear   x W + b                     weights
+Mix      Σ_k A[q, k] v_k             a frozen attention pattern, per head
+Gate     x ⊙ r + offset              frozen ratios r = act(z) / z
+Norm     (x − mean x) / s ⊙ w + b    a frozen scale s
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from .linear_map import Frame, LinearMap
+from .weights import NormWeights
+
+# --- Gating ratios -------------------------------------------------------------------------------
+
+
+def _tanh_gelu(z: Tensor, k: float = math.sqrt(2 / math.pi)) -> Tensor:
+    # ½(1 + tanh u) = σ(2u) with u = k (z + 0.044715 z³); in place, as it runs once per neuron.
+    return (z * z).mul_(2 * k * 0.044715).add_(2 * k).mul_(z).sigmoid_()
+
+
+RATIOS = {
+    "relu": lambda z: (z > 0).to(z.dtype),
+    "relu2": lambda z: z.clamp_min(0),
+    "silu": torch.sigmoid,
+    "gelu": lambda z: 0.5 * (1 + torch.erf(z / math.sqrt(2))),
+    "gelu_tanh": _tanh_gelu,
+    "gelu_fast": lambda z: _tanh_gelu(z, 0.7978845608),  # √(2/π) as that activation rounds it
+    "quick_gelu": lambda z: torch.sigmoid(1.702 * z),
+    "solu": lambda z: z.softmax(-1),
+}
+"""act(z) / z in closed form, by canonical activation name: no division, no hole at z = 0."""
+
+
+def gating_ratio(act: str, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The frozen ratio r = act(z) / z of an activation, elementwise and in closed form.
+
+    GELU gives Φ(z), its tanh form ½(1 + tanh √(2/π)(z + 0.044715 z³)), SiLU σ(z), ReLU 1[z > 0],
+    squared ReLU max(z, 0), SoLU softmax(z).
+
+    Args:
+        act: One of :data:`RATIOS`.
+        z: Pre-activations.
+
+    Returns:
+        The ratios, in z's shape and dtype; r ⊙ z is the activation.
+
+    Raises:
+        ValueError: If the activation is not known.
+    """
+    if act not in RATIOS:
+        raise ValueError(f"no closed-form ratio for activation {act!r}; known: {', '.join(RATIOS)}")
+    return RATIOS[act](z)
+
+
+def soft_cap_ratio(logits: Tensor, cap: float) -> Tensor:
+    """Cap · tanh(l / cap) / l, with its limit 1 at l = 0."""
+    t = logits / cap
+    return torch.where(t == 0, torch.ones_like(t), torch.tanh(t) / torch.where(t == 0, 1, t))
+
+
+# --- Primitive maps ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(LinearMap):
+    """x → x W + b."""
+
+    frame: Frame
+    W: Float[Tensor, "d_in d_out"]
+    b: Float[Tensor, " d_out"] | None = None
+    name: str = ""
+
+    @property
+    def in_dim(self) -> int:
+        return self.W.shape[0]
+
+    @property
+    def out_dim(self) -> int:
+        return self.W.shape[1]
+
+    def apply(self, x):
+        return x @ self.frame.cast(self.W)
+
+    def apply_t(self, y, effects=None):
+        if effects is not None and self.b is not None:
+            effects[self.name] = y @ self.frame.cast(self.b)
+        return y @ self.frame.cast(self.W).T
+
+    @property
+    def bias(self):
+        zeros = self.frame.zeros(self.out_dim)
+        return zeros if self.b is None else zeros + self.frame.cast(self.b)
+
+    def constants(self):
+        return {} if self.b is None else {self.name: self.bias}
+
+
+def _stacked(x: Tensor) -> Tensor:
+    """All leading axes as one: [many, batch, pos, dim]."""
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+@dataclass(frozen=True, eq=False)
+class Mix(LinearMap):
+    """Attention over positions: z_q^h = Σ_k A_h[q, k] v_k^{kv(h)}, widths kv_head·d_head → head·d_head."""
+
+    frame: Frame
+    pattern: Float[Tensor, "batch head query_pos key_pos"]
+    kv_heads: int
+    d_head: int
+
+    @property
+    def in_dim(self) -> int:
+        return self.kv_heads * self.d_head
+
+    @property
+    def out_dim(self) -> int:
+        return self.pattern.shape[1] * self.d_head
+
+    @property
+    def _grouped(self) -> Tensor:
+        return rearrange(self.pattern, "b (g r) q k -> b g (r q) k", g=self.kv_heads)
+
+    # The many vectors stand side by side in the last axis, so that the pattern is never repeated.
+
+    def apply(self, x):
+        v = rearrange(_stacked(x), "m b k (g e) -> b g k (m e)", g=self.kv_heads)
+        z = rearrange(
+            self._grouped @ v,
+            "b g (r q) (m e) -> m b q (g r e)",
+            q=self.pattern.shape[2],
+            e=self.d_head,
+        )
+        return z.reshape(*x.shape[:-3], *z.shape[1:])
+
+    def apply_t(self, y, effects=None):
+        z = rearrange(
+            _stacked(y), "m b q (g r e) -> b g (r q) (m e)", g=self.kv_heads, e=self.d_head
+        )
+        v = rearrange(self._grouped.mT @ z, "b g k (m e) -> m b k (g e)", e=self.d_head)
+        return v.reshape(*y.shape[:-3], *v.shape[1:])
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.out_dim)
+
+    def constants(self):
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Gate(LinearMap):
+    """x → x ⊙ ratio + offset."""
+
+    frame: Frame
+    ratio: Float[Tensor, "batch pos d"]
+    offset: Float[Tensor, " d"] | None = None
+    name: str = ""
+
+    @property
+    def in_dim(self) -> int:
+        return self.ratio.shape[-1]
+
+    @property
+    def out_dim(self) -> int:
+        return self.ratio.shape[-1]
+
+    def apply(self, x):
+        return x * self.ratio
+
+    def apply_t(self, y, effects=None):
+        if effects is not None and self.offset is not None:
+            effects[self.name] = y @ self.frame.cast(self.offset)
+        return y * self.ratio
+
+    @property
+    def bias(self):
+        zeros = self.frame.zeros(self.out_dim)
+        return zeros if self.offset is None else zeros + self.frame.cast(self.offset)
+
+    def constants(self):
+        return {} if self.offset is None else {self.name: self.bias}
+
+
+@dataclass(frozen=True, eq=False)
+class Norm(LinearMap):
+    """LayerNorm or RMSNorm with its scale frozen: x → (x − mean x) / s ⊙ w + b (no mean for RMSNorm).
+
+    ``scale`` is s = √(var + ε) or √(mean x² + ε), as the run had it: it divides.
+    """
+
+    frame: Frame
+    name: str
+    scale: Float[Tensor, "batch pos 1"]
+    weights: NormWeights
+    width: int
+
+    @property
+    def in_dim(self) -> int:
+        return self.width
+
+    @property
+    def out_dim(self) -> int:
+        return self.width
+
+    def apply(self, x):
+        x = x - x.mean(-1, keepdim=True) if self.weights.center else x
+        x = x / self.scale
+        return x if self.weights.w is None else x * self.frame.cast(self.weights.w)
+
+    def apply_t(self, y, effects=None):
+        w, b = self.weights.w, self.weights.b
+        if effects is not None and b is not None:
+            effects[f"{self.name}.b"] = y @ self.frame.cast(b)
+        y = (y if w is None else y * self.frame.cast(w)) / self.scale
+        return y - y.mean(-1, keepdim=True) if self.weights.center else y
+
+    def row(self, query: Tensor) -> Norm:
+        """The norm at one position per prompt, [batch] indices."""
+        return replace(self, frame=self.frame.row, scale=take_row(self.scale, query))
+
+    @property
+    def bias(self):
+        zeros, b = self.frame.zeros(self.width), self.weights.b
+        return zeros if b is None else zeros + self.frame.cast(b)
+
+    def constants(self):
+        return {} if self.weights.b is None else {f"{self.name}.b": self.bias}
+
+
+def take_row(tensor: Tensor, query: Tensor) -> Tensor:
+    """One position per prompt: [batch, pos, d] at indices [batch] → [batch, 1, d]."""
+    return tensor[torch.arange(len(query), device=query.device), query][:, None]

@@ -1,0 +1,310 @@
+"""The mathematics of a frozen transformer, sublayer by sublayer, one screen each.
+
+A sublayer is what is left of a nonlinear one when the pattern, the scale or the gating ratio keeps
+the value it took in one run: a short chain of primitive maps. Attention is Linear, Mix, Linear; an
+MLP is Linear, Gate, Linear. Weights are referenced, never copied.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .graph import Node
+from .linear_map import Chain, Frame, LinearMap, Sum
+from .primitives import Gate, Linear, Mix, Norm, soft_cap_ratio, take_row
+from .weights import AttentionWeights, GatedMLPWeights, MLPWeights, UnembedWeights
+
+
+class Sublayer(LinearMap):
+    """A frozen sublayer: a chain of primitive maps whose width-preserving parts are nodes.
+
+    Subclasses give ``map``, :meth:`nodes` and :meth:`part`.
+    """
+
+    @property
+    @abstractmethod
+    def map(self) -> LinearMap:
+        """The sublayer as an expression of primitive maps."""
+
+    @abstractmethod
+    def nodes(self) -> tuple[Node, ...]:
+        """The parts it is the sum of."""
+
+    @abstractmethod
+    def part(self, node: Node) -> LinearMap:
+        """One node's map, its internal constants included.
+
+        The parts sum to the whole, up to the external constant (b_O, b_out), which is nobody's.
+
+        Returns:
+            The part.
+
+        Raises:
+            ValueError: If the node is not in this sublayer.
+        """
+
+    @abstractmethod
+    def outputs_at(
+        self, x: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch node d_model"]:
+        """What every node adds at one destination per prompt, its internal constants included.
+
+        Args:
+            x: The sublayer's input (after its norm).
+            query: Destinations, as tensor indices.
+        """
+
+    @abstractmethod
+    def external(self) -> dict[str, Float[Tensor, " d_model"]]:
+        """The constant that no node holds (b_O, b_out), by name."""
+
+    @property
+    def in_dim(self) -> int:
+        return self.map.in_dim
+
+    @property
+    def out_dim(self) -> int:
+        return self.map.out_dim
+
+    def apply(self, x):
+        return self.map.apply(x)
+
+    def apply_t(self, y, effects=None):
+        return self.map.apply_t(y, effects)
+
+    @property
+    def bias(self):
+        return self.map.bias
+
+    def constants(self):
+        return self.map.constants()
+
+
+def _unknown(node: Node, nodes: tuple[Node, ...]) -> ValueError:
+    return ValueError(f"no part {node} here; there are {nodes[0]} to {nodes[-1]}")
+
+
+@dataclass(frozen=True, eq=False)
+class Attention(Sublayer):
+    """Attention with its pattern frozen: y_q = Σ_h Σ_k A_h[q, k] (x_k W_V^{kv(h)} + b_V) W_O^h + b_O.
+
+    Rows of A need not sum to 1 (sinks, masked rows): b_V stays inside the sum.
+    """
+
+    frame: Frame
+    layer: int
+    pattern: Float[Tensor, "batch head query_pos key_pos"]
+    weights: AttentionWeights
+
+    @cached_property
+    def map(self) -> Chain:
+        w = self.weights
+        kv_heads, _, d_head = w.W_V.shape
+        return Chain(
+            (
+                Linear(
+                    self.frame,
+                    rearrange(w.W_V, "h d e -> d (h e)"),
+                    None if w.b_V is None else w.b_V.flatten(),
+                    f"L{self.layer}.b_V",
+                ),
+                Mix(self.frame, self.pattern, kv_heads, d_head),
+                Linear(self.frame, w.W_O.flatten(0, 1), w.b_O, f"L{self.layer}.b_O"),
+            )
+        )
+
+    @property
+    def kv_of(self) -> list[int]:
+        """The key/value head that each query head reads."""
+        heads, kv_heads = self.weights.W_O.shape[0], self.weights.W_V.shape[0]
+        return [h * kv_heads // heads for h in range(heads)]
+
+    def nodes(self) -> tuple[Node, ...]:
+        return tuple(Node("head", self.layer, h) for h in range(self.weights.W_O.shape[0]))
+
+    def part(self, node: Node) -> Attention:
+        if node not in self.nodes():
+            raise _unknown(node, self.nodes())
+        h, w = self.nodes().index(node), self.weights
+        kv = self.kv_of[h]
+        return replace(
+            self,
+            pattern=self.pattern[:, h : h + 1],
+            weights=AttentionWeights(
+                w.W_V[kv : kv + 1],
+                None if w.b_V is None else w.b_V[kv : kv + 1],
+                w.W_O[h : h + 1],
+                None,
+            ),
+        )
+
+    def outputs_at(self, x, query):
+        # Mixing comes first, A_h[q] x, then W_V and W_O on that one row: L·D + D² instead of L·D².
+        w, frame = self.weights, self.frame
+        row = self.pattern[torch.arange(frame.batch, device=frame.device), :, query]
+        mixed = row @ x  # [batch, head, d_model]
+        kv_heads = w.W_V.shape[0]
+        z = torch.einsum(
+            "bgrd,gde->bgre", mixed.unflatten(1, (kv_heads, -1)), frame.cast(w.W_V)
+        ).flatten(1, 2)
+        if w.b_V is not None:
+            z = z + row.sum(-1, keepdim=True) * frame.cast(w.b_V)[self.kv_of]
+        return torch.einsum("bhe,hed->bhd", z, frame.cast(w.W_O))
+
+    def external(self):
+        return {} if self.weights.b_O is None else {f"L{self.layer}.b_O": self.weights.b_O}
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForward(Sublayer):
+    """What MLPs of either kind share: one node, b_out outside it, nothing between positions."""
+
+    frame: Frame
+    layer: int
+    weights: MLPWeights | GatedMLPWeights
+
+    @abstractmethod
+    def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
+        """The MLP at one position per prompt."""
+
+    def nodes(self) -> tuple[Node, ...]:
+        return (Node("mlp", self.layer),)
+
+    def part(self, node: Node) -> FeedForward:
+        if node not in self.nodes():
+            raise _unknown(node, self.nodes())
+        return replace(self, weights=replace(self.weights, b_out=None))
+
+    def outputs_at(self, x, query):
+        mlp = self.part(self.nodes()[0]).row(query)
+        return mlp.apply(take_row(x, query)) + mlp.bias
+
+    def external(self):
+        b_out = self.weights.b_out
+        return {} if b_out is None else {f"L{self.layer}.b_out": b_out}
+
+
+@dataclass(frozen=True, eq=False)
+class MLP(FeedForward):
+    """An MLP with its gating ratios frozen, r = act(z) / z: y = ((x W_in + b_in) ⊙ r) W_out + b_out.
+
+    SoLU models normalize between gate and W_out: ``ln_scale`` is that norm's frozen scale.
+    """
+
+    weights: MLPWeights
+    ratio: Float[Tensor, "batch pos d_mlp"]
+    ln_scale: Float[Tensor, "batch pos 1"] | None = None
+
+    @cached_property
+    def map(self) -> Chain:
+        w, name = self.weights, f"L{self.layer}"
+        stages: list[LinearMap] = [
+            Linear(self.frame, w.W_in, w.b_in, f"{name}.b_in"),
+            Gate(self.frame, self.ratio),
+        ]
+        if w.ln is not None and self.ln_scale is not None:
+            width = self.ratio.shape[-1]
+            stages.append(Norm(self.frame, f"{name}.mlp.ln", self.ln_scale, w.ln, width))
+        stages.append(Linear(self.frame, w.W_out, w.b_out, f"{name}.b_out"))
+        return Chain(tuple(stages))
+
+    def row(self, query) -> MLP:
+        scale = None if self.ln_scale is None else take_row(self.ln_scale, query)
+        ratio = take_row(self.ratio, query)
+        return replace(self, frame=self.frame.row, ratio=ratio, ln_scale=scale)
+
+
+@dataclass(frozen=True, eq=False)
+class GatedMLP(FeedForward):
+    """A gated MLP, post = act(g) ⊙ u with g = x W_gate + b_gate and u = x W_in + b_in, made linear.
+
+    The product is bilinear, so its linear form is a choice (``Convention.gate``):
+
+        "gate"  act(g) frozen, linear in u      post = on_up ⊙ u,    on_up = act(g)
+        "up"    u frozen, linear in g           post = on_gate ⊙ g,  on_gate = u ⊙ act(g)/g
+        "half"  half of each
+
+    All three reproduce the run.
+    """
+
+    weights: GatedMLPWeights
+    on_up: Float[Tensor, "batch pos d_mlp"]
+    on_gate: Float[Tensor, "batch pos d_mlp"]
+    convention: str = "gate"
+
+    @cached_property
+    def map(self) -> Chain:
+        w, name, frame = self.weights, f"L{self.layer}", self.frame
+        branches = {}
+        share = 0.5 if self.convention == "half" else 1.0
+        if self.convention in ("gate", "half"):
+            up = Linear(frame, w.W_in, w.b_in, f"{name}.b_in")
+            branches["up"] = Chain(
+                (up, Gate(frame, self.on_up * share if share < 1 else self.on_up))
+            )
+        if self.convention in ("up", "half"):
+            gate = Linear(frame, w.W_gate, w.b_gate, f"{name}.b_gate")
+            ratio = self.on_gate * share if share < 1 else self.on_gate
+            branches["gate"] = Chain((gate, Gate(frame, ratio)))
+        stages = [
+            Sum(tuple(branches.values())) if len(branches) > 1 else next(iter(branches.values()))
+        ]
+        if w.b_post is not None:  # HookedTransformer adds b_in after gating
+            stages.append(Gate(frame, torch.ones_like(self.on_up), w.b_post, f"{name}.b_in"))
+        return Chain((*stages, Linear(frame, w.W_out, w.b_out, f"{name}.b_out")))
+
+    def row(self, query) -> GatedMLP:
+        on_up, on_gate = take_row(self.on_up, query), take_row(self.on_gate, query)
+        return replace(self, frame=self.frame.row, on_up=on_up, on_gate=on_gate)
+
+
+@dataclass(frozen=True, eq=False)
+class Unembed(LinearMap):
+    """logits = (y W_U + b_U) ⊙ ratio: a soft cap's ratio cap(l) / l, and a logit scale, are frozen.
+
+    ``final`` is the run's own final normalized residual: where it is capped, the ratio is
+    computed from it on first use, since [pos, d_vocab] ratios are the largest frozen quantity.
+    """
+
+    frame: Frame
+    weights: UnembedWeights
+    final: Float[Tensor, "batch pos d_model"]
+
+    @cached_property
+    def ratio(self) -> Tensor | float:
+        cap, scale = self.weights.soft_cap, self.weights.scale
+        if cap is None:
+            return scale
+        return scale * soft_cap_ratio(self._linear.apply(self.final) + self._linear.bias, cap)
+
+    @property
+    def _linear(self) -> Linear:
+        return Linear(self.frame, self.weights.W_U, self.weights.b_U, "b_U")
+
+    @property
+    def in_dim(self) -> int:
+        return self.weights.W_U.shape[0]
+
+    @property
+    def out_dim(self) -> int:
+        return self.weights.W_U.shape[1]
+
+    def apply(self, x):
+        return self._linear.apply(x) * self.ratio
+
+    def apply_t(self, y, effects=None):
+        return self._linear.apply_t(y * self.ratio, effects)
+
+    @property
+    def bias(self):
+        return self._linear.bias * self.ratio
+
+    def constants(self):
+        return dict.fromkeys(self._linear.constants(), self.bias)

@@ -1,0 +1,92 @@
+"""Weights in one canonical layout, whatever the host: row vectors, x @ W. Referenced, never copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NormWeights:
+    """A norm's affine part: ``w`` is the effective factor (1 + w where the host adds one)."""
+
+    w: Float[Tensor, " d"] | None
+    b: Float[Tensor, " d"] | None
+    center: bool
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """Value and output matrices.
+
+    Under grouped-query attention there are fewer kv_heads than heads: query head h reads kv_head
+    h // (heads // kv_heads), and nothing is repeated.
+    """
+
+    W_V: Float[Tensor, "kv_head d_model d_head"]
+    b_V: Float[Tensor, "kv_head d_head"] | None
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_O: Float[Tensor, " d_model"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class MLPWeights:
+    """An MLP: act(x W_in + b_in) W_out + b_out; ``ln`` is SoLU's norm between act and W_out."""
+
+    W_in: Float[Tensor, "d_model d_mlp"]
+    b_in: Float[Tensor, " d_mlp"] | None
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_out: Float[Tensor, " d_model"] | None
+    act: str
+    ln: NormWeights | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GatedMLPWeights:
+    """A gated MLP: (act(x W_gate + b_gate) ⊙ (x W_in + b_in) + b_post) W_out + b_out."""
+
+    W_gate: Float[Tensor, "d_model d_mlp"]
+    b_gate: Float[Tensor, " d_mlp"] | None
+    W_in: Float[Tensor, "d_model d_mlp"]
+    b_in: Float[Tensor, " d_mlp"] | None
+    b_post: Float[Tensor, " d_mlp"] | None
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_out: Float[Tensor, " d_model"] | None
+    act: str
+
+
+@dataclass(frozen=True, eq=False)
+class UnembedWeights:
+    """logits = scale · cap(y W_U + b_U), cap(l) = soft_cap · tanh(l / soft_cap) where there is one."""
+
+    W_U: Float[Tensor, "d_model d_vocab"]
+    b_U: Float[Tensor, " d_vocab"] | None
+    soft_cap: float | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class BlockWeights:
+    """One block: x + ln1_post(attn(ln1(x))), then the same with ln2 and mlp.
+
+    In a parallel block both branches read the same residual. An absent norm is None.
+    """
+
+    attn: AttentionWeights
+    mlp: MLPWeights | GatedMLPWeights | None
+    ln1: NormWeights | None
+    ln2: NormWeights | None
+    ln1_post: NormWeights | None
+    ln2_post: NormWeights | None
+    parallel: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ModelWeights:
+    """All weights the operator uses, referenced from the model."""
+
+    blocks: tuple[BlockWeights, ...]
+    ln_final: NormWeights | None
+    unembed: UnembedWeights

@@ -1,0 +1,334 @@
+"""Tiny models of every family, for every class the installed host offers; comparisons; oracles."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tensorlens_tl
+from tensorlens_tl.lens import TensorLens
+
+try:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+except ImportError:  # transformer_lens 4
+    HookedTransformer = None
+try:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+except ImportError:  # transformer_lens 2
+    build_bridge_from_module = None
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+D_VOCAB, N_CTX, SEQ = 50, 32, 7
+
+TOL = {
+    # (model dtype, host computes norms in float32): relative tolerance
+    (torch.float64, False): 1e-12,
+    (torch.float64, True): 1e-6,
+    (torch.float32, False): 2e-6,
+    (torch.float32, True): 2e-6,
+}
+
+
+# --- Families ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny random model: how to build it, and what its host does."""
+
+    name: str
+    build: Callable[[torch.dtype], Any]
+    host: str
+    float32_norms: bool = False
+    gated: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def model(self, dtype: torch.dtype = torch.float64) -> Any:
+        return _model(self.name, dtype)
+
+    def tol(self, dtype: torch.dtype = torch.float64) -> float:
+        return TOL[dtype, self.float32_norms]
+
+
+_BASE = {
+    "n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 48, "n_ctx": N_CTX,
+    "d_vocab": D_VOCAB, "act_fn": "gelu_new", "normalization_type": "LN", "device": "cpu", "seed": 0,
+}  # fmt: skip
+_ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
+_LLAMA = {**_ROTARY, "normalization_type": "RMS", "act_fn": "silu", "gated_mlp": True}
+HOOKED = {
+    "gpt2": {},
+    "gpt2-folded": {"normalization_type": "LNPre"},
+    "llama": {**_LLAMA, "n_key_value_heads": 2},
+    "llama-ungrouped": _LLAMA,
+    "llama-folded": {**_LLAMA, "n_key_value_heads": 2, "normalization_type": "RMSPre"},
+    "mistral": {**_LLAMA, "n_key_value_heads": 1, "use_local_attn": True, "window_size": 3,
+                "attn_types": ["local", "local"]},
+    "neox": {**_ROTARY, "act_fn": "gelu", "rotary_dim": 4, "parallel_attn_mlp": True},
+    "neox-sequential": {**_ROTARY, "act_fn": "gelu", "rotary_dim": 4},
+    "qwen3": {**_LLAMA, "n_key_value_heads": 2, "use_qk_norm": True},
+    "gemma2": {**_LLAMA, "act_fn": "gelu_pytorch_tanh", "n_key_value_heads": 2,
+               "use_normalization_before_and_after": True, "output_logits_soft_cap": 3.0,
+               "attn_scores_soft_cap": 5.0, "use_local_attn": True, "window_size": 3,
+               "attn_types": ["global", "local"]},
+    "no-cap": {**_LLAMA, "output_logits_soft_cap": -1.0},
+    "attn-only": {"attn_only": True, "d_mlp": None, "act_fn": None},
+    "attn-only-no-norm": {"attn_only": True, "d_mlp": None, "act_fn": None,
+                          "normalization_type": None},
+    "no-norm": {"normalization_type": None, "act_fn": "relu"},
+    "solu": {"act_fn": "solu_ln"},
+    "solu-folded": {"act_fn": "solu_ln", "normalization_type": "LNPre"},
+    "gelu-fast": {"act_fn": "gelu_fast"},
+}  # fmt: skip
+
+_HF = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": D_VOCAB, "max_position_embeddings": N_CTX, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+_GQA = {**_HF, "num_key_value_heads": 2, "tie_word_embeddings": False}
+BRIDGE = {
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX,
+                      "n_ctx": N_CTX, "vocab_size": D_VOCAB}),
+    "llama": ("Llama", _GQA),
+    "mistral": ("Mistral", {**_GQA, "sliding_window": 3}),
+    "neox": ("GPTNeoX", _HF),
+    "neox-sequential": ("GPTNeoX", {**_HF, "use_parallel_residual": False}),
+    "qwen2": ("Qwen2", _GQA),
+    "qwen3": ("Qwen3", {**_GQA, "head_dim": 8}),
+    "gemma2": ("Gemma2", {**_GQA, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8,
+                          "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
+}  # fmt: skip
+FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2"}
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Make every parameter matter: biases and norm weights away from 0 and 1, big matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = 0.5 if p.ndim == 1 or ".b_" in name else 1.5 * p.shape[-2] ** -0.5
+            noise = scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            p.copy_(p + noise if p.ndim == 1 else noise)
+
+
+def build_hooked(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    config = {k: v for k, v in {**_BASE, **config}.items() if v is not None or "norm" in k}
+    model = HookedTransformer(HookedTransformerConfig(**config, dtype=dtype))
+    randomize(model)
+    return model.eval()
+
+
+def build_hf(class_name: str, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    import transformers
+
+    cfg = getattr(transformers, f"{class_name}Config")(**config)
+    cfg._attn_implementation = "eager"
+    torch.manual_seed(0)
+    head = "LMHeadModel" if class_name == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, f"{class_name}{head}")(cfg).to(dtype).eval()
+    randomize(model)
+    return model
+
+
+def to_bridge(hf: Any, tokenizer: Any = None) -> Any:
+    return build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, tokenizer=tokenizer)
+
+
+def build_bridge(class_name: str, config: dict, dtype: torch.dtype, compat: bool = False) -> Any:
+    bridge = to_bridge(build_hf(class_name, config, dtype))
+    if compat:
+        bridge.enable_compatibility_mode()
+        bridge.original_model.to(dtype)  # folded value biases come out in float32 (Qwen2)
+    return bridge
+
+
+def _hooked_case(name: str, config: dict[str, Any]) -> Case:
+    gated = bool(config.get("gated_mlp"))
+    return Case(f"hooked-{name}", lambda dtype: build_hooked(config, dtype), "hooked", gated=gated)
+
+
+def _bridge_case(name: str, class_name: str, config: dict, compat: bool) -> Case:
+    return Case(
+        f"bridge-{name}{'-compat' if compat else ''}",
+        lambda dtype: build_bridge(class_name, config, dtype, compat),
+        "bridge",
+        float32_norms=name in FLOAT32_NORMS,
+        gated=name in FLOAT32_NORMS,
+    )
+
+
+CASES: dict[str, Case] = {}
+if HookedTransformer is not None:
+    CASES |= {c.name: c for c in (_hooked_case(n, cfg) for n, cfg in HOOKED.items())}
+if build_bridge_from_module is not None:
+    for _name, (_class, _config) in BRIDGE.items():
+        for _compat in (False, True):
+            _case = _bridge_case(_name, _class, _config, _compat)
+            CASES[_case.name] = _case
+ALL = list(CASES.values())
+GATED = [case for case in ALL if case.gated]
+
+
+@cache
+def _model(name: str, dtype: torch.dtype) -> Any:
+    with quiet():
+        return CASES[name].build(dtype)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hosts print and warn while they load; a test is no place for that."""
+    import io
+    import logging
+
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+def tokens(batch: int = 2, seq: int = SEQ, seed: int = 0) -> Tensor:
+    return torch.randint(0, D_VOCAB, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def lens_of(case: Case, model_dtype: torch.dtype = torch.float64, **kwargs: Any) -> TensorLens:
+    with quiet(), torch.no_grad():
+        return tensorlens_tl.capture(case.model(model_dtype), tokens(), **kwargs)[1]
+
+
+def randn_like(x: Tensor, seed: int = 0) -> Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+
+
+# --- Comparisons ---------------------------------------------------------------------------------
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tol: float, what: str = "") -> None:
+    """max |ours − theirs| ≤ tol · max |theirs|."""
+    assert ours.shape == theirs.shape, f"{what}: {list(ours.shape)} ≠ {list(theirs.shape)}"
+    assert ours.isfinite().all() and theirs.isfinite().all(), f"{what}: not finite"
+    error = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)
+    assert error <= tol, f"{what}: off by {float(error):.2e}, expected at most {tol:.0e}"
+
+
+# --- The oracle: the real model, frozen by hooks -------------------------------------------------
+
+
+class FrozenModel:
+    """The host's own forward pass with pattern, scale and gating ratio overwritten by hooks.
+
+    The frozen values come from the host's own cache (ratio = post / pre, by division), not from
+    the library; a model call with them frozen is then a function of the first residual alone.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, gate: str = "gate"):
+        self.model, self.ids, self.gate = model, ids, gate
+        with torch.no_grad(), quiet():
+            _, cache_ = model.run_with_cache(ids, return_cache_object=False)
+        self.cache = {k: v.detach() for k, v in cache_.items() if isinstance(v, Tensor)}
+        self.layers = range(len(model.blocks))
+
+    def site_names(self) -> list[str]:
+        names = []
+        for layer in self.layers:
+            names.append(f"blocks.{layer}.hook_resid_pre")
+            mid = f"blocks.{layer}.hook_resid_mid"
+            parallel = "Parallel" in type(self.model.blocks[layer]).__name__ or getattr(
+                self.model.cfg, "parallel_attn_mlp", False
+            )
+            if mid in self.cache and not parallel:
+                names.append(mid)
+        return [*names, f"blocks.{self.layers[-1]}.hook_resid_post"]
+
+    def _hooks(self) -> list[tuple[str, Callable]]:
+        def constant(name):
+            return lambda t, hook: self.cache[name].clone()
+
+        names = [n for n in self.cache if n.endswith(("ln1.hook_scale", "ln2.hook_scale",
+                 "ln1_post.hook_scale", "ln2_post.hook_scale", "attn.hook_pattern",
+                 "ln_final.hook_scale", "mlp.ln.hook_scale"))]  # fmt: skip
+        hooks = [(name, constant(name)) for name in names]
+        for layer in self.layers:
+            mlp = f"blocks.{layer}.mlp"
+            if f"{mlp}.hook_pre" in self.cache:
+                hooks += self._gate_hooks(mlp)
+        return hooks
+
+    def _gate_hooks(self, mlp: str) -> list[tuple[str, Callable]]:
+        pre, live = self.cache[f"{mlp}.hook_pre"], {}
+        post_name = f"{mlp}.hook_mid" if f"{mlp}.hook_mid" in self.cache else f"{mlp}.hook_post"
+        post = self.cache[post_name]
+
+        def keep(name):
+            return lambda t, hook: live.__setitem__(name, t)
+
+        if f"{mlp}.hook_pre_linear" not in self.cache:
+            ratio = post / pre
+            return [
+                (f"{mlp}.hook_pre", keep("pre")),
+                (post_name, lambda t, hook: ratio * live["pre"]),
+            ]
+        up, share = self.cache[f"{mlp}.hook_pre_linear"], {"gate": 1.0, "up": 0.0, "half": 0.5}
+        layer = self.model.blocks[int(mlp.split(".")[1])]
+        b_post = getattr(layer.mlp, "b_in", None) if hasattr(layer.mlp, "W_gate") else None
+        offset = (
+            b_post.detach()
+            if b_post is not None and "Bridge" not in type(layer.mlp).__name__
+            else 0
+        )
+        product = post - offset
+        a = share[self.gate]
+        on_up, on_gate = a * product / up, (1 - a) * product / pre
+        return [
+            (f"{mlp}.hook_pre", keep("pre")),
+            (f"{mlp}.hook_pre_linear", keep("up")),
+            (post_name, lambda t, hook: on_up * live["up"] + on_gate * live["pre"] + offset),
+        ]
+
+    def __call__(
+        self, x: Tensor, inject: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Final normalized residual and all residual sites, from the first residual x."""
+        sites: dict[str, Tensor] = {}
+        first = self.site_names()[0]
+
+        def site_hook(name):
+            def hook(t, hook):
+                t = x if name == first else t
+                if inject and name in inject and not name.endswith("mid"):
+                    t = t + inject[name]
+                sites[name] = t
+                return t
+
+            return hook
+
+        hooks = [(name, site_hook(name)) for name in self.site_names()] + self._hooks()
+        # On the Bridge hook_resid_mid is only what ln2 reads: what reaches the residual there is
+        # added to the attention's output.
+        for name in inject or ():
+            if name.endswith("mid"):
+                at = name.replace("hook_resid_mid", "hook_attn_out")
+                hooks.append((at, lambda t, hook, name=name: t + inject[name]))
+        final: list[Tensor] = []
+        has_norm = hasattr(self.model, "ln_final")
+        handle = None
+        if has_norm:
+            handle = self.model.ln_final.register_forward_hook(lambda m, a, out: final.append(out))
+        try:
+            with quiet():
+                self.model.run_with_hooks(self.ids, fwd_hooks=hooks)
+        finally:
+            if handle is not None:
+                handle.remove()
+        return (final[-1] if has_norm else sites[self.site_names()[-1]]), sites
