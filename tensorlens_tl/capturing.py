@@ -224,19 +224,24 @@ class Recorder:
         """Freeze and check one block from what was read of it."""
         weights: BlockWeights = self.adapter.weights.blocks[layer]
         before, after = self.take(layer, "resid_pre"), self.take(layer, "resid_post")
-        self._check_embedding(before) if layer == 0 else self._check_passed(layer, before)
+        if layer == 0:
+            self._check_embedding(before)
+        else:
+            before = self._check_passed(layer, before)
         self.state = after
         ln1 = self.norm(layer, "ln1", weights.ln1)
         ln1_post = self.norm(layer, "ln1_post", weights.ln1_post)
         ln2 = self.norm(layer, "ln2", weights.ln2)
         ln2_post = self.norm(layer, "ln2_post", weights.ln2_post)
 
-        name, w = f"L{layer} attention", weights.attn
-        pattern, z = self.take(layer, "pattern"), self.take(layer, "z").flatten(2)
-        v = self.take(layer, "v").flatten(2)
-        self.check.attention(name, ln1, before, v, pattern, z, w)
-        added = self.check.output(w.W_O.flatten(0, 1), w.b_O, ln1_post, z)
-        attn = Attention(self.frame, layer, pattern, w)
+        name, pattern = f"L{layer} attention", self.take(layer, "pattern")
+        attn = Attention(self.frame, layer, pattern, weights.attn)
+        added = self.check.attention(ln1, before, pattern, weights.attn, ln1_post)
+        v, z = self.take(layer, "v").flatten(2), self.take(layer, "z").flatten(2)
+        self.check.suspect(
+            f"{name} values (W_V, b_V)", v, lambda: attn.values(_normed(ln1, before))
+        )
+        self.check.suspect(f"{name} mixing (pattern · values)", z, lambda: attn.mixed(v))
         mid, mlp = None, None
         if weights.mlp is None:
             self.check.residual(f"{name} output (W_O, b_O)", before, after, added)
@@ -260,29 +265,40 @@ class Recorder:
         post_norm: Norm | None,
         x: Tensor,
     ) -> tuple[Sublayer, Tensor]:
-        """The frozen MLP, and the projection of what it adds."""
+        """The frozen MLP, and the projection of what the frozen MLP would add.
+
+        That projection is of the *predicted* post-activations: compared with what the residual
+        gained, it proves activation and W_out at once. The run's own post-activations are looked
+        at only to tell the two apart when that fails.
+
+        Returns:
+            The MLP, and the projection.
+        """
         name, check = f"L{layer} MLP", self.check
-        pre, post = self.take(layer, "pre"), self.take(layer, "post")
+        pre, seen = self.take(layer, "pre"), self.take(layer, "post")
         ratio = gating_ratio(w.act, pre)
         if isinstance(w, GatedMLPWeights):
             up = self.take(layer, "pre_linear")
-            check.mlp_in(f"{name} gate (W_gate, b_gate)", norm, x, pre, w.W_gate, w.b_gate)
-            check.mlp_in(f"{name} input (W_in, b_in)", norm, x, up, w.W_in, w.b_in)
+            check.linear(f"{name} gate (W_gate, b_gate)", norm, x, pre, w.W_gate, w.b_gate)
+            check.linear(f"{name} input (W_in, b_in)", norm, x, up, w.W_in, w.b_in)
             on_up = ratio * pre
-            product = on_up * up if w.b_post is None else on_up * up + self.frame.cast(w.b_post)
-            check.gate(f"{name} gating (activation · up)", post, product)
-            on_gate = ratio.mul_(up)
+            post = check.times(on_up, up)
+            b_post = 0.0 if w.b_post is None else self.frame.cast(w.b_post)
+            post += b_post
+            check.suspect(f"{name} gating (activation · up)", seen, lambda: on_up * up + b_post)
+            on_gate = ratio * up
             mlp: Sublayer = GatedMLP(self.frame, layer, w, on_up, on_gate, self.convention.gate)
         else:
-            check.mlp_in(f"{name} input (W_in, b_in)", norm, x, pre, w.W_in, w.b_in)
-            scale, gated = None, ratio * pre
+            check.linear(f"{name} input (W_in, b_in)", norm, x, pre, w.W_in, w.b_in)
+            post, scale = check.times(ratio, pre), None
             if w.ln is None:
-                check.gate(f"{name} activation", post, gated)
+                check.suspect(f"{name} activation", seen, lambda: ratio * pre)
             else:
-                scale, mid = self.take(layer, "mlp.ln.scale"), self.take(layer, "mid")
-                check.gate(f"{name} activation", mid, gated)
+                check.suspect(f"{name} activation", self.take(layer, "mid"), lambda: ratio * pre)
+                scale = self.take(layer, "mlp.ln.scale")
                 ln = Norm(self.frame, f"L{layer}.mlp.ln", scale, w.ln, post.shape[-1])
-                check.gate(f"{name} norm", post, ln.apply(mid) + ln.bias)
+                post = ln.apply(post) + ln.bias
+                check.suspect(f"{name} norm", seen, lambda: ln.apply(ratio * pre) + ln.bias)
             mlp = MLP(self.frame, layer, w, ratio, scale)
         return mlp, check.output(w.W_out, w.b_out, post_norm, post)
 
@@ -290,17 +306,14 @@ class Recorder:
         parts = self.reads[None, "embed"]
         if (pos := self.reads.get((None, "pos_embed"))) is not None:
             parts = parts + pos
-        r = self.check.signs(state.shape[-1])
-        name = "embedding (token + position)"
-        self.check.compare(name, state @ r, parts @ r, state.norm(dim=-1))
+        self.check.same("embedding (token + position)", state, parts)
 
-    def _check_passed(self, layer: int, state: Tensor) -> None:
+    def _check_passed(self, layer: int, state: Tensor) -> Tensor:
         # The state enters a block as it left the one before, unless somebody edited it between.
-        r = self.check.signs(state.shape[-1])
-        name = f"L{layer} input (residual of L{layer - 1})"
         if self.state is None or state.data_ptr() == self.state.data_ptr():
-            return
-        self.check.compare(name, state @ r, self.state @ r, state.norm(dim=-1))
+            return state if self.state is None else self.state
+        self.check.same(f"L{layer} input (residual of L{layer - 1})", state, self.state)
+        return state
 
     def finish(self, logits: Tensor) -> Capture:
         """Freeze the top, check the logits, and close.
@@ -319,8 +332,7 @@ class Recorder:
             raise ValueError("the model ran without its blocks: expected one whole forward pass")
         ln_final = self.norm(None, "ln_final", weights.ln_final)
         u = weights.unembed
-        y = final if ln_final is None else ln_final.apply(final) + ln_final.bias
-        unembed = Unembed(self.frame, u, y)
+        unembed = Unembed(self.frame, u, _normed(ln_final, final))
         self._check_logits(unembed, final, ln_final, self._clean(self.frame.cast(logits), 1))
         return Capture(
             self.adapter.name,
@@ -344,16 +356,20 @@ class Recorder:
         u, check = unembed.weights, self.check
         if u.soft_cap is None:
             r = check.signs(u.W_U.shape[1])
-            predicted = check.through_norm(ln_final, final, check.product("dv,v->d", u.W_U, r))
+            predicted = check.through_norm(ln_final, final, check.into(u.W_U))
             predicted = (predicted + check.dot(u.b_U, r)) * u.scale
-            check.compare("logits (W_U, b_U)", logits @ r, predicted, logits.norm(dim=-1))
+            check.compare("logits (W_U, b_U)", logits @ r, predicted)
         else:  # A capped logit is a product of its own, so a few are compared one by one.
             some = torch.arange(0, u.W_U.shape[1], max(1, u.W_U.shape[1] // 64))
             raw = unembed.final @ self.frame.cast(u.W_U[:, some])
             raw = raw if u.b_U is None else raw + self.frame.cast(u.b_U[some])
             predicted = raw * soft_cap_ratio(raw, u.soft_cap) * u.scale
-            check.gate("logits (W_U, b_U, soft cap)", logits[..., some], predicted)
+            check.compare("logits (W_U, b_U, soft cap)", logits[..., some], predicted)
         check.settle(self.adapter.foreign_hooks)
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm.apply(x) + norm.bias
 
 
 def record(

@@ -23,8 +23,8 @@ from .weights import NormWeights
 
 
 def _tanh_gelu(z: Tensor, k: float = math.sqrt(2 / math.pi)) -> Tensor:
-    # ½(1 + tanh u) = σ(2u) with u = k (z + 0.044715 z³); in place, as it runs once per neuron.
-    return (z * z).mul_(2 * k * 0.044715).add_(2 * k).mul_(z).sigmoid_()
+    # ½(1 + tanh u) = σ(2u) with u = k (z + 0.044715 z³); in three passes, as it runs per neuron.
+    return torch.addcmul(z.new_tensor(2 * k), z, z, value=2 * k * 0.044715).mul_(z).sigmoid_()
 
 
 RATIOS = {

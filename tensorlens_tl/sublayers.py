@@ -120,6 +120,14 @@ class Attention(Sublayer):
             )
         )
 
+    def values(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos kv"]:
+        """The values x W_V + b_V, heads side by side."""
+        return self.map.maps[0].apply(x) + self.map.maps[0].bias
+
+    def mixed(self, v: Float[Tensor, "batch pos kv"]) -> Float[Tensor, "batch pos heads"]:
+        """The mixed values z = A v, heads side by side."""
+        return self.map.maps[1].apply(v)
+
     @property
     def kv_of(self) -> list[int]:
         """The key/value head that each query head reads."""

@@ -231,9 +231,11 @@ def test_the_self_check_finds(case, mistake, where, dtype):
 def test_every_product_is_checked(case):
     checks = lens_of(case).capture.checks
     assert any("logits" in name for name in checks) and any("embedding" in name for name in checks)
-    for layer in (0, 1):
-        for what in ("values", "mixing", "output"):
-            assert any(n.startswith(f"L{layer} attention") and what in n for n in checks), what
+    for layer, block in enumerate(lens_of(case).capture.blocks):
+        names = " ".join(name for name in checks if name.startswith(f"L{layer} "))
+        assert "W_O" in names  # the whole of attention: norm, W_V, pattern, W_O, and its biases
+        if block.mlp is not None:
+            assert "W_in" in names and "W_out" in names and ("W_gate" in names) == case.gated
     assert (
         lens_of(case).capture_check
         == max(checks.values())

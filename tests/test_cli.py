@@ -1,0 +1,107 @@
+"""The command line, as a person and as a pipeline uses it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import SHARED
+
+from tensorlens_tl.__main__ import main, unknown_words
+
+FOLDER = SHARED / "stories260K"
+PROMPT = "Once upon a time, there was a little girl named"
+needs_model = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the shared model")
+
+
+def run(*args, **kwargs):
+    command = [sys.executable, "-m", "tensorlens_tl", *args]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def test_help_imports_no_host_and_not_even_torch():
+    code = (
+        "import sys; from tensorlens_tl.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'transformer_lens') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.rstrip().endswith("[]") and "--versus" in out.stdout
+
+
+@needs_model
+def test_the_report():
+    out = run("--model", str(FOLDER), PROMPT)
+    assert out.returncode == 0, out.stderr
+    lines = out.stdout.splitlines()
+    assert lines[0].startswith("TensorLens(stories260K, 14 tokens, 5 layers × 8 heads")
+    for part in (
+        PROMPT,
+        "'Lily'",
+        "By token",
+        "By component (direct effect)",
+        "L4MLP",
+        "Sum by token",
+    ):
+        assert part in out.stdout
+    assert "capture check" in lines[-1] and "completeness error" in lines[-1]
+
+
+@needs_model
+def test_json_from_standard_input_and_file(tmp_path):
+    out = run("--model", str(FOLDER), "--json", input=PROMPT + "\n")
+    report = json.loads(out.stdout)
+    assert report["prompt"] == PROMPT and report["target"] == "'Lily'"
+    for by in ("token", "component"):
+        total = sum(row["value"] for row in report["rows"][by])
+        assert abs(total - report["target_value"]) < 1e-4
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    again = run("--model", str(FOLDER), "--json", "--by", "token", "--file", str(file))
+    assert json.loads(again.stdout)["rows"] == {"token": report["rows"]["token"]}
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--target", " Mary", PROMPT], "' Mary' is 4 tokens"),
+        ([" "], "the prompt is empty"),
+        (["--file", "/no/such/file"], "cannot read the prompt file"),
+        (["--file", "x", PROMPT], "a prompt or --file, got both"),
+        (["--top", "0", PROMPT], "expected --top ≥ 1, got 0"),
+    ],
+)
+def test_user_errors_exit_2_with_one_sentence(args, message, capsys):
+    assert main(["--model", str(FOLDER), *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1].startswith("tensorlens-tl: ") and message in captured.err
+
+
+def test_a_folder_that_is_no_model(tmp_path, capsys):
+    assert main(["--model", str(tmp_path), PROMPT]) == 2
+    assert "it has no config.json" in capsys.readouterr().err
+
+
+def test_a_hub_name_that_cannot_be_reached(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert main(["--model", "somebody/a-model", PROMPT]) == 2
+    assert (
+        "'somebody/a-model' is no folder here, and the model hub cannot" in capsys.readouterr().err
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_unknown_words_are_named():
+    class Tokenizer:
+        unk_token_id = 0
+
+        def encode(self, word, add_special_tokens):
+            return [0 if word == "zyzzy" else 1]
+
+    assert unknown_words(Tokenizer(), "a zyzzy b zyzzy") == ["zyzzy"]
+    Tokenizer.unk_token_id = None
+    assert unknown_words(Tokenizer(), "a zyzzy") == []
