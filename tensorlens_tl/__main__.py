@@ -1,6 +1,8 @@
 """The command line: explain a model's prediction.
 
 ``tensorlens-tl [--model NAME_OR_FOLDER] [--target T] [--versus T] [--by token|component] [PROMPT]``
+
+Without a model it is the bundled demo model, and without a prompt one that the demo model knows.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 WIDTH = 28
+DEMO_PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
         "what every token and every component adds to the logit, exactly.",
     )
     p.add_argument("prompt", nargs="?", help="the text; '-' or nothing reads standard input")
-    p.add_argument("--model", help="hub name, or local Hugging Face folder")
+    p.add_argument(
+        "--model", help="hub name, or local Hugging Face folder (default: the bundled demo model)"
+    )
     p.add_argument(
         "--kind", choices=("bridge", "hooked"), help="host class (default: what is there)"
     )
@@ -57,17 +62,15 @@ def explain(args: argparse.Namespace) -> dict[str, Any]:
     """Load, capture, attribute: everything the command prints, as plain data."""
     if args.top < 1:
         raise ValueError(f"expected --top ≥ 1, got {args.top}")
-    if args.model is None:
-        raise ValueError("no model: pass --model with a hub name or a Hugging Face folder")
     prompt = read_prompt(args)
-    from .loading import load_model
-
-    model = load_model(args.model, args.kind)
+    model = _load(args)
     from .plugin import capture
 
     unknown = unknown_words(model.tokenizer, prompt)
     if unknown:
         print(f"warning: the tokenizer does not know {', '.join(unknown)}", file=sys.stderr)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # our own model: no graph, half the memory
     logits, lens = capture(model, prompt)
     last = logits[0, -1].float()
     best = last.topk(5)
@@ -98,6 +101,16 @@ def explain(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _load(args: argparse.Namespace) -> Any:
+    if args.model is None:
+        from .demo import load_model
+
+        return load_model(args.kind)
+    from .loading import load_model
+
+    return load_model(args.model, args.kind)
+
+
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt: an argument, a file, or standard input.
 
@@ -119,6 +132,8 @@ def read_prompt(args: argparse.Namespace) -> str:
     else:
         text = args.prompt
     text = text.rstrip("\n")
+    if args.model is None and args.prompt is None and args.file is None and not text.strip():
+        return DEMO_PROMPT
     if not text.strip():
         raise ValueError("the prompt is empty: pass a text, --file, or standard input")
     return text

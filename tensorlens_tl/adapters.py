@@ -312,9 +312,8 @@ class HookedTransformerAdapter(Adapter):
                     _refusal(f"the module {kind}", "its computation is not known here")
                 )
         attn = block.attn
-        # The grouped class keeps the raw weights in _W_V and expands them in W_V.
-        grouped = hasattr(attn, "_W_V") and not self.cfg.ungroup_grouped_query_attention
-        W_V, b_V = (attn._W_V, attn._b_V) if grouped else (attn.W_V, attn.b_V)
+        # The grouped class keeps the raw weights in _W_V and repeats them in W_V.
+        W_V, b_V = (attn._W_V, attn._b_V) if hasattr(attn, "_W_V") else (attn.W_V, attn.b_V)
         return BlockWeights(
             AttentionWeights(W_V, b_V, attn.W_O, attn.b_O),
             None if self.cfg.attn_only else self._mlp_weights(block.mlp),
@@ -398,10 +397,9 @@ class BridgeAdapter(Adapter):
             raise UnsupportedArchitectureError(
                 _refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
             )
-        w = component.weight
-        if rms and getattr(self.cfg, "rmsnorm_uses_offset", False):
-            w = 1 + w.detach()
-        return NormWeights(w, getattr(component, "bias", None), center=not rms)
+        offset = 1.0 if rms and getattr(self.cfg, "rmsnorm_uses_offset", False) else 0.0
+        bias = getattr(component, "bias", None)
+        return NormWeights(component.weight, bias, center=not rms, offset=offset)
 
     def block_weights(self, block: Any) -> BlockWeights:
         def norm(name: str) -> NormWeights | None:
@@ -439,6 +437,8 @@ class BridgeAdapter(Adapter):
 
     def unembed_weights(self) -> UnembedWeights:
         W_U, b_U = _linear(self.model.unembed)
+        if b_U is not None and not bool(b_U.any()):
+            b_U = None  # zeros that the Bridge adds where the model has no bias
         return UnembedWeights(W_U, b_U, self.soft_cap())
 
 

@@ -122,12 +122,9 @@ def resolve_target(capture: Capture, target: TargetLike, pos: int = -1) -> Targe
         ids = torch.full_like(query, index)
     covector = frame.cast(unembed.W_U[:, ids].T)
     constant = torch.zeros_like(y[:, 0]) if unembed.b_U is None else frame.cast(unembed.b_U[ids])
-    ratio = unembed.scale
     if unembed.soft_cap is not None:
-        ratio = ratio * soft_cap_ratio((covector * y).sum(-1) + constant, unembed.soft_cap)
+        ratio = soft_cap_ratio((covector * y).sum(-1) + constant, unembed.soft_cap)
         covector, constant = covector * ratio[:, None], constant * ratio
-    else:
-        covector, constant = covector * ratio, constant * ratio
     names = tuple(repr(_decode(capture, int(i))) for i in ids)
     return Target(names, query, covector, constant, logits[prompts, ids])
 

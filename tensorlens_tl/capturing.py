@@ -355,16 +355,15 @@ class Recorder:
     ) -> None:
         u, check = unembed.weights, self.check
         if u.soft_cap is None:
-            r = check.signs(u.W_U.shape[1])
-            predicted = check.through_norm(ln_final, final, check.into(u.W_U))
-            predicted = (predicted + check.dot(u.b_U, r)) * u.scale
-            check.compare("logits (W_U, b_U)", logits @ r, predicted)
+            check.linear("logits (W_U, b_U)", ln_final, final, logits, u.W_U, u.b_U)
         else:  # A capped logit is a product of its own, so a few are compared one by one.
             some = torch.arange(0, u.W_U.shape[1], max(1, u.W_U.shape[1] // 64))
             raw = unembed.final @ self.frame.cast(u.W_U[:, some])
             raw = raw if u.b_U is None else raw + self.frame.cast(u.b_U[some])
-            predicted = raw * soft_cap_ratio(raw, u.soft_cap) * u.scale
-            check.compare("logits (W_U, b_U, soft cap)", logits[..., some], predicted)
+            predicted = raw * soft_cap_ratio(raw, u.soft_cap)
+            seen, r = logits[..., some], check.signs(len(some))
+            size = torch.linalg.vector_norm(seen, dim=-1)
+            check.compare("logits (W_U, b_U, soft cap)", seen @ r, predicted @ r, size)
         check.settle(self.adapter.foreign_hooks)
 
 

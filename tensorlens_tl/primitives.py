@@ -215,10 +215,11 @@ class Norm(LinearMap):
     def apply(self, x):
         x = x - x.mean(-1, keepdim=True) if self.weights.center else x
         x = x / self.scale
-        return x if self.weights.w is None else x * self.frame.cast(self.weights.w)
+        w = self.weights.gain
+        return x if w is None else x * self.frame.cast(w)
 
     def apply_t(self, y, effects=None):
-        w, b = self.weights.w, self.weights.b
+        w, b = self.weights.gain, self.weights.b
         if effects is not None and b is not None:
             effects[f"{self.name}.b"] = y @ self.frame.cast(b)
         y = (y if w is None else y * self.frame.cast(w)) / self.scale

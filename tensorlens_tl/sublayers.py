@@ -275,7 +275,7 @@ class GatedMLP(FeedForward):
 
 @dataclass(frozen=True, eq=False)
 class Unembed(LinearMap):
-    """logits = (y W_U + b_U) ⊙ ratio: a soft cap's ratio cap(l) / l, and a logit scale, are frozen.
+    """The readout (y W_U + b_U) ⊙ ratio: a soft cap's ratio cap(l) / l is frozen.
 
     ``final`` is the run's own final normalized residual: where it is capped, the ratio is
     computed from it on first use, since [pos, d_vocab] ratios are the largest frozen quantity.
@@ -287,10 +287,10 @@ class Unembed(LinearMap):
 
     @cached_property
     def ratio(self) -> Tensor | float:
-        cap, scale = self.weights.soft_cap, self.weights.scale
-        if cap is None:
-            return scale
-        return scale * soft_cap_ratio(self._linear.apply(self.final) + self._linear.bias, cap)
+        if self.weights.soft_cap is None:
+            return 1.0
+        logits = self._linear.apply(self.final) + self._linear.bias
+        return soft_cap_ratio(logits, self.weights.soft_cap)
 
     @property
     def _linear(self) -> Linear:

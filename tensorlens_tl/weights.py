@@ -10,11 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class NormWeights:
-    """A norm's affine part: ``w`` is the effective factor (1 + w where the host adds one)."""
+    """A norm's affine part x ⊙ (w + offset) + b; ``center`` tells LayerNorm from RMSNorm."""
 
     w: Float[Tensor, " d"] | None
     b: Float[Tensor, " d"] | None
     center: bool
+    offset: float = 0.0
+
+    @property
+    def gain(self) -> Float[Tensor, " d"] | None:
+        """The effective factor, or None for 1."""
+        return self.w if self.w is None or not self.offset else self.w + self.offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +65,11 @@ class GatedMLPWeights:
 
 @dataclass(frozen=True, eq=False)
 class UnembedWeights:
-    """logits = scale · cap(y W_U + b_U), cap(l) = soft_cap · tanh(l / soft_cap) where there is one."""
+    """The readout cap(y W_U + b_U), with cap(l) = soft_cap · tanh(l / soft_cap) where there is one."""
 
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"] | None
     soft_cap: float | None = None
-    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,6 +108,7 @@ BRIDGE = {
     "gemma2": ("Gemma2", {**_GQA, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8,
                           "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
 }  # fmt: skip
+COMPAT = {"gpt2", "llama", "neox", "gemma2"}  # one of every block shape, in compatibility mode too
 FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2"}
 
 
@@ -172,7 +173,7 @@ if HookedTransformer is not None:
     CASES |= {c.name: c for c in (_hooked_case(n, cfg) for n, cfg in HOOKED.items())}
 if build_bridge_from_module is not None:
     for _name, (_class, _config) in BRIDGE.items():
-        for _compat in (False, True):
+        for _compat in (False, True) if _name in COMPAT else (False,):
             _case = _bridge_case(_name, _class, _config, _compat)
             CASES[_case.name] = _case
 ALL = list(CASES.values())

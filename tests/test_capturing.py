@@ -143,7 +143,7 @@ def transposed_W_out(a):
 
 def forgotten_one_plus_w(a):
     ln1 = a.weights.blocks[1].ln1
-    _weights(a, 1, ln1=replace(ln1, w=ln1.w - 1))
+    _weights(a, 1, ln1=replace(ln1, w=ln1.gain - 1, offset=0.0))
 
 
 def skipped_norm_weight(a):
@@ -196,9 +196,8 @@ class Traits:
         self.kv = block.attn.W_V.shape[0]
         self.b_V, self.b_O = is_set(block.attn.b_V), is_set(block.attn.b_O)
         self.mlp, self.gated = block.mlp is not None, case.gated
-        self.w = (
-            block.ln1 is not None and block.ln1.w is not None and bool((block.ln1.w != 1).any())
-        )
+        gain = None if block.ln1 is None else block.ln1.gain
+        self.w = gain is not None and bool((gain != 1).any())
         # Compatibility mode centres what writes to the residual: a mean of 0 cannot be missed.
         self.center = block.ln1 is not None and block.ln1.center and "compat" not in case.name
         self.post = block.ln1_post is not None
@@ -217,14 +216,14 @@ PAIRS = [
 @pytest.mark.parametrize(
     ("case", "mistake", "where"), PAIRS, ids=[f"{c}-{m.__name__}" for c, m, _ in PAIRS]
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_the_self_check_finds(case, mistake, where, dtype):
-    adapter = adapt(case.model(dtype))
-    with torch.no_grad(), quiet():
-        mistake(adapter)
-        with pytest.raises(CaptureMismatchError, match=where):
-            record(adapter, tokens())
-        assert record(adapt(case.model(dtype)), tokens())[1].check <= 1e-4
+def test_the_self_check_finds(case, mistake, where):
+    for dtype in (torch.float64, torch.float32):
+        adapter = adapt(case.model(dtype))
+        with torch.no_grad(), quiet():
+            mistake(adapter)
+            with pytest.raises(CaptureMismatchError, match=where):
+                record(adapter, tokens())
+            assert record(adapt(case.model(dtype)), tokens())[1].check <= 1e-4
 
 
 @every_case
@@ -239,7 +238,7 @@ def test_every_product_is_checked(case):
     assert (
         lens_of(case).capture_check
         == max(checks.values())
-        <= (1e-6 if case.float32_norms else 1e-13)
+        <= (5e-6 if case.float32_norms else 1e-13)
     )
 
 
