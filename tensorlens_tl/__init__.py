@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 from .plugin import capture, install, uninstall, wrap
 
 if TYPE_CHECKING:
-    from .adapters import UnsupportedArchitectureError
     from .attribution import Attribution
     from .capturing import Capture, Convention
     from .composer import FrozenTransformer
     from .graph import Node
-    from .lens import TensorLens
+    from .lens import TensorLens, load
     from .linear_map import LinearMap, dot_test
     from .selfcheck import CaptureMismatchError
+    from .supported import UnsupportedArchitectureError
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "UnsupportedArchitectureError": "adapters",
+    "UnsupportedArchitectureError": "supported",
     "Attribution": "attribution",
     "Capture": "capturing",
     "CaptureMismatchError": "selfcheck",
@@ -38,6 +38,7 @@ _HOMES = {
     "TensorLens": "lens",
     "LinearMap": "linear_map",
     "dot_test": "linear_map",
+    "load": "lens",
 }
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "capture",
     "dot_test",
     "install",
+    "load",
     "uninstall",
     "wrap",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .graph import resid_site
 from .prompts import Prompts, as_ids, check_tokens, is_text, mask_spans, tokenize
+from .supported import SUPPORTED, UnsupportedArchitectureError, refusal
 from .weights import (
     AttentionWeights,
     BlockWeights,
@@ -27,29 +28,6 @@ from .weights import (
     NormWeights,
     UnembedWeights,
 )
-
-
-class UnsupportedArchitectureError(ValueError):
-    """A model, or a part of one, that cannot be frozen exactly; the message names it."""
-
-
-def _refusal(what: str, why: str) -> str:
-    return (
-        f"cannot freeze {what} exactly: {why}. Supported: {', '.join(SUPPORTED)}, as "
-        "HookedTransformer or TransformerBridge"
-    )
-
-
-SUPPORTED = {
-    "GPT2LMHeadModel": "GPT-2",
-    "LlamaForCausalLM": "Llama",
-    "MistralForCausalLM": "Mistral",
-    "GPTNeoXForCausalLM": "GPT-NeoX/Pythia",
-    "Qwen2ForCausalLM": "Qwen2",
-    "Qwen3ForCausalLM": "Qwen3",
-    "Gemma2ForCausalLM": "Gemma-2",
-}
-"""Architectures that the tests cover, by Hugging Face class name."""
 
 _ACTIVATIONS = {
     "relu": "relu",
@@ -79,6 +57,18 @@ _LAYER_HOOKS = {
     "mlp.ln.scale": "mlp.ln.hook_scale",
     "post": "mlp.hook_post",
 }
+
+_EDITS = {
+    "resid_pre": ("hook_resid_pre",),
+    "v": ("ln1.hook_normalized", "attn.hook_v"),
+    "z": ("attn.hook_z",),
+    "attn_out": ("attn.hook_result", "ln1_post.hook_normalized", "hook_attn_out", "hook_resid_mid"),
+    "pre": ("hook_mlp_in", "ln2.hook_normalized", "mlp.hook_pre"),
+    "pre_linear": ("hook_mlp_in", "ln2.hook_normalized", "mlp.hook_pre_linear"),
+    "post": ("mlp.hook_mid", "mlp.ln.hook_normalized", "mlp.hook_post"),
+    "mlp_out": ("ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post"),
+}
+"""Hook points whose edits become constants, by the stage at which they are seen."""
 
 Read = tuple[int | None, str]
 """What is read, and in which layer: (3, "pattern"), (None, "embed")."""
@@ -169,7 +159,7 @@ class Adapter(ABC):
         act = self.cfg.act_fn
         if act not in _ACTIVATIONS:
             raise UnsupportedArchitectureError(
-                _refusal(f"the activation {act!r}", f"known are {', '.join(_ACTIVATIONS)}")
+                refusal(f"the activation {act!r}", f"known are {', '.join(_ACTIVATIONS)}")
             )
         return _ACTIVATIONS[act]
 
@@ -215,6 +205,19 @@ class Adapter(ABC):
         named = {id(point): name for name, point in self.model.hook_dict.items()}
         points = {id(point): point for point in self.model.hook_dict.values()}
         return [named[key] for key, point in points.items() if point.fwd_hooks]
+
+    def edits(self) -> dict[tuple[int, str], tuple[str, ...]]:
+        """Where hooks of the user's own may edit the run: labels by (layer, stage)."""
+        hooks = self.model.hook_dict
+        found = {}
+        for layer in range(len(self.weights.blocks)):
+            for stage, names in _EDITS.items():
+                points = ((name, hooks.get(f"blocks.{layer}.{name}")) for name in names)
+                labels = [name for name, p in points if p is not None and p.fwd_hooks]
+                if labels:
+                    strip = (label.removeprefix("attn.").removeprefix("mlp.") for label in labels)
+                    found[layer, stage] = tuple(strip)
+        return found
 
     def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Prompts]:
         """Tokens of a string, a list of strings or token ids, checked, and what to pass to the model.
@@ -280,16 +283,16 @@ class HookedTransformerAdapter(Adapter):
         architecture = getattr(self.cfg, "original_architecture", None)
         if architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM"):
             raise UnsupportedArchitectureError(
-                _refusal(architecture, "its norms stand after the sublayers")
+                refusal(architecture, "its norms stand after the sublayers")
             )
         kind = self.cfg.positional_embedding_type
         if kind not in ("standard", "rotary"):
             raise UnsupportedArchitectureError(
-                _refusal(f"{kind!r} positions", "only standard and rotary ones are tested")
+                refusal(f"{kind!r} positions", "only standard and rotary ones are tested")
             )
         if getattr(self.cfg, "post_embedding_ln", False):
             raise UnsupportedArchitectureError(
-                _refusal("post_embedding_ln", "an embedding norm is not served yet")
+                refusal("post_embedding_ln", "an embedding norm is not served yet")
             )
 
     def norm_weights(self, norm: nn.Module | None) -> NormWeights | None:
@@ -298,7 +301,7 @@ class HookedTransformerAdapter(Adapter):
             return None
         if kind not in ("LayerNorm", "LayerNormPre", "RMSNorm", "RMSNormPre"):
             raise UnsupportedArchitectureError(
-                _refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
+                refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
             )
         return NormWeights(
             getattr(norm, "w", None), getattr(norm, "b", None), center=kind.startswith("Layer")
@@ -309,7 +312,7 @@ class HookedTransformerAdapter(Adapter):
             kind = type(module).__name__
             if kind not in ("TransformerBlock", "Attention", "GroupedQueryAttention"):
                 raise UnsupportedArchitectureError(
-                    _refusal(f"the module {kind}", "its computation is not known here")
+                    refusal(f"the module {kind}", "its computation is not known here")
                 )
         attn = block.attn
         # The grouped class keeps the raw weights in _W_V and repeats them in W_V.
@@ -335,7 +338,7 @@ class HookedTransformerAdapter(Adapter):
                 mlp.W_gate, None, mlp.W_in, None, mlp.b_in, mlp.W_out, mlp.b_out, act
             )
         raise UnsupportedArchitectureError(
-            _refusal(f"the MLP {kind}", "it is neither MLP nor GatedMLP")
+            refusal(f"the MLP {kind}", "it is neither MLP nor GatedMLP")
         )
 
     def unembed_weights(self) -> UnembedWeights:
@@ -362,9 +365,10 @@ class BridgeAdapter(Adapter):
         architecture = getattr(self.cfg, "architecture", None)
         if architecture not in SUPPORTED:
             raise UnsupportedArchitectureError(
-                _refusal(f"{architecture}", "this architecture is not tested")
+                refusal(f"{architecture}", "this architecture is not tested")
             )
-        attention = getattr(self.model.original_model.config, "_attn_implementation", "eager")
+        config = getattr(self.model.original_model, "config", None)
+        attention = getattr(config, "_attn_implementation", "eager")
         if attention not in ("eager", None) and not self._reconstructs():
             raise ValueError(
                 f"attention implementation {attention!r} has no pattern to read, expected 'eager': "
@@ -384,22 +388,23 @@ class BridgeAdapter(Adapter):
         for name, module in self.model.original_model.named_modules():
             if isinstance(module, nn.Dropout) and module.p > 0:
                 return f"{name}, p = {module.p}"
-        rate = getattr(self.model.original_model.config, "attention_dropout", 0) or 0
+        config = getattr(self.model.original_model, "config", None)
+        rate = getattr(config, "attention_dropout", 0) or 0
         return f"attention_dropout = {rate}" if rate > 0 else ""
 
     def norm_weights(self, norm: nn.Module | None) -> NormWeights | None:
-        if norm is None:
+        component: Any = getattr(norm, "original_component", None)
+        if component is None or isinstance(component, nn.Identity):
             return None
-        component: Any = norm.original_component
         kind = type(component).__name__
-        rms = bool(norm.uses_rms_norm)
-        if not (rms or isinstance(component, nn.LayerNorm)):
+        rms = "RMSNorm" in kind
+        if not (rms or "LayerNorm" in kind):
             raise UnsupportedArchitectureError(
-                _refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
+                refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
             )
         offset = 1.0 if rms and getattr(self.cfg, "rmsnorm_uses_offset", False) else 0.0
-        bias = getattr(component, "bias", None)
-        return NormWeights(component.weight, bias, center=not rms, offset=offset)
+        w, b = getattr(component, "weight", None), getattr(component, "bias", None)
+        return NormWeights(w, b, center=not rms, offset=offset)
 
     def block_weights(self, block: Any) -> BlockWeights:
         def norm(name: str) -> NormWeights | None:
@@ -415,9 +420,9 @@ class BridgeAdapter(Adapter):
                 W_O.unflatten(0, (-1, d_head)),
                 b_O,
             ),
-            self._mlp_weights(block.mlp),
+            None if (mlp := getattr(block, "mlp", None)) is None else self._mlp_weights(mlp),
             norm("ln1"),
-            norm("ln2"),
+            norm("ln2") if mlp is not None else None,
             norm("ln1_post"),
             norm("ln2_post"),
             parallel="Parallel" in type(block).__name__,
@@ -425,9 +430,11 @@ class BridgeAdapter(Adapter):
 
     def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights:
         kind, act = type(mlp).__name__, self.activation()
+        if str(self.cfg.act_fn).endswith("_ln"):
+            kind = f"{kind} with {self.cfg.act_fn}"
         if kind not in ("MLPBridge", "GatedMLPBridge"):
             raise UnsupportedArchitectureError(
-                _refusal(f"the MLP {kind}", "it is neither MLPBridge nor GatedMLPBridge")
+                refusal(f"the MLP {kind}", "it is neither MLPBridge nor GatedMLPBridge")
             )
         W_in, b_in = _linear(getattr(mlp, "in"))
         W_out, b_out = _linear(mlp.out)
@@ -450,7 +457,7 @@ def _linear(bridge: Any) -> tuple[Tensor, Tensor | None]:
     if type(module).__name__ == "Conv1D":
         return module.weight, module.bias
     raise UnsupportedArchitectureError(
-        _refusal(f"the linear module {type(module).__name__}", "its orientation is not known here")
+        refusal(f"the linear module {type(module).__name__}", "its orientation is not known here")
     )
 
 

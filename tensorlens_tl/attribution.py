@@ -7,7 +7,9 @@ collects it on its way), and both together are the target, exactly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import math
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     import pandas
 
 BY = ("token", "component")
+
+FORMAT = "tensorlens_tl attribution 1"
 
 TargetLike = str | int | Tensor | None
 """A token string, a token id, a direction [d_vocab] or [d_model], or None: the own prediction."""
@@ -265,6 +269,60 @@ class Attribution:
                     rows.append((prompt, label, str(source.node), pos, value))
         return pandas.DataFrame(rows, columns=["prompt", "label", "node", "pos", "value"])
 
+    def to_json(self) -> str:
+        """The attribution as JSON; :meth:`from_json` gives the same numbers back, to the bit."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data |= {"format": FORMAT, "dtype": str(self.values.dtype).removeprefix("torch.")}
+        data["values"] = [[_number(x) for x in row] for row in self.values.tolist()]
+        data["target_value"] = [_number(x) for x in self.target_value.tolist()]
+        data["sources"] = [(astuple(source.node), source.pos) for source in self.sources]
+        return json.dumps(data | {"convention": asdict(self.convention)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Attribution:
+        """Read what :meth:`to_json` wrote.
+
+        Args:
+            text: JSON.
+
+        Returns:
+            The attribution, on the CPU.
+
+        Raises:
+            ValueError: If the text is not a whole attribution.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            dtype = {"float32": torch.float32, "float64": torch.float64}[data.pop("dtype")]
+            for name in ("values", "target_value"):
+                data[name] = _tensor(data[name], dtype)
+            data["sources"] = tuple(Source(Node(*node), pos) for node, pos in data["sources"])
+            for name in ("labels", "spans"):
+                data[name] = tuple(map(tuple, data[name]))
+            data |= {
+                "target": tuple(data["target"]),
+                "convention": Convention(**data["convention"]),
+            }
+            found = cls(**data)
+            shape = len(found.target), len(found.sources)
+            widths = {len(found.sources), *map(len, found.labels)}
+            heights = {
+                len(found.target),
+                len(found.labels),
+                len(found.spans),
+                len(found.target_value),
+            }
+            if found.values.shape != shape or len(widths) != 1 or len(heights) != 1:
+                raise ValueError(f"values, sources, labels and target do not fit {list(shape)}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"expected an attribution that to_json wrote, got something else ({error}): write "
+                "it again"
+            ) from None
+        return found
+
     def __repr__(self) -> str:
         head = f"Attribution by {self.by} of {', '.join(self.target[:3])}"
         if len(self) > 1:
@@ -275,6 +333,16 @@ class Attribution:
         rows = "\n".join(f"  {value:+9.4f}  {label}" for label, value in self.top(10))
         more = len(self.sources) - 10
         return f"{head}{total}{exact}\n{rows}" + (f"\n  … {more} more" if more > 0 else "")
+
+
+def _number(x: float) -> float | str:
+    return x if math.isfinite(x) else str(x)  # JSON has no nan
+
+
+def _tensor(rows: Any, dtype: torch.dtype) -> Tensor:
+    nested = bool(rows) and isinstance(rows[0], list)
+    numbers = [[float(x) for x in row] for row in rows] if nested else [float(x) for x in rows]
+    return torch.tensor(numbers, dtype=torch.float64).to(dtype)
 
 
 # --- The two splits ------------------------------------------------------------------------------
@@ -332,10 +400,9 @@ def _by_token(
     effects: dict[str, Tensor] = {}
     covector = operator.apply_t(u, effects)
     found: dict[Source, Tensor] = {}
-    for name, embedding in (("embed", capture.embed), ("pos_embed", capture.pos_embed)):
-        if embedding is not None:
-            shares = (covector * embedding).sum(-1)
-            found |= {Source(Node(name), pos): shares[:, pos] for pos in range(frame.n_pos)}
+    for name, embedding in capture.embeddings.items():
+        node, shares = Node.parse(name), (covector * embedding).sum(-1)
+        found |= {Source(node, pos): shares[:, pos] for pos in range(frame.n_pos)}
     return found | {Source(Node.parse(name)): e.sum(-1) for name, e in reversed(effects.items())}
 
 
@@ -348,12 +415,13 @@ def _by_component(
     if capture.ln_final is not None:
         u = capture.ln_final.row(query).apply_t(u, effects)
     found: dict[Source, Tensor] = {}
-    for name, embedding in (("embed", capture.embed), ("pos_embed", capture.pos_embed)):
-        if embedding is not None:
-            found[Source(Node(name))] = (take_row(embedding, query) * u).sum((-2, -1))
+    for name, embedding in capture.embeddings.items():
+        found[Source(Node.parse(name))] = (take_row(embedding, query) * u).sum((-2, -1))
     for step in operator.steps:
         for branch in step.branches:
             found |= _direct(branch, step.state, query, u, effects)
+        for edit in step.edits:
+            effects[edit.name] = (u * take_row(edit.constant, query)).sum(-1)
     return found | {Source(Node.parse(name)): e.sum(-1) for name, e in effects.items()}
 
 
@@ -365,8 +433,8 @@ def _direct(
         u = branch.post.row(query).apply_t(u, effects)
     x = state if branch.pre is None else branch.pre.apply(state) + branch.pre.bias
     shares = (branch.body.outputs_at(x, query) @ u.mT).squeeze(-1)
-    for name, constant in branch.body.external().items():
-        effects[name] = u @ branch.body.frame.cast(constant)
+    for name, constant in branch.body.outside_at(query).items():
+        effects[name] = (u[:, 0] * constant).sum(-1, keepdim=True)
     nodes = branch.body.nodes()
     return {Source(node): share for node, share in zip(nodes, shares.unbind(-1), strict=True)}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .capturing import Capture
 from .graph import FINAL_SITE, resid_site
 from .linear_map import Chain, Frame, LinearMap, Residual, Sum
-from .primitives import Norm
+from .primitives import Norm, Shift
 from .sublayers import Sublayer
 
 
@@ -40,16 +40,21 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step of the residual stream, x → x + Σ branches(x), and the site it starts from."""
+    """A step of the residual stream, x → x + Σ branches(x), and the site it starts from.
+
+    ``edits`` are what the user's own hooks added to the residual after it.
+    """
 
     site: str
     branches: tuple[Branch, ...]
     state: Float[Tensor, "batch pos d_model"]
+    edits: tuple[Shift, ...] = ()
 
     @cached_property
-    def map(self) -> Residual:
+    def map(self) -> LinearMap:
         """The step as one map."""
-        return Residual(Sum(tuple(branch.map for branch in self.branches)))
+        step = Residual(Sum(tuple(branch.map for branch in self.branches)))
+        return Chain((step, *self.edits)) if self.edits else step
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +106,11 @@ class FrozenTransformer(LinearMap):
             mlp = () if block.mlp is None else (Branch(block.ln2, block.mlp, block.ln2_post),)
             pre = resid_site(layer, "pre")
             if block.resid_mid is None:
-                steps.append(Step(pre, (attn, *mlp), block.resid_pre))
+                steps.append(Step(pre, (attn, *mlp), block.resid_pre, block.post_edits))
             else:
-                steps.append(Step(pre, (attn,), block.resid_pre))
-                steps.append(Step(resid_site(layer, "mid"), mlp, block.resid_mid))
+                mid = resid_site(layer, "mid")
+                steps.append(Step(pre, (attn,), block.resid_pre, block.mid_edits))
+                steps.append(Step(mid, mlp, block.resid_mid, block.post_edits))
         width = capture.embed.shape[-1]
         ln_final = capture.ln_final or Identity(capture.frame, width)
         return cls(capture.frame, tuple(steps), ln_final)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .attribution import Attribution, TargetLike, attribute, resolve_target
 from .capturing import Capture, Convention
 from .composer import FrozenTransformer
+from .headers import require_weights
 from .linear_map import LinearMap
+from .saving import load_capture, save_capture
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,7 +65,7 @@ class TensorLens:
     @cached_property
     def operator(self) -> FrozenTransformer:
         """T and its bias: X [batch, pos, d_model] → the final normalized residual y."""
-        return FrozenTransformer.of(self.capture)
+        return FrozenTransformer.of(require_weights(self.capture))
 
     @property
     def embedding(self) -> Float[Tensor, "batch pos d_model"]:
@@ -136,7 +141,7 @@ class TensorLens:
         real = self.capture.frame.real
         ours = self.readout(self.operator.apply(self.embedding) + self.operator.bias)[real]
         logits = self.capture.frame.cast(self.capture.logits)[real]
-        return float((ours - logits).abs().max() / logits.abs().max())
+        return float((ours - logits).abs().max() / logits.abs().max().clamp_min(1e-30))
 
     # --- Where a logit comes from
 
@@ -167,3 +172,42 @@ class TensorLens:
         if versus is not None:
             goal = goal.minus(resolve_target(self.capture, versus, pos))
         return attribute(self.capture, self.operator, goal, by)
+
+    # --- In a file
+
+    def save(self, path: str | os.PathLike[str], weights: bool = False) -> None:
+        """Write the lens to a file, whole or not at all; :func:`tensorlens_tl.load` reads it.
+
+        Args:
+            path: Where to. A file that is there is replaced once the new one is complete.
+            weights: Whether to store the model's weights, too. Without them the file holds a
+                fingerprint of them, and an operator needs ``load(path, model=...)``.
+
+        Raises:
+            ValueError: If there is no such folder, or the lens has no weights to store.
+        """
+        save_capture(self.capture, path, weights)
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Any = None,
+    device: str | torch.device | None = None,
+) -> TensorLens:
+    """Read a lens that :meth:`TensorLens.save` wrote; nothing in the file is executed.
+
+    Args:
+        path: The file.
+        model: The model it was made with. Its weights are compared with the saved fingerprint and
+            used by reference. Without it, and without saved weights, the lens serves what needs
+            none: logits, tokens, embedding, capture check.
+        device: Where to put the tensors; by default the model's device, or else the CPU.
+
+    Returns:
+        The lens.
+
+    Raises:
+        ValueError: If the file is no saved lens or is damaged, or the model is another one; the
+            message says what was expected, what came and what to do.
+    """
+    return TensorLens(load_capture(path, model, device))

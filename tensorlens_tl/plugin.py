@@ -62,8 +62,9 @@ def capture(
         CaptureMismatchError: If the run is not what the operator would compute.
     """
     from .adapters import adapt
-    from .capturing import Convention, record
+    from .capturing import Convention
     from .lens import TensorLens
+    from .recording import record
 
     if not hasattr(model, "hook_dict") and hasattr(model, "config"):
         model = wrap(model, tokenizer)

@@ -4,6 +4,7 @@ Linear   x W + b                     weights
 Mix      Σ_k A[q, k] v_k             a frozen attention pattern, per head
 Gate     x ⊙ r + offset              frozen ratios r = act(z) / z
 Norm     (x − mean x) / s ⊙ w + b    a frozen scale s
+Shift    x + constant                an edit of the user's own
 """
 
 from __future__ import annotations
@@ -189,6 +190,38 @@ class Gate(LinearMap):
 
     def constants(self):
         return {} if self.offset is None else {self.name: self.bias}
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(LinearMap):
+    """x → x + constant: what an edit of the user's own added in this run, held constant."""
+
+    frame: Frame
+    constant: Float[Tensor, "batch pos d"]
+    name: str
+
+    @property
+    def in_dim(self) -> int:
+        return self.constant.shape[-1]
+
+    @property
+    def out_dim(self) -> int:
+        return self.constant.shape[-1]
+
+    def apply(self, x):
+        return x
+
+    def apply_t(self, y, effects=None):
+        if effects is not None:
+            effects[self.name] = (y * self.constant).sum(-1)
+        return y
+
+    @property
+    def bias(self):
+        return self.constant
+
+    def constants(self):
+        return {self.name: self.constant}
 
 
 @dataclass(frozen=True, eq=False)

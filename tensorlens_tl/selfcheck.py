@@ -101,6 +101,10 @@ class SelfCheck:
         self._states = [*self._states[-1:], (x, measured)]
         return measured
 
+    def project(self, x: Tensor) -> Tensor:
+        """The projection x · r of a state or of what is added to one."""
+        return x @ self.signs(x.shape[-1])
+
     def times(self, a: Tensor, b: Tensor) -> Tensor:
         """The product a ⊙ b, in a buffer that the next call overwrites."""
         if self._scratch is None or self._scratch.shape != a.shape:
@@ -151,6 +155,8 @@ class SelfCheck:
             CaptureMismatchError: If an error passes the tolerance; names the first place.
             ValueError: If a real token's activations are not finite.
         """
+        if not self._names:  # a block whose every product the user edited
+            return
         sizes = torch.stack(self._sizes)  # [product, batch, pos]
         sizes = sizes + 0.01 * sizes.amax((1, 2), keepdim=True) + _TINY
         errors = torch.where(self.real, torch.stack(self._errors) / sizes, 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .graph import Node
 from .linear_map import Chain, Frame, LinearMap, Sum
-from .primitives import Gate, Linear, Mix, Norm, soft_cap_ratio, take_row
+from .primitives import Gate, Linear, Mix, Norm, Shift, soft_cap_ratio, take_row
 from .weights import AttentionWeights, GatedMLPWeights, MLPWeights, UnembedWeights
 
 
@@ -61,9 +61,32 @@ class Sublayer(LinearMap):
             query: Destinations, as tensor indices.
         """
 
+    @property
     @abstractmethod
-    def external(self) -> dict[str, Float[Tensor, " d_model"]]:
-        """The constant that no node holds (b_O, b_out), by name."""
+    def external(self) -> tuple[str, Float[Tensor, " d_model"] | None]:
+        """The constant that no node holds, b_O or b_out, and its name."""
+
+    @property
+    @abstractmethod
+    def edits(self) -> dict[str, Shift]:
+        """The user's edits inside the sublayer, by the stage they follow; no node holds them."""
+
+    def outside_at(self, query: Int[Tensor, " batch"]) -> dict[str, Float[Tensor, "batch d_model"]]:
+        """What is added at one destination per prompt that no node holds: b_O or b_out, edits.
+
+        Args:
+            query: Destinations, as tensor indices.
+
+        Returns:
+            The constants, carried to the sublayer's output, by name.
+        """
+        name, b = self.external
+        found = {} if b is None else {name: self.frame.cast(b).expand(len(query), -1)}
+        if self.edits:
+            carried = self.map.constants()
+            names = (edit.name for edit in self.edits.values())
+            found |= {name: take_row(carried[name], query)[:, 0] for name in names}
+        return found
 
     @property
     def in_dim(self) -> int:
@@ -87,6 +110,14 @@ class Sublayer(LinearMap):
         return self.map.constants()
 
 
+def _chain(maps: tuple[LinearMap | None, ...]) -> Chain:
+    return Chain(tuple(m for m in maps if m is not None))
+
+
+def _edits(**stages: Shift | None) -> dict[str, Shift]:
+    return {stage: edit for stage, edit in stages.items() if edit is not None}
+
+
 def _unknown(node: Node, nodes: tuple[Node, ...]) -> ValueError:
     return ValueError(f"no part {node} here; there are {nodes[0]} to {nodes[-1]}")
 
@@ -102,31 +133,31 @@ class Attention(Sublayer):
     layer: int
     pattern: Float[Tensor, "batch head query_pos key_pos"]
     weights: AttentionWeights
+    v_edit: Shift | None = None
+    z_edit: Shift | None = None
+
+    @property
+    def values(self) -> Linear:
+        """The map x → v, key/value heads side by side."""
+        w = self.weights
+        b_V = None if w.b_V is None else w.b_V.flatten()
+        return Linear(self.frame, rearrange(w.W_V, "h d e -> d (h e)"), b_V, f"L{self.layer}.b_V")
+
+    @property
+    def mix(self) -> Mix:
+        """The map v → z, query heads side by side."""
+        kv_heads, _, d_head = self.weights.W_V.shape
+        return Mix(self.frame, self.pattern, kv_heads, d_head)
+
+    @property
+    def output(self) -> Linear:
+        """The map z → what attention adds."""
+        W_O = self.weights.W_O.flatten(0, 1)
+        return Linear(self.frame, W_O, self.weights.b_O, f"L{self.layer}.b_O")
 
     @cached_property
     def map(self) -> Chain:
-        w = self.weights
-        kv_heads, _, d_head = w.W_V.shape
-        return Chain(
-            (
-                Linear(
-                    self.frame,
-                    rearrange(w.W_V, "h d e -> d (h e)"),
-                    None if w.b_V is None else w.b_V.flatten(),
-                    f"L{self.layer}.b_V",
-                ),
-                Mix(self.frame, self.pattern, kv_heads, d_head),
-                Linear(self.frame, w.W_O.flatten(0, 1), w.b_O, f"L{self.layer}.b_O"),
-            )
-        )
-
-    def values(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos kv"]:
-        """The values x W_V + b_V, heads side by side."""
-        return self.map.maps[0].apply(x) + self.map.maps[0].bias
-
-    def mixed(self, v: Float[Tensor, "batch pos kv"]) -> Float[Tensor, "batch pos heads"]:
-        """The mixed values z = A v, heads side by side."""
-        return self.map.maps[1].apply(v)
+        return _chain((self.values, self.v_edit, self.mix, self.z_edit, self.output))
 
     @property
     def kv_of(self) -> list[int]:
@@ -145,6 +176,8 @@ class Attention(Sublayer):
         return replace(
             self,
             pattern=self.pattern[:, h : h + 1],
+            v_edit=None,
+            z_edit=None,
             weights=AttentionWeights(
                 w.W_V[kv : kv + 1],
                 None if w.b_V is None else w.b_V[kv : kv + 1],
@@ -166,8 +199,13 @@ class Attention(Sublayer):
             z = z + row.sum(-1, keepdim=True) * frame.cast(w.b_V)[self.kv_of]
         return torch.einsum("bhe,hed->bhd", z, frame.cast(w.W_O))
 
+    @property
     def external(self):
-        return {} if self.weights.b_O is None else {f"L{self.layer}.b_O": self.weights.b_O}
+        return f"L{self.layer}.b_O", self.weights.b_O
+
+    @property
+    def edits(self) -> dict[str, Shift]:
+        return _edits(v=self.v_edit, z=self.z_edit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +215,11 @@ class FeedForward(Sublayer):
     frame: Frame
     layer: int
     weights: MLPWeights | GatedMLPWeights
+
+    @property
+    def output(self) -> Linear:
+        """The map from post-activations to what the MLP adds."""
+        return Linear(self.frame, self.weights.W_out, self.weights.b_out, f"L{self.layer}.b_out")
 
     @abstractmethod
     def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
@@ -188,15 +231,16 @@ class FeedForward(Sublayer):
     def part(self, node: Node) -> FeedForward:
         if node not in self.nodes():
             raise _unknown(node, self.nodes())
-        return replace(self, weights=replace(self.weights, b_out=None))
+        none = dict.fromkeys(f"{stage}_edit" for stage in self.edits)
+        return replace(self, weights=replace(self.weights, b_out=None), **none)
 
     def outputs_at(self, x, query):
         mlp = self.part(self.nodes()[0]).row(query)
         return mlp.apply(take_row(x, query)) + mlp.bias
 
+    @property
     def external(self):
-        b_out = self.weights.b_out
-        return {} if b_out is None else {f"L{self.layer}.b_out": b_out}
+        return f"L{self.layer}.b_out", self.weights.b_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,19 +253,29 @@ class MLP(FeedForward):
     weights: MLPWeights
     ratio: Float[Tensor, "batch pos d_mlp"]
     ln_scale: Float[Tensor, "batch pos 1"] | None = None
+    pre_edit: Shift | None = None
+    post_edit: Shift | None = None
 
     @cached_property
     def map(self) -> Chain:
-        w, name = self.weights, f"L{self.layer}"
-        stages: list[LinearMap] = [
-            Linear(self.frame, w.W_in, w.b_in, f"{name}.b_in"),
-            Gate(self.frame, self.ratio),
-        ]
+        w, name, ln = self.weights, f"L{self.layer}", None
         if w.ln is not None and self.ln_scale is not None:
             width = self.ratio.shape[-1]
-            stages.append(Norm(self.frame, f"{name}.mlp.ln", self.ln_scale, w.ln, width))
-        stages.append(Linear(self.frame, w.W_out, w.b_out, f"{name}.b_out"))
-        return Chain(tuple(stages))
+            ln = Norm(self.frame, f"{name}.mlp.ln", self.ln_scale, w.ln, width)
+        return _chain(
+            (
+                Linear(self.frame, w.W_in, w.b_in, f"{name}.b_in"),
+                self.pre_edit,
+                Gate(self.frame, self.ratio),
+                ln,
+                self.post_edit,
+                self.output,
+            )
+        )
+
+    @property
+    def edits(self) -> dict[str, Shift]:
+        return _edits(pre=self.pre_edit, post=self.post_edit)
 
     def row(self, query) -> MLP:
         scale = None if self.ln_scale is None else take_row(self.ln_scale, query)
@@ -246,27 +300,37 @@ class GatedMLP(FeedForward):
     on_up: Float[Tensor, "batch pos d_mlp"]
     on_gate: Float[Tensor, "batch pos d_mlp"]
     convention: str = "gate"
+    pre_edit: Shift | None = None
+    pre_linear_edit: Shift | None = None
+    post_edit: Shift | None = None
 
     @cached_property
     def map(self) -> Chain:
         w, name, frame = self.weights, f"L{self.layer}", self.frame
-        branches = {}
         share = 0.5 if self.convention == "half" else 1.0
+        branches: list[LinearMap] = []
         if self.convention in ("gate", "half"):
             up = Linear(frame, w.W_in, w.b_in, f"{name}.b_in")
-            branches["up"] = Chain(
-                (up, Gate(frame, self.on_up * share if share < 1 else self.on_up))
-            )
+            gate = Gate(frame, self.on_up if share == 1 else self.on_up * share)
+            branches.append(_chain((up, self.pre_linear_edit, gate)))
         if self.convention in ("up", "half"):
-            gate = Linear(frame, w.W_gate, w.b_gate, f"{name}.b_gate")
-            ratio = self.on_gate * share if share < 1 else self.on_gate
-            branches["gate"] = Chain((gate, Gate(frame, ratio)))
-        stages = [
-            Sum(tuple(branches.values())) if len(branches) > 1 else next(iter(branches.values()))
-        ]
+            into = Linear(frame, w.W_gate, w.b_gate, f"{name}.b_gate")
+            gate = Gate(frame, self.on_gate if share == 1 else self.on_gate * share)
+            branches.append(_chain((into, self.pre_edit, gate)))
+        offset = None
         if w.b_post is not None:  # HookedTransformer adds b_in after gating
-            stages.append(Gate(frame, torch.ones_like(self.on_up), w.b_post, f"{name}.b_in"))
-        return Chain((*stages, Linear(frame, w.W_out, w.b_out, f"{name}.b_out")))
+            offset = Gate(frame, torch.ones_like(self.on_up), w.b_post, f"{name}.b_in")
+        whole = Sum(tuple(branches)) if len(branches) > 1 else branches[0]
+        return _chain((whole, offset, self.post_edit, self.output))
+
+    @property
+    def edits(self) -> dict[str, Shift]:
+        used = {"post": self.post_edit}
+        if self.convention in ("gate", "half"):
+            used["pre_linear"] = self.pre_linear_edit
+        if self.convention in ("up", "half"):
+            used["pre"] = self.pre_edit
+        return _edits(**used)
 
     def row(self, query) -> GatedMLP:
         on_up, on_gate = take_row(self.on_up, query), take_row(self.on_gate, query)

@@ -25,6 +25,11 @@ try:
 except ImportError:  # transformer_lens 2
     build_bridge_from_module = None
 
+try:
+    from transformer_lens import TransformerBridge, TransformerBridgeConfig
+except ImportError:  # before transformer_lens 4
+    TransformerBridgeConfig = None
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 D_VOCAB, N_CTX, SEQ = 50, 32, 7
 
@@ -108,6 +113,9 @@ BRIDGE = {
     "gemma2": ("Gemma2", {**_GQA, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8,
                           "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
 }  # fmt: skip
+NATIVE = {name: HOOKED[name] for name in (
+    "gpt2", "gpt2-folded", "llama", "neox", "no-norm", "attn-only", "attn-only-no-norm",
+)}  # fmt: skip
 COMPAT = {"gpt2", "llama", "neox", "gemma2"}  # one of every block shape, in compatibility mode too
 FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2"}
 
@@ -125,6 +133,13 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 def build_hooked(config: dict[str, Any], dtype: torch.dtype) -> Any:
     config = {k: v for k, v in {**_BASE, **config}.items() if v is not None or "norm" in k}
     model = HookedTransformer(HookedTransformerConfig(**config, dtype=dtype))
+    randomize(model)
+    return model.eval()
+
+
+def build_native(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    config = {k: v for k, v in {**_BASE, **config}.items() if k not in ("d_mlp", "act_fn") or v}
+    model = TransformerBridge.boot_native(TransformerBridgeConfig(**config), dtype=dtype)
     randomize(model)
     return model.eval()
 
@@ -176,6 +191,15 @@ if build_bridge_from_module is not None:
         for _compat in (False, True) if _name in COMPAT else (False,):
             _case = _bridge_case(_name, _class, _config, _compat)
             CASES[_case.name] = _case
+if TransformerBridgeConfig is not None:
+    for _name, _config in NATIVE.items():
+        CASES[f"native-{_name}"] = Case(
+            f"native-{_name}",
+            lambda dtype, config=_config: build_native(config, dtype),
+            "bridge",
+            float32_norms=_config.get("normalization_type") == "RMS",
+            gated=bool(_config.get("gated_mlp")),
+        )
 ALL = list(CASES.values())
 GATED = [case for case in ALL if case.gated]
 

@@ -91,15 +91,16 @@ def test_not_finite(case):
 
 
 @every_host
-def test_a_hook_that_edits(case):
+def test_an_edit_that_is_not_served(case):
+    """A hook on the final norm changes what the unembedding reads: refused, and the hook named."""
     model = case.model()
 
     def double(t, hook):
         return t * 2
 
-    with model.hooks(fwd_hooks=[("blocks.1.hook_attn_out", double)]):
+    with model.hooks(fwd_hooks=[("ln_final.hook_normalized", double)]):
         refused(
-            model, tokens(), r"L1 attention output.*hooks of your own at .*blocks\.1\.",
+            model, tokens(), r"logits.*hooks of your own at ln_final\.hook_normalized.*not served",
             error=CaptureMismatchError,
         )  # fmt: skip
 

@@ -9,7 +9,8 @@ from helpers import ALL, CASES, lens_of, quiet, tokens
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
 from tensorlens_tl.adapters import adapt
-from tensorlens_tl.capturing import Convention, record
+from tensorlens_tl.capturing import Convention
+from tensorlens_tl.recording import record
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 

@@ -53,9 +53,10 @@ def test_parts_sum_to_the_whole(case):
         parts = [sub.part(node) for node in sub.nodes()]
         assert dot_test(sub) <= 1e-12 and all(dot_test(p) <= 1e-12 for p in parts)
         assert_close(sum(p.apply(x) for p in parts), sub.apply(x), 1e-10)
-        external = {"b_O", "b_out"}
-        outside = [c for name, c in sub.constants().items() if name.split(".")[1] in external]
-        total = sum((p.bias for p in parts), torch.zeros_like(sub.bias)) + sum(outside)
+        name, external = sub.external
+        total = sum((p.bias for p in parts), torch.zeros_like(sub.bias))
+        total = total if external is None else total + external
+        assert (name in sub.constants()) == (external is not None)
         assert (total - sub.bias).abs().max() <= 1e-10 * sub.bias.abs().max().clamp_min(1)
         with pytest.raises(ValueError, match="no part L9H9 here"):
             sub.part(type(sub.nodes()[0])("head", 9, 9))

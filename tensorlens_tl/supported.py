@@ -1,0 +1,35 @@
+"""What can be frozen, and the refusal of what cannot. No torch."""
+
+from __future__ import annotations
+
+SUPPORTED = {
+    "GPT2LMHeadModel": "GPT-2",
+    "LlamaForCausalLM": "Llama",
+    "MistralForCausalLM": "Mistral",
+    "GPTNeoXForCausalLM": "GPT-NeoX/Pythia",
+    "Qwen2ForCausalLM": "Qwen2",
+    "Qwen3ForCausalLM": "Qwen3",
+    "Gemma2ForCausalLM": "Gemma-2",
+    "TransformerLensNative": "TransformerBridge.boot_native",
+}
+"""Architectures that the tests cover, by Hugging Face class name."""
+
+
+class UnsupportedArchitectureError(ValueError):
+    """A model, or a part of one, that cannot be frozen exactly; the message names it."""
+
+
+def refusal(what: str, why: str) -> str:
+    """The message that refuses something by name.
+
+    Args:
+        what: A model or a part of one.
+        why: What keeps it from being frozen.
+
+    Returns:
+        The message; it lists what is supported.
+    """
+    return (
+        f"cannot freeze {what} exactly: {why}. Supported: {', '.join(SUPPORTED)}, as "
+        "HookedTransformer or TransformerBridge"
+    )
