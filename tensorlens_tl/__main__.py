@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -51,10 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with redirect_stdout(sys.stderr):  # hosts print while they load
             report = explain(args)
-    except ValueError as error:
-        print(f"tensorlens-tl: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"tensorlens-tl: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(json.dumps(report, ensure_ascii=False) if args.json else render(report, args.top))
+    try:
+        print(json.dumps(report, ensure_ascii=False) if args.json else render(report, args.top))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has what it wanted
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return 0
 
 

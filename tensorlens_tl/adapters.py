@@ -93,6 +93,8 @@ class Adapter(ABC):
         self.model: Any = model
         self.cfg: Any = model.cfg
         self.check_model()
+        if len(self.model.blocks) == 0:
+            raise UnsupportedArchitectureError(refusal(self.name, "it has no blocks"))
         self.weights = ModelWeights(
             tuple(self.block_weights(block) for block in self.model.blocks),
             self.norm_weights(getattr(self.model, "ln_final", None)),
@@ -198,7 +200,10 @@ class Adapter(ABC):
                 f"{self.name} has no hook point {', '.join(missing)}: expected the hook points of "
                 "TransformerLens 2.18 to 4.x; update transformer_lens or report the model"
             )
-        return {read: hooks[name] for read, name in names.items()}
+        points = {read: hooks[name] for read, name in names.items()}
+        if self.weights.unembed.soft_cap is not None:
+            points[None, "raw_logits"] = self.model.unembed  # the cap comes after this module
+        return points
 
     def foreign_hooks(self) -> list[str]:
         """Names of the hook points that carry forward hooks of somebody else."""
@@ -246,7 +251,7 @@ class Adapter(ABC):
             mask = self.mask(tokens, kwargs)
             whole = [(0, tokens.shape[1])] * len(tokens)
             spans = whole if mask is None else mask_spans(mask, tokens.shape)
-        check_tokens(tokens, self.cfg.n_ctx, self.weights.unembed.W_U.shape[1])
+        check_tokens(tokens, self.cfg.n_ctx, self.cfg.d_vocab)
         strings = tuple(
             tuple(self.token_string(int(token)) for token in row[start:stop])
             for row, (start, stop) in zip(tokens, spans, strict=True)
@@ -347,7 +352,8 @@ class HookedTransformerAdapter(Adapter):
 
     def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         given = kwargs.get("attention_mask")
-        if given is not None or getattr(self.tokenizer, "padding_side", None) != "left":
+        side = kwargs.get("padding_side") or getattr(self.tokenizer, "padding_side", None)
+        if given is not None or side != "left":
             return given
         # With left padding this host masks pad ids in token tensors, too.
         from transformer_lens.utils import get_attention_mask
@@ -374,7 +380,7 @@ class BridgeAdapter(Adapter):
                 f"attention implementation {attention!r} has no pattern to read, expected 'eager': "
                 "load the model with attn_implementation='eager'"
             )
-        if self.model.training and (dropout := self._active_dropout()):
+        if dropout := self._active_dropout():
             raise ValueError(
                 f"the model is in training mode with dropout ({dropout}), expected evaluation mode: "
                 "call model.eval()"
@@ -386,11 +392,11 @@ class BridgeAdapter(Adapter):
 
     def _active_dropout(self) -> str:
         for name, module in self.model.original_model.named_modules():
-            if isinstance(module, nn.Dropout) and module.p > 0:
+            if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
                 return f"{name}, p = {module.p}"
         config = getattr(self.model.original_model, "config", None)
         rate = getattr(config, "attention_dropout", 0) or 0
-        return f"attention_dropout = {rate}" if rate > 0 else ""
+        return f"attention_dropout = {rate}" if rate > 0 and self.model.training else ""
 
     def norm_weights(self, norm: nn.Module | None) -> NormWeights | None:
         component: Any = getattr(norm, "original_component", None)

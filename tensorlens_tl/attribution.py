@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, astuple, dataclass, fields, replace
+from operator import index as operator_index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,12 +114,12 @@ def resolve_target(capture: Capture, target: TargetLike, pos: int = -1) -> Targe
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
     d_vocab = unembed.W_U.shape[1]
     y, logits = capture.unembed.final[prompts, query], frame.cast(capture.logits[prompts, query])
-    if isinstance(target, Tensor) and target.ndim > 0:
+    if not isinstance(target, str | int | None) and getattr(target, "ndim", None) != 0:
         return _direction(capture, target, query, y, logits)
     if target is None:
         ids = logits.argmax(-1)
     else:
-        index = token_id(capture, target) if isinstance(target, str) else int(target)
+        index = token_id(capture, target) if isinstance(target, str) else _as_id(target)
         if not 0 <= index < d_vocab:
             raise ValueError(
                 f"target id {index} is outside the vocabulary: expected 0 to {d_vocab - 1}"
@@ -133,9 +134,31 @@ def resolve_target(capture: Capture, target: TargetLike, pos: int = -1) -> Targe
     return Target(names, query, covector, constant, logits[prompts, ids])
 
 
-def _direction(capture: Capture, u: Tensor, query: Tensor, y: Tensor, logits: Tensor) -> Target:
+def _as_id(target: Any) -> int:
+    try:
+        if isinstance(target, bool):
+            raise TypeError
+        return operator_index(target)
+    except TypeError:
+        raise _no_target(target) from None
+
+
+def _no_target(target: Any) -> ValueError:
+    return ValueError(
+        f"expected a target token, id or direction, got {target!r} of {type(target).__name__}: pass "
+        "a string, an integer or a one-dimensional tensor"
+    )
+
+
+def _direction(
+    capture: Capture, direction: Any, query: Tensor, y: Tensor, logits: Tensor
+) -> Target:
     frame, unembed = capture.frame, capture.unembed
     d_model, d_vocab = unembed.weights.W_U.shape
+    try:
+        u = torch.as_tensor(direction)
+    except (TypeError, ValueError, RuntimeError):
+        raise _no_target(direction) from None
     if u.ndim != 1 or u.shape[0] not in (d_model, d_vocab) or d_model == d_vocab:
         raise ValueError(
             f"expected a direction in logits [{d_vocab}] or in the final residual [{d_model}], got "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from .linear_map import Frame
+from .linear_map import Frame, version
 from .primitives import Norm, Shift
 from .prompts import Prompts
 from .sublayers import MLP, Attention, GatedMLP, Sublayer, Unembed
@@ -53,7 +53,7 @@ class FrozenBlock:
     post_edits: tuple[Shift, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Capture:
     """Everything one run left: frozen sublayers, residual states, logits. No host, no hooks.
 
@@ -89,6 +89,10 @@ class Capture:
     tokenizer: Any = field(repr=False, default=None)
     edit: Shift | None = None
 
+    def __repr__(self) -> str:
+        shape = f"{self.frame.batch} × {self.frame.n_pos} tokens, {len(self.blocks)} layers"
+        return f"Capture({self.model_name}, {shape}, {self.nbytes / 2**20:.1f} MiB)"
+
     @property
     def embeddings(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
         """What the first residual is the sum of, by source."""
@@ -110,7 +114,8 @@ class Capture:
     @property
     def nbytes(self) -> int:
         """Bytes of what the capture alone keeps alive: no weights, no logits."""
-        tensors = [self.embed, self.pos_embed, self.resid_final]
+        tensors = [self.embed, self.pos_embed, self.resid_final, self.unembed.final]
+        tensors += [] if self.ln_final is None else [self.ln_final.scale]
         for block in self.blocks:
             norms = (block.ln1, block.ln2, block.ln1_post, block.ln2_post)
             tensors += [block.resid_pre, block.resid_mid, block.attn.pattern]
@@ -119,6 +124,31 @@ class Capture:
                 tensors.append(getattr(block.mlp, name, None))
         storages = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None}
         return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+    def versions(self) -> tuple[tuple[Tensor, int], ...]:
+        """The tensors that others may write to (logits, weights), with their versions now."""
+        found = [self.logits]
+
+        def walk(value: Any) -> None:
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif is_dataclass(value):
+                for f in fields(value):
+                    walk(getattr(value, f.name))
+
+        walk(self.unembed.weights)
+        for block in self.blocks:
+            for part in (
+                block.attn,
+                block.mlp,
+                block.ln1,
+                block.ln2,
+                block.ln1_post,
+                block.ln2_post,
+            ):
+                walk(getattr(part, "weights", None))
+        walk(getattr(self.ln_final, "weights", None))
+        return tuple((tensor, version(tensor)) for tensor in found)
 
     def prompt(self, index: int) -> Capture:
         """One prompt of the batch, its padding left out: exact, as real tokens never read padding."""

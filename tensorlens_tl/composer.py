@@ -86,7 +86,7 @@ class Identity(LinearMap):
         return {}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FrozenTransformer(LinearMap):
     """The TensorLens operator: X [batch, pos, d_model] → y, the final normalized residual.
 
@@ -96,6 +96,10 @@ class FrozenTransformer(LinearMap):
     frame: Frame
     steps: tuple[Step, ...]
     ln_final: Norm | Identity
+
+    def __repr__(self) -> str:
+        shape = f"[{self.frame.batch}, {self.frame.n_pos}, {self.in_dim}]"
+        return f"FrozenTransformer({shape} → {shape}, {len(self.steps)} steps, {self.frame.dtype})"
 
     @classmethod
     def of(cls, capture: Capture) -> FrozenTransformer:

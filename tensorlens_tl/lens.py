@@ -16,7 +16,7 @@ from .attribution import Attribution, TargetLike, attribute, resolve_target
 from .capturing import Capture, Convention
 from .composer import FrozenTransformer
 from .headers import require_weights
-from .linear_map import LinearMap
+from .linear_map import LinearMap, version
 from .saving import load_capture, save_capture
 
 
@@ -25,17 +25,20 @@ class TensorLens:
     """One run of a transformer as an affine map on its embedded tokens, and questions to it.
 
     ``model.run_with_tensorlens(prompt)`` and :func:`tensorlens_tl.capture` make one. It is exact
-    for
-    this run: ``readout(operator @ embedding + operator.bias)`` are the model's logits. It is not
-    the
-    Jacobian (patterns, scales and gating ratios are held, not differentiated), it has no
+    for this run: ``readout(operator @ embedding + operator.bias)`` are the model's logits. It is
+    not the Jacobian (patterns, scales and gating ratios are held, not differentiated), it has no
     query/key edges, and what it says is a decomposition, not a causal claim.
+
+    Weights and logits are referenced, not copied: once the model's weights or the returned logits
+    are written to, the lens refuses to answer instead of describing another run.
 
     Attributes:
         capture: The frozen run.
+        versions: The tensors that are not the lens's own, and their versions at the capture.
     """
 
     capture: Capture
+    versions: tuple[tuple[Tensor, int], ...] = ()
 
     def __repr__(self) -> str:
         c = self.capture
@@ -55,17 +58,31 @@ class TensorLens:
         """The lens of one prompt of a batch, without padding; shares the batch's memory."""
         if not -len(self) <= prompt < len(self):
             raise IndexError(f"prompt {prompt} does not exist; there are {len(self)}")
-        return TensorLens(self.capture.prompt(prompt % len(self)))
+        return TensorLens(self.capture.prompt(prompt % len(self)), self.versions)
 
     def __iter__(self) -> Iterator[TensorLens]:
         return (self[i] for i in range(len(self)))
 
     # --- The operator
 
-    @cached_property
+    @property
     def operator(self) -> FrozenTransformer:
         """T and its bias: X [batch, pos, d_model] → the final normalized residual y."""
+        self._check_unchanged()
+        return self._operator
+
+    @cached_property
+    def _operator(self) -> FrozenTransformer:
         return FrozenTransformer.of(require_weights(self.capture))
+
+    def _check_unchanged(self) -> None:
+        for tensor, seen in self.versions:
+            if version(tensor) != seen:
+                what = "logits it returned" if tensor is self.capture.logits else "model's weights"
+                raise ValueError(
+                    f"the {what} were written to after the capture, so this lens no longer describes "
+                    "that run: capture again, and clone logits before editing them in place"
+                )
 
     @property
     def embedding(self) -> Float[Tensor, "batch pos d_model"]:
@@ -96,12 +113,13 @@ class TensorLens:
         Returns:
             A lens on the same tensors.
         """
-        return TensorLens(self.capture.with_convention(Convention(gate)))
+        return TensorLens(self.capture.with_convention(Convention(gate)), self.versions)
 
     def readout(
         self, y: Float[Tensor, "*many batch pos d_model"]
     ) -> Float[Tensor, "*many batch pos d_vocab"]:
         """Logits of a final normalized residual; a soft cap's ratio is frozen."""
+        self._check_unchanged()
         return self.capture.unembed @ y + self.capture.unembed.bias
 
     def between(self, start: str, stop: str) -> LinearMap:
@@ -126,9 +144,14 @@ class TensorLens:
         """The largest relative error of the random-projection check made during the run."""
         return self.capture.check
 
-    @cached_property
+    @property
     def completeness_error(self) -> float:
-        """Max |readout(T·X + bias) − logits| / max |logits| over the real tokens; see :meth:`verify`."""
+        """Max |readout(T·X + bias) − logits| / max |logits|, computed once; see :meth:`verify`."""
+        self._check_unchanged()
+        return self._completeness_error
+
+    @cached_property
+    def _completeness_error(self) -> float:
         return self.verify()
 
     def verify(self) -> float:
@@ -168,6 +191,7 @@ class TensorLens:
         Raises:
             ValueError: If the target, the position or ``by`` does not exist.
         """
+        self._check_unchanged()
         goal = resolve_target(self.capture, target, pos)
         if versus is not None:
             goal = goal.minus(resolve_target(self.capture, versus, pos))
@@ -210,4 +234,6 @@ def load(
         ValueError: If the file is no saved lens or is damaged, or the model is another one; the
             message says what was expected, what came and what to do.
     """
-    return TensorLens(load_capture(path, model, device))
+    captured = load_capture(path, model, device)
+    # Only a model's weights can be written to by others; a file's are the lens's own.
+    return TensorLens(captured, () if model is None else captured.versions())

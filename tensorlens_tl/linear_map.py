@@ -92,6 +92,11 @@ class Frame:
         return tensor.detach().to(self.dtype)
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 where torch does not count (inference mode)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class LinearMap(ABC):
     """The linear part of an affine map between [batch, pos, in_dim] and [batch, pos, out_dim].
 

@@ -7,7 +7,6 @@ are imported, before or after the plugin.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import wrapt
 
@@ -27,7 +26,7 @@ _HOSTS = {
 _installed = False
 _registered = False
 _patched: list[type] = []
-_wrapped: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_BRIDGE = "_tensorlens_bridge"
 
 
 def capture(
@@ -71,7 +70,7 @@ def capture(
     elif tokenizer is not None:
         raise ValueError("tokenizer is for Hugging Face models only: this host has its own")
     logits, captured = record(adapt(model), input, Convention(gate), dtype, **kwargs)
-    return logits, TensorLens(captured)
+    return logits, TensorLens(captured, captured.versions())
 
 
 def wrap(model: Any, tokenizer: Any = None) -> Any:
@@ -89,9 +88,14 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
 
     Raises:
         ValueError: If the installed transformer_lens has no Bridge.
+        UnsupportedArchitectureError: If the model cannot be frozen; it is then left as it was.
     """
-    if model in _wrapped:
-        return _wrapped[model]
+    from .supported import SUPPORTED, UnsupportedArchitectureError, refusal
+
+    if (bridge := vars(model).get(_BRIDGE)) is not None:
+        if tokenizer is not None:
+            bridge.tokenizer = tokenizer
+        return bridge
     try:
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     except ImportError:
@@ -99,11 +103,12 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
             f"a Hugging Face model ({type(model).__name__}) needs TransformerBridge, expected "
             "transformer_lens ≥ 3: upgrade it, or load a HookedTransformer"
         ) from None
+    name = type(model).__name__
+    if name not in SUPPORTED:  # before anything of the model is replaced
+        raise UnsupportedArchitectureError(refusal(name, "this architecture is not tested"))
     model.set_attn_implementation("eager")
-    bridge = build_bridge_from_module(
-        model, type(model).__name__, hf_config=model.config, tokenizer=tokenizer
-    )
-    _wrapped[model] = bridge
+    bridge = build_bridge_from_module(model, name, hf_config=model.config, tokenizer=tokenizer)
+    vars(model)[_BRIDGE] = bridge  # beside the submodules, not among them
     return bridge
 
 

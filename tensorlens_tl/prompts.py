@@ -48,6 +48,7 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer: pass token ids, or set model.tokenizer")
     keys = {k: kwargs[k] for k in ("prepend_bos", "padding_side") if k in kwargs}
+    keys["truncate"] = False  # a text over n_ctx is refused, not cut
     counts = [model.to_tokens(text, **keys).shape[-1] if text else 0 for text in texts]
     if 0 in counts:
         raise ValueError(EMPTY)

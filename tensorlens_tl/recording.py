@@ -23,10 +23,10 @@ from torch import Tensor
 
 from .adapters import Adapter, Read
 from .capturing import Capture, Convention, FrozenBlock
-from .linear_map import Frame
+from .linear_map import Frame, version
 from .primitives import Norm, Shift, gating_ratio, soft_cap_ratio
 from .prompts import Prompts
-from .selfcheck import SelfCheck
+from .selfcheck import CaptureMismatchError, SelfCheck
 from .sublayers import MLP, Attention, FeedForward, GatedMLP, Unembed
 from .weights import AttentionWeights, BlockWeights, GatedMLPWeights, MLPWeights, NormWeights
 
@@ -40,8 +40,13 @@ class Recorder:
         self.check = SelfCheck(adapter.model, frame, adapter.dtype)
         self.hooked = adapter.edits()
         self.reads: dict[Read, Tensor] = {}
+        self.sources: dict[Read, tuple[Tensor, int]] = {}
         self.blocks: list[FrozenBlock] = []
         self.padded = any(span != (0, frame.n_pos) for span in frame.spans)
+        real = frame.real
+        self.padding_keys = (real[:, :, None] & ~real[:, None, :])[
+            :, None
+        ]  # real query, padding key
         self.state: Tensor | None = None
         self.first_edit: Shift | None = None
 
@@ -50,6 +55,7 @@ class Recorder:
         layer, key = read
 
         def hook(module: Any, args: Any, output: Tensor) -> None:
+            self.sources[read] = output, version(output)
             self.reads[read] = self._clean(self.frame.cast(output), 2 if key == "pattern" else 1)
             if key == "resid_post" and layer is not None:
                 self.freeze_block(layer)
@@ -74,13 +80,29 @@ class Recorder:
             ValueError: If its hook never fired.
         """
         try:
-            return self.reads.pop((layer, key))
+            found = self.reads.pop((layer, key))
+            self.unchanged(layer, key)
+            return found
         except KeyError:
             remedy = "load the model with attn_implementation='eager'" if key == "pattern" else (
                 "the host ran something else than its blocks"
             )  # fmt: skip
             where = "the model" if layer is None else f"block {layer}"
             raise ValueError(f"the hook for {key} of {where} never fired: {remedy}") from None
+
+    def unchanged(self, layer: int | None, key: str) -> None:
+        """Refuse an activation that somebody wrote over after it was read.
+
+        Raises:
+            CaptureMismatchError: If its version is not the one that was read.
+        """
+        source, seen = self.sources[layer, key]
+        if version(source) != seen:
+            where = "the model" if layer is None else f"block {layer}"
+            raise CaptureMismatchError(
+                f"{key} of {where} was changed in place after it had been read: a hook must return "
+                "a new tensor (t * 2 instead of t.mul_(2))"
+            )
 
     def norm(self, layer: int | None, key: str, weights: NormWeights | None) -> Norm | None:
         """A frozen norm, or None where the model has none."""
@@ -118,7 +140,20 @@ class Recorder:
     # --- Block by block
 
     def freeze_block(self, layer: int) -> None:
-        """Freeze and check one block from what was read of it."""
+        """Freeze and check one block; once more without what is kept, should that be stale."""
+        before = dict(self.reads), self.state, list(self.blocks), self.first_edit
+        self.check.remembered = False
+        try:
+            self.freeze_and_check(layer)
+        except CaptureMismatchError:
+            if not self.check.remembered:
+                raise
+            self.check.forget()
+            self.reads, self.state, self.blocks, self.first_edit = before
+            self.freeze_and_check(layer)
+
+    def freeze_and_check(self, layer: int) -> None:
+        """Freeze one block from what was read of it, and check it."""
         weights: BlockWeights = self.adapter.weights.blocks[layer]
         before, after = self.take(layer, "resid_pre"), self.take(layer, "resid_post")
         before = self.enter(layer, before)
@@ -171,6 +206,7 @@ class Recorder:
                 self.check.same("embedding (token + position)", state, parts)
             return state
         last = self.state
+        self.unchanged(layer - 1, "resid_post")
         if last is None or state.data_ptr() == last.data_ptr():
             return state if last is None else last
         if edit := self.edit(layer, ("resid_pre",), state, lambda: last):
@@ -216,9 +252,17 @@ class Recorder:
 
         Returns:
             The sublayer, the projection, and a function that computes the whole.
+
+        Raises:
+            ValueError: If a real token attends to padding.
         """
         name, pattern = f"L{layer} attention", self.take(layer, "pattern")
         v, z = self.take(layer, "v").flatten(2), self.take(layer, "z").flatten(2)
+        if self.padded and bool((pattern * self.padding_keys).any()):
+            raise ValueError(
+                f"{name}: real tokens attend to padding, so no prompt of the batch is itself: expected "
+                "causal attention, or a mask. Pass attention_mask, or single prompts"
+            )
         attn = Attention(self.frame, layer, pattern, w)
         values, mix = attn.values, attn.mix
 
@@ -334,6 +378,7 @@ class Recorder:
         weights, final = self.adapter.weights, self.state
         if final is None or len(self.blocks) != len(weights.blocks):
             raise ValueError("the model ran without its blocks: expected one whole forward pass")
+        self.unchanged(len(self.blocks) - 1, "resid_post")
         ln_final = self.norm(None, "ln_final", weights.ln_final)
         u = weights.unembed
         unembed = Unembed(self.frame, u, _normed(ln_final, final))
@@ -358,18 +403,26 @@ class Recorder:
     def _check_logits(
         self, unembed: Unembed, final: Tensor, ln_final: Norm | None, logits: Tensor
     ) -> None:
-        u, check = unembed.weights, self.check
-        if u.soft_cap is None:
-            check.linear("logits (W_U, b_U)", ln_final, final, logits, u.W_U, u.b_U)
-        else:  # A capped logit is a product of its own, so a few are compared one by one.
-            some = torch.arange(0, u.W_U.shape[1], max(1, u.W_U.shape[1] // 64))
-            raw = unembed.final @ self.frame.cast(u.W_U[:, some])
-            raw = raw if u.b_U is None else raw + self.frame.cast(u.b_U[some])
-            predicted = raw * soft_cap_ratio(raw, u.soft_cap)
-            seen, r = logits[..., some], check.signs(len(some))
-            size = torch.linalg.vector_norm(seen, dim=-1)
-            check.compare("logits (W_U, b_U, soft cap)", seen @ r, predicted @ r, size)
-        check.settle(self.adapter.foreign_hooks)
+        u, raw = unembed.weights, logits
+        if u.soft_cap is not None:
+            raw = self.take(None, "raw_logits")
+        for attempt in (1, 2):
+            try:
+                self.check.remembered = False
+                self.check.linear("logits (W_U, b_U)", ln_final, final, raw, u.W_U, u.b_U)
+                if u.soft_cap is not None:
+                    capped, r = (
+                        raw * soft_cap_ratio(raw, u.soft_cap),
+                        self.check.probe(raw.shape[-1]),
+                    )
+                    size = torch.linalg.vector_norm(logits, dim=-1)
+                    self.check.compare("logits (soft cap)", logits @ r, capped @ r, size)
+                self.check.settle(self.adapter.foreign_hooks)
+                return
+            except CaptureMismatchError:
+                if attempt == 2 or not self.check.remembered:
+                    raise
+                self.check.forget()
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

@@ -121,6 +121,8 @@ class _File:
             ValueError: If anything does not fit.
         """
         try:
+            if type(self.header["weights"]) is not bool:
+                raise ValueError("its header does not say whether it holds weights")
             frame = self.frame(torch.device("meta"))
             capture = Builder(frame, self.empty).value(self.header["capture"], "")
             check(capture, Capture, "lens", {"batch": frame.batch, "pos": frame.n_pos})

@@ -1,7 +1,7 @@
 """The check that a capture makes of itself, while it runs.
 
 Every product the operator will use is compared with the run's own activations under a random
-projection (Freivalds 1977): for y = x W + b and signs r, y·r = x·(W r) + b·r. That costs O(pos · d)
+projection (Freivalds 1977): for y = x W + b and a random r, y·r = x·(W r) + b·r. That costs O(pos · d)
 once W r is known, and W r is kept per model until the weight changes. A branch is checked by what
 it adds to the residual: attention as Σ_h A_h N(x) (W_V^h W_O^h r), so its values and z are looked
 at only to tell where a mistake is, once there is one.
@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .linear_map import Frame
+from .linear_map import Frame, version
 from .primitives import Norm
 from .weights import AttentionWeights, NormWeights
 
@@ -38,9 +38,10 @@ _products: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 
 
 @cache
-def _signs(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
+def _probe(*shape: int) -> Tensor:
+    # Normal numbers, not signs: under ±1 an edit that moves δ from one coordinate to another is
+    # invisible with probability ½, under a continuous probe with probability 0.
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 class SelfCheck:
@@ -48,7 +49,9 @@ class SelfCheck:
 
     def __init__(self, model: Any, frame: Frame, model_dtype: torch.dtype):
         self.frame, self.real = frame, frame.real
-        self.tolerance = _TOLERANCE.get(model_dtype, 1e-4)
+        self.tolerance = max(_TOLERANCE.get(dtype, 1e-4) for dtype in (model_dtype, frame.dtype))
+        # A state rounds at its own size: in half precision that hides small changes.
+        self.rounding = 1.0 if model_dtype in (torch.bfloat16, torch.float16) else 0.05
         self.errors: dict[str, float] = {}
         self._names: list[str] = []
         self._errors: list[Tensor] = []
@@ -56,15 +59,16 @@ class SelfCheck:
         self._suspects: list[Suspect] = []
         self._states: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         self._scratch: Tensor | None = None
+        self.remembered = False
         self._known = _products.setdefault(model, {})
 
     # --- Projections
 
-    def signs(self, *shape: int) -> Tensor:
-        """Fixed random signs in the compute dtype."""
-        key = ("signs", *shape, self.frame.dtype, self.frame.device)
+    def probe(self, *shape: int) -> Tensor:
+        """A fixed random covector in the compute dtype."""
+        key = ("probe", *shape, self.frame.dtype, self.frame.device)
         if key not in self._known:
-            self._known[key] = _signs(*shape).to(self.frame.zeros(0))
+            self._known[key] = _probe(*shape).to(self.frame.zeros(0))
         return self._known[key]
 
     def kept(
@@ -87,23 +91,31 @@ class SelfCheck:
                 key += [part.center, part.offset]
             for W in (part.w, part.b) if isinstance(part, NormWeights) else (part,):
                 key.append(W if W is None else (W.data_ptr(), W.shape, W.stride()))
-                versions.append(0 if W is None else W._version)
+                versions.append(0 if W is None else version(W))
         if (known := self._known.get(tuple(key))) is None or known[0] != versions:
             known = self._known[tuple(key)] = versions, compute()
+        else:
+            self.remembered = True
         return known[1]
+
+    def forget(self) -> None:
+        """Drop what is kept, and what is noted: an edit through ``.data`` changes no version."""
+        self._known.clear()
+        self._names, self._errors, self._sizes, self._suspects = [], [], [], []
+        self._states, self.remembered = [], False
 
     def state(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A residual state's projection and norm; asked for once as "after", once as "before"."""
         for known, measured in self._states:
             if known is x:
                 return measured
-        measured = x @ self.signs(x.shape[-1]), torch.linalg.vector_norm(x, dim=-1)
+        measured = x @ self.probe(x.shape[-1]), torch.linalg.vector_norm(x, dim=-1)
         self._states = [*self._states[-1:], (x, measured)]
         return measured
 
     def project(self, x: Tensor) -> Tensor:
         """The projection x · r of a state or of what is added to one."""
-        return x @ self.signs(x.shape[-1])
+        return x @ self.probe(x.shape[-1])
 
     def times(self, a: Tensor, b: Tensor) -> Tensor:
         """The product a ⊙ b, in a buffer that the next call overwrites."""
@@ -116,7 +128,11 @@ class SelfCheck:
         if norm is None:
             return p, 0.0
         gain = norm.gain
-        c = p if gain is None else (p.T * self.frame.cast(gain)).T
+        if gain is not None:
+            p_gain = self.frame.cast(gain)
+            c = p * (p_gain if p.ndim == 1 else p_gain[:, None])
+        else:
+            c = p
         return c - c.mean(0) if norm.center else c, self.dot(norm.b, p)
 
     def dot(self, b: Tensor | None, p: Tensor) -> Tensor | float:
@@ -170,7 +186,6 @@ class SelfCheck:
                     "left padding is the usual cause: use float32, right padding, or single prompts"
                 )
             if error > self.tolerance:
-                self._known.clear()
                 where = ", ".join(hooked())
                 cause = (
                     f"hooks of your own at {where} may have edited it, which is not served yet"
@@ -209,7 +224,7 @@ class SelfCheck:
 
         def compute() -> tuple:
             grouped = w.W_O.unflatten(0, (w.W_V.shape[0], -1))  # [kv_head, repeat, d_head, d_model]
-            r, end = self.through(after, self.signs(w.W_O.shape[-1]))
+            r, end = self.through(after, self.probe(w.W_O.shape[-1]))
             out = self.frame.cast(grouped) @ r
             both = (self.frame.cast(w.W_V) @ out.mT).movedim(1, 0).flatten(1)  # [d_model, head]
             start, c = self.through(before, both)
@@ -227,7 +242,7 @@ class SelfCheck:
         self, name: str, norm: Norm | None, x: Tensor, seen: Tensor, W: Tensor, b: Tensor | None
     ) -> None:
         """Pre-activations, or logits: N(x) W + b."""
-        before, r = _affine(norm), self.signs(W.shape[1])
+        before, r = _affine(norm), self.probe(W.shape[1])
 
         def compute() -> tuple:
             start, c = self.through(before, self.frame.cast(W) @ r)
@@ -237,8 +252,8 @@ class SelfCheck:
         start, c, terms = self.kept("linear", (W, b, before), compute)
         predicted = (x @ start if norm is None else x @ start / norm.scale.squeeze(-1)) + c
         seen = seen @ r
-        # E ⟨row, r⟩² = ‖row‖²: the projections tell the rows' size.
-        size = torch.where(self.real, seen, 0).square().mean().sqrt() + terms
+        # E ⟨row, r⟩² = ‖row‖²: the projections tell the rows' size; a bias may dwarf them.
+        size = torch.where(self.real, seen - c, 0).square().mean().sqrt() + terms
         self.compare(name, seen, predicted, size.expand_as(seen))
 
     def output(self, W: Tensor, b: Tensor | None, post: Norm | None, x: Tensor) -> Tensor:
@@ -246,7 +261,7 @@ class SelfCheck:
         after = _affine(post)
 
         def compute() -> tuple:
-            r, end = self.through(after, self.signs(W.shape[-1]))
+            r, end = self.through(after, self.probe(W.shape[-1]))
             return self.frame.cast(W) @ r, self.dot(b, r), end
 
         start, c, end = self.kept("output", (W, b, after), compute)
@@ -258,12 +273,12 @@ class SelfCheck:
         (seen, size), (was, _) = self.state(before), self.state(after)
         change = was - seen
         # The difference rounds at the size of the state, so that counts a little, too.
-        self.compare(name, change, added, change.abs() + 0.05 * size)
+        self.compare(name, change, added, change.abs() + self.rounding * size)
 
     def same(self, name: str, seen: Tensor, predicted: Tensor) -> None:
         """Two residual states that should be one."""
         projected, size = self.state(seen)
-        self.compare(name, projected, predicted @ self.signs(predicted.shape[-1]), size)
+        self.compare(name, projected, predicted @ self.probe(predicted.shape[-1]), size)
 
 
 def _affine(norm: Norm | None) -> NormWeights | None:

@@ -47,7 +47,12 @@ def test_imports_go_down(path):
                     f"{path.name} → {name}"
                 )
                 checked += 1
-    assert checked >= 0 and tree.body
+    assert (
+        checked
+        or path.stem
+        in ("graph", "linear_map", "supported", "weights", "loading", "prompts", "__main__")
+        or inside
+    )
 
 
 @every_file

@@ -83,8 +83,11 @@ def test_stored_bytes(case):
     """Patterns + scales + gates + one state per sublayer + embeddings, and one state at the end."""
     c = lens_of(case).capture
     state = c.resid_final.untyped_storage().nbytes()
-    expected = 2 * state  # the final state and the token embedding
-    expected += 0 if c.pos_embed is None else c.pos_embed.untyped_storage().nbytes()
+    expected = 2 * state  # the last residual and the token embedding
+    if c.ln_final is not None:
+        expected += state + c.ln_final.scale.nbytes  # and what the unembedding reads
+    # Without position embeddings the first residual is the token embedding itself.
+    expected += -state if c.pos_embed is None else c.pos_embed.untyped_storage().nbytes()
     for block in c.blocks:
         expected += state * (1 + (block.resid_mid is not None)) + block.attn.pattern.nbytes
         for norm in (block.ln1, block.ln2, block.ln1_post, block.ln2_post):
@@ -92,7 +95,7 @@ def test_stored_bytes(case):
         for name in ("ratio", "on_up", "on_gate", "ln_scale"):
             gate = getattr(block.mlp, name, None)
             expected += 0 if gate is None else gate.nbytes
-    assert c.nbytes <= expected
+    assert c.nbytes == expected
 
 
 # --- The self-check finds what it must, and says where

@@ -59,9 +59,8 @@ assert abs(float(by_component.values.sum() - gap)) < 1e-3
 
 # %%
 block = lens.operator.block(query_pos=-1, key_pos=2)[0]  # [d_model, d_model]; multiplies a column
-direction = (
-    model.W_U[:, model.to_single_token("Mary")] - model.W_U[:, model.to_single_token("John")]
-)
+W_U = model.W_U.detach()
+direction = W_U[:, model.to_single_token("Mary")] - W_U[:, model.to_single_token("John")]
 mary = lens.capture.embed[0, 2]  # the embedding of "Mary", without its position's
 effect = float(direction @ block @ mary)
 print(f"Mary's embedding through T[−1, 2] onto Mary − John: {effect:.3f}")
