@@ -273,7 +273,9 @@ def _parameters() -> list[str]:
 def test_an_edited_weight_is_found_and_named(lens, path, name, weights):
     lens.save(path, weights=weights)
     model = FIRST.model()
-    parameter = dict(model.named_parameters())[name].data.view(-1)
+    parameter = dict(model.named_parameters())[name].data
+    parameter = parameter if parameter.ndim == 1 else parameter[0]
+    parameter = parameter if parameter.ndim == 1 else parameter[0]
     kept = parameter[:2].clone()
     for edited in (kept.flip(0), kept + torch.tensor([1e-6, 0.0]).to(kept)):
         parameter[:2] = edited
