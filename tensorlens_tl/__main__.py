@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
         "--kind", choices=("bridge", "hooked"), help="host class (default: what is there)"
     )
     p.add_argument("--file", type=Path, help="read the prompt from a file")
-    p.add_argument("--target", help="token to explain (default: the prediction)")
-    p.add_argument("--versus", help="explain the target's advantage over this token")
+    p.add_argument("--target", help="token to explain, or '#' and its id (default: the prediction)")
+    p.add_argument("--versus", help="explain the target's advantage over this token, or '#' and id")
     p.add_argument("--by", choices=("token", "component"), help="only this table (default: both)")
     p.add_argument("--top", type=int, default=12, help="components to show (default: 12)")
     p.add_argument("--json", action="store_true", help="print JSON, all rows")
@@ -84,7 +84,7 @@ def explain(args: argparse.Namespace) -> dict[str, Any]:
         for i, v, p in zip(best.indices, best.values, last.softmax(-1)[best.indices], strict=True)
     ]
     tables = {
-        by: lens.attribute(args.target, args.versus, by=by)
+        by: lens.attribute(_token(args.target), _token(args.versus), by=by)
         for by in ([args.by] if args.by else ["token", "component"])
     }
     first = next(iter(tables.values()))
@@ -104,6 +104,11 @@ def explain(args: argparse.Namespace) -> dict[str, Any]:
         "capture_check": lens.capture_check,
         "completeness_error": lens.completeness_error,
     }
+
+
+def _token(text: str | None) -> str | int | None:
+    numbered = text is not None and text.startswith("#") and text[1:].isdigit()
+    return int(text[1:]) if text is not None and numbered else text
 
 
 def _load(args: argparse.Namespace) -> Any:

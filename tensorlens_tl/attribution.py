@@ -88,7 +88,7 @@ def token_id(capture: Capture, text: str) -> int:
         pieces = pieces or ids
     if len(pieces) == 1 or all(piece == unknown for piece in pieces):
         raise ValueError(f"the tokenizer does not know the target {text!r}: expected a known token")
-    shown = ", ".join(repr(tokenizer.decode([piece])) for piece in pieces)
+    shown = ", ".join(f"{tokenizer.decode([piece])!r} #{piece}" for piece in pieces)
     raise ValueError(
         f"the target {text!r} is {len(pieces)} tokens ({shown}), expected one: take one of them, or "
         "pass a token id"

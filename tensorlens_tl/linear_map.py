@@ -74,6 +74,10 @@ class Frame:
         Raises:
             ValueError: If a prompt has no such position.
         """
+        if not isinstance(pos, int):
+            raise ValueError(
+                f"expected a position as an integer, got {pos!r}: −1 is the last token"
+            )
         for prompt, (start, stop) in enumerate(self.spans):
             if not start - stop <= pos < stop - start:
                 raise ValueError(
@@ -163,6 +167,11 @@ class LinearMap(ABC):
     def __matmul__(self, other: LinearMap | Tensor) -> LinearMap | Tensor:
         if isinstance(other, LinearMap):
             return Chain((other, self))
+        if not isinstance(other, Tensor):
+            raise ValueError(
+                f"expected a tensor or another map, got {type(other).__name__}: pass a torch tensor "
+                "like lens.embedding"
+            )
         frame, expected = self.frame, (self.frame.batch, self.frame.n_pos, self.in_dim)
         if (
             other.shape[-3:] != expected

@@ -79,6 +79,16 @@ def test_user_errors_exit_2_with_one_sentence(args, message, capsys):
     assert captured.err.splitlines()[-1].startswith("tensorlens-tl: ") and message in captured.err
 
 
+@needs_model
+def test_a_target_by_its_id(capsys):
+    assert (
+        main(["--model", str(FOLDER), "--json", "--by", "token", "--target", "#400", PROMPT]) == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    total = sum(row["value"] for row in report["rows"]["token"])
+    assert abs(total - report["target_value"]) < 1e-4
+
+
 def test_a_folder_that_is_no_model(tmp_path, capsys):
     assert main(["--model", str(tmp_path), PROMPT]) == 2
     assert "it has no config.json" in capsys.readouterr().err

@@ -83,6 +83,15 @@ def test_wrong_vectors_are_refused():
             op @ x
 
 
+def test_no_vectors_and_no_positions():
+    for other in ([1.0], 3, None):
+        with pytest.raises(ValueError, match=r"expected a tensor or another map, got .*embedding"):
+            linear() @ other
+    for pos in (1.0, None, "last", [1]):
+        with pytest.raises(ValueError, match="expected a position as an integer, got"):
+            FRAME.index(pos)
+
+
 def test_positions_count_over_real_tokens():
     assert FRAME.index(-1).tolist() == [2, 2]
     assert FRAME.index(0).tolist() == [0, 1]
