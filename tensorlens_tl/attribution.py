@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from operator import index as operator_index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +30,7 @@ BY = ("token", "component")
 
 FORMAT = "tensorlens_tl attribution 1"
 
-TargetLike = str | int | Tensor | None
+TargetLike = str | SupportsIndex | Sequence[float] | Tensor | None
 """A token string, a token id, a direction [d_vocab] or [d_model], or None: the own prediction."""
 
 
