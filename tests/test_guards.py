@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from helpers import ALL, SHARED, build_bridge_from_module, lens_of, quiet, tokens
+from helpers import (
+    ALL,
+    SHARED,
+    HookedTransformer,
+    build_bridge_from_module,
+    build_hooked,
+    lens_of,
+    quiet,
+    tokens,
+)
 
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError, demo
@@ -65,19 +74,21 @@ def test_one_edited_capped_logit_is_seen(case):
 
 @every_host
 def test_in_place_edits_are_refused(case):
-    model = case.model()
+    """A module hook that writes over the last block's output, after it was read there."""
+    model = case.build(torch.float64)
 
-    def double(t, hook):
-        t.mul_(2)
+    def double(module, args, output):
+        (output[0] if isinstance(output, tuple) else output).mul_(2)
 
-    handle = model.blocks[-1].register_forward_hook(
-        lambda m, a, out: (out[0] if isinstance(out, tuple) else out).mul_(2) and None
-    )
+    handle = model.blocks[-1].register_forward_hook(double)
     try:
-        with pytest.raises((CaptureMismatchError, RuntimeError), match=r"in place|Boolean value"):
+        with pytest.raises(
+            CaptureMismatchError, match="resid_post of block 1 was changed in place"
+        ):
             capture(model, tokens())
     finally:
         handle.remove()
+    assert capture(model, tokens())[1].completeness_error <= case.tol()
 
 
 @every_host
@@ -115,13 +126,28 @@ def test_edits_through_data_are_no_false_refusal(case):
         assert capture(model, tokens())[1].completeness_error <= case.tol()
 
 
-def test_padding_side_given_against_the_tokenizers():
+@pytest.mark.parametrize("own", ["left", "right"])
+@pytest.mark.parametrize("given", ["left", "right"])
+def test_padding_side_given_against_the_tokenizers(own, given):
+    """Whatever the host masks, one prompt cut out of the batch is that prompt."""
     model = demo.load_model()
     ids = model.to_tokens(["When Mary and John went to", "The capital"], padding_side="left")
-    model.tokenizer.padding_side = "left"
-    _, lens = capture(model, ids, attention_mask=(ids != model.tokenizer.pad_token_id).long())
-    assert lens[1].completeness_error <= 2e-6 and len(lens.tokens[1]) < len(lens.tokens[0])
+    model.tokenizer.padding_side = own
+    _, lens = capture(model, ids, padding_side=given)
+    assert lens.completeness_error <= 2e-6
+    assert lens[1].completeness_error <= 2e-6
     assert lens.attribute()[1].completeness_error <= 2e-6
+
+
+if HookedTransformer is not None:
+
+    def test_real_tokens_that_read_padding_are_refused():
+        model = build_hooked({"attention_dir": "bidirectional"}, torch.float64)
+        assert capture(model, tokens())[1].completeness_error <= 1e-12
+        mask = torch.ones(2, 7).long()
+        mask[1, 4:] = 0
+        with pytest.raises(ValueError, match="real tokens attend to padding"):
+            capture(model, tokens(), attention_mask=mask)
 
 
 def test_text_over_the_context_is_refused_not_cut():
@@ -145,13 +171,15 @@ def test_targets_of_other_types():
             lens.attribute(wrong)
 
 
-def test_no_blocks_no_warnings_no_huge_reprs():
+@every_host
+def test_a_capture_warns_of_nothing_and_reprs_are_short(case):
     import warnings
 
-    with warnings.catch_warnings():
+    model = case.build(torch.float64)  # fresh: nothing of it is kept yet
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
-        lens = lens_of(FIRST)
-        assert lens.attribute(3).completeness_error < 1e-10
+        _, lens = tensorlens_tl.capture(model, tokens())
+        assert lens.attribute(3).completeness_error <= 10 * case.tol()
     assert len(repr(lens.operator)) < 120 and len(repr(lens.capture)) < 120
 
 
