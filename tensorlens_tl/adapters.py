@@ -53,7 +53,6 @@ _LAYER_HOOKS = {
     "z": "attn.hook_z",
     "pre": "mlp.hook_pre",
     "pre_linear": "mlp.hook_pre_linear",
-    "mid": "mlp.hook_mid",
     "mlp.ln.scale": "mlp.ln.hook_scale",
     "post": "mlp.hook_post",
 }
@@ -92,6 +91,7 @@ class Adapter(ABC):
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.cfg: Any = model.cfg
+        self.hooks: dict[str, Any] = model.hook_dict  # a Bridge gathers it anew at every look
         self.check_model()
         if len(self.model.blocks) == 0:
             raise UnsupportedArchitectureError(refusal(self.name, "it has no blocks"))
@@ -184,9 +184,7 @@ class Adapter(ABC):
             if block.mlp is not None:
                 wanted += ["pre", "post"]
                 wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []
-                wanted += (
-                    ["mid", "mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
-                )
+                wanted += ["mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
             norms = ("ln1", "ln1_post", "ln2", "ln2_post")
             wanted += [f"{norm}.scale" for norm in norms if getattr(block, norm) is not None]
             names |= {(layer, key): f"blocks.{layer}.{_LAYER_HOOKS[key]}" for key in wanted}
@@ -194,7 +192,7 @@ class Adapter(ABC):
             if block.mlp is not None and not block.parallel:
                 names[layer, "resid_mid"] = resid_site(layer, "mid")
             names[layer, "resid_post"] = resid_site(layer, "post")
-        hooks = self.model.hook_dict
+        hooks = self.hooks
         if missing := [name for name in names.values() if name not in hooks]:
             raise ValueError(
                 f"{self.name} has no hook point {', '.join(missing)}: expected the hook points of "
@@ -207,13 +205,13 @@ class Adapter(ABC):
 
     def foreign_hooks(self) -> list[str]:
         """Names of the hook points that carry forward hooks of somebody else."""
-        named = {id(point): name for name, point in self.model.hook_dict.items()}
-        points = {id(point): point for point in self.model.hook_dict.values()}
+        named = {id(point): name for name, point in self.hooks.items()}
+        points = {id(point): point for point in self.hooks.values()}
         return [named[key] for key, point in points.items() if point.fwd_hooks]
 
     def edits(self) -> dict[tuple[int, str], tuple[str, ...]]:
         """Where hooks of the user's own may edit the run: labels by (layer, stage)."""
-        hooks = self.model.hook_dict
+        hooks = self.hooks
         found = {}
         for layer in range(len(self.weights.blocks)):
             for stage, names in _EDITS.items():
@@ -391,9 +389,9 @@ class BridgeAdapter(Adapter):
         return type(self.model.blocks[0].attn).__name__ != "AttentionBridge"
 
     def _active_dropout(self) -> str:
-        for name, module in self.model.original_model.named_modules():
-            if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
-                return f"{name}, p = {module.p}"
+        for module in self.model.original_model.modules():
+            if module.training and isinstance(module, nn.Dropout) and module.p > 0:
+                return f"p = {module.p}"
         config = getattr(self.model.original_model, "config", None)
         rate = getattr(config, "attention_dropout", 0) or 0
         return f"attention_dropout = {rate}" if rate > 0 and self.model.training else ""

@@ -120,7 +120,7 @@ class Capture:
             norms = (block.ln1, block.ln2, block.ln1_post, block.ln2_post)
             tensors += [block.resid_pre, block.resid_mid, block.attn.pattern]
             tensors += [norm.scale for norm in norms if norm is not None]
-            for name in ("ratio", "on_up", "on_gate", "ln_scale"):
+            for name in ("pre", "pre_linear", "ln_scale"):
                 tensors.append(getattr(block.mlp, name, None))
         storages = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None}
         return sum(t.untyped_storage().nbytes() for t in storages.values())

@@ -65,7 +65,9 @@ def capture(
     from .lens import TensorLens
     from .recording import record
 
-    if not hasattr(model, "hook_dict") and hasattr(model, "config"):
+    # On the class first: a Bridge gathers its hook points at every look.
+    hooked = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
+    if not hooked and hasattr(model, "config"):
         model = wrap(model, tokenizer)
     elif tokenizer is not None:
         raise ValueError("tokenizer is for Hugging Face models only: this host has its own")

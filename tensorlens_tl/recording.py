@@ -264,9 +264,10 @@ class Recorder:
                 "causal attention, or a mask. Pass attention_mask, or single prompts"
             )
         attn = Attention(self.frame, layer, pattern, w)
-        values, mix = attn.values, attn.mix
+        mix = attn.mix
 
         def predict_v() -> Tensor:
+            values = attn.values
             return values.apply(_normed(norm, x)) + values.bias
 
         attn = replace(
@@ -294,52 +295,55 @@ class Recorder:
     ) -> tuple[FeedForward, Tensor, Callable[[], Tensor]]:
         """The frozen MLP, and what it adds: projected, and whole when asked for.
 
-        The projection is of the *predicted* post-activations: compared with what the residual
-        gained, it proves activation and W_out at once. The run's own post-activations are looked
-        at only where a hook edited them, or to tell the two apart when that fails.
+        The activation, one function for all positions, is compared at a sample of them; ratios
+        are left to whoever asks for them first.
 
         Returns:
             The sublayer, the projection, and a function that computes the whole.
         """
         name, check = f"L{layer} MLP", self.check
         pre, seen = self.take(layer, "pre"), self.take(layer, "post")
-        ratio = gating_ratio(w.act, pre)
         if isinstance(w, GatedMLPWeights):
             up = self.take(layer, "pre_linear")
             pre_edit = self.linear(layer, "pre", f"{name} gate (W_gate, b_gate)", norm, x, pre,
                                    w.W_gate, w.b_gate)  # fmt: skip
             up_edit = self.linear(layer, "pre_linear", f"{name} input (W_in, b_in)", norm, x, up,
                                   w.W_in, w.b_in)  # fmt: skip
-            on_up = ratio * pre
             b_post = 0.0 if w.b_post is None else self.frame.cast(w.b_post)
-            post = check.times(on_up, up)
-            post += b_post
-            check.suspect(f"{name} gating (activation · up)", seen, lambda: on_up * up + b_post)
-            edit = self.edit(layer, ("post",), seen, lambda: post)
+
+            def post(s: slice) -> Tensor:
+                g = pre[:, s]
+                return gating_ratio(w.act, g) * g * up[:, s] + b_post
+
+            label = f"{name} gating (activation · up)"
+            edit = self.edit(layer, ("post",), seen, lambda: post(slice(None)))
             gate = self.convention.gate
             mlp: FeedForward = GatedMLP(
-                self.frame, layer, w, on_up, ratio * up, gate, pre_edit, up_edit, edit
+                self.frame, layer, w, pre, up, gate, pre_edit, up_edit, edit
             )
         else:
             pre_edit = self.linear(layer, "pre", f"{name} input (W_in, b_in)", norm, x, pre,
                                    w.W_in, w.b_in)  # fmt: skip
-            post, scale = check.times(ratio, pre), None
-            if w.ln is None:
-                check.suspect(f"{name} activation", seen, lambda: ratio * pre)
-            else:
-                check.suspect(f"{name} activation", self.take(layer, "mid"), lambda: ratio * pre)
-                scale = self.take(layer, "mlp.ln.scale")
-                ln = Norm(self.frame, f"L{layer}.mlp.ln", scale, w.ln, post.shape[-1])
-                post = ln.apply(post) + ln.bias
-                check.suspect(f"{name} norm", seen, lambda: ln.apply(ratio * pre) + ln.bias)
-            edit = self.edit(layer, ("post",), seen, lambda: post)
-            mlp = MLP(self.frame, layer, w, ratio, scale, pre_edit, edit)
+            scale = None if w.ln is None else self.take(layer, "mlp.ln.scale")
+            ln = None if w.ln is None else Norm(self.frame, "ln", scale, w.ln, pre.shape[-1])
+
+            def post(s: slice) -> Tensor:
+                mid = gating_ratio(w.act, pre[:, s]) * pre[:, s]
+                if ln is None or scale is None:
+                    return mid
+                b = 0.0 if ln.weights.b is None else self.frame.cast(ln.weights.b)
+                return replace(ln, scale=scale[:, s]).apply(mid) + b
+
+            label = f"{name} activation" + ("" if ln is None else " and norm")
+            edit = self.edit(layer, ("post",), seen, lambda: post(slice(None)))
+            mlp = MLP(self.frame, layer, w, pre, scale, pre_edit, edit)
 
         def out() -> Tensor:
             return _normed(post_norm, mlp.output.apply(seen) + mlp.output.bias)
 
-        post = post if edit is None else seen
-        return mlp, check.output(w.W_out, w.b_out, post_norm, post), out
+        if edit is None:
+            check.activation(label, seen, post)
+        return mlp, check.output(w.W_out, w.b_out, post_norm, seen), out
 
     def linear(
         self,

@@ -31,6 +31,9 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 """Relative error at which a product is refused, by the model's dtype. Hosts compute norms in
 float32 inside float64 models, which alone costs 1e-7."""
 
+_SAMPLE = 16
+"""Positions at which an activation is compared: it is the same function everywhere."""
+
 _TINY = 1e-30
 Suspect = tuple[str, Tensor, Callable[[], Tensor]]
 
@@ -58,7 +61,6 @@ class SelfCheck:
         self._sizes: list[Tensor] = []
         self._suspects: list[Suspect] = []
         self._states: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
-        self._scratch: Tensor | None = None
         self.remembered = False
         self._known = _products.setdefault(model, {})
 
@@ -117,12 +119,6 @@ class SelfCheck:
         """The projection x · r of a state or of what is added to one."""
         return x @ self.probe(x.shape[-1])
 
-    def times(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product a ⊙ b, in a buffer that the next call overwrites."""
-        if self._scratch is None or self._scratch.shape != a.shape:
-            self._scratch = torch.empty_like(a)
-        return torch.mul(a, b, out=self._scratch)
-
     def through(self, norm: NormWeights | None, p: Tensor) -> tuple[Tensor, Tensor | float]:
         """A covector p [d, ...] pulled through a norm, but for its scale: C(w ⊙ p), and b · p."""
         if norm is None:
@@ -153,9 +149,12 @@ class SelfCheck:
             predicted: The operator's.
             size: What counts as one, [batch, pos].
         """
+        self._note(name, (seen - predicted).abs(), size)
+
+    def _note(self, name: str, errors: Tensor, sizes: Tensor) -> None:
         self._names.append(name)
-        self._errors.append((seen - predicted).abs())
-        self._sizes.append(size)
+        self._errors.append(errors)
+        self._sizes.append(sizes)
 
     def suspect(self, name: str, seen: Tensor, predict: Callable[[], Tensor]) -> None:
         """Remember an inner prediction, to be made only if the output is wrong: it tells where."""
@@ -226,7 +225,8 @@ class SelfCheck:
             grouped = w.W_O.unflatten(0, (w.W_V.shape[0], -1))  # [kv_head, repeat, d_head, d_model]
             r, end = self.through(after, self.probe(w.W_O.shape[-1]))
             out = self.frame.cast(grouped) @ r
-            both = (self.frame.cast(w.W_V) @ out.mT).movedim(1, 0).flatten(1)  # [d_model, head]
+            # As rows: a matrix times a single column runs at half the memory's speed.
+            both = (out @ self.frame.cast(w.W_V).mT).flatten(0, 1).T  # [d_model, head]
             start, c = self.through(before, both)
             if w.b_V is not None:
                 c = c + (out @ self.frame.cast(w.b_V)[..., None]).flatten()
@@ -235,7 +235,7 @@ class SelfCheck:
         parts = (w.W_V, w.b_V, w.W_O, w.b_O, before, after)
         start, c, b_O, end = self.kept("attention", parts, compute)
         values = (x @ start if norm is None else x @ start / norm.scale) + c  # [batch, pos, head]
-        mixed = (pattern @ values.mT[..., None]).sum(1).squeeze(-1) + b_O
+        mixed = (values.mT[..., None, :] @ pattern.mT).sum((1, 2)) + b_O
         return mixed if post is None else mixed / post.scale.squeeze(-1) + end
 
     def linear(
@@ -255,6 +255,17 @@ class SelfCheck:
         # E ⟨row, r⟩² = ‖row‖²: the projections tell the rows' size; a bias may dwarf them.
         size = torch.where(self.real, seen - c, 0).square().mean().sqrt() + terms
         self.compare(name, seen, predicted, size.expand_as(seen))
+
+    def activation(self, name: str, seen: Tensor, post: Callable[[slice], Tensor]) -> None:
+        """Post-activations, at evenly spaced positions up to the last."""
+        n_pos = self.frame.n_pos
+        step = max(1, n_pos // _SAMPLE)
+        rows = slice((n_pos - 1) % step, None, step)
+        errors = torch.zeros_like(self.real, dtype=self.frame.dtype)
+        sizes = torch.zeros_like(errors)
+        errors[:, rows] = ((seen[:, rows] - post(rows)) @ self.probe(seen.shape[-1])).abs()
+        sizes[:, rows] = torch.linalg.vector_norm(seen[:, rows], dim=-1)
+        self._note(name, errors, sizes)
 
     def output(self, W: Tensor, b: Tensor | None, post: Norm | None, x: Tensor) -> Tensor:
         """What an MLP adds, projected: post(x W + b) · r."""

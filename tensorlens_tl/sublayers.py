@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .graph import Node
 from .linear_map import Chain, Frame, LinearMap, Sum
-from .primitives import Gate, Linear, Mix, Norm, Shift, soft_cap_ratio, take_row
+from .primitives import Gate, Linear, Mix, Norm, Shift, gating_ratio, soft_cap_ratio, take_row
 from .weights import AttentionWeights, GatedMLPWeights, MLPWeights, UnembedWeights
 
 
@@ -247,11 +247,12 @@ class FeedForward(Sublayer):
 class MLP(FeedForward):
     """An MLP with its gating ratios frozen, r = act(z) / z: y = ((x W_in + b_in) ⊙ r) W_out + b_out.
 
-    SoLU models normalize between gate and W_out: ``ln_scale`` is that norm's frozen scale.
+    The run left z (``pre``); its ratios are computed on first use. SoLU models normalize between
+    gate and W_out: ``ln_scale`` is that norm's frozen scale.
     """
 
     weights: MLPWeights
-    ratio: Float[Tensor, "batch pos d_mlp"]
+    pre: Float[Tensor, "batch pos d_mlp"]
     ln_scale: Float[Tensor, "batch pos 1"] | None = None
     pre_edit: Shift | None = None
     post_edit: Shift | None = None
@@ -260,13 +261,13 @@ class MLP(FeedForward):
     def map(self) -> Chain:
         w, name, ln = self.weights, f"L{self.layer}", None
         if w.ln is not None and self.ln_scale is not None:
-            width = self.ratio.shape[-1]
+            width = self.pre.shape[-1]
             ln = Norm(self.frame, f"{name}.mlp.ln", self.ln_scale, w.ln, width)
         return _chain(
             (
                 Linear(self.frame, w.W_in, w.b_in, f"{name}.b_in"),
                 self.pre_edit,
-                Gate(self.frame, self.ratio),
+                Gate(self.frame, gating_ratio(w.act, self.pre)),
                 ln,
                 self.post_edit,
                 self.output,
@@ -279,8 +280,8 @@ class MLP(FeedForward):
 
     def row(self, query) -> MLP:
         scale = None if self.ln_scale is None else take_row(self.ln_scale, query)
-        ratio = take_row(self.ratio, query)
-        return replace(self, frame=self.frame.row, ratio=ratio, ln_scale=scale)
+        pre = take_row(self.pre, query)
+        return replace(self, frame=self.frame.row, pre=pre, ln_scale=scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,12 +294,12 @@ class GatedMLP(FeedForward):
         "up"    u frozen, linear in g           post = on_gate ⊙ g,  on_gate = u ⊙ act(g)/g
         "half"  half of each
 
-    All three reproduce the run.
+    All three reproduce the run, which left g (``pre``) and u (``pre_linear``).
     """
 
     weights: GatedMLPWeights
-    on_up: Float[Tensor, "batch pos d_mlp"]
-    on_gate: Float[Tensor, "batch pos d_mlp"]
+    pre: Float[Tensor, "batch pos d_mlp"]
+    pre_linear: Float[Tensor, "batch pos d_mlp"]
     convention: str = "gate"
     pre_edit: Shift | None = None
     pre_linear_edit: Shift | None = None
@@ -308,18 +309,19 @@ class GatedMLP(FeedForward):
     def map(self) -> Chain:
         w, name, frame = self.weights, f"L{self.layer}", self.frame
         share = 0.5 if self.convention == "half" else 1.0
+        ratio = gating_ratio(w.act, self.pre) * share
         branches: list[LinearMap] = []
         if self.convention in ("gate", "half"):
             up = Linear(frame, w.W_in, w.b_in, f"{name}.b_in")
-            gate = Gate(frame, self.on_up if share == 1 else self.on_up * share)
+            gate = Gate(frame, ratio * self.pre)
             branches.append(_chain((up, self.pre_linear_edit, gate)))
         if self.convention in ("up", "half"):
             into = Linear(frame, w.W_gate, w.b_gate, f"{name}.b_gate")
-            gate = Gate(frame, self.on_gate if share == 1 else self.on_gate * share)
+            gate = Gate(frame, ratio * self.pre_linear)
             branches.append(_chain((into, self.pre_edit, gate)))
         offset = None
         if w.b_post is not None:  # HookedTransformer adds b_in after gating
-            offset = Gate(frame, torch.ones_like(self.on_up), w.b_post, f"{name}.b_in")
+            offset = Gate(frame, torch.ones_like(ratio), w.b_post, f"{name}.b_in")
         whole = Sum(tuple(branches)) if len(branches) > 1 else branches[0]
         return _chain((whole, offset, self.post_edit, self.output))
 
@@ -333,8 +335,8 @@ class GatedMLP(FeedForward):
         return _edits(**used)
 
     def row(self, query) -> GatedMLP:
-        on_up, on_gate = take_row(self.on_up, query), take_row(self.on_gate, query)
-        return replace(self, frame=self.frame.row, on_up=on_up, on_gate=on_gate)
+        pre, up = take_row(self.pre, query), take_row(self.pre_linear, query)
+        return replace(self, frame=self.frame.row, pre=pre, pre_linear=up)
 
 
 @dataclass(frozen=True, eq=False)

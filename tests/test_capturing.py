@@ -92,7 +92,7 @@ def test_stored_bytes(case):
         expected += state * (1 + (block.resid_mid is not None)) + block.attn.pattern.nbytes
         for norm in (block.ln1, block.ln2, block.ln1_post, block.ln2_post):
             expected += 0 if norm is None else norm.scale.nbytes
-        for name in ("ratio", "on_up", "on_gate", "ln_scale"):
+        for name in ("pre", "pre_linear", "ln_scale"):
             gate = getattr(block.mlp, name, None)
             expected += 0 if gate is None else gate.nbytes
     assert c.nbytes == expected
