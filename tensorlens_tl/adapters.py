@@ -44,18 +44,15 @@ _ACTIVATIONS = {
 }
 
 _LAYER_HOOKS = {
-    "ln1.scale": "ln1.hook_scale",
-    "ln1_post.scale": "ln1_post.hook_scale",
-    "ln2.scale": "ln2.hook_scale",
-    "ln2_post.scale": "ln2_post.hook_scale",
-    "pattern": "attn.hook_pattern",
-    "v": "attn.hook_v",
-    "z": "attn.hook_z",
-    "pre": "mlp.hook_pre",
-    "pre_linear": "mlp.hook_pre_linear",
-    "mlp.ln.scale": "mlp.ln.hook_scale",
-    "post": "mlp.hook_post",
-}
+    "ln1.scale": "ln1.hook_scale", "ln1_post.scale": "ln1_post.hook_scale",
+    "ln2.scale": "ln2.hook_scale", "ln2_post.scale": "ln2_post.hook_scale",
+    "pattern": "attn.hook_pattern", "scores": "attn.hook_attn_scores",
+    "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "z": "attn.hook_z",
+    "rot_q": "attn.hook_rot_q", "rot_k": "attn.hook_rot_k",
+    "cos": "attn.hook_cos", "sin": "attn.hook_sin",
+    "pre": "mlp.hook_pre", "pre_linear": "mlp.hook_pre_linear",
+    "mlp.ln.scale": "mlp.ln.hook_scale", "post": "mlp.hook_post",
+}  # fmt: skip
 
 _EDITS = {
     "resid_pre": ("hook_resid_pre",),
@@ -144,9 +141,9 @@ class Adapter(ABC):
         """The model's own dtype."""
         return self.weights.unembed.W_U.dtype
 
-    def soft_cap(self) -> float | None:
-        """The logit soft cap; hosts write −1 or None for none."""
-        cap = getattr(self.cfg, "output_logits_soft_cap", None)
+    def soft_cap(self, name: str = "output_logits_soft_cap") -> float | None:
+        """The soft cap of logits or of scores; hosts write −1 or None for none."""
+        cap = getattr(self.cfg, name, None)
         return float(cap) if cap is not None and cap > 0 else None
 
     def activation(self) -> str:
@@ -165,8 +162,11 @@ class Adapter(ABC):
             )
         return _ACTIVATIONS[act]
 
-    def points(self) -> dict[Read, nn.Module]:
+    def points(self, attention: tuple[str, ...] = ("pattern",)) -> dict[Read, nn.Module]:
         """Where each needed activation passes: a hook point per (layer, quantity).
+
+        Args:
+            attention: What of attention is read beside values and z.
 
         Returns:
             The hook points by what they carry.
@@ -180,7 +180,7 @@ class Adapter(ABC):
         if self.weights.ln_final is not None:
             names[None, "ln_final.scale"] = "ln_final.hook_scale"
         for layer, block in enumerate(self.weights.blocks):
-            wanted = ["v", "pattern", "z"]
+            wanted = ["v", *attention, "z"]
             if block.mlp is not None:
                 wanted += ["pre", "post"]
                 wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []
@@ -202,6 +202,14 @@ class Adapter(ABC):
         if self.weights.unembed.soft_cap is not None:
             points[None, "raw_logits"] = self.model.unembed  # the cap comes after this module
         return points
+
+    def hooked_patterns(self) -> dict[str, nn.Module]:
+        """Hook points of scores and patterns that carry forward hooks of somebody else."""
+        layers = range(len(self.weights.blocks))
+        keys = (_LAYER_HOOKS["scores"], _LAYER_HOOKS["pattern"])
+        names = (f"blocks.{layer}.{name}" for layer in layers for name in keys)
+        found = {name: self.hooks.get(name) for name in names}
+        return {name: p for name, p in found.items() if p is not None and p.fwd_hooks}
 
     def foreign_hooks(self) -> list[str]:
         """Names of the hook points that carry forward hooks of somebody else."""

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .linear_map import Frame, version
-from .primitives import Norm, Shift
+from .primitives import Mix, Norm, Shift
 from .prompts import Prompts
+from .recomputed import RecomputedMix
 from .sublayers import MLP, Attention, GatedMLP, Sublayer, Unembed
 
 GATES = ("gate", "up", "half")
@@ -51,6 +52,9 @@ class FrozenBlock:
     ln2_post: Norm | None
     mid_edits: tuple[Shift, ...] = ()
     post_edits: tuple[Shift, ...] = ()
+
+
+_CUT = (FrozenBlock, Attention, Mix, RecomputedMix, MLP, GatedMLP, Norm, Shift, Unembed)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,7 +113,7 @@ class Capture:
     @property
     def n_heads(self) -> int:
         """Query heads per layer."""
-        return self.blocks[0].attn.pattern.shape[1]
+        return self.blocks[0].attn.mix.n_heads
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +122,7 @@ class Capture:
         tensors += [] if self.ln_final is None else [self.ln_final.scale]
         for block in self.blocks:
             norms = (block.ln1, block.ln2, block.ln1_post, block.ln2_post)
-            tensors += [block.resid_pre, block.resid_mid, block.attn.pattern]
+            tensors += [block.resid_pre, block.resid_mid, *block.attn.mix.frozen]
             tensors += [norm.scale for norm in norms if norm is not None]
             for name in ("pre", "pre_linear", "ln_scale"):
                 tensors.append(getattr(block.mlp, name, None))
@@ -163,8 +167,10 @@ class Capture:
             if isinstance(value, Frame):
                 return frame
             if isinstance(value, Tensor):
+                if name in ("queries", "keys"):
+                    return value[one, ..., pos]
                 return value[one, :, pos, pos] if name == "pattern" else value[one, pos]
-            if isinstance(value, FrozenBlock | Attention | MLP | GatedMLP | Norm | Shift | Unembed):
+            if isinstance(value, _CUT):
                 parts = {
                     f.name: getattr(value, f.name) for f in fields(value) if f.name != "weights"
                 }

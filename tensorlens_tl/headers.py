@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from . import capturing, graph, linear_map, primitives, prompts, sublayers, weights
+from . import capturing, graph, linear_map, primitives, prompts, recomputed, sublayers, weights
 from .capturing import Capture
 from .linear_map import Frame
 
@@ -44,7 +44,7 @@ DTYPES = {
 @cache
 def _classes() -> dict[str, type]:
     """What a file may hold: the library's own frozen dataclasses below the operator."""
-    modules = (capturing, graph, linear_map, primitives, prompts, sublayers, weights)
+    modules = (capturing, graph, linear_map, primitives, prompts, recomputed, sublayers, weights)
     return {
         name: cls
         for module in modules

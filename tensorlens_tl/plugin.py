@@ -35,6 +35,7 @@ def capture(
     *,
     gate: str = "gate",
     dtype: torch.dtype | None = None,
+    pattern: str = "stored",
     tokenizer: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, TensorLens]:
@@ -49,6 +50,9 @@ def capture(
         gate: How gated MLPs are made linear: "gate", "up" or "half" (:class:`Convention`).
         dtype: Compute dtype of the operator, float32 or float64; by default float32, or the
             model's own where that is wider.
+        pattern: "stored" keeps every layer's heads × L² pattern; "recomputed" keeps queries and
+            keys, and recomputes the pattern block by block wherever it is used: for long prompts.
+            The numbers are the same to rounding.
         tokenizer: For a Hugging Face model only.
         **kwargs: The model's own arguments, such as ``prepend_bos`` or ``padding_side``.
 
@@ -71,7 +75,7 @@ def capture(
         model = wrap(model, tokenizer)
     elif tokenizer is not None:
         raise ValueError("tokenizer is for Hugging Face models only: this host has its own")
-    logits, captured = record(adapt(model), input, Convention(gate), dtype, **kwargs)
+    logits, captured = record(adapt(model), input, Convention(gate), dtype, pattern, **kwargs)
     return logits, TensorLens(captured, captured.versions())
 
 

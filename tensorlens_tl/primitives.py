@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .linear_map import Frame, LinearMap
@@ -124,8 +124,16 @@ class Mix(LinearMap):
         return self.kv_heads * self.d_head
 
     @property
+    def n_heads(self) -> int:
+        return self.pattern.shape[1]
+
+    @property
     def out_dim(self) -> int:
-        return self.pattern.shape[1] * self.d_head
+        return self.n_heads * self.d_head
+
+    @property
+    def frozen(self) -> tuple[Tensor, ...]:
+        return (self.pattern,)
 
     @property
     def _grouped(self) -> Tensor:
@@ -149,6 +157,26 @@ class Mix(LinearMap):
         )
         v = rearrange(self._grouped.mT @ z, "b g k (m e) -> m b k (g e)", e=self.d_head)
         return v.reshape(*y.shape[:-3], *v.shape[1:])
+
+    def by_head_t(
+        self, y: Float[Tensor, "*many batch pos z"]
+    ) -> Float[Tensor, "*many batch pos head d_head"]:
+        """The adjoint per query head: summed over the heads of a group, it is :meth:`apply_t`."""
+        z = rearrange(_stacked(y), "m b q (h e) -> b h q (m e)", e=self.d_head)
+        v = rearrange(self.pattern.mT @ z, "b h k (m e) -> m b k h e", e=self.d_head)
+        return v.reshape(*y.shape[:-3], *v.shape[1:])
+
+    def sum_heads(self, values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos"]:
+        """Σ_h A_h values_h: one number per position and query head, mixed and summed over heads."""
+        return (values.mT[..., None, :] @ self.pattern.mT).sum((1, 2))
+
+    def head(self, index: int) -> Mix:
+        """One query head's part; shares memory."""
+        return replace(self, pattern=self.pattern[:, index : index + 1], kv_heads=1)
+
+    def rows(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key_pos"]:
+        """The pattern's rows at one destination per prompt, [batch] indices."""
+        return self.pattern[torch.arange(len(query), device=query.device), :, query]
 
     @property
     def bias(self):

@@ -26,6 +26,7 @@ from .capturing import Capture, Convention, FrozenBlock
 from .linear_map import Frame, version
 from .primitives import Norm, Shift, gating_ratio, soft_cap_ratio
 from .prompts import Prompts
+from .queries import Queries, Stored, reading
 from .selfcheck import CaptureMismatchError, SelfCheck
 from .sublayers import MLP, Attention, FeedForward, GatedMLP, Unembed
 from .weights import AttentionWeights, BlockWeights, GatedMLPWeights, MLPWeights, NormWeights
@@ -34,8 +35,15 @@ from .weights import AttentionWeights, BlockWeights, GatedMLPWeights, MLPWeights
 class Recorder:
     """Listens to one forward pass and freezes block after block."""
 
-    def __init__(self, adapter: Adapter, prompts: Prompts, frame: Frame, convention: Convention):
-        self.adapter, self.prompts, self.frame = adapter, prompts, frame
+    def __init__(
+        self,
+        adapter: Adapter,
+        prompts: Prompts,
+        frame: Frame,
+        convention: Convention,
+        reading: Stored | Queries,
+    ):
+        self.adapter, self.prompts, self.frame, self.reading = adapter, prompts, frame, reading
         self.convention = convention
         self.check = SelfCheck(adapter.model, frame, adapter.dtype)
         self.hooked = adapter.edits()
@@ -43,10 +51,6 @@ class Recorder:
         self.sources: dict[Read, tuple[Tensor, int]] = {}
         self.blocks: list[FrozenBlock] = []
         self.padded = any(span != (0, frame.n_pos) for span in frame.spans)
-        real = frame.real
-        self.padding_keys = (real[:, :, None] & ~real[:, None, :])[
-            :, None
-        ]  # real query, padding key
         self.state: Tensor | None = None
         self.first_edit: Shift | None = None
 
@@ -56,7 +60,9 @@ class Recorder:
 
         def hook(module: Any, args: Any, output: Tensor) -> None:
             self.sources[read] = output, version(output)
-            self.reads[read] = self._clean(self.frame.cast(output), 2 if key == "pattern" else 1)
+            self.reads[read] = self._clean(
+                self.frame.cast(output), 2 if key in self.reading.heads_first else 1
+            )
             if key == "resid_post" and layer is not None:
                 self.freeze_block(layer)
 
@@ -252,19 +258,11 @@ class Recorder:
 
         Returns:
             The sublayer, the projection, and a function that computes the whole.
-
-        Raises:
-            ValueError: If a real token attends to padding.
         """
-        name, pattern = f"L{layer} attention", self.take(layer, "pattern")
+        name = f"L{layer} attention"
+        mix = self.reading.mix(layer, self.frame, self.take, w)
         v, z = self.take(layer, "v").flatten(2), self.take(layer, "z").flatten(2)
-        if self.padded and bool((pattern * self.padding_keys).any()):
-            raise ValueError(
-                f"{name}: real tokens attend to padding, so no prompt of the batch is itself: expected "
-                "causal attention, or a mask. Pass attention_mask, or single prompts"
-            )
-        attn = Attention(self.frame, layer, pattern, w)
-        mix = attn.mix
+        attn = Attention(self.frame, layer, mix, w)
 
         def predict_v() -> Tensor:
             values = attn.values
@@ -282,8 +280,9 @@ class Recorder:
         if attn.edits:
             return attn, self.check.project(out()), out
         self.check.suspect(f"{name} values (W_V, b_V)", v, predict_v)
-        self.check.suspect(f"{name} mixing (pattern · values)", z, lambda: mix.apply(v))
-        return attn, self.check.attention(norm, x, pattern, w, post), out
+        label = f"{name} mixing ({self.reading.what} · values)"
+        self.check.suspect(label, z, lambda: mix.apply(v))
+        return attn, self.check.attention(norm, x, mix, w, post), out
 
     def freeze_mlp(
         self,
@@ -438,6 +437,7 @@ def record(
     inputs: Any,
     convention: Convention | None = None,
     dtype: torch.dtype | None = None,
+    pattern: str = "stored",
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch pos d_vocab"], Capture]:
     """Run the model once and freeze the run.
@@ -448,6 +448,7 @@ def record(
         convention: The choices under which the operator is unique.
         dtype: Compute dtype of the operator, float32 or float64; by default float32, or the
             model's own where that is wider.
+        pattern: "stored" or "recomputed".
         **kwargs: The model's own arguments.
 
     Returns:
@@ -459,14 +460,15 @@ def record(
     """
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"expected dtype float32 or float64, got {dtype}")
+    how = reading(adapter, pattern)
     inputs, prompts = adapter.prepare(inputs, kwargs)
     dtype = dtype or torch.promote_types(adapter.dtype, torch.float32)
     device = adapter.weights.unembed.W_U.device
     frame = Frame(prompts.spans, prompts.tokens.shape[1], dtype, device)
-    recorder = Recorder(adapter, prompts, frame, convention or Convention())
-    handles = []
+    recorder = Recorder(adapter, prompts, frame, convention or Convention(), how)
+    handles = how.guards(adapter)
     try:
-        for read, point in adapter.points().items():
+        for read, point in adapter.points(how.reads).items():
             handles.append(point.register_forward_hook(recorder.listen(read)))
         logits = adapter.run(inputs, kwargs)
     finally:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .linear_map import Frame, version
-from .primitives import Norm
+from .primitives import Mix, Norm
+from .recomputed import RecomputedMix
 from .weights import AttentionWeights, NormWeights
 
 
@@ -212,7 +213,12 @@ class SelfCheck:
     # --- What is compared, per sublayer
 
     def attention(
-        self, norm: Norm | None, x: Tensor, pattern: Tensor, w: AttentionWeights, post: Norm | None
+        self,
+        norm: Norm | None,
+        x: Tensor,
+        mix: Mix | RecomputedMix,
+        w: AttentionWeights,
+        post: Norm | None,
     ) -> Tensor:
         """What attention adds, projected: post(Σ_h A_h (N(x) W_V^h + b_V) W_O^h + b_O) · r.
 
@@ -235,7 +241,7 @@ class SelfCheck:
         parts = (w.W_V, w.b_V, w.W_O, w.b_O, before, after)
         start, c, b_O, end = self.kept("attention", parts, compute)
         values = (x @ start if norm is None else x @ start / norm.scale) + c  # [batch, pos, head]
-        mixed = (values.mT[..., None, :] @ pattern.mT).sum((1, 2)) + b_O
+        mixed = mix.sum_heads(values) + b_O
         return mixed if post is None else mixed / post.scale.squeeze(-1) + end
 
     def linear(

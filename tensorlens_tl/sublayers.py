@@ -19,6 +19,7 @@ from torch import Tensor
 from .graph import Node
 from .linear_map import Chain, Frame, LinearMap, Sum
 from .primitives import Gate, Linear, Mix, Norm, Shift, gating_ratio, soft_cap_ratio, take_row
+from .recomputed import RecomputedMix
 from .weights import AttentionWeights, GatedMLPWeights, MLPWeights, UnembedWeights
 
 
@@ -126,12 +127,13 @@ def _unknown(node: Node, nodes: tuple[Node, ...]) -> ValueError:
 class Attention(Sublayer):
     """Attention with its pattern frozen: y_q = Σ_h Σ_k A_h[q, k] (x_k W_V^{kv(h)} + b_V) W_O^h + b_O.
 
+    ``mix`` is A, the map v → z: stored, or recomputed from queries and keys wherever it is used.
     Rows of A need not sum to 1 (sinks, masked rows): b_V stays inside the sum.
     """
 
     frame: Frame
     layer: int
-    pattern: Float[Tensor, "batch head query_pos key_pos"]
+    mix: Mix | RecomputedMix
     weights: AttentionWeights
     v_edit: Shift | None = None
     z_edit: Shift | None = None
@@ -144,10 +146,9 @@ class Attention(Sublayer):
         return Linear(self.frame, rearrange(w.W_V, "h d e -> d (h e)"), b_V, f"L{self.layer}.b_V")
 
     @property
-    def mix(self) -> Mix:
-        """The map v → z, query heads side by side."""
-        kv_heads, _, d_head = self.weights.W_V.shape
-        return Mix(self.frame, self.pattern, kv_heads, d_head)
+    def pattern(self) -> Float[Tensor, "batch head query_pos key_pos"]:
+        """A: as it was stored, or else the whole of it, recomputed at every look."""
+        return self.mix.pattern
 
     @property
     def output(self) -> Linear:
@@ -175,7 +176,7 @@ class Attention(Sublayer):
         kv = self.kv_of[h]
         return replace(
             self,
-            pattern=self.pattern[:, h : h + 1],
+            mix=self.mix.head(h),
             v_edit=None,
             z_edit=None,
             weights=AttentionWeights(
@@ -189,7 +190,7 @@ class Attention(Sublayer):
     def outputs_at(self, x, query):
         # Mixing comes first, A_h[q] x, then W_V and W_O on that one row: L·D + D² instead of L·D².
         w, frame = self.weights, self.frame
-        row = self.pattern[torch.arange(frame.batch, device=frame.device), :, query]
+        row = self.mix.rows(query)
         mixed = row @ x  # [batch, head, d_model]
         kv_heads = w.W_V.shape[0]
         z = torch.einsum(

@@ -9,8 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 FLOORS = {
-    "graph": 0, "supported": 0, "linear_map": 0, "weights": 0, "primitives": 1, "prompts": 1, "sublayers": 2,
-    "adapters": 3, "selfcheck": 3, "capturing": 4, "recording": 5, "composer": 5, "contraction": 6,
+    "graph": 0, "supported": 0, "linear_map": 0, "weights": 0, "primitives": 1, "prompts": 1, "recomputed": 1,
+    "sublayers": 2,
+    "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4, "recording": 5, "composer": 5, "contraction": 6,
     "attribution": 7, "paths": 7, "collapse": 7, "baselines": 7, "circuits": 8, "interventions": 8,
     "evaluation": 9, "headers": 9, "saving": 10, "plots": 10, "report": 10, "lens": 11,
     "loading": 12, "plugin": 12, "support": 12, "demo": 12, "__main__": 13, "__init__": 13,

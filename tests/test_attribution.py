@@ -11,7 +11,7 @@ from tensorlens_tl.capturing import Capture, Convention, FrozenBlock
 from tensorlens_tl.graph import Node
 from tensorlens_tl.lens import TensorLens
 from tensorlens_tl.linear_map import Frame
-from tensorlens_tl.primitives import Norm
+from tensorlens_tl.primitives import Mix, Norm
 from tensorlens_tl.prompts import Prompts
 from tensorlens_tl.sublayers import MLP, Attention, Unembed
 from tensorlens_tl.weights import AttentionWeights, MLPWeights, NormWeights, UnembedWeights
@@ -53,7 +53,8 @@ def test_no_part_is_a_remainder(case):
 
     lens = lens_of(case)
     blocks = tuple(
-        replace(b, attn=replace(b.attn, pattern=torch.zeros_like(b.attn.pattern))) for b in lens.capture.blocks
+        replace(b, attn=replace(b.attn, mix=replace(b.attn.mix, pattern=torch.zeros_like(b.attn.pattern))))
+        for b in lens.capture.blocks
     )  # fmt: skip
     broken = TensorLens(replace(lens.capture, blocks=blocks))
     for by in ("token", "component"):
@@ -156,7 +157,7 @@ def hand_made():
     frame = Frame(((0, 2),), 2, torch.float64, torch.device("cpu"))
     X = t([[1, 2], [3, 4]])
     pattern = t([[[1, 0], [0.25, 0.75]]])
-    attn = Attention(frame, 0, pattern, AttentionWeights(
+    attn = Attention(frame, 0, Mix(frame, pattern, 1, 1), AttentionWeights(
         t([1], [1])[None], t(1)[None], t([2, 0])[None], t(0, 1)))  # fmt: skip
     mlp = MLP(frame, 0, MLPWeights(t([0], [1]), t(-1), t([1, 1]), t(0, 3), "relu"), t([[1], [1]]))
     block = FrozenBlock(X, t([[9, 3], [17, 5]]), attn, mlp, None, None, None, None)

@@ -512,7 +512,7 @@ HEADER_EDITS = {
     "norm as attention": (_set(*BLOCK, "attn", "$", "Norm"), "Norm has no"),
     "weights of another class": (_set(*BLOCK, "attn", "weights", "$", "NormWeights"), "NormWeights has no"),
     "wide weights": (_set(*BLOCK, "attn", "weights", "W_O", "shape", [4, 8, 33]), "expected shape"),
-    "heads": (_set(*BLOCK, "attn", "weights", "W_O", "shape", [5, 8, 32]), "expected shape"),
+    "heads": (_set(*BLOCK, "attn", "weights", "W_O", "shape", [5, 8, 32]), "maps do not fit"),
     "layer": (_set(*BLOCK, "attn", "layer", "0"), "expected <class 'int'>, got str"),
     "model name": (_set("capture", "model_name", 1), "expected <class 'str'>, got int"),
     "no key": (_set("capture", "embed", {"$": "tensor", "dtype": "float64", "shape": [2, 7, 32],
@@ -550,7 +550,7 @@ def test_flipped_bits_in_the_data(lens, path):
     raw = path.read_bytes()
     table, data = unpack(path)
     start = len(raw) - len(data)
-    for name in ("embed", "logits", "blocks.1.attn.pattern"):
+    for name in ("embed", "logits", "blocks.1.attn.mix.pattern"):
         begin, end = (start + offset for offset in table[name]["data_offsets"])
         at = begin + (end - begin) // 16 * 8 + 6  # the exponent of a float64
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])

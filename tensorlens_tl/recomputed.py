@@ -1,0 +1,355 @@
+"""Attention over positions without its pattern: A is recomputed from queries and keys, block by block.
+
+The pattern is a function of what is kept, A[q, k] = exp(s[q, k] − lse[q]) with s the masked scores
+and lse[q] their log-sum-exp, so nothing of size heads × L² needs to exist:
+
+1. Keep q' = [q · scale, −lse] and k' = [k, 1], positions last. One product q'ᵀ k' then gives s − lse.
+   Under a soft cap the scores are capped first, and −lse is added after.
+2. lse comes from one pass over blocks of queries, once per capture.
+3. A block of A, rows × columns, is one product into a buffer, an exponential in place, and zeros
+   where the mask is; it never leaves the cache. Blocks outside the mask are skipped.
+4. Push (A V): rows are queries, columns keys. Pull (Aᵀ U): rows are keys, columns queries. Either
+   way a block of rows collects its own result, and the probes stand side by side in the values.
+5. Every prompt runs over its own real tokens: padding is never read and stays 0.
+6. The query heads of a key/value head are served in turn, so keys and values are not repeated.
+
+Flops per head: L² (d_head + 1) for the scores plus P L² d_head for P probes (half of that would be
+the causal triangle, and is: 2 · L²/2 multiply-adds each), and L²/2 exponentials, once for all
+probes. Memory: heads · L · (d_head + 1) per layer kept; a pass adds the buffer and 2 L d_head P.
+Scaled-dot-product attention's own kernels were slower here on a CPU: see ``benchmarks/recomputed.py``.
+
+Rabe and Staats, "Self-attention does not need O(n²) memory" (arXiv 2112.05682); Dao et al.,
+"FlashAttention" (arXiv 2205.14135), for the recomputation from a saved log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .linear_map import Frame, LinearMap
+
+ROWS, COLUMNS, CELLS = 128, 1024, 2**17
+"""Largest block, and the cells that all heads' blocks together may fill: half a MiB stays in the
+cache of a CPU core."""
+ACCELERATOR = 512, 4096, 2**26
+"""The same where launching a kernel is what costs."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores come from queries and keys: cap · tanh(q·k · scale / cap), masked.
+
+    Attributes:
+        scale: Factor of q·k.
+        causal: Whether a query sees no later key.
+        soft_cap: Largest absolute score, or None.
+        window: How many keys a query sees, itself included, or None for all; causal only.
+    """
+
+    scale: float
+    causal: bool = True
+    soft_cap: float | None = None
+    window: int | None = None
+
+    def __post_init__(self):
+        cap = 1.0 if self.soft_cap is None else self.soft_cap
+        if not (math.isfinite(self.scale) and math.isfinite(cap) and cap > 0):
+            raise ValueError(f"expected a finite scale and a positive soft cap, got {self}")
+        if self.window is not None and (self.window < 1 or not self.causal):
+            raise ValueError(f"expected a window of at least 1 in causal attention, got {self}")
+
+    def reach(self, start: int, stop: int, length: int, pull: bool) -> tuple[int, int]:
+        """The columns that rows [start, stop) see: keys of queries, or queries of keys (pull)."""
+        if not self.causal:
+            return 0, length
+        window = length if self.window is None else self.window
+        if pull:
+            return start, min(length, stop + window - 1)
+        return max(0, start - window + 1), stop
+
+    def mask_(self, block: Tensor, offset: int, pull: bool) -> Tensor:
+        """Zero a block of A, in place, where a query must not see a key.
+
+        Args:
+            block: [..., row, column].
+            offset: First row less first column.
+            pull: Whether rows are keys.
+
+        Returns:
+            The block.
+        """
+        if not self.causal:
+            return block
+        near = block.triu_(offset) if pull else block.tril_(offset)
+        if self.window is None:
+            return near
+        far = self.window - 1
+        return near.tril_(offset + far) if pull else near.triu_(offset - far)
+
+
+@dataclass(frozen=True, eq=False)
+class RecomputedMix(LinearMap):
+    """Attention over positions, like ``Mix``, with its pattern recomputed whenever it is used.
+
+    z_q^h = Σ_k A_h[q, k] v_k^{kv(h)} with A_h[q, k] = exp(s_h[q, k] − lse_h[q]).
+
+    Attributes:
+        frame: Prompts, positions, dtype, device.
+        queries: [q · scale, −lse] (under a soft cap [q · scale / cap, −lse]), positions last.
+        keys: [k, 1], positions last.
+        scores: Scale, soft cap and mask.
+        d_head: Width of one head's values.
+    """
+
+    frame: Frame
+    queries: Float[Tensor, "batch head d_score pos"]
+    keys: Float[Tensor, "batch kv_head d_score pos"]
+    scores: Scores
+    d_head: int
+
+    @classmethod
+    def of(
+        cls,
+        frame: Frame,
+        q: Float[Tensor, "batch pos head d_query"],
+        k: Float[Tensor, "batch pos kv_head d_query"],
+        scores: Scores,
+        d_head: int,
+    ) -> RecomputedMix:
+        """Keep queries and keys as the kernels want them, and compute lse.
+
+        Args:
+            frame: Prompts, positions, dtype, device.
+            q: What the scores are the products of: rotated, normalized.
+            k: Likewise; fewer heads under grouped-query attention.
+            scores: Scale, soft cap and mask.
+            d_head: Width of one head's values.
+
+        Returns:
+            The map.
+
+        Raises:
+            ValueError: If the query heads are no multiple of the key/value heads.
+        """
+        if q.shape[2] % k.shape[2] or q.shape[:2] != k.shape[:2]:
+            raise ValueError(
+                f"expected queries and keys of the same positions, and a multiple of the key/value "
+                f"heads, got {list(q.shape)} and {list(k.shape)}"
+            )
+        scale = scores.scale / (scores.soft_cap or 1.0)
+        queries = torch.nn.functional.pad((q * scale).permute(0, 2, 3, 1), (0, 0, 0, 1))
+        keys = torch.nn.functional.pad(k.permute(0, 2, 3, 1), (0, 0, 0, 1), value=1.0)
+        mix = cls(frame, queries.contiguous(), keys.contiguous(), scores, d_head)
+        with torch.no_grad():
+            for prompt, r, pos in mix._parts():
+                q_, k_ = mix._pair(prompt, r, pos)
+                q_[:, -1] = -_log_sum_exp(q_, k_, scores)
+        return mix
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def n_heads(self) -> int:
+        return self.queries.shape[1]
+
+    @property
+    def in_dim(self) -> int:
+        return self.kv_heads * self.d_head
+
+    @property
+    def out_dim(self) -> int:
+        return self.n_heads * self.d_head
+
+    @property
+    def frozen(self) -> tuple[Tensor, ...]:
+        return self.queries, self.keys
+
+    @property
+    def _repeat(self) -> int:
+        return self.n_heads // self.kv_heads
+
+    def _parts(self) -> Iterator[tuple[int, int, slice]]:
+        """Every prompt's real positions, once for each query head of a group."""
+        for prompt, (start, stop) in enumerate(self.frame.spans):
+            for r in range(self._repeat):
+                yield prompt, r, slice(start, stop)
+
+    def _pair(self, prompt: int, r: int, pos: slice) -> tuple[Tensor, Tensor]:
+        """One query head of every group, and the keys: [kv_head, d_score, pos], no copies."""
+        grouped = self.queries[prompt].unflatten(0, (self.kv_heads, -1))
+        return grouped[:, r, :, pos], self.keys[prompt, :, :, pos]
+
+    @torch.no_grad()
+    def _weigh(self, x: Tensor, pull: bool, from_heads: bool, to_heads: bool, width: int) -> Tensor:
+        """Σ A x: [many, batch, pos, (kv_head, 1 or repeat, width)] → the same for the result."""
+        many = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+        size = [self.kv_heads, self._repeat if from_heads else 1, width]
+        source = many.unflatten(-1, size).permute(1, 4, 0, 3, 2, 5)
+        size[1] = self._repeat if to_heads else 1
+        out = many.new_zeros(*many.shape[:-1], *size)
+        target = out.permute(1, 4, 0, 3, 2, 5)  # [batch, repeat, many, kv_head, pos, width]
+        for prompt, r, pos in self._parts():
+            _mix(
+                *self._pair(prompt, r, pos),
+                source[prompt, r * from_heads, :, :, pos],
+                target[prompt, r * to_heads, :, :, pos],
+                self.scores,
+                pull,
+            )
+        return out.reshape(*x.shape[:-1], math.prod(size))
+
+    def apply(self, x):
+        return _Weighing.apply(x, self, False)
+
+    def apply_t(self, y, effects=None):
+        return _Weighing.apply(y, self, True)
+
+    def by_head_t(
+        self, y: Float[Tensor, "*many batch pos z"]
+    ) -> Float[Tensor, "*many batch pos head d_head"]:
+        """The adjoint per query head: summed over the heads of a group, it is :meth:`apply_t`."""
+        size = self.n_heads, self.d_head
+        return self._weigh(y, True, True, True, self.d_head).unflatten(-1, size)
+
+    def sum_heads(self, values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos"]:
+        """Σ_h A_h values_h: one number per position and query head, mixed and summed over heads."""
+        return self._weigh(values, False, True, False, 1).sum(-1)
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.out_dim)
+
+    def constants(self):
+        return {}
+
+    def head(self, index: int) -> RecomputedMix:
+        """One query head's part; shares memory."""
+        kv = index // self._repeat
+        return replace(
+            self,
+            queries=self.queries[:, index : index + 1],
+            keys=self.keys[:, kv : kv + 1],
+        )
+
+    @torch.no_grad()
+    def rows(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key_pos"]:
+        """The pattern's rows at one destination per prompt.
+
+        Args:
+            query: Destinations, as tensor indices.
+
+        Returns:
+            A[query]; zero where the prompt has no tokens.
+        """
+        each = torch.arange(len(query), device=query.device)
+        q = self.queries[each, :, :, query].unflatten(1, (self.kv_heads, -1))
+        s = _capped(q[..., :-1] @ self.keys[:, :, :-1], self.scores) + q[..., -1:]
+        pos = torch.arange(self.frame.n_pos, device=query.device)
+        seen = self.frame.real & self.frame.real[each, query][:, None]
+        if self.scores.causal:
+            seen = seen & (pos <= query[:, None])
+        if self.scores.window is not None:
+            seen = seen & (pos > query[:, None] - self.scores.window)
+        return torch.where(seen[:, None], s.flatten(1, 2).exp(), 0)
+
+    @property
+    def pattern(self) -> Float[Tensor, "batch head query_pos key_pos"]:
+        """The whole pattern of this layer, recomputed now: heads × L² numbers, for plots."""
+        queries = torch.arange(self.frame.n_pos, device=self.queries.device)
+        return torch.stack([self.rows(q.expand(self.frame.batch)) for q in queries], 2)
+
+
+class _Weighing(torch.autograd.Function):
+    """A push whose gradient is the pull, and the other way round; nothing is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mix: RecomputedMix, pull: bool) -> Tensor:
+        ctx.mix, ctx.pull = mix, pull
+        return mix._weigh(x, pull, pull, not pull, mix.d_head)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _Weighing.apply(gradients[0], ctx.mix, not ctx.pull), None, None
+
+
+# --- Blocks --------------------------------------------------------------------------------------
+
+
+def _capped(products: Tensor, scores: Scores) -> Tensor:
+    """The scores from q·k · scale (/ cap), in place."""
+    return products if scores.soft_cap is None else products.tanh_().mul_(scores.soft_cap)
+
+
+def _block_sizes(like: Tensor, heads: int, length: int) -> tuple[int, int, int]:
+    """Heads, rows and columns of a block."""
+    rows, columns, cells = (ROWS, COLUMNS, CELLS) if like.device.type == "cpu" else ACCELERATOR
+    rows, columns = min(rows, length), min(columns, length)
+    return max(1, min(heads, cells // (rows * columns))), rows, columns
+
+
+def _mix(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores, pull: bool) -> None:
+    """Adds to ``out``: out_i += Σ_j A[i, j] values_j, or with A[j, i] (pull), in one prompt.
+
+    Args:
+        q: [q · scale, −lse] of one query head per group, [head, d_score, pos].
+        k: [k, 1], likewise.
+        values: [many, head, pos, width].
+        out: [many, head, pos, width].
+        scores: Soft cap and mask.
+        pull: Whether rows are keys.
+    """
+    rows, columns = (k, q) if pull else (q, k)
+    if capped := scores.soft_cap is not None:
+        rows, columns = rows[:, :-1], columns[:, :-1]
+    many, n_heads, length, width = values.shape
+    n, height, broad = _block_sizes(q, n_heads, length)
+    cells = q.new_empty(n * height * broad)
+    # Probes side by side: one copy, small enough to stay in the cache while its head is served.
+    side = q.new_empty(n, length, many, width)
+    sums = q.new_empty(n, length, many * width)
+    for first in range(0, n_heads, n):
+        h = slice(first, min(first + n, n_heads))
+        c = h.stop - first
+        v = side[:c].copy_(values[:, h].permute(1, 2, 0, 3)).flatten(2)
+        for start in range(0, length, height):
+            i = slice(start, min(start + height, length))
+            left, right = scores.reach(i.start, i.stop, length, pull)
+            for at in range(left, right, broad):
+                j = slice(at, min(at + broad, right))
+                size = c, i.stop - start, j.stop - at
+                block = cells[: math.prod(size)].view(size)
+                torch.bmm(rows[h, :, i].mT, columns[h, :, j], out=block)
+                if capped:
+                    lse = q[h, -1, j].unsqueeze(1) if pull else q[h, -1, i].unsqueeze(2)
+                    _capped(block, scores).add_(lse)
+                scores.mask_(block.exp_(), start - at, pull)
+                sums[:c, i].baddbmm_(block, v[:, j], beta=0 if at == left else 1)
+        out[:, h] += sums[:c].unflatten(2, (many, width)).permute(2, 0, 1, 3)
+
+
+def _log_sum_exp(q: Tensor, k: Tensor, scores: Scores) -> Tensor:
+    """The scores' log-sum-exp per query, [head, pos], block by block."""
+    n_heads, _, length = q.shape
+    n, height, broad = _block_sizes(q, n_heads, length)
+    lse = q.new_full((n_heads, length), -math.inf)
+    for first in range(0, n_heads, n):
+        h = slice(first, min(first + n, n_heads))
+        for start in range(0, length, height):
+            i = slice(start, min(start + height, length))
+            left, right = scores.reach(i.start, i.stop, length, False)
+            for at in range(left, right, broad):
+                j = slice(at, min(at + broad, right))
+                s = _capped(q[h, :-1, i].mT @ k[h, :-1, j], scores)
+                seen = scores.mask_(torch.ones_like(s[0], dtype=torch.bool), start - at, False)
+                s.masked_fill_(~seen, -math.inf)
+                lse[h, i] = torch.logaddexp(lse[h, i], s.logsumexp(-1))
+    return lse
