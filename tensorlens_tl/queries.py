@@ -65,7 +65,7 @@ class Stored:
     """The pattern itself, as the run had it, the user's edits of it included."""
 
     reads = heads_first = ("pattern",)
-    what = "pattern"
+    note = ""
 
     def mix(self, layer: int, frame: Frame, take: Take, weights: AttentionWeights) -> Mix:
         """A block's attention over positions, from what was read.
@@ -113,7 +113,7 @@ class Queries:
     scores: tuple[Scores, ...]
     heads_first: tuple[str, ...] = ()
     rotate: Rotate | None = None
-    what = 'recomputed pattern, or use pattern="stored",'
+    note = ' with a recomputed pattern (pattern="stored" reads the run\'s own)'
 
     @classmethod
     def of(cls, adapter: Adapter) -> Queries:
@@ -166,8 +166,7 @@ class Queries:
             return cls(("q", "k"), tuple(scores))
         if kind == "AttentionBridge" and type(parts[0]).__name__ == "NativeAttention":
             scores = (Scores(1 / a.scale, a.causal, cap) for a in parts)
-            rotate = partial(_table_rotation, [a.rotary for a in parts]) if rotary else None
-            return cls(("q", "k"), tuple(scores), rotate=rotate)
+            return cls(("q", "k"), tuple(scores), rotate=_Tables(parts) if rotary else None)
         raise NotRecomputableError(
             f"the attention {kind}", "it is not known what its scores are computed from"
         )
@@ -187,8 +186,8 @@ class Queries:
         return RecomputedMix.of(frame, q, k, self.scores[layer], d_head)
 
     def guards(self, adapter: Adapter) -> list[Any]:
-        """Handles of hooks that refuse the user's edits of scores and patterns."""
-        handles = []
+        """Handles of hooks that refuse the user's edits of scores and patterns, and see positions."""
+        handles = self.rotate.listen() if isinstance(self.rotate, _Tables) else []
         for name, point in adapter.hooked_patterns().items():
             handles += guard(name, point)
         return handles
@@ -210,11 +209,27 @@ def _read_rotation(layer: int, take: Take, x: Tensor) -> Tensor:
     return _rotated(x, torch.cat((-b, a), -1), cos, sin)
 
 
-def _table_rotation(tables: list[Any], layer: int, take: Take, x: Tensor) -> Tensor:
-    cos, sin = (t[: x.shape[1]].to(x)[None] for t in
-                (tables[layer].cos_cached, tables[layer].sin_cached))  # fmt: skip
-    a, b = x[..., : cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
-    return _rotated(x, torch.stack((-b, a), -1).flatten(-2), cos, sin)
+class _Tables:
+    """The native host's rotation: its own tables, at the positions it gave its attention."""
+
+    def __init__(self, parts: list[Any]):
+        self.parts, self.positions = parts, [None] * len(parts)
+
+    def listen(self) -> list[Any]:
+        def see(layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            self.positions[layer] = kwargs.get("position_ids")
+
+        return [
+            part.register_forward_pre_hook(partial(see, layer), with_kwargs=True)
+            for layer, part in enumerate(self.parts)
+        ]
+
+    def __call__(self, layer: int, take: Take, x: Tensor) -> Tensor:
+        at, rotary = self.positions[layer], self.parts[layer].rotary
+        at = torch.arange(x.shape[1], device=x.device)[None] if at is None else at
+        cos, sin = rotary.cos_cached[at].to(x), rotary.sin_cached[at].to(x)
+        a, b = x[..., : cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
+        return _rotated(x, torch.stack((-b, a), -1).flatten(-2), cos, sin)
 
 
 def _rotated(x: Tensor, quarter_turned: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ class Recorder:
             layer, weights.attn, ln1, ln1_post, before
         )
         mid, mlp, mid_edits = None, None, ()
-        name = f"L{layer} attention"
+        name = f"L{layer} attention{self.reading.note}"
         if weights.mlp is None:
             stages = ("attn_out", "mlp_out")
             label = f"{name} output (W_O, b_O)"
@@ -259,7 +259,7 @@ class Recorder:
         Returns:
             The sublayer, the projection, and a function that computes the whole.
         """
-        name = f"L{layer} attention"
+        name = f"L{layer} attention{self.reading.note}"
         mix = self.reading.mix(layer, self.frame, self.take, w)
         v, z = self.take(layer, "v").flatten(2), self.take(layer, "z").flatten(2)
         attn = Attention(self.frame, layer, mix, w)
@@ -280,8 +280,7 @@ class Recorder:
         if attn.edits:
             return attn, self.check.project(out()), out
         self.check.suspect(f"{name} values (W_V, b_V)", v, predict_v)
-        label = f"{name} mixing ({self.reading.what} · values)"
-        self.check.suspect(label, z, lambda: mix.apply(v))
+        self.check.suspect(f"{name} mixing (pattern · values)", z, lambda: mix.apply(v))
         return attn, self.check.attention(norm, x, mix, w, post), out
 
     def freeze_mlp(

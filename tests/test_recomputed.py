@@ -121,11 +121,11 @@ def test_saved_and_loaded(case, tmp_path):
 
 @every_host
 def test_low_precision_models(case):
-    """The pattern is recomputed in float32 from bfloat16 queries: the run's own had its rounding."""
-    stored, lens = both(case.model(torch.bfloat16), tokens())
+    """The pattern is recomputed in float32 from float16 queries: the run's own had its rounding."""
+    stored, lens = both(case.model(torch.float16), tokens())
     x = randn_like(stored.embedding)
-    assert_close(lens.operator @ x, stored.operator @ x, 2e-2)
-    assert lens.completeness_error <= 5e-2
+    assert_close(lens.operator @ x, stored.operator @ x, 1e-2)
+    assert lens.capture.check <= 1e-2
 
 
 # --- Every mask, block size and number of probes --------------------------------------------------
@@ -291,7 +291,8 @@ def test_edits_of_pattern_and_scores_are_refused(case, name, edit):
     with case.model().hooks(fwd_hooks=[(at, edit)]):
         with pytest.raises(ValueError, match=rf'edits {at}.*Use pattern="stored"'):
             capture(case.model(), tokens(), pattern="recomputed")
-        capture(case.model(), tokens())
+        if edit is nudge:
+            capture(case.model(), tokens())
 
 
 @every_host
@@ -320,7 +321,9 @@ def test_a_wrong_score_is_found_by_the_self_check(case, wrong, monkeypatch):
     of = RecomputedMix.of
     monkeypatch.setattr(RecomputedMix, "of", lambda frame, q, k, scores, d: of(
         frame, q, k, replace(scores, **wrong), d))  # fmt: skip
-    with pytest.raises(CaptureMismatchError, match=r'attention mixing.*pattern="stored"'):
+    with pytest.raises(
+        CaptureMismatchError, match=r'attention with a recomp.*pattern="stored".* mixing'
+    ):
         capture(case.model(), tokens(), pattern="recomputed")
 
 
