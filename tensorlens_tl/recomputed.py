@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -148,9 +149,9 @@ class RecomputedMix(LinearMap):
         keys = torch.nn.functional.pad(k.permute(0, 2, 3, 1), (0, 0, 0, 1), value=1.0)
         mix = cls(frame, queries.contiguous(), keys.contiguous(), scores, d_head)
         with torch.no_grad():
-            for prompt, r, pos in mix._parts():
-                q_, k_ = mix._pair(prompt, r, pos)
-                q_[:, -1] = -_log_sum_exp(q_, k_, scores)
+            for _, _, heads, keys in mix._prompts():
+                for queries in heads:
+                    queries[:, -1] = -_log_sum_exp(queries, keys, scores)
         return mix
 
     @property
@@ -177,34 +178,43 @@ class RecomputedMix(LinearMap):
     def _repeat(self) -> int:
         return self.n_heads // self.kv_heads
 
-    def _parts(self) -> Iterator[tuple[int, int, slice]]:
-        """Every prompt's real positions, once for each query head of a group."""
+    def _prompts(self) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """Every prompt's real positions; queries [repeat, kv_head, d_score, pos] and keys there."""
+        grouped = self.queries.unflatten(1, (self.kv_heads, -1)).transpose(1, 2)
         for prompt, (start, stop) in enumerate(self.frame.spans):
-            for r in range(self._repeat):
-                yield prompt, r, slice(start, stop)
-
-    def _pair(self, prompt: int, r: int, pos: slice) -> tuple[Tensor, Tensor]:
-        """One query head of every group, and the keys: [kv_head, d_score, pos], no copies."""
-        grouped = self.queries[prompt].unflatten(0, (self.kv_heads, -1))
-        return grouped[:, r, :, pos], self.keys[prompt, :, :, pos]
+            pos = slice(start, stop)
+            yield prompt, pos, grouped[prompt, ..., pos], self.keys[prompt, ..., pos]
 
     @torch.no_grad()
     def _weigh(self, x: Tensor, pull: bool, from_heads: bool, to_heads: bool, width: int) -> Tensor:
-        """Σ A x: [many, batch, pos, (kv_head, 1 or repeat, width)] → the same for the result."""
+        """Σ A x or Σ Aᵀ x, of and to vectors per query head or per key/value head.
+
+        Args:
+            x: [..., batch, pos, head · width] or [..., batch, pos, kv_head · width].
+            pull: Whether with Aᵀ.
+            from_heads: Whether x has query heads.
+            to_heads: Whether the result has query heads; else they are summed in every group.
+            width: Of one head.
+
+        Returns:
+            [..., batch, pos, head · width] or [..., batch, pos, kv_head · width].
+        """
         many = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
         size = [self.kv_heads, self._repeat if from_heads else 1, width]
+        # [batch, repeat, many, kv_head, pos, width]
         source = many.unflatten(-1, size).permute(1, 4, 0, 3, 2, 5)
         size[1] = self._repeat if to_heads else 1
-        out = many.new_zeros(*many.shape[:-1], *size)
-        target = out.permute(1, 4, 0, 3, 2, 5)  # [batch, repeat, many, kv_head, pos, width]
-        for prompt, r, pos in self._parts():
-            _mix(
-                *self._pair(prompt, r, pos),
-                source[prompt, r * from_heads, :, :, pos],
-                target[prompt, r * to_heads, :, :, pos],
-                self.scores,
-                pull,
-            )
+        whole = all(span == (0, self.frame.n_pos) for span in self.frame.spans)
+        out = (many.new_empty if whole else many.new_zeros)(*many.shape[:-1], *size)
+        target = out.permute(1, 4, 0, 3, 2, 5)
+        for prompt, pos, q, k in self._prompts():
+            values, sums = source[prompt, ..., pos, :], target[prompt, ..., pos, :]
+            values = values.expand(self._repeat, *values.shape[1:])
+            if not to_heads:
+                _mix(q, k, values, sums[0], self.scores, pull)
+                continue
+            for r in range(self._repeat):
+                _mix(q[r : r + 1], k, values[r : r + 1], sums[r], self.scores, pull)
         return out.reshape(*x.shape[:-1], math.prod(size))
 
     def apply(self, x):
@@ -297,29 +307,28 @@ def _block_sizes(like: Tensor, heads: int, length: int) -> tuple[int, int, int]:
 
 
 def _mix(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores, pull: bool) -> None:
-    """Adds to ``out``: out_i += Σ_j A[i, j] values_j, or with A[j, i] (pull), in one prompt.
+    """Writes out_i = Σ_r Σ_j A_r[i, j] values_j, or with A_r[j, i] (pull), in one prompt.
 
     Args:
-        q: [q · scale, −lse] of one query head per group, [head, d_score, pos].
-        k: [k, 1], likewise.
-        values: [many, head, pos, width].
+        q: [q · scale, −lse] of query heads r that share keys, [repeat, head, d_score, pos].
+        k: [k, 1], [head, d_score, pos].
+        values: [repeat, many, head, pos, width].
         out: [many, head, pos, width].
         scores: Soft cap and mask.
         pull: Whether rows are keys.
     """
-    rows, columns = (k, q) if pull else (q, k)
-    if capped := scores.soft_cap is not None:
-        rows, columns = rows[:, :-1], columns[:, :-1]
-    many, n_heads, length, width = values.shape
+    width = slice(None) if scores.soft_cap is None else slice(-1)
+    repeat, many, n_heads, length, d = values.shape
     n, height, broad = _block_sizes(q, n_heads, length)
     cells = q.new_empty(n * height * broad)
     # Probes side by side: one copy, small enough to stay in the cache while its head is served.
-    side = q.new_empty(n, length, many, width)
-    sums = q.new_empty(n, length, many * width)
-    for first in range(0, n_heads, n):
+    side, sums = q.new_empty(n, length, many, d), q.new_empty(n, length, many * d)
+    for first, r in product(range(0, n_heads, n), range(repeat)):
         h = slice(first, min(first + n, n_heads))
         c = h.stop - first
-        v = side[:c].copy_(values[:, h].permute(1, 2, 0, 3)).flatten(2)
+        v = side[:c].copy_(values[r, :, h].permute(1, 2, 0, 3)).flatten(2)
+        rows, columns = (k[h, width], q[r, h, width]) if pull else (q[r, h, width], k[h, width])
+        rows = rows.mT.contiguous()  # as a matrix product wants its left side
         for start in range(0, length, height):
             i = slice(start, min(start + height, length))
             left, right = scores.reach(i.start, i.stop, length, pull)
@@ -327,13 +336,14 @@ def _mix(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores, pull
                 j = slice(at, min(at + broad, right))
                 size = c, i.stop - start, j.stop - at
                 block = cells[: math.prod(size)].view(size)
-                torch.bmm(rows[h, :, i].mT, columns[h, :, j], out=block)
-                if capped:
-                    lse = q[h, -1, j].unsqueeze(1) if pull else q[h, -1, i].unsqueeze(2)
+                torch.bmm(rows[:, i], columns[..., j], out=block)
+                if scores.soft_cap is not None:
+                    lse = q[r, h, -1, j].unsqueeze(1) if pull else q[r, h, -1, i].unsqueeze(2)
                     _capped(block, scores).add_(lse)
                 scores.mask_(block.exp_(), start - at, pull)
-                sums[:c, i].baddbmm_(block, v[:, j], beta=0 if at == left else 1)
-        out[:, h] += sums[:c].unflatten(2, (many, width)).permute(2, 0, 1, 3)
+                sums[:c, i].baddbmm_(block, v[:, j], beta=0 if at == left and r == 0 else 1)
+        if r == repeat - 1:
+            out[:, h] = sums[:c].unflatten(2, (many, d)).permute(2, 0, 1, 3)
 
 
 def _log_sum_exp(q: Tensor, k: Tensor, scores: Scores) -> Tensor:
