@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .graph import resid_site
+from .graph import FINAL_SITE, resid_site
 from .prompts import Prompts, as_ids, check_tokens, is_text, mask_spans, tokenize
 from .supported import SUPPORTED, UnsupportedArchitectureError, refusal
 from .weights import (
@@ -57,17 +57,25 @@ _LAYER_HOOKS = {
     "post": "mlp.hook_post",
 }
 
+# What the MLP reads: on the Bridge hook_resid_mid, too, which stands beside the residual there.
+_MLP_IN = ("hook_mlp_in", "hook_resid_mid", "ln2.hook_in", "ln2.hook_normalized", "ln2.hook_out",
+           "mlp.hook_in", "mlp.in.hook_in")  # fmt: skip
 _EDITS = {
     "resid_pre": ("hook_resid_pre",),
-    "v": ("ln1.hook_normalized", "attn.hook_v"),
+    "v": ("ln1.hook_in", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_in", "attn.v.hook_in",
+          "attn.hook_v"),
     "z": ("attn.hook_z",),
-    "attn_out": ("attn.hook_result", "ln1_post.hook_normalized", "hook_attn_out", "hook_resid_mid"),
-    "pre": ("hook_mlp_in", "ln2.hook_normalized", "mlp.hook_pre"),
-    "pre_linear": ("hook_mlp_in", "ln2.hook_normalized", "mlp.hook_pre_linear"),
+    "attn_out": ("hook_attn_out", "attn.hook_result", "attn.o.hook_out", "attn.hook_out",
+                 "ln1_post.hook_in", "ln1_post.hook_normalized", "hook_resid_mid"),
+    "pre": (*_MLP_IN, "mlp.gate.hook_in", "mlp.hook_pre"),
+    "pre_linear": (*_MLP_IN, "mlp.hook_pre_linear"),
     "post": ("mlp.hook_mid", "mlp.ln.hook_normalized", "mlp.hook_post"),
-    "mlp_out": ("ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post"),
-}
+    "mlp_out": ("hook_mlp_out", "mlp.out.hook_out", "mlp.hook_out", "ln2_post.hook_in",
+                "ln2_post.hook_normalized", "hook_resid_post"),
+}  # fmt: skip
 """Hook points whose edits become constants, by the stage at which they are seen."""
+
+_FINAL_EDITS = ("ln_final.hook_in", "ln_final.hook_normalized", "ln_final.hook_out", FINAL_SITE)
 
 Read = tuple[int | None, str]
 """What is read, and in which layer: (3, "pattern"), (None, "embed")."""
@@ -76,17 +84,12 @@ Read = tuple[int | None, str]
 class Adapter(ABC):
     """What the rest of the library needs of a host model. One subclass per host class."""
 
-    forbidden = (
-        "return_type",
-        "loss_per_token",
-        "start_at_layer",
-        "stop_at_layer",
-        "past_kv_cache",
-        "past_key_values",
-        "use_cache",
-        "names_filter",
-    )
+    forbidden = ("return_type", "loss_per_token", "start_at_layer", "stop_at_layer", "past_kv_cache",
+                 "past_key_values", "use_cache", "names_filter")  # fmt: skip
     """Keyword arguments that would make the run something else than prompt → logits."""
+
+    before_edits: frozenset[str] = frozenset()
+    """What is read before the user's own hooks at its point, as they do not enter the residual."""
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
@@ -144,9 +147,9 @@ class Adapter(ABC):
         """The model's own dtype."""
         return self.weights.unembed.W_U.dtype
 
-    def soft_cap(self) -> float | None:
-        """The logit soft cap; hosts write −1 or None for none."""
-        cap = getattr(self.cfg, "output_logits_soft_cap", None)
+    def soft_cap(self, name: str = "output_logits_soft_cap") -> float | None:
+        """The soft cap of logits or of scores; hosts write −1 or None for none."""
+        cap = getattr(self.cfg, name, None)
         return float(cap) if cap is not None and cap > 0 else None
 
     def activation(self) -> str:
@@ -201,26 +204,30 @@ class Adapter(ABC):
         points = {read: hooks[name] for read, name in names.items()}
         if self.weights.unembed.soft_cap is not None:
             points[None, "raw_logits"] = self.model.unembed  # the cap comes after this module
+        if self._hooked("", _FINAL_EDITS):  # 2.18 has no hook at the unembedding
+            points[None, "normalized"] = hooks.get(FINAL_SITE) or self.model.ln_final
         return points
 
     def foreign_hooks(self) -> list[str]:
         """Names of the hook points that carry forward hooks of somebody else."""
-        named = {id(point): name for name, point in self.hooks.items()}
-        points = {id(point): point for point in self.hooks.values()}
-        return [named[key] for key, point in points.items() if point.fwd_hooks]
+        points = {id(point): name for name, point in self.hooks.items() if point.fwd_hooks}
+        return list(points.values())
 
-    def edits(self) -> dict[tuple[int, str], tuple[str, ...]]:
+    def _hooked(self, prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
+        points: dict[int, str] = {}  # a hook point of the Bridge has several names
+        for name in names:
+            point = self.hooks.get(prefix + name)
+            if point is not None and point.fwd_hooks:
+                points.setdefault(id(point), name.removeprefix("attn.").removeprefix("mlp."))
+        return tuple(points.values())
+
+    def edits(self) -> dict[Read, tuple[str, ...]]:
         """Where hooks of the user's own may edit the run: labels by (layer, stage)."""
-        hooks = self.hooks
-        found = {}
+        found: dict[Read, tuple[str, ...]] = {(None, "normalized"): self._hooked("", _FINAL_EDITS)}
         for layer in range(len(self.weights.blocks)):
             for stage, names in _EDITS.items():
-                points = ((name, hooks.get(f"blocks.{layer}.{name}")) for name in names)
-                labels = [name for name, p in points if p is not None and p.fwd_hooks]
-                if labels:
-                    strip = (label.removeprefix("attn.").removeprefix("mlp.") for label in labels)
-                    found[layer, stage] = tuple(strip)
-        return found
+                found[layer, stage] = self._hooked(f"blocks.{layer}.", names)
+        return {read: labels for read, labels in found.items() if labels}
 
     def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Prompts]:
         """Tokens of a string, a list of strings or token ids, checked, and what to pass to the model.
@@ -363,6 +370,8 @@ class HookedTransformerAdapter(Adapter):
 
 class BridgeAdapter(Adapter):
     """``TransformerBridge`` of transformer_lens 3.x and 4.x, raw or in compatibility mode."""
+
+    before_edits = frozenset({"resid_mid"})
 
     def check_model(self) -> None:
         _flags_off(self.cfg)

@@ -72,6 +72,10 @@ class Capture:
         checks: Relative error of every checked product, by name.
         tokenizer: The host's, or None.
         edit: What the user's own hooks added to the first residual, or None.
+        final_edit: What they added to the final normalized residual, or None.
+        noise_floor: max |Δ logits| / max |logits| against a float32 copy of the model, where it
+            was asked for: the model's own rounding.
+        W_E: The embedding matrix [d_vocab, d_model], where the host gave it; not saved.
     """
 
     model_name: str
@@ -88,6 +92,9 @@ class Capture:
     checks: Mapping[str, float]
     tokenizer: Any = field(repr=False, default=None)
     edit: Shift | None = None
+    final_edit: Shift | None = None
+    noise_floor: float | None = None
+    W_E: Tensor | None = field(repr=False, default=None)
 
     def __repr__(self) -> str:
         shape = f"{self.frame.batch} × {self.frame.n_pos} tokens, {len(self.blocks)} layers"
@@ -180,6 +187,7 @@ class Capture:
             "unembed",
             "logits",
             "edit",
+            "final_edit",
         )
         pieces = {name: cut(getattr(self, name)) for name in names}
         return replace(self, frame=frame, prompts=prompts, **pieces)

@@ -1,10 +1,8 @@
 """Affine maps on a batch of prompts, and how they compose.
 
 Everything the library computes is built from one contract, :class:`LinearMap`: apply the linear
-part, apply its
-adjoint, tell the constant. Vectors are rows: ``[..., batch, pos, dim]``, where leading axes are
-many vectors at
-once. The constant never enters ``apply``.
+part, apply its adjoint, tell the constant. Vectors are rows: ``[..., batch, pos, dim]``, where
+leading axes are many vectors at once. The constant never enters ``apply``.
 
     Chain((f, g))   x -> g(f(x))        Residual(f)    x -> x + f(x)
     Sum((f, g))     x -> f(x) + g(x)    Transposed(f)  y -> f^T y
@@ -93,6 +91,11 @@ class Frame:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """The tensor, detached, in the compute dtype (no copy where it already is)."""
+        if self.device.type != "meta" and torch.is_autocast_enabled(self.device.type):
+            raise ValueError(  # here, as every product has a factor that is cast
+                "autocast is on, expected full precision, as it would round every product: leave the "
+                "torch.autocast block; for a model in half precision, cast the model: model.to(dtype)"
+            )
         return tensor.detach().to(self.dtype)
 
 
@@ -413,7 +416,10 @@ class Sum(LinearMap):
         return reduce(torch.add, (m.bias for m in self.maps))
 
     def constants(self):
-        return {name: c for m in self.maps for name, c in m.constants().items()}
+        found: dict[str, Tensor] = {}
+        for name, c in (item for m in self.maps for item in m.constants().items()):
+            found[name] = found[name] + c if name in found else c
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,6 +150,14 @@ class Mix(LinearMap):
         v = rearrange(self._grouped.mT @ z, "b g k (m e) -> m b k (g e)", e=self.d_head)
         return v.reshape(*y.shape[:-3], *v.shape[1:])
 
+    def by_head_t(
+        self, y: Float[Tensor, "*many batch pos z"]
+    ) -> Float[Tensor, "*many batch pos head d_head"]:
+        """The adjoint per query head: summed over the heads of a group, it is :meth:`apply_t`."""
+        z = rearrange(_stacked(y), "m b q (h e) -> b h q (m e)", e=self.d_head)
+        v = rearrange(self.pattern.mT @ z, "b h k (m e) -> m b k h e", e=self.d_head)
+        return v.reshape(*y.shape[:-3], *v.shape[1:])
+
     @property
     def bias(self):
         return self.frame.zeros(self.out_dim)
@@ -212,8 +220,8 @@ class Shift(LinearMap):
         return x
 
     def apply_t(self, y, effects=None):
-        if effects is not None:
-            effects[self.name] = (y * self.constant).sum(-1)
+        if effects is not None:  # one edit may enter both halves of a gated MLP
+            effects[self.name] = effects.get(self.name, 0) + (y * self.constant).sum(-1)
         return y
 
     @property
@@ -257,6 +265,12 @@ class Norm(LinearMap):
             effects[f"{self.name}.b"] = y @ self.frame.cast(b)
         y = (y if w is None else y * self.frame.cast(w)) / self.scale
         return y - y.mean(-1, keepdim=True) if self.weights.center else y
+
+    def fold(self, W: Float[Tensor, "*many d_in d_out"]) -> Float[Tensor, "*many d_in d_out"]:
+        """The norm's own matrix times the weights that read it: x → (x / scale) fold(W)."""
+        w = self.weights.gain
+        W = W if w is None else W * self.frame.cast(w)[:, None]
+        return W - W.mean(-2, keepdim=True) if self.weights.center else W
 
     def row(self, query: Tensor) -> Norm:
         """The norm at one position per prompt, [batch] indices."""
