@@ -1,10 +1,8 @@
 """Affine maps on a batch of prompts, and how they compose.
 
 Everything the library computes is built from one contract, :class:`LinearMap`: apply the linear
-part, apply its
-adjoint, tell the constant. Vectors are rows: ``[..., batch, pos, dim]``, where leading axes are
-many vectors at
-once. The constant never enters ``apply``.
+part, apply its adjoint, tell the constant. Vectors are rows: ``[..., batch, pos, dim]``, where
+leading axes are many vectors at once. The constant never enters ``apply``.
 
     Chain((f, g))   x -> g(f(x))        Residual(f)    x -> x + f(x)
     Sum((f, g))     x -> f(x) + g(x)    Transposed(f)  y -> f^T y
@@ -104,8 +102,7 @@ def version(tensor: Tensor) -> int:
 class LinearMap(ABC):
     """The linear part of an affine map between [batch, pos, in_dim] and [batch, pos, out_dim].
 
-    Subclasses are final frozen dataclasses that give ``frame``, ``in_dim``, ``out_dim``,
-    :meth:`apply`,
+    Subclasses are frozen dataclasses that give ``frame``, ``in_dim``, ``out_dim``, :meth:`apply`,
     :meth:`apply_t` and :attr:`bias`; the rest is derived here, once.
     """
 
@@ -138,9 +135,8 @@ class LinearMap(ABC):
         Args:
             y: Covectors at the output.
             effects: When given, each constant's share ⟨y pulled to where it is added, constant⟩,
-                per position, is
-                entered under the constant's name: a pull tells what every bias does at no further
-                cost.
+                per position, is entered under the constant's name: a pull tells what every bias
+                does at no further cost.
         """
 
     @property
@@ -222,13 +218,7 @@ class LinearMap(ABC):
             ValueError: If the result would be larger; the message says how large.
         """
         batch, pos = self.frame.batch, self.frame.n_pos
-        size = batch * pos * self.out_dim * pos * self.in_dim * self.frame.dtype.itemsize
-        if size > memory_limit:
-            raise ValueError(
-                f"the dense form needs {size / 2**30:.3g} GiB, expected at most memory_limit = "
-                f"{memory_limit / 2**30:.3g} GiB; use op @ x, op.T @ u or op.block(i, j), which never build it, "
-                "or raise memory_limit"
-            )
+        self.check_dense(memory_limit)
         dense = (
             self.frame.zeros(pos * self.in_dim, self.out_dim)
             .movedim(0, 2)
@@ -239,6 +229,21 @@ class LinearMap(ABC):
             x[:, :, key] = torch.eye(self.in_dim).to(x)[:, None]
             dense[:, :, :, key] = self.apply(x).permute(1, 2, 3, 0)
         return dense
+
+    def check_dense(self, memory_limit: int) -> None:
+        """Refuse a dense form that would be larger than some bytes.
+
+        Raises:
+            ValueError: If it would be; says how large.
+        """
+        batch, pos = self.frame.batch, self.frame.n_pos
+        size = batch * pos * self.out_dim * pos * self.in_dim * self.frame.dtype.itemsize
+        if size > memory_limit:
+            raise ValueError(
+                f"the dense form needs {size / 2**30:.3g} GiB, expected at most memory_limit = "
+                f"{memory_limit / 2**30:.3g} GiB; use op @ x, op.T @ u or op.block(i, j), which never "
+                "build it, or raise memory_limit"
+            )
 
     def to_scipy(self):
         """A single prompt's map as a ``scipy.sparse.linalg.LinearOperator`` on flat [pos, dim] vectors.

@@ -120,12 +120,17 @@ class Mix(LinearMap):
     d_head: int
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.pattern.shape[1]
+
+    @property
     def in_dim(self) -> int:
         return self.kv_heads * self.d_head
 
     @property
     def out_dim(self) -> int:
-        return self.pattern.shape[1] * self.d_head
+        return self.heads * self.d_head
 
     @property
     def _grouped(self) -> Tensor:
@@ -222,6 +227,35 @@ class Shift(LinearMap):
 
     def constants(self):
         return {self.name: self.constant}
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(LinearMap):
+    """x → x: what stands in for an absent norm, or between a site and itself."""
+
+    frame: Frame
+    width: int
+
+    @property
+    def in_dim(self) -> int:
+        return self.width
+
+    @property
+    def out_dim(self) -> int:
+        return self.width
+
+    def apply(self, x):
+        return x
+
+    def apply_t(self, y, effects=None):
+        return y
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.width)
+
+    def constants(self):
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
