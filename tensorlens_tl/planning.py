@@ -185,11 +185,15 @@ class Job:
         Raises:
             ValueError: If not even one vector fits.
         """
+
+        def worst(many: int) -> int:
+            return max(self.peak([block], many) for block in self.blocks(many))
+
         many = self.many
-        while many > 1 and self.peak(self.blocks(many)[-1:], many) > limit:
+        while many > 1 and worst(many) > limit:
             many = -(-many // 2)
         blocks = self.blocks(many)
-        if (least := self.peak(blocks[-1:], many)) > limit:
+        if (least := worst(many)) > limit:
             raise ValueError(
                 f"memory_limit is {limit / 2**20:.1f} MiB, but the smallest chunk (one vector from "
                 f"one position) with its result takes {least / 2**20:.1f} MiB: raise memory_limit, "
