@@ -17,10 +17,11 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .blocks import Contractible
 from .capturing import Capture
 from .graph import FINAL_SITE, resid_site
 from .linear_map import Chain, Frame, LinearMap, Residual, Sum
-from .primitives import Norm, Shift
+from .primitives import Identity, Norm, Shift
 from .sublayer import Sublayer
 
 
@@ -175,12 +176,22 @@ class Step:
         return Chain((step, *self.edits)) if self.edits else step
 
 
-@dataclass(frozen=True, eq=False)
-class Identity(LinearMap):
-    """x → x: what stands in for an absent norm, or between a site and itself."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Segment(Contractible):
+    """The operator from one residual site to a later one."""
 
     frame: Frame
     width: int
+    steps: tuple[LinearMap, ...]
+
+    def __repr__(self) -> str:
+        shape = f"[{self.frame.batch}, {self.frame.n_pos}, {self.width}]"
+        return f"Segment({shape} → {shape}, {len(self.steps)} steps, {self.frame.dtype})"
+
+    @cached_property
+    def map(self) -> Chain:
+        """The steps as one chain; an identity where there are none."""
+        return Chain(self.steps or (Identity(self.frame, self.width),))
 
     @property
     def in_dim(self) -> int:
@@ -191,21 +202,21 @@ class Identity(LinearMap):
         return self.width
 
     def apply(self, x):
-        return x
+        return self.map.apply(x)
 
     def apply_t(self, y, effects=None):
-        return y
+        return self.map.apply_t(y, effects)
 
     @property
     def bias(self):
-        return self.frame.zeros(self.width)
+        return self.map.bias
 
     def constants(self):
-        return {}
+        return self.map.constants()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FrozenTransformer(LinearMap):
+class FrozenTransformer(Contractible):
     """The TensorLens operator: X [batch, pos, d_model] → y, the final normalized residual.
 
     y = T · X + bias, where T is Atad et al. (2026, arXiv 2601.17958)'s tensor at this prompt.
@@ -289,7 +300,7 @@ class FrozenTransformer(LinearMap):
             raise ValueError(f"no residual site {site!r}; there are {', '.join(self.sites)}")
         return self.sites.index(name)
 
-    def between(self, start: str, stop: str) -> LinearMap:
+    def between(self, start: str, stop: str) -> Segment:
         """The operator from one residual site to a later one.
 
         Args:
@@ -306,8 +317,7 @@ class FrozenTransformer(LinearMap):
         first, last = self.site_index(start), self.site_index(stop)
         if last < first:
             raise ValueError(f"expected a site at or after {start!r}, got {stop!r}: swap them")
-        maps = self.map.maps[first:last]
-        return Chain(maps) if maps else Identity(self.frame, self.in_dim)
+        return Segment(self.frame, self.in_dim, self.map.maps[first:last])
 
     def trace(
         self, x: Float[Tensor, "*many batch pos d_model"]

@@ -140,12 +140,12 @@ def attribute(
     with open(os.devnull if path is None else Path(path), "w", encoding="utf-8") as file:
         for lens in _lenses(model, prompts, batch_size, kwargs):
             with torch.no_grad():
-                found = lens.attribute(goals[0][n], goals[1][n], pos, by, effect)
+                one = lens.attribute(goals[0][n], goals[1][n], pos, by, effect)
             if path is not None:
-                file.write(found.to_json() + "\n")
-            error = found.completeness_error
+                file.write(one.to_json() + "\n")
+            error = one.completeness_error
             worst = error if worst is None or error is None else max(worst, error)
-            found, n = found.sum("pos"), n + 1
+            found, n = one.sum("pos"), n + 1
             sums += float(found.target_value[0])
             values = found.values[0].double()
             # Welford: means and squared deviations in one pass, without cancellation.

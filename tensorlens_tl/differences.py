@@ -172,7 +172,7 @@ def _by_token(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:
         rows.spread(Node.parse(name), ((c if at_clean else k) * (x_c - x_k)).sum(-1))
         change = change + ((c - k) * (x_k if at_clean else x_c)).sum((-2, -1))
     if not same:
-        for name, (e_c, e_k) in _aligned(clean.trace.effects, other.trace.effects):
+        for _, (e_c, e_k) in _aligned(clean.trace.effects, other.trace.effects):
             change = change + (e_c - e_k).sum(-1)
     return change
 
@@ -198,6 +198,6 @@ def _by_component(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Ten
 def _aligned(ours: dict, theirs: dict) -> Iterator[tuple[Any, tuple[Tensor, Tensor]]]:
     """Entries side by side; what only one run has (an edit of the user's own) is 0 in the other."""
     for key in dict.fromkeys((*ours, *theirs)):
-        a, b = ours.get(key), theirs.get(key)
-        zero = torch.zeros_like(b if a is None else a)
-        yield key, (zero if a is None else a, zero if b is None else b)
+        either = ours[key] if key in ours else theirs[key]
+        zero = torch.zeros_like(either)
+        yield key, (ours.get(key, zero), theirs.get(key, zero))

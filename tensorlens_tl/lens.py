@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .attribution import Sweep, attribute, attribute_many
 from .capturing import Capture, Convention
+from .collapse import TokenMatrix, plan_token_matrix, token_matrix
 from .composer import FrozenTransformer
 from .differences import check_comparable, difference, fixed_baseline
 from .graph import Edge, Node
@@ -21,6 +22,7 @@ from .headers import require_weights
 from .linear_map import DENSE_LIMIT, LinearMap, version
 from .loadings import loadings
 from .paths import MAX_EXPANSIONS, Paths, find_paths
+from .planning import Plan
 from .results import Attribution
 from .saving import load_capture, save_capture
 from .targets import TargetLike, own_prediction, resolve_target
@@ -389,6 +391,56 @@ class TensorLens:
             max_expansions,
             memory_limit,
         )
+
+    def token_matrix(
+        self,
+        kind: str,
+        target: TargetLike = None,
+        layers: tuple[str, str] | None = None,
+        probes: int | None = None,
+        seed: int = 0,
+        precision: str | None = None,
+        memory_limit: int | None = None,
+    ) -> TokenMatrix:
+        """How much of token j is in the output at i: a matrix [query_pos, key_pos] per prompt.
+
+        "norm" ‖T_ij‖_F, "in" ‖T_ij x_j‖, "out" ‖T_ijᵀ u_i‖, "in_out" u_iᵀ T_ij x_j: signed, and with
+        the constants' share a row sums to the target. See :func:`collapse.token_matrix`.
+
+        Args:
+            kind: Which.
+            target: u_i: None is the output's own direction y_i / ‖y_i‖, "prediction" the logit of
+                each position's own prediction; a token, id or direction is taken everywhere.
+            layers: A pair of residual sites: that part of the operator only.
+            probes: For "norm": estimate it from so many random vectors; None is exact.
+            seed: Of the probes.
+            precision: "bfloat16" for products in that precision.
+            memory_limit: Bytes; by default half of what is free.
+
+        Returns:
+            The matrices.
+
+        Raises:
+            ValueError: If an argument is none of these, or the work does not fit.
+        """
+        return token_matrix(
+            self.capture, self.operator, kind, target, layers, probes, seed, precision, memory_limit
+        )
+
+    def plan(self, what: str, **arguments: Any) -> Plan:
+        """What a contraction will cost, before it runs: time, flops, peak memory, chunks.
+
+        Args:
+            what: A kind of :meth:`token_matrix`.
+            **arguments: The same that would be given to it.
+
+        Returns:
+            The plan. Rates are measured on products of these shapes, in a fraction of a second.
+
+        Raises:
+            ValueError: If the call itself would be refused.
+        """
+        return plan_token_matrix(self.capture, self.operator, what, **arguments)
 
     # --- In a file
 

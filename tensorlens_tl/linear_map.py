@@ -23,13 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-DENSE_LIMIT = 2 * 2**30
-"""Bytes that :meth:`LinearMap.to_dense` may fill unless the caller allows more."""
+DENSE_LIMIT = 2 * 2**30  # bytes that a dense form may fill unless the caller allows more
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What all vectors of one captured batch share: prompts, positions, dtype and device.
+    """What all vectors of one captured batch share.
 
     Attributes:
         spans: For every prompt, the (start, stop) of its real tokens; what lies outside is padding.
@@ -73,9 +72,7 @@ class Frame:
             ValueError: If a prompt has no such position.
         """
         if not isinstance(pos, int):
-            raise ValueError(
-                f"expected a position as an integer, got {pos!r}: −1 is the last token"
-            )
+            raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
         for prompt, (start, stop) in enumerate(self.spans):
             if not start - stop <= pos < stop - start:
                 raise ValueError(
@@ -107,8 +104,7 @@ def version(tensor: Tensor) -> int:
 class LinearMap(ABC):
     """The linear part of an affine map between [batch, pos, in_dim] and [batch, pos, out_dim].
 
-    Subclasses are final frozen dataclasses that give ``frame``, ``in_dim``, ``out_dim``,
-    :meth:`apply`,
+    Subclasses are frozen dataclasses that give ``frame``, ``in_dim``, ``out_dim``, :meth:`apply`,
     :meth:`apply_t` and :attr:`bias`; the rest is derived here, once.
     """
 
@@ -141,9 +137,8 @@ class LinearMap(ABC):
         Args:
             y: Covectors at the output.
             effects: When given, each constant's share ⟨y pulled to where it is added, constant⟩,
-                per position, is
-                entered under the constant's name: a pull tells what every bias does at no further
-                cost.
+                per position, is entered under the constant's name: a pull tells what every bias
+                does at no further cost.
         """
 
     @property
@@ -225,13 +220,7 @@ class LinearMap(ABC):
             ValueError: If the result would be larger; the message says how large.
         """
         batch, pos = self.frame.batch, self.frame.n_pos
-        size = batch * pos * self.out_dim * pos * self.in_dim * self.frame.dtype.itemsize
-        if size > memory_limit:
-            raise ValueError(
-                f"the dense form needs {size / 2**30:.3g} GiB, expected at most memory_limit = "
-                f"{memory_limit / 2**30:.3g} GiB; use op @ x, op.T @ u or op.block(i, j), which never build it, "
-                "or raise memory_limit"
-            )
+        self._check_dense(memory_limit)
         dense = (
             self.frame.zeros(pos * self.in_dim, self.out_dim)
             .movedim(0, 2)
@@ -243,6 +232,17 @@ class LinearMap(ABC):
             dense[:, :, :, key] = self.apply(x).permute(1, 2, 3, 0)
         return dense
 
+    def _check_dense(self, memory_limit: int) -> None:
+        # What both dense forms share.
+        pos, width = self.frame.n_pos, self.out_dim * self.in_dim
+        size = self.frame.batch * pos * pos * width * self.frame.dtype.itemsize
+        if size > memory_limit:
+            raise ValueError(
+                f"the dense form needs {size / 2**30:.3g} GiB, expected at most memory_limit = "
+                f"{memory_limit / 2**30:.3g} GiB; use op @ x, op.T @ u or op.block(i, j), which never "
+                "build it, or raise memory_limit"
+            )
+
     def to_scipy(self):
         """A single prompt's map as a ``scipy.sparse.linalg.LinearOperator`` on flat [pos, dim] vectors.
 
@@ -253,7 +253,7 @@ class LinearMap(ABC):
             An operator of shape [pos · out_dim, pos · in_dim].
 
         Raises:
-            ValueError: If scipy is missing (``pip install scipy``) or there are several prompts.
+            ValueError: If scipy is missing or there are several prompts.
         """
         try:
             from scipy.sparse.linalg import aslinearoperator

@@ -120,12 +120,17 @@ class Mix(LinearMap):
     d_head: int
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.pattern.shape[1]
+
+    @property
     def in_dim(self) -> int:
         return self.kv_heads * self.d_head
 
     @property
     def out_dim(self) -> int:
-        return self.pattern.shape[1] * self.d_head
+        return self.heads * self.d_head
 
     @property
     def _grouped(self) -> Tensor:
@@ -233,6 +238,35 @@ class Shift(LinearMap):
 
 
 @dataclass(frozen=True, eq=False)
+class Identity(LinearMap):
+    """x → x: what stands in for an absent norm, or between a site and itself."""
+
+    frame: Frame
+    width: int
+
+    @property
+    def in_dim(self) -> int:
+        return self.width
+
+    @property
+    def out_dim(self) -> int:
+        return self.width
+
+    def apply(self, x):
+        return x
+
+    def apply_t(self, y, effects=None):
+        return y
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.width)
+
+    def constants(self):
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
 class Norm(LinearMap):
     """LayerNorm or RMSNorm with its scale frozen: x → (x − mean x) / s ⊙ w + b (no mean for RMSNorm).
 
@@ -267,7 +301,7 @@ class Norm(LinearMap):
         return y - y.mean(-1, keepdim=True) if self.weights.center else y
 
     def fold(self, W: Float[Tensor, "*many d_in d_out"]) -> Float[Tensor, "*many d_in d_out"]:
-        """The norm's own matrix times the weights that read it: x → (x / scale) fold(W)."""
+        """The norm's own matrix times the weights that read it; the scale is left to the caller."""
         w = self.weights.gain
         W = W if w is None else W * self.frame.cast(w)[:, None]
         return W - W.mean(-2, keepdim=True) if self.weights.center else W

@@ -276,7 +276,7 @@ class Attribution:
                 of_tokens.sources, of_tokens.labels[0], of_tokens.values[0].tolist(), strict=True
             )
             shown = [(label, value) for source, label, value in pairs if source.pos is not None]
-            tokens = [json.loads(t.rpartition("@")[0]) if "@" in t else t for t, _ in shown]
+            tokens = [label.rpartition("@")[0].strip('"') or label for label, _ in shown]
             return heat.strip(tokens, [value for _, value in shown])
         heads = self.sum("pos")
         at = {(s.node.layer, s.node.index): float(heads.values[0, i])

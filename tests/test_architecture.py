@@ -9,8 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 FLOORS = {
-    "graph": 0, "heat": 0, "supported": 0, "linear_map": 0, "weights": 0, "primitives": 1, "prompts": 1, "sublayer": 2, "sublayers": 3,
-    "adapters": 3, "selfcheck": 3, "capturing": 4, "recording": 5, "precision": 5, "composer": 5, "contraction": 6, "energies": 6,
+    "graph": 0, "heat": 0, "supported": 0, "linear_map": 0, "weights": 0, "primitives": 1, "prompts": 1, "sublayer": 2,
+    "sublayers": 3, "planning": 1, "folding": 3, "contraction": 3.5, "blocks": 4,
+    "adapters": 3, "selfcheck": 3, "capturing": 4, "recording": 5, "precision": 5, "composer": 5,
+    "energies": 6,
     "targets": 6, "results": 5, "edges": 6, "attribution": 7, "paths": 7, "collapse": 7,
     "baselines_attention": 5, "baselines_vectors": 6, "baselines_gradient": 6, "baselines": 7,
     "differences": 8, "loadings": 8, "circuits": 8, "interventions": 8,
@@ -56,11 +58,14 @@ def test_imports_go_down(path):
         in (
             "graph",
             "linear_map",
+            "planning",
             "supported",
             "weights",
             "loading",
             "prompts",
             "families",
+            "heat",
+            "planning",
             "__main__",
         )
         or inside
