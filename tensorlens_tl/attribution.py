@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .capturing import Capture
 from .composer import Branch, FrozenTransformer, Step, Trace
-from .edges import edge_scores
+from .edges import Writers, edge_scores
 from .graph import Edge, Node
 from .primitives import take_row
 from .results import Attribution, Source
@@ -135,11 +135,7 @@ def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attrib
     elif by == "order":
         _orders(sweep, rows)
     elif by == "edge":
-        b_U = sweep.target.constant if _has_b_U(sweep.capture) else None
-        embeddings, query = sweep.capture.embeddings, sweep.target.query
-        sources, names, values = edge_scores(sweep.operator, embeddings, sweep.trace, query, b_U)
-        rows.sources, rows.values = list(sources), [values]
-        return result(sweep, rows, by, labels=(names,) * len(query))
+        return by_edge(sweep, Writers.of(sweep.operator, sweep.capture.embeddings))
     else:
         _direct(sweep, rows, "component" if by == "layer" else by)
     whole = effect == "direct" and by != "order"
@@ -147,6 +143,27 @@ def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attrib
         rows.add([B_U], sweep.target.constant[:, None])
     found = result(sweep, rows, by, effect)
     return found.sum("layer") if by == "layer" and effect == "direct" else found
+
+
+def by_edge(sweep: Sweep, writers: Writers, own: bool = True) -> Attribution:
+    """What readers make of what writers add.
+
+    Args:
+        sweep: The target, whose readers they are.
+        writers: What is written: in this run, or the difference to another.
+        own: Whether the readers' own constants are rows, too.
+
+    Returns:
+        One row per edge, positions summed; it does not sum to the target.
+    """
+    target, constants = sweep.target, None
+    if own:
+        constants = {name: effect.sum(-1) for name, effect in sweep.trace.top.items()}
+        constants |= {"b_U": target.constant} if _has_b_U(sweep.capture) else {}
+    rows = Rows()
+    found = edge_scores(sweep.operator, writers, sweep.trace, target.query, constants)
+    rows.sources, rows.values = list(found[0]), [found[2]]
+    return result(sweep, rows, "edge", labels=(found[1],) * len(target.query))
 
 
 def attribute_many(

@@ -22,13 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .attribution import Rows, Sweep, result, top_covector, written_at
+from .attribution import Rows, Sweep, by_edge, result, top_covector, written_at
 from .capturing import Capture
 from .composer import FrozenTransformer
+from .edges import Writers
 from .graph import Node
 from .results import Attribution
 
-BY = ("token", "component")
+BY = ("token", "component", "edge")
 
 
 def check_comparable(clean: Capture, corrupted: Capture) -> None:
@@ -136,11 +137,12 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
     Args:
         clean: The target in this run.
         baseline: The same target in the other run.
-        by: "token" or "component".
-        at: Whose operator the tokens (components) are read by: "clean" or "corrupted".
+        by: "token", "component" or "edge".
+        at: Whose operator the tokens (components, writers) are read by: "clean" or "corrupted".
 
     Returns:
-        Contributions that sum to the target's value here minus its value there.
+        Contributions that sum to the target's value here minus its value there. By edge: what each
+        reader of one run makes of the difference in what each writer adds, which does not.
 
     Raises:
         ValueError: If ``by`` or ``at`` is none of these.
@@ -149,6 +151,11 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
         raise ValueError(f"expected by to be one of {', '.join(BY)} with a baseline, got {by!r}")
     if at not in ("clean", "corrupted"):
         raise ValueError(f"expected at to be clean or corrupted, got {at!r}")
+    if by == "edge":
+        ours, theirs = (Writers.of(s.operator, s.capture.embeddings) for s in (clean, baseline))
+        found = by_edge(clean if at == "clean" else baseline, ours.minus(theirs), own=False)
+        return replace(found, target=clean.target.name,
+                       target_value=clean.target.value - baseline.target.value)  # fmt: skip
     rows = Rows()
     split = _by_token if by == "token" else _by_component
     change = split(rows, clean, baseline, at == "clean")

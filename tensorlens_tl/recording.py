@@ -335,7 +335,11 @@ class Recorder:
             pre_edit = self.linear(layer, "pre", f"{name} input (W_in, b_in)", norm, x, pre,
                                    w.W_in, w.b_in)  # fmt: skip
             scale = None if w.ln is None else self.take(layer, "mlp.ln.scale")
-            ln = None if w.ln is None else Norm(self.frame, "ln", scale, w.ln, pre.shape[-1])
+            ln = (
+                None
+                if w.ln is None or scale is None
+                else Norm(self.frame, "ln", scale, w.ln, pre.shape[-1])
+            )
 
             def post(s: slice) -> Tensor:
                 mid = gating_ratio(w.act, pre[:, s]) * pre[:, s]

@@ -1,10 +1,8 @@
 """Differences of two runs, baselines, many targets, head loadings."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from helpers import ALL, CASES, GATED, assert_close, lens_of, quiet, tokens
+from helpers import ALL, GATED, assert_close, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
@@ -42,7 +40,7 @@ def test_a_difference_sums_to_the_difference_of_the_models_own_logits(case, gate
                 own = gap[torch.arange(2), ids] - (gap[:, 4] if versus else 0)
                 assert_close(a.target_value, own, 1e-9, f"{by} {at}")
                 name = "operator change" if by == "token" else "readout change"
-                assert name in a.labels[0] and a.top.__self__ is a
+                assert name in a.labels[0]
 
 
 @every_case
@@ -79,8 +77,9 @@ def test_components_are_differences_of_what_is_written(case):
         a, k = (by_node(lens.attribute(3, 4, by="component")) for lens in (clean, corrupted))
         ours = by_node(clean.attribute(3, 4, by="component", baseline=corrupted))
         assert ours.pop((Node("change", name="readout change"), None)).abs().max() <= 1e-12
+        scale = sum(v.abs() for v in a.values()) + sum(v.abs() for v in k.values())
         for key, v in ours.items():
-            assert_close(v, a[key] - k[key], 1e-9, str(key))
+            assert ((v - (a[key] - k[key])).abs() <= 1e-12 * scale).all(), str(key)
     nothing = clean.attribute(3, 4, by="component", baseline=clean)
     assert nothing.values.abs().max() == 0
 
@@ -113,26 +112,20 @@ def test_baseline_refusals(tmp_path):
     clean, corrupted = lens_of(FIRST), corrupted_of(FIRST)
     with quiet(), torch.no_grad():
         _, shorter = tensorlens_tl.capture(FIRST.model(), tokens()[:, :5])
-        _, other = tensorlens_tl.capture(FIRST.build(torch.float64).requires_grad_(False), tokens())
         _, single = tensorlens_tl.capture(FIRST.model(torch.float32), tokens())
-    assert_close(
-        clean.attribute(3, baseline=other).values.sum(1), torch.zeros(2).double(), 1e-9
-    ) if 0 else None
     with pytest.raises(
         ValueError, match=r"as many tokens.*got \[5, 5\] for \[7, 7\]: pad or reword"
     ):
         clean.attribute(3, baseline=shorter)
-    with pytest.raises(ValueError, match="captured alike.*float64.*got torch.float32"):
+    with pytest.raises(ValueError, match=r"captured alike.*float64.*got torch\.float32"):
         clean.attribute(3, baseline=single)
     strange = next(c for c in ALL if c.name.endswith("-neox"))
     with pytest.raises(
-        ValueError, match="of the same model .*got a lens of another one.*same model"
+        ValueError, match=r"of the same model .*got a lens of another one.*same model"
     ):
         clean.attribute(3, baseline=lens_of(strange))
-    with pytest.raises(
-        ValueError, match="by to be one of token, component with a baseline, got 'edge'"
-    ):
-        clean.attribute(3, by="edge", baseline=corrupted)
+    with pytest.raises(ValueError, match="token, component, edge with a baseline, got 'order'"):
+        clean.attribute(3, by="order", baseline=corrupted)
     with pytest.raises(ValueError, match="at to be clean or corrupted, got 'both'"):
         clean.attribute(3, baseline=corrupted, at="both")
     with pytest.raises(ValueError, match="effect to be direct with a baseline, got 'total'"):
@@ -142,10 +135,36 @@ def test_baseline_refusals(tmp_path):
             clean.attribute(3, baseline=wrong)
     clean.save(tmp_path / "lens.safetensors", weights=True)
     loaded = tensorlens_tl.load(tmp_path / "lens.safetensors")
-    with pytest.raises(ValueError, match="does not know W_E.*pass the mean embedding"):
+    with pytest.raises(ValueError, match=r"does not know W_E.*pass the mean embedding"):
         loaded.attribute(3, baseline="mean")
     again = loaded.attribute(3, 4, baseline=corrupted)  # copies of the weights are the same model
     assert_close(again.values, clean.attribute(3, 4, baseline=corrupted).values, 1e-12)
+
+
+@every_case
+def test_edges_of_a_difference(case):
+    """Covectors of one run × differences of what is written; into the logits: the components."""
+    clean, corrupted = lens_of(case), corrupted_of(case)
+    ours, theirs = (lens.attribute(3, 4, by="edge") for lens in (clean, corrupted))
+    for at, lens in (("clean", clean), ("corrupted", corrupted)):
+        a = clean.attribute(3, 4, by="edge", baseline=corrupted, at=at)
+        assert not a.sums_to_target and all(s.node.src.kind != "change" for s in a.sources)
+        scale = ours.values.abs().sum(1) + theirs.values.abs().sum(1)
+        component = by_node(clean.attribute(3, 4, by="component", baseline=corrupted, at=at))
+        for i, source in enumerate(a.select(dest="logits").sources):
+            v = a.select(dest="logits").values[:, i]
+            tol = 1e-6 if case.float32_norms else 1e-10
+            assert ((v - component[source.node.src, None]).abs() <= tol * scale).all()
+        readers = a.sum("src")  # what a reader makes of the whole difference of its input
+        for step, pulls in zip(lens.operator.steps, lens._sweep(3, 4, -1).trace.pulls, strict=True):
+            i = lens.operator.steps.index(step)
+            moved = clean.operator.steps[i].state - corrupted.operator.steps[i].state
+            for branch, pull in zip(step.branches, pulls, strict=True):
+                total = sum(
+                    v for (node, _), v in by_node(readers).items() if node in branch.body.reads()
+                )
+                expected = (moved * pull.covector).sum((-2, -1))
+                assert ((total - expected).abs() <= tol * scale).all()
 
 
 # --- Many targets --------------------------------------------------------------------------------
@@ -251,7 +270,7 @@ def test_loading_refusals():
     lens = lens_of(FIRST)
     with pytest.raises(ValueError, match="position 9 is outside prompt 0"):
         lens.loadings(9)
-    with pytest.raises(ValueError, match="no node L7H1; there are L0H0, .*L1MLP"):
+    with pytest.raises(ValueError, match=r"no node L7H1; there are L0H0, .*L1MLP"):
         lens.loadings("L7H1")
     with pytest.raises(
         ValueError, match="no layer with heads is above L1H0: take a source further below"
@@ -263,4 +282,3 @@ def test_loading_refusals():
         lens.loadings("L0H0→L1H1.q")
     with pytest.raises(ValueError, match=r"no edge L0MLP→L0H0\.v: .* is not above"):
         lens.loadings(Edge(Node("mlp", 0), Node("head", 0, 0, "v")))
-    assert CASES and replace(lens.attribute(), by="x").by == "x"
