@@ -145,9 +145,9 @@ def attribute(
                 file.write(one.to_json() + "\n")
             error = one.completeness_error
             worst = error if worst is None or error is None else max(worst, error)
-            found, n = one.sum("pos"), n + 1
-            sums += float(found.target_value[0])
-            values = found.values[0].double()
+            one, n = one.sum("pos"), n + 1
+            sums, found = sums + float(one.target_value[0]), one
+            values = one.values[0].double()
             # Welford: means and squared deviations in one pass, without cancellation.
             total = torch.zeros_like(values) if total is None else total
             squares = torch.zeros_like(values) if squares is None else squares

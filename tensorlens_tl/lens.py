@@ -229,11 +229,12 @@ class TensorLens:
             effect: "direct": what is written at the target's position and read by the logits; sums
                 to the target. "total": what is written anywhere, along all paths (by layer,
                 component, head, mlp or neuron): influence, which overlaps and does not sum.
-            baseline: What the target is compared with, by token or component: another lens of a
-                prompt of equal length (the corrupted one), "zero" (no embeddings), "mean" (the mean
-                of W_E's rows as every token's embedding, positions kept) or an embedding [d_model]
-                of your own. The rows then sum to the target here minus the target there; between
-                two lenses one row is what the operators (by component: the readouts) changed.
+            baseline: What the target is compared with, by token, component or edge: another lens of
+                a prompt of equal length (the corrupted one), "zero" (no embeddings), "mean" (the
+                mean of W_E's rows as every token's embedding, positions kept) or an embedding
+                [d_model] of your own. The rows then sum to the target here minus the target there;
+                between two lenses one row is what the operators (by component: the readouts)
+                changed. By edge, readers of one run read what writers add here and not there.
             at: With a lens as baseline, by whose operator the tokens are read: "clean" (this lens)
                 or "corrupted".
 

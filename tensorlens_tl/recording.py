@@ -334,19 +334,15 @@ class Recorder:
         else:
             pre_edit = self.linear(layer, "pre", f"{name} input (W_in, b_in)", norm, x, pre,
                                    w.W_in, w.b_in)  # fmt: skip
-            scale = None if w.ln is None else self.take(layer, "mlp.ln.scale")
-            ln = (
-                None
-                if w.ln is None or scale is None
-                else Norm(self.frame, "ln", scale, w.ln, pre.shape[-1])
-            )
+            ln = self.norm(layer, "mlp.ln", w.ln)
+            scale = None if ln is None else ln.scale
 
             def post(s: slice) -> Tensor:
                 mid = gating_ratio(w.act, pre[:, s]) * pre[:, s]
-                if ln is None or scale is None:
+                if ln is None:
                     return mid
                 b = 0.0 if ln.weights.b is None else self.frame.cast(ln.weights.b)
-                return replace(ln, scale=scale[:, s]).apply(mid) + b
+                return replace(ln, scale=ln.scale[:, s]).apply(mid) + b
 
             label = f"{name} activation" + ("" if ln is None else " and norm")
             edit = self.edit(layer, ("post",), seen, lambda: post(slice(None)))
