@@ -154,7 +154,7 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
     if by == "edge":
         ours, theirs = (Writers.of(s.operator, s.capture.embeddings) for s in (clean, baseline))
         found = by_edge(clean if at == "clean" else baseline, ours.minus(theirs), own=False)
-        return replace(found, target=clean.target.name,
+        return replace(found, target=_names(clean),
                        target_value=clean.target.value - baseline.target.value)  # fmt: skip
     rows = Rows()
     split = _by_token if by == "token" else _by_component
@@ -164,7 +164,12 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
         change = change + clean.target.constant - baseline.target.constant
         rows.add([Node("change", name=name)], change[:, None])
     found = result(clean, rows, by)
-    return replace(found, target_value=clean.target.value - baseline.target.value)
+    value = clean.target.value - baseline.target.value
+    return replace(found, target=_names(clean), target_value=value)
+
+
+def _names(clean: Sweep) -> tuple[str, ...]:
+    return tuple(f"{name}, less the baseline's" for name in clean.target.name)
 
 
 def _by_token(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:

@@ -298,7 +298,12 @@ class Attribution:
         exact = "" if nothing else f" (sum off by {error:.0e} of Σ|·|)"
         rows = "\n".join(f"  {value:+9.4f}  {label}" for label, value in self.top(10))
         more = len(self.sources) - 10
-        return f"{head}{total}{exact}\n{rows}" + (f"\n  … {more} more" if more > 0 else "")
+        end = f"\n  … {more} more" if more > 0 else ""
+        for i, source in enumerate(self.sources):
+            if isinstance(source.node, Node) and source.node.kind == "change":
+                part = float(self.values[0, i].abs() / self.values[0].abs().sum().clamp_min(1e-30))
+                end += f"\n  {source.node}: {float(self.values[0, i]):+.4f}, {part:.0%} of Σ|·|"
+        return f"{head}{total}{exact}\n{rows}{end}"
 
 
 def _number(x: float) -> float | str:
