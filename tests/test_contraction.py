@@ -340,6 +340,7 @@ def test_flops_of_a_pull_are_the_formula():
 # --- Bad input -----------------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -366,6 +367,7 @@ def test_bad_matrices_are_refused(arguments, message):
         lens.plan(arguments.pop("kind"), **arguments)
 
 
+@pytest.mark.wrong_types
 def test_bad_blocks_are_refused():
     case = SHAPES[0]
     op = lens_of(case).operator

@@ -98,7 +98,9 @@ def test_sums_over_axes():
     for axis in ("pos", "node", "layer"):
         b = a.sum(axis)
         assert_close(b.values.sum(1), total, 1e-12)
-        assert (b.completeness_error <= 1e-11 and len(b.sources) < len(a.sources)) or axis == "layer"
+        assert (
+            b.completeness_error <= 1e-11 and len(b.sources) < len(a.sources)
+        ) or axis == "layer"
     by_pos = a.sum("node")
     columns = {p: [i for i, s in enumerate(a.sources) if s.pos == p] for p in range(7)}
     for i, source in enumerate(by_pos.sources[:7]):

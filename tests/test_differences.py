@@ -108,6 +108,7 @@ def test_fixed_baselines_run_no_second_pass_and_have_no_operator_term(case):
     assert_close(own.values, lens.attribute(3, 4, baseline="mean").values, 1e-10)
 
 
+@pytest.mark.wrong_types
 def test_baseline_refusals(tmp_path):
     clean, corrupted = lens_of(FIRST), corrupted_of(FIRST)
     with quiet(), torch.no_grad():

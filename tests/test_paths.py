@@ -496,6 +496,7 @@ def test_by_hand():
     }  # fmt: skip
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
