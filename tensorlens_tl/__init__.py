@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from .plugin import capture, install, uninstall, wrap
 
 if TYPE_CHECKING:
-    from .attribution import Attribution
     from .capturing import Capture, Convention
     from .composer import FrozenTransformer
-    from .graph import Node
+    from .datasets import MeanAttribution, attribute
+    from .graph import Edge, Node
     from .lens import TensorLens, load
     from .linear_map import LinearMap, dot_test
+    from .paths import Paths
+    from .results import Attribution
     from .selfcheck import CaptureMismatchError
     from .supported import UnsupportedArchitectureError
 
@@ -29,12 +31,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "UnsupportedArchitectureError": "supported",
-    "Attribution": "attribution",
+    "Attribution": "results",
+    "Edge": "graph",
+    "MeanAttribution": "datasets",
+    "attribute": "datasets",
     "Capture": "capturing",
     "CaptureMismatchError": "selfcheck",
     "Convention": "capturing",
     "FrozenTransformer": "composer",
     "Node": "graph",
+    "Paths": "paths",
     "TensorLens": "lens",
     "LinearMap": "linear_map",
     "dot_test": "linear_map",
@@ -46,11 +52,15 @@ __all__ = [
     "Capture",
     "CaptureMismatchError",
     "Convention",
+    "Edge",
     "FrozenTransformer",
     "LinearMap",
+    "MeanAttribution",
     "Node",
+    "Paths",
     "TensorLens",
     "UnsupportedArchitectureError",
+    "attribute",
     "capture",
     "dot_test",
     "install",

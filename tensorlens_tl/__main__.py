@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 WIDTH = 28
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 DEMO_PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 
@@ -32,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--kind", choices=("bridge", "hooked"), help="host class (default: what is there)"
+    )
+    p.add_argument(
+        "--dtype", choices=DTYPES, help="run the model in this dtype (default: as it is loaded)"
     )
     p.add_argument("--file", type=Path, help="read the prompt from a file")
     p.add_argument("--target", help="token to explain, or '#' and its id (default: the prediction)")
@@ -76,7 +80,8 @@ def explain(args: argparse.Namespace) -> dict[str, Any]:
         print(f"warning: the tokenizer does not know {', '.join(unknown)}", file=sys.stderr)
     for parameter in model.parameters():
         parameter.requires_grad_(False)  # our own model: no graph, half the memory
-    logits, lens = capture(model, prompt)
+    half = next(model.parameters()).dtype.itemsize == 2
+    logits, lens = capture(model, prompt, noise_floor=half)
     last = logits[0, -1].float()
     best = last.topk(5)
     predictions = [
@@ -103,6 +108,8 @@ def explain(args: argparse.Namespace) -> dict[str, Any]:
         "attribution_error": max(table.completeness_error or 0.0 for table in tables.values()),
         "capture_check": lens.capture_check,
         "completeness_error": lens.completeness_error,
+        "noise_floor": lens.noise_floor,
+        "exactness": lens.exactness,
     }
 
 
@@ -113,12 +120,18 @@ def _token(text: str | None) -> str | int | None:
 
 def _load(args: argparse.Namespace) -> Any:
     if args.model is None:
-        from .demo import load_model
+        from .demo import load_model as load_demo
 
-        return load_model(args.kind)
-    from .loading import load_model
+        model = load_demo(args.kind)
+    else:
+        from .loading import load_model
 
-    return load_model(args.model, args.kind)
+        model = load_model(args.model, args.kind)
+    if args.dtype is not None:
+        import torch
+
+        model = model.to(getattr(torch, args.dtype))
+    return model
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -184,8 +197,8 @@ def render(report: dict[str, Any], top: int) -> str:
         lines += ["", f"Sum by {by}: {total:.4f}, the model's own: {value:.4f}"]
     lines += [
         "",
-        f"capture check {report['capture_check']:.0e}, completeness error "
-        f"{report['completeness_error']:.0e}, attribution error {report['attribution_error']:.0e}",
+        f"capture check {report['capture_check']:.0e}, {report['exactness']}, attribution error "
+        f"{report['attribution_error']:.0e}",
     ]
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .graph import resid_site
+from .graph import FINAL_SITE, resid_site
 from .prompts import Prompts, as_ids, check_tokens, is_text, mask_spans, tokenize
 from .supported import SUPPORTED, UnsupportedArchitectureError, refusal
 from .weights import (
@@ -30,18 +30,10 @@ from .weights import (
 )
 
 _ACTIVATIONS = {
-    "relu": "relu",
-    "relu2": "relu2",
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_fast",
-    "quick_gelu": "quick_gelu",
-    "solu": "solu",
-    "solu_ln": "solu",
-}
+    "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu", "gelu": "gelu",
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_fast",
+    "quick_gelu": "quick_gelu", "solu": "solu", "solu_ln": "solu",
+}  # fmt: skip
 
 _LAYER_HOOKS = {
     "ln1.scale": "ln1.hook_scale", "ln1_post.scale": "ln1_post.hook_scale",
@@ -54,17 +46,25 @@ _LAYER_HOOKS = {
     "mlp.ln.scale": "mlp.ln.hook_scale", "post": "mlp.hook_post",
 }  # fmt: skip
 
+# What the MLP reads: on the Bridge hook_resid_mid, too, which stands beside the residual there.
+_MLP_IN = ("hook_mlp_in", "hook_resid_mid", "ln2.hook_in", "ln2.hook_normalized", "ln2.hook_out",
+           "mlp.hook_in", "mlp.in.hook_in")  # fmt: skip
 _EDITS = {
     "resid_pre": ("hook_resid_pre",),
-    "v": ("ln1.hook_normalized", "attn.hook_v"),
+    "v": ("ln1.hook_in", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_in", "attn.v.hook_in",
+          "attn.hook_v"),
     "z": ("attn.hook_z",),
-    "attn_out": ("attn.hook_result", "ln1_post.hook_normalized", "hook_attn_out", "hook_resid_mid"),
-    "pre": ("hook_mlp_in", "ln2.hook_normalized", "mlp.hook_pre"),
-    "pre_linear": ("hook_mlp_in", "ln2.hook_normalized", "mlp.hook_pre_linear"),
+    "attn_out": ("hook_attn_out", "attn.hook_result", "attn.o.hook_out", "attn.hook_out",
+                 "ln1_post.hook_in", "ln1_post.hook_normalized", "hook_resid_mid"),
+    "pre": (*_MLP_IN, "mlp.gate.hook_in", "mlp.hook_pre"),
+    "pre_linear": (*_MLP_IN, "mlp.hook_pre_linear"),
     "post": ("mlp.hook_mid", "mlp.ln.hook_normalized", "mlp.hook_post"),
-    "mlp_out": ("ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post"),
-}
+    "mlp_out": ("hook_mlp_out", "mlp.out.hook_out", "mlp.hook_out", "ln2_post.hook_in",
+                "ln2_post.hook_normalized", "hook_resid_post"),
+}  # fmt: skip
 """Hook points whose edits become constants, by the stage at which they are seen."""
+
+_FINAL_EDITS = ("ln_final.hook_in", "ln_final.hook_normalized", "ln_final.hook_out", FINAL_SITE)
 
 Read = tuple[int | None, str]
 """What is read, and in which layer: (3, "pattern"), (None, "embed")."""
@@ -73,17 +73,12 @@ Read = tuple[int | None, str]
 class Adapter(ABC):
     """What the rest of the library needs of a host model. One subclass per host class."""
 
-    forbidden = (
-        "return_type",
-        "loss_per_token",
-        "start_at_layer",
-        "stop_at_layer",
-        "past_kv_cache",
-        "past_key_values",
-        "use_cache",
-        "names_filter",
-    )
+    forbidden = ("return_type", "loss_per_token", "start_at_layer", "stop_at_layer", "past_kv_cache",
+                 "past_key_values", "use_cache", "names_filter")  # fmt: skip
     """Keyword arguments that would make the run something else than prompt → logits."""
+
+    before_edits: frozenset[str] = frozenset()
+    """What is read before the user's own hooks at its point, as they do not enter the residual."""
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
@@ -201,6 +196,8 @@ class Adapter(ABC):
         points = {read: hooks[name] for read, name in names.items()}
         if self.weights.unembed.soft_cap is not None:
             points[None, "raw_logits"] = self.model.unembed  # the cap comes after this module
+        if self._hooked("", _FINAL_EDITS):  # 2.18 has no hook at the unembedding
+            points[None, "normalized"] = hooks.get(FINAL_SITE) or self.model.ln_final
         return points
 
     def hooked_patterns(self) -> dict[str, nn.Module]:
@@ -213,22 +210,24 @@ class Adapter(ABC):
 
     def foreign_hooks(self) -> list[str]:
         """Names of the hook points that carry forward hooks of somebody else."""
-        named = {id(point): name for name, point in self.hooks.items()}
-        points = {id(point): point for point in self.hooks.values()}
-        return [named[key] for key, point in points.items() if point.fwd_hooks]
+        points = {id(point): name for name, point in self.hooks.items() if point.fwd_hooks}
+        return list(points.values())
 
-    def edits(self) -> dict[tuple[int, str], tuple[str, ...]]:
+    def _hooked(self, prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
+        points: dict[int, str] = {}  # a hook point of the Bridge has several names
+        for name in names:
+            point = self.hooks.get(prefix + name)
+            if point is not None and point.fwd_hooks:
+                points.setdefault(id(point), name.removeprefix("attn.").removeprefix("mlp."))
+        return tuple(points.values())
+
+    def edits(self) -> dict[Read, tuple[str, ...]]:
         """Where hooks of the user's own may edit the run: labels by (layer, stage)."""
-        hooks = self.hooks
-        found = {}
+        found: dict[Read, tuple[str, ...]] = {(None, "normalized"): self._hooked("", _FINAL_EDITS)}
         for layer in range(len(self.weights.blocks)):
             for stage, names in _EDITS.items():
-                points = ((name, hooks.get(f"blocks.{layer}.{name}")) for name in names)
-                labels = [name for name, p in points if p is not None and p.fwd_hooks]
-                if labels:
-                    strip = (label.removeprefix("attn.").removeprefix("mlp.") for label in labels)
-                    found[layer, stage] = tuple(strip)
-        return found
+                found[layer, stage] = self._hooked(f"blocks.{layer}.", names)
+        return {read: labels for read, labels in found.items() if labels}
 
     def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Prompts]:
         """Tokens of a string, a list of strings or token ids, checked, and what to pass to the model.
@@ -371,6 +370,8 @@ class HookedTransformerAdapter(Adapter):
 
 class BridgeAdapter(Adapter):
     """``TransformerBridge`` of transformer_lens 3.x and 4.x, raw or in compatibility mode."""
+
+    before_edits = frozenset({"resid_mid"})
 
     def check_model(self) -> None:
         _flags_off(self.cfg)

@@ -1,478 +1,435 @@
-"""Where a logit comes from: the operator's answer to one target, split by source.
+"""Where a logit comes from: one target, split by source at every granularity.
 
-One transposed sweep carries the target's covector u to every residual site. A token's contribution
-is then ⟨Tᵀu, x⟩ at its position, a constant's ⟨covector where it is added, constant⟩ (the sweep
-collects it on its way), and both together are the target, exactly.
+One transposed sweep carries the target's covector u to every residual site; whatever is written to
+the residual, at any position, adds ⟨what is written, covector there⟩ to the target. So
+
+    token, constant   ⟨embedding, Tᵀu⟩, and the constants' shares that the sweep collects: sums to it
+    direct effect     ⟨what is written at the target's position, Nᵀu⟩, N the final norm: sums to it
+    total effect      ⟨what is written, covector where it is written⟩: overlaps, does not sum
+    edge              ⟨what one node writes, the covector of what another reads⟩: see ``edges.py``
+
+all come from that one sweep and dot products. An order (how many heads and MLPs were passed) needs
+a state per order instead.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
-from operator import index as operator_index
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from .capturing import Capture, Convention
-from .composer import Branch, FrozenTransformer
-from .graph import Node
-from .primitives import soft_cap_ratio, take_row
+from .capturing import Capture
+from .composer import Branch, FrozenTransformer, Step, Trace
+from .edges import Writers, edge_scores
+from .graph import Edge, Node
+from .primitives import take_row
+from .results import Attribution, Source
+from .targets import Target
 
-if TYPE_CHECKING:
-    import pandas
+BY = (
+    "token", "constant", "layer", "component", "head", "mlp", "neuron", "dimension", "edge", "order",
+)  # fmt: skip
+TOTALS = ("layer", "component", "head", "mlp", "neuron")
+"""What a total effect can be split by: what writes to the residual above the embedding."""
 
-BY = ("token", "component")
+SWEEP_LIMIT = 512 * 2**20
+"""Bytes that a batched sweep's covectors may take unless the caller allows more."""
 
-FORMAT = "tensorlens_tl attribution 1"
-
-TargetLike = str | SupportsIndex | Sequence[float] | Tensor | None
-"""A token string, a token id, a direction [d_vocab] or [d_model], or None: the own prediction."""
-
-
-# --- Targets -------------------------------------------------------------------------------------
+B_U = Node("constant", name="b_U")
+Effects = dict[str, Float[Tensor, "batch pos"]]
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
-    """A linear functional of the final normalized residual at one position per prompt.
+class Sweep:
+    """One target, and its covectors at every residual site: pulled once, whatever is asked.
 
     Attributes:
-        name: For people, one per prompt.
-        query: Position [batch], as tensor index.
-        covector: u [batch, d_model], so that target = u · y + constant.
-        constant: What b_U contributes [batch].
-        value: The run's own value [batch]: from the model's logits, not from the operator.
-    """
-
-    name: tuple[str, ...]
-    query: Int[Tensor, " batch"]
-    covector: Float[Tensor, "batch d_model"]
-    constant: Float[Tensor, " batch"]
-    value: Float[Tensor, " batch"]
-
-    def minus(self, other: Target) -> Target:
-        """This target's advantage over another at the same position."""
-        names = (f"{a} − {b}" for a, b in zip(self.name, other.name, strict=True))
-        return Target(
-            tuple(names),
-            self.query,
-            self.covector - other.covector,
-            self.constant - other.constant,
-            self.value - other.value,
-        )
-
-
-def token_id(capture: Capture, text: str) -> int:
-    """The id of a one-token string: as given, else without its leading space.
-
-    Returns:
-        The id.
-
-    Raises:
-        ValueError: If there is no tokenizer, the string is not one token (the message shows its
-            pieces), or the tokenizer does not know it.
-    """
-    tokenizer = capture.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"no tokenizer to read the target {text!r} with: pass a token id")
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    pieces: list[int] = []
-    for attempt in dict.fromkeys((text, text.removeprefix(" "))):
-        ids = tokenizer.encode(attempt, add_special_tokens=False)
-        if len(ids) == 1 and ids[0] != unknown:
-            return ids[0]
-        pieces = pieces or ids
-    if len(pieces) == 1 or all(piece == unknown for piece in pieces):
-        raise ValueError(f"the tokenizer does not know the target {text!r}: expected a known token")
-    shown = ", ".join(f"{tokenizer.decode([piece])!r} #{piece}" for piece in pieces)
-    raise ValueError(
-        f"the target {text!r} is {len(pieces)} tokens ({shown}), expected one: take one of them, or "
-        "pass a token id"
-    )
-
-
-def resolve_target(capture: Capture, target: TargetLike, pos: int = -1) -> Target:
-    """Turn what a user names into a functional of the final normalized residual.
-
-    Args:
         capture: The run.
-        target: A token string, a token id, a direction in logits [d_vocab] or in the final
-            normalized residual [d_model], or None for the model's own prediction.
-        pos: Position among the real tokens; −1 is the last.
-
-    Returns:
-        The functional, for every prompt.
-
-    Raises:
-        ValueError: If the target or the position does not exist.
-    """
-    frame, unembed = capture.frame, capture.unembed.weights
-    query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
-    d_vocab = unembed.W_U.shape[1]
-    y, logits = capture.unembed.final[prompts, query], frame.cast(capture.logits[prompts, query])
-    if not isinstance(target, str | int | None) and getattr(target, "ndim", None) != 0:
-        return _direction(capture, target, query, y, logits)
-    if target is None:
-        ids = logits.argmax(-1)
-    else:
-        index = token_id(capture, target) if isinstance(target, str) else _as_id(target)
-        if not 0 <= index < d_vocab:
-            raise ValueError(
-                f"target id {index} is outside the vocabulary: expected 0 to {d_vocab - 1}"
-            )
-        ids = torch.full_like(query, index)
-    covector = frame.cast(unembed.W_U[:, ids].T)
-    constant = torch.zeros_like(y[:, 0]) if unembed.b_U is None else frame.cast(unembed.b_U[ids])
-    if unembed.soft_cap is not None:
-        ratio = soft_cap_ratio((covector * y).sum(-1) + constant, unembed.soft_cap)
-        covector, constant = covector * ratio[:, None], constant * ratio
-    names = tuple(repr(_decode(capture, int(i))) for i in ids)
-    return Target(names, query, covector, constant, logits[prompts, ids])
-
-
-def _as_id(target: Any) -> int:
-    try:
-        if isinstance(target, bool):
-            raise TypeError
-        return operator_index(target)
-    except TypeError:
-        raise _no_target(target) from None
-
-
-def _no_target(target: Any) -> ValueError:
-    return ValueError(
-        f"expected a target token, id or direction, got {target!r} of {type(target).__name__}: pass "
-        "a string, an integer or a one-dimensional tensor"
-    )
-
-
-def _direction(
-    capture: Capture, direction: Any, query: Tensor, y: Tensor, logits: Tensor
-) -> Target:
-    frame, unembed = capture.frame, capture.unembed
-    d_model, d_vocab = unembed.weights.W_U.shape
-    try:
-        u = torch.as_tensor(direction)
-    except (TypeError, ValueError, RuntimeError):
-        raise _no_target(direction) from None
-    if u.ndim != 1 or u.shape[0] not in (d_model, d_vocab) or d_model == d_vocab:
-        raise ValueError(
-            f"expected a direction in logits [{d_vocab}] or in the final residual [{d_model}], got "
-            f"shape {list(u.shape)}" + (" (the two widths are equal)" if d_model == d_vocab else "")
-        )
-    u = u.detach().to(y)
-    if u.shape[0] == d_model:
-        covector, zeros = u.expand(frame.batch, -1), torch.zeros_like(y[:, 0])
-        return Target(("residual direction",) * frame.batch, query, covector, zeros, y @ u)
-    ratio = unembed.ratio
-    weighted = u * (take_row(ratio, query)[:, 0] if isinstance(ratio, Tensor) else ratio)
-    weighted = weighted.expand(frame.batch, -1)
-    b_U = unembed.weights.b_U
-    constant = torch.zeros_like(y[:, 0]) if b_U is None else weighted @ frame.cast(b_U)
-    covector = weighted @ frame.cast(unembed.weights.W_U).T
-    return Target(("logit direction",) * frame.batch, query, covector, constant, logits @ u)
-
-
-def _decode(capture: Capture, token: int) -> str:
-    return str(token) if capture.tokenizer is None else capture.tokenizer.decode([token])
-
-
-# --- Results -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """One row of an attribution: a node, at a position where it has one (a tensor index)."""
-
-    node: Node
-    pos: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Attribution:
-    """A target split by source, one row per source, for every prompt of the batch.
-
-    Attributes:
-        values: Contributions [prompt, source], in units of the target (logits).
-        sources: What the columns are; positions outside a prompt's real tokens contribute 0.
-        labels: Their names, per prompt.
-        by: What it was split by.
-        target: The target's name, per prompt.
-        target_value: Its value in the model's own run [prompt].
-        sums_to_target: Whether the contributions add up to the target.
-        completeness_error: max over prompts of |Σ − target| / Σ|contributions|, where they do.
-        convention: The choices under which the operator is unique.
-        spans: Each prompt's (start, stop) of real tokens.
+        operator: Its operator.
+        target: The target.
     """
 
-    values: Float[Tensor, "prompt source"]
-    sources: tuple[Source, ...]
-    labels: tuple[tuple[str, ...], ...]
-    by: str
-    target: tuple[str, ...]
-    target_value: Float[Tensor, " prompt"]
-    sums_to_target: bool
-    convention: Convention
-    spans: tuple[tuple[int, int], ...]
+    capture: Capture
+    operator: FrozenTransformer
+    target: Target
 
-    def __len__(self) -> int:
-        return self.values.shape[0]
-
-    def __getitem__(self, prompt: int) -> Attribution:
-        """One prompt's attribution, without its padding."""
-        if not -len(self) <= prompt < len(self):
-            raise IndexError(f"prompt {prompt} does not exist; there are {len(self)}")
-        prompt %= len(self)
-        start, stop = self.spans[prompt]
-        keep = [i for i, s in enumerate(self.sources) if s.pos is None or start <= s.pos < stop]
-        one = slice(prompt, prompt + 1)
-        return replace(
-            self,
-            values=self.values[one, keep],
-            sources=tuple(self.sources[i] for i in keep),
-            labels=(tuple(self.labels[prompt][i] for i in keep),),
-            target=self.target[one],
-            target_value=self.target_value[one],
-            spans=self.spans[one],
-        )
-
-    @property
-    def completeness_error(self) -> float | None:
-        """Max over prompts of |Σ − target| / Σ|contributions|; None where they do not sum to it."""
-        if not self.sums_to_target:
-            return None
-        off = (self.values.double().sum(1) - self.target_value).abs()
-        size = self.values.double().abs().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-        return float((off / size).max())
-
-    def top(self, k: int = 10) -> list[tuple[str, float]]:
-        """The k largest contributions by absolute value, as (label, value).
-
-        Returns:
-            At most k pairs, largest first.
-
-        Raises:
-            ValueError: If k < 1 or there are several prompts.
-        """
-        if len(self) != 1:
-            raise ValueError(
-                f"top expects one prompt, got {len(self)}: take one with attribution[i]"
-            )
-        if k < 1:
-            raise ValueError(f"expected k ≥ 1, got {k}")
-        order = self.values[0].abs().argsort(descending=True)[:k].tolist()
-        return [(self.labels[0][i], float(self.values[0, i])) for i in order]
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """The rows as a table: prompt, label, node, pos (among the real tokens), value.
-
-        Returns:
-            One row per prompt and source.
-
-        Raises:
-            ValueError: If pandas is missing.
-        """
-        try:
-            import pandas
-        except ImportError:
-            raise ValueError(
-                "to_dataframe needs pandas: pip install 'tensorlens-tl[pandas]'"
-            ) from None
-        rows = []
-        for prompt, (start, stop) in enumerate(self.spans):
-            for i, source in enumerate(self.sources):
-                if source.pos is None or start <= source.pos < stop:
-                    pos = None if source.pos is None else source.pos - start
-                    value = float(self.values[prompt, i])
-                    label = self.labels[prompt][i]
-                    rows.append((prompt, label, str(source.node), pos, value))
-        return pandas.DataFrame(rows, columns=["prompt", "label", "node", "pos", "value"])
-
-    def to_json(self) -> str:
-        """The attribution as JSON; :meth:`from_json` gives the same numbers back, to the bit."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data |= {"format": FORMAT, "dtype": str(self.values.dtype).removeprefix("torch.")}
-        data["values"] = [[_number(x) for x in row] for row in self.values.tolist()]
-        data["target_value"] = [_number(x) for x in self.target_value.tolist()]
-        data["sources"] = [(astuple(source.node), source.pos) for source in self.sources]
-        return json.dumps(data | {"convention": asdict(self.convention)}, ensure_ascii=False)
+    @cached_property
+    def trace(self) -> Trace:
+        """The transposed sweep: covectors, and every constant's share ⟨covector, constant⟩."""
+        return self.operator.pull(_spread([self])[0])
 
     @classmethod
-    def from_json(cls, text: str) -> Attribution:
-        """Read what :meth:`to_json` wrote.
-
-        Args:
-            text: JSON.
-
-        Returns:
-            The attribution, on the CPU.
-
-        Raises:
-            ValueError: If the text is not a whole attribution.
-        """
-        try:
-            data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
-            dtype = {"float32": torch.float32, "float64": torch.float64}[data.pop("dtype")]
-            for name in ("values", "target_value"):
-                data[name] = _tensor(data[name], dtype)
-            data["sources"] = tuple(Source(Node(*node), pos) for node, pos in data["sources"])
-            for name in ("labels", "spans"):
-                data[name] = tuple(map(tuple, data[name]))
-            data |= {
-                "target": tuple(data["target"]),
-                "convention": Convention(**data["convention"]),
-            }
-            found = cls(**data)
-            shape = len(found.target), len(found.sources)
-            widths = {len(found.sources), *map(len, found.labels)}
-            heights = {
-                len(found.target),
-                len(found.labels),
-                len(found.spans),
-                len(found.target_value),
-            }
-            if found.values.shape != shape or len(widths) != 1 or len(heights) != 1:
-                raise ValueError(f"values, sources, labels and target do not fit {list(shape)}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"expected an attribution that to_json wrote, got something else ({error}): write "
-                "it again"
-            ) from None
-        return found
-
-    def __repr__(self) -> str:
-        head = f"Attribution by {self.by} of {', '.join(self.target[:3])}"
-        if len(self) > 1:
-            return f"{head}{', …' if len(self) > 3 else ''}: {len(self)} prompts × {len(self.sources)} rows"
-        error = self.completeness_error
-        total = f" = {float(self.target_value[0]):.4g}"
-        exact = "" if error is None else f" (sum off by {error:.0e} of Σ|·|)"
-        rows = "\n".join(f"  {value:+9.4f}  {label}" for label, value in self.top(10))
-        more = len(self.sources) - 10
-        return f"{head}{total}{exact}\n{rows}" + (f"\n  … {more} more" if more > 0 else "")
+    def all(cls, sweeps: Sequence[Sweep]) -> None:
+        """Sweep for many targets of one run at once."""
+        trace = sweeps[0].operator.pull(_spread(sweeps))
+        for i, sweep in enumerate(sweeps):
+            vars(sweep)["trace"] = trace[i]  # where cached_property looks
 
 
-def _number(x: float) -> float | str:
-    return x if math.isfinite(x) else str(x)  # JSON has no nan
+def _spread(sweeps: Sequence[Sweep]) -> Float[Tensor, "many batch pos d_model"]:
+    """The targets' covectors, each at its position, zero elsewhere."""
+    frame, width = sweeps[0].capture.frame, sweeps[0].operator.out_dim
+    u = frame.zeros(width, len(sweeps))
+    prompts = torch.arange(frame.batch, device=frame.device)
+    for i, sweep in enumerate(sweeps):
+        u[i, prompts, sweep.target.query] = sweep.target.covector
+    return u
 
 
-def _tensor(rows: Any, dtype: torch.dtype) -> Tensor:
-    nested = bool(rows) and isinstance(rows[0], list)
-    numbers = [[float(x) for x in row] for row in rows] if nested else [float(x) for x in rows]
-    return torch.tensor(numbers, dtype=torch.float64).to(dtype)
+class Rows:
+    """A table under construction: sources and their values, column by column."""
+
+    def __init__(self):
+        self.sources: list[Source] = []
+        self.values: list[Tensor] = []
+
+    def add(self, nodes: Iterable[Node | Edge], values: Float[Tensor, "batch node"]) -> None:
+        """One row per node."""
+        self.sources += [Source(node) for node in nodes]
+        self.values.append(values)
+
+    def spread(self, node: Node, values: Float[Tensor, "batch pos"]) -> None:
+        """One row per position."""
+        self.sources += [Source(node, pos) for pos in range(values.shape[1])]
+        self.values.append(values)
 
 
-# --- The two splits ------------------------------------------------------------------------------
-
-
-def attribute(
-    capture: Capture, operator: FrozenTransformer, target: Target, by: str = "token"
-) -> Attribution:
+def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attribution:
     """Split a target by source.
 
     Args:
-        capture: The run.
-        operator: Its operator.
-        target: From :func:`resolve_target`.
-        by: "token": token embedding, position embedding and every constant apart (DESIGN law:
-            Σ = target). "component": the direct effect of every writer to the residual stream,
-            each head and MLP with its internal constants, external constants apart (Σ = target).
+        sweep: The target.
+        by: See :meth:`TensorLens.attribute`.
+        effect: "direct" or "total".
 
     Returns:
         The contributions, for every prompt.
 
     Raises:
-        ValueError: If ``by`` is none of these.
+        ValueError: If ``by`` or ``effect`` is none of these, or ``by`` has no total effect.
     """
     if by not in BY:
         raise ValueError(f"expected by to be one of {', '.join(BY)}, got {by!r}")
-    split = _by_token if by == "token" else _by_component
-    contributions = split(capture, operator, target)
-    if capture.unembed.weights.b_U is not None:
-        contributions[Source(Node.parse("b_U"))] = target.constant
-    sources = tuple(contributions)
-    labels = tuple(
-        tuple(_label(capture, source, prompt) for source in sources)
-        for prompt in range(capture.frame.batch)
-    )
+    if effect not in ("direct", "total"):
+        raise ValueError(f"expected effect to be direct or total, got {effect!r}")
+    if effect == "total" and by not in TOTALS:
+        raise ValueError(
+            f"by={by!r} has no total effect apart from its direct one, expected by to be one of "
+            f"{', '.join(TOTALS)}: leave effect out"
+        )
+    rows = Rows()
+    if (effect, by) in (("total", "mlp"), ("total", "neuron")) and _attention_only(sweep):
+        raise ValueError(
+            f"this model has no MLPs, expected by to be layer, component or head: got {by!r}"
+        )
+    if effect == "total":
+        (_total_by_layer if by == "layer" else _total)(sweep, rows, by)
+    elif by in ("token", "constant"):
+        _embedded(sweep, rows, by)
+    elif by == "order":
+        _orders(sweep, rows)
+    elif by == "edge":
+        return by_edge(sweep, Writers.of(sweep.operator, sweep.capture.embeddings))
+    else:
+        _direct(sweep, rows, "component" if by == "layer" else by)
+    whole = effect == "direct" and by != "order"
+    if (whole or (effect, by) == ("total", "component")) and _has_b_U(sweep.capture):
+        rows.add([B_U], sweep.target.constant[:, None])
+    found = result(sweep, rows, by, effect)
+    return found.sum("layer") if by == "layer" and effect == "direct" else found
+
+
+def by_edge(sweep: Sweep, writers: Writers, own: bool = True) -> Attribution:
+    """What readers make of what writers add.
+
+    Args:
+        sweep: The target, whose readers they are.
+        writers: What is written: in this run, or the difference to another.
+        own: Whether the readers' own constants are rows, too.
+
+    Returns:
+        One row per edge, positions summed; it does not sum to the target.
+    """
+    target, constants = sweep.target, None
+    if own:
+        constants = {name: effect.sum(-1) for name, effect in sweep.trace.top.items()}
+        constants |= {"b_U": target.constant} if _has_b_U(sweep.capture) else {}
+    rows = Rows()
+    found = edge_scores(sweep.operator, writers, sweep.trace, target.query, constants)
+    rows.sources, rows.values = list(found[0]), [found[2]]
+    return result(sweep, rows, "edge", labels=(found[1],) * len(target.query))
+
+
+def attribute_many(
+    capture: Capture,
+    operator: FrozenTransformer,
+    targets: Sequence[Target],
+    by: str = "token",
+    effect: str = "direct",
+    memory_limit: int = SWEEP_LIMIT,
+) -> Iterator[Attribution]:
+    """Split many targets of one run, in batched sweeps.
+
+    Args:
+        capture: The run.
+        operator: Its operator.
+        targets: One or more.
+        by: As in :func:`attribute`.
+        effect: As in :func:`attribute`.
+        memory_limit: Bytes that the covectors of one batched sweep may take.
+
+    Yields:
+        One attribution per target.
+    """
+    each = 4 * (len(operator.steps) + 1) * capture.embed.numel() * capture.frame.dtype.itemsize
+    chunk = max(1, memory_limit // each)
+    for start in range(0, len(targets), chunk):
+        sweeps = [Sweep(capture, operator, target) for target in targets[start : start + chunk]]
+        if effect == "total" or by in ("token", "constant", "edge"):  # the others need no sweep
+            Sweep.all(sweeps)
+        for sweep in sweeps:
+            yield attribute(sweep, by, effect)
+
+
+def result(
+    sweep: Sweep,
+    rows: Rows,
+    by: str,
+    effect: str = "direct",
+    labels: tuple[tuple[str, ...], ...] | None = None,
+) -> Attribution:
+    """The finished table.
+
+    Args:
+        sweep: The target.
+        rows: Sources and values.
+        by: What it was split by.
+        effect: "direct" or "total".
+        labels: Names per prompt, where they are known.
+
+    Returns:
+        The attribution.
+    """
+    capture, target = sweep.capture, sweep.target
+    if labels is None:
+        labels = _labels(capture, rows.sources, read=(by, effect) == ("head", "direct"))
+    sums = effect == "direct" and by != "edge"
     return Attribution(
-        torch.stack(list(contributions.values()), -1),
-        sources,
-        labels,
-        by,
-        target.name,
-        target.value,
-        True,
-        capture.convention,
-        capture.frame.spans,
-    )
+        torch.cat(rows.values, -1), tuple(rows.sources), labels, by, target.name, target.value,
+        sums, capture.convention, capture.frame.spans, effect,
+    )  # fmt: skip
 
 
-def _by_token(
-    capture: Capture, operator: FrozenTransformer, target: Target
-) -> dict[Source, Tensor]:
-    frame = capture.frame
-    u = frame.zeros(operator.out_dim)
-    u[torch.arange(frame.batch, device=frame.device), target.query] = target.covector
-    effects: dict[str, Tensor] = {}
-    covector = operator.apply_t(u, effects)
-    found: dict[Source, Tensor] = {}
-    for name, embedding in capture.embeddings.items():
-        node, shares = Node.parse(name), (covector * embedding).sum(-1)
-        found |= {Source(node, pos): shares[:, pos] for pos in range(frame.n_pos)}
-    return found | {Source(Node.parse(name)): e.sum(-1) for name, e in reversed(effects.items())}
+def _attention_only(sweep: Sweep) -> bool:
+    return all(block.mlp is None for block in sweep.capture.blocks)
 
 
-def _by_component(
-    capture: Capture, operator: FrozenTransformer, target: Target
-) -> dict[Source, Tensor]:
-    query = target.query
-    effects: dict[str, Tensor] = {}
-    u = target.covector[:, None]
+def _has_b_U(capture: Capture) -> bool:
+    return capture.unembed.weights.b_U is not None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)
+
+
+# --- The splits ----------------------------------------------------------------------------------
+
+
+def _embedded(sweep: Sweep, rows: Rows, by: str) -> None:
+    """Embeddings and all constants, each apart; one of the two kinds per position."""
+    for name, embedding in sweep.capture.embeddings.items():
+        shares = _dot(sweep.trace.covectors[0], embedding)
+        if by == "token":
+            rows.spread(Node.parse(name), shares)
+        else:
+            rows.add([Node.parse(name)], shares.sum(-1, keepdim=True))
+    for name, effect in reversed(sweep.trace.effects.items()):
+        node = Node.parse(name)
+        if by == "token" or node.layer is None:
+            rows.add([node], effect.sum(-1, keepdim=True))
+        else:
+            rows.spread(node, effect)
+
+
+def top_covector(sweep: Sweep) -> tuple[Float[Tensor, "batch 1 d_model"], Effects]:
+    """The target's covector below the final norm, at its position, and the constants above."""
+    capture, query = sweep.capture, sweep.target.query
+    u, effects = sweep.target.covector[:, None], {}
+    if (edit := capture.final_edit) is not None:
+        effects[edit.name] = _dot(u, take_row(edit.constant, query))
     if capture.ln_final is not None:
         u = capture.ln_final.row(query).apply_t(u, effects)
-    found: dict[Source, Tensor] = {}
-    for name, embedding in capture.embeddings.items():
-        found[Source(Node.parse(name))] = (take_row(embedding, query) * u).sum((-2, -1))
-    for step in operator.steps:
+    return u, effects
+
+
+def written_at(
+    sweep: Sweep, without: str = ""
+) -> Iterator[tuple[Sequence[Node], Float[Tensor, "batch node d_model"]]]:
+    """What every writer adds to the residual at the target's position.
+
+    Args:
+        sweep: The target.
+        without: A kind of node to leave out.
+
+    Yields:
+        Nodes, and one vector for each.
+    """
+    query = sweep.target.query
+    for name, embedding in sweep.capture.embeddings.items():
+        yield (Node.parse(name),), take_row(embedding, query)
+    for step in sweep.operator.steps:
         for branch in step.branches:
-            found |= _direct(branch, step.state, query, u, effects)
+            nodes = branch.body.nodes()
+            if nodes[0].kind != without:
+                yield nodes, branch.outputs_at(step.state, query)
+        for name, constant in _outside(step):
+            yield (Node.parse(name),), take_row(constant, query)
+
+
+def _direct(sweep: Sweep, rows: Rows, by: str) -> None:
+    """What every writer adds at the target's position, read by the final norm and the target."""
+    u, effects = top_covector(sweep)
+    split = {"head": "head", "neuron": "mlp"}.get(by, "")
+    for step in sweep.operator.steps:
+        for branch in step.branches:
+            if branch.body.nodes()[0].kind == split:
+                _refine(branch, step.state, sweep.target, u, rows)
+    by_dimension = torch.zeros_like(u[:, 0])
+    for nodes, vectors in written_at(sweep, split):
+        if by == "dimension":
+            by_dimension += (vectors * u).sum(1)
+        else:
+            rows.add(nodes, _dot(vectors, u))
+    if by == "dimension":
+        rows.add([Node("dimension", index=i) for i in range(u.shape[-1])], by_dimension)
+    for name, effect in effects.items():
+        rows.add([Node.parse(name)], effect)
+
+
+def _refine(branch: Branch, state: Tensor, target: Target, u: Tensor, rows: Rows) -> None:
+    """A branch's direct effect by what it consists of: heads by position read, MLPs by neuron."""
+    x, body = branch.read(state), branch.body
+    y = u if branch.post is None else branch.post.row(target.query).apply_t(u)
+    nodes = body.nodes()
+    if nodes[0].kind == "head":
+        for node, shares in zip(
+            nodes, body.read_at(x, target.query, y[:, 0]).unbind(1), strict=True
+        ):
+            rows.spread(node, shares)
+    else:
+        shares = body.hidden_at(x, target.query) * body.output.apply_t(y)[:, 0]
+        rows.add(_neurons(nodes[0], shares.shape[-1]), shares)
+
+
+def _neurons(mlp: Node, width: int) -> list[Node]:
+    return [Node("neuron", mlp.layer, i) for i in range(width)]
+
+
+def _outside(step: Step) -> Iterator[tuple[str, Tensor]]:
+    """The constants that a step writes and no node holds."""
+    for branch in step.branches:
+        yield from branch.outside().items()
+    for edit in step.edits:
+        yield edit.name, edit.constant
+
+
+def _total(sweep: Sweep, rows: Rows, by: str) -> None:
+    """⟨output, covector where it is written⟩ of every writer, at every position."""
+    covectors, steps = sweep.trace.covectors, sweep.operator.steps
+    if by == "component":
+        for name, embedding in sweep.capture.embeddings.items():
+            rows.spread(Node.parse(name), _dot(embedding, covectors[0]))
+    for step, c in zip(steps, covectors[1:], strict=False):
+        for branch in step.branches:
+            body = branch.body
+            nodes, kind = body.nodes(), body.nodes()[0].kind
+            if by not in ("component", kind) and (by, kind) != ("neuron", "mlp"):
+                continue
+            y = c if branch.post is None else branch.post.apply_t(c)
+            shares = body.hidden_in_run(branch.read(step.state)) * body.output.apply_t(y)
+            if by == "neuron":  # per position there would be millions
+                rows.add(_neurons(nodes[0], shares.shape[-1]), shares.sum(1))
+            else:
+                by_node = body.by_node(shares).sum(-1)
+                for node, own in zip(nodes, by_node.unbind(-1), strict=True):
+                    rows.spread(node, own)
+        if by == "component":
+            for name, constant in _outside(step):
+                rows.spread(Node.parse(name), _dot(constant, c))
+    if by == "component":
+        for name in sweep.trace.effects:
+            if (node := Node.parse(name)).layer is None:
+                rows.add([node], sweep.trace.effects[name].sum(-1, keepdim=True))
+
+
+def _total_by_layer(sweep: Sweep, rows: Rows, by: str) -> None:
+    """⟨all that a layer adds, covector after it⟩."""
+    steps = enumerate(sweep.operator.steps)
+    for layer, own in groupby(steps, key=lambda item: item[1].layer):
+        added, after = torch.zeros_like(sweep.capture.embed), 0
+        for i, step in own:
+            added, after = (
+                added + sum(b.map.apply(step.state) + b.map.bias for b in step.branches),
+                i,
+            )
+            for edit in step.edits:
+                added = added + edit.constant
+        rows.spread(Node("layer", layer), _dot(added, sweep.trace.covectors[after + 1]))
+
+
+def _orders(sweep: Sweep, rows: Rows) -> None:
+    """One state per order: how many heads and MLPs were passed since the source.
+
+    A node's own constants have passed it: order 1. Constants that no node holds are order 0.
+    """
+    states = torch.stack(
+        [sum(sweep.capture.embeddings.values(), torch.zeros_like(sweep.capture.embed))]
+    )
+    for step in sweep.operator.steps:
+        grown = torch.cat([states, torch.zeros_like(states[:1])])
+        for branch in step.branches:
+            grown[1:] += branch.map.apply(states)
+            outside = branch.outside_names()
+            for name, constant in branch.map.constants().items():
+                grown[0 if name in outside else 1] += constant
         for edit in step.edits:
-            effects[edit.name] = (u * take_row(edit.constant, query)).sum(-1)
-    return found | {Source(Node.parse(name)): e.sum(-1) for name, e in effects.items()}
+            grown[0] += edit.constant
+        states = grown
+    u, effects = top_covector(sweep)
+    prompts = torch.arange(u.shape[0], device=u.device)
+    shares = _dot(states[:, prompts, sweep.target.query], u[:, 0]).T
+    shares[:, 0] += sweep.target.constant + sum(effect.sum(-1) for effect in effects.values())
+    rows.add([Node("order", index=n) for n in range(shares.shape[1])], shares)
 
 
-def _direct(
-    branch: Branch, state: Tensor, query: Tensor, u: Tensor, effects: dict[str, Tensor]
-) -> dict[Source, Tensor]:
-    """⟨u, what each node of a branch adds at the query row⟩; external constants go to effects."""
-    if branch.post is not None:
-        u = branch.post.row(query).apply_t(u, effects)
-    x = state if branch.pre is None else branch.pre.apply(state) + branch.pre.bias
-    shares = (branch.body.outputs_at(x, query) @ u.mT).squeeze(-1)
-    for name, constant in branch.body.outside_at(query).items():
-        effects[name] = (u[:, 0] * constant).sum(-1, keepdim=True)
-    nodes = branch.body.nodes()
-    return {Source(node): share for node, share in zip(nodes, shares.unbind(-1), strict=True)}
+# --- Labels --------------------------------------------------------------------------------------
 
 
-def _label(capture: Capture, source: Source, prompt: int) -> str:
+def _labels(capture: Capture, sources: Sequence[Source], read: bool) -> tuple[tuple[str, ...], ...]:
+    if all(source.pos is None for source in sources):
+        return (tuple(str(source.node) for source in sources),) * capture.frame.batch
+    prompts = range(capture.frame.batch)
+    return tuple(tuple(_label(capture, s, prompt, read) for s in sources) for prompt in prompts)
+
+
+def _label(capture: Capture, source: Source, prompt: int, read: bool) -> str:
     if source.pos is None:
         return str(source.node)
     start, stop = capture.frame.spans[prompt]
     if not start <= source.pos < stop:
         return "padding"
     pos = source.pos - start
-    if source.node.kind == "embed":
-        return f"{_quote(capture.prompts.strings[prompt][pos])}@{pos}"
-    return f"{source.node}@{pos}"
+    token = f"{_quote(capture.prompts.strings[prompt][pos])}@{pos}"
+    kind = getattr(source.node, "kind", "")
+    if kind == "embed":
+        return token
+    return f"{source.node} ← {token}" if read and kind == "head" else f"{source.node}@{pos}"
 
 
 def _quote(text: Any) -> str:

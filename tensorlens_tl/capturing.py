@@ -76,6 +76,10 @@ class Capture:
         checks: Relative error of every checked product, by name.
         tokenizer: The host's, or None.
         edit: What the user's own hooks added to the first residual, or None.
+        final_edit: What they added to the final normalized residual, or None.
+        noise_floor: max |Δ logits| / max |logits| against a float32 copy of the model, where it
+            was asked for: the model's own rounding.
+        W_E: The embedding matrix [d_vocab, d_model], where the host gave it; not saved.
     """
 
     model_name: str
@@ -92,6 +96,9 @@ class Capture:
     checks: Mapping[str, float]
     tokenizer: Any = field(repr=False, default=None)
     edit: Shift | None = None
+    final_edit: Shift | None = None
+    noise_floor: float | None = None
+    W_E: Tensor | None = field(repr=False, default=None)
 
     def __repr__(self) -> str:
         shape = f"{self.frame.batch} × {self.frame.n_pos} tokens, {len(self.blocks)} layers"
@@ -113,7 +120,7 @@ class Capture:
     @property
     def n_heads(self) -> int:
         """Query heads per layer."""
-        return self.blocks[0].attn.mix.n_heads
+        return self.blocks[0].attn.mix.heads
 
     @property
     def nbytes(self) -> int:
@@ -186,6 +193,7 @@ class Capture:
             "unembed",
             "logits",
             "edit",
+            "final_edit",
         )
         pieces = {name: cut(getattr(self, name)) for name in names}
         return replace(self, frame=frame, prompts=prompts, **pieces)

@@ -14,14 +14,59 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from .blocks import Contractible
 from .capturing import Capture
 from .graph import FINAL_SITE, resid_site
 from .linear_map import Chain, Frame, LinearMap, Residual, Sum
-from .primitives import Norm, Shift
-from .sublayers import Sublayer
+from .primitives import Identity, Norm, Shift
+from .sublayer import Sublayer
+
+
+@dataclass(frozen=True, eq=False)
+class Pull:
+    """What a transposed sweep leaves of one branch.
+
+    Attributes:
+        covector: What the branch adds to the covector of the residual it reads.
+        kept: What :meth:`Branch.readers` takes.
+        effects: Its constants' shares, per position, by name.
+    """
+
+    covector: Float[Tensor, "*many batch pos d_model"]
+    kept: Tensor
+    effects: dict[str, Float[Tensor, "*many batch pos"]]
+
+    def __getitem__(self, index: int) -> Pull:
+        effects = {name: effect[index] for name, effect in self.effects.items()}
+        return Pull(self.covector[index], self.kept[index], effects)
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A transposed sweep: covectors at every site, what every branch did, every constant's share.
+
+    Attributes:
+        covectors: Before every step, after the last, after the final norm.
+        pulls: By step and branch.
+        top: The shares of the constants of the final norm and after it.
+        effects: The shares of all constants, per position, by name.
+    """
+
+    covectors: tuple[Float[Tensor, "*many batch pos d_model"], ...]
+    pulls: tuple[tuple[Pull, ...], ...]
+    top: dict[str, Float[Tensor, "*many batch pos"]]
+    effects: dict[str, Float[Tensor, "*many batch pos"]]
+
+    def __getitem__(self, index: int) -> Trace:
+        """One of many vectors' sweeps."""
+        return Trace(
+            tuple(c[index] for c in self.covectors),
+            tuple(tuple(p[index] for p in pulls) for pulls in self.pulls),
+            *({n: e[index] for n, e in found.items()} for found in (self.top, self.effects)),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +82,75 @@ class Branch:
         """The branch as one map."""
         return Chain(tuple(m for m in (self.pre, self.body, self.post) if m is not None))
 
+    def read(self, state: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the body reads of a residual state."""
+        return state if self.pre is None else self.pre.apply(state) + self.pre.bias
+
+    def outputs(
+        self, state: Float[Tensor, "batch pos d_model"], out: Tensor | None = None
+    ) -> Float[Tensor, "batch node pos d_model"]:
+        """What every node adds to the residual in the run, its internal constants included.
+
+        Args:
+            state: The residual it reads in the run.
+            out: Where to write it, if anywhere.
+
+        Returns:
+            One row per node.
+        """
+        y = self.body.outputs(self.read(state), out)
+        if self.post is None:
+            return y
+        y = self.post.apply(y.transpose(0, 1)).transpose(0, 1)
+        return y if out is None else out.copy_(y)
+
+    def outputs_at(
+        self, state: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch node d_model"]:
+        """The same at one destination per prompt."""
+        y = self.body.outputs_at(self.read(state), query)
+        return y if self.post is None else self.post.row(query).apply(y)
+
+    def pull(self, c: Float[Tensor, "*many batch pos d_model"]) -> Pull:
+        """The adjoint, with what it needs to tell readers and constants apart."""
+        effects: dict[str, Tensor] = {}
+        y = c if self.post is None else self.post.apply_t(c, effects)
+        x, kept = self.body.pull(y, effects)
+        return Pull(x if self.pre is None else self.pre.apply_t(x, effects), kept, effects)
+
+    def readers(
+        self, pull: Pull, out: Float[Tensor, "batch reader pos d_model"]
+    ) -> dict[str, Float[Tensor, "batch reader"]]:
+        """Every reader's covector at the residual, and the shares of its own constants.
+
+        Args:
+            pull: From :meth:`pull`.
+            out: Where the covectors go, which sum to the adjoint.
+
+        Returns:
+            Shares by constant.
+        """
+        if len(self.body.reads()) > 1:
+            return self.body.readers(pull.kept, self.pre, out)
+        out[:, 0] = pull.covector
+        outside = self.outside_names()
+        return {n: e.sum(-1, keepdim=True) for n, e in pull.effects.items() if n not in outside}
+
+    def outside_names(self) -> tuple[str, ...]:
+        """The names of :meth:`outside`, in its order."""
+        name, b = self.body.external
+        names = () if b is None else (name,)
+        names += tuple(edit.name for edit in self.body.edits.values())
+        return names if self.post is None else (*names, *self.post.constants())
+
+    def outside(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        """What it adds to the residual that no node holds: b_O, b_out, a post-norm's b, edits."""
+        found = self.body.outside()
+        if self.post is not None:
+            found = {name: self.post.apply(c) for name, c in found.items()}
+            found |= self.post.constants()
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -50,6 +164,11 @@ class Step:
     state: Float[Tensor, "batch pos d_model"]
     edits: tuple[Shift, ...] = ()
 
+    @property
+    def layer(self) -> int:
+        """The block it belongs to."""
+        return self.branches[0].body.nodes()[0].layer or 0
+
     @cached_property
     def map(self) -> LinearMap:
         """The step as one map."""
@@ -57,12 +176,22 @@ class Step:
         return Chain((step, *self.edits)) if self.edits else step
 
 
-@dataclass(frozen=True, eq=False)
-class Identity(LinearMap):
-    """x → x: what stands in for an absent norm, or between a site and itself."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Segment(Contractible):
+    """The operator from one residual site to a later one."""
 
     frame: Frame
     width: int
+    steps: tuple[LinearMap, ...]
+
+    def __repr__(self) -> str:
+        shape = f"[{self.frame.batch}, {self.frame.n_pos}, {self.width}]"
+        return f"Segment({shape} → {shape}, {len(self.steps)} steps, {self.frame.dtype})"
+
+    @cached_property
+    def map(self) -> Chain:
+        """The steps as one chain; an identity where there are none."""
+        return Chain(self.steps or (Identity(self.frame, self.width),))
 
     @property
     def in_dim(self) -> int:
@@ -73,29 +202,31 @@ class Identity(LinearMap):
         return self.width
 
     def apply(self, x):
-        return x
+        return self.map.apply(x)
 
     def apply_t(self, y, effects=None):
-        return y
+        return self.map.apply_t(y, effects)
 
     @property
     def bias(self):
-        return self.frame.zeros(self.width)
+        return self.map.bias
 
     def constants(self):
-        return {}
+        return self.map.constants()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FrozenTransformer(LinearMap):
+class FrozenTransformer(Contractible):
     """The TensorLens operator: X [batch, pos, d_model] → y, the final normalized residual.
 
     y = T · X + bias, where T is Atad et al. (2026, arXiv 2601.17958)'s tensor at this prompt.
+    ``edit`` is what the user's own hooks added to y.
     """
 
     frame: Frame
     steps: tuple[Step, ...]
     ln_final: Norm | Identity
+    edit: Shift | None = None
 
     def __repr__(self) -> str:
         shape = f"[{self.frame.batch}, {self.frame.n_pos}, {self.in_dim}]"
@@ -117,12 +248,13 @@ class FrozenTransformer(LinearMap):
                 steps.append(Step(mid, mlp, block.resid_mid, block.post_edits))
         width = capture.embed.shape[-1]
         ln_final = capture.ln_final or Identity(capture.frame, width)
-        return cls(capture.frame, tuple(steps), ln_final)
+        return cls(capture.frame, tuple(steps), ln_final, capture.final_edit)
 
     @cached_property
     def map(self) -> Chain:
         """The whole chain."""
-        return Chain((*(step.map for step in self.steps), self.ln_final))
+        last = self.ln_final if self.edit is None else Chain((self.ln_final, self.edit))
+        return Chain((*(step.map for step in self.steps), last))
 
     @property
     def in_dim(self) -> int:
@@ -168,7 +300,7 @@ class FrozenTransformer(LinearMap):
             raise ValueError(f"no residual site {site!r}; there are {', '.join(self.sites)}")
         return self.sites.index(name)
 
-    def between(self, start: str, stop: str) -> LinearMap:
+    def between(self, start: str, stop: str) -> Segment:
         """The operator from one residual site to a later one.
 
         Args:
@@ -185,8 +317,7 @@ class FrozenTransformer(LinearMap):
         first, last = self.site_index(start), self.site_index(stop)
         if last < first:
             raise ValueError(f"expected a site at or after {start!r}, got {stop!r}: swap them")
-        maps = self.map.maps[first:last]
-        return Chain(maps) if maps else Identity(self.frame, self.in_dim)
+        return Segment(self.frame, self.in_dim, self.map.maps[first:last])
 
     def trace(
         self, x: Float[Tensor, "*many batch pos d_model"]
@@ -218,10 +349,38 @@ class FrozenTransformer(LinearMap):
         Returns:
             Covectors by site name, in order.
         """
-        covectors = [u]
-        for map_ in reversed(self.map.maps):
-            covectors.append(map_.apply_t(covectors[-1], effects))
-        return dict(zip(self.sites, reversed(covectors), strict=True))
+        trace = self.pull(u)
+        if effects is not None:
+            effects |= trace.effects
+        return dict(zip(self.sites, trace.covectors, strict=True))
+
+    def pull(self, u: Float[Tensor, "*many batch pos d_model"]) -> Trace:
+        """One transposed sweep, with what each branch contributed to it.
+
+        Args:
+            u: Covectors at the final site.
+
+        Returns:
+            The sweep.
+        """
+        top: dict[str, Tensor] = {}
+        covectors = [u, self.map.maps[-1].apply_t(u, top)]
+        kept, shares = [], []
+        for step in reversed(self.steps):
+            own = {}
+            for edit in reversed(step.edits):
+                edit.apply_t(covectors[-1], own)
+            found = [branch.pull(covectors[-1]) for branch in step.branches]
+            covectors.append(sum((f.covector for f in found), covectors[-1]))
+            kept.append(tuple(found))
+            shares.append(own)
+        pulls = tuple(reversed(kept))
+        effects = dict(top)
+        for edits, found in zip(shares, kept, strict=True):
+            effects |= edits
+            for f in reversed(found):
+                effects |= f.effects
+        return Trace(tuple(reversed(covectors)), pulls, top, effects)
 
     def states(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
         """The states the run itself had at every site before the last block's output."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 FINAL_SITE = "unembed.hook_in"
 """The final normalized residual: what the unembedding reads."""
 
-_NODE = re.compile(r"L(\d+)(?:H(\d+)|(MLP)|N(\d+)|\.(.+))")
+_NODE = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|(MLP)|N(\d+)|\.(.+))?")
+_NUMBERED = {"dim": "dimension", "order ": "order"}
+_CHANGES = ("operator change", "readout change")
 
 
 def resid_site(layer: int, where: str) -> str:
@@ -27,15 +29,34 @@ def resid_site(layer: int, where: str) -> str:
     return f"blocks.{layer}.hook_resid_{where}"
 
 
+def score_sites(layer: int) -> dict[str, str]:
+    """TransformerLens's names of what only a block's pattern depends on, where a model has it.
+
+    Args:
+        layer: Block, from 0.
+
+    Returns:
+        Names by what passes there: attention scores, the scales of the norms of queries and keys.
+
+    >>> score_sites(2)["scores"]
+    'blocks.2.attn.hook_attn_scores'
+    """
+    attn = f"blocks.{layer}.attn"
+    scales = {f"{norm}.scale": f"{attn}.{norm}.hook_scale" for norm in ("q_norm", "k_norm")}
+    return {"scores": f"{attn}.hook_attn_scores", **scales}
+
+
 @dataclass(frozen=True)
 class Node:
     """Something that writes to the residual stream, or reads from it.
 
     Attributes:
-        kind: "embed", "pos_embed", "head", "mlp", "neuron", "constant" or "logits".
+        kind: "embed", "pos_embed", "head", "mlp", "neuron", "constant" or "logits"; as rows of a
+            split also "layer", "dimension", "order" and "change".
         layer: Block, from 0; None outside the blocks.
-        index: Head or neuron.
-        name: A constant's own name, such as "b_O" or "ln_final.b".
+        index: Head, neuron, dimension of the residual, or order.
+        name: A constant's own name, such as "b_O" or "ln_final.b"; which input of a head is read,
+            "v", "q" or "k"; empty for what a head writes.
     """
 
     kind: str
@@ -47,18 +68,28 @@ class Node:
         prefix = "" if self.layer is None else f"L{self.layer}"
         match self.kind:
             case "head":
-                return f"{prefix}H{self.index}"
+                return f"{prefix}H{self.index}" + (f".{self.name}" if self.name else "")
             case "mlp":
                 return f"{prefix}MLP"
             case "neuron":
                 return f"{prefix}N{self.index}"
             case "constant":
                 return f"{prefix}.{self.name}" if prefix else self.name
+            case "layer":
+                return prefix
+            case "dimension":
+                return f"dim{self.index}"
+            case "order":
+                return f"order {self.index}"
+            case "change":
+                return self.name
         return self.kind
 
     @classmethod
     def parse(cls, text: str) -> Node:
         """Read a node's name: "embed", "pos_embed", "logits", "L3H7", "L3MLP", "L3N512", "L3.b_O", "ln_final.b".
+
+        Also a head's input, "L3H7.v", and the rows "L3" (a layer), "dim5" and "order 2".
 
         Returns:
             The node.
@@ -71,18 +102,66 @@ class Node:
         """
         if text in ("embed", "pos_embed", "logits"):
             return cls(text)
-        if text in ("b_U", "ln_final.b"):
+        if text in ("b_U", "ln_final.b") or (text.endswith("[user]") and text[0] != "L"):
             return cls("constant", name=text)
+        if text in _CHANGES:
+            return cls("change", name=text)
+        for start, kind in _NUMBERED.items():
+            if text.startswith(start) and text.removeprefix(start).isdecimal():
+                return cls(kind, index=int(text.removeprefix(start)))
         if not (found := _NODE.fullmatch(text)):
             raise ValueError(
-                f"{text!r} is no node; expected 'embed', 'pos_embed', 'logits', a head 'L3H7', an MLP 'L3MLP', "
-                "a neuron 'L3N512' or a constant 'L3.b_O'"
+                f"{text!r} is no node; expected 'embed', 'pos_embed', 'logits', a head 'L3H7' or its input "
+                "'L3H7.v', an MLP 'L3MLP', a neuron 'L3N512' or a constant 'L3.b_O'"
             )
-        layer, head, mlp, neuron, constant = found.groups()
+        layer, head, reads, mlp, neuron, constant = found.groups()
         if head is not None:
-            return cls("head", int(layer), int(head))
+            return cls("head", int(layer), int(head), reads or "")
         if mlp is not None:
             return cls("mlp", int(layer))
         if neuron is not None:
             return cls("neuron", int(layer), int(neuron))
-        return cls("constant", int(layer), name=constant)
+        if constant is not None:
+            return cls("constant", int(layer), name=constant)
+        return cls("layer", int(layer))
+
+
+@dataclass(frozen=True)
+class Edge:
+    """From what one node writes to what another reads, straight along the residual stream.
+
+    Attributes:
+        src: A writer: embeddings, a head, an MLP, a constant.
+        dest: A reader: a head's value, query or key input ("L2H1.v"), an MLP, or "logits".
+    """
+
+    src: Node
+    dest: Node
+
+    def __str__(self) -> str:
+        return f"{self.src}→{self.dest}"
+
+    @classmethod
+    def parse(cls, text: str) -> Edge:
+        """Read an edge's name, "L0H3→L2H1.v"; "->" does as well as the arrow.
+
+        Returns:
+            The edge.
+
+        Raises:
+            ValueError: If the text is no edge's name.
+
+        >>> str(Edge.parse("L0H3->L2H1.v"))
+        'L0H3→L2H1.v'
+        """
+        src, arrow, dest = text.replace("->", "→").partition("→")
+        if not arrow:
+            raise ValueError(f"{text!r} is no edge; expected a writer and a reader, 'L0H3→L2H1.v'")
+        edge = cls(Node.parse(src.strip()), Node.parse(dest.strip()))
+        reads = edge.dest.kind in ("mlp", "logits") or (edge.dest.kind == "head" and edge.dest.name)
+        if not reads or edge.src.kind == "logits" or (edge.src.kind == "head" and edge.src.name):
+            raise ValueError(
+                f"{text!r} is no edge; expected a writer ('embed', 'L0H3', 'L0MLP', 'L0.b_O') and a reader "
+                "('L2H1.v', 'L2MLP', 'logits')"
+            )
+        return edge

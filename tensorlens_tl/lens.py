@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from .attribution import Attribution, TargetLike, attribute, resolve_target
+from .attribution import Sweep, attribute, attribute_many
 from .capturing import Capture, Convention
+from .collapse import TokenMatrix, plan_token_matrix, token_matrix
 from .composer import FrozenTransformer
+from .differences import check_comparable, difference, fixed_baseline
+from .graph import Edge, Node
 from .headers import require_weights
-from .linear_map import LinearMap, version
+from .linear_map import DENSE_LIMIT, LinearMap, version
+from .loadings import loadings
+from .paths import MAX_EXPANSIONS, Paths, find_paths
+from .planning import Plan
+from .results import Attribution
 from .saving import load_capture, save_capture
+from .targets import TargetLike, own_prediction, resolve_target
+
+KEPT_SWEEPS = 2
+"""Targets whose covectors a lens keeps: about two residual streams of floats each."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,9 +57,11 @@ class TensorLens:
         size = (
             f"{count[0]} tokens" if len(self) == 1 else f"{len(self)} prompts, {sum(count)} tokens"
         )
+        known = c.noise_floor is not None and "_completeness_error" in vars(self)
+        exact = f", {self.exactness}" if known else ""
         return (
             f"TensorLens({c.model_name}, {size}, {len(c.blocks)} layers × {c.n_heads} heads, "
-            f"capture check {c.check:.0e})"
+            f"capture check {c.check:.0e}{exact})"
         )
 
     def __len__(self) -> int:
@@ -154,6 +167,23 @@ class TensorLens:
     def _completeness_error(self) -> float:
         return self.verify()
 
+    @property
+    def noise_floor(self) -> float | None:
+        """The model's own rounding at this prompt; None unless ``capture(..., noise_floor=True)``.
+
+        max |logits − exact| / max |exact| over the real tokens, where ``exact`` are the logits of
+        a float32 copy of the model: what a completeness error of a bfloat16 or float16 model is to
+        be compared with.
+        """
+        return self.capture.noise_floor
+
+    @property
+    def exactness(self) -> str:
+        """The completeness error in words, beside the noise floor where that was asked for."""
+        error, floor = f"completeness error {self.completeness_error:.0e}", self.noise_floor
+        name = str(self.logits.dtype).removeprefix("torch.")
+        return error if floor is None else f"{error} (model's own {name} noise {floor:.0e})"
+
     def verify(self) -> float:
         """Compute the composed operator's logits anew and compare them with the model's.
 
@@ -174,6 +204,9 @@ class TensorLens:
         versus: TargetLike = None,
         pos: int = -1,
         by: str = "token",
+        effect: str = "direct",
+        baseline: TensorLens | str | Float[Tensor, "*shape"] | None = None,
+        at: str = "clean",
     ) -> Attribution:
         """Split a logit, or a difference of two, by where it comes from.
 
@@ -182,20 +215,233 @@ class TensorLens:
                 normalized residual [d_model], or None for the model's own prediction.
             versus: Subtracted from the target: a target of the same kinds, or None.
             pos: Position of the prediction among the real tokens; −1 is the last.
-            by: "token": every token's and position's embedding and every constant;
-                "component": the direct effect of every head, MLP and external constant.
+            by: What to split by.
+                "token": every token's and position's embedding and every constant.
+                "constant": every constant, by position; the embeddings as one row each.
+                "component": every writer to the residual: embeddings, heads, MLPs, b_O, b_out, …
+                "layer": the same, one row per layer.
+                "head": the same, each head split over the positions it read.
+                "mlp": the same as "component"; "neuron": each MLP split into its neurons.
+                "dimension": the residual before the final norm, by dimension.
+                "order": how many heads and MLPs were passed on the way to the target.
+                "edge": what each node reads of each other's output: ``.select(dest="L2H1.v")``
+                sums to what that head's values make of the target, "logits" to the target.
+            effect: "direct": what is written at the target's position and read by the logits; sums
+                to the target. "total": what is written anywhere, along all paths (by layer,
+                component, head, mlp or neuron): influence, which overlaps and does not sum.
+            baseline: What the target is compared with, by token, component or edge: another lens of
+                a prompt of equal length (the corrupted one), "zero" (no embeddings), "mean" (the
+                mean of W_E's rows as every token's embedding, positions kept) or an embedding
+                [d_model] of your own. The rows then sum to the target here minus the target there;
+                between two lenses one row is what the operators (by component: the readouts)
+                changed. By edge, readers of one run read what writers add here and not there.
+            at: With a lens as baseline, by whose operator the tokens are read: "clean" (this lens)
+                or "corrupted".
 
         Returns:
-            Contributions in logits that sum to the target.
+            Contributions in logits, in the capture's compute dtype. ``.sum("pos")`` collapses
+            positions.
 
         Raises:
-            ValueError: If the target, the position or ``by`` does not exist.
+            ValueError: If the target, the position, ``by`` or ``effect`` does not exist, or the
+                baseline is of another length or model.
+        """
+        sweep = self._sweep(target, versus, pos)
+        if baseline is None:
+            return attribute(sweep, by, effect)
+        if effect != "direct":
+            raise ValueError(f"expected effect to be direct with a baseline, got {effect!r}")
+        if not isinstance(baseline, TensorLens):
+            return difference(sweep, fixed_baseline(sweep, baseline), by, at)
+        check_comparable(self.capture, baseline.capture)
+        predicted = own_prediction(self.capture, pos)  # one target for both runs
+        return difference(sweep, baseline._sweep(target, versus, pos, predicted), by, at)
+
+    def attribute_many(
+        self,
+        targets: Sequence[TargetLike] | None = None,
+        pos: int | Sequence[int] = -1,
+        by: str = "token",
+        effect: str = "direct",
+    ) -> tuple[Attribution, ...]:
+        """Split many targets at once: one batched sweep, in chunks that bound memory.
+
+        Args:
+            targets: Targets as in :meth:`attribute`; None for the model's own prediction at every
+                position of ``pos``.
+            pos: One position, or one for each target. ``lens.attribute_many(pos=range(n))`` are the
+                model's own predictions at the first n positions.
+            by: As in :meth:`attribute`.
+            effect: As in :meth:`attribute`.
+
+        Returns:
+            One attribution per target.
+
+        Raises:
+            ValueError: If there are none, or not as many targets as positions.
+        """
+        self._check_unchanged()
+        places = [pos] if isinstance(pos, int) else list(pos)
+        goals = [None] * len(places) if targets is None else list(targets)
+        places = places * len(goals) if isinstance(pos, int) else places
+        if not goals or len(goals) != len(places):
+            raise ValueError(
+                f"expected as many positions as targets, and at least one, got {len(places)} and {len(goals)}"
+            )
+        resolved = [resolve_target(self.capture, *goal) for goal in zip(goals, places, strict=True)]
+        return tuple(attribute_many(self.capture, self.operator, resolved, by, effect))
+
+    def loadings(
+        self,
+        source: int | str | Node | Edge,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+    ) -> Attribution:
+        """How much of a source's effect on a target each head carries, layer by layer.
+
+        Args:
+            source: A position among the real tokens (the token at it), a node ("L0H3", "embed") or
+                an edge ("L0H3→L2H1.v").
+            target: As in :meth:`attribute`.
+            versus: Subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens.
+
+        Returns:
+            For every layer above the source its heads, and ``L3.past`` for what no head of it moved:
+            each layer's rows sum to the effect, which is the result's ``target_value``.
+
+        Raises:
+            ValueError: If the target, or the position, node or edge does not exist.
+        """
+        if isinstance(source, str):
+            source = Edge.parse(source) if "→" in source or "->" in source else Node.parse(source)
+        return loadings(self._sweep(target, versus, pos), source)
+
+    def _sweep(
+        self,
+        target: TargetLike,
+        versus: TargetLike,
+        pos: int,
+        predicted: Int[Tensor, " batch"] | None = None,
+    ) -> Sweep:
+        """The sweep of a target: kept for the latest few, so that asking again costs none."""
+        self._check_unchanged()
+        goal = resolve_target(self.capture, target, pos, predicted)
+        if versus is not None:
+            goal = goal.minus(resolve_target(self.capture, versus, pos))
+        for sweep in self._sweeps:
+            if sweep.target.same(goal):
+                return sweep
+        self._sweeps.append(Sweep(self.capture, self.operator, goal))
+        del self._sweeps[:-KEPT_SWEEPS]
+        return self._sweeps[-1]
+
+    @cached_property
+    def _sweeps(self) -> list[Sweep]:
+        return []
+
+    def paths(
+        self,
+        target: TargetLike = None,
+        k: int = 10,
+        versus: TargetLike = None,
+        pos: int = -1,
+        from_token: int | None = None,
+        by_position: bool = False,
+        constants: bool = True,
+        max_expansions: int = MAX_EXPANSIONS,
+        memory_limit: int = DENSE_LIMIT,
+    ) -> Paths:
+        """The k paths, from a source through heads and MLPs to a logit, that contribute the most.
+
+        Each is a signed summand of the target; all of them, from all sources, sum to it, but they
+        cancel: none is a share of it. See :func:`tensorlens_tl.paths.find_paths`.
+
+        Args:
+            target: As in :meth:`attribute`.
+            k: How many paths.
+            versus: Subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens.
+            from_token: Position of a token whose embedding alone is the source; None for every
+                token's and position's embedding and every constant.
+            by_position: Whether paths at different positions inside are apart, not summed.
+            constants: Whether constants are sources, too.
+            max_expansions: When to stop searching; the result then says that it is not exact.
+            memory_limit: Bytes the search's bounds may take.
+
+        Returns:
+            The paths, largest |contribution| first; exact unless the search was stopped.
+
+        Raises:
+            ValueError: If the lens holds several prompts, the target, the position or the token
+                does not exist, or k < 1.
         """
         self._check_unchanged()
         goal = resolve_target(self.capture, target, pos)
         if versus is not None:
             goal = goal.minus(resolve_target(self.capture, versus, pos))
-        return attribute(self.capture, self.operator, goal, by)
+        return find_paths(
+            self.capture,
+            self.operator,
+            goal,
+            k,
+            from_token,
+            by_position,
+            constants,
+            max_expansions,
+            memory_limit,
+        )
+
+    def token_matrix(
+        self,
+        kind: str,
+        target: TargetLike = None,
+        layers: tuple[str, str] | None = None,
+        probes: int | None = None,
+        seed: int = 0,
+        precision: str | None = None,
+        memory_limit: int | None = None,
+    ) -> TokenMatrix:
+        """How much of token j is in the output at i: a matrix [query_pos, key_pos] per prompt.
+
+        "norm" ‖T_ij‖_F, "in" ‖T_ij x_j‖, "out" ‖T_ijᵀ u_i‖, "in_out" u_iᵀ T_ij x_j: signed, and with
+        the constants' share a row sums to the target. See :func:`collapse.token_matrix`.
+
+        Args:
+            kind: Which.
+            target: u_i: None is the output's own direction y_i / ‖y_i‖, "prediction" the logit of
+                each position's own prediction; a token, id or direction is taken everywhere.
+            layers: A pair of residual sites: that part of the operator only.
+            probes: For "norm": estimate it from so many random vectors; None is exact.
+            seed: Of the probes.
+            precision: "bfloat16" for products in that precision.
+            memory_limit: Bytes; by default half of what is free.
+
+        Returns:
+            The matrices.
+
+        Raises:
+            ValueError: If an argument is none of these, or the work does not fit.
+        """
+        return token_matrix(
+            self.capture, self.operator, kind, target, layers, probes, seed, precision, memory_limit
+        )
+
+    def plan(self, what: str, **arguments: Any) -> Plan:
+        """What a contraction will cost, before it runs: time, flops, peak memory, chunks.
+
+        Args:
+            what: A kind of :meth:`token_matrix`.
+            **arguments: The same that would be given to it.
+
+        Returns:
+            The plan. Rates are measured on products of these shapes, in a fraction of a second.
+
+        Raises:
+            ValueError: If the call itself would be refused.
+        """
+        return plan_token_matrix(self.capture, self.operator, what, **arguments)
 
     # --- In a file
 

@@ -1,10 +1,8 @@
 """Affine maps on a batch of prompts, and how they compose.
 
 Everything the library computes is built from one contract, :class:`LinearMap`: apply the linear
-part, apply its
-adjoint, tell the constant. Vectors are rows: ``[..., batch, pos, dim]``, where leading axes are
-many vectors at
-once. The constant never enters ``apply``.
+part, apply its adjoint, tell the constant. Vectors are rows: ``[..., batch, pos, dim]``, where
+leading axes are many vectors at once. The constant never enters ``apply``.
 
     Chain((f, g))   x -> g(f(x))        Residual(f)    x -> x + f(x)
     Sum((f, g))     x -> f(x) + g(x)    Transposed(f)  y -> f^T y
@@ -25,13 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-DENSE_LIMIT = 2 * 2**30
-"""Bytes that :meth:`LinearMap.to_dense` may fill unless the caller allows more."""
+DENSE_LIMIT = 2 * 2**30  # bytes that a dense form may fill unless the caller allows more
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What all vectors of one captured batch share: prompts, positions, dtype and device.
+    """What all vectors of one captured batch share.
 
     Attributes:
         spans: For every prompt, the (start, stop) of its real tokens; what lies outside is padding.
@@ -75,9 +72,7 @@ class Frame:
             ValueError: If a prompt has no such position.
         """
         if not isinstance(pos, int):
-            raise ValueError(
-                f"expected a position as an integer, got {pos!r}: −1 is the last token"
-            )
+            raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
         for prompt, (start, stop) in enumerate(self.spans):
             if not start - stop <= pos < stop - start:
                 raise ValueError(
@@ -93,6 +88,11 @@ class Frame:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """The tensor, detached, in the compute dtype (no copy where it already is)."""
+        if self.device.type != "meta" and torch.is_autocast_enabled(self.device.type):
+            raise ValueError(  # here, as every product has a factor that is cast
+                "autocast is on, expected full precision, as it would round every product: leave the "
+                "torch.autocast block; for a model in half precision, cast the model: model.to(dtype)"
+            )
         return tensor.detach().to(self.dtype)
 
 
@@ -104,8 +104,7 @@ def version(tensor: Tensor) -> int:
 class LinearMap(ABC):
     """The linear part of an affine map between [batch, pos, in_dim] and [batch, pos, out_dim].
 
-    Subclasses are final frozen dataclasses that give ``frame``, ``in_dim``, ``out_dim``,
-    :meth:`apply`,
+    Subclasses are frozen dataclasses that give ``frame``, ``in_dim``, ``out_dim``, :meth:`apply`,
     :meth:`apply_t` and :attr:`bias`; the rest is derived here, once.
     """
 
@@ -138,9 +137,8 @@ class LinearMap(ABC):
         Args:
             y: Covectors at the output.
             effects: When given, each constant's share ⟨y pulled to where it is added, constant⟩,
-                per position, is
-                entered under the constant's name: a pull tells what every bias does at no further
-                cost.
+                per position, is entered under the constant's name: a pull tells what every bias
+                does at no further cost.
         """
 
     @property
@@ -222,13 +220,7 @@ class LinearMap(ABC):
             ValueError: If the result would be larger; the message says how large.
         """
         batch, pos = self.frame.batch, self.frame.n_pos
-        size = batch * pos * self.out_dim * pos * self.in_dim * self.frame.dtype.itemsize
-        if size > memory_limit:
-            raise ValueError(
-                f"the dense form needs {size / 2**30:.3g} GiB, expected at most memory_limit = "
-                f"{memory_limit / 2**30:.3g} GiB; use op @ x, op.T @ u or op.block(i, j), which never build it, "
-                "or raise memory_limit"
-            )
+        self._check_dense(memory_limit)
         dense = (
             self.frame.zeros(pos * self.in_dim, self.out_dim)
             .movedim(0, 2)
@@ -240,6 +232,17 @@ class LinearMap(ABC):
             dense[:, :, :, key] = self.apply(x).permute(1, 2, 3, 0)
         return dense
 
+    def _check_dense(self, memory_limit: int) -> None:
+        # What both dense forms share.
+        pos, width = self.frame.n_pos, self.out_dim * self.in_dim
+        size = self.frame.batch * pos * pos * width * self.frame.dtype.itemsize
+        if size > memory_limit:
+            raise ValueError(
+                f"the dense form needs {size / 2**30:.3g} GiB, expected at most memory_limit = "
+                f"{memory_limit / 2**30:.3g} GiB; use op @ x, op.T @ u or op.block(i, j), which never "
+                "build it, or raise memory_limit"
+            )
+
     def to_scipy(self):
         """A single prompt's map as a ``scipy.sparse.linalg.LinearOperator`` on flat [pos, dim] vectors.
 
@@ -250,7 +253,7 @@ class LinearMap(ABC):
             An operator of shape [pos · out_dim, pos · in_dim].
 
         Raises:
-            ValueError: If scipy is missing (``pip install scipy``) or there are several prompts.
+            ValueError: If scipy is missing or there are several prompts.
         """
         try:
             from scipy.sparse.linalg import aslinearoperator
@@ -413,7 +416,10 @@ class Sum(LinearMap):
         return reduce(torch.add, (m.bias for m in self.maps))
 
     def constants(self):
-        return {name: c for m in self.maps for name, c in m.constants().items()}
+        found: dict[str, Tensor] = {}
+        for name, c in (item for m in self.maps for item in m.constants().items()):
+            found[name] = found[name] + c if name in found else c
+        return found
 
 
 @dataclass(frozen=True, eq=False)

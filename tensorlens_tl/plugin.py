@@ -37,6 +37,7 @@ def capture(
     dtype: torch.dtype | None = None,
     pattern: str = "stored",
     tokenizer: Any = None,
+    noise_floor: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, TensorLens]:
     """Run a model once and return its logits with the run's TensorLens.
@@ -54,6 +55,9 @@ def capture(
             keys, and recomputes the pattern block by block wherever it is used: for long prompts.
             The numbers are the same to rounding.
         tokenizer: For a Hugging Face model only.
+        noise_floor: For a bfloat16 or float16 model: whether to run the prompt on a float32 copy of
+            it, too, so that ``lens.completeness_error`` is shown beside the model's own rounding.
+            It costs the copy's memory and a second run; the model itself is not touched.
         **kwargs: The model's own arguments, such as ``prepend_bos`` or ``padding_side``.
 
     Returns:
@@ -64,9 +68,12 @@ def capture(
         UnsupportedArchitectureError: If the model cannot be frozen exactly.
         CaptureMismatchError: If the run is not what the operator would compute.
     """
+    from dataclasses import replace
+
     from .adapters import adapt
     from .capturing import Convention
     from .lens import TensorLens
+    from .precision import require_half_precision, with_noise_floor
     from .recording import record
 
     # On the class first: a Bridge gathers its hook points at every look.
@@ -75,8 +82,17 @@ def capture(
         model = wrap(model, tokenizer)
     elif tokenizer is not None:
         raise ValueError("tokenizer is for Hugging Face models only: this host has its own")
-    logits, captured = record(adapt(model), input, Convention(gate), dtype, pattern, **kwargs)
-    return logits, TensorLens(captured, captured.versions())
+    adapter = adapt(model)
+    if noise_floor:
+        require_half_precision(adapter.dtype)
+    logits, captured = record(adapter, input, Convention(gate), dtype, pattern, **kwargs)
+    captured = replace(captured, W_E=getattr(model, "W_E", None))
+    if not noise_floor:
+        return logits, TensorLens(captured, captured.versions())
+    captured = with_noise_floor(captured, model, input, kwargs)
+    lens = TensorLens(captured, captured.versions())
+    _ = lens.completeness_error  # now known, so that its repr shows both
+    return logits, lens
 
 
 def wrap(model: Any, tokenizer: Any = None) -> Any:

@@ -120,16 +120,17 @@ class Mix(LinearMap):
     d_head: int
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.pattern.shape[1]
+
+    @property
     def in_dim(self) -> int:
         return self.kv_heads * self.d_head
 
     @property
-    def n_heads(self) -> int:
-        return self.pattern.shape[1]
-
-    @property
     def out_dim(self) -> int:
-        return self.n_heads * self.d_head
+        return self.heads * self.d_head
 
     @property
     def frozen(self) -> tuple[Tensor, ...]:
@@ -240,8 +241,8 @@ class Shift(LinearMap):
         return x
 
     def apply_t(self, y, effects=None):
-        if effects is not None:
-            effects[self.name] = (y * self.constant).sum(-1)
+        if effects is not None:  # one edit may enter both halves of a gated MLP
+            effects[self.name] = effects.get(self.name, 0) + (y * self.constant).sum(-1)
         return y
 
     @property
@@ -250,6 +251,35 @@ class Shift(LinearMap):
 
     def constants(self):
         return {self.name: self.constant}
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(LinearMap):
+    """x → x: what stands in for an absent norm, or between a site and itself."""
+
+    frame: Frame
+    width: int
+
+    @property
+    def in_dim(self) -> int:
+        return self.width
+
+    @property
+    def out_dim(self) -> int:
+        return self.width
+
+    def apply(self, x):
+        return x
+
+    def apply_t(self, y, effects=None):
+        return y
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.width)
+
+    def constants(self):
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,6 +315,12 @@ class Norm(LinearMap):
             effects[f"{self.name}.b"] = y @ self.frame.cast(b)
         y = (y if w is None else y * self.frame.cast(w)) / self.scale
         return y - y.mean(-1, keepdim=True) if self.weights.center else y
+
+    def fold(self, W: Float[Tensor, "*many d_in d_out"]) -> Float[Tensor, "*many d_in d_out"]:
+        """The norm's own matrix times the weights that read it; the scale is left to the caller."""
+        w = self.weights.gain
+        W = W if w is None else W * self.frame.cast(w)[:, None]
+        return W - W.mean(-2, keepdim=True) if self.weights.center else W
 
     def row(self, query: Tensor) -> Norm:
         """The norm at one position per prompt, [batch] indices."""

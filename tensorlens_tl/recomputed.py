@@ -159,7 +159,7 @@ class RecomputedMix(LinearMap):
         return self.keys.shape[1]
 
     @property
-    def n_heads(self) -> int:
+    def heads(self) -> int:
         return self.queries.shape[1]
 
     @property
@@ -168,7 +168,7 @@ class RecomputedMix(LinearMap):
 
     @property
     def out_dim(self) -> int:
-        return self.n_heads * self.d_head
+        return self.heads * self.d_head
 
     @property
     def frozen(self) -> tuple[Tensor, ...]:
@@ -176,7 +176,7 @@ class RecomputedMix(LinearMap):
 
     @property
     def _repeat(self) -> int:
-        return self.n_heads // self.kv_heads
+        return self.heads // self.kv_heads
 
     def _prompts(self) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
         """Every prompt's real positions; queries [repeat, kv_head, d_score, pos] and keys there."""
@@ -227,7 +227,7 @@ class RecomputedMix(LinearMap):
         self, y: Float[Tensor, "*many batch pos z"]
     ) -> Float[Tensor, "*many batch pos head d_head"]:
         """The adjoint per query head: summed over the heads of a group, it is :meth:`apply_t`."""
-        size = self.n_heads, self.d_head
+        size = self.heads, self.d_head
         return self._weigh(y, True, True, True, self.d_head).unflatten(-1, size)
 
     def sum_heads(self, values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos"]:

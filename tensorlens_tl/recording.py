@@ -27,7 +27,7 @@ from .linear_map import Frame, version
 from .primitives import Norm, Shift, gating_ratio, soft_cap_ratio
 from .prompts import Prompts
 from .queries import Queries, Stored, reading
-from .selfcheck import CaptureMismatchError, SelfCheck
+from .selfcheck import CaptureMismatchError, SelfCheck, not_finite
 from .sublayers import MLP, Attention, FeedForward, GatedMLP, Unembed
 from .weights import AttentionWeights, BlockWeights, GatedMLPWeights, MLPWeights, NormWeights
 
@@ -35,14 +35,8 @@ from .weights import AttentionWeights, BlockWeights, GatedMLPWeights, MLPWeights
 class Recorder:
     """Listens to one forward pass and freezes block after block."""
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        prompts: Prompts,
-        frame: Frame,
-        convention: Convention,
-        reading: Stored | Queries,
-    ):
+    def __init__(self, adapter: Adapter, prompts: Prompts, frame: Frame, convention: Convention,
+                 reading: Stored | Queries):  # fmt: skip
         self.adapter, self.prompts, self.frame, self.reading = adapter, prompts, frame, reading
         self.convention = convention
         self.check = SelfCheck(adapter.model, frame, adapter.dtype)
@@ -55,26 +49,31 @@ class Recorder:
         self.first_edit: Shift | None = None
 
     def listen(self, read: Read) -> Callable[..., None]:
-        """A forward hook that stores one activation, and freezes a block when it was the last."""
+        """A hook that stores one activation, and freezes a block when it was the last."""
         layer, key = read
 
-        def hook(module: Any, args: Any, output: Tensor) -> None:
+        def hook(module: Any, args: Any, output: Tensor | None = None) -> None:
+            output = args[0] if output is None else output  # before the module, or after it
             self.sources[read] = output, version(output)
-            self.reads[read] = self._clean(
-                self.frame.cast(output), 2 if key in self.reading.heads_first else 1
-            )
+            self.reads[read] = self._clean(read, self.frame.cast(output))
             if key == "resid_post" and layer is not None:
                 self.freeze_block(layer)
 
         return hook
 
-    def _clean(self, tensor: Tensor, pos_axis: int) -> Tensor:
-        # Padding rows may hold NaN (a softmax over nothing): they are nobody's, and become 0.
+    def _clean(self, read: Read, tensor: Tensor) -> Tensor:
+        # Padding rows may hold NaN (a softmax over nothing): they are nobody's, and become 0, or
+        # 1 where a norm divides by them: 0 / 0 would reach real tokens as 0 · NaN.
         if not self.padded or bool(tensor.isfinite().all()):
             return tensor
-        real = self.frame.real[:, None, :, None] if pos_axis == 2 else self.frame.real
+        layer, key = read
+        real = self.frame.real
+        real = real[:, None, :, None] if key in self.reading.heads_first else real
         real = real.reshape(*real.shape, *[1] * (tensor.ndim - real.ndim))
-        return torch.where(real, tensor, 0)
+        cleaned = torch.where(real, tensor, 1 if key.endswith("scale") else 0)
+        if not bool(cleaned.isfinite().all()):
+            raise ValueError(not_finite(key if layer is None else f"L{layer} {key}"))
+        return cleaned
 
     def take(self, layer: int | None, key: str) -> Tensor:
         """An activation that was read; each is taken once.
@@ -121,12 +120,16 @@ class Recorder:
     # --- Edits of the user's own
 
     def edit(
-        self, layer: int, stages: tuple[str, ...], seen: Tensor, predict: Callable[[], Tensor]
+        self,
+        layer: int | None,
+        stages: tuple[str, ...],
+        seen: Tensor,
+        predict: Callable[[], Tensor],
     ) -> Shift | None:
         """The constant by which hooks of the user's own changed an activation, or None.
 
         Args:
-            layer: Block.
+            layer: Block, or None after the last.
             stages: Where in it, as the adapter names them.
             seen: What the run had.
             predict: What it would have had.
@@ -137,11 +140,12 @@ class Recorder:
         labels = [label for stage in stages for label in self.hooked.get((layer, stage), ())]
         if not labels or seen.shape != (predicted := predict()).shape:
             return None
-        change = seen - predicted
+        change = torch.where(self.frame.real[..., None], seen - predicted, 0)
         # A hook that only looks leaves rounding: no source of its own.
         if change.abs().max() <= 0.1 * self.check.tolerance * seen.abs().max():
             return None
-        return Shift(self.frame, change, f"L{layer}.{'+'.join(labels)}[user]")
+        prefix = "" if layer is None else f"L{layer}."
+        return Shift(self.frame, change, f"{prefix}{'+'.join(labels)}[user]")
 
     # --- Block by block
 
@@ -322,15 +326,15 @@ class Recorder:
         else:
             pre_edit = self.linear(layer, "pre", f"{name} input (W_in, b_in)", norm, x, pre,
                                    w.W_in, w.b_in)  # fmt: skip
-            scale = None if w.ln is None else self.take(layer, "mlp.ln.scale")
-            ln = None if w.ln is None else Norm(self.frame, "ln", scale, w.ln, pre.shape[-1])
+            ln = self.norm(layer, "mlp.ln", w.ln)
+            scale = None if ln is None else ln.scale
 
             def post(s: slice) -> Tensor:
                 mid = gating_ratio(w.act, pre[:, s]) * pre[:, s]
-                if ln is None or scale is None:
+                if ln is None:
                     return mid
                 b = 0.0 if ln.weights.b is None else self.frame.cast(ln.weights.b)
-                return replace(ln, scale=scale[:, s]).apply(mid) + b
+                return replace(ln, scale=ln.scale[:, s]).apply(mid) + b
 
             label = f"{name} activation" + ("" if ln is None else " and norm")
             edit = self.edit(layer, ("post",), seen, lambda: post(slice(None)))
@@ -382,9 +386,14 @@ class Recorder:
             raise ValueError("the model ran without its blocks: expected one whole forward pass")
         self.unchanged(len(self.blocks) - 1, "resid_post")
         ln_final = self.norm(None, "ln_final", weights.ln_final)
-        u = weights.unembed
-        unembed = Unembed(self.frame, u, _normed(ln_final, final))
-        self._check_logits(unembed, final, ln_final, self._clean(self.frame.cast(logits), 1))
+        y, edit, seen_logits = _normed(ln_final, final), None, self.frame.cast(logits)
+        if (None, "normalized") in self.hooked:
+            seen, predicted = self.take(None, "normalized"), y
+            edit = self.edit(None, ("normalized",), seen, lambda: predicted)
+            y = y if edit is None else seen
+        unembed = Unembed(self.frame, weights.unembed, y)
+        before = (final, ln_final) if edit is None else (y, None)
+        self._check_logits(unembed, *before, self._clean((None, "logits"), seen_logits))
         return Capture(
             self.adapter.name,
             self.frame,
@@ -400,6 +409,7 @@ class Recorder:
             self.check.errors,
             self.adapter.tokenizer,
             self.first_edit,
+            edit,
         )
 
     def _check_logits(
@@ -468,7 +478,9 @@ def record(
     handles = how.guards(adapter)
     try:
         for read, point in adapter.points(how.reads).items():
-            handles.append(point.register_forward_hook(recorder.listen(read)))
+            early = read[1] in adapter.before_edits
+            add = point.register_forward_pre_hook if early else point.register_forward_hook
+            handles.append(add(recorder.listen(read)))
         logits = adapter.run(inputs, kwargs)
     finally:
         for handle in handles:

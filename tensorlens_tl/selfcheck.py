@@ -28,6 +28,15 @@ class CaptureMismatchError(ValueError):
     """What the operator would compute is not what the run computed; the message names where."""
 
 
+def not_finite(name: str) -> str:
+    """The refusal of NaN and infinity in a real token, with the likely cause."""
+    return (
+        f"{name}: a real token's activations are not finite; the usual cause is padding in a "
+        "float64 model (its mask overflows the host's float32 softmax, and later layers read the "
+        "NaN), or overflow in a float16 model: use float32, right padding, or single prompts"
+    )
+
+
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Relative error at which a product is refused, by the model's dtype. Hosts compute norms in
 float32 inside float64 models, which alone costs 1e-7."""
@@ -181,10 +190,7 @@ class SelfCheck:
         self._names, self._errors, self._sizes, self._suspects = [], [], [], []
         for name, error in zip(names, errors, strict=True):
             if not math.isfinite(error):
-                raise ValueError(
-                    f"{name}: a real token's activations are not finite; float64 or float16 with "
-                    "left padding is the usual cause: use float32, right padding, or single prompts"
-                )
+                raise ValueError(not_finite(name))
             if error > self.tolerance:
                 where = ", ".join(hooked())
                 cause = (
@@ -287,9 +293,10 @@ class SelfCheck:
 
     def residual(self, name: str, before: Tensor, after: Tensor, added: Tensor) -> None:
         """The next state is the last one plus what the branches add."""
-        (seen, size), (was, _) = self.state(before), self.state(after)
-        change = was - seen
-        # The difference rounds at the size of the state, so that counts a little, too.
+        (was, before_size), (seen, after_size) = self.state(before), self.state(after)
+        change = seen - was
+        # The difference rounds at the size of both states, so that counts a little, too.
+        size = torch.maximum(before_size, after_size)
         self.compare(name, change, added, change.abs() + self.rounding * size)
 
     def same(self, name: str, seen: Tensor, predicted: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from einops import rearrange
@@ -20,95 +20,8 @@ from .graph import Node
 from .linear_map import Chain, Frame, LinearMap, Sum
 from .primitives import Gate, Linear, Mix, Norm, Shift, gating_ratio, soft_cap_ratio, take_row
 from .recomputed import RecomputedMix
+from .sublayer import Sublayer
 from .weights import AttentionWeights, GatedMLPWeights, MLPWeights, UnembedWeights
-
-
-class Sublayer(LinearMap):
-    """A frozen sublayer: a chain of primitive maps whose width-preserving parts are nodes.
-
-    Subclasses give ``map``, :meth:`nodes` and :meth:`part`.
-    """
-
-    @property
-    @abstractmethod
-    def map(self) -> LinearMap:
-        """The sublayer as an expression of primitive maps."""
-
-    @abstractmethod
-    def nodes(self) -> tuple[Node, ...]:
-        """The parts it is the sum of."""
-
-    @abstractmethod
-    def part(self, node: Node) -> LinearMap:
-        """One node's map, its internal constants included.
-
-        The parts sum to the whole, up to the external constant (b_O, b_out), which is nobody's.
-
-        Returns:
-            The part.
-
-        Raises:
-            ValueError: If the node is not in this sublayer.
-        """
-
-    @abstractmethod
-    def outputs_at(
-        self, x: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch node d_model"]:
-        """What every node adds at one destination per prompt, its internal constants included.
-
-        Args:
-            x: The sublayer's input (after its norm).
-            query: Destinations, as tensor indices.
-        """
-
-    @property
-    @abstractmethod
-    def external(self) -> tuple[str, Float[Tensor, " d_model"] | None]:
-        """The constant that no node holds, b_O or b_out, and its name."""
-
-    @property
-    @abstractmethod
-    def edits(self) -> dict[str, Shift]:
-        """The user's edits inside the sublayer, by the stage they follow; no node holds them."""
-
-    def outside_at(self, query: Int[Tensor, " batch"]) -> dict[str, Float[Tensor, "batch d_model"]]:
-        """What is added at one destination per prompt that no node holds: b_O or b_out, edits.
-
-        Args:
-            query: Destinations, as tensor indices.
-
-        Returns:
-            The constants, carried to the sublayer's output, by name.
-        """
-        name, b = self.external
-        found = {} if b is None else {name: self.frame.cast(b).expand(len(query), -1)}
-        if self.edits:
-            carried = self.map.constants()
-            names = (edit.name for edit in self.edits.values())
-            found |= {name: take_row(carried[name], query)[:, 0] for name in names}
-        return found
-
-    @property
-    def in_dim(self) -> int:
-        return self.map.in_dim
-
-    @property
-    def out_dim(self) -> int:
-        return self.map.out_dim
-
-    def apply(self, x):
-        return self.map.apply(x)
-
-    def apply_t(self, y, effects=None):
-        return self.map.apply_t(y, effects)
-
-    @property
-    def bias(self):
-        return self.map.bias
-
-    def constants(self):
-        return self.map.constants()
 
 
 def _chain(maps: tuple[LinearMap | None, ...]) -> Chain:
@@ -117,6 +30,10 @@ def _chain(maps: tuple[LinearMap | None, ...]) -> Chain:
 
 def _edits(**stages: Shift | None) -> dict[str, Shift]:
     return {stage: edit for stage, edit in stages.items() if edit is not None}
+
+
+def _push(x: Tensor, m: LinearMap) -> Tensor:
+    return reduce(torch.add, m.constants().values(), m.apply(x))  # absent constants cost nothing
 
 
 def _unknown(node: Node, nodes: tuple[Node, ...]) -> ValueError:
@@ -138,7 +55,7 @@ class Attention(Sublayer):
     v_edit: Shift | None = None
     z_edit: Shift | None = None
 
-    @property
+    @cached_property
     def values(self) -> Linear:
         """The map x → v, key/value heads side by side."""
         w = self.weights
@@ -187,8 +104,11 @@ class Attention(Sublayer):
             ),
         )
 
-    def outputs_at(self, x, query):
-        # Mixing comes first, A_h[q] x, then W_V and W_O on that one row: L·D + D² instead of L·D².
+    def hidden(self, x):
+        return self.mix.apply(self.values.apply(x) + self.values.bias)
+
+    def hidden_at(self, x, query):
+        # Mixing comes first, A_h[q] x, then W_V on that one row: L·D + D² instead of L·D².
         w, frame = self.weights, self.frame
         row = self.mix.rows(query)
         mixed = row @ x  # [batch, head, d_model]
@@ -198,7 +118,45 @@ class Attention(Sublayer):
         ).flatten(1, 2)
         if w.b_V is not None:
             z = z + row.sum(-1, keepdim=True) * frame.cast(w.b_V)[self.kv_of]
-        return torch.einsum("bhe,hed->bhd", z, frame.cast(w.W_O))
+        return z.flatten(1)
+
+    def reads(self):
+        return tuple(replace(node, name="v") for node in self.nodes())
+
+    def pull(self, y, effects):
+        z = self.output.apply_t(y, effects)
+        z = z if self.z_edit is None else self.z_edit.apply_t(z, effects)
+        by_head = self.mix.by_head_t(z)
+        v = by_head.unflatten(-2, (self.weights.W_V.shape[0], -1)).sum(-2).flatten(-2)
+        v = v if self.v_edit is None else self.v_edit.apply_t(v, effects)
+        return self.values.apply_t(v, effects), by_head
+
+    def readers(self, kept, norm, out):
+        w, by_head = self.weights, kept.transpose(1, 2)  # [batch, head, pos, d_head]
+        W_V, own = self.frame.cast(w.W_V), {}
+        if norm is not None and norm.weights.b is not None:
+            own[f"{norm.name}.b"] = self.frame.cast(norm.weights.b) @ W_V
+        if w.b_V is not None:
+            own[self.values.name] = self.frame.cast(w.b_V)
+        total = by_head.sum(2)  # [batch, head, d_head]
+        shares = {name: (total * b[self.kv_of]).sum(-1) for name, b in own.items()}
+        if norm is not None:  # into the weights: D² instead of heads · pos · D
+            by_head, W_V = by_head / norm.scale[:, None], norm.fold(W_V)
+        groups = (W_V.shape[0], -1)
+        torch.matmul(by_head.unflatten(1, groups), W_V.mT[:, None], out=out.unflatten(1, groups))
+        return shares
+
+    def read_at(self, x, query, y):
+        # y is carried to one vector per head at the input: D² once, then L·D for all positions.
+        w, frame = self.weights, self.frame
+        row = self.mix.rows(query)
+        z = torch.einsum("bd,hed->bhe", y, frame.cast(w.W_O))
+        grouped = z.unflatten(1, (w.W_V.shape[0], -1))
+        v = torch.einsum("bgre,gde->bgrd", grouped, frame.cast(w.W_V)).flatten(1, 2)
+        shares = v @ x.mT
+        if w.b_V is not None:
+            shares = shares + (z * frame.cast(w.b_V)[self.kv_of]).sum(-1, keepdim=True)
+        return row * shares
 
     @property
     def external(self):
@@ -222,6 +180,10 @@ class FeedForward(Sublayer):
         """The map from post-activations to what the MLP adds."""
         return Linear(self.frame, self.weights.W_out, self.weights.b_out, f"L{self.layer}.b_out")
 
+    @property
+    @abstractmethod
+    def map(self) -> Chain: ...
+
     @abstractmethod
     def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
         """The MLP at one position per prompt."""
@@ -235,9 +197,24 @@ class FeedForward(Sublayer):
         none = dict.fromkeys(f"{stage}_edit" for stage in self.edits)
         return replace(self, weights=replace(self.weights, b_out=None), **none)
 
-    def outputs_at(self, x, query):
-        mlp = self.part(self.nodes()[0]).row(query)
-        return mlp.apply(take_row(x, query)) + mlp.bias
+    def hidden(self, x):
+        maps = (self.part(self.nodes()[0]) if self.edits else self).map.maps[:-1]
+        return reduce(_push, maps, x)
+
+    def readers(self, kept, norm, out):
+        out[:, 0] = kept if norm is None else norm.apply_t(kept)
+        return {}
+
+    def hidden_in_run(self, x):
+        return self.hidden(x) if self.edits else self.posts
+
+    @property
+    @abstractmethod
+    def posts(self) -> Float[Tensor, "batch pos d_mlp"]:
+        """What W_out read in the run, where nobody edited it."""
+
+    def hidden_at(self, x, query):
+        return self.row(query).hidden(take_row(x, query))[:, 0]
 
     @property
     def external(self):
@@ -274,6 +251,10 @@ class MLP(FeedForward):
                 self.output,
             )
         )
+
+    @property
+    def posts(self):
+        return reduce(_push, self.map.maps[1:-1], self.pre)
 
     @property
     def edits(self) -> dict[str, Shift]:
@@ -325,6 +306,11 @@ class GatedMLP(FeedForward):
             offset = Gate(frame, torch.ones_like(ratio), w.b_post, f"{name}.b_in")
         whole = Sum(tuple(branches)) if len(branches) > 1 else branches[0]
         return _chain((whole, offset, self.post_edit, self.output))
+
+    @property
+    def posts(self):
+        b = 0.0 if self.weights.b_post is None else self.frame.cast(self.weights.b_post)
+        return gating_ratio(self.weights.act, self.pre) * self.pre * self.pre_linear + b
 
     @property
     def edits(self) -> dict[str, Shift]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,10 +12,27 @@ import torch
 from torch import Tensor
 
 import tensorlens_tl
+from tensorlens_tl.families import (  # noqa: F401  (the tests take them from here)
+    BRIDGE,
+    COMPAT,
+    D_VOCAB,
+    FLOAT32_NORMS,
+    HOOKED,
+    N_CTX,
+    NATIVE,
+    TOL,
+    build_bridge,
+    build_hf,
+    build_hooked,
+    build_native,
+    quiet,
+    randomize,
+    to_bridge,
+)
 from tensorlens_tl.lens import TensorLens
 
 try:
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens import HookedTransformer
 except ImportError:  # transformer_lens 4
     HookedTransformer = None
 try:
@@ -26,21 +41,12 @@ except ImportError:  # transformer_lens 2
     build_bridge_from_module = None
 
 try:
-    from transformer_lens import TransformerBridge, TransformerBridgeConfig
-except ImportError:  # before transformer_lens 4
+    from transformer_lens import TransformerBridge, TransformerBridgeConfig  # noqa: F401
+except ImportError:  # before transformer_lens 4; 3.9's boot_native passes over edited patterns
     TransformerBridgeConfig = None
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-D_VOCAB, N_CTX, SEQ = 50, 32, 7
-
-TOL = {
-    # (model dtype, host computes norms in float32): relative tolerance
-    (torch.float64, False): 1e-12,
-    (torch.float64, True): 1e-6,
-    (torch.float32, False): 2e-6,
-    (torch.float32, True): 2e-6,
-}
-
+SEQ = 7
 
 # --- Families ------------------------------------------------------------------------------------
 
@@ -63,109 +69,6 @@ class Case:
 
     def tol(self, dtype: torch.dtype = torch.float64) -> float:
         return TOL[dtype, self.float32_norms]
-
-
-_BASE = {
-    "n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 48, "n_ctx": N_CTX,
-    "d_vocab": D_VOCAB, "act_fn": "gelu_new", "normalization_type": "LN", "device": "cpu", "seed": 0,
-}  # fmt: skip
-_ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
-_LLAMA = {**_ROTARY, "normalization_type": "RMS", "act_fn": "silu", "gated_mlp": True}
-HOOKED = {
-    "gpt2": {},
-    "gpt2-folded": {"normalization_type": "LNPre"},
-    "llama": {**_LLAMA, "n_key_value_heads": 2},
-    "llama-ungrouped": _LLAMA,
-    "llama-folded": {**_LLAMA, "n_key_value_heads": 2, "normalization_type": "RMSPre"},
-    "mistral": {**_LLAMA, "n_key_value_heads": 1, "use_local_attn": True, "window_size": 3,
-                "attn_types": ["local", "local"]},
-    "neox": {**_ROTARY, "act_fn": "gelu", "rotary_dim": 4, "parallel_attn_mlp": True},
-    "neox-sequential": {**_ROTARY, "act_fn": "gelu", "rotary_dim": 4},
-    "qwen3": {**_LLAMA, "n_key_value_heads": 2, "use_qk_norm": True},
-    "gemma2": {**_LLAMA, "act_fn": "gelu_pytorch_tanh", "n_key_value_heads": 2,
-               "use_normalization_before_and_after": True, "output_logits_soft_cap": 3.0,
-               "attn_scores_soft_cap": 5.0, "use_local_attn": True, "window_size": 3,
-               "attn_types": ["global", "local"]},
-    "no-cap": {**_LLAMA, "output_logits_soft_cap": -1.0},
-    "attn-only": {"attn_only": True, "d_mlp": None, "act_fn": None},
-    "attn-only-no-norm": {"attn_only": True, "d_mlp": None, "act_fn": None,
-                          "normalization_type": None},
-    "no-norm": {"normalization_type": None, "act_fn": "relu"},
-    "solu": {"act_fn": "solu_ln"},
-    "solu-folded": {"act_fn": "solu_ln", "normalization_type": "LNPre"},
-    "gelu-fast": {"act_fn": "gelu_fast"},
-}  # fmt: skip
-
-_HF = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "vocab_size": D_VOCAB, "max_position_embeddings": N_CTX, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-_GQA = {**_HF, "num_key_value_heads": 2, "tie_word_embeddings": False}
-BRIDGE = {
-    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX,
-                      "n_ctx": N_CTX, "vocab_size": D_VOCAB}),
-    "llama": ("Llama", _GQA),
-    "mistral": ("Mistral", {**_GQA, "sliding_window": 3}),
-    "neox": ("GPTNeoX", _HF),
-    "neox-sequential": ("GPTNeoX", {**_HF, "use_parallel_residual": False}),
-    "qwen2": ("Qwen2", _GQA),
-    "qwen3": ("Qwen3", {**_GQA, "head_dim": 8}),
-    "gemma2": ("Gemma2", {**_GQA, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8,
-                          "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
-}  # fmt: skip
-NATIVE = {name: HOOKED[name] for name in (
-    "gpt2", "gpt2-folded", "llama", "neox", "no-norm", "attn-only", "attn-only-no-norm",
-)}  # fmt: skip
-COMPAT = {"gpt2", "llama", "neox", "gemma2"}  # one of every block shape, in compatibility mode too
-FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2"}
-
-
-def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Make every parameter matter: biases and norm weights away from 0 and 1, big matrices."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            scale = 0.5 if p.ndim == 1 or ".b_" in name else 1.5 * p.shape[-2] ** -0.5
-            noise = scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-            p.copy_(p + noise if p.ndim == 1 else noise)
-
-
-def build_hooked(config: dict[str, Any], dtype: torch.dtype) -> Any:
-    config = {k: v for k, v in {**_BASE, **config}.items() if v is not None or "norm" in k}
-    model = HookedTransformer(HookedTransformerConfig(**config, dtype=dtype))
-    randomize(model)
-    return model.eval()
-
-
-def build_native(config: dict[str, Any], dtype: torch.dtype) -> Any:
-    config = {k: v for k, v in {**_BASE, **config}.items() if k not in ("d_mlp", "act_fn") or v}
-    model = TransformerBridge.boot_native(TransformerBridgeConfig(**config), dtype=dtype)
-    randomize(model)
-    return model.eval()
-
-
-def build_hf(class_name: str, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    import transformers
-
-    cfg = getattr(transformers, f"{class_name}Config")(**config)
-    cfg._attn_implementation = "eager"
-    torch.manual_seed(0)
-    head = "LMHeadModel" if class_name == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, f"{class_name}{head}")(cfg).to(dtype).eval()
-    randomize(model)
-    return model
-
-
-def to_bridge(hf: Any, tokenizer: Any = None) -> Any:
-    return build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, tokenizer=tokenizer)
-
-
-def build_bridge(class_name: str, config: dict, dtype: torch.dtype, compat: bool = False) -> Any:
-    bridge = to_bridge(build_hf(class_name, config, dtype))
-    if compat:
-        bridge.enable_compatibility_mode()
-        bridge.original_model.to(dtype)  # folded value biases come out in float32 (Qwen2)
-    return bridge
 
 
 def _hooked_case(name: str, config: dict[str, Any]) -> Case:
@@ -208,19 +111,6 @@ GATED = [case for case in ALL if case.gated]
 def _model(name: str, dtype: torch.dtype) -> Any:
     with quiet():
         return CASES[name].build(dtype)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hosts print and warn while they load; a test is no place for that."""
-    import io
-    import logging
-
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-    logging.disable(logging.NOTSET)
 
 
 def tokens(batch: int = 2, seq: int = SEQ, seed: int = 0) -> Tensor:

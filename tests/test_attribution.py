@@ -135,7 +135,7 @@ def test_results():
     assert math.isclose(
         frame[frame.prompt == 1].value.sum(), float(a.target_value[1]), rel_tol=1e-9
     )
-    with pytest.raises(ValueError, match="by to be one of token, component, got 'heads'"):
+    with pytest.raises(ValueError, match=r"by to be one of token, constant.* got 'heads'"):
         lens.attribute(by="heads")
 
 

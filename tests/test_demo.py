@@ -252,3 +252,15 @@ def test_a_class_the_host_lacks():
         with pytest.raises(ValueError, match="ask for the other kind"):
             demo.load_model(kind)
     assert KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_path_that_names_another_architecture(kind, tmp_path, monkeypatch):
+    """Some releases read the architecture off the path; one loader keeps them from that."""
+    here = tmp_path / "gemma-and-llama"
+    here.symlink_to(demo.model_folder(), target_is_directory=True)
+    plain = demo.load_model(kind)
+    monkeypatch.setattr(demo, "model_folder", lambda: here)
+    model = demo.load_model(kind)
+    assert model.cfg.model_name == "tensorlens_tl demo"
+    assert torch.equal(model(SENTENCE), plain(SENTENCE))

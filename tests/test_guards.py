@@ -43,11 +43,13 @@ def test_an_edit_that_moves_something_between_two_coordinates_is_seen(case, name
     model = case.model()
     name = "unembed.hook_in" if "unembed.hook_in" in model.hook_dict else "ln_final.hook_normalized"
     if b < model.cfg.d_model and name in model.hook_dict:
-        with (
-            model.hooks(fwd_hooks=[(name, move)]),
-            pytest.raises(CaptureMismatchError, match="logits"),
-        ):
-            capture(model, tokens())
+        with model.hooks(fwd_hooks=[(name, move)]):
+            lens = capture(model, tokens())[1]
+        moved = torch.zeros(model.cfg.d_model, dtype=torch.float64)
+        moved[a], moved[b] = 1, -1
+        if name == "unembed.hook_in":  # before it there may be a gain
+            assert (lens.operator.constants()[f"{name}[user]"] - moved).abs().max() < 1e-6
+        assert lens.completeness_error <= case.tol()
 
     def swap(t, hook):
         return t.flip(-1)
@@ -169,6 +171,13 @@ def test_targets_of_other_types():
     for wrong in (3.7, True, {"a": 1}, b"Mary", torch.tensor(3.7)):
         with pytest.raises(ValueError, match=r"expected a (target token|direction)"):
             lens.attribute(wrong)
+
+
+@every_host
+def test_a_target_against_itself_is_nothing(case):
+    itself = lens_of(case).attribute(3, versus=3)[0]
+    assert itself.values.abs().max() == 0 and itself.completeness_error == 0
+    assert str(itself).splitlines()[0] == "Attribution by token of '3' − '3' = 0"
 
 
 @every_host

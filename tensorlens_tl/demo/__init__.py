@@ -11,6 +11,7 @@ from pathlib import Path
 from sys import stderr
 from typing import Any
 
+from .. import loading
 from .grammar import TASKS, Document, document, induction, text
 
 __all__ = ["TASKS", "PromptPair", "load_model", "model_folder", "prompts"]
@@ -111,39 +112,14 @@ def load_model(kind: str | None = None) -> Any:
         raise ValueError(f"expected kind 'hooked', 'bridge' or None; got {kind!r}: name one")
     for name in (kind,) if kind else tuple(_CLASSES):
         try:
-            host = getattr(import_module(_CLASSES[name][0]), _CLASSES[name][1])
+            getattr(import_module(_CLASSES[name][0]), _CLASSES[name][1])
         except ImportError:
             continue
         with redirect_stdout(stderr):
-            model = (_hooked if name == "hooked" else _bridge)(host, str(model_folder()))
+            model = loading.load_model(str(model_folder()), name, device="cpu")
         model.cfg.model_name = "tensorlens_tl demo"
         return model
     raise ValueError(
         f"expected a TransformerLens with {_CLASSES[kind or 'hooked'][1]}; got "
         f"{metadata.version('transformer_lens')}, which has none: ask for the other kind"
     )
-
-
-def _hooked(host: Any, folder: str) -> Any:
-    import torch
-    import transformer_lens.loading_from_pretrained as loading
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    config = loading.get_pretrained_model_config(
-        folder, hf_cfg=model.config.to_dict(), fold_ln=False, device="cpu", dtype=torch.float32
-    )
-    weights = loading.get_pretrained_state_dict(folder, config, model, dtype=torch.float32)
-    hooked = host(config, AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    hooked.load_and_process_state_dict(
-        weights,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    return hooked.eval()
-
-
-def _bridge(host: Any, folder: str) -> Any:
-    return host.boot_transformers(folder, device="cpu").eval()

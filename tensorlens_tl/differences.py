@@ -1,0 +1,215 @@
+"""Where a difference of two runs comes from: a target against a baseline.
+
+With T_c, T_k the operators of the clean run and of the baseline (a corrupted prompt), u_c, u_k the
+target's covectors at their ends and x_c, x_k the embedded prompts, the two targets differ by
+
+    u_c T_c (x_c − x_k)  +  [ (u_c T_c − u_k T_k) x_k + constants_c − constants_k ]
+
+The first part is by token, the second is one row, ``operator change``: what the patterns, scales,
+ratios and the readout changed. It is often the larger one. ``at="corrupted"`` takes the tokens'
+part with the other operator. By component likewise, with the frozen readout (the final norm's scale
+and a soft cap) in the operator's place: ``readout change``. A baseline "zero" or "mean" is no run:
+the operator stays, and so there is no such row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .attribution import Rows, Sweep, by_edge, result, top_covector, written_at
+from .capturing import Capture
+from .composer import FrozenTransformer
+from .edges import Writers
+from .graph import Node
+from .results import Attribution
+
+BY = ("token", "component", "edge")
+
+
+def check_comparable(clean: Capture, corrupted: Capture) -> None:
+    """Refuse two runs that do not differ by their prompts alone.
+
+    Raises:
+        ValueError: If the prompts have unequal lengths, or the models or conventions differ.
+    """
+    ours, theirs = (
+        [stop - start for start, stop in capture.frame.spans] for capture in (clean, corrupted)
+    )
+    if clean.frame.spans != corrupted.frame.spans:
+        raise ValueError(
+            f"expected a baseline of as many tokens, prompt by prompt and equally padded, got {theirs} "
+            f"for {ours}: pad or reword the corrupted prompt"
+        )
+    if clean.frame != corrupted.frame or clean.convention != corrupted.convention:
+        raise ValueError(
+            f"expected a baseline captured alike ({clean.frame.dtype}, {clean.frame.device}, "
+            f"{clean.convention}), got {corrupted.frame.dtype}, {corrupted.frame.device}, "
+            f"{corrupted.convention}: capture both in the same way"
+        )
+    weights = [
+        [c.unembed.weights.W_U, *(b.attn.weights.W_O for b in c.blocks)] for c in (clean, corrupted)
+    ]
+    if len(weights[0]) != len(weights[1]) or not all(map(_equal, *weights)):
+        raise ValueError(
+            f"expected a baseline of the same model ({clean.model_name}), got a lens of another one "
+            f"({corrupted.model_name}): capture the corrupted prompt with the same model"
+        )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+
+def fixed_baseline(sweep: Sweep, baseline: str | Float[Tensor, "*shape"]) -> Sweep:
+    """The same operator on other embeddings: what a baseline that is no run would have.
+
+    Args:
+        sweep: The target.
+        baseline: "zero", "mean", or an embedding [d_model] or [batch, pos, d_model].
+
+    Returns:
+        The target with those embeddings, and with every state pushed from them.
+
+    Raises:
+        ValueError: If the baseline is none of these, or the mean is not known.
+    """
+    capture, operator = sweep.capture, sweep.operator
+    pos = capture.pos_embed
+    if isinstance(baseline, str) and baseline == "zero":
+        embed, pos = torch.zeros_like(capture.embed), None if pos is None else torch.zeros_like(pos)
+    else:
+        embed = _embedding(capture, baseline)
+    capture = replace(capture, embed=embed, pos_embed=pos)
+    state, steps = sum(capture.embeddings.values(), torch.zeros_like(embed)), []
+    for step in operator.steps:
+        steps.append(replace(step, state=state))
+        state = step.map.apply(state) + step.map.bias
+    operator = FrozenTransformer(operator.frame, tuple(steps), operator.ln_final, operator.edit)
+    y = (operator.ln_final.apply(state) + operator.ln_final.bias) + (
+        0 if operator.edit is None else operator.edit.constant
+    )
+    prompts = torch.arange(len(y), device=y.device)
+    target = sweep.target
+    value = (y[prompts, target.query] * target.covector).sum(-1) + target.constant
+    return Sweep(capture, operator, replace(target, value=value))
+
+
+def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
+    width = capture.embed.shape[-1]
+    if isinstance(baseline, str) and baseline == "mean":
+        if capture.W_E is None:
+            raise ValueError(
+                "this lens does not know W_E, whose mean the baseline is: capture with the model, or "
+                "pass the mean embedding as baseline"
+            )
+        baseline = _mean_embedding(capture, capture.W_E)
+    if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
+        found = list(baseline.shape) if isinstance(baseline, Tensor) else repr(baseline)
+        raise ValueError(
+            f"expected baseline to be a lens, zero, mean or an embedding [{width}], got {found}"
+        )
+    return baseline.detach().to(capture.embed).expand_as(capture.embed)
+
+
+def _mean_embedding(capture: Capture, W_E: Tensor) -> Tensor:
+    """The mean of W_E's rows as they enter the residual: some models scale them (Gemma)."""
+    start = capture.frame.spans[0][0]
+    row = W_E[capture.prompts.tokens[0, start]].detach().to(capture.embed)
+    seen = capture.embed[0, start]
+    scale = (seen @ row) / (row @ row)
+    if (seen - scale * row).abs().max() > 1e-2 * seen.abs().max():
+        raise ValueError(
+            "this run's token embeddings are not rows of W_E (edited, or resized): pass the mean "
+            "embedding as baseline"
+        )
+    return scale * W_E.detach().mean(0, dtype=capture.embed.dtype)
+
+
+def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clean") -> Attribution:
+    """Split the difference of one target between two runs.
+
+    Args:
+        clean: The target in this run.
+        baseline: The same target in the other run.
+        by: "token", "component" or "edge".
+        at: Whose operator the tokens (components, writers) are read by: "clean" or "corrupted".
+
+    Returns:
+        Contributions that sum to the target's value here minus its value there. By edge: what each
+        reader of one run makes of the difference in what each writer adds, which does not.
+
+    Raises:
+        ValueError: If ``by`` or ``at`` is none of these.
+    """
+    if by not in BY:
+        raise ValueError(f"expected by to be one of {', '.join(BY)} with a baseline, got {by!r}")
+    if at not in ("clean", "corrupted"):
+        raise ValueError(f"expected at to be clean or corrupted, got {at!r}")
+    if by == "edge":
+        ours, theirs = (Writers.of(s.operator, s.capture.embeddings) for s in (clean, baseline))
+        found = by_edge(clean if at == "clean" else baseline, ours.minus(theirs), own=False)
+        return replace(found, target=_names(clean),
+                       target_value=clean.target.value - baseline.target.value)  # fmt: skip
+    rows = Rows()
+    split = _by_token if by == "token" else _by_component
+    change = split(rows, clean, baseline, at == "clean")
+    if baseline.operator.ln_final is not clean.operator.ln_final:  # another run
+        name = "operator change" if by == "token" else "readout change"
+        change = change + clean.target.constant - baseline.target.constant
+        rows.add([Node("change", name=name)], change[:, None])
+    found = result(clean, rows, by)
+    value = clean.target.value - baseline.target.value
+    return replace(found, target=_names(clean), target_value=value)
+
+
+def _names(clean: Sweep) -> tuple[str, ...]:
+    return tuple(f"{name}, less the baseline's" for name in clean.target.name)
+
+
+def _by_token(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:
+    """Each embedding's difference, read by one operator; returns what the operators change."""
+    same = other.operator.ln_final is clean.operator.ln_final
+    c = clean.trace.covectors[0]
+    k = c if same else other.trace.covectors[0]
+    theirs = other.capture.embeddings
+    change = torch.zeros_like(clean.target.value)
+    for name, ours in _aligned(clean.capture.embeddings, theirs):
+        x_c, x_k = ours
+        rows.spread(Node.parse(name), ((c if at_clean else k) * (x_c - x_k)).sum(-1))
+        change = change + ((c - k) * (x_k if at_clean else x_c)).sum((-2, -1))
+    if not same:
+        for _, (e_c, e_k) in _aligned(clean.trace.effects, other.trace.effects):
+            change = change + (e_c - e_k).sum(-1)
+    return change
+
+
+def _by_component(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:
+    """Each writer's difference, read by one readout; returns what the readouts change."""
+    (u_c, top_c), (u_k, top_k) = top_covector(clean), top_covector(other)
+    written = [
+        {node: v for nodes, vectors in written_at(sweep)
+         for node, v in zip(nodes, vectors.unbind(1), strict=True)}
+        for sweep in (clean, other)
+    ]  # fmt: skip
+    change = torch.zeros_like(clean.target.value)
+    for node, (a_c, a_k) in _aligned(*written):
+        read = u_c if at_clean else u_k
+        rows.add([node], ((a_c - a_k) * read[:, 0]).sum(-1, keepdim=True))
+        change = change + ((a_k if at_clean else a_c) * (u_c - u_k)[:, 0]).sum(-1)
+    for _, (e_c, e_k) in _aligned(top_c, top_k):
+        change = change + (e_c - e_k).sum(-1)
+    return change
+
+
+def _aligned(ours: dict, theirs: dict) -> Iterator[tuple[Any, tuple[Tensor, Tensor]]]:
+    """Entries side by side; what only one run has (an edit of the user's own) is 0 in the other."""
+    for key in dict.fromkeys((*ours, *theirs)):
+        either = ours[key] if key in ours else theirs[key]
+        zero = torch.zeros_like(either)
+        yield key, (ours.get(key, zero), theirs.get(key, zero))

@@ -1,0 +1,318 @@
+"""Tiny random models of every family, for every class the installed host offers.
+
+One list for the tests and for the support table, nothing from a hub. Hosts are imported only when
+something is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+
+D_VOCAB, N_CTX = 50, 32
+
+TOL = {
+    # (model dtype, host computes norms in float32): relative tolerance
+    (torch.float64, False): 1e-12,
+    (torch.float64, True): 1e-6,
+    (torch.float32, False): 2e-6,
+    (torch.float32, True): 2e-6,
+}
+
+# --- Families: configurations of tiny models ------------------------------------------------------
+
+_BASE = {
+    "n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 48, "n_ctx": N_CTX,
+    "d_vocab": D_VOCAB, "act_fn": "gelu_new", "normalization_type": "LN", "device": "cpu", "seed": 0,
+}  # fmt: skip
+_ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
+_LLAMA = {**_ROTARY, "normalization_type": "RMS", "act_fn": "silu", "gated_mlp": True}
+_GEMMA = {**_LLAMA, "act_fn": "gelu_pytorch_tanh", "n_key_value_heads": 2}
+_DOUBLE = {"use_normalization_before_and_after": True, "use_local_attn": True, "window_size": 3,
+           "attn_types": ["global", "local"]}  # fmt: skip
+HOOKED: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt2-folded": {"normalization_type": "LNPre"},
+    "llama": {**_LLAMA, "n_key_value_heads": 2},
+    "llama-ungrouped": _LLAMA,
+    "llama-folded": {**_LLAMA, "n_key_value_heads": 2, "normalization_type": "RMSPre"},
+    "mistral": {**_LLAMA, "n_key_value_heads": 1, "use_local_attn": True, "window_size": 3,
+                "attn_types": ["local", "local"]},
+    "neox": {**_ROTARY, "act_fn": "gelu", "rotary_dim": 4, "parallel_attn_mlp": True},
+    "neox-sequential": {**_ROTARY, "act_fn": "gelu", "rotary_dim": 4},
+    "qwen3": {**_LLAMA, "n_key_value_heads": 2, "use_qk_norm": True},
+    "gemma2": {**_GEMMA, **_DOUBLE, "output_logits_soft_cap": 3.0, "attn_scores_soft_cap": 5.0},
+    "no-cap": {**_LLAMA, "output_logits_soft_cap": -1.0},
+    "attn-only": {"attn_only": True, "d_mlp": None, "act_fn": None},
+    "attn-only-no-norm": {"attn_only": True, "d_mlp": None, "act_fn": None,
+                          "normalization_type": None},
+    "no-norm": {"normalization_type": None, "act_fn": "relu"},
+    "solu": {"act_fn": "solu_ln"},
+    "solu-folded": {"act_fn": "solu_ln", "normalization_type": "LNPre"},
+    "gelu-fast": {"act_fn": "gelu_fast"},
+}  # fmt: skip
+"""HookedTransformerConfig's arguments over a common base, of the families the tests cover."""
+
+_OTHER_HOOKED: dict[str, dict[str, Any]] = {
+    "shortformer": {"positional_embedding_type": "shortformer"},
+    # The loader knows these sizes by hub name only, so they cannot be had from a small config.
+    "gemma": {**_GEMMA, "original_architecture": "GemmaForCausalLM"},
+    "gemma3": {**_GEMMA, **_DOUBLE, "use_qk_norm": True,
+               "original_architecture": "Gemma3ForCausalLM"},
+    "olmo": {**_LLAMA, "normalization_type": "LN", "original_architecture": "OlmoForCausalLM"},
+    "olmo2": {**_LLAMA, "original_architecture": "Olmo2ForCausalLM"},
+}  # fmt: skip
+
+_HF = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": D_VOCAB, "max_position_embeddings": N_CTX, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+_GQA = {**_HF, "num_key_value_heads": 2, "tie_word_embeddings": False}
+BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX,
+                      "n_ctx": N_CTX, "vocab_size": D_VOCAB}),
+    "llama": ("Llama", _GQA),
+    "mistral": ("Mistral", {**_GQA, "sliding_window": 3}),
+    "neox": ("GPTNeoX", _HF),
+    "neox-sequential": ("GPTNeoX", {**_HF, "use_parallel_residual": False}),
+    "qwen2": ("Qwen2", _GQA),
+    "qwen3": ("Qwen3", {**_GQA, "head_dim": 8}),
+    "gemma2": ("Gemma2", {**_GQA, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8,
+                          "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
+}  # fmt: skip
+"""Hugging Face's class (less its head) and its configuration's arguments; tested as Bridges."""
+
+_EMBD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX, "vocab_size": D_VOCAB}
+_MOE = {**_GQA, "num_experts_per_tok": 2}
+_OTHER_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("OPT", {**_HF, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gptj": ("GPTJ", {**_EMBD, "rotary_dim": 4}),
+    "gpt-neo": ("GPTNeo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 3,
+                           "attention_types": [[["global", "local"], 1]], "vocab_size": D_VOCAB,
+                           "max_position_embeddings": N_CTX}),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": D_VOCAB}),
+    "phi": ("Phi", _HF),
+    "phi3": ("Phi3", {**_GQA, "pad_token_id": 0}),
+    "falcon": ("Falcon", _HF),
+    "cohere": ("Cohere", _GQA),
+    "gemma": ("Gemma", {**_GQA, "head_dim": 8}),
+    "gemma3": ("Gemma3", {**_GQA, "head_dim": 8, "sliding_window": 3}),
+    "olmo": ("Olmo", _GQA),
+    "olmo2": ("Olmo2", _GQA),
+    "olmo3": ("Olmo3", _GQA),
+    "granite": ("Granite", _GQA),
+    "stablelm": ("StableLm", _GQA),
+    "starcoder2": ("Starcoder2", _GQA),
+    "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": D_VOCAB,
+                    "max_seq_len": N_CTX}),
+    "mixtral": ("Mixtral", {**_MOE, "num_local_experts": 4}),
+    "olmoe": ("Olmoe", {**_MOE, "num_experts": 4}),
+    "qwen3-moe": ("Qwen3Moe", {**_MOE, "head_dim": 8, "moe_intermediate_size": 16,
+                               "num_experts": 4}),
+    "gpt-oss": ("GptOss", {**_MOE, "head_dim": 8, "num_local_experts": 4, "sliding_window": 3}),
+    "deepseek-v2": ("DeepseekV2", {**_MOE, "n_routed_experts": 4, "kv_lora_rank": 8,
+                                   "q_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
+                                   "v_head_dim": 8, "moe_intermediate_size": 16,
+                                   "first_k_dense_replace": 1}),
+    "bert": ("Bert", _HF),
+    "t5": ("T5", {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 2,
+                  "vocab_size": D_VOCAB, "n_positions": N_CTX, "decoder_start_token_id": 0}),
+    "mamba": ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": D_VOCAB,
+                        "state_size": 4}),
+}  # fmt: skip
+_HEADS = {"GPT2": "LMHeadModel", "Bert": "ForMaskedLM", "T5": "ForConditionalGeneration"}
+
+NATIVE = {name: HOOKED[name] for name in (
+    "gpt2", "gpt2-folded", "llama", "neox", "no-norm", "attn-only", "attn-only-no-norm",
+)}  # fmt: skip
+COMPAT = {"gpt2", "llama", "neox", "gemma2"}  # one of every block shape, in compatibility mode too
+FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2"}
+
+_HOOKED_CLASS = {"bert": "HookedEncoder", "t5": "HookedEncoderDecoder"}  # else HookedTransformer
+_NATIVE_LACKS = {"use_qk_norm", "use_local_attn", "use_normalization_before_and_after",
+                 "original_architecture"}  # fmt: skip
+"""Options that boot_native would pass over in silence."""
+
+FAMILIES = {
+    "gpt2": "GPT-2", "gpt2-folded": "GPT-2, norms folded", "gelu-fast": "GPT-2, gelu_fast",
+    "llama": "Llama", "llama-ungrouped": "Llama, ungrouped", "llama-folded": "Llama, norms folded",
+    "no-cap": "Llama, soft cap −1", "mistral": "Mistral", "neox": "GPT-NeoX/Pythia",
+    "neox-sequential": "GPT-NeoX, sequential", "qwen2": "Qwen2", "qwen3": "Qwen3",
+    "gemma2": "Gemma-2", "attn-only": "Attention-only",
+    "attn-only-no-norm": "Attention-only, no norms", "no-norm": "No norms", "solu": "SoLU",
+    "solu-folded": "SoLU, norms folded", "shortformer": "Shortformer", "gemma": "Gemma",
+    "gemma3": "Gemma-3", "opt": "OPT", "gptj": "GPT-J", "gpt-neo": "GPT-Neo", "bloom": "BLOOM",
+    "phi": "Phi", "phi3": "Phi-3", "falcon": "Falcon", "cohere": "Cohere", "olmo": "OLMo",
+    "olmo2": "OLMo-2", "olmo3": "OLMo-3", "granite": "Granite", "stablelm": "StableLM",
+    "starcoder2": "StarCoder2", "mpt": "MPT", "mixtral": "Mixtral", "olmoe": "OLMoE",
+    "qwen3-moe": "Qwen3-MoE", "gpt-oss": "GPT-OSS", "deepseek-v2": "DeepSeek-V2", "bert": "BERT",
+    "t5": "T5", "mamba": "Mamba",
+}  # fmt: skip
+"""The table's rows, in order, as people call them."""
+
+
+def norms_in_float32(family: str, host_class: str) -> bool:
+    """Whether this host class computes the family's norms in float32, whatever the model's dtype."""
+    rms = HOOKED.get(family, {}).get("normalization_type") == "RMS"
+    return host_class != "HookedTransformer" and (rms or family in FLOAT32_NORMS)
+
+
+# --- Builders -------------------------------------------------------------------------------------
+
+
+def find(module: str, name: str) -> Any:
+    """A host's attribute, or None where the installed host has none."""
+    try:
+        return getattr(import_module(module), name)  # transformer_lens 4 raises ImportErrors here
+    except (ImportError, AttributeError):
+        return None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hosts print and warn while they load; a test or a table is no place for that."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Make every parameter matter: biases and norm weights away from 0 and 1, big matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = 0.5 if p.ndim == 1 or ".b_" in name else 1.5 * p.shape[-2] ** -0.5
+            noise = scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            p.copy_(p + noise if p.ndim == 1 else noise)
+
+
+def build_hooked(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A HookedTransformer of a row of :data:`HOOKED`."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    config = {k: v for k, v in {**_BASE, **config}.items() if v is not None or "norm" in k}
+    model = HookedTransformer(HookedTransformerConfig(**config, dtype=dtype))
+    randomize(model)
+    return model.eval()
+
+
+def build_native(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A Bridge of ``boot_native``, of a row of :data:`HOOKED`."""
+    config = {k: v for k, v in {**_BASE, **config}.items() if k not in ("d_mlp", "act_fn") or v}
+    cfg = find("transformer_lens.config", "TransformerBridgeConfig")(**config)
+    bridge = find("transformer_lens.model_bridge", "TransformerBridge")
+    model = bridge.boot_native(cfg, dtype=dtype)
+    randomize(model)
+    return model.eval()
+
+
+def hf_config(class_name: str, config: Mapping[str, Any]) -> Any:
+    """The Hugging Face configuration of a row of :data:`BRIDGE`; None if transformers has none."""
+    text = find("transformers", f"{class_name}TextConfig")  # the part of a model that also sees
+    cls = text or find("transformers", f"{class_name}Config")
+    if cls is None:
+        return None
+    cfg = cls(**config)
+    cfg._attn_implementation = cfg._experts_implementation = "eager"
+    cfg.architectures = [class_name + _HEADS.get(class_name, "ForCausalLM")]
+    return cfg
+
+
+def build_hf(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The Hugging Face model of a row of :data:`BRIDGE`."""
+    cfg = hf_config(class_name, config)
+    torch.manual_seed(0)
+    model = find("transformers", cfg.architectures[0])(cfg).to(dtype).eval()
+    randomize(model)
+    return model
+
+
+def to_bridge(hf: Any, tokenizer: Any = None) -> Any:
+    """A Hugging Face model as a Bridge, without asking the hub."""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    return build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, tokenizer=tokenizer)
+
+
+def build_bridge(
+    class_name: str, config: Mapping[str, Any], dtype: torch.dtype, compat: bool = False
+) -> Any:
+    """A Bridge of a row of :data:`BRIDGE`."""
+    bridge = to_bridge(build_hf(class_name, config, dtype))
+    if compat:
+        bridge.enable_compatibility_mode()
+        bridge.original_model.to(dtype)  # folded value biases come out in float32 (Qwen2)
+    return bridge
+
+
+def _hooked_from_hf(name: str, dtype: torch.dtype) -> Any:
+    """A HookedTransformer of the configuration that its loader makes of a Hugging Face one."""
+    cfg = hf_config(*({**BRIDGE, **_OTHER_BRIDGE}[name]))
+    if cfg is None:
+        return None
+    loader = import_module("transformer_lens.loading_from_pretrained")
+    with tempfile.TemporaryDirectory(prefix="tiny-") as folder:  # the loader wants a folder
+        cfg.save_pretrained(folder)
+        try:
+            config = loader.get_pretrained_model_config(folder, device="cpu", dtype=dtype)
+        except NotImplementedError:
+            return None
+    config.tokenizer_name = None
+    model = find("transformer_lens", _HOOKED_CLASS.get(name, "HookedTransformer"))(config)
+    randomize(model.to(dtype))  # a mixture's experts come in float32
+    return model.eval()
+
+
+def _hooked(name: str, dtype: torch.dtype) -> Any:
+    config = {**HOOKED, **_OTHER_HOOKED}.get(name)
+    if config is None:
+        return _hooked_from_hf(name, dtype)
+    known = inspect.getsource(import_module("transformer_lens.loading_from_pretrained"))
+    return build_hooked(config, dtype) if config.get("original_architecture", "") in known else None
+
+
+def _bridge(name: str, dtype: torch.dtype, compat: bool = False) -> Any:
+    class_name, config = {**BRIDGE, **_OTHER_BRIDGE}.get(name, ("", {}))
+    factory = "transformer_lens.factories.architecture_adapter_factory"
+    known = find(factory, "SUPPORTED_ARCHITECTURES")
+    cfg = hf_config(class_name, config)
+    if cfg is None or cfg.architectures[0] not in known:
+        return None
+    return build_bridge(class_name, config, dtype, compat)
+
+
+def _native(name: str, dtype: torch.dtype) -> Any:
+    config = {**HOOKED, **_OTHER_HOOKED}.get(name)
+    return None if config is None or config.keys() & _NATIVE_LACKS else build_native(config, dtype)
+
+
+def host_classes() -> dict[str, Any]:
+    """What the installed host offers.
+
+    Returns:
+        Builders (family, dtype) → model, or None where the class has no such family; by class.
+    """
+    found: dict[str, Any] = {}
+    if find("transformer_lens", "HookedTransformer") is not None:
+        found["HookedTransformer"] = _hooked
+    bridge = find("transformer_lens.model_bridge", "TransformerBridge")
+    if bridge is not None:
+        found["Bridge"] = _bridge
+        found["Bridge, compatibility mode"] = lambda name, dtype: _bridge(name, dtype, True)
+    if hasattr(bridge, "boot_native"):
+        found["boot_native"] = _native
+    return found

@@ -1,0 +1,72 @@
+"""Small HTML pictures of numbers: a strip of tokens, a grid of heads, a table. No torch, no styles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+POSITIVE, NEGATIVE = "214, 96, 77", "67, 147, 195"  # red and blue, readable side by side
+
+
+def _cell(text: str, value: float, largest: float, tag: str) -> str:
+    strength = min(1.0, abs(value) / largest) if largest > 0 else 0.0
+    color = f"rgba({POSITIVE if value >= 0 else NEGATIVE}, {strength:.2f})"
+    return (
+        f'<{tag} style="background:{color};padding:1px 3px;white-space:pre" title="{value:+.4g}">'
+        f"{escape(text)}</{tag}>"
+    )
+
+
+def _largest(values: Sequence[float]) -> float:
+    return max((abs(v) for v in values if v == v), default=0.0)
+
+
+def strip(tokens: Sequence[str], values: Sequence[float]) -> str:
+    """Tokens in a row, each coloured by its value: red adds to the target, blue takes from it.
+
+    Args:
+        tokens: Their texts.
+        values: One for each.
+
+    Returns:
+        HTML.
+    """
+    largest = _largest(values)
+    pairs = zip(tokens, values, strict=True)
+    return "<div>" + "".join(_cell(t, v, largest, "span") for t, v in pairs) + "</div>"
+
+
+def grid(values: Sequence[Sequence[float]]) -> str:
+    """Heads as a grid, a row per layer.
+
+    Args:
+        values: By layer, then by head.
+
+    Returns:
+        HTML.
+    """
+    largest = _largest([v for row in values for v in row])
+    head = "<tr><td></td>" + "".join(f"<td>H{h}</td>" for h in range(len(values[0]))) + "</tr>"
+    rows = (
+        f"<tr><td>L{layer}</td>"
+        + "".join(_cell(f"{v:+.2f}", v, largest, "td") for v in row)
+        + "</tr>"
+        for layer, row in enumerate(values)
+    )
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def table(rows: Sequence[tuple[str, float]]) -> str:
+    """Labels and values.
+
+    Args:
+        rows: Pairs.
+
+    Returns:
+        HTML.
+    """
+    largest = _largest([value for _, value in rows])
+    cells = (
+        f"<tr><td>{escape(n)}</td>{_cell(f'{v:+.4f}', v, largest, 'td')}</tr>" for n, v in rows
+    )
+    return f"<table>{''.join(cells)}</table>"

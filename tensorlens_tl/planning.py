@@ -1,0 +1,465 @@
+"""What a sweep will cost, before it runs: operations, memory, seconds, and how it is cut.
+
+Everything here is arithmetic on shapes. The formulas are those of ``contraction``, block by block and
+stage by stage; only the rates at which this machine multiplies are measured, by products of the
+same shapes that take a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+import torch
+
+BLOCK_ROWS, FOLDED_BLOCK_ROWS = 8, 32
+"""Vectors that a block carries side by side, without and with folded maps."""
+
+CAUSAL_TILE = 64
+"""Positions of a pattern's tile: products skip what is above the diagonal, tile by tile."""
+
+ROWS = 2048
+"""Rows of one product with an MLP's matrices: enough to fill the units, few enough for the cache."""
+
+SHARE = 0.5
+"""Share of the free memory that heavy work may take unless told otherwise."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            found = dict(line.split(":") for line in lines)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def memory_budget(limit: int | None, device: torch.device) -> int:
+    """The caller's limit in bytes, or a safe share of what is free.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: If the limit is no positive number.
+    """
+    if limit is None:
+        return int(SHARE * free_memory(device))
+    if not isinstance(limit, int) or limit <= 0:
+        raise ValueError(f"expected memory_limit as a positive number of bytes, got {limit!r}")
+    return limit
+
+
+@dataclass(frozen=True)
+class BranchShape:
+    """Widths of a branch in the direction of the sweep; no heads where positions stay apart."""
+
+    width_in: int
+    width_out: int
+    heads: int = 0
+
+
+StageShape = tuple[BranchShape, ...]
+"""A step's branches; a norm has none."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Vectors carried side by side: ``n`` start positions, positions up to ``end``."""
+
+    first: int
+    n: int
+    end: int
+
+
+def folds_below(width: int, d_model: int, carried: Sequence[int], folding: bool | None) -> int:
+    """Below which causal coordinate an MLP is folded into one map per position.
+
+    A map costs 2 m D² flops, a row 2 D² through it and 4 m D without: it pays from
+    m D / (2 m − D) rows, 4 D / 7 where m = 4 D; a twentieth more, as small products run slower.
+
+    Args:
+        width: The MLP's width m.
+        d_model: D.
+        carried: How many rows stand at each coordinate; never increasing, or all alike.
+        folding: True or False override the rule.
+
+    Returns:
+        The number of leading coordinates with folded maps.
+    """
+    if folding is not None:
+        return len(carried) if folding else 0
+    if 2 * width <= d_model:
+        return 0
+    enough = 1.05 * width * d_model / (2 * width - d_model)
+    return sum(rows >= enough for rows in carried)
+
+
+def carried_by(blocks: Sequence[tuple[int, int]]) -> list[int]:
+    """How many rows blocks of (end, rows) hold together at each coordinate."""
+    ending = [0] * max(end for end, _ in blocks)
+    for end, rows in blocks:
+        ending[end - 1] += rows
+    return list(accumulate(reversed(ending)))[::-1]
+
+
+def fold_group(width: int, d_model: int) -> int:
+    """How many positions' maps are made at once."""
+    return max(1, ROWS * 512 // (d_model * width))
+
+
+@dataclass
+class Cost:
+    """Flops by the kind of product, bytes moved beside, and calls."""
+
+    product: float = 0.0
+    mixing: float = 0.0
+    making: float = 0.0
+    folded: float = 0.0
+    moved: float = 0.0
+    calls: int = 0
+
+    @property
+    def flops(self) -> float:
+        """All floating-point operations."""
+        return self.product + self.mixing + self.making + self.folded
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sweep's shape.
+
+    Attributes:
+        stages: In the order of the sweep.
+        d_model: D.
+        n_pos: Real tokens of the prompt.
+        starts: Causal coordinates that vectors start from, ascending.
+        many: Vectors per start.
+        kept: Numbers that the result has per vector and position.
+        itemsize: Bytes of a number.
+        half: Whether the last attention is left halfway (``contraction``, point 5).
+        causal: Whether no pattern looks ahead.
+        folding: See :func:`folds_below`.
+    """
+
+    stages: tuple[StageShape, ...]
+    d_model: int
+    n_pos: int
+    starts: tuple[int, ...]
+    many: int
+    kept: int = 1
+    itemsize: int = 4
+    half: bool = False
+    causal: bool = True
+    folding: bool | None = None
+
+    def blocks(self, many: int) -> list[Block]:
+        """Starts that go side by side, ``many`` vectors each."""
+        width = max((b.width_in for s in self.stages for b in s if not b.heads), default=0)
+        average = [many * (len(self.starts) + 1) // 2]
+        folded = bool(width and folds_below(width, self.d_model, average, self.folding))
+        n = max(1, (FOLDED_BLOCK_ROWS if folded else BLOCK_ROWS) // many)
+        found = []
+        for first in range(0, len(self.starts), n):
+            last = min(first + n, len(self.starts)) - 1
+            end = self.starts[last] + 1 if self.causal else self.n_pos
+            found.append(Block(first, last + 1 - first, end))
+        return found
+
+    def chunks(self, limit: int) -> list[tuple[slice, list[Block]]]:
+        """Cut the work: which vectors of each start, and which blocks, go together.
+
+        Args:
+            limit: Bytes that a chunk may take, the result included.
+
+        Returns:
+            Chunks, in order.
+
+        Raises:
+            ValueError: If not even one vector fits.
+        """
+
+        def worst(many: int) -> int:
+            return max(self.peak([block], many) for block in self.blocks(many))
+
+        many = self.many
+        while many > 1 and worst(many) > limit:
+            many = -(-many // 2)
+        blocks = self.blocks(many)
+        if (least := worst(many)) > limit:
+            raise ValueError(
+                f"memory_limit is {limit / 2**20:.1f} MiB, but the smallest chunk (one vector from "
+                f"one position) with its result takes {least / 2**20:.1f} MiB: raise memory_limit, "
+                "or ask for fewer positions"
+            )
+        groups: list[list[Block]] = []
+        for block in blocks:
+            if groups and self.peak([*groups[-1], block], many) <= limit:
+                groups[-1].append(block)
+            else:
+                groups.append([block])
+        parts = [slice(i, min(i + many, self.many)) for i in range(0, self.many, many)]
+        return [(part, group) for part in parts for group in groups]
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of the finished result."""
+        return self.itemsize * len(self.starts) * self.many * self.n_pos * self.kept
+
+    def peak(self, blocks: Sequence[Block], many: int) -> int:
+        """Bytes in use at the worst moment of a chunk, the finished result included."""
+        D, L = self.d_model, self.n_pos
+        rows = sum(b.n for b in blocks) * many
+        area = sum(b.n * b.end for b in blocks) * many
+        worst = max(b.n * b.end for b in blocks) * many
+        parts = 2 * rows * L * self.kept
+        spread, most, met = True, 3 * rows * D, False
+        for i, stage in enumerate(self.stages):
+            mixes = any(b.heads for b in stage)
+            for b in stage:
+                weights = 2 * D * (b.width_in + b.width_out) if b.heads else 3 * D * b.width_in
+                if not b.heads:
+                    frozen = 2 * L * b.width_in
+                    use = min(area if met else rows, max(ROWS, many)) * b.width_in
+                    if self._folded(b, blocks, many, met):
+                        use = max(use, min(L, fold_group(b.width_in, D)) * D * (b.width_in + D))
+                elif spread:
+                    frozen = 2 * b.heads * L * L
+                    n = max(block.n for block in blocks) * many
+                    use = 2 * b.heads * n * D + worst * D
+                else:
+                    frozen = 2 * b.heads * L * L
+                    use = worst * max(2 * b.width_in, b.width_in + 2 * b.width_out)
+                    if self.half and i == len(self.stages) - 1:
+                        use += area * b.width_out
+                held = area * D if met or mixes else rows * D
+                most = max(most, held + weights + frozen + use)
+            met, spread = met or mixes, spread and not mixes
+        return self.itemsize * (most + rows * D + parts) + self.result_bytes
+
+    def _folded(self, b: BranchShape, blocks: Sequence[Block], many: int, met: bool) -> int:
+        together = carried_by([(x.end, x.n * many) for x in blocks])
+        carried = together if met else [many] * sum(x.n for x in blocks)
+        return folds_below(b.width_in, self.d_model, carried, self.folding)
+
+    def cost(self, blocks: Sequence[Block], many: int) -> Cost:
+        """What a chunk computes and moves."""
+        D, cost, met = self.d_model, Cost(), False
+        starts = sum(b.n for b in blocks)
+        area = sum(b.n * b.end for b in blocks) * many
+        for i, stage in enumerate(self.stages):
+            mixes = any(b.heads for b in stage)
+            if not stage:
+                cost.moved += 4 * (area if met else starts * many) * D
+            for b in stage:
+                if not b.heads:
+                    self._wise(cost, b, blocks, many, met)
+                elif met:
+                    for x in blocks:
+                        rows = x.n * x.end * many
+                        half = self.half and i == len(self.stages) - 1
+                        cost.product += 2 * D * rows * (b.width_in + (0 if half else b.width_out))
+                        width = max(b.width_in, b.width_out)
+                        tiles = range(0, x.end, CAUSAL_TILE) if self.causal else (0,)
+                        size = CAUSAL_TILE if self.causal else x.end
+                        cost.mixing += sum(
+                            2 * width * x.n * many * (x.end - t) * min(size, x.end - t)
+                            for t in tiles
+                        )
+                        cost.moved += 3 * rows * (b.width_in + b.width_out) + 2 * rows * D
+                        cost.calls += 12 + 2 * len(tiles)
+                else:
+                    for x in blocks:
+                        n = x.n * many
+                        cost.product += 2 * D * n * (b.width_in + b.width_out)
+                        cost.mixing += 2 * x.end * b.heads * n * D
+                        cost.moved += 4 * x.end * n * D
+                        cost.calls += 12
+            if mixes:
+                met = True
+        cost.moved += 3 * area * D
+        cost.calls += 8 * len(blocks) + 30 * len(self.stages)
+        return cost
+
+    def _wise(
+        self, cost: Cost, b: BranchShape, blocks: Sequence[Block], many: int, met: bool
+    ) -> None:
+        D, m = self.d_model, b.width_in
+        below = self._folded(b, blocks, many, met)
+        ends = [(x.end, x.n * many) for x in blocks] if met else [(sum(x.n for x in blocks), many)]
+        cost.making += 2 * m * D * D * below
+        cost.moved += 2 * D * (m + D) * below
+        group = fold_group(m, D)
+        for end, rows in ends:
+            inside, outside = min(end, below) * rows, max(0, end - below) * rows
+            cost.folded += 2 * D * D * inside
+            cost.product += 4 * m * D * outside
+            cost.moved += 2 * inside * D + 2 * outside * (m + D)
+            cost.calls += 3 * -(-min(end, below) // group) + 6 * -(-outside // ROWS)
+
+
+# --- Rates ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Flops a second by kind of product, numbers moved a second, seconds a call."""
+
+    product: float
+    mixing: float
+    making: float
+    folded: float
+    moved: float
+    call: float
+
+    def seconds(self, cost: Cost) -> float:
+        """How long a cost takes."""
+        return (
+            cost.product / self.product + cost.mixing / self.mixing + cost.making / self.making
+            + cost.folded / self.folded + cost.moved / self.moved + cost.calls * self.call
+        )  # fmt: skip
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return min(once(), once())
+
+
+@cache
+def rates(
+    d_model: int, width: int, heads: int, d_head: int, n_pos: int, rows: int,
+    dtype: torch.dtype, device: torch.device, threads: int,
+) -> Rates:  # fmt: skip
+    """Measure products of a job's shapes; under 0.3 s on one core.
+
+    Args:
+        d_model: D.
+        width: The MLP's width, or the attention's where there is none.
+        heads: Of one layer.
+        d_head: Of one head.
+        n_pos: Positions.
+        rows: Vectors side by side in a block.
+        dtype: Of the vectors.
+        device: Where.
+        threads: torch.get_num_threads(), so that another setting is measured anew.
+
+    Returns:
+        The rates.
+    """
+    few = min(256, max(64, int(3e9 / (2 * d_model * width))))
+    x, W = _filled(few, d_model, dtype, device), _filled(d_model, width, dtype, device)
+    product = 2 * few * d_model * width / _timed(lambda: x @ W, device)
+    end, side = min(n_pos, 128), min(rows * d_head, 2048)
+    tile = min(CAUSAL_TILE, end)
+    A, z = _filled(heads, tile, end, dtype, device), _filled(heads, end, side, dtype, device)
+    mixing = 2 * heads * tile * end * side / _timed(lambda: torch.bmm(A, z), device)
+    slim = min(width, 1024)
+    V = _filled(2, d_model, slim, dtype, device)
+    making = 2 * 2 * d_model**2 * slim / _timed(lambda: V @ V[0].T, device)
+    S, F = (
+        _filled(2, min(rows, 256), d_model, dtype, device),
+        _filled(2, d_model, d_model, dtype, device),
+    )
+    folded = 2 * 2 * S.shape[1] * d_model**2 / _timed(lambda: torch.bmm(S, F), device)
+    big = _filled(2**21, dtype, device)
+    moved = 2 * 2**21 / _timed(lambda: big.clone(), device)
+    small = _filled(8, dtype, device)
+    call = _timed(lambda: [small + small for _ in range(50)], device) / 50
+    return Rates(product, mixing, making, folded, moved, 2 * call)
+
+
+def _filled(*shape) -> torch.Tensor:
+    *size, dtype, device = shape
+    return torch.full(size, 0.5, dtype=dtype, device=device)
+
+
+# --- The plan ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a contraction will take.
+
+    Attributes:
+        what: What was asked for.
+        flops: Floating-point operations.
+        seconds: Predicted time on this machine, from rates measured just before.
+        peak_bytes: Predicted memory beyond what is in use now, the result included.
+        memory_limit: What it may take.
+        chunks: Pieces that the work is cut into.
+        notes: What else it will do.
+    """
+
+    what: str
+    flops: float
+    seconds: float
+    peak_bytes: int
+    memory_limit: int
+    chunks: int
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        time_ = f"{self.seconds:.2g} s" if self.seconds < 120 else f"{self.seconds / 60:.1f} min"
+        text = (
+            f"Plan({self.what}: about {time_}, {self.flops / 1e9:.3g} Gflop, "
+            f"{self.peak_bytes / 2**20:.0f} MiB of {self.memory_limit / 2**20:.0f} MiB, "
+            f"{self.chunks} chunk{'s' if self.chunks > 1 else ''}"
+        )
+        return text + "".join(f"; {note}" for note in self.notes) + ")"
+
+
+def make_plan(what: str, jobs: Sequence[Job], limit: int, dtype: torch.dtype,
+              device: torch.device, notes: Sequence[str] = ()) -> Plan:  # fmt: skip
+    """Add up several sweeps, run one after another.
+
+    Args:
+        what: For people.
+        jobs: Their shapes.
+        limit: Bytes.
+        dtype: Of the vectors.
+        device: Where.
+        notes: Kept.
+
+    Returns:
+        The plan; nothing has run but the calibration.
+    """
+    flops, seconds, peak, count, held = 0.0, 0.0, 0, 0, 0
+    folded = 0
+    for job in jobs:
+        chunks = job.chunks(limit - held)
+        wise = [b for s in job.stages for b in s if not b.heads]
+        mixing = [b for s in job.stages for b in s if b.heads]
+        width = max((b.width_in for b in wise), default=job.d_model)
+        heads = max((b.heads for b in mixing), default=1)
+        d_head = max((b.width_in for b in mixing), default=job.d_model) // heads
+        rows = max(b.n for _, blocks in chunks for b in blocks) * (chunks[0][0].stop)
+        measured = rates(job.d_model, width, heads, max(1, d_head), job.n_pos, rows, dtype, device,
+                         torch.get_num_threads())  # fmt: skip
+        for part, blocks in chunks:
+            many = part.stop - part.start
+            cost = job.cost(blocks, many)
+            flops, seconds, count = flops + cost.flops, seconds + measured.seconds(cost), count + 1
+            peak = max(peak, held + job.peak(blocks, many))
+            folded = (
+                max(folded, *(job._folded(b, blocks, many, True) for b in wise), 0) if wise else 0
+            )
+        held += job.result_bytes
+    if folded:
+        notes = (*notes, f"MLPs folded into one map at {folded} positions")
+    return Plan(what, flops, seconds, peak, limit, count, tuple(notes))

@@ -1,0 +1,182 @@
+"""Targets: what a user may ask about, as linear functionals of the final normalized residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import index as operator_index
+from typing import Any, SupportsIndex
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .capturing import Capture
+from .primitives import soft_cap_ratio, take_row
+
+TargetLike = str | SupportsIndex | Sequence[float] | Tensor | None
+"""A token string, a token id, a direction [d_vocab] or [d_model], or None: the own prediction."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A linear functional of the final normalized residual at one position per prompt.
+
+    Attributes:
+        name: For people, one per prompt.
+        query: Position [batch], as tensor index.
+        covector: u [batch, d_model], so that target = u · y + constant.
+        constant: What b_U contributes [batch].
+        value: The run's own value [batch]: from the model's logits, not from the operator.
+    """
+
+    name: tuple[str, ...]
+    query: Int[Tensor, " batch"]
+    covector: Float[Tensor, "batch d_model"]
+    constant: Float[Tensor, " batch"]
+    value: Float[Tensor, " batch"]
+
+    def same(self, other: Target) -> bool:
+        """Whether it is the same functional under the same name."""
+        tensors = ("query", "covector", "constant", "value")
+        return self.name == other.name and all(
+            torch.equal(getattr(self, n), getattr(other, n)) for n in tensors
+        )
+
+    def minus(self, other: Target) -> Target:
+        """This target's advantage over another at the same position."""
+        names = (f"{a} − {b}" for a, b in zip(self.name, other.name, strict=True))
+        return Target(
+            tuple(names),
+            self.query,
+            self.covector - other.covector,
+            self.constant - other.constant,
+            self.value - other.value,
+        )
+
+
+def token_id(capture: Capture, text: str) -> int:
+    """The id of a one-token string: as given, else without its leading space.
+
+    Returns:
+        The id.
+
+    Raises:
+        ValueError: If there is no tokenizer, the string is not one token (the message shows its
+            pieces), or the tokenizer does not know it.
+    """
+    tokenizer = capture.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"no tokenizer to read the target {text!r} with: pass a token id")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    pieces: list[int] = []
+    for attempt in dict.fromkeys((text, text.removeprefix(" "))):
+        ids = tokenizer.encode(attempt, add_special_tokens=False)
+        if len(ids) == 1 and ids[0] != unknown:
+            return ids[0]
+        pieces = pieces or ids
+    if len(pieces) == 1 or all(piece == unknown for piece in pieces):
+        raise ValueError(f"the tokenizer does not know the target {text!r}: expected a known token")
+    shown = ", ".join(f"{tokenizer.decode([piece])!r} #{piece}" for piece in pieces)
+    raise ValueError(
+        f"the target {text!r} is {len(pieces)} tokens ({shown}), expected one: take one of them, or "
+        "pass a token id"
+    )
+
+
+def own_prediction(capture: Capture, pos: int = -1) -> Int[Tensor, " batch"]:
+    """The token that each prompt's logits rank first."""
+    query = capture.frame.index(pos)
+    return capture.logits[torch.arange(len(query), device=query.device), query].argmax(-1)
+
+
+def resolve_target(
+    capture: Capture,
+    target: TargetLike,
+    pos: int = -1,
+    predicted: Int[Tensor, " batch"] | None = None,
+) -> Target:
+    """Turn what a user names into a functional of the final normalized residual.
+
+    Args:
+        capture: The run.
+        target: A token string, a token id, a direction in logits [d_vocab] or in the final
+            normalized residual [d_model], or None for the model's own prediction.
+        pos: Position among the real tokens; −1 is the last.
+        predicted: What stands for the model's own prediction; by default, this run's.
+
+    Returns:
+        The functional, for every prompt.
+
+    Raises:
+        ValueError: If the target or the position does not exist.
+    """
+    frame, unembed = capture.frame, capture.unembed.weights
+    query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
+    d_vocab = unembed.W_U.shape[1]
+    y, logits = capture.unembed.final[prompts, query], frame.cast(capture.logits[prompts, query])
+    if not isinstance(target, str | int | None) and getattr(target, "ndim", None) != 0:
+        return _direction(capture, target, query, y, logits)
+    if target is None:
+        ids = own_prediction(capture, pos) if predicted is None else predicted
+    else:
+        index = token_id(capture, target) if isinstance(target, str) else _as_id(target)
+        if not 0 <= index < d_vocab:
+            raise ValueError(
+                f"target id {index} is outside the vocabulary: expected 0 to {d_vocab - 1}"
+            )
+        ids = torch.full_like(query, index)
+    covector = frame.cast(unembed.W_U[:, ids].T)
+    constant = torch.zeros_like(y[:, 0]) if unembed.b_U is None else frame.cast(unembed.b_U[ids])
+    if unembed.soft_cap is not None:
+        ratio = soft_cap_ratio((covector * y).sum(-1) + constant, unembed.soft_cap)
+        covector, constant = covector * ratio[:, None], constant * ratio
+    names = tuple(repr(_decode(capture, int(i))) for i in ids)
+    return Target(names, query, covector, constant, logits[prompts, ids])
+
+
+def _as_id(target: Any) -> int:
+    try:
+        if isinstance(target, bool):
+            raise TypeError
+        return operator_index(target)
+    except TypeError:
+        raise _no_target(target) from None
+
+
+def _no_target(target: Any) -> ValueError:
+    return ValueError(
+        f"expected a target token, id or direction, got {target!r} of {type(target).__name__}: pass "
+        "a string, an integer or a one-dimensional tensor"
+    )
+
+
+def _direction(
+    capture: Capture, direction: Any, query: Tensor, y: Tensor, logits: Tensor
+) -> Target:
+    frame, unembed = capture.frame, capture.unembed
+    d_model, d_vocab = unembed.weights.W_U.shape
+    try:
+        u = torch.as_tensor(direction)
+    except (TypeError, ValueError, RuntimeError):
+        raise _no_target(direction) from None
+    if u.ndim != 1 or u.shape[0] not in (d_model, d_vocab) or d_model == d_vocab:
+        raise ValueError(
+            f"expected a direction in logits [{d_vocab}] or in the final residual [{d_model}], got "
+            f"shape {list(u.shape)}" + (" (the two widths are equal)" if d_model == d_vocab else "")
+        )
+    u = u.detach().to(y)
+    if u.shape[0] == d_model:
+        covector, zeros = u.expand(frame.batch, -1), torch.zeros_like(y[:, 0])
+        return Target(("residual direction",) * frame.batch, query, covector, zeros, y @ u)
+    ratio = unembed.ratio
+    weighted = u * (take_row(ratio, query)[:, 0] if isinstance(ratio, Tensor) else ratio)
+    weighted = weighted.expand(frame.batch, -1)
+    b_U = unembed.weights.b_U
+    constant = torch.zeros_like(y[:, 0]) if b_U is None else weighted @ frame.cast(b_U)
+    covector = weighted @ frame.cast(unembed.weights.W_U).T
+    return Target(("logit direction",) * frame.batch, query, covector, constant, logits @ u)
+
+
+def _decode(capture: Capture, token: int) -> str:
+    return str(token) if capture.tokenizer is None else capture.tokenizer.decode([token])
