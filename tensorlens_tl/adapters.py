@@ -83,7 +83,7 @@ class Adapter(ABC):
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.cfg: Any = model.cfg
-        self.hooks: dict[str, Any] = model.hook_dict  # a Bridge gathers it anew at every look
+        self.hooks: dict[str, Any] = self.model.hook_dict  # a Bridge gathers it anew at every look
         self.check_model()
         if len(self.model.blocks) == 0:
             raise UnsupportedArchitectureError(refusal(self.name, "it has no blocks"))

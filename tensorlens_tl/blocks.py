@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float
@@ -164,7 +165,7 @@ class Contractible(LinearMap):
             return _triples(U[:, :k].T, S[:k], Vh[:k], query, key)
         try:
             import numpy
-            from scipy.sparse.linalg import LinearOperator, svds
+            from scipy.sparse.linalg import aslinearoperator, svds
         except ImportError:
             raise ValueError("svd needs scipy: pip install 'tensorlens-tl[scipy]'") from None
 
@@ -178,20 +179,20 @@ class Contractible(LinearMap):
 
             return run
 
-        operator = LinearOperator(
-            shape=(rows, columns),
-            dtype=str(frame.dtype).removeprefix("torch."),
-            matvec=act(key, query, self.in_dim, self.apply),
-            rmatvec=act(query, key, self.out_dim, self.apply_t),
+        dtype = str(frame.dtype).removeprefix("torch.")
+        operator = aslinearoperator(
+            SimpleNamespace(
+                shape=(rows, columns),
+                dtype=dtype,
+                matvec=act(key, query, self.in_dim, self.apply),
+                rmatvec=act(query, key, self.out_dim, self.apply_t),
+            )
         )
         first = numpy.random.default_rng(seed).standard_normal(most)
-        U, S, Vh = svds(operator, k=k, v0=first.astype(operator.dtype))
-        order = S.argsort()[::-1].copy()
-
-        def tensor(array) -> Tensor:
-            return torch.as_tensor(array.copy()).to(frame.zeros(0))
-
-        return _triples(tensor(U.T[order]), tensor(S[order]), tensor(Vh[order]), query, key)
+        parts = svds(operator, k=k, v0=first.astype(dtype))
+        U, S, Vh = (torch.as_tensor(part.copy()).to(frame.zeros(0)) for part in parts)
+        order = S.argsort(descending=True)
+        return _triples(U.mT[order], S[order], Vh[order], query, key)
 
     def _blocks(
         self, prompt: int, query: list[int], key: list[int], memory_limit: int | None = None

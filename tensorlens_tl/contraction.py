@@ -178,11 +178,12 @@ class Sweep:
         stages = list(self.stages)
         for i, stage in enumerate(stages):
             folded = fold(stage, self.prompt, self.transposed)
-            if states is None and not (isinstance(folded, FoldedStep) and folded.mixes):
-                rows = self._rows(folded, rows, t)
-                continue
-            folded = self._cast_folded(folded)
+            if isinstance(folded, FoldedStep):
+                folded = self._cast_step(folded)
             if states is None:
+                if isinstance(folded, FoldedNorm) or not folded.mixes:
+                    rows = self._rows(folded, rows, t)
+                    continue
                 ends = [int(t[s][-1]) + 1 if causal else self.n_pos for s in spans]
                 states = self._spread(folded, rows, t, spans, ends)
             elif i == len(stages) - 1 and reduce.with_x is not None:
@@ -199,7 +200,6 @@ class Sweep:
     def _rows(self, folded: Folded, rows: Tensor, t: Tensor) -> Tensor:
         if isinstance(folded, FoldedNorm):
             return folded.rows(rows, t).to(rows.dtype)
-        folded = self._cast_folded(folded)
         for branch in folded.branches:
             if isinstance(branch, Positionwise):
                 states = [rows.clone()]
@@ -240,7 +240,7 @@ class Sweep:
         together = len(mixing) + len(wise) > 1 or not finish
         half = [(b, [_mid(b, s, causal) for s in states]) for b in mixing] if together else []
         for branch in wise:
-            self._positionwise(branch, states, carried_by([state.shape[:2] for state in states]))
+            self._positionwise(branch, states, carried_by([(len(s), s.shape[1]) for s in states]))
         if not finish:
             return half
         for k, state in enumerate(states):
@@ -296,8 +296,8 @@ class Sweep:
     def _cast(self, x: Tensor) -> Tensor:
         return x if self.precision is None else x.to(self.precision)
 
-    def _cast_folded(self, folded: Folded) -> Folded:
-        if self.precision is None or isinstance(folded, FoldedNorm):
+    def _cast_step(self, folded: FoldedStep) -> FoldedStep:
+        if self.precision is None:
             return folded
         kind = self.precision
 

@@ -272,8 +272,8 @@ def shape_of(stage: LinearMap, transposed: bool) -> StageShape:
     for op in branch.maps if isinstance(branch, Sum) else (branch,):
         parts = list(_primitives(op))
         if mixes := [p for p in parts if isinstance(p, Mix)]:
-            widths = mixes[0].in_dim, mixes[0].out_dim
-            shape = BranchShape(*(widths[::-1] if transposed else widths), mixes[0].heads)
+            mix = mixes[0].T if transposed else mixes[0]
+            shape = BranchShape(mix.in_dim, mix.out_dim, mixes[0].heads)
         else:
             halves = [list(_primitives(h)) for p in parts if isinstance(p, Sum) for h in p.maps]
             firsts = [next(p for p in half if isinstance(p, Linear)) for half in halves or [parts]]
