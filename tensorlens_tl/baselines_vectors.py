@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -56,8 +57,12 @@ class Split:
 
     def part(self, key: int) -> Float[Tensor, "batch query_pos d_model"]:
         """What one source adds to every destination, before the norm after attention."""
-        pattern = self.block.attn.pattern[..., key]
-        return torch.einsum("bhq,bhd->bqd", pattern, self.moved[:, key])
+        return torch.einsum("bhq,bhd->bqd", self.pattern[..., key], self.moved[:, key])
+
+    @cached_property
+    def pattern(self) -> Float[Tensor, "batch head query_pos key_pos"]:
+        """The layer's, once."""
+        return self.block.attn.pattern
 
     def with_residual(self, key: int) -> Float[Tensor, "batch query_pos d_model"]:
         """F_ij + δ_ij x_i, for one source j."""
@@ -285,8 +290,9 @@ def decompx_vectors(capture: Capture) -> Float[Tensor, "key_pos batch query_pos 
 
 def _attend(block: FrozenBlock, x: Tensor) -> Tensor:
     w, cast, added = block.attn.weights, block.attn.frame.cast, torch.zeros_like(x)
+    pattern = block.attn.pattern
     for head, kv_head in enumerate(block.attn.kv_of):
-        added = added + block.attn.pattern[:, head] @ x @ cast(w.W_V[kv_head]) @ cast(w.W_O[head])
+        added = added + pattern[:, head] @ x @ cast(w.W_V[kv_head]) @ cast(w.W_O[head])
     return added
 
 

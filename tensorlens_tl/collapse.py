@@ -25,6 +25,8 @@ from .composer import FrozenTransformer, Segment
 from .contraction import Reduction, Sweep, dots, squares
 from .graph import FINAL_SITE
 from .planning import Plan, make_plan, memory_budget
+from .queries import HOST
+from .recomputed import RecomputedMix
 from .targets import TargetLike, resolve_target
 
 KINDS = ("norm", "in", "out", "in_out")
@@ -294,7 +296,8 @@ def plan_token_matrix(
         jobs.append(job.sweep.job(every, job.many, job.reduce))
         dtype = job.sweep.dtype
     limit = memory_budget(memory_limit, frame.device)
-    return make_plan(f'token_matrix("{kind}")', jobs, limit, dtype, frame.device)
+    notes = (HOST,) if isinstance(capture.blocks[0].attn.mix, RecomputedMix) else ()
+    return make_plan(f'token_matrix("{kind}")', jobs, limit, dtype, frame.device, notes)
 
 
 def _segment(

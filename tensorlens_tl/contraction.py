@@ -52,6 +52,7 @@ from .planning import (
     folds_below,
     memory_budget,
 )
+from .recomputed import Tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +145,8 @@ class Sweep:
     @cached_property
     def causal(self) -> bool:
         """Whether no pattern looks ahead; a user's own pattern may."""
-        start, stop = self.op.frame.spans[self.prompt]
         found = (m for stage in self.stages for m in mixes_in(stage))
-        return not any(
-            bool(m.pattern[self.prompt, :, start:stop, start:stop].triu(1).any()) for m in found
-        )
+        return not any(m.looks_ahead(self.prompt) for m in found)
 
     def coordinate(self, pos: Tensor) -> Tensor:
         """Causal coordinates of positions, and back."""
@@ -303,7 +301,7 @@ class Sweep:
 
         def cast(b: Positionwise | Mixing) -> Positionwise | Mixing:
             if isinstance(b, Mixing):
-                return Mixing(b.into.to(kind), b.out.to(kind), b.pattern.to(kind), b.gathers)
+                return b.cast(kind)
             return Positionwise(b.into.to(kind), b.out.to(kind), b.ratio.to(kind))
 
         return FoldedStep(tuple(cast(b) for b in folded.branches))
@@ -345,15 +343,15 @@ def states(d_model: int) -> Reduction:
 def _mid(b: Mixing, state: Tensor, causal: bool) -> Tensor:
     """Σ_from A[to, from] (state · into), before ``out``: [pos, rows, width]."""
     n, rows, _ = state.shape
-    groups, repeats = b.pattern.shape[:2]
+    groups, repeats = b.groups
     z = state.flatten(0, 1) @ b.into
     inner = (groups, repeats, -1) if b.gathers else (groups, 1, -1)
     z = z.view(n, rows, *inner).permute(2, 3, 0, 1, 4).flatten(3)  # [group, repeat, from, rows · e]
     mixed = z.new_empty(groups, 1 if b.gathers else repeats, n, z.shape[-1])
-    tile = CAUSAL_TILE if causal else n
+    tile = CAUSAL_TILE if causal or isinstance(b.pattern, Tiles) else n
     for first in range(0, n, tile):
         to, source = slice(first, min(first + tile, n)), slice(first if causal else 0, n)
-        pattern = b.pattern[:, :, to, source]
+        pattern = b.tile(to, source)
         if not b.gathers:
             torch.matmul(pattern, z[:, :, source], out=mixed[:, :, to])
             continue
@@ -367,7 +365,7 @@ def _mid(b: Mixing, state: Tensor, causal: bool) -> Tensor:
 def _spread_one(b: Mixing, rows: Tensor, t: Tensor, state: Tensor) -> None:
     """Add what one attention makes of rows [n, many, d_model] at t to an empty block."""
     n, many, d_model = rows.shape
-    groups, repeats = b.pattern.shape[:2]
+    groups, repeats = b.groups
     z = rows.flatten(0, 1) @ b.into
     if b.gathers:
         z = z.view(n * many, groups, repeats, -1).permute(1, 2, 0, 3).flatten(1, 2)
@@ -376,7 +374,7 @@ def _spread_one(b: Mixing, rows: Tensor, t: Tensor, state: Tensor) -> None:
         z = z.view(n * many, groups, 1, -1).permute(1, 2, 0, 3)
         heads = torch.matmul(z, b.out.view(groups, repeats, -1, d_model))
     heads = heads.view(groups * repeats, n, many * d_model).transpose(0, 1)
-    pattern = b.pattern[:, :, : len(state), t].flatten(0, 1).permute(2, 1, 0)  # [n, to, head]
+    pattern = b.tile(slice(len(state)), t).flatten(0, 1).permute(2, 1, 0)  # [n, to, head]
     spread = torch.bmm(pattern, heads).unflatten(2, (many, d_model))
     state.unflatten(1, (n, many)).add_(spread.transpose(0, 1))
 

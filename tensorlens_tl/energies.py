@@ -25,7 +25,7 @@ from torch import Tensor
 from .composer import Step
 from .graph import Node
 from .linear_map import Chain, LinearMap
-from .primitives import Mix
+from .recomputed import AnyMix
 from .sublayers import Sublayer
 
 # --- Steps as "straight on or through one node" --------------------------------------------------
@@ -111,7 +111,7 @@ def _push(way: Way, C: Float[Tensor, "pos d d"], by_position: bool) -> Float[Ten
     """F C Fᵀ of a node: through each run of maps between which nothing mixes positions at once."""
     run: list[LinearMap] = []
     for map_ in _flat(way.map):
-        if not isinstance(map_, Mix):
+        if not isinstance(map_, AnyMix):
             run.append(map_)
             continue
         A = map_.pattern[0, 0].double().abs()  # a head's pattern: one head

@@ -16,7 +16,7 @@ drops it after.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from torch import Tensor
 from .linear_map import Chain, LinearMap, Residual, Sum
 from .planning import BranchShape, StageShape
 from .primitives import Gate, Identity, Linear, Mix, Norm, Shift
+from .recomputed import AnyMix, RecomputedMix, Tiles
 from .sublayer import Sublayer
 
 
@@ -54,15 +55,35 @@ class Mixing:
 
     into: Float[Tensor, "d_in width_in"]
     out: Float[Tensor, "width_out d_out"]
-    pattern: Float[Tensor, "group repeat to from"]
+    pattern: Float[Tensor, "group repeat to from"] | Tiles
     gathers: bool = False
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Groups of query heads, and heads in each."""
+        heads = self.pattern.queries if isinstance(self.pattern, Tiles) else self.pattern
+        return heads.shape[0], heads.shape[1]
+
+    def tile(self, to: slice, source: slice | Tensor) -> Float[Tensor, "group repeat to from"]:
+        """A part of the pattern; made now where it is recomputed."""
+        if isinstance(self.pattern, Tiles):
+            return self.pattern[to, source]
+        return self.pattern[:, :, to, source]
+
+    def cast(self, kind: torch.dtype) -> Mixing:
+        """In another precision; scores are recomputed in their own."""
+        tiles = self.pattern
+        tiles = replace(tiles, dtype=kind) if isinstance(tiles, Tiles) else tiles.to(kind)
+        return Mixing(self.into.to(kind), self.out.to(kind), tiles, self.gathers)
 
     def flipped(self, transposed: bool) -> Mixing:
         """In causal coordinates; see :func:`fold`."""
+        A = self.pattern
         if transposed:
-            pattern = self.pattern.mT.contiguous()
-            return Mixing(self.out.T, self.into.T, pattern, gathers=True)
-        return Mixing(self.into, self.out, self.pattern.flip(-2, -1))
+            A = A.flipped(True) if isinstance(A, Tiles) else A.mT.contiguous()
+            return Mixing(self.out.T, self.into.T, A, gathers=True)
+        A = A.flipped(False) if isinstance(A, Tiles) else A.flip(-2, -1)
+        return Mixing(self.into, self.out, A)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +180,7 @@ class _Folding:
         self.into: Tensor | None = None
         self.out: Tensor | None = None
         self.ratio: Tensor | None = None
-        self.pattern: Tensor | None = None
+        self.pattern: Tensor | Tiles | None = None
         self.before: Tensor | None = None  # numbers per position that a norm before leaves
         self.norms: list[Norm] = []  # norms not yet taken into the next matrix
         self.tiles = 1
@@ -204,6 +225,11 @@ class _Folding:
             ratio = self.cut(part.ratio).repeat(1, self.tiles)
             self.ratio = ratio if self.ratio is None else self.ratio * ratio
             self.settle()
+        elif isinstance(part, RecomputedMix):
+            self.pattern = part.tiles(self.prompt)
+            if self.before is not None:
+                self.pattern = self.pattern.times(key_gain=self.before[:, 0])
+                self.before = None
         elif isinstance(part, Mix):
             pattern = part.pattern[self.prompt, :, self.real, self.real]
             self.pattern = pattern.unflatten(0, (part.kv_heads, -1))
@@ -225,7 +251,9 @@ class _Folding:
 
     def scale(self, numbers: Tensor) -> None:
         """Take numbers per position [pos, 1] along, into the ratio or the pattern."""
-        if self.pattern is not None:
+        if isinstance(self.pattern, Tiles):
+            self.pattern = self.pattern.times(query_gain=numbers[:, 0])
+        elif self.pattern is not None:
             self.pattern = self.pattern * numbers
         else:
             self.before = numbers if self.before is None else self.before * numbers
@@ -256,11 +284,11 @@ def _given(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def mixes_in(stage: LinearMap) -> list[Mix]:
+def mixes_in(stage: LinearMap) -> list[AnyMix]:
     """The attention patterns of a stage."""
     branch = stage.branch if isinstance(stage, Residual) else stage
     maps = branch.maps if isinstance(branch, Sum) else (branch,)
-    return [part for m in maps for part in _primitives(m) if isinstance(part, Mix)]
+    return [part for m in maps for part in _primitives(m) if isinstance(part, AnyMix)]
 
 
 def shape_of(stage: LinearMap, transposed: bool) -> StageShape:
@@ -271,9 +299,10 @@ def shape_of(stage: LinearMap, transposed: bool) -> StageShape:
     shapes = []
     for op in branch.maps if isinstance(branch, Sum) else (branch,):
         parts = list(_primitives(op))
-        if mixes := [p for p in parts if isinstance(p, Mix)]:
+        if mixes := [p for p in parts if isinstance(p, AnyMix)]:
             mix = mixes[0].T if transposed else mixes[0]
-            shape = BranchShape(mix.in_dim, mix.out_dim, mixes[0].heads)
+            score = mixes[0].keys.shape[2] if isinstance(mixes[0], RecomputedMix) else 0
+            shape = BranchShape(mix.in_dim, mix.out_dim, mixes[0].heads, score)
         else:
             halves = [list(_primitives(h)) for p in parts if isinstance(p, Sum) for h in p.maps]
             firsts = [next(p for p in half if isinstance(p, Linear)) for half in halves or [parts]]

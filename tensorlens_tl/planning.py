@@ -59,11 +59,16 @@ def memory_budget(limit: int | None, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class BranchShape:
-    """Widths of a branch in the direction of the sweep; no heads where positions stay apart."""
+    """Widths of a branch in the direction of the sweep; no heads where positions stay apart.
+
+    ``score`` is the width of the queries and keys from which the pattern is recomputed, tile by
+    tile; 0 where it is stored.
+    """
 
     width_in: int
     width_out: int
     heads: int = 0
+    score: int = 0
 
 
 StageShape = tuple[BranchShape, ...]
@@ -231,11 +236,11 @@ class Job:
                     if self._folded(b, blocks, many, met):
                         use = max(use, min(L, fold_group(b.width_in, D)) * D * (b.width_in + D))
                 elif spread:
-                    frozen = 2 * b.heads * L * L
-                    n = max(block.n for block in blocks) * many
-                    use = 2 * b.heads * n * D + worst * D
+                    n = max(block.n for block in blocks)
+                    frozen = self._pattern(b, n)
+                    use = 2 * b.heads * n * many * D + worst * D
                 else:
-                    frozen = 2 * b.heads * L * L
+                    frozen = self._pattern(b, CAUSAL_TILE)
                     use = worst * max(2 * b.width_in, b.width_in + 2 * b.width_out)
                     if self.half and i == len(self.stages) - 1:
                         use += area * b.width_out
@@ -243,6 +248,12 @@ class Job:
                 most = max(most, held + weights + frozen + use)
             met, spread = met or mixes, spread and not mixes
         return self.itemsize * (most + rows * D + parts) + self.result_bytes
+
+    def _pattern(self, b: BranchShape, tile: int) -> int:
+        """Numbers: a stored pattern folded twice, or queries, keys and a tile made and copied."""
+        if not b.score:
+            return 2 * b.heads * self.n_pos**2
+        return b.heads * self.n_pos * (2 * b.score + 2 * tile)
 
     def _folded(self, b: BranchShape, blocks: Sequence[Block], many: int, met: bool) -> int:
         together = carried_by([(x.end, x.n * many) for x in blocks])
@@ -269,17 +280,18 @@ class Job:
                         width = max(b.width_in, b.width_out)
                         tiles = range(0, x.end, CAUSAL_TILE) if self.causal else (0,)
                         size = CAUSAL_TILE if self.causal else x.end
-                        cost.mixing += sum(
-                            2 * width * x.n * many * (x.end - t) * min(size, x.end - t)
-                            for t in tiles
-                        )
+                        cells = sum((x.end - t) * min(size, x.end - t) for t in tiles)
+                        cost.mixing += 2 * width * x.n * many * cells
+                        if b.score:
+                            cost.mixing += 2 * b.score * b.heads * cells
+                            cost.moved += 2 * b.heads * cells
                         cost.moved += 3 * rows * (b.width_in + b.width_out) + 2 * rows * D
                         cost.calls += 12 + 2 * len(tiles)
                 else:
                     for x in blocks:
                         n = x.n * many
                         cost.product += 2 * D * n * (b.width_in + b.width_out)
-                        cost.mixing += 2 * x.end * b.heads * n * D
+                        cost.mixing += 2 * x.end * b.heads * (n * D + x.n * b.score)
                         cost.moved += 4 * x.end * n * D
                         cost.calls += 12
             if mixes:

@@ -53,7 +53,7 @@ def capture(
             model's own where that is wider.
         pattern: "stored" keeps every layer's heads × L² pattern; "recomputed" keeps queries and
             keys, and recomputes the pattern block by block wherever it is used: for long prompts.
-            The numbers are the same to rounding.
+            The numbers are the same to rounding; the logits carry no graph.
         tokenizer: For a Hugging Face model only.
         noise_floor: For a bfloat16 or float16 model: whether to run the prompt on a float32 copy of
             it, too, so that ``lens.completeness_error`` is shown beside the model's own rounding.

@@ -175,6 +175,11 @@ class Mix(LinearMap):
         """One query head's part; shares memory."""
         return replace(self, pattern=self.pattern[:, index : index + 1], kv_heads=1)
 
+    def looks_ahead(self, prompt: int) -> bool:
+        """Whether a query of a prompt sees a later key; a user's own pattern may."""
+        start, stop = self.frame.spans[prompt]
+        return bool(self.pattern[prompt, :, start:stop, start:stop].triu(1).any())
+
     def rows(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key_pos"]:
         """The pattern's rows at one destination per prompt, [batch] indices."""
         return self.pattern[torch.arange(len(query), device=query.device), :, query]

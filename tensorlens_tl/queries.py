@@ -5,7 +5,9 @@ and normalized. Hosts that rotate without a hook behind it are read before, and 
 their own cosines. Scale, soft cap and window are the host's; a wrong one is found by the self-check,
 which mixes the run's values with the recomputed pattern.
 
-The host's own forward pass computes the patterns all the same, a layer at a time: see ``HOST``.
+The host's own forward pass computes the patterns all the same, a layer at a time: see ``HOST``. What
+would keep them longer is kept from it: it runs without autograd's graph, and the patterns that some
+Bridges leave on their attention, which nothing reads, are dropped layer by layer.
 """
 
 from __future__ import annotations
@@ -25,11 +27,10 @@ from .recomputed import RecomputedMix, Scores
 from .weights import AttentionWeights
 
 HOST = (
-    "The model's own forward pass still computes heads × L² scores and patterns, one layer at a "
-    "time: HookedTransformer and the Bridge's attention have no other way. The Bridge's GPT-2 and "
-    "GPT-NeoX attention also keeps the last pattern of every layer until the next run."
+    "patterns recomputed tile by tile; the model's own forward pass computed them whole, one layer "
+    "at a time, and kept none (HookedTransformer's and the Bridge's attention have no other way)"
 )
-"""What pattern="recomputed" cannot save, for people who plan memory."""
+"""What pattern="recomputed" saves and what it cannot, for people who plan memory."""
 
 Take = Callable[[int, str], Tensor]
 Rotate = Callable[[int, Take, Tensor], Tensor]
@@ -66,6 +67,7 @@ class Stored:
 
     reads = heads_first = ("pattern",)
     note = ""
+    needs_grad = True  # the user's own business
 
     def mix(self, layer: int, frame: Frame, take: Take, weights: AttentionWeights) -> Mix:
         """A block's attention over positions, from what was read.
@@ -107,12 +109,15 @@ class Queries:
         scores: Scale, soft cap and mask of every block.
         heads_first: Which of the reads the host has as [batch, head, pos, d_head].
         rotate: Rotates queries or keys [batch, pos, head, d_head] of a block, or None.
+        sinks: Every block's attention sinks [head]; empty where the model has none.
     """
 
     reads: tuple[str, ...]
     scores: tuple[Scores, ...]
     heads_first: tuple[str, ...] = ()
     rotate: Rotate | None = None
+    sinks: tuple[Tensor, ...] = ()
+    needs_grad = False  # autograd would keep every layer's scores and pattern
     note = ' with a recomputed pattern (pattern="stored" reads the run\'s own)'
 
     @classmethod
@@ -132,11 +137,8 @@ class Queries:
         rotary = getattr(cfg, "positional_embedding_type", None) == "rotary"
         kind, cap = type(blocks[0].attn).__name__, adapter.soft_cap("attn_scores_soft_cap")
         if kind in ("Attention", "GroupedQueryAttention"):
-            for flag in ("use_attention_sinks", "use_logn_attn"):
-                if getattr(cfg, flag, False):
-                    raise NotRecomputableError(
-                        f"cfg.{flag}", "it changes the scores after the last hook"
-                    )
+            if getattr(cfg, "use_logn_attn", False):
+                raise NotRecomputableError("use_logn_attn", "no hook follows its scaling")
             if not rotary and getattr(cfg, "use_qk_norm", False):
                 raise NotRecomputableError(
                     "use_qk_norm without rotary positions", "no hook follows the norm"
@@ -147,7 +149,10 @@ class Queries:
                        cfg.window_size if causal and block.attn.attn_type == "local" else None)
                 for block in blocks
             )  # fmt: skip
-            return cls(("rot_q", "rot_k") if rotary else ("q", "k"), tuple(scores))
+            has_sinks = getattr(cfg, "use_attention_sinks", False)
+            sinks = tuple(b.attn.sinks.detach().clone() for b in blocks) if has_sinks else ()
+            reads = ("rot_q", "rot_k") if rotary else ("q", "k")
+            return cls(reads, tuple(scores), sinks=sinks)
         parts = [block.attn.original_component for block in blocks]
         if kind == "PositionEmbeddingsAttentionBridge":
             if getattr(parts[0], "sinks", None) is not None:
@@ -183,14 +188,25 @@ class Queries:
         if self.rotate is not None:
             read: dict[str, Tensor] = {key: take(layer, key) for key in self.reads[2:]}
             q, k = (self.rotate(layer, lambda _, key: read[key], x) for x in (q, k))
-        return RecomputedMix.of(frame, q, k, self.scores[layer], d_head)
+        sinks = self.sinks[layer] if self.sinks else None
+        return RecomputedMix.of(frame, q, k, self.scores[layer], d_head, sinks)
 
     def guards(self, adapter: Adapter) -> list[Any]:
-        """Handles of hooks that refuse the user's edits of scores and patterns, and see positions."""
+        """Hooks that refuse edits of scores and patterns, see positions, drop what the host keeps.
+
+        Returns:
+            Their handles.
+        """
         handles = self.rotate.listen() if isinstance(self.rotate, _Tables) else []
+        keepers = (b.attn for b in adapter.model.blocks if hasattr(b.attn, "_pattern"))
+        handles += [attn.register_forward_hook(_drop_pattern) for attn in keepers]
         for name, point in adapter.hooked_patterns().items():
             handles += guard(name, point)
         return handles
+
+
+def _drop_pattern(module: Any, args: Any, output: Any) -> None:
+    module._pattern = None
 
 
 def _hugging_face(attn: Any, layer: int) -> Scores:
@@ -256,7 +272,7 @@ def guard(name: str, point: nn.Module) -> list[Any]:
         seen[:] = [(args[0], version(args[0]))]
 
     def after(module: Any, args: Any, output: Tensor) -> None:
-        (given, was), same = seen[0], None
+        (given, was), same = seen.pop(), None
         if output is not given:  # equal, or not a number in both
             same = output.shape == given.shape and ((output == given) | (given != given)).all()
         if version(given) != was or not (same is None or bool(same)):

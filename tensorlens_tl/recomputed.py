@@ -35,6 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .linear_map import Frame, LinearMap
+from .primitives import Mix
 
 ROWS, COLUMNS, CELLS = 128, 1024, 2**17
 """Largest block, and the cells that all heads' blocks together may fill: half a MiB stays in the
@@ -123,6 +124,7 @@ class RecomputedMix(LinearMap):
         k: Float[Tensor, "batch pos kv_head d_query"],
         scores: Scores,
         d_head: int,
+        sinks: Float[Tensor, " head"] | None = None,
     ) -> RecomputedMix:
         """Keep queries and keys as the kernels want them, and compute lse.
 
@@ -132,6 +134,8 @@ class RecomputedMix(LinearMap):
             k: Likewise; fewer heads under grouped-query attention.
             scores: Scale, soft cap and mask.
             d_head: Width of one head's values.
+            sinks: Per head, a score beside those of the keys that takes its share of the softmax
+                and mixes nothing (attention sinks), or None.
 
         Returns:
             The map.
@@ -149,9 +153,12 @@ class RecomputedMix(LinearMap):
         keys = torch.nn.functional.pad(k.permute(0, 2, 3, 1), (0, 0, 0, 1), value=1.0)
         mix = cls(frame, queries.contiguous(), keys.contiguous(), scores, d_head)
         with torch.no_grad():
+            beside = None if sinks is None else sinks.to(q).view(mix.kv_heads, -1, 1)
             for _, _, heads, keys in mix._prompts():
-                for queries in heads:
-                    queries[:, -1] = -_log_sum_exp(queries, keys, scores)
+                for r, queries in enumerate(heads):
+                    lse = _log_sum_exp(queries, keys, scores)
+                    lse = lse if beside is None else torch.logaddexp(lse, beside[:, r])
+                    queries[:, -1] = -lse
         return mix
 
     @property
@@ -250,6 +257,15 @@ class RecomputedMix(LinearMap):
             keys=self.keys[:, kv : kv + 1],
         )
 
+    def tiles(self, prompt: int) -> Tiles:
+        """One prompt's pattern on its real tokens, to be made tile by tile."""
+        _, _, queries, keys = list(self._prompts())[prompt]
+        return Tiles(queries.transpose(0, 1), keys[:, None], self.scores)
+
+    def looks_ahead(self, prompt: int) -> bool:
+        """Whether a query sees a later key."""
+        return not self.scores.causal
+
     @torch.no_grad()
     def rows(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key_pos"]:
         """The pattern's rows at one destination per prompt.
@@ -260,22 +276,101 @@ class RecomputedMix(LinearMap):
         Returns:
             A[query]; zero where the prompt has no tokens.
         """
-        each = torch.arange(len(query), device=query.device)
-        q = self.queries[each, :, :, query].unflatten(1, (self.kv_heads, -1))
-        s = _capped(q[..., :-1] @ self.keys[:, :, :-1], self.scores) + q[..., -1:]
-        pos = torch.arange(self.frame.n_pos, device=query.device)
-        seen = self.frame.real & self.frame.real[each, query][:, None]
-        if self.scores.causal:
-            seen = seen & (pos <= query[:, None])
-        if self.scores.window is not None:
-            seen = seen & (pos > query[:, None] - self.scores.window)
-        return torch.where(seen[:, None], s.flatten(1, 2).exp(), 0)
+        found = self.frame.zeros(self.heads).mT
+        for prompt, (start, stop) in enumerate(self.frame.spans):
+            if start <= query[prompt] < stop:
+                row = self.tiles(prompt)[query[prompt : prompt + 1] - start, slice(None)]
+                found[prompt, :, start:stop] = row.flatten(0, 1)[:, 0]
+        return found
 
     @property
     def pattern(self) -> Float[Tensor, "batch head query_pos key_pos"]:
         """The whole pattern of this layer, recomputed now: heads × L² numbers, for plots."""
-        queries = torch.arange(self.frame.n_pos, device=self.queries.device)
-        return torch.stack([self.rows(q.expand(self.frame.batch)) for q in queries], 2)
+        n, found = self.frame.n_pos, self.frame.zeros(self.heads * self.frame.n_pos)
+        found = found.unflatten(2, (self.heads, n)).transpose(1, 2)
+        for prompt, (start, stop) in enumerate(self.frame.spans):
+            whole = self.tiles(prompt)[slice(None), slice(None)]
+            found[prompt, :, start:stop, start:stop] = whole.flatten(0, 1)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A prompt's pattern, of which ``tiles[to, source]`` makes a tile when it is asked for.
+
+    ``to`` are queries and ``source`` keys. A sweep flips that into its causal coordinates: keys and
+    queries where it pulls, reversed positions where it pushes; either way A is then 0 unless
+    to ≤ source < to + window.
+
+    Attributes:
+        queries: As ``RecomputedMix`` keeps them, by key/value head.
+        keys: Likewise.
+        scores: Soft cap and mask.
+        query_gain: Numbers that multiply the rows of queries, or None.
+        key_gain: Numbers that multiply the columns of keys, or None.
+        flip: "" , "pull" or "push".
+        dtype: Of the tiles, or None for that of the queries.
+    """
+
+    queries: Float[Tensor, "group repeat d_score pos"]
+    keys: Float[Tensor, "group 1 d_score pos"]
+    scores: Scores
+    query_gain: Float[Tensor, " pos"] | None = None
+    key_gain: Float[Tensor, " pos"] | None = None
+    flip: str = ""
+    dtype: torch.dtype | None = None
+
+    @torch.no_grad()
+    def __getitem__(
+        self, at: tuple[slice | Tensor, slice | Tensor]
+    ) -> Float[Tensor, "group repeat to source"]:
+        pull, scores = self.flip == "pull", self.scores
+        (i, rows, row_gain), (j, columns, column_gain) = zip(
+            at,
+            (self.keys, self.queries)[:: 1 if pull else -1],
+            (self.key_gain, self.query_gain)[:: 1 if pull else -1],
+            strict=True,
+        )
+        width = slice(None) if scores.soft_cap is None else slice(-1)
+        block = rows[..., width, i].mT @ columns[..., width, j]
+        if scores.soft_cap is not None:
+            lse = self.queries[..., -1:, j] if pull else self.queries[..., -1:, i].mT
+            _capped(block, scores).add_(lse)
+        if scores.causal:
+            pos = torch.arange(rows.shape[-1], device=rows.device)
+            ahead = pos[j] - pos[i][:, None] if self.flip else pos[i][:, None] - pos[j]
+            hidden = ahead < 0
+            hidden = hidden if scores.window is None else hidden | (ahead >= scores.window)
+            block.masked_fill_(hidden, -math.inf)
+        block.exp_()
+        for gain in (
+            None if row_gain is None else row_gain[i][:, None],
+            None if column_gain is None else column_gain[j],
+        ):
+            block = block if gain is None else block.mul_(gain)
+        return block if self.dtype is None else block.to(self.dtype)
+
+    def times(self, query_gain: Tensor | None = None, key_gain: Tensor | None = None) -> Tiles:
+        """With rows of queries or columns of keys multiplied by numbers [pos]."""
+
+        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return b if a is None else a if b is None else a * b
+
+        return replace(self, query_gain=both(self.query_gain, query_gain),
+                       key_gain=both(self.key_gain, key_gain))  # fmt: skip
+
+    def flipped(self, transposed: bool) -> Tiles:
+        """In the causal coordinates of a pull (transposed) or of a push."""
+        if transposed:
+            return replace(self, flip="pull")
+        parts = ("queries", "keys", "query_gain", "key_gain")
+        back = {name: getattr(self, name) for name in parts}
+        back = {name: None if x is None else x.flip(-1) for name, x in back.items()}
+        return replace(self, **back, flip="push")
+
+
+AnyMix = Mix | RecomputedMix
+"""Attention over positions, its pattern stored or recomputed."""
 
 
 class _Weighing(torch.autograd.Function):

@@ -481,7 +481,8 @@ def record(
             early = read[1] in adapter.before_edits
             add = point.register_forward_pre_hook if early else point.register_forward_hook
             handles.append(add(recorder.listen(read)))
-        logits = adapter.run(inputs, kwargs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and how.needs_grad):
+            logits = adapter.run(inputs, kwargs)
     finally:
         for handle in handles:
             handle.remove()

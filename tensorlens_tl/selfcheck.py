@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .linear_map import Frame, version
-from .primitives import Mix, Norm
-from .recomputed import RecomputedMix
+from .primitives import Norm
+from .recomputed import AnyMix
 from .weights import AttentionWeights, NormWeights
 
 
@@ -222,7 +222,7 @@ class SelfCheck:
         self,
         norm: Norm | None,
         x: Tensor,
-        mix: Mix | RecomputedMix,
+        mix: AnyMix,
         w: AttentionWeights,
         post: Norm | None,
     ) -> Tensor:

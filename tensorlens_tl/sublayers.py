@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .graph import Node
 from .linear_map import Chain, Frame, LinearMap, Sum
-from .primitives import Gate, Linear, Mix, Norm, Shift, gating_ratio, soft_cap_ratio, take_row
-from .recomputed import RecomputedMix
+from .primitives import Gate, Linear, Norm, Shift, gating_ratio, soft_cap_ratio, take_row
+from .recomputed import AnyMix
 from .sublayer import Sublayer
 from .weights import AttentionWeights, GatedMLPWeights, MLPWeights, UnembedWeights
 
@@ -50,7 +50,7 @@ class Attention(Sublayer):
 
     frame: Frame
     layer: int
-    mix: Mix | RecomputedMix
+    mix: AnyMix
     weights: AttentionWeights
     v_edit: Shift | None = None
     z_edit: Shift | None = None

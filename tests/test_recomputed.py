@@ -9,9 +9,11 @@ import torch
 from helpers import (
     ALL,
     N_CTX,
+    NATIVE,
     HookedTransformer,
     assert_close,
     build_hooked,
+    build_native,
     lens_of,
     quiet,
     randn_like,
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorlens_tl
-from tensorlens_tl import dot_test, recomputed
+from tensorlens_tl import baselines, dot_test, recomputed
 from tensorlens_tl.adapters import adapt
 from tensorlens_tl.linear_map import Frame
 from tensorlens_tl.primitives import Mix
@@ -87,19 +89,42 @@ def test_one_token_and_the_whole_context(case):
 
 
 @every_case
+def test_whatever_asks_for_the_pattern(case):
+    """Every split, edges, loadings, paths, sweeps, blocks, baselines: two ragged prompts."""
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    stored, lens = both(case.model(), tokens(), attention_mask=mask)
+    tol = case.tol()
+
+    def same(ask, what):
+        assert_close(ask(lens), ask(stored), tol, what)
+
+    for by in ("head", "edge", "order", "layer"):
+        same(lambda lens, by=by: lens.attribute(3, by=by).values, by)
+    for by in ("component", "head"):
+        same(lambda lens, by=by: lens.attribute(3, by=by, effect="total").values, f"total {by}")
+    for kind in ("norm", "in", "out", "in_out"):
+        same(lambda lens, kind=kind: lens.token_matrix(kind).values, kind)
+    part = "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"
+    same(lambda lens: lens.token_matrix("out", layers=part).values, "one layer")
+    same(lambda lens: lens.operator.block(-1, slice(5)), "block")
+    same(lambda lens: lens[1].operator.to_dense(), "dense")
+    same(lambda lens: lens[1].loadings(2, 3).values, "loadings")
+    for name in ("rollout", "alti"):
+        same(lambda lens, name=name: baselines.token_matrix(name, lens[0].capture), name)
+    if case.name in ("hooked-gpt2", "hooked-gemma2", "bridge-llama"):
+        same(lambda lens: torch.tensor([p.contribution for p in lens[0].paths(3, k=4)]).double(), "paths")
+
+
+@every_case
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(case, side):
     # In float64 the hosts with a float32 softmax give NaN themselves.
-    dtype = torch.float32 if side == "left" and case.float32_norms else torch.float64
+    dtype = torch.float32 if case.float32_norms else torch.float64
     tol, mask = case.tol(dtype), torch.ones(2, 7, dtype=torch.long)
     mask[1, 4:] = 0
     given = {"attention_mask": mask.flip(-1) if side == "left" else mask, "dtype": torch.float64}
-    try:
-        stored = capture(case.model(dtype), tokens(), **given)
-    except ValueError as refusal:
-        with pytest.raises(ValueError):
-            capture(case.model(dtype), tokens(), **given, pattern="recomputed")
-        pytest.skip(f"refused either way: {refusal}")
+    stored = capture(case.model(dtype), tokens(), **given)
     lens = capture(case.model(dtype), tokens(), **given, pattern="recomputed")
     assert_same_answers(lens, stored, tol)
     for one, other in zip(lens, stored, strict=True):
@@ -131,7 +156,7 @@ def test_low_precision_models(case):
 # --- Every mask, block size and number of probes --------------------------------------------------
 
 
-def slow_pattern(q, k, scores, spans):
+def slow_pattern(q, k, scores, spans, sinks=None):
     """Softmax over explicit scores [batch, head, query, key], padding rows zero."""
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
     s = torch.einsum("bqhd,bkhd->bhqk", q, k) * scores.scale
@@ -142,7 +167,9 @@ def slow_pattern(q, k, scores, spans):
         for i in range(start, stop):
             first = start if scores.window is None else max(start, i - scores.window + 1)
             seen = slice(first, i + 1 if scores.causal else stop)
-            out[b, :, i, seen] = s[b, :, i, seen].softmax(-1)
+            row = s[b, :, i, seen]
+            row = row if sinks is None else torch.cat((row, sinks[:, None]), -1)
+            out[b, :, i, seen] = row.softmax(-1)[:, : s[b, :, i, seen].shape[-1]]
     return out
 
 
@@ -164,19 +191,20 @@ def attentions(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(attentions(), st.sampled_from([(), (1,), (2, 3)]), st.integers(0, 3))
-def test_every_mask_block_and_number_of_probes(attention, many, seed):
+@given(attentions(), st.sampled_from([(), (1,), (2, 3)]), st.booleans(), st.integers(0, 3))
+def test_every_mask_block_and_number_of_probes(attention, many, with_sinks, seed):
     length, kv_heads, repeat, spans, scores, (rows, columns, cells) = attention
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64)  # noqa: E731
     frame = Frame(spans, length, torch.float64, torch.device("cpu"))
     q, k = randn(len(spans), length, kv_heads * repeat, 3), randn(len(spans), length, kv_heads, 3)
-    A = slow_pattern(q, k, scores, spans)
+    sinks = randn(kv_heads * repeat) if with_sinks else None
+    A = slow_pattern(q, k, scores, spans, sinks)
     slow = Mix(frame, A, kv_heads, 2)
     with pytest.MonkeyPatch.context() as patch:
         for name, size in (("ROWS", rows), ("COLUMNS", columns), ("CELLS", cells)):
             patch.setattr(recomputed, name, size)
-        mix = RecomputedMix.of(frame, q, k, scores, 2)
+        mix = RecomputedMix.of(frame, q, k, scores, 2, sinks)
         x = randn(*many, len(spans), length, kv_heads * 2)
         y = randn(*many, len(spans), length, kv_heads * repeat * 2)
         values = randn(len(spans), length, kv_heads * repeat)
@@ -198,6 +226,34 @@ def test_every_mask_block_and_number_of_probes(attention, many, seed):
         assert_close(ours, theirs, 1e-10, name)
     # What a mask hides is exactly zero, not small.
     assert bool((mix.pattern[A == 0] == 0).all())
+
+
+@settings(max_examples=100, deadline=None)
+@given(attentions(), st.booleans(), st.integers(0, 3))
+def test_every_tile_of_a_sweep(attention, transposed, seed):
+    """In causal coordinates: keys and queries of a pull, reversed queries and keys of a push."""
+    length, kv_heads, repeat, spans, scores, _ = attention
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64)  # noqa: E731
+    frame = Frame(spans, length, torch.float64, torch.device("cpu"))
+    q, k = randn(len(spans), length, kv_heads * repeat, 3), randn(len(spans), length, kv_heads, 3)
+    mix = RecomputedMix.of(frame, q, k, scores, 2)
+    (start, stop), prompt = spans[-1], len(spans) - 1
+    n = stop - start
+    A = slow_pattern(q, k, scores, spans)[prompt, :, start:stop, start:stop]
+    a, b = randn(n), randn(n)
+    A = (A * a[:, None] * b).unflatten(0, (kv_heads, repeat))
+    A = A.mT if transposed else A.flip(-2, -1)
+    tiles = mix.tiles(prompt).times(query_gain=a).times(key_gain=b).flipped(transposed)
+    first, last = sorted(torch.randint(0, n + 1, (2,), generator=generator).tolist())
+    some = torch.randint(0, n, (3,), generator=generator)
+    every = slice(None)
+    for to, source in ((every, every), (slice(first, last), slice(first, n)), (slice(last), some)):
+        found = tiles[to, source]
+        if found.numel():
+            assert_close(found + 1, A[:, :, to, source] + 1, 1e-10)
+    assert tiles.dtype is None and replace(tiles, dtype=torch.bfloat16)[every, every].dtype == (
+        torch.bfloat16)  # fmt: skip
 
 
 def test_extreme_scores_stay_finite():
@@ -272,6 +328,56 @@ def test_a_capture_keeps_and_uses_no_pattern():
     assert_close(a.values, stored.attribute(3, by="component").values, 1e-4)
 
 
+def test_a_sweep_keeps_to_tiles_and_the_plan_knows():
+    """Where folding the stored pattern does not fit the limit, tiles do."""
+    length = 800
+    if HookedTransformer is None:
+        model = build_native({**NATIVE["gpt2"], "n_ctx": length}, torch.float32)
+    else:
+        model = build_hooked({"n_ctx": length}, torch.float32)
+    stored, lens = both(model, tokens(1, length))
+    square = 4 * length**2  # heads × L² numbers
+    few = {"kind": "in_out", "target": 3, "layers": None, "memory_limit": 12 * square}
+    with pytest.raises(ValueError, match=r"memory_limit is .* smallest chunk"):
+        stored.token_matrix(**few)
+    with Largest() as largest:
+        matrix = lens.token_matrix(**few)
+    assert length**2 <= largest.numel < square / 2
+    assert_close(matrix.values, stored.token_matrix("in_out", 3).values, 1e-4)
+    plans = [x.plan("in_out", target=3) for x in (lens, stored)]
+    assert plans[0].peak_bytes < plans[1].peak_bytes and plans[0].flops > plans[1].flops
+    assert "forward pass computed them whole" in repr(plans[0])
+    assert "recomputed" not in repr(plans[1])
+
+
+@every_host
+def test_the_host_keeps_no_pattern(case):
+    """Neither a graph does, nor what some Bridges leave on their attention."""
+    model = case.model()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with quiet(), torch.enable_grad():
+        logits, lens = tensorlens_tl.capture(model, tokens(), pattern="recomputed")
+        assert torch.is_grad_enabled()
+    assert logits.grad_fn is None and lens.completeness_error <= case.tol()
+    assert all(getattr(block.attn, "_pattern", None) is None for block in model.blocks)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@needs_hooked
+def test_attention_sinks():
+    """A score beside the keys' takes its share and mixes nothing: rows sum to less than 1."""
+    model = build_hooked({}, torch.float64)
+    if not hasattr(model.cfg, "use_attention_sinks"):
+        return  # transformer_lens 2
+    model = build_hooked({"use_attention_sinks": True}, torch.float64)
+    for block in model.blocks:
+        block.attn.sinks.data = torch.linspace(-1, 3, 4).double()
+    stored, lens = both(model, tokens())
+    assert_same_answers(lens, stored, 1e-10)
+    assert 0 < stored.capture.blocks[0].attn.pattern.sum(-1).min() < 0.9
+
+
 # --- Edits, mistakes, refusals ----------------------------------------------------------------------
 
 
@@ -319,8 +425,8 @@ def test_other_edits_are_served_as_ever(case, name):
 @pytest.mark.parametrize("wrong", [{"scale": 0.4}, {"soft_cap": 0.5}, {"window": 2}], ids=str)
 def test_a_wrong_score_is_found_by_the_self_check(case, wrong, monkeypatch):
     of = RecomputedMix.of
-    monkeypatch.setattr(RecomputedMix, "of", lambda frame, q, k, scores, d: of(
-        frame, q, k, replace(scores, **wrong), d))  # fmt: skip
+    monkeypatch.setattr(RecomputedMix, "of", lambda frame, q, k, scores, d, sinks: of(
+        frame, q, k, replace(scores, **wrong), d, sinks))  # fmt: skip
     with pytest.raises(
         CaptureMismatchError, match=r'attention with a recomp.*pattern="stored".* mixing'
     ):
@@ -342,7 +448,7 @@ def test_what_cannot_be_recomputed_is_refused(case):
 
 
 @needs_hooked
-@pytest.mark.parametrize("flag", ["use_attention_sinks", "use_logn_attn", "use_qk_norm"])
+@pytest.mark.parametrize("flag", ["use_logn_attn", "use_qk_norm"])
 def test_scores_that_no_hook_shows_are_refused(flag, monkeypatch):
     model = build_hooked({}, torch.float64)
     monkeypatch.setattr(model.cfg, flag, True, raising=False)
