@@ -1,6 +1,6 @@
 """Attention over positions without its pattern: the pull beside the gradient of fused attention.
 
-``python benchmarks/recomputed.py [--rounds 15] [--threads 1] [--lengths 512 1024 2048 4096]``
+``python benchmarks/recomputed.py [--quick] [--rounds 15] [--threads 1] [--lengths 512 … 4096]``
 
 One layer of GPT-2-small shape (12 heads of 64), and the same with 4 key/value heads. The peer is
 torch's scaled-dot-product attention differentiated by its values: the graph is built once, outside
@@ -8,19 +8,24 @@ the clock, and one backward pass is timed per probe (for 8 probes, the better of
 pass over a batch of 8). Under grouped queries the peer takes ``enable_gqa`` or repeated keys and
 values, whichever is faster. Everything runs once a round; the median of the per-round ratios, with
 quartiles, stands beside the peer against itself. Rounds are fewer at the longest lengths (printed).
-The error is against a float64 pattern, row block by row block.
+The error is against a float64 pattern, row block by row block. At the end two fresh processes tell
+their high-water marks: one pulls and pushes, one stores the pattern. ``--json PATH`` keeps all.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from timing import interleave, ratio
 from torch.nn.functional import scaled_dot_product_attention as fused
 
-from tensorlens_tl import recomputed
 from tensorlens_tl.linear_map import Frame
+from tensorlens_tl.primitives import Mix
 from tensorlens_tl.recomputed import RecomputedMix, Scores
 
 HEADS, D_HEAD, PROBES = 12, 64, 8
@@ -62,12 +67,30 @@ def peers(q, k, v, kv_heads):
     return found
 
 
-def bench(length, kv_heads, rounds):
+def inputs(length, kv_heads):
     torch.manual_seed(0)
     frame = Frame(((0, length),), length, torch.float32, torch.device("cpu"))
     q = torch.randn(1, length, HEADS, D_HEAD)
     k, v = torch.randn(2, 1, length, kv_heads, D_HEAD)
     y = torch.randn(PROBES, 1, length, HEADS * D_HEAD)
+    return frame, q, k, v, y
+
+
+def peak(length, what):
+    """High-water mark in MiB of this process after a pull and a push, or a stored pattern's."""
+    frame, q, k, v, y = inputs(length, HEADS)
+    if what != "nothing":
+        mix = RecomputedMix.of(frame, q, k, Scores(D_HEAD**-0.5), D_HEAD)
+        mix = Mix(frame, mix.pattern, HEADS, D_HEAD) if what == "stored" else mix
+        mix.apply_t(y[0])
+        mix.apply(v.flatten(2))
+    # The mark of getrusage outlives exec: a child would begin with its parent's.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def bench(length, kv_heads, rounds):
+    frame, q, k, v, y = inputs(length, kv_heads)
     mix = RecomputedMix.of(frame, q, k, Scores(D_HEAD**-0.5), D_HEAD)
     us = y.view(PROBES, 1, length, HEADS, D_HEAD).transpose(2, 3)
     graphs = peers(q, k, v, kv_heads)
@@ -105,36 +128,29 @@ def bench(length, kv_heads, rounds):
     print(
         f"\n{length} tokens, {HEADS} heads, {kv_heads} key/value heads; {rounds} rounds; {kernel}"
     )
-    ok = True
+    row = {"length": length, "kv_heads": kv_heads, "rounds": rounds, "kernel": kernel}
     for probes in (1, PROBES):
         names = [n for n in times if n.startswith(f"{probes}:") and not n.endswith("again")]
         peer = min(names, key=total.__getitem__)
         middle, low, high = ratio(times, peer, f"pull {probes}")
-        good = middle >= BARS[probes]
-        ok &= good
-        ms = sorted(times[f"pull {probes}"])[rounds // 2] * 1e3
+        seconds = sorted(times[f"pull {probes}"])[rounds // 2]
+        rate = HEADS * length**2 * (D_HEAD + 1 + probes * D_HEAD) / seconds / 1e9
+        row[f"pull {probes}"] = middle, low, high
         print(
-            f"  pull, {probes} probe(s): {ms:8.1f} ms, {middle:5.2f}× ({low:.2f}–{high:.2f}) faster "
-            f"than {peer[3:]}; bar {BARS[probes]:g}  {'ok' if good else 'MISSED'}"
+            f"  pull, {probes} probe(s): {seconds * 1e3:8.1f} ms, {rate:.0f} Gflop/s, {middle:5.2f}× "
+            f"({low:.2f}–{high:.2f}) faster than {peer[3:]}; bar {BARS[probes]:g}  "
+            f"{'ok' if middle >= BARS[probes] else 'MISSED'}"
         )
     peer = min(graphs, key=lambda name: total[f"1: {name}"])
     for label, a, b in (
         ("the peer against itself", f"1: {peer} again", f"1: {peer}"),
-        ("push against the fused forward", "fused forward", "push"),
-        ("keeping q, k, lse against the fused forward", "lse", "fused forward"),
+        ("the fused forward over the push", "fused forward", "push"),
+        ("keeping q, k, lse over the fused forward", "lse", "fused forward"),
     ):
-        middle, low, high = ratio(times, a, b)
+        row[label] = middle, low, high = ratio(times, a, b)
         print(f"  {label}: {middle:.2f} ({low:.2f}–{high:.2f})")
-    flops = 2 * HEADS * length**2 / 2
-    for probes in (1, PROBES):
-        work = flops * (D_HEAD + 1 + probes * D_HEAD)
-        seconds = sorted(times[f"pull {probes}"])[rounds // 2]
-        print(f"  rate, {probes} probe(s): {work / seconds / 1e9:.0f} Gflop/s")
     print(f"  error against float64: {errors[0]:.0e}, the peer's {errors[1]:.0e}")
-    cells = recomputed.ROWS * recomputed.COLUMNS
-    print(f"  largest block of A: {cells * 4 / 2**20:.2f} MiB, the pattern has "
-          f"{HEADS * length**2 * 4 / 2**20:.0f} MiB")  # fmt: skip
-    return ok
+    return {**row, "error": errors[0], "error of the peer": errors[1]}
 
 
 def main() -> int:
@@ -142,20 +158,43 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--quick", action="store_true", help="5 rounds, up to 1024 tokens")
+    parser.add_argument("--json", help="where to write the table")
+    parser.add_argument("--peak", nargs=2, metavar=("LENGTH", "WHAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    if args.peak:
+        print(peak(int(args.peak[0]), args.peak[1]))
+        return 0
+    if args.quick:
+        args.rounds, args.lengths = 5, [n for n in args.lengths if n <= 1024]
     work = torch.randn(2, 1024, 1024)
-    times = interleave({"product": lambda: work[0] @ work[1]}, args.rounds)["product"]
-    print(
-        f"a [1024, 1024] product runs at {2 * 1024**3 / sorted(times)[args.rounds // 2] / 1e9:.0f} Gflop/s"
-    )
-    ok = True
-    with torch.no_grad():
-        for length in args.lengths:
-            for kv_heads in (HEADS, 4):
-                rounds = max(5, args.rounds * 1024 // length) if length > 1024 else args.rounds
-                ok &= bench(length, kv_heads, rounds)
-    return 0 if ok else 1
+    product = interleave({"": lambda: work[0] @ work[1]}, args.rounds)[""]
+    speed = 2 * 1024**3 / sorted(product)[args.rounds // 2] / 1e9
+    print(f"a [1024, 1024] product runs at {speed:.0f} Gflop/s")
+    rows = []
+    for length in args.lengths:
+        for kv_heads in (HEADS, 4):
+            rounds = max(5, args.rounds * 1024 // length) if length > 1024 else args.rounds
+            rows.append(bench(length, kv_heads, rounds))
+    length = args.lengths[-1]
+    marks = {
+        what: float(subprocess.run(
+            [sys.executable, __file__, "--peak", str(length), what],
+            check=True, capture_output=True, text=True).stdout)
+        for what in ("nothing", "recomputed", "stored")
+    }  # fmt: skip
+    size = HEADS * length**2 * 4 / 2**20
+    print(f"\nmemory beyond the inputs at {length} tokens (the pattern has {size:.0f} MiB):")
+    for what in ("recomputed", "stored"):
+        print(f"  {what}: {marks[what] - marks['nothing']:.0f} MiB")
+    small = marks["recomputed"] - marks["nothing"] < size / 4 or length < 1024
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"rows": rows, "MiB": marks, "product Gflop/s": speed}, file, indent=1)
+    bars = all(row[f"pull {n}"][0] >= bar for row in rows for n, bar in BARS.items())
+    return 0 if bars and small else 1
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ and lse[q] their log-sum-exp, so nothing of size heads × L² needs to exist:
    way a block of rows collects its own result, and the probes stand side by side in the values.
 5. Every prompt runs over its own real tokens: padding is never read and stays 0.
 6. The query heads of a key/value head are served in turn, so keys and values are not repeated.
+7. A sweep of many vectors (``contraction``) takes the pattern in ``Tiles`` instead, a few rows of
+   all heads at a time; norms on either side multiply a tile's rows and columns.
+
+Attention sinks are one more score per head in lse, and nothing else.
 
 Flops per head: L² (d_head + 1) for the scores plus P L² d_head for P probes (half of that would be
 the causal triangle, and is: 2 · L²/2 multiply-adds each), and L²/2 exponentials, once for all
@@ -37,8 +41,8 @@ from torch import Tensor
 from .linear_map import Frame, LinearMap
 from .primitives import Mix
 
-ROWS, COLUMNS, CELLS = 128, 1024, 2**17
-"""Largest block, and the cells that all heads' blocks together may fill: half a MiB stays in the
+ROWS, COLUMNS, CELLS = 128, 2048, 2**18
+"""Largest block, and the cells that all heads' blocks together may fill: a MiB stays in the
 cache of a CPU core."""
 ACCELERATOR = 512, 4096, 2**26
 """The same where launching a kernel is what costs."""
@@ -423,7 +427,7 @@ def _mix(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores, pull
         c = h.stop - first
         v = side[:c].copy_(values[r, :, h].permute(1, 2, 0, 3)).flatten(2)
         rows, columns = (k[h, width], q[r, h, width]) if pull else (q[r, h, width], k[h, width])
-        rows = rows.mT.contiguous()  # as a matrix product wants its left side
+        rows = rows.mT  # a copy in that order costs more than the product gains
         for start in range(0, length, height):
             i = slice(start, min(start + height, length))
             left, right = scores.reach(i.start, i.stop, length, pull)

@@ -53,9 +53,9 @@ class Recorder:
         layer, key = read
 
         def hook(module: Any, args: Any, output: Tensor | None = None) -> None:
-            output = args[0] if output is None else output  # before the module, or after it
-            self.sources[read] = output, version(output)
-            self.reads[read] = self._clean(read, self.frame.cast(output))
+            seen: Tensor = args[0] if output is None else output  # before the module, or after it
+            self.sources[read] = seen, version(seen)
+            self.reads[read] = self._clean(read, self.frame.cast(seen))
             if key == "resid_post" and layer is not None:
                 self.freeze_block(layer)
 

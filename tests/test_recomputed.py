@@ -113,7 +113,10 @@ def test_whatever_asks_for_the_pattern(case):
     for name in ("rollout", "alti"):
         same(lambda lens, name=name: baselines.token_matrix(name, lens[0].capture), name)
     if case.name in ("hooked-gpt2", "hooked-gemma2", "bridge-llama"):
-        same(lambda lens: torch.tensor([p.contribution for p in lens[0].paths(3, k=4)]).double(), "paths")
+        same(
+            lambda lens: torch.tensor([p.contribution for p in lens[0].paths(3, k=4)]).double(),
+            "paths",
+        )
 
 
 @every_case
