@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .attribution import Sweep, attribute, attribute_many
+from .blocks import PLANNED
 from .capturing import Capture, Convention
-from .collapse import TokenMatrix, plan_token_matrix, token_matrix
+from .collapse import KINDS, TokenMatrix, plan_token_matrix, token_matrix
 from .composer import FrozenTransformer
 from .differences import check_comparable, difference, fixed_baseline
 from .graph import Edge, Node
@@ -432,7 +433,8 @@ class TensorLens:
         """What a contraction will cost, before it runs: time, flops, peak memory, chunks.
 
         Args:
-            what: A kind of :meth:`token_matrix`.
+            what: A kind of :meth:`token_matrix`; or "block", "to_dense" or "frobenius_norm" of the
+                operator.
             **arguments: The same that would be given to it.
 
         Returns:
@@ -441,6 +443,10 @@ class TensorLens:
         Raises:
             ValueError: If the call itself would be refused.
         """
+        if what in PLANNED:
+            return self.operator.plan(what, **arguments)
+        if what not in KINDS:
+            raise ValueError(f"expected one of {', '.join((*KINDS, *PLANNED))}, got {what!r}")
         return plan_token_matrix(self.capture, self.operator, what, **arguments)
 
     # --- In a file
