@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from operator import index as operator_index
 from types import SimpleNamespace
 from typing import overload
 
@@ -71,8 +72,11 @@ class Frame:
         Raises:
             ValueError: If a prompt has no such position.
         """
-        if not isinstance(pos, int):
-            raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
+        try:
+            pos = operator_index(pos)  # NumPy's integers and tensors of one, too
+        except TypeError:
+            message = f"expected a position as an integer, got {pos!r}: −1 is the last"
+            raise ValueError(message) from None
         for prompt, (start, stop) in enumerate(self.spans):
             if not start - stop <= pos < stop - start:
                 raise ValueError(

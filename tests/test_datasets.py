@@ -83,9 +83,9 @@ def test_refusals():
         tensorlens_tl.attribute(model, prompts(), [1, 2])
     with pytest.raises(ValueError, match="one of versus per prompt, 5, or one for all, got 1"):
         tensorlens_tl.attribute(model, prompts(), 1, [2])
-    with pytest.raises(ValueError, match="batch_size ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size as an integer ≥ 1, got 0"):
         tensorlens_tl.attribute(model, prompts(), batch_size=0)
-    with pytest.raises(ValueError, match="k ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="k as an integer ≥ 1, got 0"):
         tensorlens_tl.attribute(model, prompts(2)).top(0)
 
 
