@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -249,7 +250,9 @@ class TensorLens:
         sweep = self._sweep(target, versus, pos)
         if baseline is None:
             if at != "clean":
-                raise ValueError(f"expected a baseline to go with at={at!r}, got none: leave at out")
+                raise ValueError(
+                    f"expected a baseline to go with at={at!r}, got none: leave at out"
+                )
             return attribute(sweep, by, effect)
         if effect != "direct":
             raise ValueError(f"expected effect to be direct with a baseline, got {effect!r}")
@@ -287,15 +290,18 @@ class TensorLens:
         self._check_unchanged()
         if isinstance(targets, str):
             raise ValueError(f"expected a list of targets, got {targets!r}: put it in a list")
-        one = isinstance(pos, int) or getattr(pos, "ndim", None) == 0
-        places = [pos] if one else list(pos)
+        one = isinstance(pos, Integral)
+        places: list[Any] = [pos] if one else list(cast("Sequence[int]", pos))
         goals = [None] * len(places) if targets is None else list(targets)
         places = places * len(goals) if one else places
-        others = list(versus) if isinstance(versus, list | tuple) else [versus] * len(goals)
+        others: list[Any] = (
+            list(versus) if isinstance(versus, list | tuple) else [versus] * len(goals)
+        )
         if not goals or len(goals) != len(places) or len(goals) != len(others):
             raise ValueError(
                 f"expected as many positions as targets, and at least one, got {len(places)} and "
-                f"{len(goals)}" + (f", and {len(others)} versus" if len(others) != len(goals) else "")
+                f"{len(goals)}"
+                + (f", and {len(others)} versus" if len(others) != len(goals) else "")
             )
         resolved = list(map(self._goal, goals, others, places))
         return tuple(attribute_many(self.capture, self.operator, resolved, by, effect))

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from html import escape
-from operator import index as operator_index
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -325,12 +325,10 @@ def at_least_one(number: Any, name: str) -> int:
     Raises:
         ValueError: If it is no integer, or below 1.
     """
-    try:
-        if isinstance(number, bool) or operator_index(number) < 1:
-            raise TypeError
-        return operator_index(number)
-    except TypeError:
-        raise ValueError(f"expected {name} as an integer ≥ 1, got {number!r}") from None
+    count = number if isinstance(number, Integral) and not isinstance(number, bool) else 0
+    if count < 1:
+        raise ValueError(f"expected {name} as an integer ≥ 1, got {number!r}")
+    return int(count)
 
 
 def _beside(rows: list[tuple[Node | Edge, float]], name: str) -> str:

@@ -48,6 +48,12 @@ class Target:
 
         Of two functionals that are equal up to rounding it is exactly 0: what their covectors leave,
         at most 10 eps (‖a‖ + ‖b‖), says nothing.
+
+        Args:
+            other: What is subtracted.
+
+        Returns:
+            The difference.
         """
         names = (f"{a} − {b}" for a, b in zip(self.name, other.name, strict=True))
         covector, constant = self.covector - other.covector, self.constant - other.constant
