@@ -115,7 +115,8 @@ def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attrib
         ValueError: If ``by`` or ``effect`` is none of these, or ``by`` has no total effect.
     """
     if by not in BY:
-        raise ValueError(f"expected by to be one of {', '.join(BY)}, got {by!r}")
+        remedy = ": no model with experts can be frozen yet" if by == "expert" else ""
+        raise ValueError(f"expected by to be one of {', '.join(BY)}, got {by!r}{remedy}")
     if effect not in ("direct", "total"):
         raise ValueError(f"expected effect to be direct or total, got {effect!r}")
     if effect == "total" and by not in TOTALS:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +27,7 @@ from .paths import MAX_EXPANSIONS, Paths, find_paths
 from .planning import Plan
 from .results import Attribution
 from .saving import load_capture, save_capture
-from .targets import TargetLike, own_prediction, resolve_target
+from .targets import Target, TargetLike, own_prediction, resolve_target
 
 KEPT_SWEEPS = 2
 """Targets whose covectors a lens keeps: about two residual streams of floats each."""
@@ -249,6 +250,10 @@ class TensorLens:
         """
         sweep = self._sweep(target, versus, pos)
         if baseline is None:
+            if at != "clean":
+                raise ValueError(
+                    f"expected a baseline to go with at={at!r}, got none: leave at out"
+                )
             return attribute(sweep, by, effect)
         if effect != "direct":
             raise ValueError(f"expected effect to be direct with a baseline, got {effect!r}")
@@ -264,6 +269,7 @@ class TensorLens:
         pos: int | Sequence[int] = -1,
         by: str = "token",
         effect: str = "direct",
+        versus: TargetLike | Sequence[TargetLike] = None,
     ) -> tuple[Attribution, ...]:
         """Split many targets at once: one batched sweep, in chunks that bound memory.
 
@@ -274,6 +280,7 @@ class TensorLens:
                 model's own predictions at the first n positions.
             by: As in :meth:`attribute`.
             effect: As in :meth:`attribute`.
+            versus: Subtracted from the targets: a list with one for each, one for all, or None.
 
         Returns:
             One attribution per target.
@@ -282,14 +289,22 @@ class TensorLens:
             ValueError: If there are none, or not as many targets as positions.
         """
         self._check_unchanged()
-        places = [pos] if isinstance(pos, int) else list(pos)
+        if isinstance(targets, str):
+            raise ValueError(f"expected a list of targets, got {targets!r}: put it in a list")
+        one = isinstance(pos, Integral)
+        places: list[Any] = [pos] if one else list(cast("Sequence[int]", pos))
         goals = [None] * len(places) if targets is None else list(targets)
-        places = places * len(goals) if isinstance(pos, int) else places
-        if not goals or len(goals) != len(places):
+        places = places * len(goals) if one else places
+        others: list[Any] = (
+            list(versus) if isinstance(versus, list | tuple) else [versus] * len(goals)
+        )
+        if not goals or len(goals) != len(places) or len(goals) != len(others):
             raise ValueError(
-                f"expected as many positions as targets, and at least one, got {len(places)} and {len(goals)}"
+                f"expected as many positions as targets, and at least one, got {len(places)} and "
+                f"{len(goals)}"
+                + (f", and {len(others)} versus" if len(others) != len(goals) else "")
             )
-        resolved = [resolve_target(self.capture, *goal) for goal in zip(goals, places, strict=True)]
+        resolved = list(map(self._goal, goals, others, places))
         return tuple(attribute_many(self.capture, self.operator, resolved, by, effect))
 
     def loadings(
@@ -328,15 +343,23 @@ class TensorLens:
     ) -> Sweep:
         """The sweep of a target: kept for the latest few, so that asking again costs none."""
         self._check_unchanged()
-        goal = resolve_target(self.capture, target, pos, predicted)
-        if versus is not None:
-            goal = goal.minus(resolve_target(self.capture, versus, pos))
+        goal = self._goal(target, versus, pos, predicted)
         for sweep in self._sweeps:
             if sweep.target.same(goal):
                 return sweep
         self._sweeps.append(Sweep(self.capture, self.operator, goal))
         del self._sweeps[:-KEPT_SWEEPS]
         return self._sweeps[-1]
+
+    def _goal(
+        self,
+        target: TargetLike,
+        versus: TargetLike,
+        pos: int,
+        predicted: Int[Tensor, " batch"] | None = None,
+    ) -> Target:
+        goal = resolve_target(self.capture, target, pos, predicted)
+        return goal if versus is None else goal.minus(resolve_target(self.capture, versus, pos))
 
     @cached_property
     def _sweeps(self) -> list[Sweep]:
@@ -379,20 +402,11 @@ class TensorLens:
                 does not exist, or k < 1.
         """
         self._check_unchanged()
-        goal = resolve_target(self.capture, target, pos)
-        if versus is not None:
-            goal = goal.minus(resolve_target(self.capture, versus, pos))
+        goal = self._goal(target, versus, pos)
         return find_paths(
-            self.capture,
-            self.operator,
-            goal,
-            k,
-            from_token,
-            by_position,
-            constants,
-            max_expansions,
-            memory_limit,
-        )
+            self.capture, self.operator, goal, k, from_token, by_position, constants,
+            max_expansions, memory_limit,
+        )  # fmt: skip
 
     def token_matrix(
         self,
