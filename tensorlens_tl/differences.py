@@ -156,7 +156,9 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
     if at not in ("clean", "corrupted"):
         raise ValueError(f"expected at to be clean or corrupted, got {at!r}")
     if by == "edge":
-        ours, theirs = (Writers.of(s.operator, s.capture.embeddings) for s in (clean, baseline))
+        ours, theirs = (
+            Writers.of(s.operator, s.capture.embeddings, s.target.query) for s in (clean, baseline)
+        )
         found = by_edge(clean if at == "clean" else baseline, ours.minus(theirs), own=False)
         return replace(found, target=_names(clean),
                        target_value=clean.target.value - baseline.target.value)  # fmt: skip

@@ -32,7 +32,7 @@ def nothing(monkeypatch):
         object.__setattr__(operator, "run_final", capture.resid_final)
         return operator
 
-    def pull(self, u):
+    def pull(self, u, query=None):
         shares = {"ln_final.b": (u * final(self)).sum(-1)}
         zero = torch.zeros_like(u)
         kept = []
