@@ -116,7 +116,7 @@ def test_work_is_cut_where_memory_is_short():
     assert len(job.chunks(job.peak(job.blocks(32), 32) - 1)) > 1
 
 
-@pytest.mark.skipif(CASES.get("hooked-gpt2") is None, reason="hooks on patterns, in one class")
+@pytest.mark.offered("hooked-gpt2" in CASES)
 def test_a_pattern_that_looks_ahead():
     """A user's own pattern need not be causal: then nothing is truncated."""
     case = CASES["hooked-gpt2"]
