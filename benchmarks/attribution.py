@@ -1,12 +1,14 @@
 """All node and edge scores of one target, beside a forward pass and beside the peers' way.
 
-``python benchmarks/attribution.py [--rounds 15] [--threads 1] [--pos 128]``
+``python benchmarks/attribution.py [--quick] [--rounds 15] [--threads 1] [--pos 128] [--json FILE]``
 
 GPT-2-small shapes with random weights. Ours, after a capture: every writer's output, one transposed
 sweep, and all writer → reader edges, as ``lens.attribute(by="edge")`` gives them, on a lens that
 has not been asked anything before. Beside it a forward pass that stops before the unembedding, and
 itself. The peers' way is edge attribution by hooks: a forward pass with the query, key and value
-inputs split per head and every head's result kept, one backward pass, and the same products.
+inputs split per head, one backward pass, and the same products, with every head's output computed
+from z and W_O as ours is; "and attn_result" lets the host compute and keep them instead, as
+``use_attn_result`` does, which is slower.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import warnings
 
 import torch
@@ -22,14 +25,16 @@ from timing import interleave, ratio
 
 import tensorlens_tl
 
-FORWARD, EDGES, PEERS = "forward, no unembedding", "writers + sweep + edges", "split-qkv + backward"
+FORWARD, EDGES = "forward, no unembedding", "writers + sweep + edges"
+PEERS, SLOW_PEERS = "split-qkv + backward", "  and attn_result"
 BAR, PEERS_BAR = 1.15, 4.5
 
 
 @contextlib.contextmanager
-def split(model):
-    """The flags under which a hook sees every head's own inputs and result."""
-    setters = (model.set_use_split_qkv_input, model.set_use_hook_mlp_in, model.set_use_attn_result)
+def split(model, results):
+    """The flags under which a hook sees every head's own inputs, and its result where asked for."""
+    setters = [model.set_use_split_qkv_input, model.set_use_hook_mlp_in]
+    setters += [model.set_use_attn_result] * results
     try:
         for setter in setters:
             setter(True)
@@ -39,12 +44,16 @@ def split(model):
             setter(False)
 
 
-def peers_way(model, ids):
+def peers_way(model, ids, results=False):
     """Edge attribution: a forward pass with split inputs, one backward pass, products per layer."""
     written, read = [], []
 
     def writer(t, hook):
         written.append(t.detach() if t.ndim == 4 else t.detach()[:, :, None])
+
+    def heads(t, hook):
+        W_O = model.blocks[hook.layer()].attn.W_O
+        written.append(torch.einsum("bqhe,hed->bqhd", t.detach(), W_O))
 
     def reader(t, hook):
         t.retain_grad()
@@ -54,11 +63,14 @@ def peers_way(model, ids):
     for layer in range(SHAPE["n_layers"]):
         block = f"blocks.{layer}"
         hooks += [(f"{block}.hook_{name}_input", reader) for name in "qkv"]
-        hooks += [(f"{block}.attn.hook_result", writer), (f"{block}.hook_mlp_out", writer)]
+        hooks.append(
+            (f"{block}.attn.hook_result", writer) if results else (f"{block}.attn.hook_z", heads)
+        )
+        hooks.append((f"{block}.hook_mlp_out", writer))
         hooks.append((f"{block}.hook_mlp_in", reader))
     # one leaf that requires a gradient is enough for a graph of activations alone
     start = ("hook_embed", lambda t, hook: t.detach().requires_grad_())
-    with torch.enable_grad(), split(model):
+    with torch.enable_grad(), split(model, results):
         logits = model.run_with_hooks(ids, fwd_hooks=[start, *hooks])
         (logits[0, -1, 7] - logits[0, -1, 8]).backward()
     outputs = torch.cat(written, 2)[0].transpose(0, 1).flatten(1)
@@ -74,7 +86,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pos", type=int, default=128)
+    parser.add_argument("--quick", action="store_true", help="3 rounds")
+    parser.add_argument("--json", help="where to write the ratios")
     args = parser.parse_args()
+    args.rounds = 3 if args.quick else args.rounds
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     generator = torch.Generator().manual_seed(0)
@@ -99,6 +114,7 @@ def main() -> int:
             EDGES: lambda: lens[0].attribute(7, 8, by="edge"),
             "four splits of one target": several,
             PEERS: lambda: peers_way(model, ids),
+            SLOW_PEERS: lambda: peers_way(model, ids, results=True),
         }
         times = interleave(contenders, args.rounds)
         edges = lens.attribute(7, 8, by="edge")
@@ -116,6 +132,11 @@ def main() -> int:
     verdict = "ok" if faster >= PEERS_BAR else "MISSED"
     print(f"faster than {PEERS}: {faster:.2f} ({low:.2f}–{high:.2f})   ≥ {PEERS_BAR}  {verdict}")
     middle = ratio(times, EDGES, FORWARD)[0]
+    if args.json:
+        rows = {label: ratio(times, label, FORWARD) for label in contenders if label != FORWARD}
+        found = {"pos": args.pos, "rounds": args.rounds, "over a forward": rows, PEERS: faster}
+        with open(args.json, "w") as file:
+            json.dump(found, file, indent=1)
     return 0 if middle <= BAR and faster >= PEERS_BAR else 1
 
 

@@ -62,12 +62,14 @@ class Sweep:
     @cached_property
     def trace(self) -> Trace:
         """The transposed sweep: covectors, and every constant's share ⟨covector, constant⟩."""
-        return self.operator.pull(_spread([self])[0])
+        return self.operator.pull(_spread([self])[0], self.target.query)
 
     @classmethod
     def all(cls, sweeps: Sequence[Sweep]) -> None:
         """Sweep for many targets of one run at once."""
-        trace = sweeps[0].operator.pull(_spread(sweeps))
+        query = sweeps[0].target.query
+        same = all(torch.equal(sweep.target.query, query) for sweep in sweeps)
+        trace = sweeps[0].operator.pull(_spread(sweeps), query if same else None)
         for i, sweep in enumerate(sweeps):
             vars(sweep)["trace"] = trace[i]  # where cached_property looks
 
@@ -115,7 +117,8 @@ def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attrib
         ValueError: If ``by`` or ``effect`` is none of these, or ``by`` has no total effect.
     """
     if by not in BY:
-        raise ValueError(f"expected by to be one of {', '.join(BY)}, got {by!r}")
+        remedy = ": no model with experts can be frozen yet" if by == "expert" else ""
+        raise ValueError(f"expected by to be one of {', '.join(BY)}, got {by!r}{remedy}")
     if effect not in ("direct", "total"):
         raise ValueError(f"expected effect to be direct or total, got {effect!r}")
     if effect == "total" and by not in TOTALS:
@@ -135,7 +138,9 @@ def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attrib
     elif by == "order":
         _orders(sweep, rows)
     elif by == "edge":
-        return by_edge(sweep, Writers.of(sweep.operator, sweep.capture.embeddings))
+        return by_edge(
+            sweep, Writers.of(sweep.operator, sweep.capture.embeddings, sweep.target.query)
+        )
     else:
         _direct(sweep, rows, "component" if by == "layer" else by)
     whole = effect == "direct" and by != "order"

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .contraction import Reduction, Sweep, squares, states
 from .linear_map import DENSE_LIMIT, LinearMap
+from .planning import Plan, make_plan, memory_budget
+
+PLANNED = ("block", "to_dense", "frobenius_norm")
 
 Positions = int | slice | None
 """A position among the real tokens (−1 is the last), a slice of them, or None for all."""
@@ -85,7 +88,7 @@ class Contractible(LinearMap):
                 "the prompts differ in how many positions that takes, expected equally many: take "
                 "one prompt with lens[i]"
             )
-        blocks = torch.stack(found)
+        blocks = found[0][None] if len(found) == 1 else torch.stack(found)
         blocks = blocks.squeeze(3) if isinstance(key_pos, int) else blocks
         return blocks.squeeze(1) if isinstance(query_pos, int) else blocks
 
@@ -114,10 +117,45 @@ class Contractible(LinearMap):
         """‖T‖_F of every prompt: d_model pulls per position."""
         found = []
         for prompt, (start, stop) in enumerate(self.frame.spans):
-            every = list(range(stop - start))
-            total = self._every(prompt, every, True, self.out_dim, squares(), memory_limit)
+            total = self._every(prompt, list(range(stop - start)), True, squares(), memory_limit)
             found.append(total.sum().sqrt())
         return torch.stack(found)
+
+    def plan(
+        self,
+        what: str = "block",
+        query_pos: Positions = None,
+        key_pos: Positions = None,
+        memory_limit: int | None = None,
+    ) -> Plan:
+        """What :meth:`block`, :meth:`to_dense` or :meth:`frobenius_norm` would cost.
+
+        Args:
+            what: "block", "to_dense" or "frobenius_norm".
+            query_pos: As :meth:`block` would be given it.
+            key_pos: Likewise.
+            memory_limit: Likewise.
+
+        Returns:
+            The plan; nothing has run but products that measure the machine.
+
+        Raises:
+            ValueError: If the call itself would be refused, or there is no such call.
+        """
+        if what not in PLANNED:
+            raise ValueError(f"expected one of {', '.join(PLANNED)}, got {what!r}")
+        jobs = []
+        for prompt, (start, stop) in enumerate(self.frame.spans):
+            query = _positions(query_pos, stop - start, "query_pos", prompt)
+            key = _positions(key_pos, stop - start, "key_pos", prompt)
+            pull = len(query) <= len(key) or what == "frobenius_norm"
+            dim, wide = (self.out_dim, self.in_dim) if pull else (self.in_dim, self.out_dim)
+            reduce = squares() if what == "frobenius_norm" else states(wide)
+            at = torch.tensor(query if pull else key, device=self.frame.device)
+            jobs.append(Sweep(self.map, prompt, pull).job(at, dim, reduce))
+        frame = self.frame
+        limit = memory_budget(memory_limit, frame.device)
+        return make_plan(what, jobs, limit, frame.dtype, frame.device)
 
     def spectral_norm(self) -> Float[Tensor, " batch"]:
         """The largest singular value of every prompt's operator."""
@@ -199,15 +237,18 @@ class Contractible(LinearMap):
     ) -> Float[Tensor, "query_pos d_out key_pos d_in"]:
         pull = len(query) <= len(key)
         at, other = (query, key) if pull else (key, query)
-        dim, wide = (self.out_dim, self.in_dim) if pull else (self.in_dim, self.out_dim)
-        rows = self._every(prompt, at, pull, dim, states(wide), memory_limit)[:, :, other]
+        reduce = states(self.in_dim if pull else self.out_dim)
+        # A slice is a view where a list would copy.
+        taken = slice(other[0], other[-1] + 1) if _in_a_row(other) else other
+        rows = self._every(prompt, at, pull, reduce, memory_limit)[:, :, taken]
         return rows if pull else rows.permute(2, 3, 0, 1)
 
     def _every(
-        self, prompt: int, at: list[int], pull: bool, dim: int, reduce: Reduction,
+        self, prompt: int, at: list[int], pull: bool, reduce: Reduction,
         memory_limit: int | None = None,
     ) -> Tensor:  # fmt: skip
         """A sweep of all unit vectors from some positions."""
+        dim = self.out_dim if pull else self.in_dim
         eye = torch.eye(dim, dtype=self.frame.dtype, device=self.frame.device)
         return Sweep(self.map, prompt, transposed=pull).carry(
             torch.tensor(at, device=self.frame.device),
@@ -216,6 +257,10 @@ class Contractible(LinearMap):
             reduce,
             memory_limit,
         )
+
+
+def _in_a_row(pos: list[int]) -> bool:
+    return pos == list(range(pos[0], pos[-1] + 1))
 
 
 def _triples(U: Tensor, S: Tensor, V: Tensor, query: list[int], key: list[int]) -> SVD:

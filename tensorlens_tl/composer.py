@@ -21,7 +21,7 @@ from .blocks import Contractible
 from .capturing import Capture
 from .graph import FINAL_SITE, resid_site
 from .linear_map import Chain, Frame, LinearMap, Residual, Sum
-from .primitives import Identity, Norm, Shift
+from .primitives import Identity, Norm, Shift, put_row, take_row
 from .sublayer import Sublayer
 
 
@@ -117,6 +117,21 @@ class Branch:
         y = c if self.post is None else self.post.apply_t(c, effects)
         x, kept = self.body.pull(y, effects)
         return Pull(x if self.pre is None else self.pre.apply_t(x, effects), kept, effects)
+
+    def pull_at(
+        self, c: Float[Tensor, "*many batch pos d_model"], query: Int[Tensor, " batch"]
+    ) -> Pull:
+        """The same where c is zero but at one position per prompt: for a row's cost, if it can."""
+        row = None if self.body.edits else self.body.row(query)
+        if row is None:
+            return self.pull(c)
+        pre, post = (norm and norm.row(query) for norm in (self.pre, self.post))
+        found, n_pos = Branch(pre, row, post).pull(take_row(c, query)), c.shape[-2]
+        return Pull(
+            put_row(found.covector, query, n_pos),
+            put_row(found.kept, query, n_pos),
+            {n: put_row(e[..., None], query, n_pos)[..., 0] for n, e in found.effects.items()},
+        )
 
     def readers(
         self, pull: Pull, out: Float[Tensor, "batch reader pos d_model"]
@@ -354,11 +369,17 @@ class FrozenTransformer(Contractible):
             effects |= trace.effects
         return dict(zip(self.sites, trace.covectors, strict=True))
 
-    def pull(self, u: Float[Tensor, "*many batch pos d_model"]) -> Trace:
+    def pull(
+        self,
+        u: Float[Tensor, "*many batch pos d_model"],
+        query: Int[Tensor, " batch"] | None = None,
+    ) -> Trace:
         """One transposed sweep, with what each branch contributed to it.
 
         Args:
             u: Covectors at the final site.
+            query: The one position per prompt where they are not zero, if there is only one: the
+                last MLP is then pulled back there alone.
 
         Returns:
             The sweep.
@@ -370,7 +391,8 @@ class FrozenTransformer(Contractible):
             own = {}
             for edit in reversed(step.edits):
                 edit.apply_t(covectors[-1], own)
-            found = [branch.pull(covectors[-1]) for branch in step.branches]
+            c, single = covectors[-1], query is not None and step is self.steps[-1]
+            found = [b.pull_at(c, query) if single else b.pull(c) for b in step.branches]
             covectors.append(sum((f.covector for f in found), covectors[-1]))
             kept.append(tuple(found))
             shares.append(own)

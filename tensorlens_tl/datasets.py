@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -14,13 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import heat
 from .graph import Edge, Node
 from .plugin import capture
-from .results import Attribution
+from .results import Attribution, at_least_one
 from .targets import TargetLike
 
 if TYPE_CHECKING:
     import pandas
+
+
+FORMAT = "tensorlens_tl mean attribution 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +61,7 @@ class MeanAttribution:
         Raises:
             ValueError: If k < 1.
         """
-        if k < 1:
-            raise ValueError(f"expected k ≥ 1, got {k}")
+        k = at_least_one(k, "k")
         order = self.mean.abs().argsort(descending=True)[:k].tolist()
         return [(str(self.nodes[i]), float(self.mean[i]), float(self.sem[i])) for i in order]
 
@@ -82,6 +86,21 @@ class MeanAttribution:
             "sem": self.sem.tolist(),
         }
         return pandas.DataFrame(columns)
+
+    def to_json(self) -> str:
+        """The means as JSON, with all that is needed to read them; nan is null."""
+        rows = [
+            {"node": str(n), "mean": _finite(m), "sem": _finite(s)}
+            for n, m, s in zip(self.nodes, self.mean.tolist(), self.sem.tolist(), strict=True)
+        ]
+        names = ("by", "effect", "n", "target_mean", "completeness_error")
+        data = {"format": FORMAT} | {name: getattr(self, name) for name in names}
+        return json.dumps(data | {"rows": rows}, ensure_ascii=False)
+
+    def _repr_html_(self) -> str:
+        head = f"<div><b>by {self.by} ({self.effect}), mean of {self.n} prompts</b></div>"
+        rows = [(f"{name} (± {sem:.3g})", mean) for name, mean, sem in self.top(20)]
+        return head + heat.table(rows)
 
     def __repr__(self) -> str:
         head = f"Attribution by {self.by}, mean of {self.n} prompts = {self.target_mean:.4g}"
@@ -132,8 +151,7 @@ def attribute(
     """
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"expected a list of prompts, got {prompts!r}: put a single one in a list")
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size ≥ 1, got {batch_size}")
+    batch_size = at_least_one(batch_size, "batch_size")
     goals = _one_each(targets, len(prompts), "targets"), _one_each(versus, len(prompts), "versus")
     total, squares, sums, n, worst = None, None, 0.0, 0, None
     found: Attribution | None = None
@@ -163,6 +181,10 @@ def attribute(
     sem = (squares / (n - 1) / n).sqrt() if n > 1 else torch.full_like(squares, math.nan)
     nodes = tuple(source.node for source in found.sources)
     return MeanAttribution(total, sem, nodes, by, effect, n, sums / n, worst)
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
 
 
 def _one_each(given: Any, n: int, name: str) -> list[Any]:

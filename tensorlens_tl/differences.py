@@ -53,7 +53,8 @@ def check_comparable(clean: Capture, corrupted: Capture) -> None:
             f"{corrupted.convention}: capture both in the same way"
         )
     weights = [
-        [c.unembed.weights.W_U, *(b.attn.weights.W_O for b in c.blocks)] for c in (clean, corrupted)
+        [tensor for tensor, _ in capture.versions() if tensor is not capture.logits]
+        for capture in (clean, corrupted)
     ]
     if len(weights[0]) != len(weights[1]) or not all(map(_equal, *weights)):
         raise ValueError(
@@ -63,7 +64,8 @@ def check_comparable(clean: Capture, corrupted: Capture) -> None:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
 def fixed_baseline(sweep: Sweep, baseline: str | Float[Tensor, "*shape"]) -> Sweep:
@@ -110,9 +112,11 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
             )
         baseline = _mean_embedding(capture, capture.W_E)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
-        found = list(baseline.shape) if isinstance(baseline, Tensor) else repr(baseline)
+        found = repr(baseline) if isinstance(baseline, str) else type(baseline).__name__
+        found = list(baseline.shape) if isinstance(baseline, Tensor) else found
         raise ValueError(
-            f"expected baseline to be a lens, zero, mean or an embedding [{width}], got {found}"
+            f"expected baseline to be a lens, zero, mean or an embedding [{width}], got {found}: "
+            "capture a corrupted prompt for its lens"
         )
     return baseline.detach().to(capture.embed).expand_as(capture.embed)
 
@@ -152,7 +156,9 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
     if at not in ("clean", "corrupted"):
         raise ValueError(f"expected at to be clean or corrupted, got {at!r}")
     if by == "edge":
-        ours, theirs = (Writers.of(s.operator, s.capture.embeddings) for s in (clean, baseline))
+        ours, theirs = (
+            Writers.of(s.operator, s.capture.embeddings, s.target.query) for s in (clean, baseline)
+        )
         found = by_edge(clean if at == "clean" else baseline, ours.minus(theirs), own=False)
         return replace(found, target=_names(clean),
                        target_value=clean.target.value - baseline.target.value)  # fmt: skip

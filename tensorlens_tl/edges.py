@@ -43,13 +43,20 @@ class Writers:
 
     @classmethod
     def of(
-        cls, operator: FrozenTransformer, embeddings: dict[str, Float[Tensor, "batch pos d_model"]]
+        cls,
+        operator: FrozenTransformer,
+        embeddings: dict[str, Float[Tensor, "batch pos d_model"]],
+        query: Int[Tensor, " batch"],
     ) -> Writers:
         """All writers of a run; takes 4 · writers · pos · d_model bytes.
+
+        Nothing but a target reads what the last layer adds, and only where the target is: there
+        alone its heads and MLP are computed, and elsewhere left zero.
 
         Args:
             operator: The operator.
             embeddings: What the first residual is the sum of, by name.
+            query: The target's position in each prompt, as tensor index.
 
         Returns:
             Nodes and outputs.
@@ -61,7 +68,8 @@ class Writers:
         for i, embedding in enumerate(embeddings.values()):
             outputs[:, i] = embedding
         for step, start, stop in zip(operator.steps, below, below[1:], strict=False):
-            _write(step, outputs[:, start:stop])
+            last = step.layer == operator.steps[-1].layer
+            _write(step, outputs[:, start:stop], query if last else None)
         return cls(sum(names, ()), below, outputs)
 
     def minus(self, other: Writers) -> Writers:
@@ -152,12 +160,19 @@ def _names(step: Step) -> tuple[Node, ...]:
     return (*found, *(Node.parse(edit.name) for edit in step.edits))
 
 
-def _write(step: Step, out: Float[Tensor, "batch writer pos d_model"]) -> None:
-    """What a step's writers add, in the order of :func:`_names`."""
+def _write(
+    step: Step, out: Float[Tensor, "batch writer pos d_model"], query: Int[Tensor, " batch"] | None
+) -> None:
+    """What a step's writers add, in the order of :func:`_names`; nodes at ``query`` alone, if any."""
     at = 0
     for branch in step.branches:
         nodes = len(branch.body.nodes())
-        branch.outputs(step.state, out=out[:, at : at + nodes])
+        if query is None:
+            branch.outputs(step.state, out=out[:, at : at + nodes])
+        else:
+            out[:, at : at + nodes] = 0
+            prompts = torch.arange(len(query), device=query.device)
+            out[prompts, at : at + nodes, query] = branch.outputs_at(step.state, query)
         at += nodes
         for constant in branch.outside().values():
             out[:, at] = constant

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .attribution import Sweep, attribute, attribute_many
-from .capturing import Capture, Convention
-from .collapse import TokenMatrix, plan_token_matrix, token_matrix
-from .composer import FrozenTransformer
+from .blocks import PLANNED
+from .collapse import KINDS, TokenMatrix, plan_token_matrix, token_matrix
 from .differences import check_comparable, difference, fixed_baseline
+from .frozen_run import FrozenRun
 from .graph import Edge, Node
-from .headers import require_weights
-from .linear_map import DENSE_LIMIT, LinearMap, version
+from .linear_map import DENSE_LIMIT
 from .loadings import loadings
 from .paths import MAX_EXPANSIONS, Paths, find_paths
 from .planning import Plan
 from .results import Attribution
 from .saving import load_capture, save_capture
-from .targets import TargetLike, own_prediction, resolve_target
+from .targets import Target, TargetLike, own_prediction, resolve_target
 
 KEPT_SWEEPS = 2
 """Targets whose covectors a lens keeps: about two residual streams of floats each."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class TensorLens:
+class TensorLens(FrozenRun):
     """One run of a transformer as an affine map on its embedded tokens, and questions to it.
 
     ``model.run_with_tensorlens(prompt)`` and :func:`tensorlens_tl.capture` make one. It is exact
@@ -47,154 +45,6 @@ class TensorLens:
         capture: The frozen run.
         versions: The tensors that are not the lens's own, and their versions at the capture.
     """
-
-    capture: Capture
-    versions: tuple[tuple[Tensor, int], ...] = ()
-
-    def __repr__(self) -> str:
-        c = self.capture
-        count = [stop - start for start, stop in c.frame.spans]
-        size = (
-            f"{count[0]} tokens" if len(self) == 1 else f"{len(self)} prompts, {sum(count)} tokens"
-        )
-        known = c.noise_floor is not None and "_completeness_error" in vars(self)
-        exact = f", {self.exactness}" if known else ""
-        return (
-            f"TensorLens({c.model_name}, {size}, {len(c.blocks)} layers × {c.n_heads} heads, "
-            f"capture check {c.check:.0e}{exact})"
-        )
-
-    def __len__(self) -> int:
-        return self.capture.frame.batch
-
-    def __getitem__(self, prompt: int) -> TensorLens:
-        """The lens of one prompt of a batch, without padding; shares the batch's memory."""
-        if not -len(self) <= prompt < len(self):
-            raise IndexError(f"prompt {prompt} does not exist; there are {len(self)}")
-        return TensorLens(self.capture.prompt(prompt % len(self)), self.versions)
-
-    def __iter__(self) -> Iterator[TensorLens]:
-        return (self[i] for i in range(len(self)))
-
-    # --- The operator
-
-    @property
-    def operator(self) -> FrozenTransformer:
-        """T and its bias: X [batch, pos, d_model] → the final normalized residual y."""
-        self._check_unchanged()
-        return self._operator
-
-    @cached_property
-    def _operator(self) -> FrozenTransformer:
-        return FrozenTransformer.of(require_weights(self.capture))
-
-    def _check_unchanged(self) -> None:
-        for tensor, seen in self.versions:
-            if version(tensor) != seen:
-                what = "logits it returned" if tensor is self.capture.logits else "model's weights"
-                raise ValueError(
-                    f"the {what} were written to after the capture, so this lens no longer describes "
-                    "that run: capture again, and clone logits before editing them in place"
-                )
-
-    @property
-    def embedding(self) -> Float[Tensor, "batch pos d_model"]:
-        """X, the residual that entered the first block: what the operator acts on."""
-        return self.capture.blocks[0].resid_pre
-
-    @property
-    def tokens(self) -> tuple[tuple[str, ...], ...]:
-        """Each prompt's real tokens as strings."""
-        return self.capture.prompts.strings
-
-    @property
-    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        """The model's own logits."""
-        return self.capture.logits
-
-    @property
-    def convention(self) -> Convention:
-        """The choices under which the operator is unique."""
-        return self.capture.convention
-
-    def with_convention(self, gate: str) -> TensorLens:
-        """The same run with gated MLPs made linear in another way; nothing is run again.
-
-        Args:
-            gate: "gate", "up" or "half"; see :class:`Convention`.
-
-        Returns:
-            A lens on the same tensors.
-        """
-        return TensorLens(self.capture.with_convention(Convention(gate)), self.versions)
-
-    def readout(
-        self, y: Float[Tensor, "*many batch pos d_model"]
-    ) -> Float[Tensor, "*many batch pos d_vocab"]:
-        """Logits of a final normalized residual; a soft cap's ratio is frozen."""
-        self._check_unchanged()
-        return self.capture.unembed @ y + self.capture.unembed.bias
-
-    def between(self, start: str, stop: str) -> LinearMap:
-        """The operator from one residual site to a later one.
-
-        Args:
-            start: TransformerLens's name of a site, "blocks.2.hook_resid_pre".
-            stop: A later one, "blocks.8.hook_resid_post", or "unembed.hook_in" for the end.
-
-        Returns:
-            The map; the identity where start is stop.
-
-        Raises:
-            ValueError: If a site does not exist or stop comes before start.
-        """
-        return self.operator.between(start, stop)
-
-    # --- How exact it is
-
-    @property
-    def capture_check(self) -> float:
-        """The largest relative error of the random-projection check made during the run."""
-        return self.capture.check
-
-    @property
-    def completeness_error(self) -> float:
-        """Max |readout(T·X + bias) − logits| / max |logits|, computed once; see :meth:`verify`."""
-        self._check_unchanged()
-        return self._completeness_error
-
-    @cached_property
-    def _completeness_error(self) -> float:
-        return self.verify()
-
-    @property
-    def noise_floor(self) -> float | None:
-        """The model's own rounding at this prompt; None unless ``capture(..., noise_floor=True)``.
-
-        max |logits − exact| / max |exact| over the real tokens, where ``exact`` are the logits of
-        a float32 copy of the model: what a completeness error of a bfloat16 or float16 model is to
-        be compared with.
-        """
-        return self.capture.noise_floor
-
-    @property
-    def exactness(self) -> str:
-        """The completeness error in words, beside the noise floor where that was asked for."""
-        error, floor = f"completeness error {self.completeness_error:.0e}", self.noise_floor
-        name = str(self.logits.dtype).removeprefix("torch.")
-        return error if floor is None else f"{error} (model's own {name} noise {floor:.0e})"
-
-    def verify(self) -> float:
-        """Compute the composed operator's logits anew and compare them with the model's.
-
-        Returns:
-            max |Δ logits| / max |logits| over the real tokens. Rounding is about 1e-15 in float64
-            and 1e-6 in float32.
-        """
-        real = self.capture.frame.real
-        ours = self.readout(self.operator.apply(self.embedding) + self.operator.bias)[real]
-        logits = self.capture.frame.cast(self.capture.logits)[real]
-        return float((ours - logits).abs().max() / logits.abs().max().clamp_min(1e-30))
 
     # --- Where a logit comes from
 
@@ -248,6 +98,10 @@ class TensorLens:
         """
         sweep = self._sweep(target, versus, pos)
         if baseline is None:
+            if at != "clean":
+                raise ValueError(
+                    f"expected a baseline to go with at={at!r}, got none: leave at out"
+                )
             return attribute(sweep, by, effect)
         if effect != "direct":
             raise ValueError(f"expected effect to be direct with a baseline, got {effect!r}")
@@ -263,6 +117,7 @@ class TensorLens:
         pos: int | Sequence[int] = -1,
         by: str = "token",
         effect: str = "direct",
+        versus: TargetLike | Sequence[TargetLike] = None,
     ) -> tuple[Attribution, ...]:
         """Split many targets at once: one batched sweep, in chunks that bound memory.
 
@@ -273,6 +128,7 @@ class TensorLens:
                 model's own predictions at the first n positions.
             by: As in :meth:`attribute`.
             effect: As in :meth:`attribute`.
+            versus: Subtracted from the targets: a list with one for each, one for all, or None.
 
         Returns:
             One attribution per target.
@@ -281,14 +137,22 @@ class TensorLens:
             ValueError: If there are none, or not as many targets as positions.
         """
         self._check_unchanged()
-        places = [pos] if isinstance(pos, int) else list(pos)
+        if isinstance(targets, str):
+            raise ValueError(f"expected a list of targets, got {targets!r}: put it in a list")
+        one = isinstance(pos, Integral)
+        places: list[Any] = [pos] if one else list(cast("Sequence[int]", pos))
         goals = [None] * len(places) if targets is None else list(targets)
-        places = places * len(goals) if isinstance(pos, int) else places
-        if not goals or len(goals) != len(places):
+        places = places * len(goals) if one else places
+        others: list[Any] = (
+            list(versus) if isinstance(versus, list | tuple) else [versus] * len(goals)
+        )
+        if not goals or len(goals) != len(places) or len(goals) != len(others):
             raise ValueError(
-                f"expected as many positions as targets, and at least one, got {len(places)} and {len(goals)}"
+                f"expected as many positions as targets, and at least one, got {len(places)} and "
+                f"{len(goals)}"
+                + (f", and {len(others)} versus" if len(others) != len(goals) else "")
             )
-        resolved = [resolve_target(self.capture, *goal) for goal in zip(goals, places, strict=True)]
+        resolved = list(map(self._goal, goals, others, places))
         return tuple(attribute_many(self.capture, self.operator, resolved, by, effect))
 
     def loadings(
@@ -327,15 +191,23 @@ class TensorLens:
     ) -> Sweep:
         """The sweep of a target: kept for the latest few, so that asking again costs none."""
         self._check_unchanged()
-        goal = resolve_target(self.capture, target, pos, predicted)
-        if versus is not None:
-            goal = goal.minus(resolve_target(self.capture, versus, pos))
+        goal = self._goal(target, versus, pos, predicted)
         for sweep in self._sweeps:
             if sweep.target.same(goal):
                 return sweep
         self._sweeps.append(Sweep(self.capture, self.operator, goal))
         del self._sweeps[:-KEPT_SWEEPS]
         return self._sweeps[-1]
+
+    def _goal(
+        self,
+        target: TargetLike,
+        versus: TargetLike,
+        pos: int,
+        predicted: Int[Tensor, " batch"] | None = None,
+    ) -> Target:
+        goal = resolve_target(self.capture, target, pos, predicted)
+        return goal if versus is None else goal.minus(resolve_target(self.capture, versus, pos))
 
     @cached_property
     def _sweeps(self) -> list[Sweep]:
@@ -378,20 +250,11 @@ class TensorLens:
                 does not exist, or k < 1.
         """
         self._check_unchanged()
-        goal = resolve_target(self.capture, target, pos)
-        if versus is not None:
-            goal = goal.minus(resolve_target(self.capture, versus, pos))
+        goal = self._goal(target, versus, pos)
         return find_paths(
-            self.capture,
-            self.operator,
-            goal,
-            k,
-            from_token,
-            by_position,
-            constants,
-            max_expansions,
-            memory_limit,
-        )
+            self.capture, self.operator, goal, k, from_token, by_position, constants,
+            max_expansions, memory_limit,
+        )  # fmt: skip
 
     def token_matrix(
         self,
@@ -432,7 +295,8 @@ class TensorLens:
         """What a contraction will cost, before it runs: time, flops, peak memory, chunks.
 
         Args:
-            what: A kind of :meth:`token_matrix`.
+            what: A kind of :meth:`token_matrix`; or "block", "to_dense" or "frobenius_norm" of the
+                operator.
             **arguments: The same that would be given to it.
 
         Returns:
@@ -441,6 +305,10 @@ class TensorLens:
         Raises:
             ValueError: If the call itself would be refused.
         """
+        if what in PLANNED:
+            return self.operator.plan(what, **arguments)
+        if what not in KINDS:
+            raise ValueError(f"expected one of {', '.join((*KINDS, *PLANNED))}, got {what!r}")
         return plan_token_matrix(self.capture, self.operator, what, **arguments)
 
     # --- In a file

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from numbers import Integral
 from types import SimpleNamespace
 from typing import overload
 
@@ -71,7 +72,7 @@ class Frame:
         Raises:
             ValueError: If a prompt has no such position.
         """
-        if not isinstance(pos, int):
+        if not isinstance(pos, Integral):  # NumPy's integers are
             raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
         for prompt, (start, stop) in enumerate(self.spans):
             if not start - stop <= pos < stop - start:
@@ -171,11 +172,8 @@ class LinearMap(ABC):
                 "like lens.embedding"
             )
         frame, expected = self.frame, (self.frame.batch, self.frame.n_pos, self.in_dim)
-        if (
-            other.shape[-3:] != expected
-            or other.dtype != frame.dtype
-            or other.device != frame.device
-        ):
+        found = other.shape[-3:], other.dtype, other.device
+        if found != (expected, frame.dtype, frame.device):
             raise ValueError(
                 f"expected a vector [..., batch, pos, dim] = [..., {', '.join(map(str, expected))}] "
                 f"of {frame.dtype} on {frame.device}, got {list(other.shape)} of {other.dtype} on "

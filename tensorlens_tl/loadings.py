@@ -62,7 +62,7 @@ def loadings(sweep: Sweep, source: int | Node | Edge) -> Attribution:
         state = state + sum(branch.map.apply(state) for branch in step.branches)
     if not rows.sources:
         raise ValueError(f"no layer with heads is above {source}: take a source further below")
-    name = f"position {source}" if isinstance(source, int) else str(source)
+    name = str(source) if isinstance(source, Node | Edge) else f"position {source}"
     return replace(
         result(sweep, rows, "loading"),
         target=tuple(f"{target} from {name}" for target in sweep.target.name),
@@ -78,7 +78,7 @@ def _dot(state: Tensor, covector: Tensor) -> Float[Tensor, " batch"]:
 def _start(sweep: Sweep, source: int | Node | Edge) -> tuple[Tensor, int]:
     """The state a source makes, and the step from which on it is carried."""
     steps = sweep.operator.steps
-    if isinstance(source, int):
+    if not isinstance(source, Node | Edge):
         index = sweep.capture.frame.index(source)
         prompts = torch.arange(len(index), device=index.device)
         x = torch.zeros_like(steps[0].state)

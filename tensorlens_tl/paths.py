@@ -24,7 +24,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
-from operator import index as operator_index
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -35,6 +34,7 @@ from .composer import FrozenTransformer
 from .energies import Stage, Way, energies_of
 from .graph import Node
 from .linear_map import DENSE_LIMIT
+from .results import at_least_one
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def find_paths(
 
     Source: best-first (A*) search with an admissible bound, Hart, Nilsson & Raphael (1968).
     """
-    k, budget = _at_least_one(k, "k"), _at_least_one(max_expansions, "max_expansions")
+    k, budget = at_least_one(k, "k"), at_least_one(max_expansions, "max_expansions")
     frame, ln_final = capture.frame, operator.map.maps[-1]
     if frame.batch != 1:
         raise ValueError(f"paths expects one prompt, got {frame.batch}: take one with lens[i]")
@@ -331,12 +331,3 @@ def _path(
         label = f'"{text}"@{pos}'
     where = tuple(p - start for p in positions) if by_position else None
     return Path(Node.parse(name), pos, tuple(way.node for way in ways), where, value, label)
-
-
-def _at_least_one(number: Any, name: str) -> int:
-    try:
-        if isinstance(number, bool) or operator_index(number) < 1:
-            raise TypeError
-        return operator_index(number)
-    except TypeError:
-        raise ValueError(f"expected {name} as an integer ≥ 1, got {number!r}") from None

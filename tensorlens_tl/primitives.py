@@ -340,6 +340,17 @@ class Norm(LinearMap):
         return {} if self.weights.b is None else {f"{self.name}.b": self.bias}
 
 
-def take_row(tensor: Tensor, query: Tensor) -> Tensor:
-    """One position per prompt: [batch, pos, d] at indices [batch] → [batch, 1, d]."""
-    return tensor[torch.arange(len(query), device=query.device), query][:, None]
+def take_row(
+    tensor: Float[Tensor, "*many batch pos d"], query: Int[Tensor, " batch"]
+) -> Float[Tensor, "*many batch 1 d"]:
+    """One position per prompt."""
+    return tensor[..., torch.arange(len(query), device=query.device), query, :][..., None, :]
+
+
+def put_row(
+    row: Float[Tensor, "*many batch 1 d"], query: Int[Tensor, " batch"], n_pos: int
+) -> Float[Tensor, "*many batch {n_pos} d"]:
+    """The adjoint of :func:`take_row`: the row at its position, zeros elsewhere."""
+    whole = row.new_zeros(*row.shape[:-2], n_pos, row.shape[-1])
+    whole[..., torch.arange(len(query), device=query.device), query, :] = row[..., 0, :]
+    return whole

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from html import escape
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,8 +176,7 @@ class Attribution:
             raise ValueError(
                 f"top expects one prompt, got {len(self)}: take one with attribution[i]"
             )
-        if k < 1:
-            raise ValueError(f"expected k ≥ 1, got {k}")
+        k = at_least_one(k, "k")
         order = self.values[0].abs().argsort(descending=True)[:k].tolist()
         return [(self.labels[0][i], float(self.values[0, i])) for i in order]
 
@@ -272,19 +272,22 @@ class Attribution:
     def _picture(self) -> str:
         if self.by == "token":
             of_tokens = self.sum("node")
-            pairs = zip(
-                of_tokens.sources, of_tokens.labels[0], of_tokens.values[0].tolist(), strict=True
-            )
+            columns = of_tokens.sources, of_tokens.labels[0], of_tokens.values[0].tolist()
+            pairs = list(zip(*columns, strict=True))
             shown = [(label, value) for source, label, value in pairs if source.pos is not None]
             tokens = [label.rpartition("@")[0].strip('"') or label for label, _ in shown]
-            return heat.strip(tokens, [value for _, value in shown])
+            beside = [(s.node, v) for s, _, v in pairs if s.pos is None]
+            return heat.strip(tokens, [value for _, value in shown]) + _beside(beside, "constants")
         heads = self.sum("pos")
         at = {(s.node.layer, s.node.index): float(heads.values[0, i])
               for i, s in enumerate(heads.sources)
               if isinstance(s.node, Node) and s.node.kind == "head"}  # fmt: skip
         if self.by in ("head", "loading") and at:
             layers, width = (1 + max(key[axis] or 0 for key in at) for axis in (0, 1))
-            return heat.grid([[at.get((a, h), 0.0) for h in range(width)] for a in range(layers)])
+            grid = heat.grid([[at.get((a, h), 0.0) for h in range(width)] for a in range(layers)])
+            beside = [(s.node, float(heads.values[0, i])) for i, s in enumerate(heads.sources)
+                      if not (isinstance(s.node, Node) and s.node.kind == "head")]  # fmt: skip
+            return grid + _beside(beside if self.sums_to_target else [], "other components")
         return heat.table(self.top(20))
 
     def __repr__(self) -> str:
@@ -296,14 +299,44 @@ class Attribution:
         total = f" = {float(self.target_value[0]):.4g}"
         nothing = error is None or not bool(self.values.any())  # 0/0 tells nothing
         exact = "" if nothing else f" (sum off by {error:.0e} of Σ|·|)"
-        rows = "\n".join(f"  {value:+9.4f}  {label}" for label, value in self.top(10))
-        more = len(self.sources) - 10
-        end = f"\n  … {more} more" if more > 0 else ""
+        shown = [(label, value) for label, value in self.top(10) if value != 0]
+        rows = "".join(f"\n  {value:+9.4f}  {label}" for label, value in shown)
+        zeros = int((self.values[0] == 0).sum())
+        counts = {"more": len(self.sources) - len(shown) - zeros, "exactly 0": zeros}
+        left = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        end = f"\n  … {left}" if left else ""
         for i, source in enumerate(self.sources):
             if isinstance(source.node, Node) and source.node.kind == "change":
                 part = float(self.values[0, i].abs() / self.values[0].abs().sum().clamp_min(1e-30))
                 end += f"\n  {source.node}: {float(self.values[0, i]):+.4f}, {part:.0%} of Σ|·|"
-        return f"{head}{total}{exact}\n{rows}{end}"
+        return f"{head}{total}{exact}{rows}{end}"
+
+
+def at_least_one(number: Any, name: str) -> int:
+    """A count that a user gave.
+
+    Args:
+        number: What was given.
+        name: What it counts.
+
+    Returns:
+        It, as an int.
+
+    Raises:
+        ValueError: If it is no integer, or below 1.
+    """
+    count = number if isinstance(number, Integral) and not isinstance(number, bool) else 0
+    if count < 1:
+        raise ValueError(f"expected {name} as an integer ≥ 1, got {number!r}")
+    return int(count)
+
+
+def _beside(rows: list[tuple[Node | Edge, float]], name: str) -> str:
+    """What a picture of positions or heads has no place for: changes apart, the rest summed."""
+    changes = [(str(n), v) for n, v in rows if isinstance(n, Node) and n.kind == "change"]
+    rest = [v for n, v in rows if not (isinstance(n, Node) and n.kind == "change")]
+    sums = ([(name, math.fsum(rest))] if rest else []) + changes
+    return f"<div>{' · '.join(f'{escape(n)} {v:+.4g}' for n, v in sums)}</div>" if sums else ""
 
 
 def _number(x: float) -> float | str:

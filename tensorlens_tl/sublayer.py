@@ -73,6 +73,10 @@ class Sublayer(LinearMap):
             query: Destinations, as tensor indices.
         """
 
+    def row(self, query: Int[Tensor, " batch"]) -> Sublayer | None:
+        """The sublayer at one position per prompt; None if it mixes positions."""
+        return None
+
     def by_node(self, hidden: Float[Tensor, "*many d_hidden"]) -> Float[Tensor, "*many node d"]:
         """The hidden axis split into the slices that nodes own."""
         return hidden.unflatten(-1, (len(self.nodes()), -1))

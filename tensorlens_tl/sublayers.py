@@ -185,8 +185,7 @@ class FeedForward(Sublayer):
     def map(self) -> Chain: ...
 
     @abstractmethod
-    def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
-        """The MLP at one position per prompt."""
+    def row(self, query: Int[Tensor, " batch"]) -> FeedForward: ...
 
     def nodes(self) -> tuple[Node, ...]:
         return (Node("mlp", self.layer),)

@@ -44,14 +44,29 @@ class Target:
         )
 
     def minus(self, other: Target) -> Target:
-        """This target's advantage over another at the same position."""
+        """This target's advantage over another at the same position.
+
+        Of two functionals that are equal up to rounding it is exactly 0: what their covectors leave,
+        at most 10 eps (‖a‖ + ‖b‖), says nothing.
+
+        Args:
+            other: What is subtracted.
+
+        Returns:
+            The difference.
+        """
         names = (f"{a} − {b}" for a, b in zip(self.name, other.name, strict=True))
+        covector, constant = self.covector - other.covector, self.constant - other.constant
+        eps = 10 * torch.finfo(covector.dtype).eps
+        size = self.covector.norm(dim=-1) + other.covector.norm(dim=-1)
+        equal = covector.norm(dim=-1) <= eps * size
+        nothing = equal & (constant.abs() <= eps * (self.constant.abs() + other.constant.abs()))
         return Target(
             tuple(names),
             self.query,
-            self.covector - other.covector,
-            self.constant - other.constant,
-            self.value - other.value,
+            covector.masked_fill(equal[:, None], 0),
+            constant.masked_fill(nothing, 0),
+            (self.value - other.value).masked_fill(nothing, 0),
         )
 
 
@@ -160,11 +175,16 @@ def _direction(
         u = torch.as_tensor(direction)
     except (TypeError, ValueError, RuntimeError):
         raise _no_target(direction) from None
+    if u.ndim == 0:
+        raise _no_target(direction)
     if u.ndim != 1 or u.shape[0] not in (d_model, d_vocab) or d_model == d_vocab:
         raise ValueError(
             f"expected a direction in logits [{d_vocab}] or in the final residual [{d_model}], got "
             f"shape {list(u.shape)}" + (" (the two widths are equal)" if d_model == d_vocab else "")
         )
+    if u.is_complex() or not u.isfinite().all():
+        what = "complex numbers" if u.is_complex() else "nan or inf in it"
+        raise ValueError(f"expected a direction of finite real numbers, got {what}")
     u = u.detach().to(y)
     if u.shape[0] == d_model:
         covector, zeros = u.expand(frame.batch, -1), torch.zeros_like(y[:, 0])

@@ -125,7 +125,7 @@ def test_results():
     assert "2 prompts" in repr(a)
     with pytest.raises(ValueError, match=r"one prompt, got 2.*attribution\[i\]"):
         a.top()
-    with pytest.raises(ValueError, match="k ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="k as an integer ≥ 1, got 0"):
         one.top(0)
     with pytest.raises(IndexError):
         a[2]

@@ -31,8 +31,8 @@ from tensorlens_tl.targets import resolve_target
 MODELS = [name for name, baseline in BASELINES.items() if baseline.needs_model]
 every_method = pytest.mark.parametrize("name", list(BASELINES))
 every_model_method = pytest.mark.parametrize("name", MODELS)
-with_hooked = pytest.mark.skipif(HookedTransformer is None, reason="transformer_lens 4")
-with_native = pytest.mark.skipif(TransformerBridgeConfig is None, reason="no boot_native")
+with_hooked = pytest.mark.offered(HookedTransformer is not None)
+with_native = pytest.mark.offered(TransformerBridgeConfig is not None)
 QUICK = {"integrated_gradients": {"steps": 2}}
 
 
@@ -105,11 +105,9 @@ class Final:
         return seen[-1]
 
 
-@every_few
+@pytest.mark.parametrize("case", [c for c in FEW if not c.float32_norms], ids=str)
 def test_grad_x_input_is_the_slope_along_a_token(case):
-    """Central differences of the real model along x_j."""
-    if case.float32_norms:
-        pytest.skip("differences of float32 norms are noise; the same family runs in float64")
+    """Central differences of the real model along x_j; those of float32 norms are noise."""
     lens, final, h = lens_of(case), Final(case), 1e-4
     u, x = resolve_target(lens.capture, 3).covector, lens.embedding
     ours = scores("grad_x_input", lens, case.model())
@@ -222,10 +220,11 @@ def relevance_by_the_rules(model, lens, query, u):
     return R.sum(-1)
 
 
-@pytest.mark.parametrize("name", ["hooked-gpt2", "hooked-attn-only", "bridge-gpt2", "native-gpt2"])
+BY_RULES = ("hooked-gpt2", "hooked-attn-only", "bridge-gpt2", "native-gpt2")
+
+
+@pytest.mark.parametrize("name", [name for name in BY_RULES if name in CASES])
 def test_attnlrp_is_what_its_rules_give(name):
-    if name not in CASES:
-        pytest.skip("not with this host")
     lens, model = lens_of(CASES[name]), CASES[name].model()
     for pos in (-1, 3):
         goal = resolve_target(lens.capture, 3, pos)
@@ -241,8 +240,6 @@ def test_attnlrp_in_every_family(case):
         with pytest.raises(UnsupportedArchitectureError, match="no rule for SoLU"):
             scores("attnlrp", lens, model)
         return
-    if case.name.startswith("native"):
-        pytest.skip("not every release uses a pattern that a hook returned")
     frozen, final = FrozenModel(model, tokens(), gate="half"), Final(case)
 
     def share(part):

@@ -116,7 +116,7 @@ def test_work_is_cut_where_memory_is_short():
     assert len(job.chunks(job.peak(job.blocks(32), 32) - 1)) > 1
 
 
-@pytest.mark.skipif(CASES.get("hooked-gpt2") is None, reason="hooks on patterns, in one class")
+@pytest.mark.offered("hooked-gpt2" in CASES)
 def test_a_pattern_that_looks_ahead():
     """A user's own pattern need not be causal: then nothing is truncated."""
     case = CASES["hooked-gpt2"]
@@ -322,6 +322,30 @@ def test_a_plan_costs_nothing_and_says_what_will_be(kind):
     assert_close(cut.values, lens.token_matrix(kind).values, 1e-12)
 
 
+@pytest.mark.parametrize("what", ["block", "to_dense", "frobenius_norm"])
+def test_a_plan_of_the_operators_own_calls_is_kept(what):
+    lens = lens_of(SHAPES[0])
+    where = {"query_pos": -1, "key_pos": slice(None)} if what == "block" else {}
+    plan = lens.plan(what, **where)
+    assert plan.flops > 0
+    assert plan.seconds > 0
+    assert what in repr(plan)
+    limit = max(plan.peak_bytes * 3 // 4, 100_000)
+    call = getattr(lens.operator, what)
+    assert_close(call(**where), dense_call(lens, what), 1e-12)
+    if what == "block":
+        assert lens.plan(what, **where, memory_limit=limit).peak_bytes <= limit
+        assert_close(call(**where, memory_limit=limit), call(**where), 1e-12)
+
+
+def dense_call(lens, what):
+    dense = dense_of(lens.operator)
+    if what == "frobenius_norm":
+        return dense.flatten(1).norm(dim=1)
+    # The last token of the block is each prompt's own last one: here both have seven
+    return dense[:, -1] if what == "block" else dense
+
+
 def test_flops_of_a_pull_are_the_formula():
     """4 D² + 16 D² a carried row and layer, but for the top layer's and the bottom's shortcuts."""
     case = CASES.get("hooked-gpt2") or SHAPES[0]
@@ -344,7 +368,7 @@ def test_flops_of_a_pull_are_the_formula():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "rollout?"}, "expected kind to be one of norm, in, out, in_out"),
+        ({"kind": "rollout?"}, "one of norm, in, out, in_out"),
         ({"kind": "norm", "probes": 1}, "expected 2 ≤ probes ≤ 32"),
         ({"kind": "norm", "probes": 33}, "expected 2 ≤ probes ≤ 32"),
         ({"kind": "out", "probes": 4}, "probes are for 'norm'"),

@@ -56,6 +56,12 @@ def test_targets_of_their_own_and_prompts_of_several_lengths(capsys):
     assert_close(found.mean, torch.stack(values).mean(0), 1e-10)
     one = tensorlens_tl.attribute(model, ragged[:1], effect="total")
     assert one.sem.isnan().all() and one.completeness_error is None
+    data = json.loads(one.to_json())
+    assert data["n"] == 1 and {row["sem"] for row in data["rows"]} == {None}
+    data = json.loads(found.to_json())
+    assert [row["mean"] for row in data["rows"]] == found.mean.tolist()
+    assert [row["node"] for row in data["rows"]] == list(map(str, found.nodes))
+    assert "mean of 3 prompts" in found._repr_html_() and "(± " in found._repr_html_()
 
 
 def test_strings_are_padded_in_batches():
@@ -83,9 +89,9 @@ def test_refusals():
         tensorlens_tl.attribute(model, prompts(), [1, 2])
     with pytest.raises(ValueError, match="one of versus per prompt, 5, or one for all, got 1"):
         tensorlens_tl.attribute(model, prompts(), 1, [2])
-    with pytest.raises(ValueError, match="batch_size ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size as an integer ≥ 1, got 0"):
         tensorlens_tl.attribute(model, prompts(), batch_size=0)
-    with pytest.raises(ValueError, match="k ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="k as an integer ≥ 1, got 0"):
         tensorlens_tl.attribute(model, prompts(2)).top(0)
 
 
@@ -143,6 +149,26 @@ def test_a_notebook_shows_tokens_heads_and_tables():
     table = lens.attribute(3, 4, by="component", effect="total")._repr_html_()
     assert table.count("<tr>") == 2 * 20
     assert "rgba(214, 96, 77, 1.00)" in strip + grid + table
+
+
+def test_pictures_tell_what_they_have_no_place_for():
+    """Constants, other components and the operator's change, so that nothing of the sum is hidden."""
+    lens = lens_of(FIRST)[0]
+    for by in ("token", "head"):
+        a = lens.attribute(3, 4, by=by)
+        shown = "embed" if by == "token" else "head"
+        beside = sum(
+            float(a.values[0, i]) for i, s in enumerate(a.sources)
+            if (s.pos is None if by == "token" else s.node.kind != shown)
+        )  # fmt: skip
+        name = "constants" if by == "token" else "other components"
+        assert f"<div>{name} {beside:+.4g}</div>" in a._repr_html_()
+    with quiet(), torch.no_grad():
+        other = tensorlens_tl.capture(FIRST.model(), tokens(1, seed=1))[1]
+    a = lens.attribute(3, baseline=other)
+    assert f"operator change {float(a.values[0, -1]):+.4g}</div>" in a._repr_html_()
+    nothing = lens.attribute(3, baseline=lens)
+    assert repr(nothing).splitlines()[1] == f"  … {len(nothing.sources)} exactly 0"
 
 
 def test_pictures_escape_what_they_show():

@@ -175,7 +175,7 @@ def test_edges_of_a_difference(case):
 def test_many_targets_are_one_batched_sweep(case, monkeypatch):
     lens = lens_of(case)
     calls, pull = [], FrozenTransformer.pull
-    monkeypatch.setattr(FrozenTransformer, "pull", lambda self, u: calls.append(u) or pull(self, u))
+    monkeypatch.setattr(FrozenTransformer, "pull", lambda *args: calls.append(args) or pull(*args))
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     targets = [3, None, direction, 4]
     for by in ("token", "edge", "component"):
@@ -196,7 +196,7 @@ def test_many_targets_in_chunks_and_refusals(monkeypatch):
     goals = [lens._sweep(t, None, -1).target for t in range(5)]
     calls, pull = [], FrozenTransformer.pull
     monkeypatch.setattr(
-        FrozenTransformer, "pull", lambda self, u: calls.append(len(u)) or pull(self, u)
+        FrozenTransformer, "pull", lambda *args: calls.append(len(args[1])) or pull(*args)
     )
     found = list(attribute_many(lens.capture, lens.operator, goals, memory_limit=1))
     assert calls == [1] * 5 and len(found) == 5

@@ -112,9 +112,11 @@ def test_positions_count_each_prompts_own_tokens(case, side):
     for pos in (0, 2, -4):
         whole = lens.attribute(3, pos=pos)
         for i, k in enumerate(keep):
-            single = capture(model, prompts()[k]).attribute(3, pos=pos)
+            alone = capture(model, prompts()[k])
+            single = alone.attribute(3, pos=pos)
             assert whole[i].labels == single.labels
-            scale = single.values.abs().sum()
+            # One token's only contribution may all but cancel inside: rounding is the logits'.
+            scale = single.values.abs().sum() + alone.logits.abs().max()
             off = (whole[i].values - single.values).abs().max()
             assert off <= 2 * case.tol(torch.float32) * scale
     with pytest.raises(ValueError, match="position 4 is outside prompt 1: expected -4 to 3"):
@@ -122,6 +124,7 @@ def test_positions_count_each_prompts_own_tokens(case, side):
 
 
 @both_sides
+@pytest.mark.offered(any(overflows(case, "left") for case in ALL))
 @pytest.mark.parametrize("case", [c for c in ALL if overflows(c, "left")], ids=str)
 def test_nan_in_real_tokens_is_refused_with_its_cause(case, side):
     ids, mask = batch(side)

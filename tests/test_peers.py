@@ -104,10 +104,7 @@ def ours_of(node):
     return Node("head", node.layer, node.head, READERS.get(node.kind, ""))
 
 
-@pytest.mark.skipif(
-    not hasattr(peer, "enumerate_edges"),
-    reason="edges are of transformer_lens 4's attribution_patch",
-)
+@pytest.mark.offered(hasattr(peer, "enumerate_edges"))
 @pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-neox", "bridge-neox-sequential"])
 def test_edges_of_a_difference_are_the_hosts_attribution_patching_when_frozen(name):
     """(a_clean − a_corrupted) · covector of the corrupted run; q and k see nothing."""
