@@ -111,6 +111,17 @@ class Branch:
         y = self.body.outputs_at(self.read(state), query)
         return y if self.post is None else self.post.row(query).apply(y)
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether it is attention."""
+        return self.body.nodes()[0].kind == "head"
+
+    def pull_to_hidden(
+        self, c: Float[Tensor, "*many batch pos d_model"]
+    ) -> Float[Tensor, "*many batch pos d_hidden"]:
+        """The covector of what the output matrix reads: z or post-activations."""
+        return self.body.output.apply_t(c if self.post is None else self.post.apply_t(c))
+
     def pull(self, c: Float[Tensor, "*many batch pos d_model"]) -> Pull:
         """The adjoint, with what it needs to tell readers and constants apart."""
         effects: dict[str, Tensor] = {}
@@ -391,8 +402,8 @@ class FrozenTransformer(Contractible):
             own = {}
             for edit in reversed(step.edits):
                 edit.apply_t(covectors[-1], own)
-            c, single = covectors[-1], query is not None and step is self.steps[-1]
-            found = [b.pull_at(c, query) if single else b.pull(c) for b in step.branches]
+            c, at = covectors[-1], query if step is self.steps[-1] else None
+            found = [b.pull(c) if at is None else b.pull_at(c, at) for b in step.branches]
             covectors.append(sum((f.covector for f in found), covectors[-1]))
             kept.append(tuple(found))
             shares.append(own)

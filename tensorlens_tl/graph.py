@@ -141,6 +141,11 @@ class Edge:
     def __str__(self) -> str:
         return f"{self.src}→{self.dest}"
 
+    @property
+    def conserved(self) -> bool:
+        """Whether it is in a sum: what a query or key reads is first-order and in none."""
+        return self.dest.name not in ("q", "k")
+
     @classmethod
     def parse(cls, text: str) -> Edge:
         """Read an edge's name, "L0H3→L2H1.v"; "->" does as well as the arrow.

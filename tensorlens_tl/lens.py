@@ -57,6 +57,7 @@ class TensorLens(FrozenRun):
         effect: str = "direct",
         baseline: TensorLens | str | Float[Tensor, "*shape"] | None = None,
         at: str = "clean",
+        qk: bool = False,
     ) -> Attribution:
         """Split a logit, or a difference of two, by where it comes from.
 
@@ -87,6 +88,9 @@ class TensorLens(FrozenRun):
                 changed. By edge, readers of one run read what writers add here and not there.
             at: With a lens as baseline, by whose operator the tokens are read: "clean" (this lens)
                 or "corrupted".
+            qk: By edge: whether every head's queries and keys are readers, too, "L2H1.q" and
+                "L2H1.k": the target's sensitivity to the attention scores times what a writer adds
+                to them. First-order, unlike the rest, and in no sum.
 
         Returns:
             Contributions in logits, in the capture's compute dtype. ``.sum("pos")`` collapses
@@ -102,14 +106,14 @@ class TensorLens(FrozenRun):
                 raise ValueError(
                     f"expected a baseline to go with at={at!r}, got none: leave at out"
                 )
-            return attribute(sweep, by, effect)
+            return attribute(sweep, by, effect, qk)
         if effect != "direct":
             raise ValueError(f"expected effect to be direct with a baseline, got {effect!r}")
         if not isinstance(baseline, TensorLens):
-            return difference(sweep, fixed_baseline(sweep, baseline), by, at)
+            return difference(sweep, fixed_baseline(sweep, baseline), by, at, qk)
         check_comparable(self.capture, baseline.capture)
         predicted = own_prediction(self.capture, pos)  # one target for both runs
-        return difference(sweep, baseline._sweep(target, versus, pos, predicted), by, at)
+        return difference(sweep, baseline._sweep(target, versus, pos, predicted), by, at, qk)
 
     def attribute_many(
         self,
@@ -118,6 +122,7 @@ class TensorLens(FrozenRun):
         by: str = "token",
         effect: str = "direct",
         versus: TargetLike | Sequence[TargetLike] = None,
+        qk: bool = False,
     ) -> tuple[Attribution, ...]:
         """Split many targets at once: one batched sweep, in chunks that bound memory.
 
@@ -129,6 +134,7 @@ class TensorLens(FrozenRun):
             by: As in :meth:`attribute`.
             effect: As in :meth:`attribute`.
             versus: Subtracted from the targets: a list with one for each, one for all, or None.
+            qk: As in :meth:`attribute`.
 
         Returns:
             One attribution per target.
@@ -153,7 +159,8 @@ class TensorLens(FrozenRun):
                 + (f", and {len(others)} versus" if len(others) != len(goals) else "")
             )
         resolved = list(map(self._goal, goals, others, places))
-        return tuple(attribute_many(self.capture, self.operator, resolved, by, effect))
+        found = attribute_many(self.capture, self.operator, resolved, by, effect, qk=qk)
+        return tuple(found)
 
     def loadings(
         self,
