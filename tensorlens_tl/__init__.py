@@ -17,6 +17,7 @@ from .plugin import capture, install, uninstall, wrap
 
 if TYPE_CHECKING:
     from .capturing import Capture, Convention
+    from .circuits import Circuit
     from .composer import FrozenTransformer
     from .datasets import MeanAttribution, attribute
     from .graph import Edge, Node
@@ -37,6 +38,7 @@ _HOMES = {
     "attribute": "datasets",
     "Capture": "capturing",
     "CaptureMismatchError": "selfcheck",
+    "Circuit": "circuits",
     "Convention": "capturing",
     "FrozenTransformer": "composer",
     "Node": "graph",
@@ -51,6 +53,7 @@ __all__ = [
     "Attribution",
     "Capture",
     "CaptureMismatchError",
+    "Circuit",
     "Convention",
     "Edge",
     "FrozenTransformer",

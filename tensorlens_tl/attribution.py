@@ -24,8 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .branches import Branch, Step, Trace
 from .capturing import Capture
-from .composer import Branch, FrozenTransformer, Step, Trace
+from .composer import FrozenTransformer
 from .edges import Writers, edge_scores
 from .graph import Edge, Node
 from .primitives import take_row

@@ -24,7 +24,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .composer import Branch, FrozenTransformer, Step, Trace
+from .branches import Branch, Step, Trace
+from .composer import FrozenTransformer
 from .graph import Edge, Node
 from .query_key import QueryKey
 from .results import Source
