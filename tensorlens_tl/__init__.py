@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .circuits import Circuit
     from .composer import FrozenTransformer
     from .datasets import MeanAttribution, attribute
+    from .discovery import discover
     from .graph import Edge, Node
     from .lens import TensorLens, load
     from .linear_map import LinearMap, dot_test
@@ -36,6 +37,7 @@ _HOMES = {
     "Edge": "graph",
     "MeanAttribution": "datasets",
     "attribute": "datasets",
+    "discover": "discovery",
     "Capture": "capturing",
     "CaptureMismatchError": "selfcheck",
     "Circuit": "circuits",
@@ -65,6 +67,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "attribute",
     "capture",
+    "discover",
     "dot_test",
     "install",
     "load",

@@ -19,7 +19,7 @@ FLOORS = {
     "baselines_attention": 5, "baselines_vectors": 6, "baselines_gradient": 6, "baselines": 7,
     "selection": 1, "differences": 8, "loadings": 8, "circuits": 8, "subgraphs": 8.5, "interventions": 8,
     "evaluation": 9, "headers": 9, "frozen_run": 9.5, "saving": 10, "plots": 10, "report": 10, "lens": 11,
-    "datasets": 12, "loading": 12, "plugin": 12, "families": 12,
+    "datasets": 12, "discovery": 13, "loading": 12, "plugin": 12, "families": 12,
     "support": 12, "demo": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
 HOSTS = {"transformer_lens", "transformers"}
