@@ -193,6 +193,46 @@ def test_a_subgraphs_logits_share_and_attribution(case, gate):
         assert whole.share(3, 4).share == pytest.approx((1.0, 1.0), rel=1e-8)
 
 
+@every_case
+def test_padded_batches(case):
+    if case.float32_norms:
+        return  # a float64 Hugging Face model makes NaN of left padding
+    ids, mask = tokens(), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :2] = 0
+    with quiet(), torch.no_grad():
+        _, batch = tensorlens_tl.capture(case.model(), ids, attention_mask=mask)
+        _, alone = tensorlens_tl.capture(case.model(), ids[:1, 2:])
+    edges = some_edges(batch.operator.wiring, 4, 0.6)
+    ours, theirs = batch.circuit(edges), alone.circuit(edges)
+    assert_close(ours.logits[:1, 2:], theirs.logits, 1e-9)
+    assert ours.share(3, 4).value[0] == pytest.approx(theirs.share(3, 4).value[0], rel=1e-8)
+    assert ours.attribute(3, 4)[0].completeness_error <= 1e-10
+    assert_close(ours.attribute(3, 4)[0].values, theirs.attribute(3, 4).values, 1e-8)
+
+
+@every_case
+def test_edits_of_the_users_own_are_constants_that_all_read(case):
+    model = case.model()
+    edits = [(f"blocks.{layer}.{name}", lambda t, hook: t * 1.5 + 0.3)
+             for layer, name in ((0, "hook_resid_pre"), (0, "attn.hook_z"), (1, "attn.hook_v"),
+                                 (1, "hook_resid_post"))]  # fmt: skip
+    with quiet(), torch.no_grad(), model.hooks(fwd_hooks=edits):
+        _, lens = tensorlens_tl.capture(model, tokens())
+    op, x, own, theirs = lens.operator, lens.embedding, {}, {}
+    whole = op.restrict(op.wiring.edges())
+    assert_close(whole @ x + whole.bias, op @ x + op.bias, 1e-10)
+    u = randn_like(x)
+    assert_close(whole.apply_t(u, own), op.apply_t(u, theirs), 1e-12)
+    assert own.keys() == theirs.keys() and any(name.endswith("[user]") for name in own)
+    for name, share in own.items():
+        assert_close(share.sum(), theirs[name].sum(), 1e-9, name)
+    some = op.restrict(some_edges(op.wiring, 5))
+    assert_close(sum(some.constants().values()), some.bias, 1e-12)
+    assert lens.circuit(op.wiring.edges()).attribute(3, 4).completeness_error <= 1e-9
+    plain = lens.discover(3, 4, n_edges=10, qk=False)
+    assert plain.is_connected and len(plain) <= 10
+
+
 # --- Wiring --------------------------------------------------------------------------------------
 
 
