@@ -391,8 +391,8 @@ class FrozenTransformer(Contractible):
             own = {}
             for edit in reversed(step.edits):
                 edit.apply_t(covectors[-1], own)
-            c, single = covectors[-1], query is not None and step is self.steps[-1]
-            found = [b.pull_at(c, query) if single else b.pull(c) for b in step.branches]
+            c, row = covectors[-1], query if step is self.steps[-1] else None
+            found = [b.pull(c) if row is None else b.pull_at(c, row) for b in step.branches]
             covectors.append(sum((f.covector for f in found), covectors[-1]))
             kept.append(tuple(found))
             shares.append(own)
