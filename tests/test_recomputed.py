@@ -35,7 +35,7 @@ from tensorlens_tl.selfcheck import CaptureMismatchError
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 HOSTS = [case for case in ALL if case.name in ("hooked-gpt2", "bridge-gpt2", "native-gpt2")]
 every_host = pytest.mark.parametrize("case", HOSTS, ids=str)
-needs_hooked = pytest.mark.skipif(HookedTransformer is None, reason="no HookedTransformer")
+needs_hooked = pytest.mark.offered(HookedTransformer is not None)
 
 
 def capture(model, ids, **kwargs):
