@@ -19,8 +19,8 @@ FLOORS = {
     "baselines_attention": 5, "baselines_vectors": 6, "baselines_gradient": 6, "baselines": 7,
     "differences": 8, "loadings": 8, "circuits": 8, "interventions": 8,
     "evaluation": 9, "headers": 9, "frozen_run": 9.5,
-    "relation_data": 4, "relation_maps": 10, "validity": 10, "saving": 10, "plots": 10, "report": 10, "lens": 11,
-    "datasets": 12, "statements": 12, "relations": 12, "loading": 12, "plugin": 12, "families": 12,
+    "relation_data": 4, "relation_maps": 10, "holding": 7, "saving": 10, "plots": 10, "report": 10, "lens": 11,
+    "datasets": 12, "statements": 12, "relations": 12, "validity": 12, "loading": 12, "plugin": 12, "families": 12,
     "support": 12, "demo": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
 HOSTS = {"transformer_lens", "transformers"}
