@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .intervals import Estimate, bootstrap
@@ -50,6 +51,8 @@ class Decoding:
         layer: The layer chosen for decoding; None for the mean.
         beta: β chosen for decoding, or None.
         faithfulness: The share decoded as the model says.
+        missed: The test subjects that are not.
+        echoes: How many of these are decoded to a training subject's token.
         edit_layer: The layer chosen for edits, or None.
         rank: The rank chosen for edits, or None.
         causality: The share of edits after which the real model says the other's token, or None.
@@ -63,6 +66,8 @@ class Decoding:
     n_test: int
     variant: str
     faithfulness: float
+    missed: tuple[str, ...]
+    echoes: int
     layer: int | None = None
     beta: float | None = None
     edit_layer: int | None = None
@@ -191,7 +196,11 @@ class RelationStudy:
             data = json.loads(text)
             if data.pop("format") != FORMAT:
                 raise ValueError("it has another format")
-            rows = (Decoding(**row | {"train": tuple(row["train"])}) for row in data.pop("rows"))
+            names = ("train", "missed")
+            rows = (
+                Decoding(**row | {name: tuple(row[name]) for name in names})
+                for row in data.pop("rows")
+            )
             lists = {name: tuple(data.pop(name)) for name in ("betas", "ranks")}
             return cls(rows=tuple(rows), **lists, **data)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -274,32 +283,40 @@ def _decode(
     betas: Sequence[float], ranks: Sequence[int],
 ) -> list[Decoding]:  # fmt: skip
     order, pairs = _draw(statements, min(n_train), max(n_train), seed + split)
-    test, token = order[max(n_train) :], statements.first
+    test, subjects, token = order[max(n_train) :], statements.relation.subjects, statements.first
     said = token[[to for _, to in pairs]]
     rows = []
     for n in n_train:
         train = order[:n]
-        same = (
-            statements.relation.name, statements.template, split,
-            tuple(statements.relation.subjects[i] for i in train), len(test),
-        )  # fmt: skip
-        mean = int(statements.logits(statements.output[train].mean(0)).argmax())
-        rows.append(Decoding(*same, MEAN, _share(token[test] == mean)))
+
+        def row(variant: str, decoded: Tensor, train=train, **chosen: Any) -> Decoding:
+            wrong = decoded != token[test]
+            return Decoding(
+                relation=statements.relation.name, template=statements.template, split=split,
+                train=tuple(subjects[i] for i in train), n_test=len(test), variant=variant,
+                faithfulness=_share(~wrong),
+                missed=tuple(subjects[i] for i, w in zip(test, wrong, strict=True) if w),
+                echoes=int(torch.isin(decoded[wrong], token[train]).sum()),
+                **chosen,
+            )  # fmt: skip
+
+        mean = statements.logits(statements.output[train].mean(0)).argmax()
+        rows.append(row(MEAN, mean.expand(len(test))))
         for method in METHODS:
             edit, rank = statements.fit_causal(method, train, ranks)
             edited = statements.causal(edit, rank, pairs).argmax(-1) == said
             most = statements.substituted(edit.layer, pairs).argmax(-1) == said
-            edits = edit.layer, rank, _share(edited), _share(most)
+            shares = {"causality": _share(edited), "ceiling": _share(most)}
+            edits = {"edit_layer": edit.layer, "rank": rank, **shares}
             for how, grid in (("= 1", (1.0,)), ("tuned", betas)):
                 fitted = statements.fit(method, train, grid)
-                right = _share(statements.faithful(fitted, test))
-                variant = f"{method}, β {how}"
-                rows.append(Decoding(*same, variant, right, fitted.layer, fitted.beta, *edits))
+                chosen = {"layer": fitted.layer, "beta": fitted.beta, **edits}
+                rows.append(row(f"{method}, β {how}", statements.decoded(fitted, test), **chosen))
     return rows
 
 
-def _share(hits: Any) -> float:
-    return float(torch.as_tensor(hits).double().mean())
+def _share(hits: Tensor) -> float:
+    return float(hits.double().mean())
 
 
 def _draw(

@@ -159,18 +159,18 @@ class Statements:
             raise ValueError(f"expected some of the layers {list(self.layers)}, got {list(layers)}")
         return [self.layers.index(layer) for layer in layers]
 
-    def faithful(self, relation: LinearRelation, test: Sequence[int]) -> list[bool]:
-        """Whether it decodes subjects to the model's own first token.
+    def decoded(self, relation: LinearRelation, test: Sequence[int]) -> Int[Tensor, " subject"]:
+        """The tokens that subjects are decoded to; faithful where they are :attr:`first`.
 
         Args:
             relation: From :meth:`fit`.
             test: Indices of the subjects.
 
         Returns:
-            One answer per subject.
+            Token ids.
         """
         h = self.hidden[list(test), self._layer_places([relation.layer])[0]]
-        return (self.logits(relation(h)).argmax(-1) == self.first[list(test)]).tolist()
+        return self.logits(relation(h)).argmax(-1)
 
     def rerun(
         self, subjects: Sequence[int], layer: int, h: Float[Tensor, "subject d_model"]

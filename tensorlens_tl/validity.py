@@ -86,7 +86,9 @@ def curves(
     _check(lens, directions, sizes)
     with live_models(lens.capture, model) as (live,):
         x = live.x.detach()
-        moved = torch.tensor(sizes, dtype=torch.float64).to(x)[:, None, None, None] * directions.to(x)
+        moved = torch.tensor(sizes, dtype=torch.float64).to(x)[:, None, None, None] * directions.to(
+            x
+        )
         tangent = _jacobian_product(live, directions.to(x))
         edits = {part: holding(live, PARTS if part == "all" else (part,)) for part in held}
         tangents = {

@@ -191,16 +191,14 @@ def test_nothing_but_training_subjects_is_looked_at(statements):
     assert (seen.layer, rank) == (unseen.layer, other)
 
 
-def test_faithfulness_is_agreement_with_the_models_own_first_token(statements):
-    fitted = statements.fit("operator", [3, 5, 8, 1])
+def test_decoding_is_one_product(statements):
+    fitted = statements.fit("jacobian", [3, 5, 8, 1], (2.0,))
     test = [0, 2, 4, 6, 7]
     expected = []
     for i in test:
-        y = fitted.beta * fitted.W @ statements.hidden[i, fitted.layer] + fitted.b
-        expected.append(bool(statements.logits(y).argmax() == statements.first[i]))
-    assert statements.faithful(fitted, test) == expected
-    wrong = replace(statements, first=torch.zeros_like(statements.first))
-    assert not any(wrong.faithful(fitted, test))
+        y = 2 * fitted.W @ statements.hidden[i, fitted.layer] + fitted.b
+        expected.append(int(statements.logits(y).argmax()))
+    assert statements.decoded(fitted, test).tolist() == expected
 
 
 def test_edits_run_the_real_model(statements):
@@ -305,7 +303,18 @@ def test_a_study_counts_what_it_says(study, model):
     test = [i for i in range(15) if i not in order]
     fitted = statements.fit("operator", order[:3])
     assert row.layer == fitted.layer
-    assert row.faithfulness == sum(statements.faithful(fitted, test)) / len(test)
+    decoded = statements.decoded(fitted, test)
+    right = decoded == statements.first[test]
+    assert row.faithfulness == float(right.double().mean())
+    assert row.missed == tuple(
+        statements.relation.subjects[i] for i, ok in zip(test, right, strict=True) if not ok
+    )
+    known = statements.first[order[:3]].tolist()
+    assert row.echoes == sum(d in known for d in decoded[~right].tolist())
+    mean = study.select(MEAN, 3, "capital")[0]  # it can but say what training subjects are of
+    assert len(mean.missed) == round((1 - mean.faithfulness) * 10) and mean.echoes <= len(
+        mean.missed
+    )
     edit, rank = statements.fit_causal("operator", order[:3], (8, 32))
     assert (row.edit_layer, row.rank) == (edit.layer, rank)
 
