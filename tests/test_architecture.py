@@ -17,7 +17,7 @@ FLOORS = {
     "targets": 6, "results": 5, "edges": 6, "attribution": 7, "paths": 7, "collapse": 7,
     "baselines_attention": 5, "baselines_vectors": 6, "baselines_gradient": 6, "baselines": 7,
     "differences": 8, "loadings": 8, "circuits": 8, "interventions": 8,
-    "methods": 8, "significance": 0, "protocols": 1, "masking": 8.5, "evaluation": 9,
+    "methods": 8, "significance": 0, "protocols": 1, "masking": 8.5, "scoring": 8.7, "evaluation": 9,
     "headers": 9, "frozen_run": 9.5, "saving": 10, "plots": 10, "report": 10, "lens": 11,
     "datasets": 12, "loading": 12, "plugin": 12, "families": 12,
     "support": 12, "demo": 12, "__main__": 13, "__init__": 13,
