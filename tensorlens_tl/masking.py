@@ -26,8 +26,9 @@ from .differences import mean_embedding
 
 MASKINGS = ("delete", "token", "mean")
 
-METRICS = ("probability", "log_probability", "logit", "agreement")
-"""Of the target after the masked prompt; "agreement" is 1 where it is the model's own prediction."""
+METRICS = ("probability", "log_odds", "logit", "agreement")
+"""Of the target after the masked prompt. Log-odds, log p / (1 − p), are its logit less all others';
+"agreement" is 1 where the target is the model's own prediction, else 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,9 +188,10 @@ class MaskedRuns:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = torch.tensor([self.targets[prompt] for prompt, _ in batch], device=ids.device)
         logit = logits.gather(1, target[:, None])[:, 0]
-        log_probability = logit - logits.logsumexp(-1)
+        others = logits.scatter(1, target[:, None], -torch.inf).logsumexp(-1)
+        log_odds = logit - others
         agreement = (logits.argmax(-1) == target).to(logit)
-        found = torch.stack([log_probability.exp(), log_probability, logit, agreement], 1)
+        found = torch.stack([log_odds.sigmoid(), log_odds, logit, agreement], 1)
         self._known |= zip(batch, map(tuple, found.tolist()), strict=True)
         self.runs += len(batch)
 

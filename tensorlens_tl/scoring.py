@@ -13,12 +13,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .adapters import adapt
-from .capturing import Convention
+from .capturing import Capture, Convention
 from .composer import FrozenTransformer
 from .masking import all_real
 from .methods import token_scores
 from .recording import record
-from .targets import resolve_target, token_id
+from .targets import (
+    Target,
+    expected_others,
+    likeliest_others,
+    own_prediction,
+    resolve_target,
+    resolve_token,
+)
+
+RIVALS = ("runner_up", "others")
+"""What stands for the likeliest token beside the target, and for all of them by their probability."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +57,7 @@ def score(
     prompts: Sequence[Any],
     methods: Sequence[str],
     targets: Sequence[str | int] | None = None,
+    versus: str | Sequence[str | int] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     gate: str = "gate",
     batch_size: int = 8,
@@ -59,6 +70,8 @@ def score(
         prompts: Strings, or token ids [pos].
         methods: Names of :data:`tensorlens_tl.methods.METHODS`.
         targets: A token or id for each prompt, or None for the model's own predictions.
+        versus: Subtracted from the target: a token or id for each prompt; "runner_up", the likeliest
+            other token; "others", their mean weighted by probability (log-odds); or None.
         options: Options of methods, by name.
         gate: See :class:`tensorlens_tl.Convention`.
         batch_size: Prompts captured at once.
@@ -69,36 +82,27 @@ def score(
     """
     adapter, options = adapt(model), options or {}
     ids = [adapter.prepare(prompt, {})[1].tokens[0] for prompt in prompts]
+    goals, predicted = [0] * len(ids), [0] * len(ids)
     scores: dict[str, list[Any]] = {name: [None] * len(ids) for name in methods}
-    goals, predicted, seconds, plain = (
-        [0] * len(ids),
-        [0] * len(ids),
-        dict.fromkeys(methods, 0.0),
-        0.0,
-    )
-    with tqdm(total=len(ids), desc="scores", delay=2, leave=False, disable=not progress) as bar:
+    plain, seconds = 0.0, dict.fromkeys(methods, 0.0)
+    bar = tqdm(total=len(ids), desc="scores", delay=2, leave=False, disable=not progress)
+    with torch.no_grad(), bar:
         for batch in _by_length(ids, batch_size):
-            stack = torch.stack([ids[i] for i in batch])
-            start = time.perf_counter()
-            with torch.no_grad():
-                adapter.run(stack, all_real(adapter, stack))
+            tokens = torch.stack([ids[i] for i in batch])
+            kwargs, start = all_real(adapter, tokens), time.perf_counter()
+            adapter.run(tokens, kwargs)
             plain += time.perf_counter() - start
-            with torch.no_grad():
-                _, capture = record(adapter, stack, Convention(gate), None, "stored",
-                                    **all_real(adapter, stack))  # fmt: skip
-            operator = FrozenTransformer.of(capture)
-            own = capture.logits[:, -1].argmax(-1)
-            wanted = own if targets is None else torch.tensor(
-                [_id(capture, targets[i]) for i in batch], device=own.device)  # fmt: skip
+            _, capture = record(adapter, tokens, Convention(gate), None, "stored", **kwargs)
+            operator, own = FrozenTransformer.of(capture), own_prediction(capture)
+            wanted = own if targets is None else _ids(capture, batch, targets)
             goal = resolve_target(capture, None, -1, wanted)
+            if versus is not None:
+                goal = goal.minus(_rival(capture, batch, wanted, versus))
             for i, a, b in zip(batch, wanted.tolist(), own.tolist(), strict=True):
                 goals[i], predicted[i] = a, b
             for name in methods:
-                start = time.perf_counter()
-                with torch.no_grad():
-                    found = token_scores(
-                        name, capture, operator, goal, model, **options.get(name, {})
-                    )
+                start, mine = time.perf_counter(), options.get(name, {})
+                found = token_scores(name, capture, operator, goal, model, **mine)
                 seconds[name] += time.perf_counter() - start
                 for row, i in enumerate(batch):
                     scores[name][i] = found[row].detach()
@@ -106,8 +110,17 @@ def score(
     return Scored(tuple(ids), tuple(goals), tuple(predicted), scores, seconds, plain)
 
 
-def _id(capture: Any, target: str | int) -> int:
-    return token_id(capture, target) if isinstance(target, str) else int(target)
+def _ids(capture: Capture, batch: list[int], given: Any) -> Int[Tensor, " batch"]:
+    found = (resolve_token(capture, given[i]) for i in batch)
+    return torch.tensor(list(found), device=capture.frame.device)
+
+
+def _rival(capture: Capture, batch: list[int], wanted: Tensor, versus: Any) -> Target:
+    if versus == "others":
+        return expected_others(capture, wanted)
+    runner_up = versus == "runner_up"
+    ids = likeliest_others(capture, wanted) if runner_up else _ids(capture, batch, versus)
+    return resolve_target(capture, None, -1, ids)
 
 
 def _by_length(ids: Sequence[Tensor], size: int) -> Iterator[list[int]]:

@@ -130,7 +130,7 @@ def ranks(values: Sequence[float]) -> Float[Tensor, " n"]:
     """Ranks from 1, equal values sharing their mean rank."""
     x = torch.as_tensor(values, dtype=torch.float64)
     below = (x[None] < x[:, None]).sum(1)
-    equal = (x[None] == x[:, None]).sum(1)
+    equal = (x[None] == x[:, None]).sum(1).double()
     return below + (equal + 1) / 2
 
 
