@@ -62,6 +62,7 @@ def test_imports_go_down(path):
             "graph",
             "linear_map",
             "planning",
+            "significance",
             "supported",
             "weights",
             "loading",
