@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ CHUNK = 256
 
 def evaluate(
     model: Any,
-    prompts: Sequence[Any],
+    prompts: Sequence[Any] | Scored,
     methods: str | Sequence[str] | None = None,
     protocol: str | Measure | Sequence[str | Measure] = "perturbation",
     masking: str | Sequence[str] = "delete",
@@ -50,7 +51,8 @@ def evaluate(
 
     Args:
         model: A ``HookedTransformer`` or a ``TransformerBridge``.
-        prompts: Strings, or token ids [pos], one sequence per prompt.
+        prompts: Strings, or token ids [pos], one sequence per prompt; or what
+            :func:`tensorlens_tl.scoring.score` made of them, so that evaluations share the scores.
         methods: Names of :data:`tensorlens_tl.methods.METHODS`; None for all of them (or none, where
             ``scores`` are given).
         protocol: Names of :data:`tensorlens_tl.protocols.PROTOCOLS`, or measures of
@@ -83,21 +85,24 @@ def evaluate(
         ValueError: If a method, protocol, preset, fraction, masking, metric or target does not exist,
             no prompt predicts the target, a prompt is too short, or an extra is missing.
     """
-    if isinstance(prompts, str) or len(prompts) == 0:
+    if not isinstance(prompts, Scored) and (isinstance(prompts, str) or len(prompts) == 0):
         raise ValueError(f"expected a list of prompts, got {prompts!r}: put a single one in a list")
     batch_size, own = at_least_one(batch_size, "batch_size"), dict(scores or {})
-    names = _names(methods, own)
-    for name in names:
-        check(name, dict((options or {}).get(name, {})))
     if metric not in METRICS:
         raise ValueError(f"no metric {metric!r}; expected one of {', '.join(METRICS)}")
     asked = _measures(protocol, preset, metric, beam)
     adapter = adapt(model)
     maskings = [Masking.of(kind, adapter, mask_token) for kind in _listed(masking)]
-    goals = _one_each("target", targets, len(prompts))
-    foils = versus if versus in RIVALS else _one_each("versus", versus, len(prompts))
-    scored = score(model, prompts, names, goals, foils, options, gate, batch_size, progress)
-    if goals is not None and not any(map(int.__eq__, scored.targets, scored.predicted)):
+    if isinstance(prompts, Scored):
+        scored = _selected(prompts, methods, targets, versus, options)
+    else:
+        names = _names(methods, own)
+        for name in names:
+            check(name, dict((options or {}).get(name, {})))
+        goals = _one_each("target", targets, len(prompts))
+        foils = versus if versus in RIVALS else _one_each("versus", versus, len(prompts))
+        scored = score(model, prompts, names, goals, foils, options, gate, batch_size, progress)
+    if not any(map(int.__eq__, scored.targets, scored.predicted)):
         raise ValueError(
             f"no prompt predicts its target ({adapter.token_string(scored.targets[0])!r}, …): a target "
             "that no prompt has says nothing; leave targets out for the model's own predictions"
@@ -111,7 +116,7 @@ def evaluate(
     runs: dict[str, int] = {}
     for way in maskings:
         runner = MaskedRuns(adapter, scored.prompts, scored.targets, way, batch_size, progress)
-        found = _read(runner, asked, orders, len(prompts))
+        found = _read(runner, asked, orders, len(positions))
         runs[way.kind] = runner.runs
         rows += [
             Row(one.name, one.metric, one.preset, way.kind, name, one.higher,
@@ -122,8 +127,8 @@ def evaluate(
     return Evaluation(
         tuple(rows), adapter.name, str(adapter.dtype).removeprefix("torch."),
         tuple(map(len, positions)), tuple(map(adapter.token_string, scored.targets)),
-        versus if versus is None or isinstance(versus, str) else "own",
-        next((way.token for way in maskings if way.token is not None), None), gate, batch_size,
+        scored.versus, next((way.token for way in maskings if way.token is not None), None),
+        scored.gate, batch_size,
         keep_last, seed, dict(scored.seconds), scored.forward_seconds, runs,
     )  # fmt: skip
 
@@ -160,6 +165,15 @@ def _read(
 
 def _listed(given: Any) -> list[Any]:
     return [given] if isinstance(given, str | Measure) else list(given)
+
+
+def _selected(scored: Scored, methods: Any, *others: Any) -> Scored:
+    if any(given is not None for given in others):
+        raise ValueError("scores are made already: give targets, versus and options to score()")
+    names = list(scored.scores) if methods is None else _listed(methods)
+    if absent := [name for name in names if name not in scored.scores]:
+        raise ValueError(f"expected scores by {', '.join(absent)}, got {', '.join(scored.scores)}")
+    return replace(scored, scores={name: scored.scores[name] for name in names})
 
 
 def _names(methods: str | Sequence[str] | None, own: Mapping[str, Any]) -> list[str]:

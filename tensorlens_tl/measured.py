@@ -216,8 +216,8 @@ class Evaluation:
 
     def __repr__(self) -> str:
         head = (
-            f"Evaluation of {len(self.methods)} methods on {len(self)} prompts of {self.model} "
-            f"({self.dtype}), mean [95 % interval]"
+            f"Evaluation of {_many(len(self.methods), 'method')} on {_many(len(self), 'prompt')} of "
+            f"{self.model} ({self.dtype}), mean [95 % interval]"
         )
         return "\n".join([head, *(line for block in self._blocks() for line in ("", *block))])
 
@@ -237,6 +237,10 @@ class Evaluation:
 
 
 _FIELDS = tuple(field.name for field in fields(Evaluation) if field.name != "rows")
+
+
+def _many(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _head(measure: str, metric: str, preset: str, higher: bool) -> str:

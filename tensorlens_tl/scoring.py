@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Scored:
         scores: Every method's scores of every prompt's tokens [pos].
         seconds: What every method took, all prompts together.
         forward_seconds: What plain forward passes took.
+        versus: What the target was less: one of :data:`RIVALS`, "own" for given tokens, or None.
+        gate: The choice made for gated MLPs.
     """
 
     prompts: tuple[Int[Tensor, " pos"], ...]
@@ -50,6 +52,17 @@ class Scored:
     scores: Mapping[str, Sequence[Float[Tensor, " pos"]]]
     seconds: Mapping[str, float]
     forward_seconds: float
+    versus: str | None
+    gate: str
+
+    def take(self, chosen: Sequence[int]) -> Scored:
+        """Some of the prompts."""
+        scores = {name: [values[i] for i in chosen] for name, values in self.scores.items()}
+        parts = (
+            [given[i] for i in chosen] for given in (self.prompts, self.targets, self.predicted)
+        )
+        prompts, targets, predicted = map(tuple, parts)
+        return replace(self, prompts=prompts, targets=targets, predicted=predicted, scores=scores)
 
 
 def score(
@@ -107,7 +120,8 @@ def score(
                 for row, i in enumerate(batch):
                     scores[name][i] = found[row].detach()
             bar.update(len(batch))
-    return Scored(tuple(ids), tuple(goals), tuple(predicted), scores, seconds, plain)
+    rival = versus if versus is None or isinstance(versus, str) else "own"
+    return Scored(tuple(ids), tuple(goals), tuple(predicted), scores, seconds, plain, rival, gate)
 
 
 def _ids(capture: Capture, batch: list[int], given: Any) -> Int[Tensor, " batch"]:

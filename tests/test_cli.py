@@ -188,7 +188,7 @@ def test_evaluate_gives_json_for_pipelines(monkeypatch, capsys):
 def test_evaluate_draws_the_demo_s_own_prompts(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(["evaluate", "--task", "facts", "--n", "3", "--methods", "random"]) == 0
-    assert "on 3 prompts" in capsys.readouterr().out
+    assert "of 1 method on 3 prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
