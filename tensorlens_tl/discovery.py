@@ -7,7 +7,6 @@ import json
 import os
 import random
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .adapters import adapt
 from .attribution import Sweep, attribute
@@ -107,18 +107,16 @@ def discover(
     scores, n = ({}, 0) if file is None else file.read(info)
     written, last = n, time.monotonic()
     try:
-        for start in range(n, len(work), batch_size):
-            with torch.no_grad():
-                found = work.scores(model, start, start + batch_size)
-            scores, n = _folded(scores, n, found), n + len(found)
-            if file is not None and time.monotonic() - last > WRITE_EVERY:
-                file.write(circuit(scores, n), n)
-                written, last = n, time.monotonic()
-            if progress:
-                print(f"\r{n}/{len(work)} prompts", end="", file=sys.stderr, flush=True)  # noqa: T201
+        with tqdm(desc="prompts", total=len(work), initial=n, disable=not progress) as bar:
+            for start in range(n, len(work), batch_size):
+                with torch.no_grad():
+                    found = work.scores(model, start, start + batch_size)
+                scores, n = _folded(scores, n, found), n + len(found)
+                if file is not None and time.monotonic() - last > WRITE_EVERY:
+                    file.write(circuit(scores, n), n)
+                    written, last = n, time.monotonic()
+                bar.update(len(found))
     finally:  # an interruption keeps what is done
-        if progress:
-            print(file=sys.stderr)  # noqa: T201
         if file is not None and n > written:
             file.write(circuit(scores, n), n)
     return circuit(scores, n)
