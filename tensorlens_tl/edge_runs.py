@@ -36,6 +36,8 @@ from .query_key import QueryKeyWeights, query_key_weights
 from .weights import NormWeights
 
 Writes = Float[Tensor, "writer prompt pos d_model"]
+CHUNK = 2**28
+"""Bytes that the writers' outputs of one pass may take, about."""
 _FLAGS = ("use_split_qkv_input", "use_attn_in")
 
 
@@ -84,6 +86,16 @@ class EdgeModel:
         """How many query heads share a key."""
         w = self.adapter.weights.blocks[0].attn
         return w.W_O.shape[0] // w.W_V.shape[0]
+
+    def at_once(self, n_pos: int) -> int:
+        """How many sequences of a length are run at once, so that :data:`CHUNK` holds what they write."""
+        weights = self.adapter.weights
+        heads, width = weights.blocks[0].attn.W_O.shape[0], weights.unembed.W_U.shape[0]
+        cells = width * (4 * len(self.universe.writers) + 12 * heads) + int(
+            self.adapter.cfg.d_vocab
+        )
+        cells = n_pos * (cells + len(weights.blocks) * heads * n_pos)
+        return max(1, CHUNK // (cells * self.dtype.itemsize * self.group()))
 
     def run(
         self,
@@ -352,7 +364,9 @@ class _Flow:
 
     def keys(self, layer: int, tensor: Tensor) -> Tensor:
         w, kv_of = self.model.query_keys[layer], self.kv_of(layer)
-        k = _projected(self.heads(layer, "k"), w.W_K[kv_of], None if w.b_K is None else w.b_K[kv_of])
+        k = _projected(
+            self.heads(layer, "k"), w.W_K[kv_of], None if w.b_K is None else w.b_K[kv_of]
+        )
         # [circuit, prompt, pos, head, e] → a copy per member of each group of query heads.
         k = k.unflatten(3, (-1, self.copies)).movedim(4, 0).flatten(0, 2)
         return k.to(self.model.adapter.dtype).reshape(tensor.shape)

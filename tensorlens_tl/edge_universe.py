@@ -22,6 +22,7 @@ from .graph import Edge, Node
 from .weights import ModelWeights
 
 INPUT = "embed", "pos_embed"
+"""The kinds of writer that are one input."""
 
 
 @dataclass(frozen=True)
