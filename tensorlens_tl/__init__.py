@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Any
 from .plugin import capture, install, uninstall, wrap
 
 if TYPE_CHECKING:
+    from .baselines_edges import score_edges
     from .capturing import Capture, Convention
     from .composer import FrozenTransformer
     from .datasets import MeanAttribution, attribute
     from .graph import Edge, Node
+    from .interventions import faithfulness, faithfulness_curve
     from .lens import TensorLens, load
     from .linear_map import LinearMap, dot_test
     from .paths import Paths
     from .results import Attribution
     from .selfcheck import CaptureMismatchError
+    from .shares import Faithfulness, FaithfulnessCurve
     from .supported import UnsupportedArchitectureError
 
 __version__ = "0.1.0"
@@ -38,13 +41,18 @@ _HOMES = {
     "Capture": "capturing",
     "CaptureMismatchError": "selfcheck",
     "Convention": "capturing",
+    "Faithfulness": "shares",
+    "FaithfulnessCurve": "shares",
     "FrozenTransformer": "composer",
     "Node": "graph",
     "Paths": "paths",
     "TensorLens": "lens",
     "LinearMap": "linear_map",
     "dot_test": "linear_map",
+    "faithfulness": "interventions",
+    "faithfulness_curve": "interventions",
     "load": "lens",
+    "score_edges": "baselines_edges",
 }
 
 __all__ = [
@@ -53,6 +61,8 @@ __all__ = [
     "CaptureMismatchError",
     "Convention",
     "Edge",
+    "Faithfulness",
+    "FaithfulnessCurve",
     "FrozenTransformer",
     "LinearMap",
     "MeanAttribution",
@@ -63,8 +73,11 @@ __all__ = [
     "attribute",
     "capture",
     "dot_test",
+    "faithfulness",
+    "faithfulness_curve",
     "install",
     "load",
+    "score_edges",
     "uninstall",
     "wrap",
 ]

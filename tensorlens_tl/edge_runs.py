@@ -26,7 +26,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .adapters import Adapter, Read, adapt
@@ -100,7 +100,7 @@ class EdgeModel:
     def run(
         self,
         ids: Int[Tensor, "prompt pos"],
-        keep: Float[Tensor, "circuit reader writer"] | None = None,
+        keep: Shaped[Tensor, "circuit reader writer"] | None = None,
         other: Writes | None = None,
         patterns: Sequence[Float[Tensor, "prompt head query_pos key_pos"]] | None = None,
         nudge: Float[Tensor, "reader writer"] | None = None,

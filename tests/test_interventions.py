@@ -339,7 +339,7 @@ def test_areas_by_hand():
     ones, zero = torch.ones(4).double(), torch.zeros(4).double()
     rows = torch.tensor([0.0, 0.5, 1.0]).double()[:, None] * ones
     curve = FaithfulnessCurve(
-        (0, 0.5, 1), (0, 5, 10), ones, zero, rows, 2 * rows, "mean", "live", 10
+        (0.0, 0.5, 1.0), (0, 5, 10), ones, zero, rows, 2 * rows, "mean", "live", 10
     )
     assert curve.cpr == 0.5 and curve.cpr_interval == (0.5, 0.5)
     assert curve.cmd == (1 + 0) / 2 * 0.5 + (0 + 1) / 2 * 0.5
@@ -361,7 +361,7 @@ def test_the_curve_is_faithfulness_at_every_size():
                 one = faithfulness(model, clean, circuit, corrupted, target=3)
                 assert one.share == pytest.approx(float(share), abs=1e-10)
         ranked = faithfulness_curve(
-            model, clean, universe.edges, corrupted, target=3, sizes=(0, 0.5, 1)
+            model, clean, universe.edges, corrupted, target=3, sizes=(0.0, 0.5, 1.0)
         )
     assert curve.sizes == SIZES and curve.n_edges[-1] == universe.size
     assert torch.equal(ranked.signed, ranked.absolute)
