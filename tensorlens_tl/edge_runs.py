@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .adapters import Adapter, Read, adapt
 from .baselines_gradient import Edit, hooked
 from .edge_universe import EdgeUniverse
-from .query_key import QueryKeyWeights, query_key_weights
+from .projections import QueryKeyWeights, query_key_weights
 from .weights import NormWeights
 
 Writes = Float[Tensor, "writer prompt pos d_model"]

@@ -13,7 +13,7 @@ FLOORS = {
     "sublayer": 2, "recomputed": 2,
     "sublayers": 3, "planning": 1, "folding": 3, "contraction": 3.5, "blocks": 4,
     "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4, "recording": 5, "precision": 5, "composer": 5,
-    "query_key": 4, "edge_universe": 4, "edge_runs": 6.5, "pairs": 6.5, "shares": 5,
+    "projections": 4, "edge_universe": 4, "edge_runs": 6.5, "pairs": 6.5, "shares": 5,
     "interventions": 7.5, "baselines_edges": 7,
     "energies": 6,
     "targets": 6, "results": 5, "edges": 6, "attribution": 7, "paths": 7, "collapse": 7,
