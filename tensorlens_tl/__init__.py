@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .composer import FrozenTransformer
     from .datasets import MeanAttribution, attribute
     from .graph import Edge, Node
-    from .interventions import faithfulness, faithfulness_curve
+    from .interventions import faithfulness, faithfulness_curve, faithfulness_of_many
     from .lens import TensorLens, load
     from .linear_map import LinearMap, dot_test
     from .paths import Paths
@@ -51,6 +51,7 @@ _HOMES = {
     "dot_test": "linear_map",
     "faithfulness": "interventions",
     "faithfulness_curve": "interventions",
+    "faithfulness_of_many": "interventions",
     "load": "lens",
     "score_edges": "baselines_edges",
 }
@@ -75,6 +76,7 @@ __all__ = [
     "dot_test",
     "faithfulness",
     "faithfulness_curve",
+    "faithfulness_of_many",
     "install",
     "load",
     "score_edges",

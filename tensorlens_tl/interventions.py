@@ -85,16 +85,70 @@ def faithfulness(
     Raises:
         ValueError: If an edge, a prompt or an option is not one; the message says which, and what to do.
     """
+    found = faithfulness_of_many(
+        model, prompts, {"": edges}, corrupted, ablation, pattern, target, versus, metric=metric,
+        pos=pos, mean_over=mean_over, seed=seed, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    return found[""]
+
+
+def faithfulness_of_many(
+    model: Any,
+    prompts: Any,
+    circuits: Mapping[str, Iterable[Edge | str]],
+    corrupted: Any = None,
+    ablation: str = "resample",
+    pattern: str = "live",
+    target: Any = None,
+    versus: Any = None,
+    *,
+    metric: Metric | None = None,
+    pos: int = -1,
+    mean_over: Any = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> dict[str, Faithfulness]:
+    """:func:`faithfulness` of several circuits on the same prompts, run together.
+
+    Args:
+        model: As for :func:`faithfulness`, like all that is not told here.
+        prompts: Prompts.
+        circuits: Edges by name.
+        corrupted: Twins.
+        ablation: "resample", "mean" or "zero".
+        pattern: "live" or "frozen".
+        target: Token.
+        versus: Token.
+        metric: Measure.
+        pos: Position.
+        mean_over: Prompts.
+        seed: Of the bootstrap.
+        batch_size: Sequences run at once.
+        progress: Whether to count prompts on standard error.
+
+    Returns:
+        The results by name; :func:`tensorlens_tl.shares.share_difference` compares two.
+
+    Raises:
+        ValueError: As :func:`faithfulness`.
+    """
     with edge_model(model) as edged, torch.no_grad():
-        wanted = [Edge.parse(edge) if isinstance(edge, str) else edge for edge in edges]
-        keep = edged.universe.keep(wanted)
-        empty = torch.zeros_like(keep)
+        wanted = {
+            name: [Edge.parse(edge) if isinstance(edge, str) else edge for edge in edges]
+            for name, edges in circuits.items()
+        }
+        keeps = [edged.universe.keep(edges) for edges in ([], *wanted.values())]
         setup = _Setup.of(edged, prompts, corrupted, ablation, pattern, mean_over, batch_size)
         measure = Measure.of(edged.adapter, setup.n, target, versus, metric, pos)
-        full, ablated, found = setup.measured(torch.stack([empty, keep]), measure, progress)
-        found = found if setup.frozen else torch.stack([ablated, found[1]])
-        return Faithfulness(full, ablated, found[0], found[1], ablation, pattern, count(wanted),
-                            edged.universe.size, seed)  # fmt: skip
+        full, ablated, found = setup.measured(torch.stack(keeps), measure, progress)
+        empty, total = found[0] if setup.frozen else ablated, edged.universe.size
+        return {
+            name: Faithfulness(
+                full, ablated, empty, values, ablation, pattern, count(edges), total, seed
+            )
+            for (name, edges), values in zip(wanted.items(), found[1:], strict=True)
+        }
 
 
 def faithfulness_curve(

@@ -173,6 +173,28 @@ class FaithfulnessCurve:
         ])  # fmt: skip
 
 
+def share_difference(ours: Faithfulness, other: Faithfulness) -> tuple[float, Interval]:
+    """How much larger one circuit's share is than another's, and the bootstrap interval of that.
+
+    Args:
+        ours: One.
+        other: The other, on the same prompts.
+
+    Returns:
+        The difference of the shares, and its interval over prompts, 95 %.
+
+    Raises:
+        ValueError: If the prompts or the ablations are not the same.
+    """
+    if not (torch.equal(ours.full, other.full) and torch.equal(ours.ablated, other.ablated)):
+        raise ValueError(
+            "expected two circuits on the same prompts and ablation, got others: run both"
+        )
+    both = torch.stack([ours.circuit, other.circuit])
+    drawn = _resampled(ours.full, ours.ablated, both, ours.seed)
+    return ours.share - other.share, _quantiles(drawn[:, 0] - drawn[:, 1], len(ours.full))
+
+
 # --- Shares and their intervals ---------------------------------------------------------------------
 
 

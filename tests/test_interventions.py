@@ -11,8 +11,14 @@ import tensorlens_tl
 from tensorlens_tl import demo
 from tensorlens_tl.edge_runs import edge_model
 from tensorlens_tl.edge_universe import EdgeUniverse, count
-from tensorlens_tl.interventions import SIZES, faithfulness, faithfulness_curve, first_edges
-from tensorlens_tl.shares import Faithfulness, FaithfulnessCurve
+from tensorlens_tl.interventions import (
+    SIZES,
+    faithfulness,
+    faithfulness_curve,
+    faithfulness_of_many,
+    first_edges,
+)
+from tensorlens_tl.shares import Faithfulness, FaithfulnessCurve, share_difference
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 SHAPES = ("gpt2", "gpt2-compat", "llama", "neox", "gemma2", "gemma2-compat")
@@ -332,6 +338,36 @@ def test_shares_and_intervals_by_hand():
     assert "0.750" in repr(loose) and "5 of 10 edges" in repr(loose)
     nothing = Faithfulness(full, full, full, full, "zero", "live", 0, 10)
     assert math.isnan(nothing.share) and json.loads(nothing.to_json())["share"] is None
+
+
+def test_share_differences_are_paired():
+    """Circuits that differ by a constant differ surely, however the prompts vary."""
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
+    full, ablated = 4 + noise, noise
+    ours, other = (
+        Faithfulness(full, ablated, ablated, c + noise, "zero", "live", 1, 2) for c in (3, 2)
+    )
+    value, (low, high) = share_difference(ours, other)
+    assert (
+        value == pytest.approx(0.25) and low == pytest.approx(0.25) and high == pytest.approx(0.25)
+    )
+    with pytest.raises(ValueError, match="expected two circuits on the same prompts"):
+        share_difference(ours, Faithfulness(full + 1, ablated, ablated, full, "zero", "live", 1, 2))
+
+
+def test_many_circuits_are_each_as_alone():
+    model, clean, corrupted = runs(FIRST)
+    circuits = {str(seed): some_edges(model, seed=seed) for seed in range(3)}
+    for pattern in ("live", "frozen"):
+        with quiet():
+            many = faithfulness_of_many(
+                model, clean, circuits, corrupted, pattern=pattern, target=3
+            )
+            one = faithfulness(model, clean, circuits["1"], corrupted, pattern=pattern, target=3)
+        assert list(many) == ["0", "1", "2"] and many["0"].n_edges != many["1"].n_edges
+        assert_close(many["1"].circuit, one.circuit, 1e-12)
+        assert_close(many["1"].empty, one.empty, 1e-12)
+        assert many["1"].n_edges == one.n_edges
 
 
 def test_areas_by_hand():
