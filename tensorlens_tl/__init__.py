@@ -18,6 +18,7 @@ from .plugin import capture, install, uninstall, wrap
 if TYPE_CHECKING:
     from .baselines_edges import score_edges
     from .capturing import Capture, Convention
+    from .circuits import Circuit
     from .composer import FrozenTransformer
     from .datasets import MeanAttribution, attribute
     from .graph import Edge, Node
@@ -40,6 +41,7 @@ _HOMES = {
     "attribute": "datasets",
     "Capture": "capturing",
     "CaptureMismatchError": "selfcheck",
+    "Circuit": "circuits",
     "Convention": "capturing",
     "Faithfulness": "shares",
     "FaithfulnessCurve": "shares",
@@ -60,6 +62,7 @@ __all__ = [
     "Attribution",
     "Capture",
     "CaptureMismatchError",
+    "Circuit",
     "Convention",
     "Edge",
     "Faithfulness",

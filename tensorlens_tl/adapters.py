@@ -463,7 +463,7 @@ class BridgeAdapter(Adapter):
 
 
 def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
-    """W [in, out] and b of a Bridge's linear component."""
+    """A Bridge's linear module as x @ W + b."""
     # The orientation is told by the module's type, never by the shape: square weights have both.
     module = bridge.original_component
     if isinstance(module, nn.Linear):

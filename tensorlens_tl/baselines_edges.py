@@ -25,9 +25,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .edge_runs import EdgeModel, edge_model
-from .edge_universe import INPUT, EdgeUniverse, input_once
+from .edge_universe import EdgeUniverse
 from .graph import Edge, Node
 from .pairs import Measure, Metric, Pairs, paired
+from .wiring import LOGITS, owner
 
 EDGE_METHODS: dict[str, str] = {
     "eap": "Nanda 2023; Syed et al. 2023 (arXiv 2310.10348); 3 forwards, 1 backward",
@@ -132,7 +133,7 @@ def edge_gradients(
     with torch.enable_grad():
         for step in range(1, steps + 1):
             nudge = torch.zeros_like(found).requires_grad_()
-            at = twin + step / steps * (clean - twin)
+            at = twin[0] + step / steps * (clean[0] - twin[0])
             passed = model.run(pairs.ids, nudge=nudge, direction=clean - twin, embeddings=at)
             value = measure.values(passed.logits, run.logits[0], pairs.index).sum()
             if not value.requires_grad:
@@ -143,22 +144,14 @@ def edge_gradients(
 
 def _as_scores(universe: EdgeUniverse, matrix: Tensor) -> dict[Edge, float]:
     rows = matrix.tolist()
-    return {
-        Edge(src, dest): rows[r][w]
-        for r, (dest, n) in enumerate(zip(universe.readers, universe.below, strict=True))
-        for w, src in enumerate(universe.writers[:n])
-    }
+    places = ((edge, universe.place(edge)) for edge in universe.edges)
+    return {edge: rows[r][w] for edge, (r, w) in places}
 
 
 def _direct(universe: EdgeUniverse, scores: dict[Edge, float]) -> dict[Edge, float]:
-    logits = Node("logits")
-    by_node = {src: abs(scores[Edge(src, logits)]) for src in universe.writers}
-    by_node[logits] = float("inf")
-
-    def end(node: Node) -> float:
-        return by_node[Node(node.kind, node.layer, node.index)]
-
-    return {edge: min(by_node[edge.src], end(edge.dest)) for edge in universe.edges}
+    by_node = {src: abs(scores[Edge(src, LOGITS)]) for src in universe.writers}
+    by_node[LOGITS] = float("inf")
+    return {edge: min(by_node[edge.src], by_node[owner(edge.dest)]) for edge in universe.edges}
 
 
 def random_scores(universe: EdgeUniverse, seed: int = 0) -> dict[Edge, float]:
@@ -173,28 +166,21 @@ def random_scores(universe: EdgeUniverse, seed: int = 0) -> dict[Edge, float]:
         seed: The same seed gives the same order.
 
     Returns:
-        Scores that fall in the order of the edges; the input's two writers stand together.
+        Scores that fall in the order of the edges.
     """
     draw: Callable[[int], int] = random.Random(seed).randrange
     below = dict(zip(universe.readers, universe.below, strict=True))
-    edges = list(dict.fromkeys(map(input_once, universe.edges)))
     order: dict[Edge, None] = {}
-    first = sum(node.kind in INPUT for node in universe.writers) - 1  # the input is drawn as one
-    for _ in range(len(edges)):
-        reader: Node | None = Node("logits")
+    for _ in universe.edges:
+        reader: Node | None = LOGITS
         while reader is not None:
-            edge = input_once(Edge(universe.writers[first + draw(below[reader] - first)], reader))
+            edge = Edge(universe.writers[draw(below[reader])], reader)
             order[edge] = None
             reader = _reader_of(edge.src, draw)
-    rest = [edge for edge in edges if edge not in order]
+    rest = [edge for edge in universe.edges if edge not in order]
     random.Random(seed).shuffle(rest)
-    order |= dict.fromkeys(rest)
-    rank = {edge: float(len(order) - i) for i, edge in enumerate(order)}
-    # The input's writers share one rank, as sizes count them once.
-    return {
-        edge: rank[input_once(edge)] / (first + 1 if edge.src.kind in INPUT else 1)
-        for edge in universe.edges
-    }
+    ranked = [*order, *rest]
+    return {edge: float(len(ranked) - i) for i, edge in enumerate(ranked)}
 
 
 def _reader_of(writer: Node, draw: Callable[[int], int]) -> Node | None:

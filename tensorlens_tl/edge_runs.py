@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, Read, adapt
 from .baselines_gradient import Edit, hooked
-from .edge_universe import EdgeUniverse
-from .projections import QueryKeyWeights, query_key_weights
+from .edge_universe import EdgeUniverse, wiring_of
+from .scoring import Layout, query_key_weights
 from .weights import NormWeights
 
 Writes = Float[Tensor, "writer prompt pos d_model"]
@@ -63,13 +63,13 @@ class EdgeModel:
     Attributes:
         adapter: The host's.
         universe: Its edges.
-        query_keys: W_Q and W_K of every block.
+        query_keys: W_Q, b_Q, W_K and b_K of every block.
         points: Hook points by what passes there.
     """
 
     adapter: Adapter
     universe: EdgeUniverse
-    query_keys: tuple[QueryKeyWeights, ...]
+    query_keys: tuple[Layout, ...]
     points: dict[Read, nn.Module]
 
     @cached_property
@@ -105,7 +105,7 @@ class EdgeModel:
         patterns: Sequence[Float[Tensor, "prompt head query_pos key_pos"]] | None = None,
         nudge: Float[Tensor, "reader writer"] | None = None,
         direction: Writes | None = None,
-        embeddings: Writes | None = None,
+        embeddings: Float[Tensor, "prompt pos d_model"] | None = None,
     ) -> EdgeRun:
         """One forward pass, of several circuits at once. Without circuits it is the host's own.
 
@@ -117,7 +117,7 @@ class EdgeModel:
             nudge: How much of ``direction`` is added on each edge: zeros that require a gradient
                 make the metric's gradient the first-order effect of every edge.
             direction: What is added, writer by writer.
-            embeddings: What stands in for the first writers' (embed, pos_embed) own output.
+            embeddings: What stands in for the input's own output: token and position embeddings.
 
         Returns:
             Logits, what was written, patterns.
@@ -161,7 +161,7 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
                 "ablation rebuilds what they would edit. Take them off first (model.reset_hooks())"
             )
         points = adapter.points(("q", "k", "pattern"))
-        universe = EdgeUniverse.of(adapter.weights, (None, "pos_embed") in points)
+        universe = EdgeUniverse(wiring_of(adapter.weights), (None, "pos_embed") in points)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             yield EdgeModel(adapter, universe, query_key_weights(adapter), points)
@@ -204,6 +204,8 @@ class _Flow:
         self.circuits, self.prompts = 1 if keep is None else len(keep), len(ids)
         self.copies = model.group() if rebuilt and held is None else 1
         self.writes: dict[int, Tensor] = {}
+        if embeddings is not None:
+            self.enter(embeddings)
         """By the first writer's index: [circuit, writer, prompt, pos, d_model]."""
         self.constants: dict[int, Tensor] = {}
         self.pending: list[Callable[[], None]] = []
@@ -245,9 +247,8 @@ class _Flow:
             make["k"] = lambda layer: lambda tensor: self.keys(layer, tensor)
         found: list[Edit] = []
         for (layer, key), point in self.model.points.items():
-            if layer is None and key in ("embed", "pos_embed"):
-                at = self.firsts["out", key, None]
-                found.append((point, lambda tensor, at=at: self.enter(at, tensor)))
+            if layer is None and key in ("embed", "pos_embed") and self.embeddings is None:
+                found.append((point, self.enter))
             elif layer is not None and key in make:
                 found.append((point, make[key](layer)))
         return found
@@ -267,10 +268,9 @@ class _Flow:
 
     # --- Writers
 
-    def enter(self, at: int, tensor: Tensor) -> None:
-        if self.embeddings is not None:
-            tensor = self.embeddings[at]
-        self.writes[at] = self.cells(tensor)[:, None].to(self.model.dtype)
+    def enter(self, tensor: Tensor) -> None:
+        part = self.cells(tensor)[:, None].to(self.model.dtype)
+        self.writes[0] = self.writes[0] + part if self.writes else part
 
     def see_scale(self, layer: int, norm: str, tensor: Tensor) -> None:
         self.scales[layer, norm] = self.cells(tensor).to(self.model.dtype)
@@ -358,15 +358,14 @@ class _Flow:
         return self.handed(self.normed(norm, self.read(key, 1))[:, 0])
 
     def queries(self, layer: int, tensor: Tensor) -> Tensor:
-        w = self.model.query_keys[layer]
-        q = _projected(self.heads(layer, "q"), w.W_Q, w.b_Q)
+        W_Q, b_Q, *_ = self.model.query_keys[layer]
+        q = _projected(self.heads(layer, "q"), W_Q, b_Q)
         return self.handed(q).reshape(tensor.shape)
 
     def keys(self, layer: int, tensor: Tensor) -> Tensor:
-        w, kv_of = self.model.query_keys[layer], self.kv_of(layer)
-        k = _projected(
-            self.heads(layer, "k"), w.W_K[kv_of], None if w.b_K is None else w.b_K[kv_of]
-        )
+        kv_of, (_, _, W_K, b_K) = self.kv_of(layer), self.model.query_keys[layer]
+        b_K = None if b_K is None else b_K[kv_of]
+        k = _projected(self.heads(layer, "k"), W_K[kv_of], b_K)
         # [circuit, prompt, pos, head, e] → a copy per member of each group of query heads.
         k = k.unflatten(3, (-1, self.copies)).movedim(4, 0).flatten(0, 2)
         return k.to(self.model.adapter.dtype).reshape(tensor.shape)

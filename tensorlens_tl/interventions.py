@@ -28,10 +28,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .edge_runs import EdgeModel, Writes, edge_model
-from .edge_universe import EdgeUniverse, count, input_once
-from .graph import Edge
+from .edge_universe import EdgeUniverse
+from .graph import Edge, Node
 from .pairs import Measure, Metric, Pairs, paired
 from .shares import Faithfulness, FaithfulnessCurve, Prompt
+from .wiring import INPUT
 
 ABLATIONS = ("resample", "mean", "zero")
 PATTERNS = ("live", "frozen")
@@ -45,7 +46,7 @@ SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 def faithfulness(
     model: Any,
     prompts: Any,
-    edges: Iterable[Edge | str],
+    edges: Iterable[Edge | Node | str],
     corrupted: Any = None,
     ablation: str = "resample",
     pattern: str = "live",
@@ -64,7 +65,8 @@ def faithfulness(
     Args:
         model: A ``HookedTransformer`` or a ``TransformerBridge``; left as it was.
         prompts: Strings or token ids; those of one length are run together.
-        edges: The circuit, as edges or their names; constants are kept in any case.
+        edges: The circuit, as edges or their names, or as nodes, between which all edges are kept.
+            Constants are kept in any case.
         corrupted: Each prompt's twin, of as many tokens; needed to ``resample``.
         ablation: "resample", "mean" or "zero".
         pattern: "live" or "frozen".
@@ -95,7 +97,7 @@ def faithfulness(
 def faithfulness_of_many(
     model: Any,
     prompts: Any,
-    circuits: Mapping[str, Iterable[Edge | str]],
+    circuits: Mapping[str, Iterable[Edge | Node | str]],
     corrupted: Any = None,
     ablation: str = "resample",
     pattern: str = "live",
@@ -134,18 +136,15 @@ def faithfulness_of_many(
         ValueError: As :func:`faithfulness`.
     """
     with edge_model(model) as edged, torch.no_grad():
-        wanted = {
-            name: [Edge.parse(edge) if isinstance(edge, str) else edge for edge in edges]
-            for name, edges in circuits.items()
-        }
+        wanted = {name: edged.universe.named(edges) for name, edges in circuits.items()}
         keeps = [edged.universe.keep(edges) for edges in ([], *wanted.values())]
         setup = _Setup.of(edged, prompts, corrupted, ablation, pattern, mean_over, batch_size)
         measure = Measure.of(edged.adapter, setup.n, target, versus, metric, pos)
         full, ablated, found = setup.measured(torch.stack(keeps), measure, progress)
-        empty, total = found[0] if setup.frozen else ablated, edged.universe.size
+        empty, total = found[0] if setup.frozen else ablated, len(edged.universe.edges)
         return {
             name: Faithfulness(
-                full, ablated, empty, values, ablation, pattern, count(edges), total, seed
+                full, ablated, empty, values, ablation, pattern, len(edges), total, seed
             )
             for (name, edges), values in zip(wanted.items(), found[1:], strict=True)
         }
@@ -174,8 +173,7 @@ def faithfulness_curve(
     Args:
         model: As for :func:`faithfulness`, like all that is not told here.
         prompts: Prompts.
-        ranking: Every edge's score (an edge without one has 0), or edges, best first. What the input's
-            two writers score in one reader is added.
+        ranking: Every edge's score (an edge without one has 0), or edges, best first.
         corrupted: Twins.
         ablation: "resample", "mean" or "zero".
         pattern: "live" or "frozen".
@@ -202,7 +200,8 @@ def faithfulness_curve(
         setup = _Setup.of(edged, prompts, corrupted, ablation, pattern, mean_over, batch_size)
         measure = Measure.of(edged.adapter, setup.n, target, versus, metric, pos)
         scores = _scores(universe, ranking)
-        counts = tuple(max(1, round(size * universe.size)) if size else 0 for size in sizes)
+        total = len(universe.edges)
+        counts = tuple(max(1, round(size * total)) if size else 0 for size in sizes)
         keeps = [
             universe.keep(first_edges(universe, scores, n, absolute))
             for absolute in (False, True)
@@ -211,13 +210,13 @@ def faithfulness_curve(
         full, ablated, found = setup.measured(torch.stack(keeps), measure, progress)
         signed, absolute = found.split(len(counts))
         return FaithfulnessCurve(tuple(sizes), counts, full, ablated, signed, absolute, ablation,
-                                 pattern, universe.size, seed)  # fmt: skip
+                                 pattern, total, seed)  # fmt: skip
 
 
 def first_edges(
     universe: EdgeUniverse, scores: Mapping[Edge, float], n: int, absolute: bool = True
 ) -> list[Edge]:
-    """The n edges of the highest scores, the input counted once.
+    """The n edges of the highest scores, connected or not.
 
     Args:
         universe: The model's edges.
@@ -226,27 +225,31 @@ def first_edges(
         absolute: Whether by absolute value.
 
     Returns:
-        The circuit; both of the input's writers where the input is in it.
+        The circuit; of equal scores, the lower edges.
     """
-    together: dict[Edge, list[Edge]] = {}
-    for edge in universe.edges:
-        together.setdefault(input_once(edge), []).append(edge)
-    totals = {key: sum(scores.get(edge, 0.0) for edge in edges) for key, edges in together.items()}
-    order = sorted(totals, key=lambda e: -abs(totals[e]) if absolute else -totals[e])
-    return [edge for key in order[:n] for edge in together[key]]
+
+    def rank(edge: Edge) -> float:
+        score = scores.get(edge, 0.0)
+        return -abs(score) if absolute else -score
+
+    return sorted(universe.edges, key=rank)[:n]
 
 
 def _scores(
     universe: EdgeUniverse, ranking: Mapping[Edge, float] | Sequence[Edge | str]
 ) -> dict[Edge, float]:
-    if isinstance(ranking, Mapping):
-        found = dict(ranking)
-    else:
-        edges = [Edge.parse(edge) if isinstance(edge, str) else edge for edge in ranking]
-        found = {edge: float(len(edges) - i) for i, edge in enumerate(edges)}
-    for edge in found:
-        universe.place(edge)
-    return found
+    """Scores by edge; of the input's two embeddings, their sum."""
+    scores = ranking if isinstance(ranking, Mapping) else dict.fromkeys(ranking, 0.0)
+    found: dict[Edge, float] = {}
+    for edge, score in scores.items():
+        edge = Edge.parse(edge) if isinstance(edge, str) else edge
+        if edge.src.kind in ("embed", "pos_embed"):
+            edge = Edge(INPUT, edge.dest)
+        found[edge] = found.get(edge, 0.0) + score
+    universe.wiring.check(found)
+    if ranking is scores:
+        return found
+    return {edge: float(len(found) - i) for i, edge in enumerate(found)}
 
 
 # --- Running it -------------------------------------------------------------------------------------

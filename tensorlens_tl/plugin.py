@@ -75,6 +75,7 @@ def capture(
     from .lens import TensorLens
     from .precision import require_half_precision, with_noise_floor
     from .recording import record
+    from .scoring import score_weights
 
     # On the class first: a Bridge gathers its hook points at every look.
     hooked = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
@@ -86,7 +87,8 @@ def capture(
     if noise_floor:
         require_half_precision(adapter.dtype)
     logits, captured = record(adapter, input, Convention(gate), dtype, pattern, **kwargs)
-    captured = replace(captured, W_E=getattr(model, "W_E", None))
+    scores = score_weights(adapter, captured.frame.n_pos)
+    captured = replace(captured, W_E=getattr(model, "W_E", None), score_weights=scores)
     if not noise_floor:
         return logits, TensorLens(captured, captured.versions())
     captured = with_noise_floor(captured, model, input, kwargs)

@@ -7,10 +7,8 @@ import pytest
 import torch
 from helpers import ALL, CASES, D_VOCAB, HookedTransformer, assert_close, quiet, tokens
 
-import tensorlens_tl
 from tensorlens_tl import demo
 from tensorlens_tl.edge_runs import edge_model
-from tensorlens_tl.edge_universe import EdgeUniverse, count
 from tensorlens_tl.interventions import (
     SIZES,
     faithfulness,
@@ -61,10 +59,7 @@ def test_ablating_nothing_and_everything_gives_the_model_s_own_logits(case, dtyp
     assert_close(ours.logits[1], twin, tol, "everything")
     assert_close(ours.logits[2], own, tol, "nothing, in another circuit's company")
     assert_close(held.logits[0], own, tol, "nothing, patterns frozen")
-    inputs = len(edged.universe.writers) - sum(
-        n.kind in ("head", "mlp") for n in edged.universe.writers
-    )
-    assert_close(ours.writes[1, inputs:], other.writes[0, inputs:], tol, "writers above the input")
+    assert_close(ours.writes[1, 1:], other.writes[0, 1:], tol, "writers above the input")
     assert (own - twin).abs().max() > 0.1 * own.abs().max()
 
 
@@ -108,8 +103,8 @@ class PathPatching:
         return self.cached(self.ids, [(name, lambda t, hook: value.reshape(t.shape).clone())])
 
     def writes(self, cache, node):
-        if node.kind in ("embed", "pos_embed"):
-            return cache[f"hook_{node.kind}"].expand(*self.ids.shape, -1)
+        if node.kind == "input":
+            return cache["hook_embed"] + cache.get("hook_pos_embed", 0)
         at = f"blocks.{node.layer}"
         block, norm = (
             self.model.blocks[node.layer],
@@ -223,7 +218,7 @@ def test_full_and_empty_circuits(case):
     assert_close(empty.circuit, twin, tol)
     assert abs(full.share - 1) <= tol and abs(empty.share) <= tol and abs(frozen.share - 1) <= tol
     assert full.empty_share == 0 and abs(frozen.empty_share) > 1e-6
-    assert full.n_edges == full.n_total == universe_of(model).size and empty.n_edges == 0
+    assert full.n_edges == full.n_total == len(edges) and empty.n_edges == 0
 
 
 def test_frozen_patterns_are_no_edges():
@@ -393,33 +388,32 @@ def test_the_curve_is_faithfulness_at_every_size():
         for absolute, shares in ((False, curve.shares), (True, curve.absolute_shares)):
             for n, share in list(zip(curve.n_edges, shares, strict=True))[2::3]:
                 circuit = first_edges(universe, scores, n, absolute)
-                assert count(circuit) == n
+                assert len(circuit) == n
                 one = faithfulness(model, clean, circuit, corrupted, target=3)
                 assert one.share == pytest.approx(float(share), abs=1e-10)
         ranked = faithfulness_curve(
             model, clean, universe.edges, corrupted, target=3, sizes=(0.0, 0.5, 1.0)
         )
-    assert curve.sizes == SIZES and curve.n_edges[-1] == universe.size
+    assert curve.sizes == SIZES and curve.n_edges[-1] == len(universe.edges)
     assert torch.equal(ranked.signed, ranked.absolute)
     assert_close(ranked.shares[[0, 2]], torch.tensor([0.0, 1.0]).double(), 1e-10)
 
 
-def test_sizes_count_the_input_once():
-    """GPT-2 small: 32,491 edges, and 11,611 without queries and keys."""
-    writers, below, readers = 2, [], []
-    for _ in range(12):
-        below += [writers] * 36 + [writers + 12]
-        writers += 13
-    nodes = [tensorlens_tl.Node("embed"), tensorlens_tl.Node("pos_embed")]
-    for layer in range(12):
-        heads = [tensorlens_tl.Node("head", layer, h) for h in range(12)]
-        nodes += [*heads, tensorlens_tl.Node("mlp", layer)]
-        readers += [tensorlens_tl.Node("head", layer, h, x) for x in "qkv" for h in range(12)]
-        readers += [tensorlens_tl.Node("mlp", layer)]
-    logits = tensorlens_tl.Node("logits")
-    universe = EdgeUniverse(tuple(nodes), (*readers, logits), (*below, writers))
-    assert universe.size == 32491
-    assert count(e for e in universe.edges if e.dest.name not in ("q", "k")) == 11611
+def test_nodes_and_both_names_of_the_input():
+    """Nodes keep the edges between them; ``embed`` and ``pos_embed`` together are ``input``."""
+    model, clean, corrupted = runs(FIRST)
+    edges = universe_of(model).named(["L0H1", "L1H2"])
+    assert len(edges) == 1 + 3 + 3 + 3 + 1 + 1 and str(edges[-1]) == "L1H2→logits"
+    names = [str(edge).replace("input", name) for name in ("embed", "pos_embed") for edge in edges]
+    with quiet():
+        found = [faithfulness(model, clean, given, corrupted, target=3).circuit
+                 for given in (edges, ["L0H1", "L1H2"], names)]  # fmt: skip
+        scores = dict.fromkeys(edges, 1.0)
+        curve = faithfulness_curve(
+            model, clean, scores, corrupted, target=3, sizes=(len(edges) / 110,)
+        )
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert_close(curve.signed[0], found[0], 1e-12)
 
 
 # --- A guest's manners ----------------------------------------------------------------------------
@@ -452,10 +446,11 @@ def test_the_host_stays_as_it_was(case):
 
 
 BAD = {
-    "L1H2→L0MLP": r"goes against the order of layers: L0MLP reads embed, .*turn the edge round",
-    "L0MLP→L0H1.v": "goes against the order of layers: L0H1.v reads embed",
-    "L7H0→logits": r"no writer L7H0 in this model; expected embed, .* was the circuit found in another",
-    "L0H0→L0H9.q": "no reader L0H9.q in this model",
+    "L1H2→L0MLP": "L0MLP reads before L1H2 writes; expected an edge along the order of layers",
+    "L0MLP→L0H1.v": "L0H1.v reads before L0MLP writes",
+    "L7H0→logits": "nothing called L7H0 writes here; there are input, L0H0",
+    "L0H0→L0H9.q": "nothing called L0H9.q reads here",
+    "L0.b_O→logits": "nothing called L0.b_O writes here",  # constants are always kept
     "L0H0→L1N3": "is no edge; expected a writer",
 }
 
@@ -465,13 +460,6 @@ def test_edges_that_are_not_there(edge):
     model, clean, corrupted = runs(FIRST)
     with quiet(), pytest.raises(ValueError, match=BAD[edge]):
         faithfulness(model, clean, [edge], corrupted, target=3)
-
-
-def test_constants_are_always_kept():
-    model, clean, corrupted = runs(FIRST)
-    with quiet():
-        found = faithfulness(model, clean, ["L0.b_O→logits"], corrupted, target=3)
-    assert found.n_edges == 0 and abs(found.share) <= 1e-12
 
 
 BAD_CALLS = {

@@ -140,7 +140,12 @@ def test_edges_of_a_difference_are_the_hosts_attribution_patching_when_frozen(na
 
 def positions_of(edge, graph):
     """Their edges that are ours, one at each position."""
-    return [pair for pair in graph if Edge(ours_of(pair[0]), ours_of(pair[1])) == edge]
+    return [pair for pair in graph if whole_of(*pair) == edge]
+
+
+def whole_of(src, dest):
+    """Their edge's name here, where the input is one writer."""
+    return Edge(Node("input") if src.kind == "embed" else ours_of(src), ours_of(dest))
 
 
 @pytest.mark.offered(hasattr(peer, "faithfulness"))
@@ -151,8 +156,8 @@ def test_faithfulness_is_the_hosts(name, ablation):
 
     What differs, and is settled here: their nodes stand at a position each (a circuit of ours is all
     positions of theirs) and one pair is measured at a time; a graph counts its edges at every position.
-    Their writer ``embed`` is without positions, which they always keep (ours are an edge's own: between
-    runs of equal length their replacement is themselves). Their MLP's output holds b_out, ours not:
+    Their writer ``embed`` is without positions, which they always keep; our ``input`` is both (between
+    runs of equal length positions replace themselves). Their MLP's output holds b_out, ours not:
     no difference where the replacement has it, too. Their share divides by the gap between the clean
     and the *corrupted* run also for ``mean``, ours by that to everything ablated: the ablated measures
     are compared, and the shares with ``corrupt``. Their mean is over other prompts, our ``mean_over``.
@@ -174,9 +179,9 @@ def test_faithfulness_is_the_hosts(name, ablation):
         with torch.no_grad(), peer._edge_hook_flags(model):
             cache = peer.cache_activation_and_gradient(model, clean, metric, names, False)
             graph = peer.enumerate_edges(model, cache)
-        edges = list(dict.fromkeys(Edge(ours_of(a), ours_of(b)) for a, b in graph))
+        edges = list(dict.fromkeys(whole_of(a, b) for a, b in graph))
         universe = set(edge_universe(model))
-        assert set(edges) == {edge for edge in universe if edge.src.kind != "pos_embed"}
+        assert set(edges) == universe
         moved = []
         for share, seed in ((0.2, 0), (0.6, 1), (0.95, 2)):
             drawn = torch.rand(len(edges), generator=torch.Generator().manual_seed(seed)) < share
@@ -214,7 +219,7 @@ def test_eap_is_the_hosts_attribution_patching(name):
         ours = score_edges(model, clean, corrupted, target=3, versus=4)
     sums: dict[Edge, float] = {}
     for (src, dest), score in theirs.items():
-        edge = Edge(ours_of(src), ours_of(dest))
+        edge = whole_of(src, dest)
         sums[edge] = sums.get(edge, 0.0) - score
     assert max(abs(s) for e, s in sums.items() if e.dest.name in ("q", "k")) > 1e-3
     for edge, score in sums.items():
