@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import ALL, CASES, D_VOCAB, HookedTransformer, assert_close, quiet, tokens
 
+import tensorlens_tl
 from tensorlens_tl import demo
 from tensorlens_tl.edge_runs import edge_model
 from tensorlens_tl.interventions import (
@@ -313,6 +314,55 @@ def test_the_empty_frozen_circuit_is_the_corrupted_run_under_clean_patterns(case
         found = faithfulness(model, clean, [], corrupted, pattern="frozen", target=3)
     assert_close(found.empty, logits, 1e-6 if case.float32_norms else 1e-10)
     assert_close(found.circuit, found.empty, 1e-12)
+
+
+# --- As a circuit's methods -----------------------------------------------------------------------
+
+
+@every_case
+def test_the_operator_and_the_real_model_have_the_same_edges(case):
+    with quiet(), torch.no_grad():
+        _, lens = tensorlens_tl.capture(case.model(), CLEAN)
+    universe = universe_of(case.model())
+    assert lens.operator.wiring == universe.wiring
+    assert len(universe.edges) == sum(universe.below)
+    for edge in universe.edges:
+        reader, writer = universe.place(edge)
+        assert (universe.readers[reader], universe.writers[writer]) == (edge.dest, edge.src)
+        assert writer < universe.below[reader]
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+def test_a_discovered_circuit_is_verified_in_its_model(case):
+    model, clean, corrupted = runs(case)
+    goal = {"target": 3, "versus": 4}
+    with quiet(), torch.no_grad():
+        lenses = [tensorlens_tl.capture(model, ids)[1] for ids in (clean, corrupted)]
+        circuit = lenses[0].discover(**goal, n_edges=40, corrupted=lenses[1])
+        found = circuit.faithfulness(model, clean, corrupted, **goal)
+        same = faithfulness(model, clean, circuit.edges, corrupted, **goal)
+        curve = circuit.faithfulness_curve(model, clean, corrupted, **goal, sizes=(0.3, 1.0))
+        direct = faithfulness_curve(
+            model, clean, circuit.scores, corrupted, **goal, sizes=(0.3, 1.0)
+        )
+    assert found.n_edges == 40 and found.share == same.share
+    assert torch.equal(curve.signed, direct.signed) and torch.equal(curve.absolute, direct.absolute)
+    assert float(curve.shares[1]) == pytest.approx(1, abs=1e-5)
+
+
+def test_circuits_of_other_models_and_without_scores_are_refused():
+    model, clean, corrupted = runs(FIRST)
+    other = next(
+        case for case in ALL if case.host == FIRST.host and case.name != FIRST.name
+    ).model()
+    with quiet(), torch.no_grad():
+        lens = tensorlens_tl.capture(model, clean)[1]
+        circuit = lens.discover(3, n_edges=20)
+        with pytest.raises(ValueError, match="expected a circuit of this model"):
+            circuit.faithfulness(other, clean, corrupted)
+        named = lens.circuit(["L0H1"]).circuit
+        with pytest.raises(ValueError, match="this circuit has no scores, its edges were named"):
+            named.faithfulness_curve(model, clean, corrupted)
 
 
 # --- Results --------------------------------------------------------------------------------------
