@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .circuits import Circuit
     from .composer import FrozenTransformer
     from .datasets import MeanAttribution, attribute
+    from .discovery import discover
     from .graph import Edge, Node
     from .interventions import faithfulness, faithfulness_curve, faithfulness_of_many
     from .lens import TensorLens, load
@@ -39,6 +40,7 @@ _HOMES = {
     "Edge": "graph",
     "MeanAttribution": "datasets",
     "attribute": "datasets",
+    "discover": "discovery",
     "Capture": "capturing",
     "CaptureMismatchError": "selfcheck",
     "Circuit": "circuits",
@@ -76,6 +78,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "attribute",
     "capture",
+    "discover",
     "dot_test",
     "faithfulness",
     "faithfulness_curve",

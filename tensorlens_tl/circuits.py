@@ -391,26 +391,22 @@ def named(capture: Capture, given: Circuit | Iterable[Edge | Node | str]) -> Cir
 
 
 def find(
-    capture: Capture,
+    model: ModelInfo,
     scores: Mapping[Edge, float],
-    target: str,
     n_edges: int | None,
     threshold: float | None,
     method: str,
-    corrupted: bool,
-    n_prompts: int,
+    **about: Any,
 ) -> Circuit:
     """The circuit that scores tell.
 
     Args:
-        capture: A run of the model.
+        model: Whose edges they are.
         scores: Every edge's.
-        target: What they are of.
         n_edges: See :func:`selection.select`.
         threshold: See there.
         method: See there.
-        corrupted: Whether the scores compare runs.
-        n_prompts: Over how many prompts they are means.
+        **about: The circuit's other attributes.
 
     Returns:
         The circuit.
@@ -418,6 +414,5 @@ def find(
     Raises:
         ValueError: If the arguments make no sense.
     """
-    model = ModelInfo.of_capture(capture)
     edges = select(scores, model.wiring, n_edges, threshold, method)
-    return Circuit(edges, scores, model, target, method, n_prompts, corrupted, capture.convention)
+    return Circuit(edges, scores, model, method=method, **about)

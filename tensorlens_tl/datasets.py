@@ -152,7 +152,7 @@ def attribute(
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"expected a list of prompts, got {prompts!r}: put a single one in a list")
     batch_size = at_least_one(batch_size, "batch_size")
-    goals = _one_each(targets, len(prompts), "targets"), _one_each(versus, len(prompts), "versus")
+    goals = one_each(targets, len(prompts), "targets"), one_each(versus, len(prompts), "versus")
     total, squares, sums, n, worst = None, None, 0.0, 0, None
     found: Attribution | None = None
     with open(os.devnull if path is None else Path(path), "w", encoding="utf-8") as file:
@@ -187,7 +187,20 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _one_each(given: Any, n: int, name: str) -> list[Any]:
+def one_each(given: Any, n: int, name: str) -> list[Any]:
+    """What a user gave for all prompts, or for each.
+
+    Args:
+        given: A list with one for each, or one for all.
+        n: How many prompts there are.
+        name: What it is called.
+
+    Returns:
+        One for each.
+
+    Raises:
+        ValueError: If there are not as many.
+    """
     if not isinstance(given, list | tuple):
         return [given] * n
     if len(given) != n:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attribution import Sweep, attribute, attribute_many
 from .blocks import PLANNED
-from .circuits import Circuit, edge_scores, find, named
+from .circuits import Circuit, ModelInfo, edge_scores, find, named
 from .collapse import KINDS, TokenMatrix, plan_token_matrix, token_matrix
 from .differences import check_comparable, difference, fixed_baseline
 from .frozen_run import FrozenRun
@@ -222,9 +222,10 @@ class TensorLens(FrozenRun):
         found = self.attribute(target, versus, pos, "edge", baseline=corrupted, at=at, qk=qk)
         names = list(dict.fromkeys(self._sweep(target, versus, pos).target.name))
         return find(
-            self.capture, edge_scores(self.operator.wiring, found),
-            ", ".join(names[:3]) + (", …" if len(names) > 3 else ""),
-            n_edges, threshold, method, corrupted is not None, len(self),
+            ModelInfo.of_capture(self.capture), edge_scores(self.operator.wiring, found),
+            n_edges, threshold, method,
+            target=", ".join(names[:3]) + (", …" if len(names) > 3 else ""),
+            n_prompts=len(self), corrupted=corrupted is not None, convention=self.convention,
         )  # fmt: skip
 
     def loadings(

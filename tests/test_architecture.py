@@ -21,7 +21,7 @@ FLOORS = {
     "edge_universe": 4, "model_info": 5, "edge_runs": 6.5, "pairs": 6.5, "shares": 5,
     "interventions": 7.5, "baselines_edges": 7,
     "evaluation": 9, "headers": 9, "frozen_run": 9.5, "saving": 10, "plots": 10, "report": 10, "lens": 11,
-    "datasets": 12, "loading": 12, "plugin": 12, "families": 12,
+    "datasets": 12, "discovery": 13, "loading": 12, "plugin": 12, "families": 12,
     "support": 12, "demo": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
 HOSTS = {"transformer_lens", "transformers"}
