@@ -102,7 +102,7 @@ class Circuit:
         """Another circuit by the same scores; nothing is run.
 
         Args:
-            n_edges: At most so many edges; or
+            n_edges: So many edges; or
             threshold: the smallest number a method may rank an edge by.
             method: As in :func:`tensorlens_tl.discover`; by default, this circuit's.
 

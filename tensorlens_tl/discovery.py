@@ -67,7 +67,7 @@ def discover(
             prediction.
         versus: Subtracted from the target; for all, one for each prompt, or None.
         pos: Position of the prediction among the real tokens.
-        n_edges: At most so many edges; or
+        n_edges: So many edges; or
         threshold: the smallest number an edge is ranked by.
         method: "greedy", "absolute", "signed" or "influence"; see :meth:`TensorLens.discover`.
         qk: Whether queries and keys are readers, too.
