@@ -37,7 +37,7 @@ STORIES = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZES = (0.02, 0.05, 0.1)
 OURS = "operator, q and k"
 AUC = "head AUC"
-RANDOM_SEEDS = 5
+RANDOM_SEEDS = 3
 
 
 @dataclass
@@ -88,6 +88,24 @@ def demo_pairs(model: Any, task: str, n: int, seed: int) -> Pairs:
     return Pairs(ids["clean"], ids["corrupted"], words["answer"], words["foil"])
 
 
+def lookup_pairs(model: Any, n: int, seed: int) -> Pairs:
+    """Induction prompts whose twin lacks the first mention of the last word: where to copy from is lost.
+
+    The task's own twins change the word that is copied, so that where it stands is the same in both.
+    """
+    rng, found = random.Random(f"lookup {seed}"), Pairs([], [], [], [])
+    pairs = demo_pairs(model, "induction", n, seed)
+    for clean, target, versus in zip(pairs.clean, pairs.target, pairs.versus, strict=True):
+        twin = clean.clone()
+        words = [i for p in pairs.clean for i in p.tolist() if i not in clean.tolist()]
+        twin[clean.tolist().index(int(clean[-1]))] = rng.choice(words)
+        found.clean.append(clean)
+        found.corrupted.append(twin)
+        found.target.append(target)
+        found.versus.append(versus)
+    return found
+
+
 def story_pairs(model: Any, text: str, n: int, length: int = 16, seed: int = 0) -> list[Pairs]:
     """Windows of the text, one token replaced so that the model's own prediction is another.
 
@@ -122,7 +140,9 @@ def story_pairs(model: Any, text: str, n: int, length: int = 16, seed: int = 0) 
 def tasks(n_find: int, n_test: int, stories: Path) -> list[Task]:
     """All of them."""
     model = demo.load_model("hooked")
-    found = [
+    twins = lookup_pairs(model, n_find, 11), lookup_pairs(model, n_test, 12)
+    found = [Task("induction, place lost", model, *twins)]
+    found += [
         Task(name, model, demo_pairs(model, name, n_find, 11), demo_pairs(model, name, n_test, 12))
         for name in ("ioi", "induction", "agreement", "greater_than")
     ]
@@ -157,7 +177,6 @@ def scored(task: Task) -> tuple[dict[str, dict[Edge, float]], dict[str, float]]:
 
     methods = {
         OURS: lambda: ours(task),
-        "operator, q and k, at the corrupted run": lambda: ours(task, at="corrupted"),
         "operator alone (T)": lambda: ours(task, qk=False),
         "eap": by("eap"),
         "eap_ig": by("eap_ig"),
@@ -193,15 +212,15 @@ def faithful(task: Task, scores: Mapping[str, Mapping[Edge, float]]) -> dict[str
     return rows
 
 
-def areas(task: Task, scores: Mapping[str, Mapping[Edge, float]]) -> dict[str, Any]:
-    """CPR and CMD of every method."""
-    found = {}
+def areas(task: Task, scores: Mapping[str, Mapping[Edge, float]], n: int) -> dict[str, Any]:
+    """CPR and CMD."""
+    found, test = {}, task.test.first(n)
     for name, by in scores.items():
-        if not name.startswith("random") or name == "random 0":
-            curve = faithfulness_curve(task.model, task.test.clean, by, **task.test.goal)
+        if name in (OURS, "eap", "eap_ig", "random 0"):
+            curve = faithfulness_curve(task.model, test.clean, by, **test.goal)
             found[name] = {
                 "cpr": curve.cpr, "cpr_interval": curve.cpr_interval,
-                "cmd": curve.cmd, "cmd_interval": curve.cmd_interval,
+                "cmd": curve.cmd, "cmd_interval": curve.cmd_interval, "n": len(test.clean),
             }  # fmt: skip
     return found
 
@@ -378,40 +397,58 @@ def show(name: str, result: dict[str, Any]) -> None:
             print(f"  {method:42} {at}")
 
 
+ABOUT = {
+    "model dtype": "float32",
+    "ablation": "resample",
+    "pattern": "live",
+    "selection": "greedy, connected",
+    "measure": "answer − foil; stories260K: own prediction − runner-up",
+    "interval": "bootstrap over test prompts, 95 %",
+    "torch": torch.__version__,
+}
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """One task's figures, beside those of the others, in the kept file."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"tasks": {}}
+    kept = {"about": ABOUT, "tasks": kept["tasks"] | {name: result}}
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few prompts, no file written")
     parser.add_argument("--stories", type=Path, default=STORIES, help="the shared data's folder")
     parser.add_argument("--only", help="one task")
+    parser.add_argument("--find", type=int, default=60, help="pairs that edges are scored on")
+    parser.add_argument("--test", type=int, default=200, help="pairs that circuits are tested on")
+    parser.add_argument(
+        "--agree", type=int, default=40, help="of these, pairs patched unit by unit"
+    )
+    parser.add_argument("--areas", type=int, default=60, help="of these, pairs for CPR and CMD")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    n_find, n_test, n_agree = (12, 16, 4) if options.quick else (100, 200, 200)
-    results: dict[str, Any] = {}
-    for task in tasks(n_find, n_test, options.stories):
+    if options.quick:
+        options.find, options.test, options.agree, options.areas = 12, 16, 4, 8
+    for task in tasks(options.find, options.test, options.stories):
         if options.only not in (None, task.name):
             continue
         scores, seconds = scored(task)
         found = {
             "n_find": len(task.find.clean), "n_test": len(task.test.clean), "seconds": seconds,
             "faithfulness": faithful(task, scores),
-            "areas": areas(task, scores),
-            "agreement": agreement(task, n_agree),
-            "heads": head_auc(task, scores, n_test),
+            "areas": areas(task, scores, options.areas),
+            "agreement": agreement(task, options.agree),
+            "heads": head_auc(task, scores, options.test),
         }  # fmt: skip
-        if task.name == "induction":
+        if task.name == "induction, place lost":
             found["known"] = known(task, scores)
-        results[task.name] = found
         show(task.name, found)
-    about = {
-        "model dtype": "float32", "ablation": "resample", "pattern": "live",
-        "selection": "greedy, connected", "measure": "answer − foil; stories260K: own prediction − runner-up",
-        "interval": "bootstrap over test prompts, 95 %", "torch": torch.__version__,
-    }  # fmt: skip
-    if not options.quick and options.only is None:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"about": about, "tasks": results}, indent=1) + "\n")
+        if not options.quick:
+            keep(task.name, found)
 
 
 if __name__ == "__main__":
