@@ -106,7 +106,9 @@ def lookup_pairs(model: Any, n: int, seed: int) -> Pairs:
     return found
 
 
-def story_pairs(model: Any, text: str, n: int, length: int = 16, seed: int = 0) -> list[Pairs]:
+def story_pairs(
+    model: Any, text: str, n: int, length: int = 16, seed: int = 0
+) -> tuple[Pairs, Pairs]:
     """Windows of the text, one token replaced so that the model's own prediction is another.
 
     The measure is the clean prompt's own prediction less its runner-up.
@@ -134,7 +136,7 @@ def story_pairs(model: Any, text: str, n: int, length: int = 16, seed: int = 0) 
         found.versus.append(second)
     half = min(n, len(found.clean) // 2)
     rest = Pairs(*(part[half:] for part in vars(found).values()))
-    return [found.first(half), rest]
+    return found.first(half), rest
 
 
 def tasks(n_find: int, n_test: int, stories: Path) -> list[Task]:
@@ -144,7 +146,7 @@ def tasks(n_find: int, n_test: int, stories: Path) -> list[Task]:
     found = [Task("induction, place lost", model, *twins)]
     found += [
         Task(name, model, demo_pairs(model, name, n_find, 11), demo_pairs(model, name, n_test, 12))
-        for name in ("ioi", "induction", "agreement", "greater_than")
+        for name in ("ioi", "agreement", "greater_than", "induction")
     ]
     text = stories / "text" / "tinystories_sample" / "tinystories_sample.txt"
     if (stories / "stories260K").is_dir():
@@ -196,10 +198,14 @@ def faithful(task: Task, scores: Mapping[str, Mapping[Edge, float]]) -> dict[str
     with edge_model(task.model) as edged:
         wiring = edged.universe.wiring
     total, rows = len(wiring.edges()), {}
-    for size in SIZES:
-        n = max(1, round(size * total))
-        circuits = {name: select(by, wiring, n, None, "greedy") for name, by in scores.items()}
-        found = faithfulness_of_many(task.model, task.test.clean, circuits, **task.test.goal)
+    counts = {size: max(1, round(size * total)) for size in SIZES}
+    circuits = {
+        f"{size} {name}": select(by, wiring, n, None, "greedy")
+        for size, n in counts.items() for name, by in scores.items()
+    }  # fmt: skip
+    runs = faithfulness_of_many(task.model, task.test.clean, circuits, **task.test.goal)
+    for size, n in counts.items():
+        found = {name: runs[f"{size} {name}"] for name in scores}
         row: dict[str, Any] = {"n_edges": n}
         for name, one in found.items():
             row[name] = {"share": one.share, "interval": one.interval}
@@ -427,26 +433,32 @@ def main() -> None:
     parser.add_argument(
         "--agree", type=int, default=40, help="of these, pairs patched unit by unit"
     )
+    parser.add_argument(
+        "--heads", type=int, default=60, help="of these, pairs with whole heads patched"
+    )
     parser.add_argument("--areas", type=int, default=60, help="of these, pairs for CPR and CMD")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.quick:
-        options.find, options.test, options.agree, options.areas = 12, 16, 4, 8
+        options.find, options.test, options.agree, options.heads = 12, 16, 4, 8
+        options.areas = 8
     for task in tasks(options.find, options.test, options.stories):
         if options.only not in (None, task.name):
             continue
         scores, seconds = scored(task)
+        start = time.perf_counter()
         found = {
             "n_find": len(task.find.clean), "n_test": len(task.test.clean), "seconds": seconds,
             "faithfulness": faithful(task, scores),
             "areas": areas(task, scores, options.areas),
             "agreement": agreement(task, options.agree),
-            "heads": head_auc(task, scores, options.test),
+            "heads": head_auc(task, scores, options.heads),
         }  # fmt: skip
         if task.name == "induction, place lost":
             found["known"] = known(task, scores)
         show(task.name, found)
+        print(f"{time.perf_counter() - start:.0f} s of measuring", flush=True)
         if not options.quick:
             keep(task.name, found)
 
