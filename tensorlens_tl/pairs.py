@@ -189,7 +189,7 @@ class Measure:
                 )
             return torch.stack(found)
         target = clean[:, self.pos].argmax(-1) if self.target is None else self.target[index]
-        rows = torch.arange(len(index))
+        rows = torch.arange(len(index), device=at.device)
         value = at[:, rows, target.to(at.device)]
         if self.versus is not None:
             value = value - at[:, rows, self.versus[index].to(at.device)]

@@ -64,6 +64,21 @@ def test_ablating_nothing_and_everything_gives_the_model_s_own_logits(case, dtyp
     assert (own - twin).abs().max() > 0.1 * own.abs().max()
 
 
+@pytest.mark.parametrize("case", ONE_OF_EACH[:3], ids=str)
+def test_half_precision_is_off_by_the_model_s_own_noise(case):
+    """Sums over writers are in float32; noise: the bfloat16 model against the float32 one."""
+    with quiet():
+        model = case.build(torch.bfloat16)
+    with quiet(), torch.no_grad(), edge_model(model) as edged:
+        own, exact = model(CLEAN).float(), case.model(torch.float32)(CLEAN)
+        other = edged.run(CORRUPTED).writes[0]
+        keep = torch.ones(1, len(edged.universe.readers), len(edged.universe.writers))
+        ours = edged.run(CLEAN, keep, other).logits[0].float()
+    noise = float((own - exact).abs().max() / own.abs().max())
+    assert other.dtype == torch.float32 and 1e-3 < noise < 0.05
+    assert_close(ours, own, noise)
+
+
 # --- One edge, the slow way -----------------------------------------------------------------------
 
 
