@@ -161,11 +161,11 @@ def tasks(n_find: int, n_test: int, stories: Path) -> list[Task]:
 
 def ours(task: Task, qk: bool = True, at: str = "clean") -> dict[Edge, float]:
     """Every edge's mean score by the operator."""
-    pairs = task.find
-    found = tensorlens_tl.discover(
-        task.model, pairs.clean, pairs.corrupted, pairs.target, pairs.versus,
-        n_edges=1, qk=qk, at=at, batch_size=16,
-    )  # fmt: skip
+    order = sorted(range(len(task.find.clean)), key=lambda i: len(task.find.clean[i]))
+    parts = [
+        [part[i] for i in order] for part in vars(task.find).values()
+    ]  # equal lengths together
+    found = tensorlens_tl.discover(task.model, *parts, n_edges=1, qk=qk, at=at, batch_size=16)
     return dict(found.scores)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from . import heat
 from .graph import Edge, Node
@@ -158,7 +158,8 @@ def attribute(
     total, squares, sums, n, worst = None, None, 0.0, 0, None
     found: Attribution | None = None
     with open(os.devnull if path is None else Path(path), "w", encoding="utf-8") as file:
-        for lens in _lenses(model, prompts, batch_size, kwargs):
+        lenses = _lenses(model, prompts, batch_size, kwargs)
+        for lens in tqdm(lenses, "prompts", len(prompts), disable=not progress):
             with torch.no_grad():
                 one = lens.attribute(goals[0][n], goals[1][n], pos, by, effect, qk=qk)
             if path is not None:
@@ -174,10 +175,6 @@ def attribute(
             step = values - total
             total = total + step / n
             squares = squares + step * (values - total)
-            if progress:
-                print(f"\r{n}/{len(prompts)} prompts", end="", file=sys.stderr, flush=True)  # noqa: T201
-    if progress:
-        print(file=sys.stderr)  # noqa: T201
     if found is None or total is None or squares is None:
         raise ValueError("expected at least one prompt, got none")
     sem = (squares / (n - 1) / n).sqrt() if n > 1 else torch.full_like(squares, math.nan)

@@ -110,7 +110,9 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
                 "this lens does not know W_E, whose mean the baseline is: capture with the model, or "
                 "pass the mean embedding as baseline"
             )
-        baseline = _mean_embedding(capture, capture.W_E)
+        start = capture.frame.spans[0][0]
+        token = int(capture.prompts.tokens[0, start])
+        baseline = mean_embedding(capture.embed[0, start], token, capture.W_E)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
         found = repr(baseline) if isinstance(baseline, str) else type(baseline).__name__
         found = list(baseline.shape) if isinstance(baseline, Tensor) else found
@@ -121,18 +123,30 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
     return baseline.detach().to(capture.embed).expand_as(capture.embed)
 
 
-def _mean_embedding(capture: Capture, W_E: Tensor) -> Tensor:
-    """The mean of W_E's rows as they enter the residual: some models scale them (Gemma)."""
-    start = capture.frame.spans[0][0]
-    row = W_E[capture.prompts.tokens[0, start]].detach().to(capture.embed)
-    seen = capture.embed[0, start]
+def mean_embedding(
+    seen: Float[Tensor, " d_model"], token: int, W_E: Float[Tensor, "d_vocab d_model"]
+) -> Float[Tensor, " d_model"]:
+    """The mean of W_E's rows as they enter the residual: some models scale them (Gemma).
+
+    Args:
+        seen: A token's embedding as it entered the residual, which tells the scale.
+        token: Its id.
+        W_E: The embedding matrix.
+
+    Returns:
+        The mean, in ``seen``'s dtype.
+
+    Raises:
+        ValueError: If ``seen`` is no multiple of the token's row.
+    """
+    row = W_E[token].detach().to(seen)
     scale = (seen @ row) / (row @ row)
     if (seen - scale * row).abs().max() > 1e-2 * seen.abs().max():
         raise ValueError(
             "this run's token embeddings are not rows of W_E (edited, or resized): pass the mean "
             "embedding as baseline"
         )
-    return scale * W_E.detach().mean(0, dtype=capture.embed.dtype)
+    return scale * W_E.detach().mean(0, dtype=seen.dtype)
 
 
 def difference(

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .adapters import adapt
 from .attribution import Sweep, attribute
@@ -107,18 +107,16 @@ def discover(
     scores, n = ({}, 0) if file is None else file.read(info)
     written, last = n, time.monotonic()
     try:
-        for start in range(n, len(work), batch_size):
-            with torch.no_grad():
-                found = work.scores(model, start, start + batch_size)
-            scores, n = _folded(scores, n, found), n + len(found)
-            if file is not None and time.monotonic() - last > WRITE_EVERY:
-                file.write(circuit(scores, n), n)
-                written, last = n, time.monotonic()
-            if progress:
-                print(f"\r{n}/{len(work)} prompts", end="", file=sys.stderr, flush=True)  # noqa: T201
+        with tqdm(desc="prompts", total=len(work), initial=n, disable=not progress) as bar:
+            for start in range(n, len(work), batch_size):
+                with torch.no_grad():
+                    found = work.scores(model, start, start + batch_size)
+                scores, n = _folded(scores, n, found), n + len(found)
+                if file is not None and time.monotonic() - last > WRITE_EVERY:
+                    file.write(circuit(scores, n), n)
+                    written, last = n, time.monotonic()
+                bar.update(len(found))
     finally:  # an interruption keeps what is done
-        if progress:
-            print(file=sys.stderr)  # noqa: T201
         if file is not None and n > written:
             file.write(circuit(scores, n), n)
     return circuit(scores, n)
@@ -214,12 +212,11 @@ class _Work:
 
 def _alike(rows: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
     """Rows that can be captured together: strings, or ids of one length."""
-    prompts = [prompt for row in rows for prompt in row[:2] if prompt is not None]
-    text = all(isinstance(prompt, str) for prompt in prompts)
-    if text or len({-1 if isinstance(p, str) else len(p) for p in prompts}) == 1:
-        yield rows
-    else:
-        yield from ([row] for row in rows)
+    kinds: dict[Any, list[tuple[Any, ...]]] = {}
+    for i, row in enumerate(rows):
+        found = {-1 if isinstance(p, str) else len(p) for p in row[:2] if p is not None}
+        kinds.setdefault(found.pop() if len(found) == 1 else (i,), []).append(row)
+    yield from kinds.values()
 
 
 def _plain(value: Any) -> Any:

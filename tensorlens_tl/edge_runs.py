@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .adapters import Adapter, Read, adapt
 from .baselines_gradient import Edit, hooked
 from .edge_universe import EdgeUniverse, wiring_of
-from .scoring import Layout, query_key_weights
+from .score_weights import Layout, query_key_weights
 from .weights import NormWeights
 
 Writes = Float[Tensor, "writer prompt pos d_model"]

@@ -15,12 +15,13 @@ from torch import Tensor
 from .attribution import Sweep, attribute, attribute_many
 from .blocks import PLANNED
 from .circuits import Circuit, ModelInfo, edge_scores, find, named
-from .collapse import KINDS, TokenMatrix, plan_token_matrix, token_matrix
+from .collapse import KINDS, TokenMatrix, plan_token_matrix
 from .differences import check_comparable, difference, fixed_baseline
 from .frozen_run import FrozenRun
 from .graph import Edge, Node
 from .linear_map import DENSE_LIMIT
 from .loadings import loadings
+from .methods import TokenScores, token_matrix, token_scores
 from .paths import MAX_EXPANSIONS, Paths, find_paths
 from .planning import Plan
 from .results import Attribution
@@ -331,28 +332,30 @@ class TensorLens(FrozenRun):
 
     def token_matrix(
         self,
-        kind: str,
+        name: str,
         target: TargetLike = None,
         layers: tuple[str, str] | None = None,
-        probes: int | None = None,
-        seed: int = 0,
-        precision: str | None = None,
-        memory_limit: int | None = None,
+        *,
+        model: Any = None,
+        **options: Any,
     ) -> TokenMatrix:
         """How much of token j is in the output at i: a matrix [query_pos, key_pos] per prompt.
 
-        "norm" ‖T_ij‖_F, "in" ‖T_ij x_j‖, "out" ‖T_ijᵀ u_i‖, "in_out" u_iᵀ T_ij x_j: signed, and with
-        the constants' share a row sums to the target. See :func:`collapse.token_matrix`.
+        The operator's own: "norm" ‖T_ij‖_F, "in" ‖T_ij x_j‖, "out" ‖T_ijᵀ u_i‖, "in_out" u_iᵀ T_ij x_j:
+        signed, and with the constants' share a row sums to the target. Earlier methods by the same
+        call: "rollout", "globenc", "attnlrp", … (:data:`tensorlens_tl.methods.METHODS`).
 
         Args:
-            kind: Which.
-            target: u_i: None is the output's own direction y_i / ‖y_i‖, "prediction" the logit of
-                each position's own prediction; a token, id or direction is taken everywhere.
+            name: The method.
+            target: u_i, for "out" and "in_out": None is the output's own direction y_i / ‖y_i‖,
+                "prediction" the logit of each position's own prediction; a token, id or direction
+                is taken everywhere.
             layers: A pair of residual sites: that part of the operator only.
-            probes: For "norm": estimate it from so many random vectors; None is exact.
-            seed: Of the probes.
-            precision: "bfloat16" for products in that precision.
-            memory_limit: Bytes; by default half of what is free.
+            model: The captured model, for methods that differentiate it: their rows are for each
+                position's own prediction.
+            **options: Of the operator's own: ``probes`` (estimate "norm" from so many random
+                vectors), their ``seed``, ``precision`` ("bfloat16"), ``memory_limit`` (bytes; by
+                default half of what is free). Of earlier methods: theirs, such as ``steps``.
 
         Returns:
             The matrices.
@@ -360,9 +363,39 @@ class TensorLens(FrozenRun):
         Raises:
             ValueError: If an argument is none of these, or the work does not fit.
         """
-        return token_matrix(
-            self.capture, self.operator, kind, target, layers, probes, seed, precision, memory_limit
-        )
+        return token_matrix(name, self.capture, self.operator, target, layers, model, **options)
+
+    def token_scores(
+        self,
+        name: str,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+        *,
+        model: Any = None,
+        **options: Any,
+    ) -> TokenScores:
+        """How much of a target is due to every token, by any method of :meth:`token_matrix`.
+
+        "in_out" are the tokens' shares of the target; "out" ‖T_jᵀ u‖ with its u. A method that knows
+        no target gives its matrix's row at ``pos``.
+
+        Args:
+            name: The method.
+            target: As in :meth:`attribute`.
+            versus: Subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens.
+            model: The captured model, for methods that differentiate it.
+            **options: The method's own.
+
+        Returns:
+            The scores of every prompt's tokens.
+
+        Raises:
+            ValueError: If the method, the target or an option does not exist, or the model is missing.
+        """
+        goal = self._goal(target, versus, pos)
+        return token_scores(name, self.capture, self.operator, goal, model, **options)
 
     def plan(self, what: str, **arguments: Any) -> Plan:
         """What a contraction will cost, before it runs: time, flops, peak memory, chunks.

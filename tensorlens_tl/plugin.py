@@ -75,7 +75,7 @@ def capture(
     from .lens import TensorLens
     from .precision import require_half_precision, with_noise_floor
     from .recording import record
-    from .scoring import score_weights
+    from .score_weights import score_weights
 
     model = hosted(model, tokenizer)
     adapter = adapt(model)

@@ -38,7 +38,7 @@ from .headers import (
     weights_in,
 )
 from .linear_map import Frame
-from .scoring import score_weights
+from .score_weights import score_weights
 
 FORMAT, VERSION = "tensorlens_tl lens", 1
 _KEY = "tensorlens_tl"

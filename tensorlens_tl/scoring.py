@@ -1,110 +1,145 @@
-"""What a host's attention scores are made of: W_Q, W_K, norms and rotation in one canonical layout.
-
-Nothing of the run is read for it. Whether the layout is right is told by the run all the same: the
-pattern recomputed from it must be the captured one (``query_key``).
-"""
+"""Scores of many prompts by many methods: captured once, prompts of one length together, timed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
-from .adapters import Adapter, HookedTransformerAdapter, linear_weights
-from .queries import NotRecomputableError, Queries
-from .weights import Rotation, ScoreWeights
+from .adapters import adapt
+from .capturing import Capture, Convention
+from .composer import FrozenTransformer
+from .masking import all_real
+from .methods import token_scores
+from .recording import record
+from .targets import (
+    Target,
+    expected_others,
+    likeliest_others,
+    own_prediction,
+    resolve_target,
+    resolve_token,
+)
+
+RIVALS = ("runner_up", "others")
+"""What stands for the likeliest token beside the target, and for all of them by their probability."""
 
 
-def score_weights(adapter: Adapter, n_pos: int) -> tuple[ScoreWeights, ...] | None:
-    """The weights of every block's attention scores, referenced.
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Prompts with their targets and every method's scores.
+
+    Attributes:
+        prompts: Token ids, one tensor [pos] per prompt.
+        targets: The target's token id, per prompt.
+        predicted: The model's own prediction, per prompt.
+        scores: Every method's scores of every prompt's tokens [pos].
+        seconds: What every method took, all prompts together.
+        forward_seconds: What plain forward passes took.
+        versus: What the target was less: one of :data:`RIVALS`, "own" for given tokens, or None.
+        gate: The choice made for gated MLPs.
+    """
+
+    prompts: tuple[Int[Tensor, " pos"], ...]
+    targets: tuple[int, ...]
+    predicted: tuple[int, ...]
+    scores: Mapping[str, Sequence[Float[Tensor, " pos"]]]
+    seconds: Mapping[str, float]
+    forward_seconds: float
+    versus: str | None
+    gate: str
+
+    def take(self, chosen: Sequence[int]) -> Scored:
+        """Some of the prompts."""
+        scores = {name: [values[i] for i in chosen] for name, values in self.scores.items()}
+        parts = (
+            [given[i] for i in chosen] for given in (self.prompts, self.targets, self.predicted)
+        )
+        prompts, targets, predicted = map(tuple, parts)
+        return replace(self, prompts=prompts, targets=targets, predicted=predicted, scores=scores)
+
+
+def score(
+    model: Any,
+    prompts: Sequence[Any],
+    methods: Sequence[str],
+    targets: Sequence[str | int] | None = None,
+    versus: str | Sequence[str | int] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    gate: str = "gate",
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Scored:
+    """Every prompt's tokens scored by some methods; prompts of one length are captured together.
 
     Args:
-        adapter: The model's.
-        n_pos: For how many positions rotations are needed.
+        model: A ``HookedTransformer`` or a ``TransformerBridge``.
+        prompts: Strings, or token ids [pos].
+        methods: Names of :data:`tensorlens_tl.methods.METHODS`.
+        targets: A token or id for each prompt, or None for the model's own predictions.
+        versus: Subtracted from the target: a token or id for each prompt; "runner_up", the likeliest
+            other token; "others", their mean weighted by probability (log-odds); or None.
+        options: Options of methods, by name.
+        gate: See :class:`tensorlens_tl.Convention`.
+        batch_size: Prompts captured at once.
+        progress: Whether to count prompts on standard error.
 
     Returns:
-        One entry per block, or None where it is not known how this model's scores are computed.
+        The scores.
     """
-    try:
-        how = Queries.of(adapter)
-    except NotRecomputableError:
-        return None
-    if how.sinks:  # a pattern with sinks is no softmax of the scores alone
-        return None
-    layouts = query_key_weights(adapter)
-    with torch.no_grad():
-        rotations = _rotations(adapter, n_pos)
-    if rotations is None:
-        return None
-    found = []
-    blocks = adapter.model.blocks
-    for block, layout, scores, rotation in zip(blocks, layouts, how.scores, rotations, strict=True):
-        attn = block.attn
-        norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
-        q_norm, k_norm = map(adapter.norm_weights, norms)
-        found.append(
-            ScoreWeights(
-                *layout, scale=scores.scale, soft_cap=scores.soft_cap,
-                q_norm=q_norm, k_norm=k_norm, eps=_eps(norms[0]), rotation=rotation,
-            )
-        )  # fmt: skip
-    return tuple(found)
+    adapter, options = adapt(model), options or {}
+    ids = [adapter.prepare(prompt, {})[1].tokens[0] for prompt in prompts]
+    goals, predicted = [0] * len(ids), [0] * len(ids)
+    scores: dict[str, list[Any]] = {name: [None] * len(ids) for name in methods}
+    plain, seconds = 0.0, dict.fromkeys(methods, 0.0)
+    bar = tqdm(total=len(ids), desc="scores", delay=2, leave=False, disable=not progress)
+    with torch.no_grad(), bar:
+        for batch in _by_length(ids, batch_size):
+            tokens = torch.stack([ids[i] for i in batch])
+            kwargs, start = all_real(adapter, tokens), time.perf_counter()
+            adapter.run(tokens, kwargs)
+            plain += time.perf_counter() - start
+            _, capture = record(adapter, tokens, Convention(gate), None, "stored", **kwargs)
+            operator, own = FrozenTransformer.of(capture), own_prediction(capture)
+            wanted = own if targets is None else _ids(capture, batch, targets)
+            goal = resolve_target(capture, None, -1, wanted)
+            if versus is not None:
+                goal = goal.minus(_rival(capture, batch, wanted, versus))
+            for i, a, b in zip(batch, wanted.tolist(), own.tolist(), strict=True):
+                goals[i], predicted[i] = a, b
+            for name in methods:
+                start, mine = time.perf_counter(), options.get(name, {})
+                found = token_scores(name, capture, operator, goal, model, **mine)
+                seconds[name] += time.perf_counter() - start
+                for row, i in enumerate(batch):
+                    scores[name][i] = found[row].detach()
+            bar.update(len(batch))
+    rival = versus if versus is None or isinstance(versus, str) else "own"
+    return Scored(tuple(ids), tuple(goals), tuple(predicted), scores, seconds, plain, rival, gate)
 
 
-Layout = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-"""W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
+def _ids(capture: Capture, batch: list[int], given: Any) -> Int[Tensor, " batch"]:
+    found = (resolve_token(capture, given[i]) for i in batch)
+    return torch.tensor(list(found), device=capture.frame.device)
 
 
-def query_key_weights(adapter: Adapter) -> tuple[Layout, ...]:
-    """W_Q, b_Q, W_K and b_K of every block, referenced; norms and rotations come after them."""
-    of_block = _hooked if isinstance(adapter, HookedTransformerAdapter) else _bridged
-    return tuple(of_block(block.attn, adapter.cfg.d_head) for block in adapter.model.blocks)
+def _rival(capture: Capture, batch: list[int], wanted: Tensor, versus: Any) -> Target:
+    if versus == "others":
+        return expected_others(capture, wanted)
+    runner_up = versus == "runner_up"
+    ids = likeliest_others(capture, wanted) if runner_up else _ids(capture, batch, versus)
+    return resolve_target(capture, None, -1, ids)
 
 
-def _hooked(attn: Any, d_head: int) -> Layout:
-    # The grouped class keeps the raw weights in _W_K and repeats them in W_K.
-    grouped = hasattr(attn, "_W_K")
-    return attn.W_Q, attn.b_Q, *((attn._W_K, attn._b_K) if grouped else (attn.W_K, attn.b_K))
-
-
-def _bridged(attn: Any, d_head: int) -> Layout:
-    (W_Q, b_Q), (W_K, b_K) = (
-        (W.unflatten(1, (-1, d_head)).transpose(0, 1),
-         None if b is None else b.unflatten(0, (-1, d_head)))
-        for W, b in (linear_weights(attn.q), linear_weights(attn.k))
-    )  # fmt: skip
-    return W_Q, b_Q, W_K, b_K
-
-
-def _eps(norm: Any) -> float:
-    norm = getattr(norm, "original_component", norm)
-    found = getattr(norm, "variance_epsilon", None)
-    return float(getattr(norm, "eps", 0.0) if found is None else found)
-
-
-def _rotations(adapter: Adapter, n_pos: int) -> Sequence[Rotation | None] | None:
-    """Every block's rotation, from the host's own tables; None where they are not found."""
-    blocks, cfg = adapter.model.blocks, adapter.cfg
-    if getattr(cfg, "positional_embedding_type", None) != "rotary":
-        return [None] * len(blocks)
-    adjacent = bool(getattr(cfg, "rotary_adjacent_pairs", False))
-    if hasattr(blocks[0].attn, "rotary_cos"):
-        tables = ((block.attn.rotary_cos, block.attn.rotary_sin) for block in blocks)
-        return [Rotation(cos[:n_pos], sin[:n_pos], adjacent) for cos, sin in tables]
-    parts = [block.attn.original_component for block in blocks]
-    if type(parts[0]).__name__ == "NativeAttention":
-        rotary = parts[0].rotary
-        tables = (rotary.cos_cached[:n_pos], rotary.sin_cached[:n_pos])
-        return [Rotation(*tables, True)] * len(blocks)
-    for name, module in adapter.model.original_model.named_modules():
-        if name.rpartition(".")[2] == "rotary_emb":
-            rotary = getattr(module, "original_component", module)  # no hook is to fire
-            x = adapter.weights.unembed.W_U[:1]
-            try:
-                cos, sin = rotary(x, torch.arange(n_pos, device=x.device)[None])
-            except TypeError:  # one that asks for more than positions
-                return None
-            return [Rotation(cos[0], sin[0], adjacent)] * len(blocks)
-    return None
+def _by_length(ids: Sequence[Tensor], size: int) -> Iterator[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for i, one in enumerate(ids):
+        groups.setdefault(len(one), []).append(i)
+    for _, group in sorted(groups.items()):
+        yield from (group[start : start + size] for start in range(0, len(group), size))

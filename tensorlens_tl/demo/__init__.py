@@ -4,17 +4,18 @@
 """
 
 import random
+import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
-from sys import stderr
 from typing import Any
 
 from .. import loading
+from .facts import COUNTRIES, PHRASINGS, RELATIONS
 from .grammar import TASKS, Document, document, induction, text
 
-__all__ = ["TASKS", "PromptPair", "load_model", "model_folder", "prompts"]
+__all__ = ["TASKS", "PromptPair", "load_model", "model_folder", "prompts", "relation"]
 
 _CLASSES = {
     "hooked": ("transformer_lens.HookedTransformer", "HookedTransformer"),
@@ -61,6 +62,26 @@ def prompts(task: str, n: int, seed: int = 0) -> list[PromptPair]:
         The pairs. An unknown task, and an `n` below 1, are a `ValueError`.
     """
     return [_pair(drawn) for drawn in unseen(task, n, seed)]
+
+
+def relation(name: str) -> Any:
+    """Returns one of the countries' relations, for `tensorlens_tl.relations`.
+
+    Args:
+        name: "capital", "language", "currency" or "continent".
+
+    Returns:
+        The `Relation`: its eight phrasings and sixty countries.
+
+    Raises:
+        ValueError: If there is no such relation.
+    """
+    from ..relation_data import Relation
+
+    if name not in RELATIONS:
+        raise ValueError(f"expected a relation of {', '.join(RELATIONS)}; got {name!r}: name one")
+    samples = tuple((country, row[name]) for country, row in COUNTRIES.items())
+    return Relation(name, PHRASINGS[name], samples)
 
 
 def unseen(task: str, n: int, seed: int, length: int | None = None) -> list[Document]:
@@ -115,7 +136,7 @@ def load_model(kind: str | None = None) -> Any:
             getattr(import_module(_CLASSES[name][0]), _CLASSES[name][1])
         except ImportError:
             continue
-        with redirect_stdout(stderr):
+        with redirect_stdout(sys.stderr):
             model = loading.load_model(str(model_folder()), name, device="cpu")
         model.cfg.model_name = "tensorlens_tl demo"
         return model
