@@ -210,12 +210,11 @@ class _Work:
 
 def _alike(rows: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
     """Rows that can be captured together: strings, or ids of one length."""
-    prompts = [prompt for row in rows for prompt in row[:2] if prompt is not None]
-    text = all(isinstance(prompt, str) for prompt in prompts)
-    if text or len({-1 if isinstance(p, str) else len(p) for p in prompts}) == 1:
-        yield rows
-    else:
-        yield from ([row] for row in rows)
+    kinds: dict[Any, list[tuple[Any, ...]]] = {}
+    for i, row in enumerate(rows):
+        found = {-1 if isinstance(p, str) else len(p) for p in row[:2] if p is not None}
+        kinds.setdefault(found.pop() if len(found) == 1 else (i,), []).append(row)
+    yield from kinds.values()
 
 
 def _plain(value: Any) -> Any:

@@ -33,19 +33,20 @@ def score_weights(adapter: Adapter, n_pos: int) -> tuple[ScoreWeights, ...] | No
         return None
     if how.sinks:  # a pattern with sinks is no softmax of the scores alone
         return None
-    of_block = _hooked if isinstance(adapter, HookedTransformerAdapter) else _bridged
+    layouts = query_key_weights(adapter)
     with torch.no_grad():
         rotations = _rotations(adapter, n_pos)
     if rotations is None:
         return None
     found = []
-    for block, scores, rotation in zip(adapter.model.blocks, how.scores, rotations, strict=True):
+    blocks = adapter.model.blocks
+    for block, layout, scores, rotation in zip(blocks, layouts, how.scores, rotations, strict=True):
         attn = block.attn
         norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
         q_norm, k_norm = map(adapter.norm_weights, norms)
         found.append(
             ScoreWeights(
-                *of_block(attn, adapter.cfg.d_head), scale=scores.scale, soft_cap=scores.soft_cap,
+                *layout, scale=scores.scale, soft_cap=scores.soft_cap,
                 q_norm=q_norm, k_norm=k_norm, eps=_eps(norms[0]), rotation=rotation,
             )
         )  # fmt: skip
@@ -53,6 +54,13 @@ def score_weights(adapter: Adapter, n_pos: int) -> tuple[ScoreWeights, ...] | No
 
 
 Layout = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
+
+
+def query_key_weights(adapter: Adapter) -> tuple[Layout, ...]:
+    """W_Q, b_Q, W_K and b_K of every block, referenced; norms and rotations come after them."""
+    of_block = _hooked if isinstance(adapter, HookedTransformerAdapter) else _bridged
+    return tuple(of_block(block.attn, adapter.cfg.d_head) for block in adapter.model.blocks)
 
 
 def _hooked(attn: Any, d_head: int) -> Layout:

@@ -90,6 +90,25 @@ whole = lens.circuit(lens.operator.wiring.edges()).share(answers[0], versus=foil
 assert abs(whole.share[0] - 1) < 1e-4
 
 # %% [markdown]
+# ## What the model does along these edges
+# So ask it: on prompts that the search did not see, with every other edge's writer as in the corrupted
+# prompt, at several sizes.
+
+# %%
+unseen = demo.prompts("ioi", 40, seed=1)
+texts, twins, right, wrong = (
+    [getattr(pair, name) for pair in unseen] for name in ("clean", "corrupted", "answer", "foil")
+)
+for n in (5, 10, 20, 40):
+    verdict = circuit.resized(n_edges=n).faithfulness(
+        model, texts, twins, target=right, versus=wrong
+    )
+    print(verdict)
+assert verdict.interval[0] > 0.9
+record = Path(folder.name) / "verdict.json"
+record.write_text(verdict.to_json())  # measures prompt by prompt, share, interval
+
+# %% [markdown]
 # ## For other tools
 # The file is the edge list that EAP-IG and MIB read, with an entry of our own beside; `to_dot`,
 # `to_graphml` and `to_networkx` are for looking at it.
