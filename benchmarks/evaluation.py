@@ -208,6 +208,7 @@ def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for row in evaluations[0].rows:
         key = " ".join(filter(None, (row.measure, row.preset, row.metric)))
+        key = key if row.measure != "naopc" else f"naopc {row.metric}"
         values = [v for one in evaluations for other in one.rows
                   if (other.measure, other.metric, other.preset, other.masking, other.method)
                   == (row.measure, row.metric, row.preset, row.masking, row.method)

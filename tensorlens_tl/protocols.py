@@ -65,6 +65,12 @@ def first(order: Order, k: int) -> Masked:
     return as_set(order[:k])
 
 
+def nested(order: Order, fractions: Sequence[float], keeps: bool = False) -> list[Masked]:
+    """For every fraction the first of the order, or all but those."""
+    sets = [first(order, count(f, len(order))) for f in fractions]
+    return [as_set(order) ^ s for s in sets] if keeps else sets
+
+
 # --- Measures ------------------------------------------------------------------------------------
 
 
@@ -75,7 +81,7 @@ class Measure(ABC):
     Attributes:
         name: For people.
         metric: What m is: a key of :data:`tensorlens_tl.masking.METRICS`.
-        preset: Where its fractions come from; "" where it has none.
+        preset: Where its fractions come from, or what else was chosen; "" where nothing was.
         fractions: Shares of the tokens.
     """
 
@@ -95,11 +101,6 @@ class Measure(ABC):
     @abstractmethod
     def read(self, m: Outcomes, order: Order, scores: Sequence[float]) -> float:
         """The number; ``scores`` are in the order of the positions."""
-
-    @property
-    def masks_all(self) -> bool:
-        """Whether it asks for a run with every token masked."""
-        return 1.0 in self.fractions
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,7 @@ class Curve(Measure):
 
     def _sets(self, order: Order) -> list[Masked]:
         order = order[::-1] if self.least_first else order
-        whole = as_set(order)
-        sets = [first(order, count(f, len(order))) for f in self.fractions]
-        return [whole ^ s for s in sets] if self.keeps else sets
+        return nested(order, self.fractions, self.keeps)
 
     def masks(self, order: Order) -> Iterator[Masked]:
         yield from self._sets(order)
@@ -138,19 +137,16 @@ class Curve(Measure):
         scale = m([0])[0] if self.relative else 1.0
         return (_area(self.fractions, values) if self.area else _mean(values)) / scale
 
-    @property
-    def masks_all(self) -> bool:
-        return (0.0 if self.keeps else 1.0) in self.fractions
-
 
 @dataclass(frozen=True)
 class Delta(Measure):
     """LeRF − MoRF, the means of the two curves."""
 
-    def _curves(self) -> tuple[Curve, Curve]:
-        both = (Curve(self.name, self.metric, self.preset, self.fractions, least, area=False)
-                for least in (True, False))  # fmt: skip
-        return tuple(both)  # type: ignore[return-value]
+    def _curves(self) -> list[Curve]:
+        return [
+            Curve(self.name, self.metric, self.preset, self.fractions, least_first, area=False)
+            for least_first in (True, False)
+        ]
 
     def masks(self, order: Order) -> Iterator[Masked]:
         for curve in self._curves():
@@ -175,17 +171,12 @@ class Eraser(Measure):
     def higher(self) -> bool:  # type: ignore[override]
         return not self.keeps
 
-    def _sets(self, order: Order) -> list[Masked]:
-        whole = as_set(order)
-        sets = [first(order, count(f, len(order))) for f in self.fractions]
-        return [whole ^ s for s in sets] if self.keeps else sets
-
     def masks(self, order: Order) -> Iterator[Masked]:
         yield 0
-        yield from self._sets(order)
+        yield from nested(order, self.fractions, self.keeps)
 
     def read(self, m: Outcomes, order: Order, scores: Sequence[float]) -> float:
-        return m([0])[0] - _mean(m(self._sets(order)))
+        return m([0])[0] - _mean(m(nested(order, self.fractions, self.keeps)))
 
 
 @dataclass(frozen=True)
@@ -212,10 +203,6 @@ class Naopc(Measure):
     """
 
     beam: int = BEAM
-
-    @property
-    def masks_all(self) -> bool:
-        return True
 
     def masks(self, order: Order) -> Iterator[Masked]:
         yield from (first(order, k) for k in range(len(order) + 1))
@@ -367,7 +354,7 @@ def measures(
     if protocol == "naopc":
         if beam < 1:
             raise ValueError(f"expected beam ≥ 1, got {beam}: it is how many orders are kept")
-        return (Naopc("naopc", metric, beam=beam),)
+        return (Naopc("naopc", metric, f"beam {beam}", beam=beam),)
     return (LeaveOneOut("leave_one_out", metric),)
 
 

@@ -164,6 +164,23 @@ def test_every_set_is_run_once():
     assert set(got.seconds) == set(got.methods) and got.forwards["in_out"] > 0
 
 
+def test_evaluations_share_scores():
+    with quiet():
+        scored = score(demo_model(), list(PROMPTS), ["in_out", "rollout"], progress=False)
+    whole = run(PROMPTS, ["in_out", "rollout"])
+    with quiet():
+        again = evaluate(demo_model(), scored, progress=False)
+        some = evaluate(demo_model(), scored.take([1]), "rollout", progress=False)
+    for row in whole.rows:
+        values = again.row(row.method, row.measure).values
+        assert values == pytest.approx(row.values, abs=1e-5)
+    assert some.targets == ("Paris",) and some.methods == ("rollout",)
+    with pytest.raises(ValueError, match="expected scores by chefer, got in_out, rollout"):
+        evaluate(demo_model(), scored, "chefer")
+    with pytest.raises(ValueError, match="scores are made already"):
+        evaluate(demo_model(), scored, versus="others")
+
+
 def test_prompts_as_ids_and_targets():
     model = demo_model()
     ids = [model.to_tokens(text)[0] for text in PROMPTS]
@@ -312,6 +329,10 @@ def test_a_prompt_without_bos_keeps_a_token():
     assert run(ids, "in_out").lengths == (14,)
     with pytest.raises(ValueError, match="morf masks every token, and prompt 0 has no beginning"):
         run(ids, "in_out", "morf_lerf")
+    with pytest.raises(ValueError, match="positive masks every token, and prompt 0"):
+        run(ids, "in_out", preset=(0, 0.95))  # 14 of 14
+    with pytest.raises(ValueError, match="sufficiency masks every token"):
+        run(ids, "in_out", "eraser", preset=(0, 0.5))
     assert run(ids, "in_out", "morf_lerf", "token").lengths == (14,)
     assert run(ids, "in_out", "morf_lerf", keep_last=True).lengths == (13,)
 
