@@ -14,6 +14,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from .adapters import Adapter, adapt
 from .masking import METRICS, MaskedRuns, Masking
 from .measured import Evaluation, Row
@@ -21,6 +23,7 @@ from .methods import METHODS, check
 from .protocols import BEAM, Measure, as_set, measures
 from .results import at_least_one
 from .scoring import RIVALS, Scored, score
+from .significance import Number
 
 CHUNK = 256
 """Prompts whose masked runs are remembered together."""
@@ -33,11 +36,11 @@ def evaluate(
     protocol: str | Measure | Sequence[str | Measure] = "perturbation",
     masking: str | Sequence[str] = "delete",
     *,
-    preset: str | Sequence[float] | None = None,
+    preset: str | Sequence[Number] | None = None,
     metric: str = "probability",
     targets: str | int | Sequence[str | int] | None = None,
     versus: str | int | Sequence[str | int] | None = None,
-    scores: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    scores: Mapping[str, Sequence[Sequence[Number] | Tensor]] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     mask_token: str | int | None = None,
     keep_last: bool = False,
@@ -190,7 +193,7 @@ def _names(methods: str | Sequence[str] | None, own: Mapping[str, Any]) -> list[
 
 
 def _measures(
-    protocol: Any, preset: str | Sequence[float] | None, metric: str, beam: int
+    protocol: Any, preset: str | Sequence[Number] | None, metric: str, beam: int
 ) -> list[Measure]:
     asked: list[Measure] = []
     for one in _listed(protocol):

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+Number = float | int
 RESAMPLES = 2_000
 FLIPS = 10_000
 EXACT = 14
@@ -56,12 +57,12 @@ class Comparison:
         return f"{self.difference}, p = {self.p:.2g}"
 
 
-def _present(values: Sequence[float]) -> Float[Tensor, " n"]:
+def _present(values: Sequence[Number]) -> Float[Tensor, " n"]:
     found = torch.as_tensor(values, dtype=torch.float64)
     return found[~found.isnan()]
 
 
-def bootstrap(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
+def bootstrap(values: Sequence[Number], level: Number = 0.95, seed: int = 0) -> Interval:
     """The mean of some inputs, and its percentile bootstrap interval.
 
     Args:
@@ -88,7 +89,7 @@ def bootstrap(values: Sequence[float], level: float = 0.95, seed: int = 0) -> In
 
 
 def compare(
-    ours: Sequence[float], theirs: Sequence[float], level: float = 0.95, seed: int = 0
+    ours: Sequence[Number], theirs: Sequence[Number], level: Number = 0.95, seed: int = 0
 ) -> Comparison:
     """A paired comparison: by how much ours is larger, and whether that may be chance.
 
@@ -130,7 +131,7 @@ def _signs(n: int, seed: int) -> Int8[Tensor, "flip n"]:
     return torch.randint(0, 2, (FLIPS, n), generator=generator, dtype=torch.int8) * 2 - 1
 
 
-def ranks(values: Sequence[float]) -> Float[Tensor, " n"]:
+def ranks(values: Sequence[Number]) -> Float[Tensor, " n"]:
     """Ranks from 1, equal values sharing their mean rank."""
     x = torch.as_tensor(values, dtype=torch.float64)
     below = (x[None] < x[:, None]).sum(1)
@@ -138,7 +139,7 @@ def ranks(values: Sequence[float]) -> Float[Tensor, " n"]:
     return below + (equal + 1) / 2
 
 
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+def rank_correlation(a: Sequence[Number], b: Sequence[Number]) -> float:
     """Spearman's ρ, the correlation of the ranks; nan where one of the two does not vary."""
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()
