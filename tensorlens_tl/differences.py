@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .attribution import Rows, Sweep, by_edge, result, top_covector, written_at
+from .attribution import Rows, Sweep, by_edge, check_qk, result, top_covector, written_at
 from .capturing import Capture
 from .composer import FrozenTransformer
 from .edges import Writers
@@ -53,7 +53,7 @@ def check_comparable(clean: Capture, corrupted: Capture) -> None:
             f"{corrupted.convention}: capture both in the same way"
         )
     weights = [
-        [tensor for tensor, _ in capture.versions() if tensor is not capture.logits]
+        [tensor for tensor, _ in capture.versions(False) if tensor is not capture.logits]
         for capture in (clean, corrupted)
     ]
     if len(weights[0]) != len(weights[1]) or not all(map(_equal, *weights)):
@@ -149,7 +149,9 @@ def mean_embedding(
     return scale * W_E.detach().mean(0, dtype=seen.dtype)
 
 
-def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clean") -> Attribution:
+def difference(
+    clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clean", qk: bool = False
+) -> Attribution:
     """Split the difference of one target between two runs.
 
     Args:
@@ -157,6 +159,7 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
         baseline: The same target in the other run.
         by: "token", "component" or "edge".
         at: Whose operator the tokens (components, writers) are read by: "clean" or "corrupted".
+        qk: Whether queries and keys are readers, too; by edge only.
 
     Returns:
         Contributions that sum to the target's value here minus its value there. By edge: what each
@@ -169,11 +172,13 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
         raise ValueError(f"expected by to be one of {', '.join(BY)} with a baseline, got {by!r}")
     if at not in ("clean", "corrupted"):
         raise ValueError(f"expected at to be clean or corrupted, got {at!r}")
+    check_qk(by, qk)
     if by == "edge":
         ours, theirs = (
             Writers.of(s.operator, s.capture.embeddings, s.target.query) for s in (clean, baseline)
         )
-        found = by_edge(clean if at == "clean" else baseline, ours.minus(theirs), own=False)
+        reads = clean if at == "clean" else baseline
+        found = by_edge(reads, ours.minus(theirs), own=False, qk=qk)
         return replace(found, target=_names(clean),
                        target_value=clean.target.value - baseline.target.value)  # fmt: skip
     rows = Rows()

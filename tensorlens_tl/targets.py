@@ -43,6 +43,19 @@ class Target:
             torch.equal(getattr(self, n), getattr(other, n)) for n in tensors
         )
 
+    def row(self, prompt: int) -> Target:
+        """One prompt's."""
+        one = slice(prompt, prompt + 1)
+        parts = (self.query, self.covector, self.constant, self.value)
+        return Target(self.name[one], *(part[one] for part in parts))
+
+    @classmethod
+    def stack(cls, targets: Sequence[Target]) -> Target:
+        """One target of prompts that each have their own."""
+        names = tuple(name for target in targets for name in target.name)
+        parts = ("query", "covector", "constant", "value")
+        return cls(names, *(torch.cat([getattr(t, part) for t in targets]) for part in parts))
+
     def minus(self, other: Target) -> Target:
         """This target's advantage over another at the same position.
 

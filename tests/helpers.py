@@ -113,6 +113,18 @@ def _model(name: str, dtype: torch.dtype) -> Any:
         return CASES[name].build(dtype)
 
 
+def uniform_attention(family: str) -> Any:
+    """A fresh tiny model in float64 whose queries are 0, so that no pattern depends on the input."""
+    with quiet(), torch.no_grad():
+        model = CASES[f"{'native' if HookedTransformer is None else 'hooked'}-{family}"].build(
+            torch.float64
+        )
+        for name, p in model.named_parameters():
+            if name.endswith(("W_Q", "b_Q")) or ".q." in name:
+                p.zero_()
+    return model
+
+
 def tokens(batch: int = 2, seq: int = SEQ, seed: int = 0) -> Tensor:
     return torch.randint(0, D_VOCAB, (batch, seq), generator=torch.Generator().manual_seed(seed))
 

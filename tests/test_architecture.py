@@ -9,18 +9,21 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 FLOORS = {
-    "graph": 0, "heat": 0, "supported": 0, "linear_map": 0, "weights": 0, "primitives": 1, "prompts": 1,
+    "graph": 0, "heat": 0, "intervals": 0, "supported": 0, "linear_map": 0, "weights": 0,
+    "primitives": 1, "prompts": 1,
     "sublayer": 2, "recomputed": 2,
     "sublayers": 3, "planning": 1, "folding": 3, "contraction": 3.5, "blocks": 4,
-    "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4, "recording": 5, "precision": 5, "composer": 5,
+    "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4, "score_weights": 4.5, "query_key": 5,
+    "recording": 5, "precision": 5, "wiring": 0.5, "branches": 4, "restriction": 4.5, "composer": 5,
     "energies": 6,
     "targets": 6, "results": 5, "edges": 6, "attribution": 7, "paths": 7, "collapse": 7,
     "baselines_attention": 5, "baselines_vectors": 6, "baselines_gradient": 6, "baselines": 7,
-    "differences": 8, "loadings": 8, "circuits": 8, "interventions": 8,
+    "selection": 1, "differences": 8, "loadings": 8, "circuits": 8, "subgraphs": 8.5, "interventions": 8,
     "significance": 0, "protocols": 1, "methods": 8, "measured": 8, "masking": 8.5, "scoring": 8.7,
-    "evaluation": 9,
-    "headers": 9, "frozen_run": 9.5, "saving": 10, "plots": 10, "report": 10, "lens": 11,
-    "datasets": 12, "loading": 12, "plugin": 12, "families": 12,
+    "evaluation": 9, "headers": 9, "frozen_run": 9.5,
+    "relation_data": 4, "relation_maps": 10, "holding": 7, "saving": 10, "plots": 10, "report": 10, "lens": 11,
+    "datasets": 12, "statements": 12, "relations": 12, "validity": 12, "discovery": 13, "loading": 12,
+    "plugin": 12, "families": 12,
     "support": 12, "demo": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
 HOSTS = {"transformer_lens", "transformers"}
@@ -69,6 +72,7 @@ def test_imports_go_down(path):
             "prompts",
             "families",
             "heat",
+            "intervals",
             "planning",
             "__main__",
         )

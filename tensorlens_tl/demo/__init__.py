@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import loading
+from .facts import COUNTRIES, PHRASINGS, RELATIONS
 from .grammar import TASKS, Document, document, induction, text
 
-__all__ = ["TASKS", "PromptPair", "load_model", "model_folder", "prompts"]
+__all__ = ["TASKS", "PromptPair", "load_model", "model_folder", "prompts", "relation"]
 
 _CLASSES = {
     "hooked": ("transformer_lens.HookedTransformer", "HookedTransformer"),
@@ -61,6 +62,26 @@ def prompts(task: str, n: int, seed: int = 0) -> list[PromptPair]:
         The pairs. An unknown task, and an `n` below 1, are a `ValueError`.
     """
     return [_pair(drawn) for drawn in unseen(task, n, seed)]
+
+
+def relation(name: str) -> Any:
+    """Returns one of the countries' relations, for `tensorlens_tl.relations`.
+
+    Args:
+        name: "capital", "language", "currency" or "continent".
+
+    Returns:
+        The `Relation`: its eight phrasings and sixty countries.
+
+    Raises:
+        ValueError: If there is no such relation.
+    """
+    from ..relation_data import Relation
+
+    if name not in RELATIONS:
+        raise ValueError(f"expected a relation of {', '.join(RELATIONS)}; got {name!r}: name one")
+    samples = tuple((country, row[name]) for country, row in COUNTRIES.items())
+    return Relation(name, PHRASINGS[name], samples)
 
 
 def unseen(task: str, n: int, seed: int, length: int | None = None) -> list[Document]:

@@ -1,0 +1,330 @@
+"""Relations decoded linearly, and how far from its prompt the operator holds: two studies, one page.
+
+``python benchmarks/relations.py [--quick] [--json PATH] [--page PATH]``; ``--from PATH`` makes the page
+of a JSON file that is there already.
+
+1. The bundled model's four relations of countries: the frozen operator's maps beside the Jacobian's.
+   Bar: the operator's faithfulness at β = 1 is at least the Jacobian's at its tuned β, for each
+   relation and over all. What the operator misses is decoded again with the subject's own W, or b.
+2. Local validity of the operator and of the Jacobian's first order, on the bundled model and on
+   stories260K (float64): along random, token-swap and steering directions, and with parts held.
+
+``docs/relations.md`` is made of ``benchmarks/results/relations.json`` and of nothing else. Exits with 1
+where the operator is below the bar over all relations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from tensorlens_tl import demo
+from tensorlens_tl.demo.facts import RELATIONS
+from tensorlens_tl.loading import load_model
+from tensorlens_tl.relations import MEAN, VARIANTS, RelationStudy, decode, state
+from tensorlens_tl.validity import METHODS, ValidityStudy, validity
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+JSON, PAGE = ROOT / "benchmarks" / "results" / "relations.json", ROOT / "docs" / "relations.md"
+OURS, THEIRS = "operator, β = 1", "jacobian, β tuned"
+HELD = ("pattern", "scale", "ratio", "all")
+SHOWN = (0.01, 0.1, 0.3162, 1.0)
+
+
+def stories_prompts(n):
+    """Sentences of the TinyStories sample."""
+    text = (SHARED / "text" / "tinystories_sample" / "tinystories_sample.txt").read_text()
+    text = text.replace("<|endoftext|>", " ").replace("\n", " ")
+    return [s.strip() + "." for s in text.split(".") if len(s.strip()) > 5][:n]
+
+
+def demo_prompts(n):
+    """Held-out prompts of every task, equally many."""
+    return [pair.clean for task in demo.TASKS for pair in demo.prompts(task, n // len(demo.TASKS))]
+
+
+def own_parts(model, study):
+    """What the operator misses at β = 1, decoded with the subject's own W or own b in the mean's place."""
+    found = Counter()
+    missing = [row for n in study.sizes for row in study.select(OURS, n) if row.missed]
+    for name, template in dict.fromkeys((row.relation, row.template) for row in missing):
+        statements = state(model, demo.relation(name), template)
+        index = statements.relation.subjects.index
+        for row in missing:
+            if (row.relation, row.template) != (name, template):
+                continue
+            mean = statements.fit("operator", [index(s) for s in row.train], layers=[row.layer])
+            for i in map(index, row.missed):
+                own, h = statements.maps("operator", i), statements.hidden[i, row.layer]
+                W, b, token = own.W[row.layer], own.b[row.layer], statements.first[i]
+                ways = {"own W": W @ h + mean.b, "own b": mean.W @ h + b, "own W and b": W @ h + b}
+                hits = {
+                    way: bool(statements.logits(y).argmax() == token) for way, y in ways.items()
+                }
+                found.update({"missed": 1} | {way: int(hit) for way, hit in hits.items()})
+    return dict(found)
+
+
+# --- The page ------------------------------------------------------------------------------------
+
+
+def table(head, rows):
+    return "\n".join(
+        ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+    )
+
+
+def percent(estimate, signed=False):
+    sign = "+" if signed else ""
+    low, high = (f"{100 * x:{sign}.1f}" for x in (estimate.low, estimate.high))
+    return f"{100 * estimate.value:{sign}.1f} [{low}, {high}]"
+
+
+def number(estimate):
+    low, high = (f"{x:.2g}" if x != float("inf") else "∞" for x in (estimate.low, estimate.high))
+    return f"{estimate.value:.2g} [{low}, {high}]"
+
+
+def relation_rows(study, what, variants):
+    """One row per number of training subjects and relation, the last of each over all."""
+    for n in study.sizes:
+        for name in (*study.accuracy, None):
+            cells = [percent(study.estimate(what, variant, n, name)) for variant in variants]
+            yield n, name or "all", cells, (n, name)
+
+
+def faithfulness(study):
+    rows = []
+    for n, name, cells, (_, key) in relation_rows(study, "faithfulness", (MEAN, *VARIANTS)):
+        gap = study.difference("faithfulness", OURS, THEIRS, n, key)
+        reached = "yes" if gap.value >= 0 else "no"
+        rows.append([n, name, *cells, percent(gap, signed=True), reached])
+    return table(["n", "relation", MEAN, *VARIANTS, f"{OURS} − {THEIRS}", "bar"], rows)
+
+
+def causality(study):
+    rows = []
+    sides = [f"{method}, β = 1" for method in METHODS]
+    for n, name, cells, (_, key) in relation_rows(study, "causality", sides):
+        most = [percent(study.estimate("ceiling", side, n, key)) for side in sides]
+        gap = percent(study.difference("causality", *sides, n, key), signed=True)
+        rows.append([n, name, *cells, gap, *most])
+    head = ["n", "relation", *METHODS, "difference", *(f"other's h there ({m})" for m in METHODS)]
+    return table(head, rows)
+
+
+def chosen(study):
+    rows = []
+    for n in study.sizes:
+        for variant in VARIANTS:
+            found = study.select(variant, n)
+            betas = statistics.quantiles([row.beta for row in found], n=4)
+            wrong = sum(len(row.missed) for row in found)
+            total = sum(row.n_test for row in found)
+            echo = sum(row.echoes for row in found)
+            rows.append([
+                n, variant, f"{betas[1]:g} ({betas[0]:g} to {betas[2]:g})", counts(found, "layer"),
+                counts(found, "edit_layer"), counts(found, "rank"), f"{wrong} of {total}",
+                f"{echo} of {wrong}",
+            ])  # fmt: skip
+    head = ["n", "variant", "β: median (quartiles)", "layer: draws", "layer of edits", "rank of edits",
+            "missed", "of these, a training subject's object"]  # fmt: skip
+    return table(head, rows)
+
+
+def counts(rows, name):
+    found = Counter(getattr(row, name) for row in rows)
+    return ", ".join(f"{value}: {found[value]}" for value in sorted(found))
+
+
+def most_missed(study):
+    rows = []
+    for variant in (OURS, THEIRS):
+        found = Counter(
+            f"{s} ({r.relation})" for n in study.sizes for r in study.select(variant, n) for s in r.missed
+        )  # fmt: skip
+        listed = ", ".join(f"{name} {count}" for name, count in found.most_common(6))
+        rows.append([variant, found.total(), len(found), listed or "–"])
+    return table(["variant", "missed", "different subjects", "most often"], rows)
+
+
+def radii(study):
+    rows = []
+    for kind in study.kinds:
+        crossing = study.crossing(kind)
+        whole = statistics.median(row.whole for row in study.select(kind))
+        rows.append([
+            kind, *(number(study.radius(kind, method)) for method in METHODS),
+            number(study.limit(kind)), f"{crossing:.2g}" if crossing else "–",
+            "–" if kind == "random" else f"{whole:.2g}",
+        ])  # fmt: skip
+    head = ["direction", "operator: radius of 10 %", "Jacobian: radius of 10 %",
+            "operator's error at δ → 0", "operator's below the Jacobian's from",
+            "size of the whole δ"]  # fmt: skip
+    return table(head, rows)
+
+
+def errors(study):
+    sizes = [size for size in SHOWN if size in study.sizes]
+    rows = [
+        [kind, method, *(number(study.error(kind, method, size)) for size in sizes)]
+        for kind in study.kinds
+        for method in METHODS
+    ]
+    return table(["direction", "method", *(f"{size:.2g}" for size in sizes)], rows)
+
+
+def held(study):
+    rows = [
+        [kind, number(study.limit(kind)), *(number(study.limit(kind, part)) for part in HELD)]
+        for kind in study.kinds
+    ]
+    return table(
+        ["direction", "none", *(f"{part}s" if part != "all" else part for part in HELD)], rows
+    )
+
+
+def validity_study(one):
+    """A validity study, and what its prompts were."""
+    kind = one["prompts"]
+    return ValidityStudy.from_json(
+        json.dumps({k: v for k, v in one.items() if k != "prompts"})
+    ), kind
+
+
+def page(data):
+    """The page, all figures from the JSON."""
+    study = RelationStudy.from_json(json.dumps(data["relations"]))
+    splits, n_all = len({row.split for row in study.rows}), data["own parts"]
+    right = ", ".join(f"{name} {100 * share:.1f} %" for name, share in study.accuracy.items())
+    sections = [
+        f"""<!-- Made by benchmarks/relations.py of benchmarks/results/relations.json; do not edit. -->
+
+# Relations, and local validity
+
+Is the frozen operator of one prompt good for another? Two answers, on trained models: its block from a
+subject to the end decodes *other* subjects, at β = 1; and away from its prompt it is no
+first-order model of what the real model does, which the Jacobian is.
+
+## Relations decoded linearly
+
+y ≈ β W h + b: h is the residual before a block at the subject's last token, y the final normalized
+residual at the last position, W and b means over n training subjects' prompts (Hernandez et al. 2024,
+arXiv 2308.09124). *Operator*: W is the frozen operator's block, b the operator on everything else; on
+its own prompt W h + b = y exactly, without a remainder. *Jacobian*: W = ∂y/∂h of the real model, b the
+remainder y − W h. *Mean output* knows no subject.
+
+{study.model} ({study.dtype}), its own first token right for {right} of the prompts. {splits} draws a
+relation, each with another phrasing, seed {study.seed}; the subjects that are in no training set are tested.
+The layer (and β of {", ".join(f"{b:g}" for b in study.betas)}; and the rank of edits of
+{", ".join(map(str, study.ranks))}) is chosen on the training subjects alone. In brackets, 95 % bootstrap
+intervals over draws; draws of one relation share subjects.
+
+### Faithfulness: decoded to the model's own first token, in %
+
+Bar: {OURS}, at least {THEIRS}.
+
+{faithfulness(study)}
+
+### Causality: the real model says another subject's token after h + W†(y′ − y), in %
+
+β has no part in it. "Other's h there": the real model with the other subject's own h in the same place.
+
+{causality(study)}
+
+### What was chosen, and what is missed
+
+{chosen(study)}
+
+A decoding that says a training subject's object has b outweigh β W h: the last column tells what
+share of the misses β could mend by being larger.
+
+{most_missed(study)}
+
+Of the {n_all["missed"]} decodings that the operator misses at β = 1 (all n), the subject's own W beside the
+training subjects' b is right in {n_all["own W"]}, its own b beside their W in {n_all["own b"]}, its own
+both in {n_all["own W and b"]}: the last is the exactness on its own prompt, the first two tell which mean
+the miss is due to.
+
+## Local validity
+
+r(δ) = ‖F(X + δ) − T (X + δ) − c‖ / ‖F(X + δ) − F(X)‖, with F the real model from X to the final normalized
+residual at all positions, beside the real Jacobian's first-order error. Sizes are ‖δ‖ / ‖X‖ at the
+positions that δ moves; 1 is the error of saying that nothing changes. *Random*: a Gaussian δ at
+every position. *Swap*: one token's embedding toward a random other token's. *Steering*: one vector at
+every position, the difference of two other prompts' mean embeddings. Medians over prompts, 95 %
+bootstrap intervals; a radius is where the error first passes 10 %, 0 where it is above from the
+start.
+
+T holds what J derives, so r does not go to 0 with δ but to ‖(J − T) δ‖ / ‖J δ‖."""
+    ]
+    for one, kind in map(validity_study, data["validity"]):
+        sections.append(
+            f"""### {one.model}
+
+{one.n} {kind}; {one.dtype}.
+
+{radii(one)}
+
+Errors by size:
+
+{errors(one)}
+
+The operator's error at δ → 0 where the real model holds parts of its run by hooks. With all three held,
+what is left is rounding: pattern, scale and ratio are the whole difference between T and J.
+
+{held(one)}"""
+        )
+    return "\n\n".join(sections) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="2 draws of 2 relations, 10 prompts")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--page", type=Path, help="where to write the page")
+    parser.add_argument("--from", dest="source", type=Path, help="results to make the page of")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = json.loads(args.source.read_text()) if args.source else measure(args.quick)
+    study = RelationStudy.from_json(json.dumps(data["relations"]))
+    text = page(data)
+    print(
+        study, *(ValidityStudy.from_json(json.dumps(one)) for one in data["validity"]), sep="\n\n"
+    )
+    print("\n" + text)
+    if args.json:
+        args.json.parent.mkdir(exist_ok=True)
+        args.json.write_text(json.dumps(data, ensure_ascii=False) + "\n")
+    if args.page:
+        args.page.write_text(text)
+    gaps = [study.difference("faithfulness", OURS, THEIRS, n).value for n in study.sizes]
+    return int(min(gaps) < 0)
+
+
+def measure(quick):
+    model = demo.load_model()
+    relations = [demo.relation(name) for name in (RELATIONS[:2] if quick else RELATIONS)]
+    study = decode(model, relations, (3, 5), splits=2 if quick else 16)
+    data = {"relations": json.loads(study.to_json()), "own parts": own_parts(model, study)}
+    kind = "held-out prompts of its grammar, equally many of every task"
+    runs = [(model.to(torch.float64), demo_prompts(10 if quick else 200), kind)]
+    if (SHARED / "stories260K").is_dir():
+        stories = load_model(str(SHARED / "stories260K"), "hooked").to(torch.float64)
+        kind = "sentences of the TinyStories sample"
+        runs.append((stories, stories_prompts(10 if quick else 100), kind))
+    data["validity"] = [
+        json.loads(validity(model, prompts, held=HELD).to_json()) | {"prompts": kind}
+        for model, prompts, kind in runs
+    ]
+    return data
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

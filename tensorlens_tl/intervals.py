@@ -1,0 +1,70 @@
+"""Bootstrap intervals: how far a mean or a median may be off, from the values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic and its percentile bootstrap interval.
+
+    Attributes:
+        value: The statistic.
+        low: Lower end of the 95 % interval.
+        high: Upper end.
+        n: How many values it is of.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def mean(values: Float[Tensor, "*draws n"]) -> Float[Tensor, "*draws"]:
+    """The mean along the last axis."""
+    return values.mean(-1)
+
+
+def median(values: Float[Tensor, "*draws n"]) -> Float[Tensor, "*draws"]:
+    """The lower middle value along the last axis: one of the values, so that infinity may be one."""
+    return values.median(-1).values
+
+
+def bootstrap(
+    values: Sequence[float], statistic: Callable[[Tensor], Tensor] = mean, seed: int = 0
+) -> Estimate:
+    """A statistic of independent values with its 95 % interval.
+
+    The 2.5 and 97.5 % points of the statistic over 2,000 resamples with replacement (Efron 1979).
+    The ends are resampled values, never between two of them, so that infinite values may be there.
+
+    Args:
+        values: The values; where they come in groups, one per group.
+        statistic: :func:`mean` or :func:`median`.
+        seed: Of the resamples.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: If there is no value.
+    """
+    x = torch.as_tensor(values, dtype=torch.float64)
+    if x.ndim != 1 or len(x) == 0:
+        raise ValueError(f"expected a list of at least one value, got shape {list(x.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = statistic(x[torch.randint(len(x), (DRAWS, len(x)), generator=generator)])
+    low, high = drawn.sort().values[[round(q * (DRAWS - 1)) for q in (0.025, 0.975)]].tolist()
+    return Estimate(float(statistic(x)), low, high, len(x))
