@@ -79,7 +79,9 @@ def products() -> str:
 
 
 def task_prompts(model: Any, task: str, n: int) -> list[Tensor]:
-    return [model.to_tokens(pair.clean)[0] for pair in demo.prompts(task, n, SEED)]
+    """Held-out prompts of at most 34 tokens; only induction has longer ones."""
+    drawn = (model.to_tokens(pair.clean)[0] for pair in demo.prompts(task, 2 * n, SEED))
+    return [ids for ids in drawn if len(ids) <= 34][:n]
 
 
 @torch.no_grad()
@@ -91,7 +93,7 @@ def story_prompts(model: Any, n: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(SEED)
 
     def length() -> int:
-        return int(torch.randint(24, 65, (), generator=generator))
+        return int(torch.randint(24, 65, (2,), generator=generator).min())  # more short than long
 
     text = (SHARED / "text/tinystories_sample/tinystories_sample.txt").read_text()
     starts: list[Tensor] = []
