@@ -29,7 +29,7 @@ from tensorlens_tl.measured import Evaluation
 from tensorlens_tl.methods import METHODS
 from tensorlens_tl.protocols import BEAM, EXACT_NAOPC, Measure, measures
 from tensorlens_tl.scoring import Scored, score
-from tensorlens_tl.significance import bootstrap, compare
+from tensorlens_tl.significance import compare, estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation.json"
@@ -224,8 +224,8 @@ def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
             values = cell.pop("values")
             cell["n"] = sum(not math.isnan(v) for v in values["in_out"])
             cell["methods"] = {
-                method: [rounded(x) for x in (i.mean, i.low, i.high)]
-                for method, i in ((m, bootstrap(v, seed=SEED)) for m, v in values.items())
+                method: [rounded(x) for x in (i.value, i.low, i.high)]
+                for method, i in ((m, estimate(v, SEED)) for m, v in values.items())
             }
             if compared and key.startswith(("positive tensorlens prob", "leave_one_out")):
                 cell["compared"] = {
@@ -243,7 +243,7 @@ def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
 def comparison(ours: list[float], theirs: list[float], higher: bool) -> list[float]:
     """Mean by which ours is better, its interval, p."""
     found = compare(*((ours, theirs) if higher else (theirs, ours)), seed=SEED)
-    return [rounded(x) for x in (found.difference.mean, found.difference.low,
+    return [rounded(x) for x in (found.difference.value, found.difference.low,
                                  found.difference.high, found.p)]  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_scores_that_are_the_drops_agree_with_leave_one_out():
     assert got.row("opposite", "leave_one_out").values == pytest.approx([-1] * 3, abs=1e-2)
     assert got.methods == ("truth", "opposite")
     for measure in ("positive", "negative"):
-        assert got.compare("truth", "opposite", measure).difference.mean > 0.3
+        assert got.compare("truth", "opposite", measure).difference.value > 0.3
 
 
 def test_the_best_order_found_by_trying_all():
@@ -233,7 +233,7 @@ def test_table_json_and_dataframe():
     one = whole.row("in_out", "positive", "mean")
     picked = frame.query("method == 'in_out' and measure == 'positive' and masking == 'mean'")
     assert tuple(picked.value) == one.values
-    assert whole.interval("in_out", "positive", "mean").mean == pytest.approx(sum(one.values) / 3)
+    assert whole.estimate("in_out", "positive", "mean").value == pytest.approx(sum(one.values) / 3)
 
 
 def test_comparisons_point_to_the_better_method():
@@ -243,9 +243,9 @@ def test_comparisons_point_to_the_better_method():
         sign = 1 if ours.higher else -1
         gap = sign * (sum(ours.values) - sum(theirs.values)) / 3
         got = whole.compare("in_out", "random", measure, "token")
-        assert got.difference.mean == pytest.approx(gap)
+        assert got.difference.value == pytest.approx(gap)
         back = whole.compare("random", "in_out", measure, "token")
-        assert back.difference.mean == pytest.approx(-gap) and got.p == back.p
+        assert back.difference.value == pytest.approx(-gap) and got.p == back.p
 
 
 def test_undefined_values_survive_a_file():
