@@ -58,10 +58,10 @@ prompts with 95 % bootstrap intervals; p is of a paired permutation test (sign f
 
 {table(["prompts", "model", "dtype", "n", "tokens that may be masked", "masked runs"], rows)}
 
-The bundled model's prompts are held-out ones of its tasks (of at most 34 tokens). `stories` are windows that
+The bundled model's prompts are held-out ones of its tasks (of 5 to 34 tokens). `stories` are windows that
 begin with a sentence of the TinyStories sample, and continuations sampled from the model itself, of 24 to 64
-tokens, the shorter of two draws. `norm`, `in`, `out` and `in_out` are the operator's collapses; the others are earlier
-methods. Attention-based are {listed(r["attention"])}; gradient-based {listed(r["gradient"])}.
+tokens, the shorter of two draws. `norm`, `in`, `out` and `in_out` are the operator's collapses; the others
+are earlier methods. Attention-based are {listed(r["attention"])}; gradient-based {listed(r["gradient"])}.
 
 **The last token.** A prediction is made at the last token. Where that may be masked, nearly every method
 masks it first, the prediction is gone, and the measure says little about the others. So the first
