@@ -140,22 +140,31 @@ def part(model: Any, scored: Scored, name: str, quick: bool) -> Evaluation:
     return evaluate(model, scored.take(chosen), fewer, "naopc", beam=LONG_BEAM, **common)
 
 
+def prompts_of(name: str, quick: bool) -> tuple[Any, list[Tensor]]:
+    """A set's model and prompts."""
+    if name == "stories":
+        model = load_model(str(SHARED / "stories260K"))
+        return model, story_prompts(model, 6 if quick else 300)
+    model = demo.load_model("bridge")
+    return model, task_prompts(model, name, 6 if quick else 200)
+
+
 def run(quick: bool, keep: Path | None) -> dict[str, dict[str, Evaluation]]:
-    """Every part of every set of prompts."""
-    small, stories = demo.load_model("bridge"), load_model(str(SHARED / "stories260K"))
-    sets = [(task, small, task_prompts(small, task, 6 if quick else 200)) for task in TASKS]
-    sets.insert(-1, ("stories", stories, story_prompts(stories, 6 if quick else 300)))
+    """Every part of every set of prompts; what a folder keeps is not run again."""
     found: dict[str, dict[str, Evaluation]] = {}
-    for name, model, prompts in sets:
+    for name in (*TASKS, "stories"):
         paths = {one: None if keep is None else keep / f"{name}, {one}.json" for one in PARTS}
         done = {one: p for one, p in paths.items() if p is not None and p.exists()}
-        scored = scores(model, prompts) if len(done) < len(PARTS) else None
+        found[name] = {one: Evaluation.from_json(p.read_text()) for one, p in done.items()}
+        if len(done) == len(PARTS):
+            continue
+        model, prompts = prompts_of(name, quick)
+        scored = scores(model, prompts)
         for one, path in paths.items():
-            if scored is None or one in done:
-                found.setdefault(name, {})[one] = Evaluation.from_json(done[one].read_text())
+            if one in done:
                 continue
             start = time.process_time()
-            result = found.setdefault(name, {})[one] = part(model, scored, one, quick)
+            result = found[name][one] = part(model, scored, one, quick)
             spent = time.process_time() - start
             print(f"{name}, {one}: {len(result)} prompts, runs {dict(result.runs)}, {spent:.0f} s",
                   file=sys.stderr, flush=True)  # fmt: skip
@@ -173,7 +182,7 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
     groups = {name: [name] for name in names} | {"demo": [n for n in names if n in TASKS]}
     tables: dict[str, dict[str, Any]] = {}
     for group, members in groups.items():
-        for part in next(iter(found.values())):
+        for part in PARTS:
             evaluations = [found[name][part] for name in members]
             tables.setdefault(group, {})[part] = table(evaluations, compared=part != "naopc")
     first = {name: parts["last masked, too"] for name, parts in found.items()}
@@ -208,17 +217,12 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
 def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
     """Cells by masking, measure, method: mean, low, high; comparisons of norm and in_out with all."""
     cells: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in evaluations[0].rows:
+    for row in (row for one in evaluations for row in one.rows):
         key = " ".join(filter(None, (row.measure, row.preset, row.metric)))
         key = key if row.measure != "naopc" else f"naopc {row.metric}"
-        values = [v for one in evaluations for other in one.rows
-                  if (other.measure, other.metric, other.preset, other.masking, other.method)
-                  == (row.measure, row.metric, row.preset, row.masking, row.method)
-                  for v in other.values]  # fmt: skip
-        here = cells.setdefault(row.masking, {}).setdefault(
-            key, {"higher": row.higher, "values": {}}
-        )
-        here["values"][row.method] = values
+        new = {"higher": row.higher, "values": {}}
+        cell = cells.setdefault(row.masking, {}).setdefault(key, new)
+        cell["values"].setdefault(row.method, []).extend(row.values)
     for measures_of in cells.values():
         for key, cell in measures_of.items():
             values = cell.pop("values")
@@ -231,11 +235,10 @@ def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
                 cell["compared"] = {
                     ours: {
                         other: comparison(values[ours], values[other], cell["higher"])
-                        for other in values
-                        if other != ours
+                        for other in (*ATTENTION, *GRADIENT, *(f"{m}, log-odds" for m in GRADIENT))
+                        if other in values
                     }
                     for ours in ("norm", "in_out", "in_out, log-odds", "|in_out|")
-                    if ours in values
                 }
     return cells
 
