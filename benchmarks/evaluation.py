@@ -29,7 +29,7 @@ from tensorlens_tl.measured import Evaluation
 from tensorlens_tl.methods import METHODS
 from tensorlens_tl.protocols import BEAM, EXACT_NAOPC, Measure, measures
 from tensorlens_tl.scoring import Scored, score
-from tensorlens_tl.significance import bootstrap, compare
+from tensorlens_tl.significance import compare, estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation.json"
@@ -79,7 +79,9 @@ def products() -> str:
 
 
 def task_prompts(model: Any, task: str, n: int) -> list[Tensor]:
-    return [model.to_tokens(pair.clean)[0] for pair in demo.prompts(task, n, SEED)]
+    """Held-out prompts of 5 to 34 tokens: some of the facts are shorter, of induction longer."""
+    drawn = (model.to_tokens(pair.clean)[0] for pair in demo.prompts(task, 2 * n, SEED))
+    return [ids for ids in drawn if 5 <= len(ids) <= 34][:n]
 
 
 @torch.no_grad()
@@ -91,7 +93,7 @@ def story_prompts(model: Any, n: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(SEED)
 
     def length() -> int:
-        return int(torch.randint(24, 65, (), generator=generator))
+        return int(torch.randint(24, 65, (2,), generator=generator).min())  # more short than long
 
     text = (SHARED / "text/tinystories_sample/tinystories_sample.txt").read_text()
     starts: list[Tensor] = []
@@ -138,22 +140,31 @@ def part(model: Any, scored: Scored, name: str, quick: bool) -> Evaluation:
     return evaluate(model, scored.take(chosen), fewer, "naopc", beam=LONG_BEAM, **common)
 
 
+def prompts_of(name: str, quick: bool) -> tuple[Any, list[Tensor]]:
+    """A set's model and prompts."""
+    if name == "stories":
+        model = load_model(str(SHARED / "stories260K"))
+        return model, story_prompts(model, 6 if quick else 300)
+    model = demo.load_model("bridge")
+    return model, task_prompts(model, name, 6 if quick else 200)
+
+
 def run(quick: bool, keep: Path | None) -> dict[str, dict[str, Evaluation]]:
-    """Every part of every set of prompts."""
-    small, stories = demo.load_model("bridge"), load_model(str(SHARED / "stories260K"))
-    sets = [(task, small, task_prompts(small, task, 6 if quick else 200)) for task in TASKS]
-    sets.insert(-1, ("stories", stories, story_prompts(stories, 6 if quick else 300)))
+    """Every part of every set of prompts; what a folder keeps is not run again."""
     found: dict[str, dict[str, Evaluation]] = {}
-    for name, model, prompts in sets:
+    for name in (*TASKS, "stories"):
         paths = {one: None if keep is None else keep / f"{name}, {one}.json" for one in PARTS}
         done = {one: p for one, p in paths.items() if p is not None and p.exists()}
-        scored = scores(model, prompts) if len(done) < len(PARTS) else None
+        found[name] = {one: Evaluation.from_json(p.read_text()) for one, p in done.items()}
+        if len(done) == len(PARTS):
+            continue
+        model, prompts = prompts_of(name, quick)
+        scored = scores(model, prompts)
         for one, path in paths.items():
-            if scored is None or one in done:
-                found.setdefault(name, {})[one] = Evaluation.from_json(done[one].read_text())
+            if one in done:
                 continue
             start = time.process_time()
-            result = found.setdefault(name, {})[one] = part(model, scored, one, quick)
+            result = found[name][one] = part(model, scored, one, quick)
             spent = time.process_time() - start
             print(f"{name}, {one}: {len(result)} prompts, runs {dict(result.runs)}, {spent:.0f} s",
                   file=sys.stderr, flush=True)  # fmt: skip
@@ -171,7 +182,7 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
     groups = {name: [name] for name in names} | {"demo": [n for n in names if n in TASKS]}
     tables: dict[str, dict[str, Any]] = {}
     for group, members in groups.items():
-        for part in next(iter(found.values())):
+        for part in PARTS:
             evaluations = [found[name][part] for name in members]
             tables.setdefault(group, {})[part] = table(evaluations, compared=part != "naopc")
     first = {name: parts["last masked, too"] for name, parts in found.items()}
@@ -206,33 +217,28 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
 def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
     """Cells by masking, measure, method: mean, low, high; comparisons of norm and in_out with all."""
     cells: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in evaluations[0].rows:
+    for row in (row for one in evaluations for row in one.rows):
         key = " ".join(filter(None, (row.measure, row.preset, row.metric)))
-        values = [v for one in evaluations for other in one.rows
-                  if (other.measure, other.metric, other.preset, other.masking, other.method)
-                  == (row.measure, row.metric, row.preset, row.masking, row.method)
-                  for v in other.values]  # fmt: skip
-        here = cells.setdefault(row.masking, {}).setdefault(
-            key, {"higher": row.higher, "values": {}}
-        )
-        here["values"][row.method] = values
+        key = key if row.measure != "naopc" else f"naopc {row.metric}"
+        new = {"higher": row.higher, "values": {}}
+        cell = cells.setdefault(row.masking, {}).setdefault(key, new)
+        cell["values"].setdefault(row.method, []).extend(row.values)
     for measures_of in cells.values():
         for key, cell in measures_of.items():
             values = cell.pop("values")
             cell["n"] = sum(not math.isnan(v) for v in values["in_out"])
             cell["methods"] = {
-                method: [rounded(x) for x in (i.mean, i.low, i.high)]
-                for method, i in ((m, bootstrap(v, seed=SEED)) for m, v in values.items())
+                method: [rounded(x) for x in (i.value, i.low, i.high)]
+                for method, i in ((m, estimate(v, SEED)) for m, v in values.items())
             }
             if compared and key.startswith(("positive tensorlens prob", "leave_one_out")):
                 cell["compared"] = {
                     ours: {
                         other: comparison(values[ours], values[other], cell["higher"])
-                        for other in values
-                        if other != ours
+                        for other in (*ATTENTION, *GRADIENT, *(f"{m}, log-odds" for m in GRADIENT))
+                        if other in values
                     }
                     for ours in ("norm", "in_out", "in_out, log-odds", "|in_out|")
-                    if ours in values
                 }
     return cells
 
@@ -240,7 +246,7 @@ def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
 def comparison(ours: list[float], theirs: list[float], higher: bool) -> list[float]:
     """Mean by which ours is better, its interval, p."""
     found = compare(*((ours, theirs) if higher else (theirs, ours)), seed=SEED)
-    return [rounded(x) for x in (found.difference.mean, found.difference.low,
+    return [rounded(x) for x in (found.difference.value, found.difference.low,
                                  found.difference.high, found.p)]  # fmt: skip
 
 

@@ -58,9 +58,10 @@ prompts with 95 % bootstrap intervals; p is of a paired permutation test (sign f
 
 {table(["prompts", "model", "dtype", "n", "tokens that may be masked", "masked runs"], rows)}
 
-`stories` are windows that begin with a sentence of the TinyStories sample and continuations sampled from
-the model itself. `norm`, `in`, `out` and `in_out` are the operator's collapses; the others are earlier
-methods. Attention-based are {listed(r["attention"])}; gradient-based {listed(r["gradient"])}.
+The bundled model's prompts are held-out ones of its tasks (of 5 to 34 tokens). `stories` are windows that
+begin with a sentence of the TinyStories sample, and continuations sampled from the model itself, of 24 to 64
+tokens, the shorter of two draws. `norm`, `in`, `out` and `in_out` are the operator's collapses; the others
+are earlier methods. Attention-based are {listed(r["attention"])}; gradient-based {listed(r["gradient"])}.
 
 **The last token.** A prediction is made at the last token. Where that may be masked, nearly every method
 masks it first, the prediction is gone, and the measure says little about the others. So the first
@@ -133,18 +134,24 @@ def odds(r: dict[str, Any]) -> str:
         for masking, cells in r["tables"][group]["last kept"].items():
             cell = cells[MAIN]
             for name in ("in_out", *r["gradient"]):
-                one, two = cell["methods"][name], cell["methods"][f"{name}, log-odds"]
-                against = cell["compared"]["in_out, log-odds"].get(f"{name}, log-odds")
-                rows.append([group, masking, name, span(one), span(two), difference(against)])
+                other = f"{name}, log-odds"
+                one, two = cell["methods"][name], cell["methods"][other]
+                plain = cell["compared"]["in_out"].get(name)
+                against = cell["compared"]["in_out, log-odds"].get(other)
+                rows.append([group, masking, name, span(one), difference(plain), span(two),
+                             difference(against)])  # fmt: skip
+    heads = ["model", "masked by", "method", "logit", "in_out is better by", "log-odds",
+             "in_out, log-odds, is better by"]  # fmt: skip
     return f"""## What is explained: a logit, or log-odds
 
 The measures read a probability, a function of log-odds: of the prediction's logit *less* all others'. A
 method that explains the logit alone also credits what raises every candidate. With `versus="others"` the
 target is the logit less the others' mean, weighted by their probabilities: what log-odds are linear in.
-Positive perturbation 0–30 %, last token kept; the last column is by how much `in_out` with log-odds is
-better than the method with log-odds, and p.
+Positive perturbation 0–30 %, last token kept, beside the methods that differentiate the model; the fifth and
+the last column are by how much `in_out` is better than the method when both explain the same, and p. What
+each costs stands below.
 
-{table(["model", "masked by", "method", "logit", "log-odds", "in_out, log-odds, is better by"], rows)}"""
+{table(heads, rows)}"""
 
 
 def signs(r: dict[str, Any]) -> str:

@@ -14,13 +14,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from .adapters import Adapter, adapt
 from .masking import METRICS, MaskedRuns, Masking
 from .measured import Evaluation, Row
 from .methods import METHODS, check
-from .protocols import BEAM, Measure, measures
+from .protocols import BEAM, Measure, as_set, measures
 from .results import at_least_one
 from .scoring import RIVALS, Scored, score
+from .significance import Number
 
 CHUNK = 256
 """Prompts whose masked runs are remembered together."""
@@ -33,11 +36,11 @@ def evaluate(
     protocol: str | Measure | Sequence[str | Measure] = "perturbation",
     masking: str | Sequence[str] = "delete",
     *,
-    preset: str | Sequence[float] | None = None,
+    preset: str | Sequence[Number] | None = None,
     metric: str = "probability",
     targets: str | int | Sequence[str | int] | None = None,
     versus: str | int | Sequence[str | int] | None = None,
-    scores: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    scores: Mapping[str, Sequence[Sequence[Number] | Tensor]] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     mask_token: str | int | None = None,
     keep_last: bool = False,
@@ -60,8 +63,8 @@ def evaluate(
         masking: "delete", "token", "mean", or several; see ``masking``.
         preset: Which fractions of the tokens are masked: a key of
             :data:`tensorlens_tl.protocols.PRESETS`, or fractions; by default the protocol's.
-        metric: What is read of the masked runs: "probability", "log_probability" or "logit" of the
-            target, or "agreement", whether it is the model's prediction.
+        metric: What is read of the masked runs: "probability", "log_odds" or "logit" of the target,
+            or "agreement", whether it is the model's prediction.
         targets: A token or id for all, one for each prompt, or None for the model's own predictions.
         versus: What methods explain the target's advantage over: "runner_up" for the likeliest other
             token, "others" for all of them by their probability (log-odds), a token or id for all,
@@ -190,7 +193,7 @@ def _names(methods: str | Sequence[str] | None, own: Mapping[str, Any]) -> list[
 
 
 def _measures(
-    protocol: Any, preset: str | Sequence[float] | None, metric: str, beam: int
+    protocol: Any, preset: str | Sequence[Number] | None, metric: str, beam: int
 ) -> list[Measure]:
     asked: list[Measure] = []
     for one in _listed(protocol):
@@ -229,13 +232,14 @@ def _maskable(
                 f"prompt {i} has {n} tokens that may be masked, expected at least {least.least} for "
                 f"{least.name}: leave it out, or make it longer"
             )
-        whole = next((one.name for one in asked if one.masks_all), None)
-        if n == len(ids) and whole and any(way.kind == "delete" for way in maskings):
+        found.append(places := range(start, stop))
+        if n < len(ids) or all(way.kind != "delete" for way in maskings):
+            continue
+        if whole := [one.name for one in asked if as_set(places) in one.masks(places)]:
             raise ValueError(
-                f"{whole} masks every token, and prompt {i} has no beginning-of-sequence token that "
+                f"{whole[0]} masks every token, and prompt {i} has no beginning-of-sequence token that "
                 "would stay: expected masking by token or mean, or fractions below 1"
             )
-        found.append(range(start, stop))
     return found
 
 

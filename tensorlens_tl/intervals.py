@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 DRAWS = 2000
@@ -64,7 +65,11 @@ def bootstrap(
     x = torch.as_tensor(values, dtype=torch.float64)
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"expected a list of at least one value, got shape {list(x.shape)}")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = statistic(x[torch.randint(len(x), (DRAWS, len(x)), generator=generator)])
+    drawn = statistic(x[_resamples(len(x), seed)])
     low, high = drawn.sort().values[[round(q * (DRAWS - 1)) for q in (0.025, 0.975)]].tolist()
     return Estimate(float(statistic(x)), low, high, len(x))
+
+
+@lru_cache(maxsize=4)  # many statistics are of as many values
+def _resamples(n: int, seed: int) -> Int[Tensor, "draw n"]:
+    return torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(seed))

@@ -152,7 +152,7 @@ class MaskedRuns:
     """
 
     adapter: Adapter
-    prompts: Sequence[Int[Tensor, " pos"]]
+    prompts: Sequence[Int[Tensor, " _"]]
     targets: Sequence[int]
     masking: Masking
     batch_size: int = 64

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from .significance import Comparison, Interval, bootstrap, compare
+from .intervals import Estimate
+from .significance import Comparison, compare, estimate
 
 if TYPE_CHECKING:
     import pandas
@@ -38,9 +39,9 @@ class Row:
     higher: bool
     values: tuple[float, ...]
 
-    def interval(self, level: float = 0.95, seed: int = 0) -> Interval:
-        """Mean and bootstrap interval over the prompts."""
-        return bootstrap(self.values, level, seed)
+    def estimate(self, seed: int = 0) -> Estimate:
+        """Mean over the prompts, and its bootstrap interval."""
+        return estimate(self.values, seed)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,10 +114,15 @@ class Evaluation:
         shown = "; ".join(f"{name} {', '.join(values)}" for name, values in had.items())
         raise ValueError(f"{len(found)} rows are {asked}, expected one: say more of {shown}")
 
-    def interval(self, method: str, measure: str | None = None, masking: str | None = None,
-                 metric: str | None = None, level: float = 0.95) -> Interval:  # fmt: skip
-        """A row's mean and bootstrap interval."""
-        return self.row(method, measure, masking, metric).interval(level, self.seed)
+    def estimate(
+        self,
+        method: str,
+        measure: str | None = None,
+        masking: str | None = None,
+        metric: str | None = None,
+    ) -> Estimate:
+        """A row's mean and its bootstrap interval; arguments as in :meth:`row`."""
+        return self.row(method, measure, masking, metric).estimate(self.seed)
 
     def compare(
         self,
@@ -230,7 +236,7 @@ class Evaluation:
             for method in self.methods:
                 mine = {(r.measure, r.metric, r.preset, r.higher): r for r in here
                         if r.method == method}  # fmt: skip
-                cells.append([method, *(str(mine[h].interval(seed=self.seed)) for h in heads)])
+                cells.append([method, *(str(mine[h].estimate(self.seed)) for h in heads)])
             widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
             yield ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip()
                    for line in cells]  # fmt: skip

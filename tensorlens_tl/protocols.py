@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from .significance import rank_correlation
+from .significance import Number, rank_correlation
 
 Masked = int
 """A set of positions: bit j is position j."""
-Outcomes = Callable[[Sequence[Masked]], Sequence[float]]
+Outcomes = Callable[[Sequence[Masked]], Sequence[Number]]
 """m of many sets at once: a model runs them in batches."""
 Order = Sequence[int]
 
@@ -50,7 +50,7 @@ EXACT_NAOPC = 10
 BEAM = 5
 
 
-def count(fraction: float, n: int) -> int:
+def count(fraction: Number, n: int) -> int:
     """⌈f·n⌉, with what rounding adds to a whole number taken off."""
     return math.ceil(fraction * n - 1e-9)
 
@@ -65,6 +65,12 @@ def first(order: Order, k: int) -> Masked:
     return as_set(order[:k])
 
 
+def nested(order: Order, fractions: Sequence[Number], keeps: bool = False) -> list[Masked]:
+    """For every fraction the first of the order, or all but those."""
+    sets = [first(order, count(f, len(order))) for f in fractions]
+    return [as_set(order) ^ s for s in sets] if keeps else sets
+
+
 # --- Measures ------------------------------------------------------------------------------------
 
 
@@ -75,14 +81,14 @@ class Measure(ABC):
     Attributes:
         name: For people.
         metric: What m is: a key of :data:`tensorlens_tl.masking.METRICS`.
-        preset: Where its fractions come from; "" where it has none.
+        preset: Where its fractions come from, or what else was chosen; "" where nothing was.
         fractions: Shares of the tokens.
     """
 
     name: str
     metric: str
     preset: str = ""
-    fractions: tuple[float, ...] = ()
+    fractions: tuple[Number, ...] = ()
 
     higher = True
     least = 2
@@ -93,13 +99,8 @@ class Measure(ABC):
         """The sets whose outcomes it reads."""
 
     @abstractmethod
-    def read(self, m: Outcomes, order: Order, scores: Sequence[float]) -> float:
+    def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
         """The number; ``scores`` are in the order of the positions."""
-
-    @property
-    def masks_all(self) -> bool:
-        """Whether it asks for a run with every token masked."""
-        return 1.0 in self.fractions
 
 
 @dataclass(frozen=True)
@@ -124,39 +125,34 @@ class Curve(Measure):
 
     def _sets(self, order: Order) -> list[Masked]:
         order = order[::-1] if self.least_first else order
-        whole = as_set(order)
-        sets = [first(order, count(f, len(order))) for f in self.fractions]
-        return [whole ^ s for s in sets] if self.keeps else sets
+        return nested(order, self.fractions, self.keeps)
 
     def masks(self, order: Order) -> Iterator[Masked]:
         yield from self._sets(order)
         if self.relative:
             yield 0
 
-    def read(self, m: Outcomes, order: Order, scores: Sequence[float]) -> float:
+    def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
         values = m(self._sets(order))
         scale = m([0])[0] if self.relative else 1.0
         return (_area(self.fractions, values) if self.area else _mean(values)) / scale
-
-    @property
-    def masks_all(self) -> bool:
-        return (0.0 if self.keeps else 1.0) in self.fractions
 
 
 @dataclass(frozen=True)
 class Delta(Measure):
     """LeRF − MoRF, the means of the two curves."""
 
-    def _curves(self) -> tuple[Curve, Curve]:
-        both = (Curve(self.name, self.metric, self.preset, self.fractions, least, area=False)
-                for least in (True, False))  # fmt: skip
-        return tuple(both)  # type: ignore[return-value]
+    def _curves(self) -> list[Curve]:
+        return [
+            Curve(self.name, self.metric, self.preset, self.fractions, least_first, area=False)
+            for least_first in (True, False)
+        ]
 
     def masks(self, order: Order) -> Iterator[Masked]:
         for curve in self._curves():
             yield from curve.masks(order)
 
-    def read(self, m: Outcomes, order: Order, scores: Sequence[float]) -> float:
+    def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
         lerf, morf = (curve.read(m, order, scores) for curve in self._curves())
         return lerf - morf
 
@@ -175,17 +171,12 @@ class Eraser(Measure):
     def higher(self) -> bool:  # type: ignore[override]
         return not self.keeps
 
-    def _sets(self, order: Order) -> list[Masked]:
-        whole = as_set(order)
-        sets = [first(order, count(f, len(order))) for f in self.fractions]
-        return [whole ^ s for s in sets] if self.keeps else sets
-
     def masks(self, order: Order) -> Iterator[Masked]:
         yield 0
-        yield from self._sets(order)
+        yield from nested(order, self.fractions, self.keeps)
 
-    def read(self, m: Outcomes, order: Order, scores: Sequence[float]) -> float:
-        return m([0])[0] - _mean(m(self._sets(order)))
+    def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
+        return m([0])[0] - _mean(m(nested(order, self.fractions, self.keeps)))
 
 
 @dataclass(frozen=True)
@@ -198,7 +189,7 @@ class LeaveOneOut(Measure):
         yield 0
         yield from (1 << j for j in order)
 
-    def read(self, m: Outcomes, order: Order, scores: Sequence[float]) -> float:
+    def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
         clean, *without = m([0, *(1 << j for j in sorted(order))])
         return rank_correlation(scores, [clean - value for value in without])
 
@@ -213,14 +204,10 @@ class Naopc(Measure):
 
     beam: int = BEAM
 
-    @property
-    def masks_all(self) -> bool:
-        return True
-
     def masks(self, order: Order) -> Iterator[Masked]:
         yield from (first(order, k) for k in range(len(order) + 1))
 
-    def read(self, m: Outcomes, order: Order, scores: Sequence[float]) -> float:
+    def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
         low, high = aopc_bounds(m, tuple(sorted(order)), self.beam)
         value = aopc(m, order)
         # A beam may miss a bound; a method's own order is then a wider one.
@@ -318,7 +305,7 @@ PROTOCOLS: dict[str, str] = {
 
 def measures(
     protocol: str,
-    preset: str | Sequence[float] | None = None,
+    preset: str | Sequence[Number] | None = None,
     metric: str = "probability",
     beam: int = BEAM,
 ) -> tuple[Measure, ...]:
@@ -367,12 +354,12 @@ def measures(
     if protocol == "naopc":
         if beam < 1:
             raise ValueError(f"expected beam ≥ 1, got {beam}: it is how many orders are kept")
-        return (Naopc("naopc", metric, beam=beam),)
+        return (Naopc("naopc", metric, f"beam {beam}", beam=beam),)
     return (LeaveOneOut("leave_one_out", metric),)
 
 
 def _fractions(
-    protocol: str, preset: str | Sequence[float] | None
+    protocol: str, preset: str | Sequence[Number] | None
 ) -> tuple[str, tuple[float, ...]]:
     default = PROTOCOLS[protocol]
     if not default:
@@ -396,10 +383,10 @@ def _fractions(
     return "own", shares
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[Number]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _area(x: Sequence[float], y: Sequence[float]) -> float:
+def _area(x: Sequence[Number], y: Sequence[Number]) -> float:
     steps = ((b - a) * (v + w) / 2 for (a, b), (v, w) in zip(pairwise(x), pairwise(y), strict=True))
     return math.fsum(steps) / (x[-1] - x[0])

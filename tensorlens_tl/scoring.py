@@ -46,10 +46,10 @@ class Scored:
         gate: The choice made for gated MLPs.
     """
 
-    prompts: tuple[Int[Tensor, " pos"], ...]
+    prompts: tuple[Int[Tensor, " _"], ...]
     targets: tuple[int, ...]
     predicted: tuple[int, ...]
-    scores: Mapping[str, Sequence[Float[Tensor, " pos"]]]
+    scores: Mapping[str, Sequence[Float[Tensor, " _"]]]
     seconds: Mapping[str, float]
     forward_seconds: float
     versus: str | None

@@ -1,4 +1,4 @@
-"""Means with intervals, paired comparisons, rank correlation: small, seeded, without scipy.
+"""Means that leave out what is not defined, paired comparisons, rank correlation; without scipy.
 
 Inputs that are nan (a measure that is not defined for a prompt) are left out.
 """
@@ -14,30 +14,12 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-RESAMPLES = 2_000
+from .intervals import Estimate, bootstrap
+
+Number = float | int
 FLIPS = 10_000
 EXACT = 14
 """Up to so many pairs every one of the 2ⁿ signs is tried."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its bootstrap interval.
-
-    Attributes:
-        mean: The mean; nan where there is nothing.
-        low: Lower end.
-        high: Upper end.
-        n: How many inputs.
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -49,47 +31,28 @@ class Comparison:
         p: Two-sided, of the sign-flip permutation test of that mean.
     """
 
-    difference: Interval
+    difference: Estimate
     p: float
 
     def __str__(self) -> str:
         return f"{self.difference}, p = {self.p:.2g}"
 
 
-def _present(values: Sequence[float]) -> Float[Tensor, " n"]:
-    found = torch.as_tensor(values, dtype=torch.float64)
-    return found[~found.isnan()]
-
-
-def bootstrap(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
-    """The mean of some inputs, and its percentile bootstrap interval.
+def estimate(values: Sequence[Number], seed: int = 0) -> Estimate:
+    """The mean of some inputs and its bootstrap interval; nan where there is nothing.
 
     Args:
         values: One number for each input.
-        level: The interval's coverage.
         seed: Of the resampling.
 
     Returns:
-        The interval.
-
-    Raises:
-        ValueError: If the level is no share.
+        The estimate.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"expected a level between 0 and 1, got {level}: for 95 % pass 0.95")
-    x = _present(values)
-    if len(x) == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = x[torch.randint(len(x), (RESAMPLES, len(x)), generator=generator)].mean(1)
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = drawn.quantile(ends).tolist()
-    return Interval(float(x.mean()), low, high, len(x))
+    found = [float(value) for value in values if not math.isnan(value)]
+    return bootstrap(found, seed=seed) if found else Estimate(math.nan, math.nan, math.nan, 0)
 
 
-def compare(
-    ours: Sequence[float], theirs: Sequence[float], level: float = 0.95, seed: int = 0
-) -> Comparison:
+def compare(ours: Sequence[Number], theirs: Sequence[Number], seed: int = 0) -> Comparison:
     """A paired comparison: by how much ours is larger, and whether that may be chance.
 
     The test flips the sign of every pair's difference: where neither is better, each of the 2ⁿ sign
@@ -99,7 +62,6 @@ def compare(
     Args:
         ours: One number for each input.
         theirs: The same inputs' numbers.
-        level: The interval's coverage.
         seed: Of resampling and flipping.
 
     Returns:
@@ -112,14 +74,14 @@ def compare(
         raise ValueError(f"expected pairs, got {len(ours)} and {len(theirs)} inputs")
     d = torch.as_tensor(ours, dtype=torch.float64) - torch.as_tensor(theirs, dtype=torch.float64)
     d = d[~d.isnan()]
-    interval = bootstrap(d.tolist(), level, seed)
+    difference = estimate(d.tolist(), seed)
     if len(d) == 0:
-        return Comparison(interval, math.nan)
+        return Comparison(difference, math.nan)
     flips, seen = _signs(len(d), seed), len(d) > EXACT
     least = d.sum().abs() - 1e-12 * d.abs().sum()
     parts = flips.split(max(1, 2**22 // len(d)))
     reached = sum(int(((signs.to(d) @ d).abs() >= least).sum()) for signs in parts)
-    return Comparison(interval, (reached + seen) / (len(flips) + seen))
+    return Comparison(difference, (reached + seen) / (len(flips) + seen))
 
 
 @lru_cache(maxsize=4)  # many comparisons are of as many inputs
@@ -130,7 +92,7 @@ def _signs(n: int, seed: int) -> Int8[Tensor, "flip n"]:
     return torch.randint(0, 2, (FLIPS, n), generator=generator, dtype=torch.int8) * 2 - 1
 
 
-def ranks(values: Sequence[float]) -> Float[Tensor, " n"]:
+def ranks(values: Sequence[Number]) -> Float[Tensor, " n"]:
     """Ranks from 1, equal values sharing their mean rank."""
     x = torch.as_tensor(values, dtype=torch.float64)
     below = (x[None] < x[:, None]).sum(1)
@@ -138,7 +100,7 @@ def ranks(values: Sequence[float]) -> Float[Tensor, " n"]:
     return below + (equal + 1) / 2
 
 
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+def rank_correlation(a: Sequence[Number], b: Sequence[Number]) -> float:
     """Spearman's ρ, the correlation of the ranks; nan where one of the two does not vary."""
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()

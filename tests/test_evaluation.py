@@ -82,7 +82,7 @@ def test_scores_that_are_the_drops_agree_with_leave_one_out():
     assert got.row("opposite", "leave_one_out").values == pytest.approx([-1] * 3, abs=1e-2)
     assert got.methods == ("truth", "opposite")
     for measure in ("positive", "negative"):
-        assert got.compare("truth", "opposite", measure).difference.mean > 0.3
+        assert got.compare("truth", "opposite", measure).difference.value > 0.3
 
 
 def test_the_best_order_found_by_trying_all():
@@ -164,6 +164,23 @@ def test_every_set_is_run_once():
     assert set(got.seconds) == set(got.methods) and got.forwards["in_out"] > 0
 
 
+def test_evaluations_share_scores():
+    with quiet():
+        scored = score(demo_model(), list(PROMPTS), ["in_out", "rollout"], progress=False)
+    whole = run(PROMPTS, ["in_out", "rollout"])
+    with quiet():
+        again = evaluate(demo_model(), scored, progress=False)
+        some = evaluate(demo_model(), scored.take([1]), "rollout", progress=False)
+    for row in whole.rows:
+        values = again.row(row.method, row.measure).values
+        assert values == pytest.approx(row.values, abs=1e-5)
+    assert some.targets == ("Paris",) and some.methods == ("rollout",)
+    with pytest.raises(ValueError, match="expected scores by chefer, got in_out, rollout"):
+        evaluate(demo_model(), scored, "chefer")
+    with pytest.raises(ValueError, match="scores are made already"):
+        evaluate(demo_model(), scored, versus="others")
+
+
 def test_prompts_as_ids_and_targets():
     model = demo_model()
     ids = [model.to_tokens(text)[0] for text in PROMPTS]
@@ -216,7 +233,7 @@ def test_table_json_and_dataframe():
     one = whole.row("in_out", "positive", "mean")
     picked = frame.query("method == 'in_out' and measure == 'positive' and masking == 'mean'")
     assert tuple(picked.value) == one.values
-    assert whole.interval("in_out", "positive", "mean").mean == pytest.approx(sum(one.values) / 3)
+    assert whole.estimate("in_out", "positive", "mean").value == pytest.approx(sum(one.values) / 3)
 
 
 def test_comparisons_point_to_the_better_method():
@@ -226,9 +243,9 @@ def test_comparisons_point_to_the_better_method():
         sign = 1 if ours.higher else -1
         gap = sign * (sum(ours.values) - sum(theirs.values)) / 3
         got = whole.compare("in_out", "random", measure, "token")
-        assert got.difference.mean == pytest.approx(gap)
+        assert got.difference.value == pytest.approx(gap)
         back = whole.compare("random", "in_out", measure, "token")
-        assert back.difference.mean == pytest.approx(-gap) and got.p == back.p
+        assert back.difference.value == pytest.approx(-gap) and got.p == back.p
 
 
 def test_undefined_values_survive_a_file():
@@ -312,6 +329,10 @@ def test_a_prompt_without_bos_keeps_a_token():
     assert run(ids, "in_out").lengths == (14,)
     with pytest.raises(ValueError, match="morf masks every token, and prompt 0 has no beginning"):
         run(ids, "in_out", "morf_lerf")
+    with pytest.raises(ValueError, match="positive masks every token, and prompt 0"):
+        run(ids, "in_out", preset=(0, 0.95))  # 14 of 14
+    with pytest.raises(ValueError, match="sufficiency masks every token"):
+        run(ids, "in_out", "eraser", preset=(0, 0.5))
     assert run(ids, "in_out", "morf_lerf", "token").lengths == (14,)
     assert run(ids, "in_out", "morf_lerf", keep_last=True).lengths == (13,)
 

@@ -58,6 +58,17 @@ def test_in_out_and_the_constants_are_the_target():
     assert_close(total, table.target_value, 1e-12)
 
 
+@every_few
+def test_decompx_is_in_before_the_final_norm(case):
+    lens = lens_of(case)
+    sites = lens.operator.sites
+    ours, before = (
+        lens.token_matrix("decompx"),
+        lens.token_matrix("in", layers=sites[:1] + sites[-2:-1]),
+    )
+    assert_close(ours.values, before.values, max(1e-12, case.tol()))
+
+
 def test_estimated_rows():
     lens = lens_of(FEW[0])
     exact = lens.token_scores("norm").values

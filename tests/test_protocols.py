@@ -17,7 +17,7 @@ from tensorlens_tl.protocols import (
     exact_bounds,
     measures,
 )
-from tensorlens_tl.significance import bootstrap, compare, rank_correlation, ranks
+from tensorlens_tl.significance import compare, estimate, rank_correlation, ranks
 
 THIRDS = (0, 1 / 3, 2 / 3, 1)
 
@@ -181,17 +181,8 @@ def test_paired_comparisons():
     assert 0.02 <= sum(p < 0.05 for p in ps) / 200 <= 0.09, "as often as it says, by chance"
 
 
-def test_bootstrap_intervals():
-    draws = torch.Generator().manual_seed(1)
-    covered = 0
-    for _ in range(200):
-        found = bootstrap(torch.randn(40, generator=draws).tolist())
-        assert found.low <= found.mean <= found.high
-        covered += found.low <= 0 <= found.high
-    assert 0.88 <= covered / 200 <= 0.99
-    assert bootstrap([1, 2, 3]) == bootstrap([1, 2, math.nan, 3])
-    assert math.isnan(bootstrap([]).mean) and bootstrap([5.0]).low == 5
-    with pytest.raises(ValueError, match="between 0 and 1, got 95"):
-        bootstrap([1], 95)
+def test_undefined_values_are_left_out():
+    assert estimate([1, 2, 3]) == estimate([1, 2, math.nan, 3])
+    assert math.isnan(estimate([]).value) and estimate([math.nan]).n == 0
     with pytest.raises(ValueError, match="expected pairs, got 1 and 2"):
         compare([1], [1, 2])

@@ -90,16 +90,16 @@ for other in (*methods[1:], "random"):
 # signed score ranks last what speaks for another answer ("John"), whose loss hurts all the same.
 
 # %%
-loo = {name: many.interval(name, "leave_one_out", "delete") for name in (*methods, "random")}
-print(*(f"{name:>22}: {interval}" for name, interval in loo.items()), sep="\n")
-assert loo["rollout"].mean > loo["random"].high
+loo = {name: many.estimate(name, "leave_one_out", "delete") for name in (*methods, "random")}
+print(*(f"{name:>22}: {found}" for name, found in loo.items()), sep="\n")
+assert loo["rollout"].value > loo["random"].high
 sizes = {"|in_out|": [
     tensorlens_tl.capture(model, text)[1].token_scores("in_out")[0].abs() for text in prompts
 ]}  # fmt: skip
 unsigned = evaluate(model, prompts, None, "leave_one_out", scores=sizes, keep_last=True,
-                    progress=False).interval("|in_out|")  # fmt: skip
+                    progress=False).estimate("|in_out|")  # fmt: skip
 print(f"{'without signs':>22}: {unsigned}")
-assert unsigned.mean > loo["in_out"].mean
+assert unsigned.value > loo["in_out"].value
 
 # %% [markdown]
 # Which method wins depends on the model, the task and the way of masking: `docs/results.md` has all of
