@@ -85,15 +85,11 @@ def curves(
     """
     _check(lens, directions, sizes)
     with live_models(lens.capture, model) as (live,):
-        x = live.x.detach()
-        moved = torch.tensor(sizes, dtype=torch.float64).to(x)[:, None, None, None] * directions.to(
-            x
-        )
-        tangent = _jacobian_product(live, directions.to(x))
+        x, delta = live.x.detach(), directions.to(live.x)
+        moved = torch.tensor(sizes, dtype=torch.float64).to(x)[:, None, None, None] * delta
+        tangent = _jacobian_product(live, delta)
         edits = {part: holding(live, PARTS if part == "all" else (part,)) for part in held}
-        tangents = {
-            part: _jacobian_product(live, directions.to(x), edit) for part, edit in edits.items()
-        }
+        tangents = {part: _jacobian_product(live, delta, edit) for part, edit in edits.items()}
         with torch.no_grad():
             # Both ends in one batch, so that the host rounds them alike.
             ends = live.run(torch.cat([x, (x + moved).flatten(0, 1)]))

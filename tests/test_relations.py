@@ -293,6 +293,7 @@ def test_a_study_counts_what_it_says(study, model):
     means = [study.estimate("faithfulness", v, 5).value for v in (one, two)]
     gap = study.difference("faithfulness", one, two, 5)
     assert abs(gap.value - (means[0] - means[1])) < 1e-12 and gap.low <= gap.value <= gap.high
+    assert gap.n == 2  # of the splits: both relations of one count as one
     # One of its rows by the parts it is made of.
     statements = state(model, small("capital", 15))
     row = study.select(one, 3, "capital")[0]
