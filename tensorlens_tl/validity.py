@@ -350,11 +350,8 @@ class ValidityStudy:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Everything as JSON, errors to five digits; :meth:`from_json` reads it."""
-        rows = [
-            asdict(row) | {m: [float(f"{x:.5g}") for x in getattr(row, m)] for m in METHODS}
-            for row in self.rows
-        ]
+        """Everything as JSON, curves to five digits; :meth:`from_json` reads it."""
+        rows = [{name: _rounded(value) for name, value in asdict(row).items()} for row in self.rows]
         return json.dumps({"format": FORMAT} | asdict(self) | {"rows": rows}, ensure_ascii=False)
 
     @classmethod
@@ -380,6 +377,14 @@ class ValidityStudy:
             raise ValueError(
                 f"expected JSON with the format {FORMAT!r}, as ValidityStudy.to_json writes: {error}"
             ) from None
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def validity(

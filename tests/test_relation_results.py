@@ -70,5 +70,17 @@ def test_what_the_pages_prose_says_is_what_was_measured():
     assert [one["dtype"] for one in data] == ["float64"] * 2 and data[0]["n"] == 200
     for one in data:
         assert all(row["held"]["all"] < 1e-12 for row in one["rows"])
+    study = RelationStudy.from_json(json.dumps(DATA["relations"]))
+    missed = [row for n in study.sizes for row in study.select("operator, β = 1", n) if row.missed]
     own = DATA["own parts"]
-    assert own["own W and b"] == own["missed"]
+    assert all(row["own W and b"] == row["missed"] for row in own.values())
+    assert sum(row["missed"] for row in own.values()) == sum(len(row.missed) for row in missed)
+    for name in study.accuracy:
+        ours, *theirs = (
+            sum(rows[2]) / 60 for key, rows in DATA["one prompt"].items() if key.startswith(name)
+        )
+        assert len(theirs) == 2 and ours > 0.9 and ours > max(theirs)
+    for one in data:
+        rows = [row for row in one["rows"] if row["kind"] != "swap"]
+        small = [(row["operator"][0], row["jacobian"][0]) for row in rows]
+        assert all(a > 0.1 > b for a, b in small)
