@@ -17,8 +17,10 @@ from .plugin import capture, install, uninstall, wrap
 
 if TYPE_CHECKING:
     from .capturing import Capture, Convention
+    from .circuits import Circuit
     from .composer import FrozenTransformer
     from .datasets import MeanAttribution, attribute
+    from .discovery import discover
     from .graph import Edge, Node
     from .lens import TensorLens, load
     from .linear_map import LinearMap, dot_test
@@ -35,8 +37,10 @@ _HOMES = {
     "Edge": "graph",
     "MeanAttribution": "datasets",
     "attribute": "datasets",
+    "discover": "discovery",
     "Capture": "capturing",
     "CaptureMismatchError": "selfcheck",
+    "Circuit": "circuits",
     "Convention": "capturing",
     "FrozenTransformer": "composer",
     "Node": "graph",
@@ -51,6 +55,7 @@ __all__ = [
     "Attribution",
     "Capture",
     "CaptureMismatchError",
+    "Circuit",
     "Convention",
     "Edge",
     "FrozenTransformer",
@@ -62,6 +67,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "attribute",
     "capture",
+    "discover",
     "dot_test",
     "install",
     "load",

@@ -1,6 +1,7 @@
 """The command line: explain a model's prediction.
 
 ``tensorlens-tl [--model NAME_OR_FOLDER] [--target T] [--versus T] [--by token|component] [PROMPT]``
+``tensorlens-tl evaluate [--model NAME_OR_FOLDER] [--protocol P …] [--methods M …] [--file PROMPTS]``
 
 Without a model it is the bundled demo model, and without a prompt one that the demo model knows.
 """
@@ -17,6 +18,8 @@ from typing import Any
 
 WIDTH = 28
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+EVALUATE = "evaluate"
+DEMO_METHODS = ("norm", "in_out", "rollout", "last_layer_attention", "random")
 DEMO_PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 
@@ -26,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
         prog="tensorlens-tl",
         description="Explain a transformer's next-token prediction with the TensorLens operator: "
         "what every token and every component adds to the logit, exactly.",
+        epilog="tensorlens-tl evaluate --help: which of many methods names the tokens a model needs.",
     )
     p.add_argument("prompt", nargs="?", help="the text; '-' or nothing reads standard input")
     p.add_argument(
@@ -52,15 +56,20 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or 2 after a user error (told in one sentence on standard error).
     """
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    evaluating = argv[:1] == [EVALUATE]
+    args = evaluate_parser().parse_args(argv[1:]) if evaluating else parser().parse_args(argv)
     try:
         with redirect_stdout(sys.stderr):  # hosts print while they load
-            report = explain(args)
+            report = evaluation(args) if evaluating else explain(args)
     except (ValueError, OSError) as error:
         print(f"tensorlens-tl: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     try:
-        print(json.dumps(report, ensure_ascii=False) if args.json else render(report, args.top))
+        if isinstance(report, str):
+            print(report)
+        else:
+            print(json.dumps(report, ensure_ascii=False) if args.json else render(report, args.top))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has what it wanted
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -111,6 +120,80 @@ def explain(args: argparse.Namespace) -> dict[str, Any]:
         "noise_floor": lens.noise_floor,
         "exactness": lens.exactness,
     }
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    """The argument parser of ``evaluate``."""
+    p = argparse.ArgumentParser(
+        prog=f"tensorlens-tl {EVALUATE}",
+        description="Mask the tokens that each method names, run the real model, and see what is left "
+        "of its prediction.",
+    )
+    p.add_argument("--model", help="hub name, or local folder (default: the bundled demo model)")
+    p.add_argument("--kind", choices=("bridge", "hooked"), help="host class")
+    p.add_argument("--dtype", choices=DTYPES, help="run the model in this dtype")
+    p.add_argument("--protocol", nargs="+", default=["perturbation"], metavar="P",
+                   help="perturbation (the default), morf_lerf, insertion_deletion, eraser, naopc, "
+                   "leave_one_out; several give a table of all")  # fmt: skip
+    p.add_argument("--methods", nargs="+", default=list(DEMO_METHODS), metavar="M",
+                   help=f"whose scores (default: {' '.join(DEMO_METHODS)}); an unknown one lists "
+                   "them all")  # fmt: skip
+    p.add_argument("--masking", nargs="+", default=["delete"], metavar="HOW",
+                   help="delete (the default), token, mean")  # fmt: skip
+    p.add_argument("--preset", help="fractions: tensorlens, chefer, eraser or full")
+    p.add_argument("--metric", default="probability", help="or log_odds, logit, agreement")
+    p.add_argument("--target", help="token, or '#' and its id (default: each prompt's prediction)")
+    p.add_argument(
+        "--versus", help="explain the target's advantage over: runner_up, others, a token"
+    )
+    p.add_argument("--file", type=Path, help="prompts, one a line (default: standard input)")
+    p.add_argument("--task", default="ioi", help="the demo model's own prompts (default: ioi)")
+    p.add_argument("--n", type=int, default=20, help="how many of them (default: 20)")
+    p.add_argument("--keep-last", action="store_true", help="never mask the last token")
+    p.add_argument("--batch-size", type=int, default=64, help="masked prompts run at once")
+    p.add_argument("--seed", type=int, default=0, help="of prompts, ties and intervals")
+    p.add_argument("--json", action="store_true", help="print JSON, every prompt's numbers")
+    return p
+
+
+def evaluation(args: argparse.Namespace) -> str:
+    """Run ``evaluate``: its table or JSON as text."""
+    prompts = read_prompts(args)
+    model = _load(args)
+    from .evaluation import evaluate
+
+    found = evaluate(
+        model, prompts, args.methods, args.protocol, args.masking, preset=args.preset,
+        metric=args.metric, targets=_token(args.target), versus=_token(args.versus), seed=args.seed,
+        keep_last=args.keep_last, batch_size=args.batch_size,
+    )  # fmt: skip
+    return found.to_json() if args.json else repr(found)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts of a file, of standard input, or the demo model's own.
+
+    Returns:
+        One for each line that is not blank.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if args.file is not None:
+        try:
+            text = args.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the prompt file {args.file}: {error}") from None
+    else:
+        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts and args.file is None and args.model is None:
+        from .demo import prompts as drawn
+
+        prompts = [pair.clean for pair in drawn(args.task, args.n, args.seed)]
+    if not prompts:
+        raise ValueError("expected prompts, one a line, in --file or on standard input; got none")
+    return prompts
 
 
 def _token(text: str | None) -> str | int | None:

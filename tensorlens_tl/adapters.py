@@ -424,8 +424,8 @@ class BridgeAdapter(Adapter):
             return self.norm_weights(getattr(block, name, None))
 
         attn, d_head = block.attn, self.cfg.d_head
-        W_V, b_V = _linear(attn.v)
-        W_O, b_O = _linear(attn.o)
+        W_V, b_V = linear_weights(attn.v)
+        W_O, b_O = linear_weights(attn.o)
         return BlockWeights(
             AttentionWeights(
                 W_V.unflatten(1, (-1, d_head)).transpose(0, 1),
@@ -449,20 +449,21 @@ class BridgeAdapter(Adapter):
             raise UnsupportedArchitectureError(
                 refusal(f"the MLP {kind}", "it is neither MLPBridge nor GatedMLPBridge")
             )
-        W_in, b_in = _linear(getattr(mlp, "in"))
-        W_out, b_out = _linear(mlp.out)
+        W_in, b_in = linear_weights(getattr(mlp, "in"))
+        W_out, b_out = linear_weights(mlp.out)
         if kind == "MLPBridge":
             return MLPWeights(W_in, b_in, W_out, b_out, act)
-        return GatedMLPWeights(*_linear(mlp.gate), W_in, b_in, None, W_out, b_out, act)
+        return GatedMLPWeights(*linear_weights(mlp.gate), W_in, b_in, None, W_out, b_out, act)
 
     def unembed_weights(self) -> UnembedWeights:
-        W_U, b_U = _linear(self.model.unembed)
+        W_U, b_U = linear_weights(self.model.unembed)
         if b_U is not None and not bool(b_U.any()):
             b_U = None  # zeros that the Bridge adds where the model has no bias
         return UnembedWeights(W_U, b_U, self.soft_cap())
 
 
-def _linear(bridge: Any) -> tuple[Tensor, Tensor | None]:
+def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
+    """A Bridge's linear module as x @ W + b."""
     # The orientation is told by the module's type, never by the shape: square weights have both.
     module = bridge.original_component
     if isinstance(module, nn.Linear):

@@ -14,22 +14,25 @@ a state per order instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .branches import Branch, Step, Trace
 from .capturing import Capture
-from .composer import Branch, FrozenTransformer, Step, Trace
+from .composer import FrozenTransformer
 from .edges import Writers, edge_scores
 from .graph import Edge, Node
 from .primitives import take_row
+from .query_key import QueryKey
 from .results import Attribution, Source
+from .sublayers import Attention
 from .targets import Target
 
 BY = (
@@ -102,13 +105,16 @@ class Rows:
         self.values.append(values)
 
 
-def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attribution:
+def attribute(
+    sweep: Sweep, by: str = "token", effect: str = "direct", qk: bool = False
+) -> Attribution:
     """Split a target by source.
 
     Args:
         sweep: The target.
         by: See :meth:`TensorLens.attribute`.
         effect: "direct" or "total".
+        qk: Whether queries and keys are readers, too; by edge only.
 
     Returns:
         The contributions, for every prompt.
@@ -126,6 +132,7 @@ def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attrib
             f"by={by!r} has no total effect apart from its direct one, expected by to be one of "
             f"{', '.join(TOTALS)}: leave effect out"
         )
+    check_qk(by, qk)
     rows = Rows()
     if (effect, by) in (("total", "mlp"), ("total", "neuron")) and _attention_only(sweep):
         raise ValueError(
@@ -139,7 +146,7 @@ def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attrib
         _orders(sweep, rows)
     elif by == "edge":
         return by_edge(
-            sweep, Writers.of(sweep.operator, sweep.capture.embeddings, sweep.target.query)
+            sweep, Writers.of(sweep.operator, sweep.capture.embeddings, sweep.target.query), qk=qk
         )
     else:
         _direct(sweep, rows, "component" if by == "layer" else by)
@@ -150,25 +157,57 @@ def attribute(sweep: Sweep, by: str = "token", effect: str = "direct") -> Attrib
     return found.sum("layer") if by == "layer" and effect == "direct" else found
 
 
-def by_edge(sweep: Sweep, writers: Writers, own: bool = True) -> Attribution:
+def check_qk(by: str, qk: bool) -> None:
+    """Refuse queries and keys where nothing reads.
+
+    Raises:
+        ValueError: If they are asked for in a split that is not by edge.
+    """
+    if qk and by != "edge":
+        raise ValueError(f"expected by='edge' with qk=True, got by={by!r}: only edges have readers")
+
+
+def by_edge(sweep: Sweep, writers: Writers, own: bool = True, qk: bool = False) -> Attribution:
     """What readers make of what writers add.
 
     Args:
         sweep: The target, whose readers they are.
         writers: What is written: in this run, or the difference to another.
         own: Whether the readers' own constants are rows, too.
+        qk: Whether queries and keys are readers, too.
 
     Returns:
         One row per edge, positions summed; it does not sum to the target.
+
+    Raises:
+        ValueError: With ``qk``, if the weights of queries and keys are not known, or do not give
+            the run's pattern.
     """
     target, constants = sweep.target, None
     if own:
         constants = {name: effect.sum(-1) for name, effect in sweep.trace.top.items()}
         constants |= {"b_U": target.constant} if _has_b_U(sweep.capture) else {}
     rows = Rows()
-    found = edge_scores(sweep.operator, writers, sweep.trace, target.query, constants)
+    scores_of = _queries_and_keys(sweep.capture) if qk else None
+    found = edge_scores(sweep.operator, writers, sweep.trace, target.query, constants, scores_of)
     rows.sources, rows.values = list(found[0]), [found[2]]
     return result(sweep, rows, "edge", labels=(found[1],) * len(target.query))
+
+
+def _queries_and_keys(capture: Capture) -> Callable[[Branch], QueryKey]:
+    weights = capture.score_weights
+    if weights is None:
+        raise ValueError(
+            "this lens does not know W_Q and W_K, which query and key edges need: capture with the "
+            "model, or load with model= (a file holds none); where the model itself has attention "
+            "that is not known here, leave qk out"
+        )
+
+    def of(branch: Branch) -> QueryKey:
+        attn = cast(Attention, branch.body)
+        return QueryKey(branch.pre, attn, weights[attn.layer], capture.logits.dtype)
+
+    return of
 
 
 def attribute_many(
@@ -178,6 +217,7 @@ def attribute_many(
     by: str = "token",
     effect: str = "direct",
     memory_limit: int = SWEEP_LIMIT,
+    qk: bool = False,
 ) -> Iterator[Attribution]:
     """Split many targets of one run, in batched sweeps.
 
@@ -188,6 +228,7 @@ def attribute_many(
         by: As in :func:`attribute`.
         effect: As in :func:`attribute`.
         memory_limit: Bytes that the covectors of one batched sweep may take.
+        qk: As in :func:`attribute`.
 
     Yields:
         One attribution per target.
@@ -199,7 +240,7 @@ def attribute_many(
         if effect == "total" or by in ("token", "constant", "edge"):  # the others need no sweep
             Sweep.all(sweeps)
         for sweep in sweeps:
-            yield attribute(sweep, by, effect)
+            yield attribute(sweep, by, effect, qk)
 
 
 def result(

@@ -14,6 +14,7 @@ from .primitives import Mix, Norm, Shift
 from .prompts import Prompts
 from .recomputed import RecomputedMix
 from .sublayers import MLP, Attention, GatedMLP, Sublayer, Unembed
+from .weights import ScoreWeights
 
 GATES = ("gate", "up", "half")
 
@@ -80,6 +81,8 @@ class Capture:
         noise_floor: max |Δ logits| / max |logits| against a float32 copy of the model, where it
             was asked for: the model's own rounding.
         W_E: The embedding matrix [d_vocab, d_model], where the host gave it; not saved.
+        score_weights: What every block's attention scores are made of, where that is known; not
+            saved, but attached again where a lens is loaded with its model.
     """
 
     model_name: str
@@ -99,6 +102,7 @@ class Capture:
     final_edit: Shift | None = None
     noise_floor: float | None = None
     W_E: Tensor | None = field(repr=False, default=None)
+    score_weights: tuple[ScoreWeights, ...] | None = field(repr=False, default=None)
 
     def __repr__(self) -> str:
         shape = f"{self.frame.batch} × {self.frame.n_pos} tokens, {len(self.blocks)} layers"
@@ -136,8 +140,15 @@ class Capture:
         storages = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None}
         return sum(t.untyped_storage().nbytes() for t in storages.values())
 
-    def versions(self) -> tuple[tuple[Tensor, int], ...]:
-        """The tensors that others may write to (logits, weights), with their versions now."""
+    def versions(self, scores: bool = True) -> tuple[tuple[Tensor, int], ...]:
+        """The tensors that others may write to (logits, weights), with their versions now.
+
+        Args:
+            scores: Whether with the weights of queries and keys, which only some lenses have.
+
+        Returns:
+            Tensors and versions.
+        """
         found = [self.logits]
 
         def walk(value: Any) -> None:
@@ -148,6 +159,8 @@ class Capture:
                     walk(getattr(value, f.name))
 
         walk(self.unembed.weights)
+        for weights in (self.score_weights or ()) if scores else ():
+            walk(weights)
         for block in self.blocks:
             for part in (
                 block.attn,

@@ -27,7 +27,7 @@ from .graph import FINAL_SITE
 from .planning import Plan, make_plan, memory_budget
 from .queries import HOST
 from .recomputed import RecomputedMix
-from .targets import TargetLike, resolve_target
+from .targets import Target, TargetLike, resolve_target
 
 KINDS = ("norm", "in", "out", "in_out")
 PRECISIONS = {None: None, "bfloat16": torch.bfloat16}
@@ -238,20 +238,11 @@ def token_matrix(
         here = slice(start, stop)
         every = torch.arange(stop - start, device=frame.device)
         found = job.sweep.carry(every, job.vectors, job.many, job.reduce, limit).to(frame.dtype)
-        if kind == "norm" and probes is not None:
-            d, k = part.out_dim, probes
-            samples = found * d  # E ‖Tᵀ g‖² = ‖T‖²_F / d
-            mean = samples.mean(1)
-            deviation = samples.std(1) * math.sqrt((1 - k / d) / k)
-            values[prompt, here, here] = mean.sqrt()
-            if error is not None:
-                error[prompt, here, here] = deviation / (2 * mean.sqrt()).clamp_min(1e-30)
-        elif kind == "in_out":
-            values[prompt, here, here] = found[:, 0]
-        elif kind == "in":
-            values[prompt, here, here] = found[:, 0].sqrt().T
-        else:
-            values[prompt, here, here] = found.sum(1).sqrt()
+        values[prompt, here, here] = _entries(kind, found, part.out_dim, probes)
+        if error is not None and probes is not None:
+            samples, k = found * part.out_dim, probes
+            deviation = samples.std(1) * math.sqrt((1 - k / part.out_dim) / k)
+            error[prompt, here, here] = deviation / (2 * samples.mean(1).sqrt()).clamp_min(1e-30)
         if (
             kind == "in_out"
             and bias is not None
@@ -265,6 +256,62 @@ def token_matrix(
         kind, values, capture.prompts.strings, frame.spans, capture.convention, sites,
         constants, values_of, error, probes,
     )  # fmt: skip
+
+
+def _entries(kind: str, found: Tensor, d_model: int, probes: int | None) -> Tensor:
+    """What a sweep found, as entries [destination, source]."""
+    if kind == "in_out":
+        return found[:, 0]
+    if kind == "in":
+        return found[:, 0].sqrt().T
+    if probes is not None:
+        return (found * d_model).mean(1).sqrt()  # E ‖Tᵀ g‖² = ‖T‖²_F / d
+    return found.sum(1).sqrt()
+
+
+def token_row(
+    capture: Capture,
+    operator: FrozenTransformer,
+    kind: str,
+    goal: Target,
+    probes: int | None = None,
+    seed: int = 0,
+    precision: str | None = None,
+    memory_limit: int | None = None,
+) -> Float[Tensor, "batch pos"]:
+    """One row of :func:`token_matrix`, at what one row costs: the output at a target's position.
+
+    Args:
+        capture: The run.
+        operator: Its operator.
+        kind: "norm" and "in" know no target but its position; "out" and "in_out" read by its u, so
+            that the row of "in_out" and the constants' share sum to it.
+        goal: The target.
+        probes: As in :func:`token_matrix`.
+        seed: Of the probes.
+        precision: As in :func:`token_matrix`.
+        memory_limit: Bytes; by default half of what is free.
+
+    Returns:
+        An entry for every token; 0 at padding.
+
+    Raises:
+        ValueError: If an argument is none of these, or the work does not fit ``memory_limit``.
+    """
+    part, sites = _segment(operator, None)
+    frame, limit = capture.frame, memory_budget(memory_limit, capture.frame.device)
+    values = frame.zeros(1)[..., 0]
+    for prompt, (start, stop) in enumerate(frame.spans):
+        u = goal.covector[prompt : prompt + 1]
+        job = _prepare(
+            capture, operator, part, sites, kind, None, probes, seed, precision, prompt, u
+        )
+        query = goal.query[prompt : prompt + 1] - start
+        at = torch.arange(stop - start, device=frame.device) if kind == "in" else query
+        found = job.sweep.carry(at, job.vectors, job.many, job.reduce, limit).to(frame.dtype)
+        entries = _entries(kind, found, part.out_dim, probes)
+        values[prompt, start:stop] = entries[query[0] if kind == "in" else 0]
+    return values
 
 
 def plan_token_matrix(
@@ -324,6 +371,7 @@ def _prepare(
     seed: int,
     precision: str | None,
     prompt: int,
+    u: Tensor | None = None,
 ) -> _Sweep:
     if kind not in KINDS:
         raise ValueError(f"expected kind to be one of {', '.join(KINDS)}, got {kind!r}")
@@ -351,7 +399,8 @@ def _prepare(
     if kind == "in":
         x = state_at(capture, operator, sites[0])[prompt, start:stop]
         return _Sweep(sweep, 1, lambda i, p: x[i][:, None], squares())
-    u = _covectors(capture, operator, sites, target, prompt)[0]
+    if u is None:
+        u = _covectors(capture, operator, sites, target, prompt)[0]
     reduce = squares()
     if kind == "in_out":
         reduce = dots(state_at(capture, operator, sites[0])[prompt, start:stop])

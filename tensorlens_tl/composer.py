@@ -11,6 +11,7 @@ ever built.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,177 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .blocks import Contractible
+from .branches import Branch, Step, Trace
 from .capturing import Capture
-from .graph import FINAL_SITE, resid_site
-from .linear_map import Chain, Frame, LinearMap, Residual, Sum
-from .primitives import Identity, Norm, Shift, put_row, take_row
-from .sublayer import Sublayer
-
-
-@dataclass(frozen=True, eq=False)
-class Pull:
-    """What a transposed sweep leaves of one branch.
-
-    Attributes:
-        covector: What the branch adds to the covector of the residual it reads.
-        kept: What :meth:`Branch.readers` takes.
-        effects: Its constants' shares, per position, by name.
-    """
-
-    covector: Float[Tensor, "*many batch pos d_model"]
-    kept: Tensor
-    effects: dict[str, Float[Tensor, "*many batch pos"]]
-
-    def __getitem__(self, index: int) -> Pull:
-        effects = {name: effect[index] for name, effect in self.effects.items()}
-        return Pull(self.covector[index], self.kept[index], effects)
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """A transposed sweep: covectors at every site, what every branch did, every constant's share.
-
-    Attributes:
-        covectors: Before every step, after the last, after the final norm.
-        pulls: By step and branch.
-        top: The shares of the constants of the final norm and after it.
-        effects: The shares of all constants, per position, by name.
-    """
-
-    covectors: tuple[Float[Tensor, "*many batch pos d_model"], ...]
-    pulls: tuple[tuple[Pull, ...], ...]
-    top: dict[str, Float[Tensor, "*many batch pos"]]
-    effects: dict[str, Float[Tensor, "*many batch pos"]]
-
-    def __getitem__(self, index: int) -> Trace:
-        """One of many vectors' sweeps."""
-        return Trace(
-            tuple(c[index] for c in self.covectors),
-            tuple(tuple(p[index] for p in pulls) for pulls in self.pulls),
-            *({n: e[index] for n, e in found.items()} for found in (self.top, self.effects)),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Branch:
-    """One writer to the residual stream: post ∘ body ∘ pre."""
-
-    pre: Norm | None
-    body: Sublayer
-    post: Norm | None
-
-    @cached_property
-    def map(self) -> Chain:
-        """The branch as one map."""
-        return Chain(tuple(m for m in (self.pre, self.body, self.post) if m is not None))
-
-    def read(self, state: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the body reads of a residual state."""
-        return state if self.pre is None else self.pre.apply(state) + self.pre.bias
-
-    def outputs(
-        self, state: Float[Tensor, "batch pos d_model"], out: Tensor | None = None
-    ) -> Float[Tensor, "batch node pos d_model"]:
-        """What every node adds to the residual in the run, its internal constants included.
-
-        Args:
-            state: The residual it reads in the run.
-            out: Where to write it, if anywhere.
-
-        Returns:
-            One row per node.
-        """
-        y = self.body.outputs(self.read(state), out)
-        if self.post is None:
-            return y
-        y = self.post.apply(y.transpose(0, 1)).transpose(0, 1)
-        return y if out is None else out.copy_(y)
-
-    def outputs_at(
-        self, state: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch node d_model"]:
-        """The same at one destination per prompt."""
-        y = self.body.outputs_at(self.read(state), query)
-        return y if self.post is None else self.post.row(query).apply(y)
-
-    def pull(self, c: Float[Tensor, "*many batch pos d_model"]) -> Pull:
-        """The adjoint, with what it needs to tell readers and constants apart."""
-        effects: dict[str, Tensor] = {}
-        y = c if self.post is None else self.post.apply_t(c, effects)
-        x, kept = self.body.pull(y, effects)
-        return Pull(x if self.pre is None else self.pre.apply_t(x, effects), kept, effects)
-
-    def pull_at(
-        self, c: Float[Tensor, "*many batch pos d_model"], query: Int[Tensor, " batch"]
-    ) -> Pull:
-        """The same where c is zero but at one position per prompt: for a row's cost, if it can."""
-        row = None if self.body.edits else self.body.row(query)
-        if row is None:
-            return self.pull(c)
-        pre, post = (norm and norm.row(query) for norm in (self.pre, self.post))
-        found, n_pos = Branch(pre, row, post).pull(take_row(c, query)), c.shape[-2]
-        return Pull(
-            put_row(found.covector, query, n_pos),
-            put_row(found.kept, query, n_pos),
-            {n: put_row(e[..., None], query, n_pos)[..., 0] for n, e in found.effects.items()},
-        )
-
-    def readers(
-        self, pull: Pull, out: Float[Tensor, "batch reader pos d_model"]
-    ) -> dict[str, Float[Tensor, "batch reader"]]:
-        """Every reader's covector at the residual, and the shares of its own constants.
-
-        Args:
-            pull: From :meth:`pull`.
-            out: Where the covectors go, which sum to the adjoint.
-
-        Returns:
-            Shares by constant.
-        """
-        if len(self.body.reads()) > 1:
-            return self.body.readers(pull.kept, self.pre, out)
-        out[:, 0] = pull.covector
-        outside = self.outside_names()
-        return {n: e.sum(-1, keepdim=True) for n, e in pull.effects.items() if n not in outside}
-
-    def outside_names(self) -> tuple[str, ...]:
-        """The names of :meth:`outside`, in its order."""
-        name, b = self.body.external
-        names = () if b is None else (name,)
-        names += tuple(edit.name for edit in self.body.edits.values())
-        return names if self.post is None else (*names, *self.post.constants())
-
-    def outside(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """What it adds to the residual that no node holds: b_O, b_out, a post-norm's b, edits."""
-        found = self.body.outside()
-        if self.post is not None:
-            found = {name: self.post.apply(c) for name, c in found.items()}
-            found |= self.post.constants()
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A step of the residual stream, x → x + Σ branches(x), and the site it starts from.
-
-    ``edits`` are what the user's own hooks added to the residual after it.
-    """
-
-    site: str
-    branches: tuple[Branch, ...]
-    state: Float[Tensor, "batch pos d_model"]
-    edits: tuple[Shift, ...] = ()
-
-    @property
-    def layer(self) -> int:
-        """The block it belongs to."""
-        return self.branches[0].body.nodes()[0].layer or 0
-
-    @cached_property
-    def map(self) -> LinearMap:
-        """The step as one map."""
-        step = Residual(Sum(tuple(branch.map for branch in self.branches)))
-        return Chain((step, *self.edits)) if self.edits else step
+from .graph import FINAL_SITE, Edge, Node, resid_site
+from .linear_map import Chain, Frame, LinearMap
+from .primitives import Identity, Norm, Shift
+from .restriction import RestrictedTransformer
+from .wiring import Wiring, as_edges
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -334,6 +171,37 @@ class FrozenTransformer(Contractible):
             raise ValueError(f"expected a site at or after {start!r}, got {stop!r}: swap them")
         return Segment(self.frame, self.in_dim, self.map.maps[first:last])
 
+    @property
+    def wiring(self) -> Wiring:
+        """Which edges there are."""
+        kinds = [{b.body.nodes()[0].kind for b in step.branches} for step in self.steps]
+        heads = next(b for step in self.steps for b in step.branches if b.has_heads).body.nodes()
+        return Wiring(
+            self.steps[-1].layer + 1,
+            len(heads),
+            parallel=any(len(own) > 1 for own in kinds),
+            attn_only=not any("mlp" in own for own in kinds),
+        )
+
+    def restrict(self, edges: Iterable[Edge | Node | str]) -> RestrictedTransformer:
+        """The operator with some edges alone: every reader reads only what they bring it.
+
+        Constants that no node holds are read by all; a node's own stay where it has a kept path to
+        the logits. Query and key edges do nothing here: the patterns are frozen.
+
+        Args:
+            edges: Edges, "L0H1→L1H2.v", or nodes, between which all edges are kept; input and
+                logits are always among the nodes.
+
+        Returns:
+            The restricted map, from the same X to the final normalized residual.
+
+        Raises:
+            ValueError: If there is no such node or edge.
+        """
+        kept = as_edges(self.wiring, edges)
+        return RestrictedTransformer(self.frame, self.steps, self.map.maps[-1], frozenset(kept))
+
     def trace(
         self, x: Float[Tensor, "*many batch pos d_model"]
     ) -> dict[str, Float[Tensor, "*many batch pos d_model"]]:
@@ -391,8 +259,8 @@ class FrozenTransformer(Contractible):
             own = {}
             for edit in reversed(step.edits):
                 edit.apply_t(covectors[-1], own)
-            c, single = covectors[-1], query is not None and step is self.steps[-1]
-            found = [b.pull_at(c, query) if single else b.pull(c) for b in step.branches]
+            c, at = covectors[-1], query if step is self.steps[-1] else None
+            found = [b.pull(c) if at is None else b.pull_at(c, at) for b in step.branches]
             covectors.append(sum((f.covector for f in found), covectors[-1]))
             kept.append(tuple(found))
             shares.append(own)

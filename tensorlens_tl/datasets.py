@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from . import heat
 from .graph import Edge, Node
@@ -118,6 +118,7 @@ def attribute(
     by: str = "component",
     effect: str = "direct",
     *,
+    qk: bool = False,
     batch_size: int = 8,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -136,6 +137,7 @@ def attribute(
         pos: Position of the prediction among the real tokens.
         by: As in :meth:`TensorLens.attribute`.
         effect: As in :meth:`TensorLens.attribute`.
+        qk: As in :meth:`TensorLens.attribute`.
         batch_size: Prompts captured at once; strings are padded, ids are captured one by one where
             their lengths differ.
         path: A file to which every prompt's attribution is written as one line of JSON
@@ -152,13 +154,14 @@ def attribute(
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"expected a list of prompts, got {prompts!r}: put a single one in a list")
     batch_size = at_least_one(batch_size, "batch_size")
-    goals = _one_each(targets, len(prompts), "targets"), _one_each(versus, len(prompts), "versus")
+    goals = one_each(targets, len(prompts), "targets"), one_each(versus, len(prompts), "versus")
     total, squares, sums, n, worst = None, None, 0.0, 0, None
     found: Attribution | None = None
     with open(os.devnull if path is None else Path(path), "w", encoding="utf-8") as file:
-        for lens in _lenses(model, prompts, batch_size, kwargs):
+        lenses = _lenses(model, prompts, batch_size, kwargs)
+        for lens in tqdm(lenses, "prompts", len(prompts), disable=not progress):
             with torch.no_grad():
-                one = lens.attribute(goals[0][n], goals[1][n], pos, by, effect)
+                one = lens.attribute(goals[0][n], goals[1][n], pos, by, effect, qk=qk)
             if path is not None:
                 file.write(one.to_json() + "\n")
             error = one.completeness_error
@@ -172,10 +175,6 @@ def attribute(
             step = values - total
             total = total + step / n
             squares = squares + step * (values - total)
-            if progress:
-                print(f"\r{n}/{len(prompts)} prompts", end="", file=sys.stderr, flush=True)  # noqa: T201
-    if progress:
-        print(file=sys.stderr)  # noqa: T201
     if found is None or total is None or squares is None:
         raise ValueError("expected at least one prompt, got none")
     sem = (squares / (n - 1) / n).sqrt() if n > 1 else torch.full_like(squares, math.nan)
@@ -187,7 +186,20 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _one_each(given: Any, n: int, name: str) -> list[Any]:
+def one_each(given: Any, n: int, name: str) -> list[Any]:
+    """What a user gave for all prompts, or for each.
+
+    Args:
+        given: A list with one for each, or one for all.
+        n: How many prompts there are.
+        name: What it is called.
+
+    Returns:
+        One for each.
+
+    Raises:
+        ValueError: If there are not as many.
+    """
     if not isinstance(given, list | tuple):
         return [given] * n
     if len(given) != n:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .attribution import Rows, Sweep, by_edge, result, top_covector, written_at
+from .attribution import Rows, Sweep, by_edge, check_qk, result, top_covector, written_at
 from .capturing import Capture
 from .composer import FrozenTransformer
 from .edges import Writers
@@ -53,7 +53,7 @@ def check_comparable(clean: Capture, corrupted: Capture) -> None:
             f"{corrupted.convention}: capture both in the same way"
         )
     weights = [
-        [tensor for tensor, _ in capture.versions() if tensor is not capture.logits]
+        [tensor for tensor, _ in capture.versions(False) if tensor is not capture.logits]
         for capture in (clean, corrupted)
     ]
     if len(weights[0]) != len(weights[1]) or not all(map(_equal, *weights)):
@@ -110,7 +110,9 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
                 "this lens does not know W_E, whose mean the baseline is: capture with the model, or "
                 "pass the mean embedding as baseline"
             )
-        baseline = _mean_embedding(capture, capture.W_E)
+        start = capture.frame.spans[0][0]
+        token = int(capture.prompts.tokens[0, start])
+        baseline = mean_embedding(capture.embed[0, start], token, capture.W_E)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
         found = repr(baseline) if isinstance(baseline, str) else type(baseline).__name__
         found = list(baseline.shape) if isinstance(baseline, Tensor) else found
@@ -121,21 +123,35 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
     return baseline.detach().to(capture.embed).expand_as(capture.embed)
 
 
-def _mean_embedding(capture: Capture, W_E: Tensor) -> Tensor:
-    """The mean of W_E's rows as they enter the residual: some models scale them (Gemma)."""
-    start = capture.frame.spans[0][0]
-    row = W_E[capture.prompts.tokens[0, start]].detach().to(capture.embed)
-    seen = capture.embed[0, start]
+def mean_embedding(
+    seen: Float[Tensor, " d_model"], token: int, W_E: Float[Tensor, "d_vocab d_model"]
+) -> Float[Tensor, " d_model"]:
+    """The mean of W_E's rows as they enter the residual: some models scale them (Gemma).
+
+    Args:
+        seen: A token's embedding as it entered the residual, which tells the scale.
+        token: Its id.
+        W_E: The embedding matrix.
+
+    Returns:
+        The mean, in ``seen``'s dtype.
+
+    Raises:
+        ValueError: If ``seen`` is no multiple of the token's row.
+    """
+    row = W_E[token].detach().to(seen)
     scale = (seen @ row) / (row @ row)
     if (seen - scale * row).abs().max() > 1e-2 * seen.abs().max():
         raise ValueError(
             "this run's token embeddings are not rows of W_E (edited, or resized): pass the mean "
             "embedding as baseline"
         )
-    return scale * W_E.detach().mean(0, dtype=capture.embed.dtype)
+    return scale * W_E.detach().mean(0, dtype=seen.dtype)
 
 
-def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clean") -> Attribution:
+def difference(
+    clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clean", qk: bool = False
+) -> Attribution:
     """Split the difference of one target between two runs.
 
     Args:
@@ -143,6 +159,7 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
         baseline: The same target in the other run.
         by: "token", "component" or "edge".
         at: Whose operator the tokens (components, writers) are read by: "clean" or "corrupted".
+        qk: Whether queries and keys are readers, too; by edge only.
 
     Returns:
         Contributions that sum to the target's value here minus its value there. By edge: what each
@@ -155,11 +172,13 @@ def difference(clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clea
         raise ValueError(f"expected by to be one of {', '.join(BY)} with a baseline, got {by!r}")
     if at not in ("clean", "corrupted"):
         raise ValueError(f"expected at to be clean or corrupted, got {at!r}")
+    check_qk(by, qk)
     if by == "edge":
         ours, theirs = (
             Writers.of(s.operator, s.capture.embeddings, s.target.query) for s in (clean, baseline)
         )
-        found = by_edge(clean if at == "clean" else baseline, ours.minus(theirs), own=False)
+        reads = clean if at == "clean" else baseline
+        found = by_edge(reads, ours.minus(theirs), own=False, qk=qk)
         return replace(found, target=_names(clean),
                        target_value=clean.target.value - baseline.target.value)  # fmt: skip
     rows = Rows()

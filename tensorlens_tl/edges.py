@@ -7,11 +7,15 @@ values ("L2H1.v"), an MLP, or the final norm ("logits"). A reader sees every wri
 its own constants (its norm's b, b_V, b_in) beside: together they are its total effect (of
 "logits": the target). Edges into different readers overlap, so they do not sum.
 
+With queries and keys a head has two more readers, "L2H1.q" and "L2H1.k" (``query_key``): first-order,
+and in no sum.
+
 All edges of one step are one matrix product, [readers, pos · d_model] × [pos · d_model, writers].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby
@@ -20,8 +24,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .composer import FrozenTransformer, Step, Trace
+from .branches import Branch, Step, Trace
+from .composer import FrozenTransformer
 from .graph import Edge, Node
+from .query_key import QueryKey
 from .results import Source
 
 LOGITS = Node("logits")
@@ -98,6 +104,7 @@ def edge_scores(
     trace: Trace,
     query: Int[Tensor, " batch"],
     constants: dict[str, Float[Tensor, " batch"]] | None,
+    scores_of: Callable[[Branch], QueryKey] | None = None,
 ) -> tuple[tuple[Source, ...], tuple[str, ...], Float[Tensor, "batch edge"]]:
     """All edges of one target, and every reader's own constants.
 
@@ -108,6 +115,8 @@ def edge_scores(
         query: The target's position, as tensor index.
         constants: The shares of the constants above the final norm; None to leave readers' own
             constants out (they are the same in two runs).
+        scores_of: Gives the queries and keys of an attention branch: with it, every head's query
+            and key inputs are readers, too.
 
     Returns:
         The edges, reader by reader from below, their names, and their scores, positions summed.
@@ -115,21 +124,29 @@ def edge_scores(
     outputs, below = writers.outputs, writers.below
     covectors, scores = outputs[:0], []
     readers: list[tuple[Node, int, tuple[str, ...]]] = []
-    steps = zip(operator.steps, trace.pulls, below, strict=False)
+    steps = zip(operator.steps, trace.pulls, below, trace.covectors[1:], strict=False)
     for _, layer in groupby(steps, key=lambda item: item[0].layer):
         own = list(layer)
         seen = own[0][2]
-        n_readers = sum(len(branch.body.reads()) for step, *_ in own for branch in step.branches)
+        branches = [branch for step, *_ in own for branch in step.branches]
+        n_readers = sum(len(branch.body.reads()) for branch in branches)
+        sides = {} if scores_of is None else {b: scores_of(b) for b in branches if b.has_heads}
+        n_readers += sum(len(side.reads()) for side in sides.values())
         if covectors.shape[1] != n_readers or not len(covectors):  # fresh memory costs time
             covectors = torch.empty_like(outputs[:, :1]).repeat(1, n_readers, 1, 1)
         found, at = [], 0
-        for step, pulls, start in own:
+        for step, pulls, start, c in own:
             for branch, pull in zip(step.branches, pulls, strict=True):
                 nodes = branch.body.reads()
                 out = covectors[:, at : at + len(nodes)]
                 shares = branch.readers(pull, out)
                 found.append((nodes, start, out, {} if constants is None else shares))
                 at += len(nodes)
+                if (side := sides.get(branch)) is not None:
+                    out = covectors[:, at : at + len(side.reads())]
+                    side.readers(branch.pull_to_hidden(c), step.state, out)
+                    found.append((side.reads(), start, out, {}))
+                    at += len(side.reads())
         # All readers of a layer at once against what is below it: the writers are read once.
         common = _products(covectors, outputs[:, :seen]).split([len(f[0]) for f in found], 1)
         for (nodes, start, out, shares), below_layer in zip(found, common, strict=True):

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .composer import Step
+from .branches import Step
 from .graph import Node
 from .linear_map import Chain, LinearMap
 from .recomputed import AnyMix

@@ -51,7 +51,8 @@ class Node:
     """Something that writes to the residual stream, or reads from it.
 
     Attributes:
-        kind: "embed", "pos_embed", "head", "mlp", "neuron", "constant" or "logits"; as rows of a
+        kind: "embed", "pos_embed", "input" (both: all that enters the first block), "head", "mlp",
+            "neuron", "constant" or "logits"; as rows of a
             split also "layer", "dimension", "order" and "change".
         layer: Block, from 0; None outside the blocks.
         index: Head, neuron, dimension of the residual, or order.
@@ -87,7 +88,7 @@ class Node:
 
     @classmethod
     def parse(cls, text: str) -> Node:
-        """Read a node's name: "embed", "pos_embed", "logits", "L3H7", "L3MLP", "L3N512", "L3.b_O", "ln_final.b".
+        """Read a node's name: "embed", "pos_embed", "input", "logits", "L3H7", "L3MLP", "L3N512", "L3.b_O".
 
         Also a head's input, "L3H7.v", and the rows "L3" (a layer), "dim5" and "order 2".
 
@@ -100,7 +101,7 @@ class Node:
         >>> Node.parse("L3H7")
         Node(kind='head', layer=3, index=7, name='')
         """
-        if text in ("embed", "pos_embed", "logits"):
+        if text in ("embed", "pos_embed", "input", "logits"):
             return cls(text)
         if text in ("b_U", "ln_final.b") or (text.endswith("[user]") and text[0] != "L"):
             return cls("constant", name=text)
@@ -111,8 +112,8 @@ class Node:
                 return cls(kind, index=int(text.removeprefix(start)))
         if not (found := _NODE.fullmatch(text)):
             raise ValueError(
-                f"{text!r} is no node; expected 'embed', 'pos_embed', 'logits', a head 'L3H7' or its input "
-                "'L3H7.v', an MLP 'L3MLP', a neuron 'L3N512' or a constant 'L3.b_O'"
+                f"{text!r} is no node; expected 'embed', 'pos_embed', 'input', 'logits', a head 'L3H7' or "
+                "its input 'L3H7.v', an MLP 'L3MLP', a neuron 'L3N512' or a constant 'L3.b_O'"
             )
         layer, head, reads, mlp, neuron, constant = found.groups()
         if head is not None:
@@ -140,6 +141,11 @@ class Edge:
 
     def __str__(self) -> str:
         return f"{self.src}→{self.dest}"
+
+    @property
+    def conserved(self) -> bool:
+        """Whether it is in a sum: what a query or key reads is first-order and in none."""
+        return self.dest.name not in ("q", "k")
 
     @classmethod
     def parse(cls, text: str) -> Edge:

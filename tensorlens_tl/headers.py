@@ -26,7 +26,7 @@ MISSING = (
     "weights=True"
 )
 
-_SKIPPED = {"tokenizer", "W_E"}  # the host's own; no operator needs them
+_SKIPPED = {"tokenizer", "W_E", "score_weights"}  # the host's own; no operator needs them
 DTYPES = {
     str(dtype).removeprefix("torch."): (dtype, code)
     for dtype, code in (

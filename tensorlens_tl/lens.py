@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any, cast
@@ -14,16 +14,19 @@ from torch import Tensor
 
 from .attribution import Sweep, attribute, attribute_many
 from .blocks import PLANNED
-from .collapse import KINDS, TokenMatrix, plan_token_matrix, token_matrix
+from .circuits import Circuit, ModelInfo, edge_scores, find, named
+from .collapse import KINDS, TokenMatrix, plan_token_matrix
 from .differences import check_comparable, difference, fixed_baseline
 from .frozen_run import FrozenRun
 from .graph import Edge, Node
 from .linear_map import DENSE_LIMIT
 from .loadings import loadings
+from .methods import TokenScores, token_matrix, token_scores
 from .paths import MAX_EXPANSIONS, Paths, find_paths
 from .planning import Plan
 from .results import Attribution
 from .saving import load_capture, save_capture
+from .subgraphs import Subgraph
 from .targets import Target, TargetLike, own_prediction, resolve_target
 
 KEPT_SWEEPS = 2
@@ -57,6 +60,7 @@ class TensorLens(FrozenRun):
         effect: str = "direct",
         baseline: TensorLens | str | Float[Tensor, "*shape"] | None = None,
         at: str = "clean",
+        qk: bool = False,
     ) -> Attribution:
         """Split a logit, or a difference of two, by where it comes from.
 
@@ -87,6 +91,9 @@ class TensorLens(FrozenRun):
                 changed. By edge, readers of one run read what writers add here and not there.
             at: With a lens as baseline, by whose operator the tokens are read: "clean" (this lens)
                 or "corrupted".
+            qk: By edge: whether every head's queries and keys are readers, too, "L2H1.q" and
+                "L2H1.k": the target's sensitivity to the attention scores times what a writer adds
+                to them. First-order, unlike the rest, and in no sum.
 
         Returns:
             Contributions in logits, in the capture's compute dtype. ``.sum("pos")`` collapses
@@ -102,14 +109,14 @@ class TensorLens(FrozenRun):
                 raise ValueError(
                     f"expected a baseline to go with at={at!r}, got none: leave at out"
                 )
-            return attribute(sweep, by, effect)
+            return attribute(sweep, by, effect, qk)
         if effect != "direct":
             raise ValueError(f"expected effect to be direct with a baseline, got {effect!r}")
         if not isinstance(baseline, TensorLens):
-            return difference(sweep, fixed_baseline(sweep, baseline), by, at)
+            return difference(sweep, fixed_baseline(sweep, baseline), by, at, qk)
         check_comparable(self.capture, baseline.capture)
         predicted = own_prediction(self.capture, pos)  # one target for both runs
-        return difference(sweep, baseline._sweep(target, versus, pos, predicted), by, at)
+        return difference(sweep, baseline._sweep(target, versus, pos, predicted), by, at, qk)
 
     def attribute_many(
         self,
@@ -118,6 +125,7 @@ class TensorLens(FrozenRun):
         by: str = "token",
         effect: str = "direct",
         versus: TargetLike | Sequence[TargetLike] = None,
+        qk: bool = False,
     ) -> tuple[Attribution, ...]:
         """Split many targets at once: one batched sweep, in chunks that bound memory.
 
@@ -129,6 +137,7 @@ class TensorLens(FrozenRun):
             by: As in :meth:`attribute`.
             effect: As in :meth:`attribute`.
             versus: Subtracted from the targets: a list with one for each, one for all, or None.
+            qk: As in :meth:`attribute`.
 
         Returns:
             One attribution per target.
@@ -153,7 +162,72 @@ class TensorLens(FrozenRun):
                 + (f", and {len(others)} versus" if len(others) != len(goals) else "")
             )
         resolved = list(map(self._goal, goals, others, places))
-        return tuple(attribute_many(self.capture, self.operator, resolved, by, effect))
+        found = attribute_many(self.capture, self.operator, resolved, by, effect, qk=qk)
+        return tuple(found)
+
+    # --- Circuits
+
+    def circuit(self, nodes_or_edges: Circuit | Iterable[Edge | Node | str]) -> Subgraph:
+        """The operator restricted to a subgraph: its logits, its share of a target, its attribution.
+
+        Args:
+            nodes_or_edges: A circuit; edges, "L0H1→L1H2.v"; or nodes, "L0H1", between which, the
+                input and the logits all edges are kept.
+
+        Returns:
+            The restricted run. Patterns and scales stay the whole run's; constants that no node
+            holds are always kept.
+
+        Raises:
+            ValueError: If there is no such node or edge, or the circuit is of another model.
+        """
+        operator = self.operator
+        return Subgraph(self.capture, operator, named(self.capture, nodes_or_edges))
+
+    def discover(
+        self,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+        *,
+        n_edges: int | None = None,
+        threshold: float | None = None,
+        method: str = "greedy",
+        qk: bool = True,
+        corrupted: TensorLens | None = None,
+        at: str = "clean",
+    ) -> Circuit:
+        """The edges that make a target: the largest scores, connected from the tokens to the logits.
+
+        An edge's score is what a reader makes of what a writer adds; with a corrupted run, of what
+        it adds here and not there. Whether the model needs those edges, only the real model tells.
+
+        Args:
+            target: As in :meth:`attribute`.
+            versus: Subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens.
+            n_edges: So many edges; or
+            threshold: the smallest number an edge is ranked by.
+            method: "greedy" grows from the logits down by |score|; "absolute" and "signed" take the
+                largest |score| or score; "influence" what shares of |score| carry to the logits.
+            qk: Whether queries and keys are readers, too (first-order).
+            corrupted: The lens of a corrupted prompt of equal length, or None.
+            at: With it, whose covectors read the difference: "clean" or "corrupted".
+
+        Returns:
+            The circuit, with every edge's score: the mean over the lens's prompts.
+
+        Raises:
+            ValueError: If an argument makes no sense, or the corrupted run is not comparable.
+        """
+        found = self.attribute(target, versus, pos, "edge", baseline=corrupted, at=at, qk=qk)
+        names = list(dict.fromkeys(self._sweep(target, versus, pos).target.name))
+        return find(
+            ModelInfo.of_capture(self.capture), edge_scores(self.operator.wiring, found),
+            n_edges, threshold, method,
+            target=", ".join(names[:3]) + (", …" if len(names) > 3 else ""),
+            n_prompts=len(self), corrupted=corrupted is not None, convention=self.convention,
+        )  # fmt: skip
 
     def loadings(
         self,
@@ -258,28 +332,30 @@ class TensorLens(FrozenRun):
 
     def token_matrix(
         self,
-        kind: str,
+        name: str,
         target: TargetLike = None,
         layers: tuple[str, str] | None = None,
-        probes: int | None = None,
-        seed: int = 0,
-        precision: str | None = None,
-        memory_limit: int | None = None,
+        *,
+        model: Any = None,
+        **options: Any,
     ) -> TokenMatrix:
         """How much of token j is in the output at i: a matrix [query_pos, key_pos] per prompt.
 
-        "norm" ‖T_ij‖_F, "in" ‖T_ij x_j‖, "out" ‖T_ijᵀ u_i‖, "in_out" u_iᵀ T_ij x_j: signed, and with
-        the constants' share a row sums to the target. See :func:`collapse.token_matrix`.
+        The operator's own: "norm" ‖T_ij‖_F, "in" ‖T_ij x_j‖, "out" ‖T_ijᵀ u_i‖, "in_out" u_iᵀ T_ij x_j:
+        signed, and with the constants' share a row sums to the target. Earlier methods by the same
+        call: "rollout", "globenc", "attnlrp", … (:data:`tensorlens_tl.methods.METHODS`).
 
         Args:
-            kind: Which.
-            target: u_i: None is the output's own direction y_i / ‖y_i‖, "prediction" the logit of
-                each position's own prediction; a token, id or direction is taken everywhere.
+            name: The method.
+            target: u_i, for "out" and "in_out": None is the output's own direction y_i / ‖y_i‖,
+                "prediction" the logit of each position's own prediction; a token, id or direction
+                is taken everywhere.
             layers: A pair of residual sites: that part of the operator only.
-            probes: For "norm": estimate it from so many random vectors; None is exact.
-            seed: Of the probes.
-            precision: "bfloat16" for products in that precision.
-            memory_limit: Bytes; by default half of what is free.
+            model: The captured model, for methods that differentiate it: their rows are for each
+                position's own prediction.
+            **options: Of the operator's own: ``probes`` (estimate "norm" from so many random
+                vectors), their ``seed``, ``precision`` ("bfloat16"), ``memory_limit`` (bytes; by
+                default half of what is free). Of earlier methods: theirs, such as ``steps``.
 
         Returns:
             The matrices.
@@ -287,9 +363,39 @@ class TensorLens(FrozenRun):
         Raises:
             ValueError: If an argument is none of these, or the work does not fit.
         """
-        return token_matrix(
-            self.capture, self.operator, kind, target, layers, probes, seed, precision, memory_limit
-        )
+        return token_matrix(name, self.capture, self.operator, target, layers, model, **options)
+
+    def token_scores(
+        self,
+        name: str,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+        *,
+        model: Any = None,
+        **options: Any,
+    ) -> TokenScores:
+        """How much of a target is due to every token, by any method of :meth:`token_matrix`.
+
+        "in_out" are the tokens' shares of the target; "out" ‖T_jᵀ u‖ with its u. A method that knows
+        no target gives its matrix's row at ``pos``.
+
+        Args:
+            name: The method.
+            target: As in :meth:`attribute`.
+            versus: Subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens.
+            model: The captured model, for methods that differentiate it.
+            **options: The method's own.
+
+        Returns:
+            The scores of every prompt's tokens.
+
+        Raises:
+            ValueError: If the method, the target or an option does not exist, or the model is missing.
+        """
+        goal = self._goal(target, versus, pos)
+        return token_scores(name, self.capture, self.operator, goal, model, **options)
 
     def plan(self, what: str, **arguments: Any) -> Plan:
         """What a contraction will cost, before it runs: time, flops, peak memory, chunks.

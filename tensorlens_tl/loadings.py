@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .attribution import Rows, Sweep, result
-from .composer import Step
+from .branches import Step
 from .graph import Edge, Node
 from .results import Attribution
 

@@ -75,24 +75,43 @@ def capture(
     from .lens import TensorLens
     from .precision import require_half_precision, with_noise_floor
     from .recording import record
+    from .score_weights import score_weights
 
-    # On the class first: a Bridge gathers its hook points at every look.
-    hooked = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
-    if not hooked and hasattr(model, "config"):
-        model = wrap(model, tokenizer)
-    elif tokenizer is not None:
-        raise ValueError("tokenizer is for Hugging Face models only: this host has its own")
+    model = hosted(model, tokenizer)
     adapter = adapt(model)
     if noise_floor:
         require_half_precision(adapter.dtype)
     logits, captured = record(adapter, input, Convention(gate), dtype, pattern, **kwargs)
-    captured = replace(captured, W_E=getattr(model, "W_E", None))
+    scores = score_weights(adapter, captured.frame.n_pos)
+    captured = replace(captured, W_E=getattr(model, "W_E", None), score_weights=scores)
     if not noise_floor:
         return logits, TensorLens(captured, captured.versions())
     captured = with_noise_floor(captured, model, input, kwargs)
     lens = TensorLens(captured, captured.versions())
     _ = lens.completeness_error  # now known, so that its repr shows both
     return logits, lens
+
+
+def hosted(model: Any, tokenizer: Any = None) -> Any:
+    """A model of TransformerLens's as it is; a Hugging Face model wrapped (see :func:`wrap`).
+
+    Args:
+        model: As for :func:`capture`.
+        tokenizer: For a Hugging Face model only.
+
+    Returns:
+        The host.
+
+    Raises:
+        ValueError: If a host is given a tokenizer.
+    """
+    # On the class first: a Bridge gathers its hook points at every look.
+    hooked = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
+    if not hooked and hasattr(model, "config"):
+        return wrap(model, tokenizer)
+    if tokenizer is not None:
+        raise ValueError("tokenizer is for Hugging Face models only: this host has its own")
+    return model
 
 
 def wrap(model: Any, tokenizer: Any = None) -> Any:

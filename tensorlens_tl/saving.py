@@ -38,6 +38,7 @@ from .headers import (
     weights_in,
 )
 from .linear_map import Frame
+from .score_weights import score_weights
 
 FORMAT, VERSION = "tensorlens_tl lens", 1
 _KEY = "tensorlens_tl"
@@ -262,7 +263,10 @@ def load_capture(
             attach = missing
         builder = Builder(file.frame(place), partial(file.read, device=place), attach)
         capture: Capture = builder.value(file.header["capture"], "")
-    return capture if adapter is None else replace(capture, tokenizer=adapter.tokenizer)
+    if adapter is None:
+        return capture
+    scores = score_weights(adapter, capture.frame.n_pos)
+    return replace(capture, tokenizer=adapter.tokenizer, score_weights=scores)
 
 
 def _attached(adapter: Adapter, cls: type, node: dict[str, Any], path: str) -> Any:

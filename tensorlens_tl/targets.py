@@ -43,6 +43,19 @@ class Target:
             torch.equal(getattr(self, n), getattr(other, n)) for n in tensors
         )
 
+    def row(self, prompt: int) -> Target:
+        """One prompt's."""
+        one = slice(prompt, prompt + 1)
+        parts = (self.query, self.covector, self.constant, self.value)
+        return Target(self.name[one], *(part[one] for part in parts))
+
+    @classmethod
+    def stack(cls, targets: Sequence[Target]) -> Target:
+        """One target of prompts that each have their own."""
+        names = tuple(name for target in targets for name in target.name)
+        parts = ("query", "covector", "constant", "value")
+        return cls(names, *(torch.cat([getattr(t, part) for t in targets]) for part in parts))
+
     def minus(self, other: Target) -> Target:
         """This target's advantage over another at the same position.
 
@@ -128,19 +141,13 @@ def resolve_target(
     """
     frame, unembed = capture.frame, capture.unembed.weights
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
-    d_vocab = unembed.W_U.shape[1]
     y, logits = capture.unembed.final[prompts, query], frame.cast(capture.logits[prompts, query])
     if not isinstance(target, str | int | None) and getattr(target, "ndim", None) != 0:
         return _direction(capture, target, query, y, logits)
     if target is None:
         ids = own_prediction(capture, pos) if predicted is None else predicted
     else:
-        index = token_id(capture, target) if isinstance(target, str) else _as_id(target)
-        if not 0 <= index < d_vocab:
-            raise ValueError(
-                f"target id {index} is outside the vocabulary: expected 0 to {d_vocab - 1}"
-            )
-        ids = torch.full_like(query, index)
+        ids = torch.full_like(query, resolve_token(capture, target))
     covector = frame.cast(unembed.W_U[:, ids].T)
     constant = torch.zeros_like(y[:, 0]) if unembed.b_U is None else frame.cast(unembed.b_U[ids])
     if unembed.soft_cap is not None:
@@ -148,6 +155,68 @@ def resolve_target(
         covector, constant = covector * ratio[:, None], constant * ratio
     names = tuple(repr(_decode(capture, int(i))) for i in ids)
     return Target(names, query, covector, constant, logits[prompts, ids])
+
+
+def likeliest_others(
+    capture: Capture, ids: Int[Tensor, " batch"], pos: int = -1
+) -> Int[Tensor, " batch"]:
+    """The token that each prompt's logits rank first beside a given one: the runner-up."""
+    return _without(capture, ids, pos).argmax(-1)
+
+
+def expected_others(capture: Capture, ids: Int[Tensor, " batch"], pos: int = -1) -> Target:
+    """The mean logit of all tokens but a given one, weighted by their probabilities at this run.
+
+    A token's log-odds are log p/(1 − p) = logit − log Σ_others exp(logit). Their gradient is that of the
+    logit less this mean: ``target.minus(expected_others(...))`` is what log-odds are linear in.
+
+    Args:
+        capture: The run.
+        ids: The token, per prompt.
+        pos: Position among the real tokens.
+
+    Returns:
+        The functional.
+    """
+    frame, unembed = capture.frame, capture.unembed
+    query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
+    p = _without(capture, ids, pos).softmax(-1)
+    ratio = unembed.ratio
+    weights = p * (take_row(ratio, query)[:, 0] if isinstance(ratio, Tensor) else ratio)
+    covector = weights @ frame.cast(unembed.weights.W_U).T
+    b_U = unembed.weights.b_U
+    constant = torch.zeros_like(covector[:, 0]) if b_U is None else weights @ frame.cast(b_U)
+    logits = frame.cast(capture.logits[prompts, query])
+    value = (p * logits).sum(-1)
+    return Target(("the others",) * frame.batch, query, covector, constant, value)
+
+
+def _without(capture: Capture, ids: Tensor, pos: int) -> Float[Tensor, "batch d_vocab"]:
+    frame = capture.frame
+    query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
+    return frame.cast(capture.logits[prompts, query]).scatter(1, ids[:, None], -torch.inf)
+
+
+def resolve_token(capture: Capture, target: TargetLike) -> int:
+    """The id of a token string or of an id.
+
+    Args:
+        capture: The run.
+        target: The string or id.
+
+    Returns:
+        The id.
+
+    Raises:
+        ValueError: If it is no token of the vocabulary.
+    """
+    index = token_id(capture, target) if isinstance(target, str) else _as_id(target)
+    d_vocab = capture.logits.shape[-1]
+    if not 0 <= index < d_vocab:
+        raise ValueError(
+            f"target id {index} is outside the vocabulary: expected 0 to {d_vocab - 1}"
+        )
+    return index
 
 
 def _as_id(target: Any) -> int:

@@ -38,6 +38,39 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rotary positions: the first widths of x become x ⊙ cos + quarter turn(x) ⊙ sin.
+
+    Scores depend on differences of positions alone, so the rows serve a prompt wherever it starts.
+    ``adjacent`` tells which widths turn together: (0, 1), (2, 3), … or the two halves.
+    """
+
+    cos: Float[Tensor, "pos rotary"]
+    sin: Float[Tensor, "pos rotary"]
+    adjacent: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreWeights:
+    """Query and key matrices and how scores come from them: cap · tanh(q·k · scale / cap).
+
+    q = rotated(q_norm(x W_Q + b_Q)), and k alike; what a model has none of is None. The operator
+    needs none of this, its patterns being frozen: only query and key edges do.
+    """
+
+    W_Q: Float[Tensor, "head d_model d_query"]
+    b_Q: Float[Tensor, "head d_query"] | None
+    W_K: Float[Tensor, "kv_head d_model d_query"]
+    b_K: Float[Tensor, "kv_head d_query"] | None
+    scale: float
+    soft_cap: float | None = None
+    q_norm: NormWeights | None = None
+    k_norm: NormWeights | None = None
+    eps: float = 0.0
+    rotation: Rotation | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class MLPWeights:
     """An MLP: act(x W_in + b_in) W_out + b_out; ``ln`` is SoLU's norm between act and W_out."""
 

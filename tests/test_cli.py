@@ -1,5 +1,6 @@
 """The command line, as a person and as a pipeline uses it."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from helpers import SHARED
 
 from tensorlens_tl.__main__ import main, unknown_words
+from tensorlens_tl.measured import Evaluation
 
 FOLDER = SHARED / "stories260K"
 PROMPT = "Once upon a time, there was a little girl named"
@@ -146,3 +148,75 @@ def test_half_precision_shows_the_models_own_noise(dtype, capsys):
     assert report["exactness"] in lines[0]
     assert main(["--json", "The capital of France is"]) == 0
     assert json.loads(capsys.readouterr().out)["noise_floor"] is None
+
+
+# --- evaluate ------------------------------------------------------------------------------------
+
+PAIR = "The capital of France is\nThe capital of Peru is\n"
+
+
+def test_evaluate_prints_the_table_and_nothing_else(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(PAIR)
+    out = run("evaluate", "--methods", "in_out", "rollout", "--file", str(file))
+    assert out.returncode == 0, out.stderr
+    lines = out.stdout.splitlines()
+    assert lines[0].startswith("Evaluation of 2 methods on 2 prompts of tensorlens_tl demo")
+    assert lines[2].split("  ")[0] == "masked by delete" and lines[-1].startswith("rollout")
+
+
+def test_evaluate_gives_json_for_pipelines(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(PAIR))
+    args = [
+        "--protocol",
+        "eraser",
+        "leave_one_out",
+        "--masking",
+        "token",
+        "mean",
+        "--methods",
+        "norm",
+    ]
+    assert main(["evaluate", *args, "--versus", "runner_up", "--keep-last", "--json"]) == 0
+    found = Evaluation.from_json(capsys.readouterr().out)
+    assert len(found) == 2 and found.versus == "runner_up" and found.keep_last
+    assert {row.measure for row in found.rows} == {
+        "comprehensiveness", "sufficiency", "leave_one_out"}  # fmt: skip
+    assert {row.masking for row in found.rows} == {"token", "mean"}
+
+
+def test_evaluate_draws_the_demo_s_own_prompts(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["evaluate", "--task", "facts", "--n", "3", "--methods", "random"]) == 0
+    assert "of 1 method on 3 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--methods", "roll"], "no method 'roll'; expected one of norm, in, out"),
+        (["--protocol", "perturb"], "no protocol 'perturb'; expected one of perturbation"),
+        (["--masking", "blur"], "no masking 'blur'"),
+        (["--preset", "atad"], "no preset 'atad'"),
+        (["--target", "John"], "no prompt predicts its target"),
+        (["--file", "/no/such/file"], "cannot read the prompt file"),
+        (["--file", os.devnull], "expected prompts, one a line"),
+        (["--n", "0", "--file", "-"], "cannot read the prompt file -"),
+    ],
+)
+def test_evaluate_s_user_errors_exit_2_with_one_sentence(args, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(PAIR))
+    assert main(["evaluate", *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1].startswith("tensorlens-tl: ") and message in captured.err
+
+
+def test_evaluate_s_help_imports_no_host_and_not_even_torch():
+    code = (
+        "import sys; from tensorlens_tl.__main__ import main\n"
+        "try: main(['evaluate', '--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'transformer_lens') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.rstrip().endswith("[]") and "--protocol" in out.stdout

@@ -368,18 +368,18 @@ def test_flops_of_a_pull_are_the_formula():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "rollout?"}, "one of norm, in, out, in_out"),
-        ({"kind": "norm", "probes": 1}, "expected 2 ≤ probes ≤ 32"),
-        ({"kind": "norm", "probes": 33}, "expected 2 ≤ probes ≤ 32"),
-        ({"kind": "out", "probes": 4}, "probes are for 'norm'"),
-        ({"kind": "in", "target": 3}, "has no target"),
-        ({"kind": "norm", "precision": "int8"}, "expected precision 'bfloat16' or None"),
-        ({"kind": "norm", "layers": "blocks.1.hook_resid_pre"}, "expected layers as a pair"),
-        ({"kind": "norm", "layers": SITE[::-1]}, "expected a site at or after"),
-        ({"kind": "norm", "layers": ("blocks.9.hook_resid_pre", SITE[1])}, "no residual site"),
-        ({"kind": "in_out", "target": 3, "layers": SITE}, "a target in logits is read at"),
-        ({"kind": "norm", "memory_limit": 1000}, "the smallest chunk .* raise memory_limit"),
-        ({"kind": "norm", "memory_limit": -1}, "expected memory_limit as a positive number"),
+        ({"name": "rollout?"}, "one of norm, in, out, in_out"),
+        ({"name": "norm", "probes": 1}, "expected 2 ≤ probes ≤ 32"),
+        ({"name": "norm", "probes": 33}, "expected 2 ≤ probes ≤ 32"),
+        ({"name": "out", "probes": 4}, "probes are for 'norm'"),
+        ({"name": "in", "target": 3}, "has no target"),
+        ({"name": "norm", "precision": "int8"}, "expected precision 'bfloat16' or None"),
+        ({"name": "norm", "layers": "blocks.1.hook_resid_pre"}, "expected layers as a pair"),
+        ({"name": "norm", "layers": SITE[::-1]}, "expected a site at or after"),
+        ({"name": "norm", "layers": ("blocks.9.hook_resid_pre", SITE[1])}, "no residual site"),
+        ({"name": "in_out", "target": 3, "layers": SITE}, "a target in logits is read at"),
+        ({"name": "norm", "memory_limit": 1000}, "the smallest chunk .* raise memory_limit"),
+        ({"name": "norm", "memory_limit": -1}, "expected memory_limit as a positive number"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -388,7 +388,7 @@ def test_bad_matrices_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         lens.token_matrix(**arguments)
     with pytest.raises(ValueError, match=message):
-        lens.plan(arguments.pop("kind"), **arguments)
+        lens.plan(arguments.pop("name"), **arguments)
 
 
 @pytest.mark.wrong_types

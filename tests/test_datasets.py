@@ -47,7 +47,7 @@ def test_targets_of_their_own_and_prompts_of_several_lengths(capsys):
     model = FIRST.model()
     ragged = [ids[: 4 + i] for i, ids in enumerate(prompts(3))]
     found = tensorlens_tl.attribute(model, ragged, [1, 2, None], by="component", progress=True)
-    assert "3/3 prompts" in capsys.readouterr().err
+    assert "3/3" in capsys.readouterr().err
     with quiet(), torch.no_grad():
         values = [
             tensorlens_tl.capture(model, ids)[1].attribute(t, by="component").values[0]

@@ -11,7 +11,8 @@ import test_paths
 import torch
 from helpers import ALL, lens_of
 
-from tensorlens_tl.composer import FrozenTransformer, Pull, Trace
+from tensorlens_tl.branches import Pull, Trace
+from tensorlens_tl.composer import FrozenTransformer
 
 CASE = next(case for case in ALL if case.name in ("hooked-gpt2", "bridge-gpt2"))
 

@@ -35,7 +35,7 @@ from tensorlens_tl.selfcheck import CaptureMismatchError
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 HOSTS = [case for case in ALL if case.name in ("hooked-gpt2", "bridge-gpt2", "native-gpt2")]
 every_host = pytest.mark.parametrize("case", HOSTS, ids=str)
-needs_hooked = pytest.mark.skipif(HookedTransformer is None, reason="no HookedTransformer")
+needs_hooked = pytest.mark.offered(HookedTransformer is not None)
 
 
 def capture(model, ids, **kwargs):
@@ -299,7 +299,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)])
 @pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, True, 5.0, 100)], ids=str)
 def test_no_array_of_heads_by_length_squared(heads, kv_heads, scores):
-    length, d = 1100, 4
+    length, d = 2048, 4
     frame = Frame(((0, length),), length, torch.float32, torch.device("cpu"))
     q, k = torch.randn(1, length, heads, d), torch.randn(1, length, kv_heads, d)
     with Largest() as largest:
@@ -340,7 +340,7 @@ def test_a_sweep_keeps_to_tiles_and_the_plan_knows():
         model = build_hooked({"n_ctx": length}, torch.float32)
     stored, lens = both(model, tokens(1, length))
     square = 4 * length**2  # heads × L² numbers
-    few = {"kind": "in_out", "target": 3, "layers": None, "memory_limit": 12 * square}
+    few = {"name": "in_out", "target": 3, "layers": None, "memory_limit": 12 * square}
     with pytest.raises(ValueError, match=r"memory_limit is .* smallest chunk"):
         stored.token_matrix(**few)
     with Largest() as largest:

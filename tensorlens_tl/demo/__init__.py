@@ -4,11 +4,11 @@
 """
 
 import random
+import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
-from sys import stderr
 from typing import Any
 
 from .. import loading
@@ -136,7 +136,7 @@ def load_model(kind: str | None = None) -> Any:
             getattr(import_module(_CLASSES[name][0]), _CLASSES[name][1])
         except ImportError:
             continue
-        with redirect_stdout(stderr):
+        with redirect_stdout(sys.stderr):
             model = loading.load_model(str(model_folder()), name, device="cpu")
         model.cfg.model_name = "tensorlens_tl demo"
         return model

@@ -1,0 +1,229 @@
+"""``docs/results.md`` from ``benchmarks/results/evaluation.json``: every number comes from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+MAIN = "positive tensorlens probability"
+LOO = "leave_one_out probability"
+LAST = ("last masked, too", "last kept")
+MODELS = {"demo": "the bundled model, its four tasks together", "stories": "stories260K"}
+TITLES = {
+    MAIN: "positive, 0–30 %",
+    "negative tensorlens probability": "negative, 0–30 %",
+    "positive chefer probability": "positive, 10–90 %",
+    "negative chefer probability": "negative, 10–90 %",
+    "positive tensorlens agreement": "positive, top-1",
+    "negative tensorlens agreement": "negative, top-1",
+    "morf full probability": "MoRF",
+    "lerf full probability": "LeRF",
+    "delta full probability": "LeRF − MoRF",
+    "deletion full probability": "deletion",
+    "insertion full probability": "insertion",
+    "comprehensiveness eraser probability": "comprehens.",
+    "sufficiency eraser probability": "sufficiency",
+    LOO: "leave-one-out ρ",
+    "naopc probability": "NAOPC",
+}
+ALPHA = 0.01
+
+
+def page(r: dict[str, Any]) -> str:
+    """The page, as Markdown."""
+    sections = [head(r), bars(r), odds(r), signs(r), costs(r)]
+    for group in [*MODELS, *(name for name in r["sets"] if name not in MODELS)]:
+        sections.append(everything(r, group))
+    return "\n\n".join(sections) + "\n"
+
+
+def head(r: dict[str, Any]) -> str:
+    rows = [
+        [name, s["model"], s["dtype"], s["prompts"],
+         f"{s['tokens'][0]}–{s['tokens'][2]}, mean {s['tokens'][1]:.1f}", f"{s['runs']:,}"]
+        for name, s in r["sets"].items()
+    ]  # fmt: skip
+    return f"""# Which method says which tokens a model needs?
+
+Made by `python benchmarks/evaluation.py` (torch {r["torch"]}, seed {r["seed"]}) from
+`benchmarks/results/evaluation.json`; no number on this page was typed. Protocols, measures and their
+sources: `tensorlens_tl/protocols.py`; ways of masking: `tensorlens_tl/masking.py`.
+
+Every method scores the tokens of a prompt for the model's own prediction. Tokens are then masked in the
+order of the scores and the real model is run again; what is left of the prediction's probability tells
+whether the method named the tokens that matter. Masking by deleting, by a mask token (the tokenizer's
+unknown token) and by the mean embedding; each takes the model off its training data in another way, so
+no one of them is the truth. The beginning-of-sequence token is never masked. Numbers are means over
+prompts with 95 % bootstrap intervals; p is of a paired permutation test (sign flips).
+
+{table(["prompts", "model", "dtype", "n", "tokens that may be masked", "masked runs"], rows)}
+
+`stories` are windows that begin with a sentence of the TinyStories sample and continuations sampled from
+the model itself. `norm`, `in`, `out` and `in_out` are the operator's collapses; the others are earlier
+methods. Attention-based are {listed(r["attention"])}; gradient-based {listed(r["gradient"])}.
+
+**The last token.** A prediction is made at the last token. Where that may be masked, nearly every method
+masks it first, the prediction is gone, and the measure says little about the others. So the first
+protocol is run twice: with the last token masked, too, and with it kept."""
+
+
+# --- The bars ------------------------------------------------------------------------------------
+
+
+def bars(r: dict[str, Any]) -> str:
+    lines = ["## Perturbation 0–30 %, and agreement with leave-one-out", "",
+             "Area under the prediction's probability while the highest-scored 0–30 % of the tokens are "
+             "masked: lower is better. Agreement: rank correlation of scores with what the probability "
+             f"loses without each token alone. In bold where p < {ALPHA} against *every* attention-based "
+             "method; beside it the best of those, and the largest p against any of them that is not "
+             "better."]  # fmt: skip
+    for key in (MAIN, LOO):
+        rows = []
+        for group, title in MODELS.items():
+            for part in LAST:
+                for masking, cells in r["tables"][group][part].items():
+                    rows.append([title, part, masking, *verdicts(r, cells[key])])
+        heads = ["model", "last token", "masked by", "norm", "in_out", "in_out, log-odds",
+                 "best attention-based", "best of all others"]  # fmt: skip
+        lines += ["", f"### {TITLES[key]}", "", table(heads, rows)]
+    lines += ["", "### By task: positive, 0–30 %, last token kept", "", *by_set(r)]
+    return "\n".join(lines)
+
+
+def verdicts(r: dict[str, Any], cell: dict[str, Any]) -> Iterable[str]:
+    """Ours, with whether they are above every attention-based method; the best of those; of others."""
+    sign = 1 if cell["higher"] else -1
+    means = {m: sign * v[0] for m, v in cell["methods"].items() if v[0] is not None}
+    for ours in ("norm", "in_out", "in_out, log-odds"):
+        worst = max(
+            (cell["compared"][ours][m] for m in r["attention"]),
+            key=lambda c: c[3] if c[0] > 0 else 2,
+        )
+        shown = f"{cell['methods'][ours][0]:.3f}"
+        if worst[0] > 0 and worst[3] < ALPHA:
+            yield f"**{shown}** (p ≤ {worst[3]:.1g})"
+        elif worst[0] > 0:
+            yield f"{shown} (p ≤ {worst[3]:.2g})"
+        else:
+            above = sum(cell["compared"][ours][m][0] > 0 for m in r["attention"])
+            yield f"{shown} (above {above} of {len(r['attention'])})"
+    best = max(r["attention"], key=lambda m: means[m])
+    yield f"{best} {cell['methods'][best][0]:.3f}"
+    own = ("norm", "in", "out", "in_out", "in_out, log-odds", "|in_out|")
+    other = max((m for m in means if m not in own), key=lambda m: means[m])
+    yield f"{other} {cell['methods'][other][0]:.3f}"
+
+
+def by_set(r: dict[str, Any]) -> list[str]:
+    rows = []
+    for name in r["sets"]:
+        for masking, cells in r["tables"][name]["last kept"].items():
+            rows.append([name, masking, *verdicts(r, cells[MAIN])])
+    heads = ["prompts", "masked by", "norm", "in_out", "in_out, log-odds", "best attention-based",
+             "best of all others"]  # fmt: skip
+    return [table(heads, rows)]
+
+
+# --- What was tested about them ------------------------------------------------------------------
+
+
+def odds(r: dict[str, Any]) -> str:
+    rows = []
+    for group in MODELS:
+        for masking, cells in r["tables"][group]["last kept"].items():
+            cell = cells[MAIN]
+            for name in ("in_out", *r["gradient"]):
+                one, two = cell["methods"][name], cell["methods"][f"{name}, log-odds"]
+                against = cell["compared"]["in_out, log-odds"].get(f"{name}, log-odds")
+                rows.append([group, masking, name, span(one), span(two), difference(against)])
+    return f"""## What is explained: a logit, or log-odds
+
+The measures read a probability, a function of log-odds: of the prediction's logit *less* all others'. A
+method that explains the logit alone also credits what raises every candidate. With `versus="others"` the
+target is the logit less the others' mean, weighted by their probabilities: what log-odds are linear in.
+Positive perturbation 0–30 %, last token kept; the last column is by how much `in_out` with log-odds is
+better than the method with log-odds, and p.
+
+{table(["model", "masked by", "method", "logit", "log-odds", "in_out, log-odds, is better by"], rows)}"""
+
+
+def signs(r: dict[str, Any]) -> str:
+    rows = []
+    for group in [*MODELS, *(name for name in r["sets"] if name not in MODELS)]:
+        for masking, cells in r["tables"][group]["last kept"].items():
+            cell = cells[LOO]
+            best = max(r["attention"], key=lambda m: cell["methods"][m][0])
+            rows.append([group, masking, span(cell["methods"]["in_out"]),
+                         span(cell["methods"]["|in_out|"]), span(cell["methods"]["norm"]),
+                         f"{best} {span(cell['methods'][best])}",
+                         difference(cell["compared"]["|in_out|"][best])])  # fmt: skip
+    heads = ["prompts", "masked by", "in_out", "its size, \\|in_out\\|", "norm", "best attention-based",
+             "\\|in_out\\| is better by"]  # fmt: skip
+    return f"""## Signs and leave-one-out
+
+`in_out` is signed: a token that speaks for another answer has a negative share. Taking such a token out
+of a prompt whose answer is nearly certain cannot raise a probability of nearly 1; it rather breaks the
+sentence. Leave-one-out then ranks it among the tokens that matter, and a signed score last. If
+that is why `in_out` loses where it does, the same scores without their signs must do better exactly
+there: the third column tests it.
+
+{table(heads, rows)}"""
+
+
+# --- Costs and tables ----------------------------------------------------------------------------
+
+
+def costs(r: dict[str, Any]) -> str:
+    sets = list(r["sets"])
+    rows = [
+        [name, cost, source, *(f"{r['sets'][s]['forwards'][name]:.3g}" for s in sets)]
+        for name, (cost, source) in r["methods"].items()
+    ]
+    return f"""## What a method costs
+
+Beyond the capture: what the registry says, and what scoring all prompts took in units of plain forward
+passes of the same prompts, as timed on one thread while the machine did other work (small models, batches
+of prompts of equal length: Python counts).
+
+{table(["method", "cost", "source", *sets], rows)}"""
+
+
+def everything(r: dict[str, Any], group: str) -> str:
+    lines = [f"## All measures: {MODELS.get(group, group)}"]
+    for masking in ("delete", "token", "mean"):
+        cells: dict[str, Any] = {}
+        for part in r["tables"][group]:
+            for key, cell in r["tables"][group][part][masking].items():
+                note = ", last kept" if part == "last kept" else ""
+                arrow = "↑" if cell["higher"] else "↓"
+                cells[f"{TITLES[key]}{note} {arrow} (n = {cell['n']})"] = cell["methods"]
+        heads = list(cells)
+        names = list(next(iter(cells.values())))
+        rows = [
+            [name.replace("|", "\\|"), *(span(cells[h][name]) for h in heads)] for name in names
+        ]
+        lines += ["", f"<details><summary>Masked by {masking}</summary>", "",
+                  table(["method", *heads], rows), "", "</details>"]  # fmt: skip
+    note = ""
+    if "naopc" in r["tables"][group]:
+        note = (f"\n\nNAOPC's bounds are exact for at most {r['exact_naopc']} tokens, else searched with "
+                f"{r['beam']} orders kept.")  # fmt: skip
+    return "\n".join(lines) + note
+
+
+def span(cell: list[float | None]) -> str:
+    mean, low, high = cell[:3]
+    return "–" if mean is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def difference(cell: list[float | None] | None) -> str:
+    return "–" if cell is None or cell[0] is None else f"{cell[0]:+.3f}, p = {cell[3]:.2g}"
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def table(heads: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

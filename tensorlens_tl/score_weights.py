@@ -1,0 +1,102 @@
+"""What a host's attention scores are made of: W_Q, W_K, norms and rotation in one canonical layout.
+
+Nothing of the run is read for it. Whether the layout is right is told by the run all the same: the
+pattern recomputed from it must be the captured one (``query_key``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, HookedTransformerAdapter, linear_weights
+from .queries import NotRecomputableError, Queries
+from .weights import Rotation, ScoreWeights
+
+
+def score_weights(adapter: Adapter, n_pos: int) -> tuple[ScoreWeights, ...] | None:
+    """The weights of every block's attention scores, referenced.
+
+    Args:
+        adapter: The model's.
+        n_pos: For how many positions rotations are needed.
+
+    Returns:
+        One entry per block, or None where it is not known how this model's scores are computed.
+    """
+    try:
+        how = Queries.of(adapter)
+    except NotRecomputableError:
+        return None
+    if how.sinks:  # a pattern with sinks is no softmax of the scores alone
+        return None
+    of_block = _hooked if isinstance(adapter, HookedTransformerAdapter) else _bridged
+    with torch.no_grad():
+        rotations = _rotations(adapter, n_pos)
+    if rotations is None:
+        return None
+    found = []
+    for block, scores, rotation in zip(adapter.model.blocks, how.scores, rotations, strict=True):
+        attn = block.attn
+        norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
+        q_norm, k_norm = map(adapter.norm_weights, norms)
+        found.append(
+            ScoreWeights(
+                *of_block(attn, adapter.cfg.d_head), scale=scores.scale, soft_cap=scores.soft_cap,
+                q_norm=q_norm, k_norm=k_norm, eps=_eps(norms[0]), rotation=rotation,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+Layout = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+def _hooked(attn: Any, d_head: int) -> Layout:
+    # The grouped class keeps the raw weights in _W_K and repeats them in W_K.
+    grouped = hasattr(attn, "_W_K")
+    return attn.W_Q, attn.b_Q, *((attn._W_K, attn._b_K) if grouped else (attn.W_K, attn.b_K))
+
+
+def _bridged(attn: Any, d_head: int) -> Layout:
+    (W_Q, b_Q), (W_K, b_K) = (
+        (W.unflatten(1, (-1, d_head)).transpose(0, 1),
+         None if b is None else b.unflatten(0, (-1, d_head)))
+        for W, b in (linear_weights(attn.q), linear_weights(attn.k))
+    )  # fmt: skip
+    return W_Q, b_Q, W_K, b_K
+
+
+def _eps(norm: Any) -> float:
+    norm = getattr(norm, "original_component", norm)
+    found = getattr(norm, "variance_epsilon", None)
+    return float(getattr(norm, "eps", 0.0) if found is None else found)
+
+
+def _rotations(adapter: Adapter, n_pos: int) -> Sequence[Rotation | None] | None:
+    """Every block's rotation, from the host's own tables; None where they are not found."""
+    blocks, cfg = adapter.model.blocks, adapter.cfg
+    if getattr(cfg, "positional_embedding_type", None) != "rotary":
+        return [None] * len(blocks)
+    adjacent = bool(getattr(cfg, "rotary_adjacent_pairs", False))
+    if hasattr(blocks[0].attn, "rotary_cos"):
+        tables = ((block.attn.rotary_cos, block.attn.rotary_sin) for block in blocks)
+        return [Rotation(cos[:n_pos], sin[:n_pos], adjacent) for cos, sin in tables]
+    parts = [block.attn.original_component for block in blocks]
+    if type(parts[0]).__name__ == "NativeAttention":
+        rotary = parts[0].rotary
+        tables = (rotary.cos_cached[:n_pos], rotary.sin_cached[:n_pos])
+        return [Rotation(*tables, True)] * len(blocks)
+    for name, module in adapter.model.original_model.named_modules():
+        if name.rpartition(".")[2] == "rotary_emb":
+            rotary = getattr(module, "original_component", module)  # no hook is to fire
+            x = adapter.weights.unembed.W_U[:1]
+            try:
+                cos, sin = rotary(x, torch.arange(n_pos, device=x.device)[None])
+            except TypeError:  # one that asks for more than positions
+                return None
+            return [Rotation(cos[0], sin[0], adjacent)] * len(blocks)
+    return None

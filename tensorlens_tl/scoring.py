@@ -1,0 +1,145 @@
+"""Scores of many prompts by many methods: captured once, prompts of one length together, timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from .adapters import adapt
+from .capturing import Capture, Convention
+from .composer import FrozenTransformer
+from .masking import all_real
+from .methods import token_scores
+from .recording import record
+from .targets import (
+    Target,
+    expected_others,
+    likeliest_others,
+    own_prediction,
+    resolve_target,
+    resolve_token,
+)
+
+RIVALS = ("runner_up", "others")
+"""What stands for the likeliest token beside the target, and for all of them by their probability."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Prompts with their targets and every method's scores.
+
+    Attributes:
+        prompts: Token ids, one tensor [pos] per prompt.
+        targets: The target's token id, per prompt.
+        predicted: The model's own prediction, per prompt.
+        scores: Every method's scores of every prompt's tokens [pos].
+        seconds: What every method took, all prompts together.
+        forward_seconds: What plain forward passes took.
+        versus: What the target was less: one of :data:`RIVALS`, "own" for given tokens, or None.
+        gate: The choice made for gated MLPs.
+    """
+
+    prompts: tuple[Int[Tensor, " pos"], ...]
+    targets: tuple[int, ...]
+    predicted: tuple[int, ...]
+    scores: Mapping[str, Sequence[Float[Tensor, " pos"]]]
+    seconds: Mapping[str, float]
+    forward_seconds: float
+    versus: str | None
+    gate: str
+
+    def take(self, chosen: Sequence[int]) -> Scored:
+        """Some of the prompts."""
+        scores = {name: [values[i] for i in chosen] for name, values in self.scores.items()}
+        parts = (
+            [given[i] for i in chosen] for given in (self.prompts, self.targets, self.predicted)
+        )
+        prompts, targets, predicted = map(tuple, parts)
+        return replace(self, prompts=prompts, targets=targets, predicted=predicted, scores=scores)
+
+
+def score(
+    model: Any,
+    prompts: Sequence[Any],
+    methods: Sequence[str],
+    targets: Sequence[str | int] | None = None,
+    versus: str | Sequence[str | int] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    gate: str = "gate",
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Scored:
+    """Every prompt's tokens scored by some methods; prompts of one length are captured together.
+
+    Args:
+        model: A ``HookedTransformer`` or a ``TransformerBridge``.
+        prompts: Strings, or token ids [pos].
+        methods: Names of :data:`tensorlens_tl.methods.METHODS`.
+        targets: A token or id for each prompt, or None for the model's own predictions.
+        versus: Subtracted from the target: a token or id for each prompt; "runner_up", the likeliest
+            other token; "others", their mean weighted by probability (log-odds); or None.
+        options: Options of methods, by name.
+        gate: See :class:`tensorlens_tl.Convention`.
+        batch_size: Prompts captured at once.
+        progress: Whether to count prompts on standard error.
+
+    Returns:
+        The scores.
+    """
+    adapter, options = adapt(model), options or {}
+    ids = [adapter.prepare(prompt, {})[1].tokens[0] for prompt in prompts]
+    goals, predicted = [0] * len(ids), [0] * len(ids)
+    scores: dict[str, list[Any]] = {name: [None] * len(ids) for name in methods}
+    plain, seconds = 0.0, dict.fromkeys(methods, 0.0)
+    bar = tqdm(total=len(ids), desc="scores", delay=2, leave=False, disable=not progress)
+    with torch.no_grad(), bar:
+        for batch in _by_length(ids, batch_size):
+            tokens = torch.stack([ids[i] for i in batch])
+            kwargs, start = all_real(adapter, tokens), time.perf_counter()
+            adapter.run(tokens, kwargs)
+            plain += time.perf_counter() - start
+            _, capture = record(adapter, tokens, Convention(gate), None, "stored", **kwargs)
+            operator, own = FrozenTransformer.of(capture), own_prediction(capture)
+            wanted = own if targets is None else _ids(capture, batch, targets)
+            goal = resolve_target(capture, None, -1, wanted)
+            if versus is not None:
+                goal = goal.minus(_rival(capture, batch, wanted, versus))
+            for i, a, b in zip(batch, wanted.tolist(), own.tolist(), strict=True):
+                goals[i], predicted[i] = a, b
+            for name in methods:
+                start, mine = time.perf_counter(), options.get(name, {})
+                found = token_scores(name, capture, operator, goal, model, **mine)
+                seconds[name] += time.perf_counter() - start
+                for row, i in enumerate(batch):
+                    scores[name][i] = found[row].detach()
+            bar.update(len(batch))
+    rival = versus if versus is None or isinstance(versus, str) else "own"
+    return Scored(tuple(ids), tuple(goals), tuple(predicted), scores, seconds, plain, rival, gate)
+
+
+def _ids(capture: Capture, batch: list[int], given: Any) -> Int[Tensor, " batch"]:
+    found = (resolve_token(capture, given[i]) for i in batch)
+    return torch.tensor(list(found), device=capture.frame.device)
+
+
+def _rival(capture: Capture, batch: list[int], wanted: Tensor, versus: Any) -> Target:
+    if versus == "others":
+        return expected_others(capture, wanted)
+    runner_up = versus == "runner_up"
+    ids = likeliest_others(capture, wanted) if runner_up else _ids(capture, batch, versus)
+    return resolve_target(capture, None, -1, ids)
+
+
+def _by_length(ids: Sequence[Tensor], size: int) -> Iterator[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for i, one in enumerate(ids):
+        groups.setdefault(len(one), []).append(i)
+    for _, group in sorted(groups.items()):
+        yield from (group[start : start + size] for start in range(0, len(group), size))
