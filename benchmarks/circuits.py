@@ -169,6 +169,12 @@ def ours(task: Task, qk: bool = True, at: str = "clean") -> dict[Edge, float]:
     return dict(found.scores)
 
 
+def both(task: Task) -> dict[Edge, float]:
+    """The mean of the scores read by the clean and by the corrupted run's operator."""
+    clean, corrupted = ours(task), ours(task, at="corrupted")
+    return {edge: (clean[edge] + corrupted[edge]) / 2 for edge in clean}
+
+
 def scored(task: Task) -> tuple[dict[str, dict[Edge, float]], dict[str, float]]:
     """Every method's scores, and the seconds they took."""
 
@@ -179,6 +185,7 @@ def scored(task: Task) -> tuple[dict[str, dict[Edge, float]], dict[str, float]]:
 
     methods = {
         OURS: lambda: ours(task),
+        "operator, mean of both runs": lambda: both(task),
         "operator alone (T)": lambda: ours(task, qk=False),
         "eap": by("eap"),
         "eap_ig": by("eap_ig"),
