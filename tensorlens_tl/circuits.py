@@ -348,17 +348,19 @@ def _networkx() -> Any:
 # --- From an attribution, or from names ----------------------------------------------------------
 
 
-def edge_scores(wiring: Wiring, found: Attribution) -> dict[Edge, float]:
+def edge_scores(wiring: Wiring, found: Attribution, prompt: int | None = None) -> dict[Edge, float]:
     """Every edge's score: a split by edge, averaged over its prompts, constants left out.
 
     Args:
         wiring: The model's.
         found: The split; token and position embeddings are summed to the input's.
+        prompt: Which of its prompts alone, or None.
 
     Returns:
         Scores by edge, reader by reader from below.
     """
-    means = found.values.double().mean(0).tolist()
+    values = found.values.double()
+    means = (values.mean(0) if prompt is None else values[prompt]).tolist()
     sums: dict[Edge, float] = {}
     for source, mean in zip(found.sources, means, strict=True):
         edge = source.node

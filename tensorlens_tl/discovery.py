@@ -9,7 +9,6 @@ import random
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +188,7 @@ class _Work:
                 check_comparable(lens.capture, other.capture)
                 theirs = self.sweep(other, targets, versus, own_prediction(lens.capture, self.pos))
                 split = difference(ours, theirs, "edge", self.at, self.qk)
-            one = (replace(split, values=values[None]) for values in split.values)
-            found += [edge_scores(wiring, part) for part in one]
+            found += [edge_scores(wiring, split, prompt) for prompt in range(len(rows))]
         return found
 
     def run(self, model: Any, prompts: Sequence[Any]) -> TensorLens:

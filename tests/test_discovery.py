@@ -82,7 +82,9 @@ def test_a_corrupted_run_is_asked_about_the_clean_ones_prediction():
     case, generator = ALL[0], torch.Generator().manual_seed(1)
     ids = torch.randint(0, 50, (2, 3, 7), generator=generator)
     with quiet(), torch.no_grad():
-        found = tensorlens_tl.discover(case.model(), ids[0], ids[1], n_edges=20, at="corrupted")
+        found = tensorlens_tl.discover(
+            case.model(), list(ids[0]), list(ids[1]), n_edges=20, at="corrupted"
+        )
         parts = []
         for a, b in zip(*ids, strict=True):
             clean, other = (tensorlens_tl.capture(case.model(), p)[1] for p in (a, b))
