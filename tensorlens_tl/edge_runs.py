@@ -38,7 +38,7 @@ from .weights import NormWeights
 Writes = Float[Tensor, "writer prompt pos d_model"]
 CHUNK = 2**28
 """Bytes that the writers' outputs of one pass may take, about."""
-_FLAGS = ("use_split_qkv_input", "use_attn_in")
+_FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
 
 
 @dataclass(frozen=True, eq=False)
