@@ -6,6 +6,7 @@ corrupted prompts. All methods rank the same edges and are cut to the same sizes
 (greedy, connected). ``--quick`` takes few prompts and writes no file.
 
     python benchmarks/circuits.py [--quick] [--stories FOLDER] [--only TASK]
+    python benchmarks/circuits.py --page     # docs/circuits.md from the kept figures, nothing measured
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tensorlens_tl.selection import select
 from tensorlens_tl.shares import share_difference
 
 RESULTS = Path(__file__).parent / "results" / "circuits.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "circuits.md"
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZES = (0.02, 0.05, 0.1)
 OURS = "operator, q and k"
@@ -159,14 +161,22 @@ def tasks(n_find: int, n_test: int, stories: Path) -> list[Task]:
 # --- Faithfulness -----------------------------------------------------------------------------------
 
 
-def ours(task: Task, qk: bool = True, at: str = "clean") -> dict[Edge, float]:
+def ours(task: Task, qk: bool = True, at: str = "clean", gate: str = "gate") -> dict[Edge, float]:
     """Every edge's mean score by the operator."""
     order = sorted(range(len(task.find.clean)), key=lambda i: len(task.find.clean[i]))
     parts = [
         [part[i] for i in order] for part in vars(task.find).values()
     ]  # equal lengths together
-    found = tensorlens_tl.discover(task.model, *parts, n_edges=1, qk=qk, at=at, batch_size=16)
+    found = tensorlens_tl.discover(
+        task.model, *parts, n_edges=1, qk=qk, at=at, batch_size=16, gate=gate
+    )
     return dict(found.scores)
+
+
+def both(task: Task) -> dict[Edge, float]:
+    """The mean of the scores read by the clean and by the corrupted run's operator."""
+    clean, corrupted = ours(task), ours(task, at="corrupted")
+    return {edge: (clean[edge] + corrupted[edge]) / 2 for edge in clean}
 
 
 def scored(task: Task) -> tuple[dict[str, dict[Edge, float]], dict[str, float]]:
@@ -179,11 +189,14 @@ def scored(task: Task) -> tuple[dict[str, dict[Edge, float]], dict[str, float]]:
 
     methods = {
         OURS: lambda: ours(task),
+        "operator, mean of both runs": lambda: both(task),
         "operator alone (T)": lambda: ours(task, qk=False),
         "eap": by("eap"),
         "eap_ig": by("eap_ig"),
         "direct": by("direct"),
     }  # fmt: skip
+    if task.model.cfg.gated_mlp:
+        methods["operator, q and k, half of each gate"] = lambda: ours(task, gate="half")
     methods |= {f"random {seed}": by("random", seed=seed) for seed in range(RANDOM_SEEDS)}
     scores, seconds = {}, {}
     for name, run in methods.items():
@@ -249,7 +262,8 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
 
 def agreement(task: Task, n: int) -> dict[str, Any]:
     """Pearson over units (site × position), and heads' ROC AUC, mean over prompts."""
-    estimates = ("frozen", "frozen+qk", "gradient")
+    estimates = ["frozen", "frozen+qk", "gradient"]
+    estimates += ["frozen+qk, half of each gate"] if task.model.cfg.gated_mlp else []
     found: dict[str, dict[str, list[float]]] = {
         e: {k: [] for k in (*KINDS, AUC)} for e in estimates
     }
@@ -262,6 +276,8 @@ def agreement(task: Task, n: int) -> dict[str, Any]:
             "frozen+qk": sites.frozen(True),
             "gradient": sites.gradient(),
         }
+        if len(estimates) > len(by):
+            by[estimates[-1]] = sites.frozen(True, "half")
         for name, kind in ((name, kind) for name in estimates for kind in KINDS):
             value = correlation(truth[kind], by[name][kind])
             if value == value:  # a kind of unit that nothing moves has no correlation
@@ -422,6 +438,94 @@ def keep(name: str, result: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
+# --- The page of kept figures -----------------------------------------------------------------------
+
+NOTES = """## What to read out of it
+
+- *induction, place lost* is the case that needs query and key edges: which word is copied is the same in both
+  prompts, only where it is found is not. The operator alone (T) has no such edge and recovers nothing; with them
+  the previous-token head's output reaches the induction heads' keys.
+- Scores of a single run are first-order. Where a pattern or an activation is saturated in that run, an edge that
+  the model needs may score near 0: attribution patching, which differentiates the softmax, suffers most in
+  *place lost*; the operator, which holds patterns and adds the scores' sensitivity apart, less; integrated
+  gradients, which look along the way between the runs, least. They take the largest of the costs.
+- At the smallest sizes every method is bounded by connectedness: an edge counts only on a path from the input to
+  the logits, and a few edges are hardly one path in models of few, broad heads.
+- Tried beside what is shown: the corrupted run's operator alone, and selection by "absolute" and "influence". None
+  was better on every task.
+- CPR ranks by *signed* score: an edge whose first-order effect has the wrong sign comes last, however needed.
+- stories260K's MLPs are gated, and the operator's default freezes act(g) whole: half of each gate is nearer to
+  what patching does, as the rows with it show. Heads are patched there by small amounts, where the gradient is
+  nearly exact and a frozen pattern, norm and gate are not; residual states by large ones, and it is the other way.
+- stories260K's measure is a small margin on running text, and the shares of a small gap are noisy: see the
+  intervals.
+- Heads' ROC AUC of five heads out of few counts heads that hardly move anything as positives; of units (a head at
+  a position, within a prompt) it is the steadier figure.
+"""
+
+
+def _cell(share: float, interval: Sequence[float] | None = None) -> str:
+    beside = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return f"{share:.3f}{beside}"
+
+
+def page(kept: dict[str, Any]) -> str:
+    """The kept figures as Markdown."""
+    about = "; ".join(f"{name}: {value}" for name, value in kept["about"].items())
+    lines = ["# Circuits against the real model", "",
+             "Made by `python benchmarks/circuits.py --page` from `benchmarks/results/circuits.json`.",
+             f"{about}.", ""]  # fmt: skip
+    for name, result in kept["tasks"].items():
+        rows, seconds = result["faithfulness"], result["seconds"]
+        lines += [f"## {name}", "",
+                  f"Edges scored on {result['n_find']} pairs, circuits tested on {result['n_test']} others. "
+                  "Share recovered, by share of edges kept:", "",
+                  "| method | " + " | ".join(rows) + " | seconds | CPR | CMD |",
+                  "|---|" + "---|" * (len(rows) + 3)]  # fmt: skip
+        for method in next(iter(rows.values())):
+            if method == "n_edges" or method.startswith("random "):
+                continue
+            cells = [
+                _cell(row[method]["share"], row[method].get("interval")) for row in rows.values()
+            ]
+            area = result["areas"].get("random 0" if method == "random, mean" else method)
+            cells.append(f"{seconds[method]:.1f}" if method in seconds else "–")
+            cells += [f"{area['cpr']:.3f}", f"{area['cmd']:.3f}"] if area else ["–", "–"]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        for other in ("eap", "eap_ig"):
+            cells = [row[OURS][f"minus {other}"] for row in rows.values()]
+            texts = (_cell(cell["share"], cell["interval"]) for cell in cells)
+            lines.append(f"| {OURS}, less {other} (paired) | " + " | ".join(texts) + " | | | |")
+        n = result["agreement"]["frozen"][AUC]["n"]
+        lines += ["", f"Agreement with activation patching on {n} of the pairs, Pearson over units:", "",
+                  "| estimate | " + " | ".join((*KINDS, AUC)) + " |",
+                  "|---|" + "---|" * (len(KINDS) + 1)]  # fmt: skip
+        for estimate, kinds in result["agreement"].items():
+            cells = (_cell(kinds[kind]["mean"], kinds[kind]["interval"]) for kind in (*KINDS, AUC))
+            lines.append(f"| {estimate} | " + " | ".join(cells) + " |")
+        heads = ", ".join(
+            f"{method} {value:.3f}" for method, value in result["heads"]["auc"].items()
+        )
+        lines += [
+            "",
+            f"ROC AUC of whole heads, {result['heads']['positives']} positives: {heads}.",
+            "",
+        ]
+        if "known" in result:
+            found = result["known"]
+            lines += [f"Previous-token head {', '.join(found['previous_token'])}; induction heads "
+                      f"{', '.join(found['induction'])}. Share of edges at which both kinds are in, and at "
+                      "which an edge from the first to a key of the others is:", "",
+                      "| method | both heads | the key edge |", "|---|---|---|"]  # fmt: skip
+            for method in result["seconds"]:
+                if method in found:
+                    at = (found[method]["heads at"], found[method]["with the key edge at"])
+                    cells = ("never" if x is None else f"{x:.1%}" for x in at)
+                    lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            lines.append("")
+    return "\n".join([*lines, NOTES])
+
+
 def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -437,7 +541,13 @@ def main() -> None:
         "--heads", type=int, default=60, help="of these, pairs with whole heads patched"
     )
     parser.add_argument("--areas", type=int, default=60, help="of these, pairs for CPR and CMD")
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/circuits.md, measure nothing"
+    )
     options = parser.parse_args()
+    if options.page:
+        PAGE.write_text(page(json.loads(RESULTS.read_text())), encoding="utf-8")
+        return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.quick:

@@ -102,12 +102,12 @@ class Sites:
             for kind in KINDS
         }  # fmt: skip
 
-    def frozen(self, qk: bool) -> dict[str, Tensor]:
+    def frozen(self, qk: bool, gate: str = "gate") -> dict[str, Tensor]:
         """The operator's covectors at the corrupted run."""
         clean, _ = self.record(self.clean)
         found, _ = self.record(self.corrupted)
         with torch.no_grad():
-            _, lens = tensorlens_tl.capture(self.model, self.corrupted[None])
+            _, lens = tensorlens_tl.capture(self.model, self.corrupted[None], gate=gate)
             covectors = site_covectors(lens, self.goal, qk)
         out: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         for layer in range(self.model.cfg.n_layers):

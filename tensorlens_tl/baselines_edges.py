@@ -16,13 +16,13 @@ All are means over the prompts and sums over positions.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .edge_runs import EdgeModel, edge_model
 from .edge_universe import EdgeUniverse
@@ -85,19 +85,16 @@ def score_edges(
         if method == "random":
             return random_scores(universe, seed)
         groups = paired(edged.adapter, prompts, corrupted)
-        n, done = sum(len(group.ids) for group in groups), 0
+        n = sum(len(group.ids) for group in groups)
         measure = Measure.of(edged.adapter, n, target, versus, metric, pos)
         total = torch.zeros(len(universe.readers), len(universe.writers), dtype=edged.dtype)
-        for group in groups:
-            size = batch_size or max(1, edged.at_once(group.ids.shape[1]) // 4)  # with a graph
-            for piece in group.split(size):
-                points = steps if method == "eap_ig" else 1
-                total += edge_gradients(edged, piece, measure, points).to(total)
-                done += len(piece.ids)
-                if progress:
-                    print(f"\r{done}/{n} prompts", end="", file=sys.stderr, flush=True)  # noqa: T201
-        if progress:
-            print(file=sys.stderr)  # noqa: T201
+        with tqdm(desc="prompts", total=n, disable=not progress) as bar:
+            for group in groups:
+                size = batch_size or max(1, edged.at_once(group.ids.shape[1]) // 4)  # with a graph
+                for piece in group.split(size):
+                    points = steps if method == "eap_ig" else 1
+                    total += edge_gradients(edged, piece, measure, points).to(total)
+                    bar.update(len(piece.ids))
     scores = _as_scores(universe, total / n)
     return _direct(universe, scores) if method == "direct" else scores
 

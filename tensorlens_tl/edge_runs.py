@@ -38,7 +38,7 @@ from .weights import NormWeights
 Writes = Float[Tensor, "writer prompt pos d_model"]
 CHUNK = 2**28
 """Bytes that the writers' outputs of one pass may take, about."""
-_FLAGS = ("use_split_qkv_input", "use_attn_in")
+_FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,10 +204,9 @@ class _Flow:
         self.circuits, self.prompts = 1 if keep is None else len(keep), len(ids)
         self.copies = model.group() if rebuilt and held is None else 1
         self.writes: dict[int, Tensor] = {}
-        if embeddings is not None:
-            self.enter(embeddings)
         """By the first writer's index: [circuit, writer, prompt, pos, d_model]."""
         self.constants: dict[int, Tensor] = {}
+        """What no writer holds, by the index of the writers it came with: [circuit, prompt, pos, d_model]."""
         self.pending: list[Callable[[], None]] = []
         self.scales: dict[Read, Tensor] = {}
         self.patterns: list[Tensor] = []
@@ -216,6 +215,8 @@ class _Flow:
             self.firsts.setdefault((node.kind, node.layer, node.name), i)
         for i, node in enumerate(self.universe.writers):
             self.firsts.setdefault(("out", node.kind, node.layer), i)
+        if embeddings is not None:
+            self.enter(embeddings)
 
     # --- Shapes
 

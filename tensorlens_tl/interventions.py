@@ -18,7 +18,6 @@ Sources: Conmy et al. 2023 (arXiv 2304.14997), Hanna et al. 2024 (2403.17806), M
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .edge_runs import EdgeModel, Writes, edge_model
 from .edge_universe import EdgeUniverse
@@ -327,37 +327,34 @@ class _Setup:
         self, keeps: Bool[Tensor, "circuit reader writer"], measure: Measure, progress: bool
     ) -> tuple[Prompt, Prompt, Float[Tensor, "circuit prompt"]]:
         """The measure of the model as it is, with everything ablated, and of several circuits."""
-        n, done = self.n, 0
+        n = self.n
         full, ablated = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
         found = torch.zeros(len(keeps), n, dtype=torch.float64)
         # Equal circuits (small sizes, rankings without negative scores) are run once.
         keeps, which = torch.unique(keeps, dim=0, return_inverse=True)
         none = torch.zeros_like(keeps[:1])
         mean = self.mean() if self.ablation == "mean" else None
-        for group in self.groups:
-            size = self.at_once(group.ids.shape[1])
-            circuits = min(len(keeps), size)
-            for piece in group.split(max(1, size // circuits)):
-                clean = self.model.run(piece.ids)
-                other = mean if mean is None else mean.expand(-1, len(piece.ids), -1, -1)
-                held = [p[0] for p in clean.patterns] if self.frozen else None
-                if piece.twins is not None:
-                    twin = self.model.run(piece.twins)
-                    nothing = twin.logits
-                    if held is not None:
-                        twin = self.model.run(piece.twins, patterns=held)
-                    other = twin.writes[0]
-                else:
-                    nothing = self.model.run(piece.ids, none, other).logits
-                runs = (self.model.run(piece.ids, part, other, held).logits
-                        for part in keeps.split(circuits))  # fmt: skip
-                take = lambda logits: measure.values(logits, clean.logits[0], piece.index)  # noqa: B023, E731
-                full[piece.index] = take(clean.logits)[0].double().cpu()
-                ablated[piece.index] = take(nothing)[0].double().cpu()
-                found[:, piece.index] = torch.cat([take(r) for r in runs])[which].double().cpu()
-                done += len(piece.ids)
-                if progress:
-                    print(f"\r{done}/{n} prompts", end="", file=sys.stderr, flush=True)  # noqa: T201
-        if progress:
-            print(file=sys.stderr)  # noqa: T201
+        with tqdm(desc="prompts", total=n, disable=not progress) as bar:
+            for group in self.groups:
+                size = self.at_once(group.ids.shape[1])
+                circuits = min(len(keeps), size)
+                for piece in group.split(max(1, size // circuits)):
+                    clean = self.model.run(piece.ids)
+                    other = mean if mean is None else mean.expand(-1, len(piece.ids), -1, -1)
+                    held = [p[0] for p in clean.patterns] if self.frozen else None
+                    if piece.twins is not None:
+                        twin = self.model.run(piece.twins)
+                        nothing = twin.logits
+                        if held is not None:
+                            twin = self.model.run(piece.twins, patterns=held)
+                        other = twin.writes[0]
+                    else:
+                        nothing = self.model.run(piece.ids, none, other).logits
+                    runs = (self.model.run(piece.ids, part, other, held).logits
+                            for part in keeps.split(circuits))  # fmt: skip
+                    take = lambda logits: measure.values(logits, clean.logits[0], piece.index)  # noqa: B023, E731
+                    full[piece.index] = take(clean.logits)[0].double().cpu()
+                    ablated[piece.index] = take(nothing)[0].double().cpu()
+                    found[:, piece.index] = torch.cat([take(r) for r in runs])[which].double().cpu()
+                    bar.update(len(piece.ids))
         return full, ablated, found

@@ -510,6 +510,28 @@ def test_the_host_stays_as_it_was(case):
     )
 
 
+@pytest.mark.offered(HookedTransformer is not None)
+def test_flags_that_change_a_host_s_shapes_change_nothing():
+    model, clean, corrupted = runs(CASES["hooked-llama"])
+    edges = some_edges(model)
+    plain = faithfulness(model, clean, edges, corrupted, target=3)
+    flags = (
+        "ungroup_grouped_query_attention",
+        "use_attn_result",
+        "use_hook_mlp_in",
+        "use_split_qkv_input",
+    )
+    try:
+        for flag in flags:
+            getattr(model, f"set_{flag}")(True)
+        found = faithfulness(model, clean, edges, corrupted, target=3)
+        assert all(getattr(model.cfg, flag) for flag in flags)
+    finally:
+        for flag in flags:
+            getattr(model, f"set_{flag}")(False)
+    assert_close(found.circuit, plain.circuit, 1e-12)
+
+
 BAD = {
     "L1H2→L0MLP": "L0MLP reads before L1H2 writes; expected an edge along the order of layers",
     "L0MLP→L0H1.v": "L0H1.v reads before L0MLP writes",
