@@ -199,7 +199,7 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
             name: {
                 "model": one.model,
                 "dtype": one.dtype,
-                "prompts": len(one),
+                "prompts": {part: len(found[name][part]) for part in PARTS},
                 "tokens": [min(one.lengths), sum(one.lengths) / len(one), max(one.lengths)],
                 "mask_token": one.mask_token,
                 "runs": sum(sum(part.runs.values()) for part in found[name].values()),

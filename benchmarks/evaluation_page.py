@@ -39,7 +39,7 @@ def page(r: dict[str, Any]) -> str:
 
 def head(r: dict[str, Any]) -> str:
     rows = [
-        [name, s["model"], s["dtype"], s["prompts"],
+        [name, s["model"], s["dtype"], " / ".join(str(n) for n in s["prompts"].values()),
          f"{s['tokens'][0]}–{s['tokens'][2]}, mean {s['tokens'][1]:.1f}", f"{s['runs']:,}"]
         for name, s in r["sets"].items()
     ]  # fmt: skip
@@ -56,7 +56,7 @@ unknown token) and by the mean embedding; each takes the model off its training 
 no one of them is the truth. The beginning-of-sequence token is never masked. Numbers are means over
 prompts with 95 % bootstrap intervals; p is of a paired permutation test (sign flips).
 
-{table(["prompts", "model", "dtype", "n", "tokens that may be masked", "masked runs"], rows)}
+{table(["prompts", "model", "dtype", "n: " + " / ".join(next(iter(r["sets"].values()))["prompts"]), "tokens that may be masked", "masked runs"], rows)}
 
 The bundled model's prompts are held-out ones of its tasks (of 5 to 34 tokens). `stories` are windows that
 begin with a sentence of the TinyStories sample, and continuations sampled from the model itself, of 24 to 64
@@ -75,16 +75,16 @@ def bars(r: dict[str, Any]) -> str:
     lines = ["## Perturbation 0–30 %, and agreement with leave-one-out", "",
              "Area under the prediction's probability while the highest-scored 0–30 % of the tokens are "
              "masked: lower is better. Agreement: rank correlation of scores with what the probability "
-             f"loses without each token alone. In bold where p < {ALPHA} against *every* attention-based "
-             "method; beside it the best of those, and the largest p against any of them that is not "
-             "better."]  # fmt: skip
+             "loses without each token alone: higher is better. In bold where it is better than *every* "
+             f"attention-based method with p < {ALPHA}, the largest p given; else that p, or how many it is "
+             "better than."]  # fmt: skip
     for key in (MAIN, LOO):
         rows = []
         for group, title in MODELS.items():
             for part in LAST:
                 for masking, cells in r["tables"][group][part].items():
-                    rows.append([title, part, masking, *verdicts(r, cells[key])])
-        heads = ["model", "last token", "masked by", "norm", "in_out", "in_out, log-odds",
+                    rows.append([title, part, masking, cells[key]["n"], *verdicts(r, cells[key])])
+        heads = ["model", "last token", "masked by", "n", "norm", "in_out", "in_out, log-odds",
                  "best attention-based", "best of all others"]  # fmt: skip
         lines += ["", f"### {TITLES[key]}", "", table(heads, rows)]
     lines += ["", "### By task: positive, 0–30 %, last token kept", "", *by_set(r)]
