@@ -43,6 +43,8 @@ def head(r: dict[str, Any]) -> str:
          f"{s['tokens'][0]}–{s['tokens'][2]}, mean {s['tokens'][1]:.1f}", f"{s['runs']:,}"]
         for name, s in r["sets"].items()
     ]  # fmt: skip
+    parts = " / ".join(next(iter(r["sets"].values()))["prompts"])
+    heads = ["prompts", "model", "dtype", f"n: {parts}", "tokens that may be masked", "masked runs"]
     return f"""# Which method says which tokens a model needs?
 
 Made by `python benchmarks/evaluation.py` (torch {r["torch"]}, seed {r["seed"]}) from
@@ -56,7 +58,7 @@ unknown token) and by the mean embedding; each takes the model off its training 
 no one of them is the truth. The beginning-of-sequence token is never masked. Numbers are means over
 prompts with 95 % bootstrap intervals; p is of a paired permutation test (sign flips).
 
-{table(["prompts", "model", "dtype", "n: " + " / ".join(next(iter(r["sets"].values()))["prompts"]), "tokens that may be masked", "masked runs"], rows)}
+{table(heads, rows)}
 
 The bundled model's prompts are held-out ones of its tasks (of 5 to 34 tokens). `stories` are windows that
 begin with a sentence of the TinyStories sample, and continuations sampled from the model itself, of 24 to 64
