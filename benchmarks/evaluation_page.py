@@ -8,7 +8,7 @@ from typing import Any
 MAIN = "positive tensorlens probability"
 LOO = "leave_one_out probability"
 LAST = ("last masked, too", "last kept")
-MODELS = {"demo": "the bundled model, its four tasks together", "stories": "stories260K"}
+MODELS = {"demo": "the bundled model", "stories": "stories260K"}
 TITLES = {
     MAIN: "positive, 0–30 %",
     "negative tensorlens probability": "negative, 0–30 %",
@@ -31,7 +31,7 @@ ALPHA = 0.01
 
 def page(r: dict[str, Any]) -> str:
     """The page, as Markdown."""
-    sections = [head(r), bars(r), odds(r), signs(r), costs(r)]
+    sections = [head(r), *missing(r), bars(r), odds(r), signs(r), costs(r)]
     for group in [*MODELS, *(name for name in r["sets"] if name not in MODELS)]:
         sections.append(everything(r, group))
     return "\n\n".join(sections) + "\n"
@@ -70,6 +70,18 @@ masks it first, the prediction is gone, and the measure says little about the ot
 protocol is run twice: with the last token masked, too, and with it kept."""
 
 
+def missing(r: dict[str, Any]) -> list[str]:
+    """What was not run, said first."""
+    absent = [f"{name} ({part})" for name, s in r["sets"].items() for part, n in s["prompts"].items()
+              if n == 0]  # fmt: skip
+    if not absent:
+        return []
+    return [
+        f"**Not run yet: {'; '.join(absent)}.** The tables below are of what was; `python "
+        "benchmarks/evaluation.py --keep FOLDER` runs the rest."
+    ]
+
+
 # --- The bars ------------------------------------------------------------------------------------
 
 
@@ -84,8 +96,10 @@ def bars(r: dict[str, Any]) -> str:
         rows = []
         for group, title in MODELS.items():
             for part in LAST:
-                for masking, cells in r["tables"][group][part].items():
-                    rows.append([title, part, masking, cells[key]["n"], *verdicts(r, cells[key])])
+                tasks = r["members"][group].get(part, [])
+                shown = f"{title} ({', '.join(tasks)})" if group == "demo" else title
+                for masking, cells in r["tables"][group].get(part, {}).items():
+                    rows.append([shown, part, masking, cells[key]["n"], *verdicts(r, cells[key])])
         heads = ["model", "last token", "masked by", "n", "norm", "in_out", "in_out, log-odds",
                  "best attention-based", "best of all others"]  # fmt: skip
         lines += ["", f"### {TITLES[key]}", "", table(heads, rows)]
@@ -201,15 +215,16 @@ def everything(r: dict[str, Any], group: str) -> str:
     lines = [f"## All measures: {MODELS.get(group, group)}"]
     for masking in ("delete", "token", "mean"):
         cells: dict[str, Any] = {}
+        names: dict[str, Any] = {}
         for part in r["tables"][group]:
             for key, cell in r["tables"][group][part][masking].items():
+                names = {**names, **cell["methods"]}
                 note = ", last kept" if part == "last kept" else ""
                 arrow = "↑" if cell["higher"] else "↓"
                 cells[f"{TITLES[key]}{note} {arrow} (n = {cell['n']})"] = cell["methods"]
         heads = list(cells)
-        names = list(next(iter(cells.values())))
         rows = [
-            [name.replace("|", "\\|"), *(span(cells[h][name]) for h in heads)] for name in names
+            [name.replace("|", "\\|"), *(span(cells[h].get(name)) for h in heads)] for name in names
         ]
         lines += ["", f"<details><summary>Masked by {masking}</summary>", "",
                   table(["method", *heads], rows), "", "</details>"]  # fmt: skip
@@ -220,8 +235,8 @@ def everything(r: dict[str, Any], group: str) -> str:
     return "\n".join(lines) + note
 
 
-def span(cell: list[float | None]) -> str:
-    mean, low, high = cell[:3]
+def span(cell: list[float | None] | None) -> str:
+    mean, low, high = (None,) * 3 if cell is None else cell[:3]
     return "–" if mean is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
