@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING, Any
 from .plugin import capture, install, uninstall, wrap
 
 if TYPE_CHECKING:
+    from .baselines_edges import score_edges
     from .capturing import Capture, Convention
     from .circuits import Circuit
     from .composer import FrozenTransformer
     from .datasets import MeanAttribution, attribute
     from .discovery import discover
     from .graph import Edge, Node
+    from .interventions import faithfulness, faithfulness_curve, faithfulness_of_many
     from .lens import TensorLens, load
     from .linear_map import LinearMap, dot_test
     from .paths import Paths
     from .results import Attribution
     from .selfcheck import CaptureMismatchError
+    from .shares import Faithfulness, FaithfulnessCurve
     from .supported import UnsupportedArchitectureError
 
 __version__ = "0.1.0"
@@ -42,13 +45,19 @@ _HOMES = {
     "CaptureMismatchError": "selfcheck",
     "Circuit": "circuits",
     "Convention": "capturing",
+    "Faithfulness": "shares",
+    "FaithfulnessCurve": "shares",
     "FrozenTransformer": "composer",
     "Node": "graph",
     "Paths": "paths",
     "TensorLens": "lens",
     "LinearMap": "linear_map",
     "dot_test": "linear_map",
+    "faithfulness": "interventions",
+    "faithfulness_curve": "interventions",
+    "faithfulness_of_many": "interventions",
     "load": "lens",
+    "score_edges": "baselines_edges",
 }
 
 __all__ = [
@@ -58,6 +67,8 @@ __all__ = [
     "Circuit",
     "Convention",
     "Edge",
+    "Faithfulness",
+    "FaithfulnessCurve",
     "FrozenTransformer",
     "LinearMap",
     "MeanAttribution",
@@ -69,8 +80,12 @@ __all__ = [
     "capture",
     "discover",
     "dot_test",
+    "faithfulness",
+    "faithfulness_curve",
+    "faithfulness_of_many",
     "install",
     "load",
+    "score_edges",
     "uninstall",
     "wrap",
 ]

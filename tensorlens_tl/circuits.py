@@ -10,109 +10,23 @@ our own beside: Hanna, Pezzelle, Belinkov (arXiv 2403.17806); Mueller et al. (ar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .capturing import Capture, Convention
+from .edge_runs import edge_model
 from .graph import Edge, Node
+from .interventions import faithfulness, faithfulness_curve
+from .model_info import ModelInfo
 from .results import Attribution
 from .selection import connected, select
-from .weights import BlockWeights, ModelWeights
+from .shares import Faithfulness, FaithfulnessCurve
 from .wiring import INPUT, LOGITS, Wiring, as_edges, eap_name, owner, parse_eap
 
 FORMAT = "tensorlens_tl circuit 1"
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """Which model a circuit is of.
-
-    Attributes:
-        name: For people.
-        wiring: Which edges it has.
-        d_model: Width of its residual.
-        fingerprint: Of some of its weights: tells models apart and proves nothing; "" if not known.
-    """
-
-    name: str
-    wiring: Wiring
-    d_model: int
-    fingerprint: str = ""
-
-    @classmethod
-    def of(cls, name: str, weights: ModelWeights) -> ModelInfo:
-        """Of a model's weights, as an adapter has them.
-
-        Args:
-            name: The model's.
-            weights: All of them.
-
-        Returns:
-            What tells it from others.
-        """
-        blocks = weights.blocks
-        wiring = Wiring(
-            len(blocks),
-            blocks[0].attn.W_O.shape[0],
-            parallel=any(b.parallel and b.mlp is not None for b in blocks),
-            attn_only=all(b.mlp is None for b in blocks),
-        )
-        outputs = [block.attn.W_O for block in blocks]
-        return cls(name, wiring, blocks[0].attn.W_O.shape[-1],
-                   fingerprint([*outputs, weights.unembed.W_U]))  # fmt: skip
-
-    @classmethod
-    def of_capture(cls, capture: Capture) -> ModelInfo:
-        """Of the model that a capture ran."""
-        blocks = tuple(
-            BlockWeights(
-                b.attn.weights, getattr(b.mlp, "weights", None), None, None, None, None,
-                parallel=b.resid_mid is None,
-            )
-            for b in capture.blocks
-        )  # fmt: skip
-        return cls.of(capture.model_name, ModelWeights(blocks, None, capture.unembed.weights))
-
-    def check(self, other: ModelInfo) -> None:
-        """Refuse another model than this.
-
-        Raises:
-            ValueError: If its shape or its weights are other ones.
-        """
-        if self.wiring != other.wiring or self.d_model != other.d_model:
-            raise ValueError(
-                f"expected a circuit of this model ({other.name}: {other.wiring}), got one of "
-                f"{self.name} ({self.wiring}): find it anew"
-            )
-        if self.fingerprint and other.fingerprint and self.fingerprint != other.fingerprint:
-            raise ValueError(
-                f"expected a circuit of this model ({other.name}), got one of {self.name} with other "
-                "weights: take that model, loaded and processed in the same way, or find it anew"
-            )
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A short hash of a few numbers of every weight, the same for every dtype down to bfloat16.
-
-    Args:
-        tensors: Weights.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        W = tensor.detach().flatten(0, -2)
-        some = torch.cat((W[:4, :4].flatten(), W[-4:, -4:].flatten())).float().bfloat16()
-        digest.update(some.cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -188,7 +102,7 @@ class Circuit:
         """Another circuit by the same scores; nothing is run.
 
         Args:
-            n_edges: At most so many edges; or
+            n_edges: So many edges; or
             threshold: the smallest number a method may rank an edge by.
             method: As in :func:`tensorlens_tl.discover`; by default, this circuit's.
 
@@ -203,6 +117,82 @@ class Circuit:
         method = self.method if method is None else method
         edges = select(self.scores, self.model.wiring, n_edges, threshold, method)
         return replace(self, edges=edges, method=method)
+
+    # --- In the real model
+
+    def faithfulness(
+        self,
+        model: Any,
+        prompts: Any,
+        corrupted: Any = None,
+        ablation: str = "resample",
+        pattern: str = "live",
+        target: Any = None,
+        versus: Any = None,
+        **options: Any,
+    ) -> Faithfulness:
+        """How much of a behaviour the model itself keeps with every other edge ablated.
+
+        Args:
+            model: The model that the circuit is of; left as it was.
+            prompts: See :func:`tensorlens_tl.faithfulness`, also for all that follows.
+            corrupted: Each prompt's twin; needed to ``resample``.
+            ablation: "resample", "mean" or "zero".
+            pattern: "live" or "frozen".
+            target: What is measured.
+            versus: What is subtracted.
+            **options: ``metric``, ``pos``, ``mean_over``, ``seed``, ``batch_size``, ``progress``.
+
+        Returns:
+            The share recovered, with its bootstrap interval.
+
+        Raises:
+            ValueError: If the circuit is of another model, or an argument makes no sense.
+        """
+        self._check_model(model)
+        return faithfulness(
+            model, prompts, self.edges, corrupted, ablation, pattern, target, versus, **options
+        )
+
+    def faithfulness_curve(
+        self,
+        model: Any,
+        prompts: Any,
+        corrupted: Any = None,
+        ablation: str = "resample",
+        pattern: str = "live",
+        target: Any = None,
+        versus: Any = None,
+        **options: Any,
+    ) -> FaithfulnessCurve:
+        """The same for the first edges by score at growing sizes, with the areas CPR and CMD.
+
+        Args:
+            model: As for :meth:`faithfulness`.
+            prompts: Prompts.
+            corrupted: Twins.
+            ablation: "resample", "mean" or "zero".
+            pattern: "live" or "frozen".
+            target: Token.
+            versus: Token.
+            **options: ``sizes`` and those of :meth:`faithfulness`.
+
+        Returns:
+            The curve.
+
+        Raises:
+            ValueError: If the circuit has no scores, is of another model, or an argument makes no sense.
+        """
+        self._check_model(model)
+        if not self.scores:
+            raise ValueError("this circuit has no scores, its edges were named: discover one")
+        return faithfulness_curve(
+            model, prompts, self.scores, corrupted, ablation, pattern, target, versus, **options
+        )
+
+    def _check_model(self, model: Any) -> None:
+        with edge_model(model) as edged:
+            self.model.check(ModelInfo.of(edged.adapter.name, edged.adapter.weights))
 
     # --- In other forms
 
@@ -358,17 +348,19 @@ def _networkx() -> Any:
 # --- From an attribution, or from names ----------------------------------------------------------
 
 
-def edge_scores(wiring: Wiring, found: Attribution) -> dict[Edge, float]:
+def edge_scores(wiring: Wiring, found: Attribution, prompt: int | None = None) -> dict[Edge, float]:
     """Every edge's score: a split by edge, averaged over its prompts, constants left out.
 
     Args:
         wiring: The model's.
         found: The split; token and position embeddings are summed to the input's.
+        prompt: Which of its prompts alone, or None.
 
     Returns:
         Scores by edge, reader by reader from below.
     """
-    means = found.values.double().mean(0).tolist()
+    values = found.values.double()
+    means = (values.mean(0) if prompt is None else values[prompt]).tolist()
     sums: dict[Edge, float] = {}
     for source, mean in zip(found.sources, means, strict=True):
         edge = source.node

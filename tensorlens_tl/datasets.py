@@ -118,6 +118,7 @@ def attribute(
     by: str = "component",
     effect: str = "direct",
     *,
+    qk: bool = False,
     batch_size: int = 8,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -136,6 +137,7 @@ def attribute(
         pos: Position of the prediction among the real tokens.
         by: As in :meth:`TensorLens.attribute`.
         effect: As in :meth:`TensorLens.attribute`.
+        qk: As in :meth:`TensorLens.attribute`.
         batch_size: Prompts captured at once; strings are padded, ids are captured one by one where
             their lengths differ.
         path: A file to which every prompt's attribution is written as one line of JSON
@@ -159,7 +161,7 @@ def attribute(
         lenses = _lenses(model, prompts, batch_size, kwargs)
         for lens in tqdm(lenses, "prompts", len(prompts), disable=not progress):
             with torch.no_grad():
-                one = lens.attribute(goals[0][n], goals[1][n], pos, by, effect)
+                one = lens.attribute(goals[0][n], goals[1][n], pos, by, effect, qk=qk)
             if path is not None:
                 file.write(one.to_json() + "\n")
             error = one.completeness_error

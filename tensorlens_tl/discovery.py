@@ -7,15 +7,14 @@ import json
 import os
 import random
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .adapters import adapt
 from .attribution import Sweep, attribute
@@ -67,7 +66,7 @@ def discover(
             prediction.
         versus: Subtracted from the target; for all, one for each prompt, or None.
         pos: Position of the prediction among the real tokens.
-        n_edges: At most so many edges; or
+        n_edges: So many edges; or
         threshold: the smallest number an edge is ranked by.
         method: "greedy", "absolute", "signed" or "influence"; see :meth:`TensorLens.discover`.
         qk: Whether queries and keys are readers, too.
@@ -107,18 +106,16 @@ def discover(
     scores, n = ({}, 0) if file is None else file.read(info)
     written, last = n, time.monotonic()
     try:
-        for start in range(n, len(work), batch_size):
-            with torch.no_grad():
-                found = work.scores(model, start, start + batch_size)
-            scores, n = _folded(scores, n, found), n + len(found)
-            if file is not None and time.monotonic() - last > WRITE_EVERY:
-                file.write(circuit(scores, n), n)
-                written, last = n, time.monotonic()
-            if progress:
-                print(f"\r{n}/{len(work)} prompts", end="", file=sys.stderr, flush=True)  # noqa: T201
+        with tqdm(desc="prompts", total=len(work), initial=n, disable=not progress) as bar:
+            for start in range(n, len(work), batch_size):
+                with torch.no_grad():
+                    found = work.scores(model, start, start + batch_size)
+                scores, n = _folded(scores, n, found), n + len(found)
+                if file is not None and time.monotonic() - last > WRITE_EVERY:
+                    file.write(circuit(scores, n), n)
+                    written, last = n, time.monotonic()
+                bar.update(len(found))
     finally:  # an interruption keeps what is done
-        if progress:
-            print(file=sys.stderr)  # noqa: T201
         if file is not None and n > written:
             file.write(circuit(scores, n), n)
     return circuit(scores, n)
@@ -191,8 +188,7 @@ class _Work:
                 check_comparable(lens.capture, other.capture)
                 theirs = self.sweep(other, targets, versus, own_prediction(lens.capture, self.pos))
                 split = difference(ours, theirs, "edge", self.at, self.qk)
-            one = (replace(split, values=values[None]) for values in split.values)
-            found += [edge_scores(wiring, part) for part in one]
+            found += [edge_scores(wiring, split, prompt) for prompt in range(len(rows))]
         return found
 
     def run(self, model: Any, prompts: Sequence[Any]) -> TensorLens:
@@ -214,12 +210,11 @@ class _Work:
 
 def _alike(rows: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
     """Rows that can be captured together: strings, or ids of one length."""
-    prompts = [prompt for row in rows for prompt in row[:2] if prompt is not None]
-    text = all(isinstance(prompt, str) for prompt in prompts)
-    if text or len({-1 if isinstance(p, str) else len(p) for p in prompts}) == 1:
-        yield rows
-    else:
-        yield from ([row] for row in rows)
+    kinds: dict[Any, list[tuple[Any, ...]]] = {}
+    for i, row in enumerate(rows):
+        found = {-1 if isinstance(p, str) else len(p) for p in row[:2] if p is not None}
+        kinds.setdefault(found.pop() if len(found) == 1 else (i,), []).append(row)
+    yield from kinds.values()
 
 
 def _plain(value: Any) -> Any:

@@ -206,7 +206,7 @@ class TensorLens(FrozenRun):
             target: As in :meth:`attribute`.
             versus: Subtracted from the target, or None.
             pos: Position of the prediction among the real tokens.
-            n_edges: At most so many edges; or
+            n_edges: So many edges; or
             threshold: the smallest number an edge is ranked by.
             method: "greedy" grows from the logits down by |score|; "absolute" and "signed" take the
                 largest |score| or score; "influence" what shares of |score| carry to the logits.

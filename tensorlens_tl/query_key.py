@@ -133,13 +133,15 @@ class _Projection:
     Attributes:
         rotated: Them, normalized and rotated.
         W: W_Q or W_K.
-        norm: Their own norm, frozen, or None.
+        norm: Their own norm, or None.
+        scale: What it divided by in the run, or None.
         rotation: Their rotation, or None.
     """
 
     rotated: Float[Tensor, "batch any_head pos d_query"]
     W: Float[Tensor, "any_head d_model d_query"]
-    norm: Norm | None
+    norm: NormWeights | None
+    scale: Float[Tensor, "batch any_head pos 1"] | None
     rotation: Rotation | None
 
     @classmethod
@@ -147,16 +149,17 @@ class _Projection:
         cls, frame: Frame, x: Tensor, w: ScoreWeights, W: Tensor, b: Tensor | None,
         norm: NormWeights | None,
     ) -> _Projection:  # fmt: skip
-        W, frozen = frame.cast(W), None
+        W, scale = frame.cast(W), None
         y = x[:, None] @ W
         y = y if b is None else y + frame.cast(b)[:, None]
         if norm is not None:
             centered = y - y.mean(-1, keepdim=True) if norm.center else y
             scale = (centered.square().mean(-1, keepdim=True) + w.eps).sqrt()
-            frozen = Norm(frame, "", scale, norm, y.shape[-1])
-            y = frozen.apply(y) + (0.0 if norm.b is None else frame.cast(norm.b))
+            y = centered / scale
+            y = y if norm.gain is None else y * frame.cast(norm.gain)
+            y = y if norm.b is None else y + frame.cast(norm.b)
         y = y if w.rotation is None else _turned(y, w.rotation)
-        return cls(y, W, frozen, w.rotation)
+        return cls(y, W, norm, scale, w.rotation)
 
     def pull(
         self, y: Float[Tensor, "batch head pos d_query"]
@@ -164,8 +167,10 @@ class _Projection:
         """From covectors of every query head's queries or keys to those of what W reads."""
         y = y if self.rotation is None else _turned(y, self.rotation, back=True)
         y = y.unflatten(1, (self.W.shape[0], -1)).transpose(1, 2)  # [batch, repeat, any_head, …]
-        if self.norm is not None:
-            y = self.norm.apply_t(y.transpose(0, 1)).transpose(0, 1)
+        if self.norm is not None and self.scale is not None:
+            y = y if self.norm.gain is None else y * self.norm.gain.detach().to(y)
+            y = y / self.scale[:, None]
+            y = y - y.mean(-1, keepdim=True) if self.norm.center else y
         return (y @ self.W.mT).transpose(1, 2).flatten(1, 2)
 
 

@@ -127,7 +127,7 @@ class RelationStudy:
     def estimate(
         self, what: str, variant: str, n_train: int, relation: str | None = None
     ) -> Estimate:
-        """The mean over splits (and relations) of a share, each split one value of the bootstrap.
+        """The mean of a share over splits and, in each, relations; the bootstrap draws splits.
 
         Args:
             what: "faithfulness", "causality" or "ceiling".
@@ -138,8 +138,9 @@ class RelationStudy:
         Returns:
             The mean and its 95 % interval.
         """
-        values = [getattr(row, what) for row in self.select(variant, n_train, relation)]
-        return bootstrap([math.nan if value is None else value for value in values])
+        rows = self.select(variant, n_train, relation)
+        values = [getattr(row, what) for row in rows]
+        return _over_splits(rows, [math.nan if value is None else value for value in values])
 
     def difference(
         self, what: str, variant: str, other: str, n_train: int, relation: str | None = None
@@ -156,8 +157,9 @@ class RelationStudy:
         Returns:
             The mean difference and its 95 % interval.
         """
-        sides = (self.select(name, n_train, relation) for name in (variant, other))
-        return bootstrap([getattr(a, what) - getattr(b, what) for a, b in zip(*sides, strict=True)])
+        ours, theirs = (self.select(name, n_train, relation) for name in (variant, other))
+        gaps = [getattr(a, what) - getattr(b, what) for a, b in zip(ours, theirs, strict=True)]
+        return _over_splits(ours, gaps)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -207,6 +209,14 @@ class RelationStudy:
             raise ValueError(
                 f"expected JSON with the format {FORMAT!r}, as RelationStudy.to_json writes: {error}"
             ) from None
+
+
+def _over_splits(rows: Sequence[Decoding], values: Sequence[float]) -> Estimate:
+    # Draws of one number take the same subjects in every relation, so they count as one.
+    splits: dict[int, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        splits.setdefault(row.split, []).append(value)
+    return bootstrap([sum(found) / len(found) for found in splits.values()])
 
 
 def decode(

@@ -6,12 +6,13 @@ pattern recomputed from it must be the captured one (``query_key``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, linear_weights
+from .adapters import Adapter, HookedTransformerAdapter, linear_weights
 from .queries import NotRecomputableError, Queries
 from .weights import Rotation, ScoreWeights
 
@@ -32,17 +33,20 @@ def score_weights(adapter: Adapter, n_pos: int) -> tuple[ScoreWeights, ...] | No
         return None
     if how.sinks:  # a pattern with sinks is no softmax of the scores alone
         return None
-    of_block = _hooked if hasattr(adapter.model.blocks[0].attn, "W_Q") else _bridged
+    layouts = query_key_weights(adapter)
     with torch.no_grad():
         rotations = _rotations(adapter, n_pos)
+    if rotations is None:
+        return None
     found = []
-    for block, scores, rotation in zip(adapter.model.blocks, how.scores, rotations, strict=True):
+    blocks = adapter.model.blocks
+    for block, layout, scores, rotation in zip(blocks, layouts, how.scores, rotations, strict=True):
         attn = block.attn
         norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
         q_norm, k_norm = map(adapter.norm_weights, norms)
         found.append(
             ScoreWeights(
-                *of_block(attn, adapter.cfg.d_head), scale=scores.scale, soft_cap=scores.soft_cap,
+                *layout, scale=scores.scale, soft_cap=scores.soft_cap,
                 q_norm=q_norm, k_norm=k_norm, eps=_eps(norms[0]), rotation=rotation,
             )
         )  # fmt: skip
@@ -50,6 +54,13 @@ def score_weights(adapter: Adapter, n_pos: int) -> tuple[ScoreWeights, ...] | No
 
 
 Layout = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
+
+
+def query_key_weights(adapter: Adapter) -> tuple[Layout, ...]:
+    """W_Q, b_Q, W_K and b_K of every block, referenced; norms and rotations come after them."""
+    of_block = _hooked if isinstance(adapter, HookedTransformerAdapter) else _bridged
+    return tuple(of_block(block.attn, adapter.cfg.d_head) for block in adapter.model.blocks)
 
 
 def _hooked(attn: Any, d_head: int) -> Layout:
@@ -73,12 +84,11 @@ def _eps(norm: Any) -> float:
     return float(getattr(norm, "eps", 0.0) if found is None else found)
 
 
-def _rotations(adapter: Adapter, n_pos: int) -> list[Rotation | None]:
-    """Every block's rotation, from the host's own tables."""
+def _rotations(adapter: Adapter, n_pos: int) -> Sequence[Rotation | None] | None:
+    """Every block's rotation, from the host's own tables; None where they are not found."""
     blocks, cfg = adapter.model.blocks, adapter.cfg
-    none: list[Rotation | None] = [None] * len(blocks)
     if getattr(cfg, "positional_embedding_type", None) != "rotary":
-        return none
+        return [None] * len(blocks)
     adjacent = bool(getattr(cfg, "rotary_adjacent_pairs", False))
     if hasattr(blocks[0].attn, "rotary_cos"):
         tables = ((block.attn.rotary_cos, block.attn.rotary_sin) for block in blocks)
@@ -92,6 +102,9 @@ def _rotations(adapter: Adapter, n_pos: int) -> list[Rotation | None]:
         if name.rpartition(".")[2] == "rotary_emb":
             rotary = getattr(module, "original_component", module)  # no hook is to fire
             x = adapter.weights.unembed.W_U[:1]
-            cos, sin = rotary(x, torch.arange(n_pos, device=x.device)[None])
+            try:
+                cos, sin = rotary(x, torch.arange(n_pos, device=x.device)[None])
+            except TypeError:  # one that asks for more than positions
+                return None
             return [Rotation(cos[0], sin[0], adjacent)] * len(blocks)
-    return none
+    return None

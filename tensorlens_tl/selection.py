@@ -6,10 +6,13 @@
     influence   what an edge carries to the logits: a node passes its influence down to the edges
                 into it in proportion to |score|, the logits have 1
 
-An edge that is on no path from the input to the logits carries nothing and is left out; so a
-ranking is read until as many edges as asked for are connected.
+An edge that is on no path from the input to the logits carries nothing. So an edge comes with what
+connects it: the largest edge into its writer, into that one's writer and so on down to a node that
+is in, and likewise the largest out of its reader up. Where that passes the size asked for, the edge
+is passed over. (Cut at a size and pruned instead, a ranking may leave nothing: an induction
+circuit's first head reads the tokens by an edge that many are larger than.)
 
-Greedy selection: Hanna, Pezzelle, Belinkov, "Have faith in faithfulness" (arXiv 2403.17806).
+Greedy growth: Hanna, Pezzelle, Belinkov, "Have faith in faithfulness" (arXiv 2403.17806).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from .graph import Edge, Node
 from .wiring import INPUT, LOGITS, Wiring, owner
@@ -34,19 +37,18 @@ def connected(edges: Iterable[Edge]) -> frozenset[Edge]:
     Returns:
         Those of them.
     """
-    edges = list(edges)
-    down, up = defaultdict(list), defaultdict(list)
+    edges, up, down = list(edges), defaultdict(set), defaultdict(set)
     for edge in edges:
-        up[edge.src].append(owner(edge.dest))
-        down[owner(edge.dest)].append(edge.src)
+        up[edge.src].add(owner(edge.dest))
+        down[owner(edge.dest)].add(edge.src)
     reached, needed = _reach(INPUT, up), _reach(LOGITS, down)
     return frozenset(e for e in edges if e.src in reached and owner(e.dest) in needed)
 
 
-def _reach(start: Node, following: Mapping[Node, list[Node]]) -> set[Node]:
+def _reach(start: Node, following: Mapping[Node, set[Node]]) -> set[Node]:
     found, todo = {start}, [start]
     while todo:
-        new = set(following.get(todo.pop(), ())) - found
+        new = following.get(todo.pop(), set()) - found
         found |= new
         todo += new
     return found
@@ -75,8 +77,8 @@ def influences(scores: Mapping[Edge, float], wiring: Wiring) -> dict[Edge, float
     return found
 
 
-def ranking(scores: Mapping[Edge, float], wiring: Wiring, method: str) -> list[tuple[Edge, float]]:
-    """Edges in the order in which a method takes them, with what it ranks them by.
+def ranked_by(scores: Mapping[Edge, float], wiring: Wiring, method: str) -> dict[Edge, float]:
+    """The number that a method ranks every edge by, the larger the better.
 
     Args:
         scores: Every edge's.
@@ -84,7 +86,7 @@ def ranking(scores: Mapping[Edge, float], wiring: Wiring, method: str) -> list[t
         method: One of :data:`METHODS`.
 
     Returns:
-        Edges and numbers; equal ones in the order of ``scores``.
+        Numbers by edge, in the order of ``scores``.
 
     Raises:
         ValueError: If there is no such method, or a score is no number.
@@ -94,28 +96,9 @@ def ranking(scores: Mapping[Edge, float], wiring: Wiring, method: str) -> list[t
     if wrong := [edge for edge, score in scores.items() if not math.isfinite(score)]:
         raise ValueError(f"the score of {wrong[0]} is {scores[wrong[0]]}, expected a finite number")
     if method == "influence":
-        values = influences(scores, wiring)
-    else:
-        values = {e: score if method == "signed" else abs(score) for e, score in scores.items()}
-    if method == "greedy":
-        return _greedy(values)
-    return sorted(values.items(), key=lambda item: -item[1])
-
-
-def _greedy(values: Mapping[Edge, float]) -> list[tuple[Edge, float]]:
-    into: dict[Node, list[tuple[float, int, Edge]]] = defaultdict(list)
-    for i, (edge, value) in enumerate(values.items()):
-        into[owner(edge.dest)].append((-value, i, edge))
-    inside, todo, found = {LOGITS, INPUT}, into[LOGITS], []
-    heapq.heapify(todo)
-    while todo:
-        value, _, edge = heapq.heappop(todo)
-        found.append((edge, -value))
-        if edge.src not in inside:
-            inside.add(edge.src)
-            for item in into[edge.src]:
-                heapq.heappush(todo, item)
-    return found
+        found = influences(scores, wiring)
+        return {edge: found[edge] for edge in scores}
+    return {edge: score if method == "signed" else abs(score) for edge, score in scores.items()}
 
 
 def select(
@@ -130,27 +113,36 @@ def select(
     Args:
         scores: Every edge's.
         wiring: The model's.
-        n_edges: At most so many, all of them connected; or
-        threshold: what the method ranks by is at least this.
+        n_edges: So many, or
+        threshold: all that the method ranks by at least this, with what connects them.
         method: One of :data:`METHODS`.
 
     Returns:
-        The edges, in the order of ``scores``; none where even the first path has more.
+        The edges, in the order of ``scores``: all on paths from the input to the logits.
 
     Raises:
         ValueError: If not one of ``n_edges`` and ``threshold`` is given, or it makes no sense.
     """
-    order = ranking(scores, wiring, method)
+    values = ranked_by(scores, wiring, method)
     if (n_edges is None) == (threshold is None):
         given = "both" if n_edges is not None else "neither"
         raise ValueError(f"expected n_edges or threshold, got {given}: give one of them")
-    if threshold is not None:
-        if isinstance(threshold, bool) or not math.isfinite(threshold):
-            raise ValueError(f"expected threshold as a finite number, got {threshold!r}")
-        kept = connected(edge for edge, value in order if value >= threshold)
+    size, least = len(scores), -math.inf
+    if threshold is None:
+        size = _count(n_edges, len(scores))
+    elif isinstance(threshold, bool) or not math.isfinite(threshold):
+        raise ValueError(f"expected threshold as a finite number, got {threshold!r}")
     else:
-        kept = _largest(order, _count(n_edges, len(scores)))
-    return tuple(edge for edge in scores if edge in kept)
+        least = threshold
+    growth = _Growth(values, size)
+    if method == "greedy":
+        growth.from_the_logits(least)
+    else:
+        for edge in sorted(values, key=lambda e: -values[e]):
+            if len(growth.edges) == size or values[edge] < least:
+                break
+            growth.add(edge)
+    return tuple(edge for edge in scores if edge in growth.edges)
 
 
 def _count(n_edges: object, total: int) -> int:
@@ -162,11 +154,57 @@ def _count(n_edges: object, total: int) -> int:
     return n_edges
 
 
-def _largest(order: Sequence[tuple[Edge, float]], n_edges: int) -> frozenset[Edge]:
-    # The longer a prefix, the more of it is connected.
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high + 1) // 2
-        enough = len(connected(e for e, _ in order[:middle])) <= n_edges
-        low, high = (middle, high) if enough else (low, middle - 1)
-    return connected(edge for edge, _ in order[:low])
+class _Growth:
+    """A circuit that stays connected while edges are added."""
+
+    def __init__(self, values: Mapping[Edge, float], size: int):
+        self.values, self.size = values, size
+        self.edges: set[Edge] = set()
+        self.nodes = {INPUT, LOGITS}
+        self.into: dict[Node, list[Edge]] = defaultdict(list)
+        self.best_in: dict[Node, Edge] = {}
+        self.best_out: dict[Node, Edge] = {}
+        for edge, value in values.items():
+            self.into[owner(edge.dest)].append(edge)
+            for best, node in ((self.best_in, owner(edge.dest)), (self.best_out, edge.src)):
+                if node not in best or value > values[best[node]]:
+                    best[node] = edge
+
+    def add(self, edge: Edge) -> list[Node]:
+        """Add an edge and what connects it, if that fits.
+
+        Returns:
+            The nodes that are new.
+        """
+        if edge in self.edges:
+            return []
+        chain, node = [edge], edge.src
+        while node not in self.nodes and node in self.best_in:
+            chain.append(self.best_in[node])
+            node = chain[-1].src
+        top = owner(edge.dest)
+        while top not in self.nodes and top in self.best_out:
+            chain.append(self.best_out[top])
+            top = owner(chain[-1].dest)
+        fits = len(self.edges) + len(chain) <= self.size
+        if not fits or node not in self.nodes or top not in self.nodes:
+            return []
+        self.edges.update(chain)
+        new = {end for e in chain for end in (e.src, owner(e.dest))} - self.nodes
+        self.nodes |= new
+        return sorted(new, key=str)
+
+    def from_the_logits(self, least: float) -> None:
+        """Add the largest edge into a node that is in, as long as one fits."""
+        order = {edge: i for i, edge in enumerate(self.values)}
+        todo: list[tuple[float, int, Edge]] = []
+
+        def candidates(node: Node) -> None:
+            for edge in self.into[node]:
+                if self.values[edge] >= least:
+                    heapq.heappush(todo, (-self.values[edge], order[edge], edge))
+
+        candidates(LOGITS)
+        while todo and len(self.edges) < self.size:
+            for node in self.add(heapq.heappop(todo)[2]):
+                candidates(node)

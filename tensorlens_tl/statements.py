@@ -69,9 +69,8 @@ class Statements:
         decode = self.lenses[0].capture.tokenizer.decode
         objects = (o.strip() for _, o in self.relation.samples)
         said = (decode([int(token)]).strip() for token in self.first)
-        return sum(bool(s) and o.startswith(s) for o, s in zip(objects, said, strict=True)) / len(
-            self
-        )
+        right = [bool(s) and o.startswith(s) for o, s in zip(objects, said, strict=True)]
+        return sum(right) / len(right)
 
     def logits(self, y: Float[Tensor, "*many d_model"]) -> Float[Tensor, "*many d_vocab"]:
         """Logits of final normalized residuals, as the real model would read them (soft cap live)."""
@@ -129,13 +128,14 @@ class Statements:
             The relation.
 
         Raises:
-            ValueError: If there are fewer than two training subjects, a layer was not read, or there
-                is no such method.
+            ValueError: If there are fewer than two training subjects or no β, a layer was not read,
+                or there is no such method.
         """
         places = self._layer_places(layers)
-        if len(set(train)) < 2 or len(set(train)) < len(train):
+        if len(set(train)) < 2 or len(set(train)) < len(train) or not betas:
             raise ValueError(
-                f"expected at least two different training subjects, got {list(train)}"
+                f"expected at least two different training subjects and one β, got {list(train)} and "
+                f"{list(betas)}"
             )
         maps = [self.maps(method, i) for i in train]
         W, b = (torch.stack([getattr(m, part) for m in maps])[:, places] for part in ("W", "b"))
@@ -184,7 +184,12 @@ class Statements:
 
         Returns:
             The logits at the last position.
+
+        Raises:
+            ValueError: If the model's weights were written to since.
         """
+        for i in set(subjects):
+            self.lenses[i]._check_unchanged()
         adapter, found = adapt(self.model), h.new_zeros(len(subjects), *self.output.shape[1:])
         point = adapter.points()[layer, "resid_pre"]
         lengths = torch.tensor([self.lenses[i].embedding.shape[1] for i in subjects])

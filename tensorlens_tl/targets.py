@@ -83,8 +83,12 @@ class Target:
         )
 
 
-def token_id(capture: Capture, text: str) -> int:
+def token_id(capture: Any, text: str) -> int:
     """The id of a one-token string: as given, else without its leading space.
+
+    Args:
+        capture: A run, or anything else with a ``tokenizer``.
+        text: The token.
 
     Returns:
         The id.

@@ -85,15 +85,11 @@ def curves(
     """
     _check(lens, directions, sizes)
     with live_models(lens.capture, model) as (live,):
-        x = live.x.detach()
-        moved = torch.tensor(sizes, dtype=torch.float64).to(x)[:, None, None, None] * directions.to(
-            x
-        )
-        tangent = _jacobian_product(live, directions.to(x))
+        x, delta = live.x.detach(), directions.to(live.x)
+        moved = torch.tensor(sizes, dtype=torch.float64).to(x)[:, None, None, None] * delta
+        tangent = _jacobian_product(live, delta)
         edits = {part: holding(live, PARTS if part == "all" else (part,)) for part in held}
-        tangents = {
-            part: _jacobian_product(live, directions.to(x), edit) for part, edit in edits.items()
-        }
+        tangents = {part: _jacobian_product(live, delta, edit) for part, edit in edits.items()}
         with torch.no_grad():
             # Both ends in one batch, so that the host rounds them alike.
             ends = live.run(torch.cat([x, (x + moved).flatten(0, 1)]))
@@ -354,11 +350,8 @@ class ValidityStudy:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Everything as JSON, errors to five digits; :meth:`from_json` reads it."""
-        rows = [
-            asdict(row) | {m: [float(f"{x:.5g}") for x in getattr(row, m)] for m in METHODS}
-            for row in self.rows
-        ]
+        """Everything as JSON, curves to five digits; :meth:`from_json` reads it."""
+        rows = [{name: _rounded(value) for name, value in asdict(row).items()} for row in self.rows]
         return json.dumps({"format": FORMAT} | asdict(self) | {"rows": rows}, ensure_ascii=False)
 
     @classmethod
@@ -384,6 +377,14 @@ class ValidityStudy:
             raise ValueError(
                 f"expected JSON with the format {FORMAT!r}, as ValidityStudy.to_json writes: {error}"
             ) from None
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def validity(

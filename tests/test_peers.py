@@ -8,6 +8,9 @@ from helpers import ALL, CASES, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
+from tensorlens_tl.baselines_edges import score_edges
+from tensorlens_tl.edge_runs import edge_model
+from tensorlens_tl.interventions import faithfulness
 
 try:
     from transformer_lens.tools.analysis import attribution_patching as peer
@@ -130,3 +133,94 @@ def test_edges_of_a_difference_are_the_hosts_attribution_patching_when_frozen(na
             assert abs(score) <= 1e-10 * scale, str(edge)
         else:
             assert abs(score - ours[edge]) <= 1e-10 * scale, str(edge)
+
+
+# --- Ablating outside a circuit -------------------------------------------------------------------
+
+
+def positions_of(edge, graph):
+    """Their edges that are ours, one at each position."""
+    return [pair for pair in graph if whole_of(*pair) == edge]
+
+
+def whole_of(src, dest):
+    """Their edge's name here, where the input is one writer."""
+    return Edge(Node("input") if src.kind == "embed" else ours_of(src), ours_of(dest))
+
+
+@pytest.mark.offered(hasattr(peer, "faithfulness"))
+@pytest.mark.parametrize("ablation", ["corrupt", "mean"])
+@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-neox", "bridge-neox-sequential"])
+def test_faithfulness_is_the_hosts(name, ablation):
+    """The same circuits, edge by edge, are the same logits.
+
+    What differs, and is settled here: their nodes stand at a position each (a circuit of ours is all
+    positions of theirs) and one pair is measured at a time; a graph counts its edges at every position.
+    Their writer ``embed`` is without positions, which they always keep; our ``input`` is both (between
+    runs of equal length positions replace themselves). Their MLP's output holds b_out, ours not:
+    no difference where the replacement has it, too. Their share divides by the gap between the clean
+    and the *corrupted* run also for ``mean``, ours by that to everything ablated: the ablated measures
+    are compared, and the shares with ``corrupt``. Their mean is over other prompts, our ``mean_over``.
+    """
+    model, clean, corrupted = CASES[name].model(), tokens(1), corrupt()
+    config = peer.FaithfulnessConfig(ablation=ablation)
+    held_out = {"mean_tokens": tokens(5, seed=9)} if ablation == "mean" else {}
+    ours_only = (
+        {"ablation": "mean", "mean_over": tokens(5, seed=9)}
+        if ablation == "mean"
+        else {"corrupted": corrupted}
+    )
+
+    def metric(logits):
+        return logits[0, -1, 3] - logits[0, -1, 4]
+
+    with quiet():
+        names = peer._edge_hook_names(model.cfg.n_layers)
+        with torch.no_grad(), peer._edge_hook_flags(model):
+            cache = peer.cache_activation_and_gradient(model, clean, metric, names, False)
+            graph = peer.enumerate_edges(model, cache)
+        edges = list(dict.fromkeys(whole_of(a, b) for a, b in graph))
+        universe = set(edge_universe(model))
+        assert set(edges) == universe
+        moved = []
+        for share, seed in ((0.2, 0), (0.6, 1), (0.95, 2)):
+            drawn = torch.rand(len(edges), generator=torch.Generator().manual_seed(seed)) < share
+            circuit = [edge for edge, kept in zip(edges, drawn.tolist(), strict=True) if kept]
+            kept = [pair for edge in circuit for pair in positions_of(edge, graph)]
+            theirs = peer.faithfulness(model, clean, corrupted, metric, kept, config, **held_out)
+            ours = faithfulness(model, clean, circuit, target=3, versus=4, **ours_only)
+            gap = theirs.full_metric - theirs.corrupt_metric
+            ablated = theirs.corrupt_metric + theirs.recovered * gap
+            assert float(ours.full[0]) == pytest.approx(theirs.full_metric, abs=1e-10)
+            assert float(ours.circuit[0]) == pytest.approx(ablated, abs=1e-10)
+            if ablation == "corrupt":
+                assert ours.share == pytest.approx(theirs.recovered, abs=1e-10)
+            assert (theirs.circuit_size, theirs.total_edges) == (
+                len(circuit) * clean.shape[1], len(edges) * clean.shape[1])  # fmt: skip
+            moved.append(ablated)
+    assert max(moved) - min(moved) > 1e-2
+
+
+def edge_universe(model):
+    with edge_model(model) as edged:
+        return edged.universe.edges
+
+
+@pytest.mark.offered(hasattr(peer, "enumerate_edges"))
+@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-neox", "bridge-neox-sequential"])
+def test_eap_is_the_hosts_attribution_patching(name):
+    """Query and key edges included. Their gradient is at the second prompt, ours at the first."""
+    model, clean, corrupted = CASES[name].model(), tokens(1), corrupt()
+    config = peer.EdgeAttributionConfig(granularity="edge")
+    with quiet():
+        theirs = peer.attribution_patch(
+            model, corrupted, clean, lambda logits: logits[0, -1, 3] - logits[0, -1, 4], config
+        ).edge_scores
+        ours = score_edges(model, clean, corrupted, target=3, versus=4)
+    sums: dict[Edge, float] = {}
+    for (src, dest), score in theirs.items():
+        edge = whole_of(src, dest)
+        sums[edge] = sums.get(edge, 0.0) - score
+    assert max(abs(s) for e, s in sums.items() if e.dest.name in ("q", "k")) > 1e-3
+    for edge, score in sums.items():
+        assert ours[edge] == pytest.approx(score, abs=1e-10), str(edge)

@@ -182,9 +182,8 @@ def test_nothing_but_training_subjects_is_looked_at(statements):
         hidden=statements.hidden.index_fill(0, torch.tensor(rest), torch.nan),
         output=statements.output.index_fill(0, torch.tensor(rest), torch.nan),
         first=statements.first.index_fill(0, torch.tensor(rest), 0),
-        lenses=tuple(lens if i in train else None for i, lens in enumerate(statements.lenses)),
+        lenses=tuple(statements.lenses[i if i in train else 3] for i in range(12)),
     )
-    blind = replace(blind, lenses=(statements.lenses[3], *blind.lenses[1:]))  # has the unembedding
     seen, unseen = (s.fit("operator", train, (0.5, 1.0, 2.0)) for s in (statements, blind))
     assert (seen.layer, seen.beta) == (unseen.layer, unseen.beta) and torch.equal(seen.W, unseen.W)
     (seen, rank), (unseen, other) = (s.fit_causal("operator", train) for s in (statements, blind))
@@ -294,6 +293,7 @@ def test_a_study_counts_what_it_says(study, model):
     means = [study.estimate("faithfulness", v, 5).value for v in (one, two)]
     gap = study.difference("faithfulness", one, two, 5)
     assert abs(gap.value - (means[0] - means[1])) < 1e-12 and gap.low <= gap.value <= gap.high
+    assert gap.n == 2  # of the splits: both relations of one count as one
     # One of its rows by the parts it is made of.
     statements = state(model, small("capital", 15))
     row = study.select(one, 3, "capital")[0]
@@ -336,6 +336,21 @@ def test_a_study_prints_and_keeps_itself(study, model):
         study.select("rollout", 3)
 
 
+def test_a_model_written_to_since_is_refused():
+    with quiet():
+        model = demo.load_model()
+    statements = state(model, small(n=3))
+    with torch.no_grad():
+        next(p for p in model.unembed.parameters() if p.ndim == 2).mul_(2)
+    for ask in (lambda: statements.rerun([0], 1, statements.hidden[:1, 1]),
+                lambda: statements.fit("operator", [0, 1])):  # fmt: skip
+        with pytest.raises(
+            ValueError, match="the model's weights were written to after the capture"
+        ):
+            ask()
+
+
+@pytest.mark.wrong_types
 def test_hooks_and_state_are_left_as_they_were(model, statements):
     assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
     with pytest.raises(RuntimeError):
@@ -372,6 +387,8 @@ def test_relations_that_cannot_be_told_apart_are_refused(model, statements):
     for train in ([1], [1, 1]):
         with pytest.raises(ValueError, match="at least two different training subjects"):
             statements.fit("operator", train)
+    with pytest.raises(ValueError, match="and one β, got"):
+        statements.fit("operator", [1, 2], ())
     with pytest.raises(ValueError, match="a method of operator, jacobian, got 'rollout'"):
         statements.fit("rollout", [1, 2])
     with pytest.raises(ValueError, match=r"some of the layers \[0, 1, 2, 3\], got \[7\]"):

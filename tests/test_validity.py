@@ -285,6 +285,7 @@ def test_what_no_study_can_be_made_of_is_refused(model, arguments, message):
         validity(model, **given)
 
 
+@pytest.mark.wrong_types
 def test_directions_that_do_not_fit_are_refused():
     case = FEW[0]
     model, lens = case.model(), lens_of(case)
