@@ -149,14 +149,14 @@ def prompts_of(name: str, quick: bool) -> tuple[Any, list[Tensor]]:
     return model, task_prompts(model, name, 6 if quick else 200)
 
 
-def run(quick: bool, keep: Path | None) -> dict[str, dict[str, Evaluation]]:
+def run(quick: bool, keep: Path | None, kept_only: bool) -> dict[str, dict[str, Evaluation]]:
     """Every part of every set of prompts; what a folder keeps is not run again."""
     found: dict[str, dict[str, Evaluation]] = {}
     for name in (*TASKS, "stories"):
         paths = {one: None if keep is None else keep / f"{name}, {one}.json" for one in PARTS}
         done = {one: p for one, p in paths.items() if p is not None and p.exists()}
         found[name] = {one: Evaluation.from_json(p.read_text()) for one, p in done.items()}
-        if len(done) == len(PARTS):
+        if kept_only or len(done) == len(PARTS):
             continue
         model, prompts = prompts_of(name, quick)
         scored = scores(model, prompts)
@@ -181,11 +181,15 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
     names = list(found)
     groups = {name: [name] for name in names} | {"demo": [n for n in names if n in TASKS]}
     tables: dict[str, dict[str, Any]] = {}
+    members_of: dict[str, dict[str, list[str]]] = {}
     for group, members in groups.items():
         for part in PARTS:
-            evaluations = [found[name][part] for name in members]
-            tables.setdefault(group, {})[part] = table(evaluations, compared=part != "naopc")
-    first = {name: parts["last masked, too"] for name, parts in found.items()}
+            having = [name for name in members if part in found[name]]
+            if having:
+                members_of.setdefault(group, {})[part] = having
+                evaluations = [found[name][part] for name in having]
+                tables.setdefault(group, {})[part] = table(evaluations, compared=part != "naopc")
+    first = {name: parts["last kept"] for name, parts in found.items()}
     return {
         "seed": SEED,
         "torch": torch.__version__.split("+")[0],
@@ -199,7 +203,9 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
             name: {
                 "model": one.model,
                 "dtype": one.dtype,
-                "prompts": len(one),
+                "prompts": {
+                    part: len(found[name][part]) if part in found[name] else 0 for part in PARTS
+                },
                 "tokens": [min(one.lengths), sum(one.lengths) / len(one), max(one.lengths)],
                 "mask_token": one.mask_token,
                 "runs": sum(sum(part.runs.values()) for part in found[name].values()),
@@ -209,6 +215,7 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
             }
             for name, one in first.items()
         },
+        "members": members_of,
         "tables": tables,
         "sample": sample(first),
     }
@@ -255,7 +262,7 @@ SAMPLE = 10
 
 
 def sample(first: dict[str, Evaluation]) -> dict[str, Any]:
-    """The first prompts' own numbers, for the test that makes them again."""
+    """The first prompts' own numbers, last token kept, for the test that makes them again."""
     return {
         task: {
             f"{method} {masking}": [rounded(v) for v in next(
@@ -277,6 +284,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="6 prompts a set; nothing is written")
     parser.add_argument("--keep", type=Path, help="a folder for per-prompt numbers")
+    parser.add_argument("--kept-only", action="store_true", help="with --keep: run nothing more")
     parser.add_argument("--page", action="store_true", help="only make the page anew")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -285,7 +293,7 @@ def main() -> int:
     if not args.page:
         if args.keep is not None:
             args.keep.mkdir(parents=True, exist_ok=True)
-        results = summary(run(args.quick, args.keep))
+        results = summary(run(args.quick, args.keep, args.kept_only))
         if args.quick:
             print(page(results))
             return 0

@@ -8,7 +8,7 @@ from typing import Any
 MAIN = "positive tensorlens probability"
 LOO = "leave_one_out probability"
 LAST = ("last masked, too", "last kept")
-MODELS = {"demo": "the bundled model, its four tasks together", "stories": "stories260K"}
+MODELS = {"demo": "the bundled model", "stories": "stories260K"}
 TITLES = {
     MAIN: "positive, 0–30 %",
     "negative tensorlens probability": "negative, 0–30 %",
@@ -31,7 +31,7 @@ ALPHA = 0.01
 
 def page(r: dict[str, Any]) -> str:
     """The page, as Markdown."""
-    sections = [head(r), bars(r), odds(r), signs(r), costs(r)]
+    sections = [head(r), *missing(r), bars(r), odds(r), signs(r), costs(r)]
     for group in [*MODELS, *(name for name in r["sets"] if name not in MODELS)]:
         sections.append(everything(r, group))
     return "\n\n".join(sections) + "\n"
@@ -39,10 +39,12 @@ def page(r: dict[str, Any]) -> str:
 
 def head(r: dict[str, Any]) -> str:
     rows = [
-        [name, s["model"], s["dtype"], s["prompts"],
+        [name, s["model"], s["dtype"], " / ".join(str(n) for n in s["prompts"].values()),
          f"{s['tokens'][0]}–{s['tokens'][2]}, mean {s['tokens'][1]:.1f}", f"{s['runs']:,}"]
         for name, s in r["sets"].items()
     ]  # fmt: skip
+    parts = " / ".join(next(iter(r["sets"].values()))["prompts"])
+    heads = ["prompts", "model", "dtype", f"n: {parts}", "tokens that may be masked", "masked runs"]
     return f"""# Which method says which tokens a model needs?
 
 Made by `python benchmarks/evaluation.py` (torch {r["torch"]}, seed {r["seed"]}) from
@@ -56,7 +58,7 @@ unknown token) and by the mean embedding; each takes the model off its training 
 no one of them is the truth. The beginning-of-sequence token is never masked. Numbers are means over
 prompts with 95 % bootstrap intervals; p is of a paired permutation test (sign flips).
 
-{table(["prompts", "model", "dtype", "n", "tokens that may be masked", "masked runs"], rows)}
+{table(heads, rows)}
 
 The bundled model's prompts are held-out ones of its tasks (of 5 to 34 tokens). `stories` are windows that
 begin with a sentence of the TinyStories sample, and continuations sampled from the model itself, of 24 to 64
@@ -68,6 +70,18 @@ masks it first, the prediction is gone, and the measure says little about the ot
 protocol is run twice: with the last token masked, too, and with it kept."""
 
 
+def missing(r: dict[str, Any]) -> list[str]:
+    """What was not run, said first."""
+    absent = [f"{name} ({part})" for name, s in r["sets"].items() for part, n in s["prompts"].items()
+              if n == 0]  # fmt: skip
+    if not absent:
+        return []
+    return [
+        f"**Not run yet: {'; '.join(absent)}.** The tables below are of what was; `python "
+        "benchmarks/evaluation.py --keep FOLDER` runs the rest."
+    ]
+
+
 # --- The bars ------------------------------------------------------------------------------------
 
 
@@ -75,16 +89,18 @@ def bars(r: dict[str, Any]) -> str:
     lines = ["## Perturbation 0–30 %, and agreement with leave-one-out", "",
              "Area under the prediction's probability while the highest-scored 0–30 % of the tokens are "
              "masked: lower is better. Agreement: rank correlation of scores with what the probability "
-             f"loses without each token alone. In bold where p < {ALPHA} against *every* attention-based "
-             "method; beside it the best of those, and the largest p against any of them that is not "
-             "better."]  # fmt: skip
+             "loses without each token alone: higher is better. In bold where it is better than *every* "
+             f"attention-based method with p < {ALPHA}, the largest p given; else that p, or how many it is "
+             "better than."]  # fmt: skip
     for key in (MAIN, LOO):
         rows = []
         for group, title in MODELS.items():
             for part in LAST:
-                for masking, cells in r["tables"][group][part].items():
-                    rows.append([title, part, masking, *verdicts(r, cells[key])])
-        heads = ["model", "last token", "masked by", "norm", "in_out", "in_out, log-odds",
+                tasks = r["members"][group].get(part, [])
+                shown = f"{title} ({', '.join(tasks)})" if group == "demo" else title
+                for masking, cells in r["tables"][group].get(part, {}).items():
+                    rows.append([shown, part, masking, cells[key]["n"], *verdicts(r, cells[key])])
+        heads = ["model", "last token", "masked by", "n", "norm", "in_out", "in_out, log-odds",
                  "best attention-based", "best of all others"]  # fmt: skip
         lines += ["", f"### {TITLES[key]}", "", table(heads, rows)]
     lines += ["", "### By task: positive, 0–30 %, last token kept", "", *by_set(r)]
@@ -199,15 +215,16 @@ def everything(r: dict[str, Any], group: str) -> str:
     lines = [f"## All measures: {MODELS.get(group, group)}"]
     for masking in ("delete", "token", "mean"):
         cells: dict[str, Any] = {}
+        names: dict[str, Any] = {}
         for part in r["tables"][group]:
             for key, cell in r["tables"][group][part][masking].items():
+                names = {**names, **cell["methods"]}
                 note = ", last kept" if part == "last kept" else ""
                 arrow = "↑" if cell["higher"] else "↓"
                 cells[f"{TITLES[key]}{note} {arrow} (n = {cell['n']})"] = cell["methods"]
         heads = list(cells)
-        names = list(next(iter(cells.values())))
         rows = [
-            [name.replace("|", "\\|"), *(span(cells[h][name]) for h in heads)] for name in names
+            [name.replace("|", "\\|"), *(span(cells[h].get(name)) for h in heads)] for name in names
         ]
         lines += ["", f"<details><summary>Masked by {masking}</summary>", "",
                   table(["method", *heads], rows), "", "</details>"]  # fmt: skip
@@ -218,8 +235,8 @@ def everything(r: dict[str, Any], group: str) -> str:
     return "\n".join(lines) + note
 
 
-def span(cell: list[float | None]) -> str:
-    mean, low, high = cell[:3]
+def span(cell: list[float | None] | None) -> str:
+    mean, low, high = (None,) * 3 if cell is None else cell[:3]
     return "–" if mean is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
