@@ -145,9 +145,7 @@ def attribute(
     elif by == "order":
         _orders(sweep, rows)
     elif by == "edge":
-        return by_edge(
-            sweep, Writers.of(sweep.operator, sweep.capture.embeddings, sweep.target.query), qk=qk
-        )
+        return by_edge(sweep, Writers.of(sweep.operator, sweep.capture, sweep.target.query), qk=qk)
     else:
         _direct(sweep, rows, "component" if by == "layer" else by)
     whole = effect == "direct" and by != "order"

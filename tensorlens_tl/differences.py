@@ -175,7 +175,7 @@ def difference(
     check_qk(by, qk)
     if by == "edge":
         ours, theirs = (
-            Writers.of(s.operator, s.capture.embeddings, s.target.query) for s in (clean, baseline)
+            Writers.of(s.operator, s.capture, s.target.query) for s in (clean, baseline)
         )
         reads = clean if at == "clean" else baseline
         found = by_edge(reads, ours.minus(theirs), own=False, qk=qk)

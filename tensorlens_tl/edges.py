@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .branches import Branch, Step, Trace
+from .capturing import Capture
 from .composer import FrozenTransformer
 from .graph import Edge, Node
 from .query_key import QueryKey
@@ -51,31 +52,35 @@ class Writers:
     def of(
         cls,
         operator: FrozenTransformer,
-        embeddings: dict[str, Float[Tensor, "batch pos d_model"]],
+        capture: Capture,
         query: Int[Tensor, " batch"],
     ) -> Writers:
         """All writers of a run; takes 4 · writers · pos · d_model bytes.
 
         Nothing but a target reads what the last layer adds, and only where the target is: there
-        alone its heads and MLP are computed, and elsewhere left zero.
+        alone its heads and MLP are computed, and elsewhere left zero. What an MLP added is read off
+        the residual before and after it, where the run was computed as finely as the operator is.
 
         Args:
             operator: The operator.
-            embeddings: What the first residual is the sum of, by name.
+            capture: The run.
             query: The target's position in each prompt, as tensor index.
 
         Returns:
             Nodes and outputs.
         """
-        names = [tuple(map(Node.parse, embeddings)), *map(_names, operator.steps)]
+        embeddings, steps = capture.embeddings, operator.steps
+        names = [tuple(map(Node.parse, embeddings)), *map(_names, steps)]
         below = tuple(accumulate(map(len, names)))
         frame = operator.frame
         outputs = frame.zeros(0).new_empty(frame.batch, below[-1], frame.n_pos, operator.in_dim)
         for i, embedding in enumerate(embeddings.values()):
             outputs[:, i] = embedding
-        for step, start, stop in zip(operator.steps, below, below[1:], strict=False):
-            last = step.layer == operator.steps[-1].layer
-            _write(step, outputs[:, start:stop], query if last else None)
+        fine = capture.logits.dtype == frame.dtype  # a coarser residual is mostly rounding
+        after = [step.state if fine else None for step in steps[1:]]
+        for step, then, start, stop in zip(steps, [*after, None], below, below[1:], strict=False):
+            last = step.layer == steps[-1].layer
+            _write(step, outputs[:, start:stop], query if last else None, then)
         return cls(sum(names, ()), below, outputs)
 
     def minus(self, other: Writers) -> Writers:
@@ -165,9 +170,9 @@ def edge_scores(
 def _products(
     covectors: Float[Tensor, "batch reader pos d"], outputs: Float[Tensor, "batch writer pos d"]
 ) -> Float[Tensor, "batch reader writer"]:
-    # Prompt by prompt, the long side first: a thin batched product is several times slower.
+    # Prompt by prompt, the few rows first: the other way, or batched, it takes twice as long.
     pairs = zip(outputs.flatten(2), covectors.flatten(2), strict=True)
-    return torch.stack([(w @ c.T).T for w, c in pairs])
+    return torch.stack([c @ w.T for w, c in pairs])
 
 
 def _names(step: Step) -> tuple[Node, ...]:
@@ -178,13 +183,21 @@ def _names(step: Step) -> tuple[Node, ...]:
 
 
 def _write(
-    step: Step, out: Float[Tensor, "batch writer pos d_model"], query: Int[Tensor, " batch"] | None
+    step: Step,
+    out: Float[Tensor, "batch writer pos d_model"],
+    query: Int[Tensor, " batch"] | None,
+    after: Float[Tensor, "batch pos d_model"] | None,
 ) -> None:
     """What a step's writers add, in the order of :func:`_names`; nodes at ``query`` alone, if any."""
     at = 0
     for branch in step.branches:
         nodes = len(branch.body.nodes())
-        if query is None:
+        alone = nodes == len(step.branches) == 1 and not step.edits
+        if query is None and after is not None and alone:
+            torch.sub(after, step.state, out=out[:, at])
+            for constant in branch.outside().values():
+                out[:, at] -= constant
+        elif query is None:
             branch.outputs(step.state, out=out[:, at : at + nodes])
         else:
             out[:, at : at + nodes] = 0

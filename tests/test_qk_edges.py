@@ -74,7 +74,7 @@ def test_query_and_key_edges_are_gradients_of_the_real_model(case, gate):
     op, sweep = lens.operator, lens._sweep(3, 4, -1)
     edges = lens.attribute(3, 4, by="edge", qk=True)
     found = {s.node: edges.values[:, i] for i, s in enumerate(edges.sources)}
-    writers = Writers.of(op, lens.capture.embeddings, sweep.target.query)
+    writers = Writers.of(op, lens.capture, sweep.target.query)
     checked = 0
     for layer in range(2):
         model = LiveScores(case.model(), tokens(), gate, layer)
@@ -127,7 +127,7 @@ def test_differences_of_runs_are_read_by_one_runs_queries_and_keys(case):
     ours, theirs = edges_of(clean), edges_of(corrupted)
     at_clean = edges_of(clean, baseline=corrupted)
     writers = [
-        Writers.of(lens.operator, lens.capture.embeddings, lens._sweep(3, 4, -1).target.query)
+        Writers.of(lens.operator, lens.capture, lens._sweep(3, 4, -1).target.query)
         for lens in (clean, corrupted)
     ]
     assert {e for e in at_clean if not e.conserved} == {e for e in ours if not e.conserved}
