@@ -64,6 +64,7 @@ _EDITS = {
 }  # fmt: skip
 """Hook points whose edits become constants, by the stage at which they are seen."""
 
+_KNOWN_HOOKS = {"transformer_lens", "transformers", "tensorlens_tl"}
 _FINAL_EDITS = ("ln_final.hook_in", "ln_final.hook_normalized", "ln_final.hook_out", FINAL_SITE)
 
 Read = tuple[int | None, str]
@@ -209,8 +210,13 @@ class Adapter(ABC):
         return {name: p for name, p in found.items() if p is not None and p.fwd_hooks}
 
     def foreign_hooks(self) -> list[str]:
-        """Names of the hook points that carry forward hooks of somebody else."""
+        """Names of the hook points and modules that carry forward hooks of somebody else."""
         points = {id(point): name for name, point in self.hooks.items() if point.fwd_hooks}
+        for name, module in self.model.named_modules():  # torch's own hooks; hosts have some, too
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            made_by = {getattr(hook, "func", hook).__module__.split(".")[0] for hook in hooks}
+            if made_by - _KNOWN_HOOKS:
+                points.setdefault(id(module), name)
         return list(points.values())
 
     def _hooked(self, prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:

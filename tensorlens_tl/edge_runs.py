@@ -159,7 +159,8 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
         if hooks := adapter.foreign_hooks():
             raise ValueError(
                 f"the model carries hooks of your own at {', '.join(hooks[:3])}, expected none: an "
-                "ablation rebuilds what they would edit. Take them off first (model.reset_hooks())"
+                "ablation rebuilds what they would edit. Take them off first (model.reset_hooks(), or remove() "
+                "of torch's own)"
             )
         check_autocast(adapter.weights.unembed.W_U.device.type)
         points = adapter.points(("q", "k", "pattern"))

@@ -608,3 +608,21 @@ def test_a_model_with_hooks_of_the_user_s_own_is_refused():
     own = model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z)])
     with own, pytest.raises(ValueError, match=r"hooks of your own at blocks\.0\.attn\.hook_z"):
         faithfulness(model, CLEAN, [], CORRUPTED)
+
+
+@pytest.mark.parametrize("case", {case.host: case for case in ONE_OF_EACH}.values(), ids=str)
+def test_hooks_of_torch_s_own_are_refused_too(case):
+    """They edit the clean run and not what is rebuilt: the full circuit's share was 1.2."""
+    model, clean, corrupted = runs(case)
+    with quiet(), torch.no_grad():
+        model(clean)  # a host may set hooks of its own in its first run
+        for add in ("register_forward_hook", "register_forward_pre_hook"):
+            handle = getattr(model.blocks[1].mlp, add)(lambda *args: None)
+            with pytest.raises(
+                ValueError, match=r"hooks of your own at .*mlp, expected"
+            ):
+                faithfulness(model, clean, [], corrupted, target=3)
+            handle.remove()
+        assert faithfulness(model, clean, [], corrupted, target=3).share == pytest.approx(
+            0, abs=1e-5
+        )
