@@ -149,6 +149,11 @@ class Measure:
             ValueError: If a token does not exist, the number is wrong, or both a metric and a target
                 are given.
         """
+        if metric is not None and not callable(metric):
+            raise ValueError(
+                f"expected metric as a function of logits and indices, got {metric!r}: pass one, or "
+                "target and versus"
+            )
         if metric is not None and (target is not None or versus is not None):
             raise ValueError(
                 "expected either a metric or target and versus, got both: leave one out"
@@ -184,10 +189,10 @@ class Measure:
         at = logits[:, :, self.pos]
         if self.metric is not None:
             found = [self.metric(one, index) for one in at]
-            if any(one.shape != (len(index),) for one in found):
+            if any(getattr(one, "shape", ()) != (len(index),) for one in found):
                 raise ValueError(
                     f"expected metric to give one number a prompt, [{len(index)}], got "
-                    f"{list(found[0].shape)}"
+                    f"{list(getattr(found[0], 'shape', ()))}"
                 )
             return torch.stack(found)
         target = clean[:, self.pos].argmax(-1) if self.target is None else self.target[index]

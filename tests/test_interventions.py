@@ -553,6 +553,8 @@ BAD_CALLS = {
     "vocabulary": ({"corrupted": CORRUPTED, "target": D_VOCAB}, "target id 50 is outside the vocabulary"),
     "pos": ({"corrupted": CORRUPTED, "pos": 7}, "position 7 does not exist in a prompt of 7 tokens"),
     "batch": ({"corrupted": CORRUPTED, "batch_size": 0}, "batch_size as an integer ≥ 1, got 0"),
+    "a metric's number": (
+        {"corrupted": CORRUPTED, "metric": lambda logits, index: 1.0}, r"one number a prompt, \[3\], got \[\]"),
     "metric": ({"corrupted": CORRUPTED, "metric": lambda logits, index: logits}, "one number a prompt"),
     "text": ({"corrupted": CORRUPTED, "target": "Mary"}, "no tokenizer to read the target"),
 }  # fmt: skip
@@ -578,6 +580,13 @@ def test_bad_prompts_are_refused(prompts):
         pytest.raises(ValueError, match=r"expected prompts as (a non-empty list|token ids)"),
     ):
         faithfulness(FIRST.model(), prompts, [], ablation="zero")
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("what", ["kl", 3])
+def test_a_metric_that_is_no_function_is_refused(what):
+    with quiet(), pytest.raises(ValueError, match="expected metric as a function of logits"):
+        faithfulness(FIRST.model(), CLEAN, [], CORRUPTED, metric=what)
 
 
 def test_several_prompts_as_one_are_refused():
@@ -618,9 +627,7 @@ def test_hooks_of_torch_s_own_are_refused_too(case):
         model(clean)  # a host may set hooks of its own in its first run
         for add in ("register_forward_hook", "register_forward_pre_hook"):
             handle = getattr(model.blocks[1].mlp, add)(lambda *args: None)
-            with pytest.raises(
-                ValueError, match=r"hooks of your own at .*mlp, expected"
-            ):
+            with pytest.raises(ValueError, match=r"hooks of your own at .*mlp, expected"):
                 faithfulness(model, clean, [], corrupted, target=3)
             handle.remove()
         assert faithfulness(model, clean, [], corrupted, target=3).share == pytest.approx(
