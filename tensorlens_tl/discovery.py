@@ -90,10 +90,11 @@ def discover(
     model = hosted(model, kwargs.pop("tokenizer", None))
     adapter = adapt(model)
     info = ModelInfo.of(adapter.name, adapter.weights)
+    masked = "attention_mask" in kwargs
     if not isinstance(prompts, str):
-        prompts = each_prompt(prompts, adapter.tokenizer)
+        prompts = each_prompt(prompts, adapter.tokenizer, masked)
     if corrupted is not None and not isinstance(corrupted, str):
-        corrupted = each_prompt(corrupted, adapter.tokenizer)
+        corrupted = each_prompt(corrupted, adapter.tokenizer, masked)
     work = _Work(prompts, corrupted, targets, versus, pos, qk, at, sample, seed, kwargs)
     batch_size = at_least_one(batch_size, "batch_size")
 

@@ -163,7 +163,8 @@ def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             "expected a string, a list of strings or token ids [pos] or [batch, pos], got "
-            f"{type(inputs).__name__} that is no rectangle of ids; pad lists to one length, or pass strings"
+            f"{type(inputs).__name__} that is no rectangle of ids; pass strings, or pad "
+            "lists to one length and tell it by attention_mask"
         ) from None
     if ids.numel() == 0:
         raise ValueError(EMPTY)

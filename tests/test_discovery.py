@@ -172,6 +172,18 @@ def test_ids_as_the_host_gives_them(model):
         assert_close(vector(found.scores), vector(expected.scores), 1e-5)
 
 
+def test_padded_ids_with_their_mask_are_the_prompts(model):
+    texts = [
+        "The capital of France is",
+        "When Mary and John went to the store, John gave a drink to",
+    ]
+    ids = model.to_tokens(texts)
+    expected = tensorlens_tl.discover(model, texts, n_edges=9)
+    found = tensorlens_tl.discover(model, list(ids), n_edges=9, attention_mask=ids != 2)
+    assert found.edges == expected.edges
+    assert_close(vector(found.scores), vector(expected.scores), 1e-5)
+
+
 @pytest.mark.wrong_types
 def test_refusals(model, tmp_path):
     rows, path = task(3), tmp_path / "circuit.json"
