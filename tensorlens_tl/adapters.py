@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .graph import FINAL_SITE, resid_site
-from .prompts import Prompts, as_ids, check_tokens, is_text, mask_spans, tokenize
+from .prompts import Prompts, as_ids, check_arguments, check_tokens, is_text, mask_spans, tokenize
 from .supported import SUPPORTED, UnsupportedArchitectureError, refusal
 from .weights import (
     AttentionWeights,
@@ -64,6 +64,7 @@ _EDITS = {
 }  # fmt: skip
 """Hook points whose edits become constants, by the stage at which they are seen."""
 
+_KNOWN_HOOKS = {"transformer_lens", "transformers", "tensorlens_tl"}
 _FINAL_EDITS = ("ln_final.hook_in", "ln_final.hook_normalized", "ln_final.hook_out", FINAL_SITE)
 
 Read = tuple[int | None, str]
@@ -209,8 +210,13 @@ class Adapter(ABC):
         return {name: p for name, p in found.items() if p is not None and p.fwd_hooks}
 
     def foreign_hooks(self) -> list[str]:
-        """Names of the hook points that carry forward hooks of somebody else."""
+        """Names of the hook points and modules that carry forward hooks of somebody else."""
         points = {id(point): name for name, point in self.hooks.items() if point.fwd_hooks}
+        for name, module in self.model.named_modules():  # torch's own hooks; hosts have some, too
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            made_by = {getattr(hook, "func", hook).__module__.split(".")[0] for hook in hooks}
+            if made_by - _KNOWN_HOOKS:
+                points.setdefault(id(module), name)
         return list(points.values())
 
     def _hooked(self, prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -240,22 +246,18 @@ class Adapter(ABC):
             The input for :meth:`run`, and the prompts.
 
         Raises:
-            ValueError: On arguments that change the run, an empty prompt, one longer than n_ctx,
-                ids outside the vocabulary, or text without a tokenizer.
+            ValueError: On arguments that change the run or are unknown, an empty prompt, one longer
+                than n_ctx, ids outside the vocabulary or padded, or text without a tokenizer.
         """
-        if wrong := [key for key in self.forbidden if key in kwargs]:
-            raise ValueError(
-                f"{', '.join(wrong)} would change what is run; a capture is one whole forward pass "
-                "to the logits: leave it out"
-            )
+        wrapped = getattr(self.model, "original_model", self.model)
+        check_arguments(kwargs, self.forbidden, (self.model, wrapped))
         if is_text(inputs):
             texts = [inputs] if isinstance(inputs, str) else inputs
             tokens, spans = tokenize(self.model, texts, kwargs)
         else:
             inputs = tokens = as_ids(inputs, self.weights.unembed.W_U.device)
-            mask = self.mask(tokens, kwargs)
-            whole = [(0, tokens.shape[1])] * len(tokens)
-            spans = whole if mask is None else mask_spans(mask, tokens.shape)
+            knows_padding = None if "padding_side" in kwargs else self.tokenizer
+            spans = mask_spans(self.mask(tokens, kwargs), tokens, knows_padding)
         check_tokens(tokens, self.cfg.n_ctx, self.cfg.d_vocab)
         strings = tuple(
             tuple(self.token_string(int(token)) for token in row[start:stop])

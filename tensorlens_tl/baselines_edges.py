@@ -28,6 +28,7 @@ from .edge_runs import EdgeModel, edge_model
 from .edge_universe import EdgeUniverse
 from .graph import Edge, Node
 from .pairs import Measure, Metric, Pairs, paired
+from .results import at_least_one
 from .wiring import LOGITS, owner
 
 EDGE_METHODS: dict[str, str] = {
@@ -78,8 +79,7 @@ def score_edges(
     """
     if method not in EDGE_METHODS:
         raise ValueError(f"expected method to be one of {', '.join(EDGE_METHODS)}, got {method!r}")
-    if steps < 1:
-        raise ValueError(f"expected steps ≥ 1, got {steps}")
+    at_least_one(steps, "steps")
     with edge_model(model) as edged:
         universe = edged.universe
         if method == "random":

@@ -26,6 +26,7 @@ from .adapters import Adapter, Read, adapt
 from .capturing import Capture
 from .graph import score_sites
 from .primitives import gating_ratio, soft_cap_ratio
+from .results import at_least_one
 from .supported import UnsupportedArchitectureError
 
 Scores = Float[Tensor, "prompt pos"]
@@ -220,8 +221,7 @@ def integrated_gradients(
         raise ValueError(
             "integrated_gradients needs captum: pip install 'tensorlens-tl[baselines]'"
         ) from None
-    if steps < 1:
-        raise ValueError(f"expected steps ≥ 1, got {steps}")
+    at_least_one(steps, "steps")
 
     def target(x: Tensor, query: Tensor, covector: Tensor) -> Tensor:
         return target_of(live.run(x), query, covector)

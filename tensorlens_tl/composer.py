@@ -144,7 +144,7 @@ class FrozenTransformer(Contractible):
             ValueError: If this model has no such site; lists those it has.
         """
         name = site
-        if site not in self.sites and site.endswith("hook_resid_post"):
+        if site not in self.sites and str(site).endswith("hook_resid_post"):
             parts = site.split(".")
             if len(parts) == 3 and parts[1].isdigit():
                 name = resid_site(int(parts[1]) + 1, "pre")

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from . import heat
 from .graph import Edge, Node
 from .plugin import capture
+from .prompts import each_prompt
 from .results import Attribution, at_least_one
 from .targets import TargetLike
 
@@ -153,6 +154,8 @@ def attribute(
     """
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"expected a list of prompts, got {prompts!r}: put a single one in a list")
+    masked = "attention_mask" in kwargs
+    prompts = each_prompt(prompts, getattr(model, "tokenizer", None), masked)
     batch_size = at_least_one(batch_size, "batch_size")
     goals = one_each(targets, len(prompts), "targets"), one_each(versus, len(prompts), "versus")
     total, squares, sums, n, worst = None, None, 0.0, 0, None
@@ -186,11 +189,17 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
+def as_list(given: Any) -> Any:
+    """A tensor or an array of ids as a list of them; a direction, or anything else, as it is."""
+    ids = getattr(given, "ndim", 0) == 1 and not torch.as_tensor(given).is_floating_point()
+    return given.tolist() if ids else given
+
+
 def one_each(given: Any, n: int, name: str) -> list[Any]:
     """What a user gave for all prompts, or for each.
 
     Args:
-        given: A list with one for each, or one for all.
+        given: A list with one for each, or ids [n] as a tensor or an array; or one for all.
         n: How many prompts there are.
         name: What it is called.
 
@@ -200,6 +209,7 @@ def one_each(given: Any, n: int, name: str) -> list[Any]:
     Raises:
         ValueError: If there are not as many.
     """
+    given = as_list(given)
     if not isinstance(given, list | tuple):
         return [given] * n
     if len(given) != n:

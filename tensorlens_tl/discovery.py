@@ -20,11 +20,12 @@ from .adapters import adapt
 from .attribution import Sweep, attribute
 from .capturing import Convention
 from .circuits import Circuit, ModelInfo, edge_scores, find
-from .datasets import one_each
+from .datasets import as_list, one_each
 from .differences import check_comparable, difference
 from .graph import Edge
 from .lens import TensorLens
 from .plugin import capture, hosted
+from .prompts import each_prompt
 from .results import at_least_one
 from .targets import Target, TargetLike, own_prediction, resolve_target
 
@@ -89,6 +90,11 @@ def discover(
     model = hosted(model, kwargs.pop("tokenizer", None))
     adapter = adapt(model)
     info = ModelInfo.of(adapter.name, adapter.weights)
+    masked = "attention_mask" in kwargs
+    if not isinstance(prompts, str):
+        prompts = each_prompt(prompts, adapter.tokenizer, masked)
+    if corrupted is not None and not isinstance(corrupted, str):
+        corrupted = each_prompt(corrupted, adapter.tokenizer, masked)
     work = _Work(prompts, corrupted, targets, versus, pos, qk, at, sample, seed, kwargs)
     batch_size = at_least_one(batch_size, "batch_size")
 
@@ -224,7 +230,7 @@ def _plain(value: Any) -> Any:
 def _in_words(target: Any) -> str:
     if target is None:
         return "own prediction"
-    if isinstance(target, list | tuple):
+    if isinstance(as_list(target), list | tuple):
         return "a target each"
     return "a direction" if getattr(target, "ndim", 0) else repr(target)
 

@@ -33,6 +33,7 @@ from .adapters import Adapter, Read, adapt
 from .baselines_gradient import Edit, hooked
 from .edge_universe import EdgeUniverse, wiring_of
 from .score_weights import Layout, query_key_weights
+from .supported import check_autocast
 from .weights import NormWeights
 
 Writes = Float[Tensor, "writer prompt pos d_model"]
@@ -148,7 +149,7 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
         The model.
 
     Raises:
-        ValueError: If it carries hooks of the user's own, or cannot be served.
+        ValueError: If it carries hooks of the user's own, autocast is on, or it cannot be served.
     """
     flags = [flag for flag in _FLAGS if getattr(getattr(model, "cfg", None), flag, False)]
     try:
@@ -158,8 +159,10 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
         if hooks := adapter.foreign_hooks():
             raise ValueError(
                 f"the model carries hooks of your own at {', '.join(hooks[:3])}, expected none: an "
-                "ablation rebuilds what they would edit. Take them off first (model.reset_hooks())"
+                "ablation rebuilds what they would edit. Take them off first (model.reset_hooks(), or remove() "
+                "of torch's own)"
             )
+        check_autocast(adapter.weights.unembed.W_U.device.type)
         points = adapter.points(("q", "k", "pattern"))
         universe = EdgeUniverse(wiring_of(adapter.weights), (None, "pos_embed") in points)
         grad = torch.is_grad_enabled()

@@ -95,6 +95,10 @@ def evaluate(
         raise ValueError(f"no metric {metric!r}; expected one of {', '.join(METRICS)}")
     asked = _measures(protocol, preset, metric, beam)
     adapter = adapt(model)
+    if mask_token is not None and "token" not in _listed(masking):
+        raise ValueError(
+            f"mask_token is for masking='token', got masking={masking!r}: leave it out"
+        )
     maskings = [Masking.of(kind, adapter, mask_token) for kind in _listed(masking)]
     if isinstance(prompts, Scored):
         scored = _selected(prompts, methods, targets, versus, options)
@@ -102,6 +106,11 @@ def evaluate(
         names = _names(methods, own)
         for name in names:
             check(name, dict((options or {}).get(name, {})))
+        if absent := [name for name in options or {} if name not in names]:
+            raise ValueError(
+                f"expected options of {', '.join(names)}, got some of {', '.join(absent)}: name the "
+                "method, too, or leave them out"
+            )
         goals = _one_each("target", targets, len(prompts))
         foils = versus if versus in RIVALS else _one_each("versus", versus, len(prompts))
         scored = score(model, prompts, names, goals, foils, options, gate, batch_size, progress)

@@ -31,6 +31,7 @@ from .edge_runs import EdgeModel, Writes, edge_model
 from .edge_universe import EdgeUniverse
 from .graph import Edge, Node
 from .pairs import Measure, Metric, Pairs, paired
+from .results import at_least_one
 from .shares import Faithfulness, FaithfulnessCurve, Prompt
 from .wiring import INPUT
 
@@ -284,8 +285,7 @@ class _Setup:
             )
         if mean_over is not None and ablation != "mean":
             raise ValueError(f"mean_over is for ablation='mean', got {ablation!r}: leave it out")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"expected batch_size ≥ 1, got {batch_size}")
+        batch_size = None if batch_size is None else at_least_one(batch_size, "batch_size")
         groups = paired(model.adapter, prompts, corrupted if ablation == "resample" else None)
         if ablation == "mean":
             lengths = [group.ids.shape[1] for group in groups]

@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .supported import check_autocast
+
 DENSE_LIMIT = 2 * 2**30  # bytes that a dense form may fill unless the caller allows more
 
 
@@ -89,11 +91,7 @@ class Frame:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """The tensor, detached, in the compute dtype (no copy where it already is)."""
-        if self.device.type != "meta" and torch.is_autocast_enabled(self.device.type):
-            raise ValueError(  # here, as every product has a factor that is cast
-                "autocast is on, expected full precision, as it would round every product: leave the "
-                "torch.autocast block; for a model in half precision, cast the model: model.to(dtype)"
-            )
+        check_autocast(self.device.type)  # here, as every product has a factor that is cast
         return tensor.detach().to(self.dtype)
 
 

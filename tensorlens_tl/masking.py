@@ -74,6 +74,11 @@ def _mask_token(adapter: Adapter, token: str | int | None) -> int:
     tokenizer, d_vocab = adapter.tokenizer, adapter.cfg.d_vocab
     if isinstance(token, str):
         ids = [] if tokenizer is None else tokenizer.encode(token, add_special_tokens=False)
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        if ids == [unknown] and token != getattr(tokenizer, "unk_token", None):
+            raise ValueError(
+                f"the tokenizer does not know the mask token {token!r}: pass a known one, or its id"
+            )
         if len(ids) != 1:
             raise ValueError(
                 f"the mask token {token!r} is {len(ids)} tokens, expected one: pass its id"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .adapters import Adapter
-from .prompts import is_text
+from .prompts import each_prompt, is_text
 from .targets import token_id
 
 Metric = Callable[
@@ -63,8 +64,9 @@ def token_rows(adapter: Adapter, prompts: Any, name: str = "prompts") -> list[In
         raise ValueError(
             f"expected {name} as token ids [prompt, pos], got one dimension: add [None]"
         )
-    if is_text(prompts if isinstance(prompts, list) else list(prompts)):
-        _, found = adapter.prepare(list(prompts), {})
+    prompts = each_prompt(prompts, adapter.tokenizer)
+    if is_text(prompts):
+        _, found = adapter.prepare(prompts, {})
         rows = zip(found.tokens, found.spans, strict=True)
         return [tokens[start:stop] for tokens, (start, stop) in rows]
     return [adapter.prepare(prompt, {})[1].tokens[0] for prompt in prompts]
@@ -147,6 +149,11 @@ class Measure:
             ValueError: If a token does not exist, the number is wrong, or both a metric and a target
                 are given.
         """
+        if metric is not None and not callable(metric):
+            raise ValueError(
+                f"expected metric as a function of logits and indices, got {metric!r}: pass one, or "
+                "target and versus"
+            )
         if metric is not None and (target is not None or versus is not None):
             raise ValueError(
                 "expected either a metric or target and versus, got both: leave one out"
@@ -182,10 +189,10 @@ class Measure:
         at = logits[:, :, self.pos]
         if self.metric is not None:
             found = [self.metric(one, index) for one in at]
-            if any(one.shape != (len(index),) for one in found):
+            if any(getattr(one, "shape", ()) != (len(index),) for one in found):
                 raise ValueError(
                     f"expected metric to give one number a prompt, [{len(index)}], got "
-                    f"{list(found[0].shape)}"
+                    f"{list(getattr(found[0], 'shape', ()))}"
                 )
             return torch.stack(found)
         target = clean[:, self.pos].argmax(-1) if self.target is None else self.target[index]
@@ -196,6 +203,18 @@ class Measure:
         return value
 
 
+def _id(given: Any, name: str) -> int:
+    try:
+        if isinstance(given, bool):
+            raise TypeError
+        return operator.index(given)
+    except TypeError:
+        raise ValueError(
+            f"expected {name} as a token string or an id, got {given!r} of {type(given).__name__}: pass "
+            "one of these, or measure something else by metric="
+        ) from None
+
+
 def _ids(adapter: Adapter, given: Any, n: int, name: str) -> Tensor | None:
     if given is None:
         return None
@@ -203,7 +222,7 @@ def _ids(adapter: Adapter, given: Any, n: int, name: str) -> Tensor | None:
     each = list(each) if isinstance(each, Sequence) and not isinstance(each, str) else [each] * n
     if len(each) != n:
         raise ValueError(f"expected one {name} per prompt, {n}, or one for all, got {len(each)}")
-    ids = [token_id(adapter, one) if isinstance(one, str) else int(one) for one in each]
+    ids = [token_id(adapter, one) if isinstance(one, str) else _id(one, name) for one in each]
     d_vocab = int(adapter.cfg.d_vocab)
     if wrong := [i for i in ids if not 0 <= i < d_vocab]:
         raise ValueError(

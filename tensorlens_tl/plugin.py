@@ -47,7 +47,8 @@ def capture(
             also
             a Hugging Face causal language model, which is then wrapped *in place* (see
             :func:`wrap`).
-        input: A string, a list of strings (padded by the host), or token ids [pos] or [batch, pos].
+        input: A string, a list of strings (padded by the host), or token ids [pos] or [batch, pos];
+            padded ids need their ``attention_mask``.
         gate: How gated MLPs are made linear: "gate", "up" or "half" (:class:`Convention`).
         dtype: Compute dtype of the operator, float32 or float64; by default float32, or the
             model's own where that is wider.

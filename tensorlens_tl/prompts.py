@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,96 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
     return tokens, [(width - n, width) if side == "left" else (0, n) for n in counts]
 
 
+def check_arguments(
+    kwargs: Mapping[str, Any], forbidden: Sequence[str], hosts: Sequence[Any]
+) -> None:
+    """Refuse arguments that would change what is run, and those that no forward pass knows.
+
+    A Hugging Face model ignores what it does not know: a misspelt argument would pass unseen.
+
+    Args:
+        kwargs: What the user gave for the model.
+        forbidden: What would change the run.
+        hosts: The model, and what it wraps.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if wrong := [key for key in forbidden if key in kwargs]:
+        raise ValueError(
+            f"{', '.join(wrong)} would change what is run; a capture is one whole forward pass "
+            "to the logits: leave it out"
+        )
+    known = {name for host in hosts for name in inspect.signature(type(host).forward).parameters}
+    if wrong := [key for key in kwargs if key not in known]:
+        raise ValueError(
+            f"no argument {', '.join(wrong)}, here or in the model's forward pass; expected those of "
+            "this function, or the model's own, such as prepend_bos, padding_side or attention_mask: "
+            "check the name"
+        )
+
+
+def each_prompt(prompts: Any, tokenizer: Any, masked: bool = False) -> list[Any]:
+    """A list of prompts, each as a string or as its own ids [pos].
+
+    Args:
+        prompts: Strings, ids [pos] or [1, pos] as the host's ``to_tokens`` gives them, or ids
+            [prompt, pos].
+        tokenizer: The model's, or None; it knows the padding token.
+        masked: Whether an attention mask tells padding.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        ValueError: If one is several prompts, or some are padded.
+    """
+    found: list[Any] = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            found.append(prompt)
+            continue
+        ids = as_ids(prompt, torch.device("cpu"))
+        if len(ids) != 1:
+            raise ValueError(
+                f"expected prompt {i} as a string or token ids [pos], got ids of shape "
+                f"{list(ids.shape)}: list its {len(ids)} prompts one by one"
+            )
+        found.append(ids[0])
+    rows = [prompt for prompt in found if not isinstance(prompt, str)]
+    if len({len(row) for row in rows}) == 1 and not masked:
+        check_padding(torch.stack(rows), tokenizer, "a list of each prompt's own ids")
+    return found
+
+
+def check_padding(tokens: Int[Tensor, "batch pos"], tokenizer: Any, remedy: str) -> None:
+    """Refuse ids some of whose rows, and not all, end or begin in padding that nothing masks.
+
+    They would be taken for real tokens, and the last of them for the prompt's last word.
+
+    Args:
+        tokens: The ids.
+        tokenizer: The model's, or None.
+        remedy: What may be passed instead of them, beside strings.
+
+    Raises:
+        ValueError: If there are such rows.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or tokens.shape[1] < 2:
+        return
+    padded = tokens == pad
+    # A beginning-of-sequence token may be the padding token, too: two of them are padding.
+    begins = padded[:, 0] & (padded[:, 1] | (pad != getattr(tokenizer, "bos_token_id", None)))
+    for where, rows in (("ends", padded[:, -1]), ("begins", begins)):
+        if rows.any() and not rows.all():
+            prompt = int(rows.nonzero()[0])
+            raise ValueError(
+                f"prompt {prompt} {where} in the padding token (id {pad}) and others do not, expected "
+                f"ids without padding, as it would count as real tokens: pass strings, or {remedy}"
+            )
+
+
 def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
     """Token ids as a tensor [batch, pos].
 
@@ -72,7 +163,8 @@ def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             "expected a string, a list of strings or token ids [pos] or [batch, pos], got "
-            f"{type(inputs).__name__} that is no rectangle of ids; pad lists to one length, or pass strings"
+            f"{type(inputs).__name__} that is no rectangle of ids; pass strings, or pad "
+            "lists to one length and tell it by attention_mask"
         ) from None
     if ids.numel() == 0:
         raise ValueError(EMPTY)
@@ -84,19 +176,25 @@ def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
     return (ids if ids.ndim == 2 else ids[None]).to(device=device, dtype=torch.long)
 
 
-def mask_spans(mask: Any, shape: torch.Size) -> Spans:
+def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> Spans:
     """The run of real tokens that an attention mask leaves each prompt.
 
     Args:
-        mask: [batch, pos], true at real tokens.
-        shape: The token ids' shape.
+        mask: [batch, pos], true at real tokens; or None where all are.
+        tokens: The token ids.
+        tokenizer: The model's; None where padding is no question.
 
     Returns:
         Each prompt's (start, stop).
 
     Raises:
-        ValueError: If the shapes differ, or a prompt's real tokens are none or not one run.
+        ValueError: If the shapes differ, a prompt's real tokens are none or not one run, or some
+            prompts are padded and no mask tells it.
     """
+    shape = tokens.shape
+    if mask is None:
+        check_padding(tokens, tokenizer, "the attention_mask that tells it")
+        return [(0, shape[1])] * len(tokens)
     mask = torch.as_tensor(mask).bool()
     if mask.shape != shape:
         raise ValueError(

@@ -257,6 +257,8 @@ def decode(
         ValueError: If there is no relation or split, a training set has fewer than two subjects or
             leaves fewer than two to test, or all objects are one.
     """
+    if isinstance(relations, Relation) or isinstance(n_train, int):
+        raise ValueError("expected lists of relations and of n_train, got one: put it in a list")
     if not relations or splits < 1 or not n_train or not betas:
         raise ValueError(
             f"expected at least one relation, split, number of training subjects and β, got "

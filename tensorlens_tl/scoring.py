@@ -17,6 +17,7 @@ from .capturing import Capture, Convention
 from .composer import FrozenTransformer
 from .masking import all_real
 from .methods import token_scores
+from .prompts import each_prompt
 from .recording import record
 from .targets import (
     Target,
@@ -94,7 +95,8 @@ def score(
         The scores.
     """
     adapter, options = adapt(model), options or {}
-    ids = [adapter.prepare(prompt, {})[1].tokens[0] for prompt in prompts]
+    alone = each_prompt(prompts, adapter.tokenizer)
+    ids = [adapter.prepare(prompt, {})[1].tokens[0] for prompt in alone]
     goals, predicted = [0] * len(ids), [0] * len(ids)
     scores: dict[str, list[Any]] = {name: [None] * len(ids) for name in methods}
     plain, seconds = 0.0, dict.fromkeys(methods, 0.0)

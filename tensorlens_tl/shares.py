@@ -220,7 +220,7 @@ def _resampled(
 
 
 def _quantiles(values: Float[Tensor, " times"], n: int) -> Interval:
-    if n < 2:
+    if n < 2 or not bool(values.isfinite().all()):  # a draw in which ablating changes nothing
         return math.nan, math.nan
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -128,10 +129,10 @@ class Statements:
             The relation.
 
         Raises:
-            ValueError: If there are fewer than two training subjects or no β, a layer was not read,
-                or there is no such method.
+            ValueError: If there are fewer than two training subjects or no β, a subject or layer
+                was not read, or there is no such method.
         """
-        places = self._layer_places(layers)
+        places, train = self._layer_places(layers), self._subjects(train)
         if len(set(train)) < 2 or len(set(train)) < len(train) or not betas:
             raise ValueError(
                 f"expected at least two different training subjects and one β, got {list(train)} and "
@@ -153,6 +154,14 @@ class Statements:
         subjects = tuple(self.relation.subjects[i] for i in train)
         return LinearRelation(method, layer, beta, W[:, best].mean(0), b[:, best].mean(0), subjects)
 
+    def _subjects(self, given: Any) -> list[int]:
+        chosen: list[Any] = [given] if isinstance(given, int | str) else list(given)
+        if wrong := [i for i in chosen if not isinstance(i, Integral) or i not in range(len(self))]:
+            raise ValueError(
+                f"expected indices of subjects, from 0 to {len(self) - 1}, got {wrong[0]!r}"
+            )
+        return list(map(int, chosen))
+
     def _layer_places(self, layers: Sequence[int] | None) -> list[int]:
         layers = self.layers if layers is None else layers
         if not layers or not set(layers) <= set(self.layers):
@@ -168,8 +177,11 @@ class Statements:
 
         Returns:
             Token ids.
+
+        Raises:
+            ValueError: If there is no such subject.
         """
-        h = self.hidden[list(test), self._layer_places([relation.layer])[0]]
+        h = self.hidden[self._subjects(test), self._layer_places([relation.layer])[0]]
         return self.logits(relation(h)).argmax(-1)
 
     def rerun(
@@ -296,6 +308,10 @@ def state(
     Raises:
         ValueError: If there is no such template or layer, or a subject ends within a token.
     """
+    if not isinstance(relation, Relation):
+        raise ValueError(
+            f"expected a Relation, got {type(relation).__name__}: Relation.load reads one from a file"
+        )
     if isinstance(template, int) and not 0 <= template < len(relation.templates):
         raise ValueError(
             f"expected a template from 0 to {len(relation.templates) - 1}, got {template}"

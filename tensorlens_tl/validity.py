@@ -416,8 +416,8 @@ def validity(
         The study.
 
     Raises:
-        ValueError: If there are fewer than three prompts, a kind does not exist, or the sizes do not
-            rise from above 0.
+        ValueError: If there are fewer than three prompts, a kind does not exist, the sizes do not
+            rise from above 0, or the model is in half precision.
     """
     if isinstance(prompts, str) or len(prompts) < 3:
         raise ValueError(f"expected a list of at least three prompts, got {prompts!r}")
@@ -427,6 +427,12 @@ def validity(
         raise ValueError(f"expected sizes that rise from above 0, got {list(sizes)}")
     with torch.no_grad():
         lenses = [capture(model, prompt, **kwargs)[1] for prompt in prompts]
+    dtype = lenses[0].logits.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"expected a model in float32 or float64, got {dtype}, whose rounding hides small δ: "
+            "model.to(torch.float32)"
+        )
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for i, lens in enumerate(tqdm(lenses, desc="validity", disable=not progress)):
@@ -441,7 +447,7 @@ def validity(
             limits = {part: float(values[row]) for part, values in found.held.items()}
             limit = float(found.limit[row])
             rows.append(Curve(kind, tuple(ours), tuple(theirs), limit, limits, whole))
-    name = str(lenses[0].logits.dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     return ValidityStudy(
         lenses[0].capture.model_name, name, seed, len(lenses), tuple(sizes), tuple(rows)
     )

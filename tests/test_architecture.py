@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 FLOORS = {
-    "graph": 0, "heat": 0, "intervals": 0, "supported": 0, "linear_map": 0, "weights": 0,
+    "graph": 0, "heat": 0, "intervals": 0, "supported": 0, "linear_map": 0.5, "weights": 0,
     "primitives": 1, "prompts": 1,
     "sublayer": 2, "recomputed": 2,
     "sublayers": 3, "planning": 1, "folding": 3, "contraction": 3.5, "blocks": 4,

@@ -19,7 +19,7 @@ from helpers import (
 from helpers import build_bridge_from_module as bridge_builder
 
 import tensorlens_tl
-from tensorlens_tl import CaptureMismatchError, UnsupportedArchitectureError
+from tensorlens_tl import CaptureMismatchError, UnsupportedArchitectureError, demo
 
 every_host = pytest.mark.parametrize("case", [
     next(c for c in ALL if c.host == host) for host in sorted({c.host for c in ALL})
@@ -71,6 +71,32 @@ def test_text_without_a_tokenizer(case):
 @pytest.mark.parametrize("key", ["return_type", "stop_at_layer", "past_kv_cache"])
 def test_arguments_that_change_the_run(case, key):
     refused(case.model(), tokens(), f"{key} would change what is run.*leave it out", **{key: None})
+
+
+@every_host
+@pytest.mark.parametrize("key", ["prepend_boss", "target"])
+def test_arguments_that_nobody_takes(case, key):
+    """A Hugging Face model would swallow them, and a misspelt target be no target."""
+    refused(
+        case.model(), tokens(), f"no argument {key}, here or in the model's.*check", **{key: True}
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_ids_are_told_apart_from_prompts(side):
+    """Ids of two lengths from ``to_tokens``: refused without their mask, right with it."""
+    model, texts = demo.load_model(), ["When Mary and John went to", "The capital"]
+    ids, where = (
+        model.to_tokens(texts, padding_side=side),
+        {"left": "begins", "right": "ends"}[side],
+    )
+    match = rf"prompt 1 {where} in the padding token \(id 2\).*pass strings, or the attention_mask"
+    refused(model, ids, match)
+    with quiet(), torch.no_grad():
+        batch = tensorlens_tl.capture(model, ids, attention_mask=ids != 2)[1]
+        alone = tensorlens_tl.capture(model, texts[1])[1]
+        assert tensorlens_tl.capture(model, ids[1:])[1].capture.prompts.tokens.shape == (1, 7)
+    assert batch[1].attribute().target_value == pytest.approx(alone.attribute().target_value, 1e-5)
 
 
 @every_host
@@ -181,6 +207,12 @@ def test_sites():
         lens.between("unembed.hook_in", "blocks.0.hook_resid_pre")
     with pytest.raises(IndexError, match="prompt 2 does not exist; there are 2"):
         lens[2]
+
+
+@pytest.mark.wrong_types
+def test_sites_that_are_no_names():
+    with pytest.raises(ValueError, match=r"no residual site 1; there are blocks\.0"):
+        lens_of(ALL[0]).token_matrix("norm", layers=(1, 2))
 
 
 # --- Refused by name

@@ -125,7 +125,7 @@ def test_bad_calls_are_refused():
             ValueError, match="expected method to be one of eap, eap_ig, direct, random"
         ):
             score_edges(model, CLEAN, CORRUPTED, "ig")
-        with pytest.raises(ValueError, match="expected steps ≥ 1, got 0"):
+        with pytest.raises(ValueError, match="steps as an integer ≥ 1, got 0"):
             score_edges(model, CLEAN, CORRUPTED, "eap_ig", steps=0)
         with pytest.raises(ValueError, match="prompt 0 has 7 tokens and its corrupted one 6"):
             score_edges(model, CLEAN, tokens(3, 6))

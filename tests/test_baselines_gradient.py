@@ -436,7 +436,7 @@ def test_refusals(monkeypatch):
         scores("integrated_gradients", lens, model, baseline="noise")
     with pytest.raises(ValueError, match="no beginning-of-sequence token"):
         scores("integrated_gradients", lens, model, baseline="bos")
-    with pytest.raises(ValueError, match="steps ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="steps as an integer ≥ 1, got 0"):
         scores("integrated_gradients", lens, model, steps=0)
     monkeypatch.setitem(sys.modules, "networkx", None)
     monkeypatch.setitem(sys.modules, "captum.attr", None)

@@ -80,6 +80,17 @@ def test_strings_are_padded_in_batches():
     assert found.completeness_error <= 1e-5 and found.target_mean > 0
 
 
+def test_ids_as_the_host_gives_them():
+    """Ids [1, pos], and targets as a tensor: as lists of ids and of targets are."""
+    model, targets = FIRST.model(), torch.tensor([1, 2, 3, 4, 5])
+    with quiet():
+        expected = tensorlens_tl.attribute(model, prompts(), targets.tolist())
+        found = tensorlens_tl.attribute(
+            model, [torch.as_tensor(ids)[None] for ids in prompts()], targets
+        )
+    assert torch.equal(found.mean, expected.mean) and torch.equal(found.sem, expected.sem)
+
+
 def test_refusals():
     model = FIRST.model()
     for wrong in ([], "a prompt"):

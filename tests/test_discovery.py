@@ -159,6 +159,31 @@ def test_progress_and_the_model_as_it_was(model, capsys):
     assert now == flags and not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
+@pytest.mark.wrong_types  # an array is no sequence
+def test_ids_as_the_host_gives_them(model):
+    """Ids [1, pos] are one prompt each, and targets may be a tensor or an array of ids."""
+    *texts, right, wrong = task(3)
+    ids = [[model.to_tokens(text) for text in part] for part in texts]
+    a, b = (torch.tensor([int(model.to_single_token(x)) for x in part]) for part in (right, wrong))
+    expected = tensorlens_tl.discover(model, *texts, right, wrong, n_edges=9)
+    for goals in ((a, b), (a.numpy(), b.numpy())):
+        found = tensorlens_tl.discover(model, *ids, *goals, n_edges=9)
+        assert found.edges == expected.edges and "a target each − a target each" in repr(found)
+        assert_close(vector(found.scores), vector(expected.scores), 1e-5)
+
+
+def test_padded_ids_with_their_mask_are_the_prompts(model):
+    texts = [
+        "The capital of France is",
+        "When Mary and John went to the store, John gave a drink to",
+    ]
+    ids = model.to_tokens(texts)
+    expected = tensorlens_tl.discover(model, texts, n_edges=9)
+    found = tensorlens_tl.discover(model, list(ids), n_edges=9, attention_mask=ids != 2)
+    assert found.edges == expected.edges
+    assert_close(vector(found.scores), vector(expected.scores), 1e-5)
+
+
 @pytest.mark.wrong_types
 def test_refusals(model, tmp_path):
     rows, path = task(3), tmp_path / "circuit.json"
@@ -172,6 +197,17 @@ def test_refusals(model, tmp_path):
         (rows, {"n_edges": None}, "expected n_edges or threshold, got neither"),
         (rows, {"method": "luck"}, "method to be one of greedy"),
         (rows, {"batch_size": 0}, "batch_size as an integer ≥ 1, got 0"),
+        (rows, {"target": "Mary"}, "no argument target, here or in the model's forward pass"),
+        (
+            (model.to_tokens(["The capital", *rows[0]]),),
+            {},
+            "prompt 0 ends in the padding token .*own",
+        ),
+        (
+            ([model.to_tokens(rows[0])],),
+            {},
+            r"prompt 0 as a string or token ids.*list its 3 prompts",
+        ),
         (rows, {"sample": 4}, "sample of at most 3, the prompts, got 4"),
         (rows, {"sample": 0}, "sample as an integer ≥ 1, got 0"),
         ((rows[0],), {"at": "corrupted"}, "at to be clean, or corrupted with corrupted prompts"),

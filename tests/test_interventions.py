@@ -360,7 +360,8 @@ def test_a_discovered_circuit_is_verified_in_its_model(case):
         direct = faithfulness_curve(
             model, clean, circuit.scores, corrupted, **goal, sizes=(0.3, 1.0)
         )
-    assert found.n_edges == 40 and found.share == same.share
+        itself = faithfulness(model, clean, circuit, corrupted, **goal)
+    assert found.n_edges == 40 and found.share == same.share == itself.share
     assert torch.equal(curve.signed, direct.signed) and torch.equal(curve.absolute, direct.absolute)
     assert float(curve.shares[1]) == pytest.approx(1, abs=1e-5)
 
@@ -396,6 +397,9 @@ def test_shares_and_intervals_by_hand():
     data = json.loads(loose.to_json())
     assert data["share"] == 0.75 and data["interval"] == [low, high] and len(data["circuit"]) == 8
     assert "0.750" in repr(loose) and "5 of 10 edges" in repr(loose)
+    some = torch.tensor([4.0, 0.0]).double()  # the draw of the second prompt alone has no gap
+    rare = Faithfulness(some, 0 * some, 0 * some, some + 1, "zero", "live", 5, 10)
+    assert rare.share == 1.5 and all(map(math.isnan, rare.interval))
     nothing = Faithfulness(full, full, full, full, "zero", "live", 0, 10)
     assert math.isnan(nothing.share) and json.loads(nothing.to_json())["share"] is None
 
@@ -565,9 +569,14 @@ BAD_CALLS = {
     "target and metric": (
         {"corrupted": CORRUPTED, "target": 3, "metric": max}, "either a metric or target and versus"),
     "targets": ({"corrupted": CORRUPTED, "target": [1, 2]}, "expected one target per prompt, 3, or one"),
+    "a number": ({"corrupted": CORRUPTED, "target": 3.7}, "target as a token string or an id, got 3.7"),
+    "a truth": ({"corrupted": CORRUPTED, "versus": True}, "versus as a token string or an id, got True"),
+    "nothing": ({"corrupted": CORRUPTED, "target": [3, None, 3]}, "or an id, got None of NoneType: pas"),
     "vocabulary": ({"corrupted": CORRUPTED, "target": D_VOCAB}, "target id 50 is outside the vocabulary"),
     "pos": ({"corrupted": CORRUPTED, "pos": 7}, "position 7 does not exist in a prompt of 7 tokens"),
-    "batch": ({"corrupted": CORRUPTED, "batch_size": 0}, "expected batch_size ≥ 1, got 0"),
+    "batch": ({"corrupted": CORRUPTED, "batch_size": 0}, "batch_size as an integer ≥ 1, got 0"),
+    "a metric's number": (
+        {"corrupted": CORRUPTED, "metric": lambda logits, index: 1.0}, r"one number a prompt, \[3\], got \[\]"),
     "metric": ({"corrupted": CORRUPTED, "metric": lambda logits, index: logits}, "one number a prompt"),
     "text": ({"corrupted": CORRUPTED, "target": "Mary"}, "no tokenizer to read the target"),
 }  # fmt: skip
@@ -595,9 +604,54 @@ def test_bad_prompts_are_refused(prompts):
         faithfulness(FIRST.model(), prompts, [], ablation="zero")
 
 
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("what", ["kl", 3])
+def test_a_metric_that_is_no_function_is_refused(what):
+    with quiet(), pytest.raises(ValueError, match="expected metric as a function of logits"):
+        faithfulness(FIRST.model(), CLEAN, [], CORRUPTED, metric=what)
+
+
+def test_several_prompts_as_one_are_refused():
+    with quiet(), pytest.raises(ValueError, match=r"prompt 0 .*ids of shape \[3, 7\]: list its 3"):
+        faithfulness(FIRST.model(), [CLEAN], [], ablation="zero")
+
+
+def test_padded_ids_are_refused():
+    ids = demo.load_model().to_tokens(["The capital of France is", "The capital"])
+    with (
+        quiet(),
+        pytest.raises(ValueError, match=r"prompt 1 ends in the padding.*own ids"),
+    ):
+        faithfulness(demo.load_model(), ids, [], ablation="zero")
+
+
+@pytest.mark.parametrize("case", {case.host: case for case in ALL}.values(), ids=str)
+def test_autocast_is_refused(case):
+    model, clean, corrupted = runs(case)
+    refused = pytest.raises(ValueError, match="autocast is on, expected full precision")
+    with quiet(), torch.autocast("cpu", torch.bfloat16), refused:
+        faithfulness(model, clean, [], corrupted, target=3)
+
+
 @pytest.mark.offered(HookedTransformer is not None)
 def test_a_model_with_hooks_of_the_user_s_own_is_refused():
     model = CASES["hooked-gpt2"].model()
     own = model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z)])
     with own, pytest.raises(ValueError, match=r"hooks of your own at blocks\.0\.attn\.hook_z"):
         faithfulness(model, CLEAN, [], CORRUPTED)
+
+
+@pytest.mark.parametrize("case", {case.host: case for case in ONE_OF_EACH}.values(), ids=str)
+def test_hooks_of_torch_s_own_are_refused_too(case):
+    """They edit the clean run and not what is rebuilt: the full circuit's share was 1.2."""
+    model, clean, corrupted = runs(case)
+    with quiet(), torch.no_grad():
+        model(clean)  # a host may set hooks of its own in its first run
+        for add in ("register_forward_hook", "register_forward_pre_hook"):
+            handle = getattr(model.blocks[1].mlp, add)(lambda *args: None)
+            with pytest.raises(ValueError, match=r"hooks of your own at .*mlp, expected"):
+                faithfulness(model, clean, [], corrupted, target=3)
+            handle.remove()
+        assert faithfulness(model, clean, [], corrupted, target=3).share == pytest.approx(
+            0, abs=1e-5
+        )

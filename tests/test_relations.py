@@ -376,6 +376,23 @@ def test_what_no_study_can_be_made_of_is_refused(model, arguments, message):
         decode(model, [small()], **{"n_train": (3,), "splits": 1, "progress": False} | arguments)
 
 
+@pytest.mark.wrong_types
+def test_what_is_no_list_of_subjects_or_relations_is_refused(model, statements):
+    linear = statements.fit("operator", [0, 1])
+    for wrong, shown in (([0, -1], "-1"), ([0, 99], "99"), (["France", "Peru"], "'France'")):
+        with pytest.raises(ValueError, match=rf"indices of subjects, from 0 to \d+, got {shown}"):
+            statements.fit("operator", wrong)
+        with pytest.raises(ValueError, match=rf"indices of subjects, from 0 to \d+, got {shown}"):
+            statements.decoded(linear, wrong)
+    with pytest.raises(ValueError, match="at least two different training subjects"):
+        statements.fit("operator", 1)
+    for arguments in ((small(),), ([small()], 3)):
+        with pytest.raises(ValueError, match="lists of relations and of n_train, got one: put it"):
+            decode(model, *arguments, progress=False)
+    with pytest.raises(ValueError, match=r"expected a Relation, got str: Relation\.load"):
+        state(model, "The capital of {} is")
+
+
 def test_relations_that_cannot_be_told_apart_are_refused(model, statements):
     with pytest.raises(ValueError, match="different names"):
         decode(model, [small(), small()], (3,), progress=False)

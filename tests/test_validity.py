@@ -266,6 +266,16 @@ def test_the_model_is_left_as_it_was(model):
     assert lens.completeness_error < 1e-5  # and the lens still answers
 
 
+def test_half_precision_is_refused():
+    """Its rounding is as large as what small δ change: the radius would be the rounding's."""
+    model = demo.load_model().to(torch.bfloat16)
+    with (
+        quiet(),
+        pytest.raises(ValueError, match=r"float32 or float64, got torch\.bfloat16, whose"),
+    ):
+        validity(model, ["The key is", "The boy is", "The keys are"], progress=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
