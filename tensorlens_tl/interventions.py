@@ -283,10 +283,15 @@ class _Setup:
                 "ablation='resample' takes every ablated output from a corrupted prompt, got none: pass "
                 "corrupted=, one of equal length for each prompt, or use ablation='mean' or 'zero'"
             )
+        if ablation != "resample" and corrupted is not None:
+            raise ValueError(
+                f"corrupted is for ablation='resample', got {ablation!r}: leave it out, or pass "
+                "mean_over=corrupted with ablation='mean' to take means over the twins"
+            )
         if mean_over is not None and ablation != "mean":
             raise ValueError(f"mean_over is for ablation='mean', got {ablation!r}: leave it out")
         batch_size = None if batch_size is None else at_least_one(batch_size, "batch_size")
-        groups = paired(model.adapter, prompts, corrupted if ablation == "resample" else None)
+        groups = paired(model.adapter, prompts, corrupted)
         if ablation == "mean":
             lengths = [group.ids.shape[1] for group in groups]
             if mean_over is not None:

@@ -562,6 +562,7 @@ BAD_CALLS = {
     "ablation": ({"ablation": "noise"}, "expected ablation to be one of resample, mean, zero, got 'no"),
     "pattern": ({"corrupted": CORRUPTED, "pattern": "dead"}, "expected pattern to be one of live, fro"),
     "mean_over": ({"corrupted": CORRUPTED, "mean_over": CLEAN}, "mean_over is for ablation='mean'"),
+    "twins of means": ({"corrupted": CORRUPTED, "ablation": "mean"}, "corrupted is for ablation='resample'"),
     "lengths of means": (
         {"ablation": "mean", "mean_over": tokens(3, 5)}, r"expected prompts of one length, got 5 to 7"),
     "one prompt's mean": (
