@@ -480,7 +480,7 @@ def test_the_edge_list_of_eap_ig_and_mib():
 
 
 def test_graphs():
-    networkx = pytest.importorskip("networkx")
+    networkx = pytest.importorskip("networkx", reason="an extra")
     circuit = example()
     graph = circuit.to_networkx()
     assert graph.number_of_edges() == len(circuit) and set(graph) == set(map(str, circuit.nodes))

@@ -219,7 +219,7 @@ def test_log_odds_are_what_is_explained_versus_others(name):
 
 
 def test_table_json_and_dataframe():
-    pytest.importorskip("pandas")
+    pytest.importorskip("pandas", reason="an extra")
     whole = found()
     text = repr(whole)
     assert text.startswith("Evaluation of 3 methods on 3 prompts of tensorlens_tl demo (float32)")
