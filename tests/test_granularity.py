@@ -8,6 +8,7 @@ from helpers import ALL, GATED, FrozenModel, assert_close, lens_of, tokens
 
 from tensorlens_tl.attribution import BY, TOTALS
 from tensorlens_tl.composer import FrozenTransformer
+from tensorlens_tl.edges import Writers
 from tensorlens_tl.graph import Edge, Node
 from tensorlens_tl.lens import TensorLens
 
@@ -335,3 +336,21 @@ def test_refusals():
             lens.attribute(by=by, effect="total")
     with pytest.raises(ValueError, match="an axis of pos, node, layer, src, dest, got 'time'"):
         lens.attribute().sum("time")
+
+
+@every_case
+@pytest.mark.parametrize("finer", [False, True], ids=["as the run", "finer than the run"])
+def test_what_edges_take_for_an_mlps_output_is_its_own_map(case, finer):
+    """Read off the residual where the run is as fine as the operator, W_out's product elsewhere."""
+    model_dtype = torch.float32 if finer else torch.float64
+    lens = lens_of(case, model_dtype, dtype=torch.float64)
+    op, last = lens.operator, torch.tensor([6, 6])
+    writers = Writers.of(op, lens.capture, last)
+    row = {node: i for i, node in enumerate(writers.nodes)}
+    below = [step for step in op.steps if step.layer < op.steps[-1].layer]
+    assert below
+    for step in below:
+        for branch in step.branches:
+            for i, node in enumerate(branch.body.nodes()):
+                mine, own = writers.outputs[:, row[node]], branch.outputs(step.state)[:, i]
+                assert_close(mine, own, 1e-12 if finer else case.tol(), str(node))
