@@ -28,6 +28,7 @@ def test_blocks_run_and_print_what_readme_says(tmp_path, monkeypatch):
     for ours, theirs in zip(lines[2:-1], shown[2:-1], strict=True):
         assert ours.split()[1:] == theirs.split()[1:]
         assert abs(float(ours.split()[0]) - float(theirs.split()[0])) < 0.01
+    assert shown[-1].startswith(lines[-1])  # the Bridge has no b_U of zeros
     assert HookedTransformer is None or names["lens"].completeness_error < 2e-6
 
 
