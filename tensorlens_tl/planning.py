@@ -27,7 +27,7 @@ ROWS = 2048
 
 HEAP = 1.35
 """Bytes that a process grows by for a byte of tensors: an allocator keeps freed blocks that no later
-tensor fits. On the benchmark's float32 cases 1.1 to 1.7; 1.0 where every block is its own mapping."""
+tensor fits, more or fewer by the case; ``benchmarks/contraction.py`` compares plans with what it takes."""
 
 SHARE = 0.5
 """Share of the free memory that heavy work may take unless told otherwise."""
