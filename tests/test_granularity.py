@@ -4,8 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ALL, GATED, FrozenModel, assert_close, lens_of, tokens
+from helpers import (
+    ALL,
+    GATED,
+    HOOKED,
+    FrozenModel,
+    HookedTransformer,
+    assert_close,
+    build_hooked,
+    lens_of,
+    quiet,
+    tokens,
+)
 
+import tensorlens_tl
 from tensorlens_tl.attribution import BY, TOTALS
 from tensorlens_tl.composer import FrozenTransformer
 from tensorlens_tl.edges import Writers
@@ -354,3 +366,20 @@ def test_what_edges_take_for_an_mlps_output_is_its_own_map(case, finer):
             for i, node in enumerate(branch.body.nodes()):
                 mine, own = writers.outputs[:, row[node]], branch.outputs(step.state)[:, i]
                 assert_close(mine, own, 1e-12 if finer else case.tol(), str(node))
+
+
+@pytest.mark.offered("neox" in HOOKED and HookedTransformer is not None)
+def test_a_parallel_block_of_as_many_heads_as_branches():
+    """Two heads beside an MLP: what the residual gained is nobody's alone."""
+    with quiet(), torch.no_grad():
+        model = build_hooked(HOOKED["neox"] | {"n_heads": 2}, torch.float64)
+        lens = tensorlens_tl.capture(model, tokens())[1]
+    step, writers = (
+        lens.operator.steps[0],
+        Writers.of(lens.operator, lens.capture, torch.tensor([6, 6])),
+    )
+    assert len(step.branches) == len(step.branches[0].body.nodes()) == 2
+    own = torch.cat([branch.outputs(step.state) for branch in step.branches], 1)
+    nodes = [node for branch in step.branches for node in branch.body.nodes()]
+    mine = writers.outputs[:, [writers.nodes.index(node) for node in nodes]]
+    assert_close(mine, own, 1e-12)
