@@ -149,8 +149,6 @@ def _through_queries_and_keys(lens: TensorLens, step: Any, covector: Tensor) -> 
     side_of, total = _queries_and_keys(lens.capture), torch.zeros_like(covector)
     for branch in step.branches:
         if branch.has_heads:
-            side = side_of(branch)
-            out = torch.zeros_like(covector[:, None]).repeat(1, len(side.reads()), 1, 1)
-            side.readers(branch.pull_to_hidden(covector), step.state, out)
-            total = total + out.sum(1)
+            for covectors in side_of(branch).readers(branch.pull_to_hidden(covector), step.state):
+                total = total + covectors.wide().sum(0)
     return total

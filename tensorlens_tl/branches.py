@@ -13,10 +13,12 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .factored import Factored
 from .graph import Node
 from .linear_map import Chain, LinearMap, Residual, Sum
 from .primitives import Norm, Shift, put_row, take_row
 from .sublayer import Sublayer
+from .sublayers import Attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,23 +99,34 @@ class Branch:
         """What the body reads of a residual state."""
         return state if self.pre is None else self.pre.apply(state) + self.pre.bias
 
-    def outputs(
-        self, state: Float[Tensor, "batch pos d_model"], out: Tensor | None = None
-    ) -> Float[Tensor, "batch node pos d_model"]:
+    def writes(
+        self, state: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"] | None = None
+    ) -> Factored:
         """What every node adds to the residual in the run, its internal constants included.
 
         Args:
             state: The residual it reads in the run.
-            out: Where to write it, if anywhere.
+            query: Where alone it is wanted, if not everywhere: elsewhere it is left zero.
 
         Returns:
             One row per node.
         """
-        y = self.body.outputs(self.read(state), out)
-        if self.post is None:
-            return y
-        y = self.post.apply(y.transpose(0, 1)).transpose(0, 1)
-        return y if out is None else out.copy_(y)
+        x, post = self.read(state), self.post
+        if query is None:
+            found = self.body.factored(self.body.hidden_in_run(x))
+        else:
+            found = self.body.factored(self.body.hidden_at(x, query)[:, None])
+            post = post and post.row(query)
+        found = found if post is None else found.then(post.scale, post.unscaled_)
+        if query is None:
+            return found
+        return replace(found, narrow=put_row(found.narrow, query, state.shape[1]))
+
+    def outputs(
+        self, state: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch node pos d_model"]:
+        """The same, all of it: heads · pos · d_model numbers."""
+        return self.writes(state).wide().transpose(0, 1)
 
     def outputs_at(
         self, state: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
@@ -155,23 +168,20 @@ class Branch:
             {n: put_row(e[..., None], query, n_pos)[..., 0] for n, e in found.effects.items()},
         )
 
-    def readers(
-        self, pull: Pull, out: Float[Tensor, "batch reader pos d_model"]
-    ) -> dict[str, Float[Tensor, "batch reader"]]:
+    def readers(self, pull: Pull) -> tuple[Factored, dict[str, Float[Tensor, "reader batch"]]]:
         """Every reader's covector at the residual, and the shares of its own constants.
 
         Args:
             pull: From :meth:`pull`.
-            out: Where the covectors go, which sum to the adjoint.
 
         Returns:
-            Shares by constant.
+            The covectors, which sum to the adjoint, and shares by constant.
         """
-        if len(self.body.reads()) > 1:
-            return self.body.readers(pull.kept, self.pre, out)
-        out[:, 0] = pull.covector
+        if isinstance(self.body, Attention):
+            return self.body.readers(pull.kept, self.pre)
         outside = self.outside_names()
-        return {n: e.sum(-1, keepdim=True) for n, e in pull.effects.items() if n not in outside}
+        shares = {n: e.sum(-1)[None] for n, e in pull.effects.items() if n not in outside}
+        return Factored(pull.covector[None]), shares
 
     def outside_names(self) -> tuple[str, ...]:
         """The names of :meth:`outside`, in its order."""

@@ -10,15 +10,23 @@ its own constants (its norm's b, b_V, b_in) beside: together they are its total 
 With queries and keys a head has two more readers, "L2H1.q" and "L2H1.k" (``query_key``): first-order,
 and in no sum.
 
-All edges of one step are one matrix product, [readers, pos · d_model] × [pos · d_model, writers].
+Both sides are kept narrow, d_head numbers per head and position, and for a span of positions at a time
+
+    1. all writers are widened, [writer, span · d_model]: with 2 pos d_model² flops a layer,
+    2. the readers of a few layers, [reader, span · d_model]: as many,
+    3. and multiplied: 2 · readers · writers · pos · d_model in all.
+
+What is held is a span's, whatever the prompt's length. A constant that is the same everywhere, b_O
+or b_out, is read by the sum over positions of its reader's covectors, which is a narrow sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import accumulate
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -27,11 +35,18 @@ from torch import Tensor
 from .branches import Branch, Step, Trace
 from .capturing import Capture
 from .composer import FrozenTransformer
+from .factored import Factored
 from .graph import Edge, Node
 from .query_key import QueryKey
 from .results import Source
 
 LOGITS = Node("logits")
+SPAN_BYTES = 2**25
+"""What the writers of one span of positions may take: larger blocks are fresh memory at every call,
+and touching it costs more than the products."""
+FEW_READERS = 36
+"""Readers multiplied at a time: with fewer, a product waits for memory; with more, it is wasted on
+writers that are not below."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +56,13 @@ class Writers:
     Attributes:
         nodes: Embeddings, heads, MLPs and constants that no node holds, from below.
         below: How many of them write before each step, and how many there are.
-        outputs: What they add.
+        parts: What they add, in their order: of several, position by position, or one constant's
+            one vector.
     """
 
     nodes: tuple[Node, ...]
     below: tuple[int, ...]
-    outputs: Float[Tensor, "batch writer pos d_model"]
+    parts: tuple[Factored | Float[Tensor, " d_model"], ...]
 
     @classmethod
     def of(
@@ -55,7 +71,7 @@ class Writers:
         capture: Capture,
         query: Int[Tensor, " batch"],
     ) -> Writers:
-        """All writers of a run; takes 4 · writers · pos · d_model bytes.
+        """All writers of a run.
 
         Nothing but a target reads what the last layer adds, and only where the target is: there
         alone its heads and MLP are computed, and elsewhere left zero. What an MLP added is read off
@@ -67,21 +83,17 @@ class Writers:
             query: The target's position in each prompt, as tensor index.
 
         Returns:
-            Nodes and outputs.
+            Nodes and what they add.
         """
         embeddings, steps = capture.embeddings, operator.steps
         names = [tuple(map(Node.parse, embeddings)), *map(_names, steps)]
-        below = tuple(accumulate(map(len, names)))
-        frame = operator.frame
-        outputs = frame.zeros(0).new_empty(frame.batch, below[-1], frame.n_pos, operator.in_dim)
-        for i, embedding in enumerate(embeddings.values()):
-            outputs[:, i] = embedding
-        fine = capture.logits.dtype == frame.dtype  # a coarser residual is mostly rounding
+        parts: list[Factored | Tensor] = [Factored(e[None]) for e in embeddings.values()]
+        fine = capture.logits.dtype == operator.frame.dtype  # a coarser residual is mostly rounding
         after = [step.state if fine else None for step in steps[1:]]
-        for step, then, start, stop in zip(steps, [*after, None], below, below[1:], strict=False):
+        for step, then in zip(steps, [*after, None], strict=True):
             last = step.layer == steps[-1].layer
-            _write(step, outputs[:, start:stop], query if last else None, then)
-        return cls(sum(names, ()), below, outputs)
+            parts += _write(step, query if last else None, then)
+        return cls(sum(names, ()), tuple(accumulate(map(len, names))), tuple(parts))
 
     def minus(self, other: Writers) -> Writers:
         """What they add here and do not add in another run of the same model.
@@ -100,7 +112,41 @@ class Writers:
             raise ValueError(
                 f"only one of the runs has {', '.join(only)}: expected edits at the same hook points"
             )
-        return Writers(self.nodes, self.below, self.outputs - other.outputs)
+        parts = [
+            a - b if isinstance(a, Factored) and isinstance(b, Factored)
+            else torch.zeros_like(cast(Tensor, a))  # a weight, the same in both
+            for a, b in zip(self.parts, other.parts, strict=True)
+        ]  # fmt: skip
+        return Writers(self.nodes, self.below, tuple(parts))
+
+    def moving(self) -> tuple[tuple[Factored, ...], list[int]]:
+        """What is different from position to position, and which nodes add it."""
+        found, at = [], 0
+        which: list[int] = []
+        for part in self.parts:
+            many = len(part.narrow) if isinstance(part, Factored) else 1
+            if isinstance(part, Factored):
+                found.append(part)
+                which += range(at, at + many)
+            at += many
+        return tuple(found), which
+
+
+@dataclass(frozen=True, eq=False)
+class _Readers:
+    """Readers that see the same writers.
+
+    Attributes:
+        nodes: They.
+        below: How many writers they see.
+        covectors: Theirs, at the residual.
+        own: The shares of their own constants, by name.
+    """
+
+    nodes: tuple[Node, ...]
+    below: int
+    covectors: Factored
+    own: dict[str, Float[Tensor, "reader batch"]]
 
 
 def edge_scores(
@@ -126,53 +172,99 @@ def edge_scores(
     Returns:
         The edges, reader by reader from below, their names, and their scores, positions summed.
     """
-    outputs, below = writers.outputs, writers.below
-    covectors, scores = outputs[:0], []
-    readers: list[tuple[Node, int, tuple[str, ...]]] = []
-    steps = zip(operator.steps, trace.pulls, below, trace.covectors[1:], strict=False)
-    for _, layer in groupby(steps, key=lambda item: item[0].layer):
-        own = list(layer)
-        seen = own[0][2]
-        branches = [branch for step, *_ in own for branch in step.branches]
-        n_readers = sum(len(branch.body.reads()) for branch in branches)
-        sides = {} if scores_of is None else {b: scores_of(b) for b in branches if b.has_heads}
-        n_readers += sum(len(side.reads()) for side in sides.values())
-        if covectors.shape[1] != n_readers or not len(covectors):  # fresh memory costs time
-            covectors = torch.empty_like(outputs[:, :1]).repeat(1, n_readers, 1, 1)
-        found, at = [], 0
-        for step, pulls, start, c in own:
-            for branch, pull in zip(step.branches, pulls, strict=True):
-                nodes = branch.body.reads()
-                out = covectors[:, at : at + len(nodes)]
-                shares = branch.readers(pull, out)
-                found.append((nodes, start, out, {} if constants is None else shares))
-                at += len(nodes)
-                if (side := sides.get(branch)) is not None:
-                    out = covectors[:, at : at + len(side.reads())]
-                    side.readers(branch.pull_to_hidden(c), step.state, out)
-                    found.append((side.reads(), start, out, {}))
-                    at += len(side.reads())
-        # All readers of a layer at once against what is below it: the writers are read once.
-        common = _products(covectors, outputs[:, :seen]).split([len(f[0]) for f in found], 1)
-        for (nodes, start, out, shares), below_layer in zip(found, common, strict=True):
-            rows = [below_layer, _products(out, outputs[:, seen:start])]
-            rows += [share[..., None] for share in shares.values()]
-            scores.append(torch.cat(rows, -1).flatten(1))
-            readers += [(node, start, tuple(shares)) for node in nodes]
-    prompts = torch.arange(len(query), device=query.device)
-    last = (outputs[prompts, :, query] @ trace.covectors[-2][prompts, query, :, None])[..., 0]
-    top = constants or {}
-    scores.append(torch.cat([last, *(share[:, None] for share in top.values())], -1))
-    readers.append((LOGITS, below[-1], tuple(top)))
-    return *_rows(writers.nodes, tuple(readers)), torch.cat(scores, -1)
+    readers = list(_readers(operator, writers, trace, constants, scores_of))
+    found = _products(writers, readers, operator.frame.n_pos)
+    scores, at = [], 0
+    for r in readers:
+        rows = found[at : at + len(r.nodes), :, : r.below]
+        own = [share[..., None] for share in r.own.values()]
+        scores.append(torch.cat([rows, *own], -1).transpose(0, 1).flatten(1))
+        at += len(r.nodes)
+    named = tuple((node, r.below, tuple(r.own)) for r in readers for node in r.nodes)
+    return *_rows(writers.nodes, named), torch.cat(scores, -1)
+
+
+def _readers(
+    operator: FrozenTransformer,
+    writers: Writers,
+    trace: Trace,
+    constants: dict[str, Float[Tensor, " batch"]] | None,
+    scores_of: Callable[[Branch], QueryKey] | None,
+) -> Iterator[_Readers]:
+    steps = zip(operator.steps, trace.pulls, writers.below, trace.covectors[1:], strict=False)
+    for step, pulls, below, c in steps:
+        for branch, pull in zip(step.branches, pulls, strict=True):
+            covectors, own = branch.readers(pull)
+            yield _Readers(branch.body.reads(), below, covectors, {} if constants is None else own)
+            if scores_of is not None and branch.has_heads:
+                side = scores_of(branch)
+                heads = len(side.reads()) // 2
+                both = side.readers(branch.pull_to_hidden(c), step.state)
+                for i, covectors in enumerate(both):
+                    nodes = side.reads()[i * heads : (i + 1) * heads]
+                    yield _Readers(nodes, below, covectors, {})
+    top = {name: share[None] for name, share in (constants or {}).items()}
+    yield _Readers((LOGITS,), writers.below[-1], Factored(trace.covectors[-2][None]), top)
 
 
 def _products(
-    covectors: Float[Tensor, "batch reader pos d"], outputs: Float[Tensor, "batch writer pos d"]
-) -> Float[Tensor, "batch reader writer"]:
-    # Prompt by prompt, the few rows first: the other way, or batched, it takes twice as long.
-    pairs = zip(outputs.flatten(2), covectors.flatten(2), strict=True)
-    return torch.stack([c @ w.T for w, c in pairs])
+    writers: Writers, readers: list[_Readers], n_pos: int
+) -> Float[Tensor, "reader batch writer"]:
+    """⟨writer, reader⟩ of all that is below a reader, and of some that is not."""
+    parts, which = writers.moving()
+    like = parts[0].narrow
+    batch, d_model = like.shape[1], like.shape[-1]
+    n_readers = sum(len(r.nodes) for r in readers)
+    sums = like.new_zeros(n_readers, batch, len(which))
+    most = max(1, SPAN_BYTES // (len(which) * batch * d_model * like.element_size()))
+    n_spans = -(-n_pos // most)
+    size = -(-n_pos // n_spans)
+    seen = [sum(i < r.below for i in which) for r in readers]
+    groups = _groups([len(r.nodes) for r in readers])
+    rows = max(sum(len(r.nodes) for r in readers[group]) for group in groups)
+    kept = [like.new_empty(many * batch * size * d_model) for many in (len(which), rows)]
+    for start in range(0, n_pos, size):
+        span = slice(start, min(start + size, n_pos))
+        shape = (batch, span.stop - start, d_model)
+        W, R = (k[: len(k) // size * shape[1]].view(-1, *shape) for k in kept)
+        at = 0
+        for part in parts:
+            part.wide(span, W[at : at + len(part.narrow)])
+            at += len(part.narrow)
+        first = 0
+        for group in groups:
+            at = 0
+            for r in readers[group]:
+                r.covectors.wide(span, R[at : at + len(r.nodes)])
+                at += len(r.nodes)
+            below = max(seen[group])
+            for b in range(batch):  # the few rows first: the other way, or batched, it takes longer
+                sums[first : first + at, b, :below] += (
+                    R[:at, b].flatten(1) @ W[:below, b].flatten(1).T
+                )
+            first += at
+    still = [i for i in range(len(writers.nodes)) if i not in set(which)]
+    if not still:
+        return sums
+    found = like.new_empty(n_readers, batch, len(writers.nodes))
+    found[..., which] = sums
+    vectors = torch.stack([part for part in writers.parts if isinstance(part, Tensor)])
+    found[..., still] = torch.cat([r.covectors.total() for r in readers]) @ vectors.T
+    return found
+
+
+def _groups(sizes: list[int]) -> list[slice]:
+    """Runs of neighbours of at least :data:`FEW_READERS` readers, where there are as many."""
+    found, start, held = [], 0, 0
+    for i, size in enumerate(sizes):
+        held += size
+        if held >= FEW_READERS:
+            found.append(slice(start, i + 1))
+            start, held = i + 1, 0
+    if held:  # a few readers alone would take as long as many
+        start = found.pop().start if found and held < FEW_READERS // 2 else start
+        found.append(slice(start, len(sizes)))
+    return found
 
 
 def _names(step: Step) -> tuple[Node, ...]:
@@ -184,31 +276,25 @@ def _names(step: Step) -> tuple[Node, ...]:
 
 def _write(
     step: Step,
-    out: Float[Tensor, "batch writer pos d_model"],
     query: Int[Tensor, " batch"] | None,
     after: Float[Tensor, "batch pos d_model"] | None,
-) -> None:
+) -> Iterator[Factored | Float[Tensor, " d_model"]]:
     """What a step's writers add, in the order of :func:`_names`; nodes at ``query`` alone, if any."""
-    at = 0
     for branch in step.branches:
-        nodes = len(branch.body.nodes())
-        alone = nodes == len(step.branches) == 1 and not step.edits
+        outside, name = branch.outside(), branch.body.external[0]
+        alone = len(branch.body.nodes()) == len(step.branches) == 1 and not step.edits
         if query is None and after is not None and alone:
-            torch.sub(after, step.state, out=out[:, at])
-            for constant in branch.outside().values():
-                out[:, at] -= constant
-        elif query is None:
-            branch.outputs(step.state, out=out[:, at : at + nodes])
+            gained = after - step.state
+            for constant in outside.values():
+                gained -= constant
+            yield Factored(gained[None])
         else:
-            out[:, at : at + nodes] = 0
-            prompts = torch.arange(len(query), device=query.device)
-            out[prompts, at : at + nodes, query] = branch.outputs_at(step.state, query)
-        at += nodes
-        for constant in branch.outside().values():
-            out[:, at] = constant
-            at += 1
-    for i, edit in enumerate(step.edits, at):
-        out[:, i] = edit.constant
+            yield branch.writes(step.state, query)
+        for constant_name, constant in outside.items():
+            still = branch.post is None and constant_name == name
+            yield constant[0, 0] if still else Factored(constant[None])
+    for edit in step.edits:
+        yield Factored(edit.constant[None])
 
 
 @lru_cache(maxsize=16)

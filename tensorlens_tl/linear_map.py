@@ -85,6 +85,10 @@ class Frame:
         indices = [(stop if pos < 0 else start) + pos for start, stop in self.spans]
         return torch.tensor(indices, device=self.device)
 
+    def spread(self, b: Float[Tensor, " d"]) -> Float[Tensor, "batch pos d"]:
+        """One vector at every position, as a view."""
+        return self.cast(b).expand(self.batch, self.n_pos, -1)
+
     def zeros(self, dim: int, *many: int) -> Tensor:
         """Zeros of shape [*many, batch, pos, dim]."""
         return torch.zeros(*many, self.batch, self.n_pos, dim, dtype=self.dtype, device=self.device)

@@ -51,9 +51,8 @@ def loadings(sweep: Sweep, source: int | Node | Edge) -> Attribution:
             if branch.body.nodes()[0].kind == "head"
         ]  # fmt: skip
         for branch, pull in heads:
-            covectors = state.new_empty(len(state), len(branch.body.reads()), *state.shape[1:])
-            branch.readers(pull, covectors)
-            rows.add(branch.body.nodes(), torch.einsum("bpd,bnpd->bn", state, covectors))
+            covectors = branch.readers(pull)[0].wide()
+            rows.add(branch.body.nodes(), torch.einsum("bpd,nbpd->bn", state, covectors))
         for branch, pull in zip(step.branches, trace.pulls[i], strict=True):
             if heads and branch.body.nodes()[0].kind != "head":  # a parallel MLP is past the heads
                 past = past + _dot(state, pull.covector)

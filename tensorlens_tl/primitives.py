@@ -98,8 +98,7 @@ class Linear(LinearMap):
 
     @property
     def bias(self):
-        zeros = self.frame.zeros(self.out_dim)
-        return zeros if self.b is None else zeros + self.frame.cast(self.b)
+        return self.frame.zeros(self.out_dim) if self.b is None else self.frame.spread(self.b)
 
     def constants(self):
         return {} if self.b is None else {self.name: self.bias}
@@ -219,8 +218,8 @@ class Gate(LinearMap):
 
     @property
     def bias(self):
-        zeros = self.frame.zeros(self.out_dim)
-        return zeros if self.offset is None else zeros + self.frame.cast(self.offset)
+        b = self.offset
+        return self.frame.zeros(self.out_dim) if b is None else self.frame.spread(b)
 
     def constants(self):
         return {} if self.offset is None else {self.name: self.bias}
@@ -309,23 +308,34 @@ class Norm(LinearMap):
         return self.width
 
     def apply(self, x):
-        x = x - x.mean(-1, keepdim=True) if self.weights.center else x
-        x = x / self.scale
         w = self.weights.gain
-        return x if w is None else x * self.frame.cast(w)
+        y = (
+            (x - x.mean(-1, keepdim=True)).div_(self.scale)
+            if self.weights.center
+            else x / self.scale
+        )
+        return y if w is None else y.mul_(self.frame.cast(w))
 
     def apply_t(self, y, effects=None):
         w, b = self.weights.gain, self.weights.b
         if effects is not None and b is not None:
             effects[f"{self.name}.b"] = y @ self.frame.cast(b)
-        y = (y if w is None else y * self.frame.cast(w)) / self.scale
-        return y - y.mean(-1, keepdim=True) if self.weights.center else y
+        y = y / self.scale if w is None else (y * self.frame.cast(w)).div_(self.scale)
+        return y.sub_(y.mean(-1, keepdim=True)) if self.weights.center else y
 
-    def fold(self, W: Float[Tensor, "*many d_in d_out"]) -> Float[Tensor, "*many d_in d_out"]:
-        """The norm's own matrix times the weights that read it; the scale is left to the caller."""
-        w = self.weights.gain
-        W = W if w is None else W * self.frame.cast(w)[:, None]
-        return W - W.mean(-2, keepdim=True) if self.weights.center else W
+    def unscaled_(self, x: Float[Tensor, "*many d"]) -> None:
+        """:meth:`apply` in place, but for the division by the scale."""
+        if self.weights.center:
+            x -= x.mean(-1, keepdim=True)
+        if self.weights.gain is not None:
+            x *= self.frame.cast(self.weights.gain)
+
+    def unscaled_t_(self, y: Float[Tensor, "*many d"]) -> None:
+        """:meth:`apply_t` in place, but for the division by the scale."""
+        if self.weights.gain is not None:
+            y *= self.frame.cast(self.weights.gain)
+        if self.weights.center:
+            y -= y.mean(-1, keepdim=True)
 
     def row(self, query: Tensor) -> Norm:
         """The norm at one position per prompt, [batch] indices."""
@@ -333,8 +343,8 @@ class Norm(LinearMap):
 
     @property
     def bias(self):
-        zeros, b = self.frame.zeros(self.width), self.weights.b
-        return zeros if b is None else zeros + self.frame.cast(b)
+        b = self.weights.b
+        return self.frame.zeros(self.width) if b is None else self.frame.spread(b)
 
     def constants(self):
         return {} if self.weights.b is None else {f"{self.name}.b": self.bias}

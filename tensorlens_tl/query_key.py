@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .factored import Factored
 from .graph import Node
 from .linear_map import Frame
 from .primitives import Norm
@@ -62,14 +63,15 @@ class QueryKey:
         self,
         z: Float[Tensor, "batch pos z"],
         state: Float[Tensor, "batch pos d_model"],
-        out: Float[Tensor, "batch reader pos d_model"],
-    ) -> None:
-        """The covector of every query and key input at the residual.
+    ) -> tuple[Factored, Factored]:
+        """The covector of every query input, and of every key input, at the residual.
 
         Args:
             z: The target's covector at the mixed values, heads side by side.
             state: The residual it reads in the run.
-            out: Where the covectors go, in the order of :meth:`reads`.
+
+        Returns:
+            Them, in the order of :meth:`reads`.
 
         Raises:
             CaptureMismatchError: If the recomputed pattern is not the run's.
@@ -100,10 +102,7 @@ class QueryKey:
             dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
             dP = dP if w.soft_cap is None else dP * (1 - (S / w.soft_cap) ** 2)
             at_q[:, own], at_k[:, own] = dP @ keys, dP.mT @ queries
-        for i, (side, covector) in enumerate(((q, at_q), (k, at_k))):
-            found = side.pull(covector)
-            found = found if self.norm is None else _through(self.norm, found)
-            out[:, i * heads : (i + 1) * heads] = found
+        return q.pull(at_q, self.norm), k.pull(at_k, self.norm)
 
     def _check(self, A: Tensor, S: Tensor) -> None:
         """Compare a pattern with the softmax of scores over what it attends to."""
@@ -122,15 +121,12 @@ class QueryKey:
             )
 
 
-def _through(norm: Norm, y: Float[Tensor, "batch head pos d_model"]) -> Tensor:
-    return norm.apply_t(y.transpose(0, 1)).transpose(0, 1)
-
-
 @dataclass(frozen=True, eq=False)
 class _Projection:
     """Queries or keys of a run, as the scores are the products of them, and the way back.
 
     Attributes:
+        frame: The run's.
         rotated: Them, normalized and rotated.
         W: W_Q or W_K.
         norm: Their own norm, or None.
@@ -138,6 +134,7 @@ class _Projection:
         rotation: Their rotation, or None.
     """
 
+    frame: Frame
     rotated: Float[Tensor, "batch any_head pos d_query"]
     W: Float[Tensor, "any_head d_model d_query"]
     norm: NormWeights | None
@@ -149,8 +146,7 @@ class _Projection:
         cls, frame: Frame, x: Tensor, w: ScoreWeights, W: Tensor, b: Tensor | None,
         norm: NormWeights | None,
     ) -> _Projection:  # fmt: skip
-        W, scale = frame.cast(W), None
-        y = x[:, None] @ W
+        y, scale = x[:, None] @ frame.cast(W), None
         y = y if b is None else y + frame.cast(b)[:, None]
         if norm is not None:
             centered = y - y.mean(-1, keepdim=True) if norm.center else y
@@ -159,19 +155,18 @@ class _Projection:
             y = y if norm.gain is None else y * frame.cast(norm.gain)
             y = y if norm.b is None else y + frame.cast(norm.b)
         y = y if w.rotation is None else _turned(y, w.rotation)
-        return cls(y, W, norm, scale, w.rotation)
+        return cls(frame, y, W, norm, scale, w.rotation)
 
-    def pull(
-        self, y: Float[Tensor, "batch head pos d_query"]
-    ) -> Float[Tensor, "batch head pos d_model"]:
-        """From covectors of every query head's queries or keys to those of what W reads."""
+    def pull(self, y: Float[Tensor, "batch head pos d_query"], before: Norm | None) -> Factored:
+        """From covectors of every query head's queries or keys to those of the residual."""
         y = y if self.rotation is None else _turned(y, self.rotation, back=True)
-        y = y.unflatten(1, (self.W.shape[0], -1)).transpose(1, 2)  # [batch, repeat, any_head, …]
         if self.norm is not None and self.scale is not None:
+            y = y.unflatten(1, (self.W.shape[0], -1))  # [batch, any_head, repeat, …]
             y = y if self.norm.gain is None else y * self.norm.gain.detach().to(y)
-            y = y / self.scale[:, None]
-            y = y - y.mean(-1, keepdim=True) if self.norm.center else y
-        return (y @ self.W.mT).transpose(1, 2).flatten(1, 2)
+            y = y / self.scale[:, :, None]
+            y = (y - y.mean(-1, keepdim=True) if self.norm.center else y).flatten(1, 2)
+        found = Factored(y.transpose(0, 1), lambda: self.frame.cast(self.W).mT)
+        return found if before is None else found.then(before.scale, before.unscaled_t_)
 
 
 def _turned(y: Float[Tensor, "batch head pos d"], rotation: Rotation, back: bool = False) -> Tensor:

@@ -145,7 +145,7 @@ class RestrictedTransformer(LinearMap):
     @cached_property
     def bias(self):
         zeros = self.frame.zeros(self.in_dim)
-        return self._push(zeros, lambda own: sum(own().values(), torch.zeros(())))
+        return self._push(zeros, lambda own: sum(own().values()))
 
     def constants(self):
         names: dict[str, Tensor] = {}

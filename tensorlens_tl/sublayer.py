@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .factored import Factored
 from .graph import Node
 from .linear_map import LinearMap
-from .primitives import Linear, Norm, Shift
+from .primitives import Linear, Shift
 
 
 class Sublayer(LinearMap):
@@ -81,20 +82,23 @@ class Sublayer(LinearMap):
         """The hidden axis split into the slices that nodes own."""
         return hidden.unflatten(-1, (len(self.nodes()), -1))
 
-    def outputs(
-        self, x: Float[Tensor, "batch pos d_model"], out: Tensor | None = None
-    ) -> Float[Tensor, "batch node pos d_model"]:
-        """What every node adds in the run, its internal constants included.
+    def factored(self, hidden: Float[Tensor, "batch pos d_hidden"]) -> Factored:
+        """What every node makes of what the output matrix reads.
 
         Args:
-            x: The sublayer's input in the run (after its norm).
-            out: Where to write it, if anywhere.
+            hidden: z or post-activations.
 
         Returns:
-            One row per node.
+            One row per node: kept narrow where the matrix widens.
         """
-        W = self.frame.cast(self.output.W).unflatten(0, (len(self.nodes()), -1))
-        return torch.matmul(self.by_node(self.hidden_in_run(x)).transpose(1, 2), W, out=out)
+        nodes = len(self.nodes())
+        if hidden.shape[-1] // nodes >= self.out_dim:
+            W = self.frame.cast(self.output.W).unflatten(0, (nodes, -1))
+            return Factored(self.by_node(hidden).permute(2, 0, 1, 3) @ W[:, None])
+        return Factored(
+            self.by_node(hidden).permute(2, 0, 1, 3),
+            lambda: self.frame.cast(self.output.W).unflatten(0, (nodes, -1)),
+        )
 
     def outputs_at(
         self, x: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
@@ -131,25 +135,10 @@ class Sublayer(LinearMap):
             effects: See :meth:`LinearMap.apply_t`.
 
         Returns:
-            The covector at the input, and what :meth:`readers` takes.
+            The covector at the input, and what is left.
         """
         covector = self.apply_t(y, effects)
         return covector, covector
-
-    @abstractmethod
-    def readers(
-        self, kept: Tensor, norm: Norm | None, out: Float[Tensor, "batch reader pos d_model"]
-    ) -> dict[str, Float[Tensor, "batch reader"]]:
-        """The covector of every reader at the residual; they sum to the adjoint.
-
-        Args:
-            kept: What :meth:`pull` left.
-            norm: What the sublayer reads the residual through.
-            out: Where the covectors go.
-
-        Returns:
-            The shares of the constants that are a reader's own, by name.
-        """
 
     def reads(self) -> tuple[Node, ...]:
         """What reads the residual here: an MLP as a whole, a head by its values."""
@@ -183,8 +172,7 @@ class Sublayer(LinearMap):
             The constants, carried to the sublayer's output, by name.
         """
         name, b = self.external
-        shape = (self.frame.batch, self.frame.n_pos, self.out_dim)
-        found = {} if b is None else {name: self.frame.cast(b).expand(shape)}
+        found = {} if b is None else {name: self.frame.spread(b)}
         if self.edits:
             carried = self.map.constants()
             found |= {edit.name: carried[edit.name] for edit in self.edits.values()}

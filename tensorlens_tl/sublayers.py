@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .factored import Factored
 from .graph import Node
 from .linear_map import Chain, Frame, LinearMap, Sum
 from .primitives import Gate, Linear, Norm, Shift, gating_ratio, soft_cap_ratio, take_row
@@ -131,20 +132,28 @@ class Attention(Sublayer):
         v = v if self.v_edit is None else self.v_edit.apply_t(v, effects)
         return self.values.apply_t(v, effects), by_head
 
-    def readers(self, kept, norm, out):
-        w, by_head = self.weights, kept.transpose(1, 2)  # [batch, head, pos, d_head]
-        W_V, own = self.frame.cast(w.W_V), {}
+    def readers(
+        self, kept: Float[Tensor, "batch pos head d_head"], norm: Norm | None
+    ) -> tuple[Factored, dict[str, Float[Tensor, "head batch"]]]:
+        """The covector of every head's values at the residual; they sum to the adjoint.
+
+        Args:
+            kept: What :meth:`pull` left.
+            norm: What the sublayer reads the residual through.
+
+        Returns:
+            The covectors, and the shares of the constants that are a head's own, by name.
+        """
+        w, cast = self.weights, self.frame.cast
+        by_head, own = kept.permute(2, 0, 1, 3), {}  # [head, batch, pos, d_head]
         if norm is not None and norm.weights.b is not None:
-            own[f"{norm.name}.b"] = self.frame.cast(norm.weights.b) @ W_V
+            own[f"{norm.name}.b"] = cast(norm.weights.b) @ cast(w.W_V)
         if w.b_V is not None:
-            own[self.values.name] = self.frame.cast(w.b_V)
-        total = by_head.sum(2)  # [batch, head, d_head]
-        shares = {name: (total * b[self.kv_of]).sum(-1) for name, b in own.items()}
-        if norm is not None:  # into the weights: D² instead of heads · pos · D
-            by_head, W_V = by_head / norm.scale[:, None], norm.fold(W_V)
-        groups = (W_V.shape[0], -1)
-        torch.matmul(by_head.unflatten(1, groups), W_V.mT[:, None], out=out.unflatten(1, groups))
-        return shares
+            own[self.values.name] = cast(w.b_V)
+        total = by_head.sum(2)  # [head, batch, d_head]
+        shares = {name: (total * b[self.kv_of, None]).sum(-1) for name, b in own.items()}
+        covectors = Factored(by_head, lambda: cast(w.W_V).mT)
+        return covectors if norm is None else covectors.then(norm.scale, norm.unscaled_t_), shares
 
     def read_at(self, x, query, y):
         # y is carried to one vector per head at the input: D² once, then L·D for all positions.
@@ -199,10 +208,6 @@ class FeedForward(Sublayer):
     def hidden(self, x):
         maps = (self.part(self.nodes()[0]) if self.edits else self).map.maps[:-1]
         return reduce(_push, maps, x)
-
-    def readers(self, kept, norm, out):
-        out[:, 0] = kept if norm is None else norm.apply_t(kept)
-        return {}
 
     def hidden_in_run(self, x):
         return self.hidden(x) if self.edits else self.posts

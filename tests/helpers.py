@@ -259,3 +259,12 @@ class FrozenModel:
             if handle is not None:
                 handle.remove()
         return (final[-1] if has_norm else sites[self.site_names()[-1]]), sites
+
+
+def written(writers):
+    """What every writer adds, everywhere: [batch, writer, pos, d_model]."""
+    pos = writers.moving()[0][0].wide()
+    rows = [
+        part.wide() if hasattr(part, "wide") else part.expand_as(pos[:1]) for part in writers.parts
+    ]
+    return torch.cat(rows).transpose(0, 1)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 FLOORS = {
     "graph": 0, "heat": 0, "intervals": 0, "supported": 0, "linear_map": 0.5, "weights": 0,
-    "primitives": 1, "prompts": 1,
+    "primitives": 1, "prompts": 1, "factored": 0,
     "sublayer": 2, "recomputed": 2,
     "sublayers": 3, "planning": 1, "folding": 3, "contraction": 3.5, "blocks": 4,
     "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4, "score_weights": 4.5, "query_key": 5,

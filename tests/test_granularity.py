@@ -15,9 +15,11 @@ from helpers import (
     lens_of,
     quiet,
     tokens,
+    written,
 )
 
 import tensorlens_tl
+from tensorlens_tl import edges
 from tensorlens_tl.attribution import BY, TOTALS
 from tensorlens_tl.composer import FrozenTransformer
 from tensorlens_tl.edges import Writers
@@ -351,6 +353,46 @@ def test_refusals():
 
 
 @every_case
+@pytest.mark.parametrize("few_readers", [1, 5, 10**6])
+def test_edges_do_not_depend_on_how_positions_and_readers_are_cut(case, few_readers, monkeypatch):
+    lens = lens_of(case)
+    whole = lens.attribute(3, 4, by="edge", qk=True).values
+    assert lens.capture.frame.n_pos == 7
+    one = len(Writers.of(lens.operator, lens.capture, torch.tensor([6, 6])).moving()[1])
+    one *= 2 * lens.embedding.shape[-1] * whole.element_size()  # bytes of one position
+    monkeypatch.setattr(edges, "FEW_READERS", few_readers)
+    for n_pos in (0, 1, 2, 3, 7):  # seven spans, and with a short last one
+        monkeypatch.setattr(edges, "SPAN_BYTES", n_pos * one)
+        cut = lens.attribute(3, 4, by="edge", qk=True).values
+        assert_close(cut, whole, 1e-12, f"{n_pos} positions")
+
+
+@every_case
+def test_factored_vectors_are_what_a_branch_writes_and_reads(case):
+    """At a span, in total, with and without a place to write to, against the part's own map."""
+    lens = lens_of(case)
+    sweep = lens._sweep(3, 4, -1)
+    for step, pulls in zip(lens.operator.steps, sweep.trace.pulls, strict=True):
+        for branch, pull in zip(step.branches, pulls, strict=True):
+            writes, reads = branch.writes(step.state), branch.readers(pull)[0]
+            expected = torch.stack(
+                [
+                    branch.part(n).apply(step.state) + branch.part(n).bias
+                    for n in branch.body.nodes()
+                ]
+            )
+            if not branch.body.edits:
+                assert_close(writes.wide(), expected, 10 * case.tol(), str(branch.body.nodes()[0]))
+            assert_close(reads.wide().sum(0), pull.covector, 1e-10)
+            for found in (writes, reads):
+                wide = found.wide()
+                assert_close(found.total(), wide.sum(2), 1e-12)
+                out = torch.full_like(wide[:, :, 2:5].contiguous(), torch.nan)
+                assert_close(found.wide(slice(2, 5), out), wide[:, :, 2:5], 1e-12)
+                assert_close(out, wide[:, :, 2:5], 1e-12)
+
+
+@every_case
 @pytest.mark.parametrize("finer", [False, True], ids=["as the run", "finer than the run"])
 def test_what_edges_take_for_an_mlps_output_is_its_own_map(case, finer):
     """Read off the residual where the run is as fine as the operator, W_out's product elsewhere."""
@@ -358,13 +400,13 @@ def test_what_edges_take_for_an_mlps_output_is_its_own_map(case, finer):
     lens = lens_of(case, model_dtype, dtype=torch.float64)
     op, last = lens.operator, torch.tensor([6, 6])
     writers = Writers.of(op, lens.capture, last)
-    row = {node: i for i, node in enumerate(writers.nodes)}
+    row, outputs = {node: i for i, node in enumerate(writers.nodes)}, written(writers)
     below = [step for step in op.steps if step.layer < op.steps[-1].layer]
     assert below
     for step in below:
         for branch in step.branches:
             for i, node in enumerate(branch.body.nodes()):
-                mine, own = writers.outputs[:, row[node]], branch.outputs(step.state)[:, i]
+                mine, own = outputs[:, row[node]], branch.outputs(step.state)[:, i]
                 assert_close(mine, own, 1e-12 if finer else case.tol(), str(node))
 
 
@@ -381,5 +423,5 @@ def test_a_parallel_block_of_as_many_heads_as_branches():
     assert len(step.branches) == len(step.branches[0].body.nodes()) == 2
     own = torch.cat([branch.outputs(step.state) for branch in step.branches], 1)
     nodes = [node for branch in step.branches for node in branch.body.nodes()]
-    mine = writers.outputs[:, [writers.nodes.index(node) for node in nodes]]
+    mine = written(writers)[:, [writers.nodes.index(node) for node in nodes]]
     assert_close(mine, own, 1e-12)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ALL, GATED, FrozenModel, assert_close, lens_of, quiet, tokens
+from helpers import ALL, GATED, FrozenModel, assert_close, lens_of, quiet, tokens, written
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node, query_key
@@ -81,7 +81,7 @@ def test_query_and_key_edges_are_gradients_of_the_real_model(case, gate):
         u, heads = sweep.target.covector, lens.capture.n_heads
         live, around = model.gradients(lens.embedding, u, layer, heads)
         below = next(n for n, s in zip(writers.below, op.steps, strict=False) if s.layer == layer)
-        nodes, outputs = writers.nodes[:below], writers.outputs[:, :below]
+        nodes, outputs = writers.nodes[:below], written(writers)[:, :below]
         for (side, head), g in live.items():
             reader = Node("head", layer, head, side)
             expected = torch.einsum("bwpd,bpd->bw", outputs, g.to(outputs))
@@ -138,7 +138,7 @@ def test_differences_of_runs_are_read_by_one_runs_queries_and_keys(case):
         if not edge.conserved:
             assert ((there[edge] + v).abs() <= 1e-10 * size).all(), str(edge)
             node = writers[0].nodes.index(edge.src)
-            same = torch.equal(writers[0].outputs[:, node], writers[1].outputs[:, node])
+            same = torch.equal(*(written(w)[:, node] for w in writers))
             assert not same or v.abs().max() == 0
     zero = edges_of(clean, baseline="zero")
     for edge, v in zero.items():
