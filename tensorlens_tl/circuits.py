@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from .capturing import Capture, Convention
 from .edge_runs import edge_model
 from .graph import Edge, Node
 from .interventions import faithfulness, faithfulness_curve
 from .model_info import ModelInfo
-from .results import Attribution
+from .results import Attribution, Source
 from .selection import connected, select
 from .shares import Faithfulness, FaithfulnessCurve
 from .wiring import INPUT, LOGITS, Wiring, as_edges, eap_name, owner, parse_eap
@@ -351,27 +355,59 @@ def _networkx() -> Any:
 # --- From an attribution, or from names ----------------------------------------------------------
 
 
-def edge_scores(wiring: Wiring, found: Attribution, prompt: int | None = None) -> dict[Edge, float]:
+def edge_columns(edges: Sequence[Edge], sources: Sequence[Source]) -> list[int]:
+    """Where in a list of the model's edges every source of a split by edge belongs.
+
+    Args:
+        edges: The list.
+        sources: The split's.
+
+    Returns:
+        For every source its edge's place (token and position embeddings have the input's), or −1 for
+        a constant's.
+    """
+    place, columns = {edge: i for i, edge in enumerate(edges)}, []
+    for source in sources:
+        node = source.node
+        if isinstance(node, Edge) and node.src.kind in ("embed", "pos_embed"):
+            node = Edge(INPUT, node.dest)
+        columns.append(place.get(node, -1) if isinstance(node, Edge) else -1)
+    return columns
+
+
+def edge_sums(
+    values: Float[Tensor, "batch source"], columns: Sequence[int], n_edges: int
+) -> Float[Tensor, "batch edge"]:
+    """Every edge's score in double precision, constants left out.
+
+    Args:
+        values: A split by edge.
+        columns: From :func:`edge_columns`.
+        n_edges: How many edges there are.
+
+    Returns:
+        A row per prompt.
+    """
+    place = torch.tensor(columns, device=values.device)
+    kept = (place >= 0).nonzero()[:, 0]
+    sums = values.new_zeros(len(values), n_edges, dtype=torch.double)
+    return sums.index_add_(1, place[kept], values[:, kept].double())
+
+
+def edge_scores(wiring: Wiring, found: Attribution) -> dict[Edge, float]:
     """Every edge's score: a split by edge, averaged over its prompts, constants left out.
 
     Args:
         wiring: The model's.
         found: The split; token and position embeddings are summed to the input's.
-        prompt: Which of its prompts alone, or None.
 
     Returns:
         Scores by edge, reader by reader from below.
     """
-    values = found.values.double()
-    means = (values.mean(0) if prompt is None else values[prompt]).tolist()
-    sums: dict[Edge, float] = {}
-    for source, mean in zip(found.sources, means, strict=True):
-        edge = source.node
-        if isinstance(edge, Edge) and edge.src.kind != "constant":
-            src = INPUT if edge.src.kind in ("embed", "pos_embed") else edge.src
-            edge = Edge(src, edge.dest)
-            sums[edge] = sums.get(edge, 0.0) + mean
-    return {edge: sums[edge] for edge in wiring.edges() if edge in sums}
+    edges = wiring.edges()
+    columns = edge_columns(edges, found.sources)
+    sums, there = edge_sums(found.values, columns, len(edges)).mean(0).tolist(), set(columns)
+    return {edge: sums[i] for i, edge in enumerate(edges) if i in there}
 
 
 def named(capture: Capture, given: Circuit | Iterable[Edge | Node | str]) -> Circuit:

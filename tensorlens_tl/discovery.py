@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .adapters import adapt
 from .attribution import Sweep, attribute
 from .capturing import Convention
-from .circuits import Circuit, ModelInfo, edge_scores, find
+from .circuits import Circuit, ModelInfo, edge_columns, edge_sums, find
 from .datasets import as_list, one_each
 from .differences import check_comparable, difference
 from .graph import Edge
@@ -27,10 +28,15 @@ from .lens import TensorLens
 from .plugin import capture, hosted
 from .prompts import each_prompt
 from .results import at_least_one
-from .targets import Target, TargetLike, own_prediction, resolve_target
+from .targets import Target, TargetLike, own_prediction, resolve_each
 
 WRITE_EVERY = 10.0
 """Seconds between two writes of the file; it is also written at the end, and when interrupted."""
+
+WINDOW = 128
+"""Prompts that are sorted by length, so that little of a batch is padding."""
+
+_Row = tuple[Any, Any, Any, Any]  # prompt, corrupted prompt, target, versus
 
 
 def discover(
@@ -72,8 +78,7 @@ def discover(
         method: "greedy", "absolute", "signed" or "influence"; see :meth:`TensorLens.discover`.
         qk: Whether queries and keys are readers, too.
         at: With corrupted prompts, whose covectors read the difference: "clean" or "corrupted".
-        batch_size: Prompts captured at once; strings are padded, ids are captured one by one where
-            their lengths differ.
+        batch_size: Prompts captured at once, padded where their lengths differ.
         sample: How many of the prompts to take, drawn by ``seed``; None for all, in order.
         seed: Of the draw.
         path: A file for the circuit, and to go on from: a circuit's JSON with an entry of progress.
@@ -96,6 +101,7 @@ def discover(
     if corrupted is not None and not isinstance(corrupted, str):
         corrupted = each_prompt(corrupted, adapter.tokenizer, masked)
     work = _Work(prompts, corrupted, targets, versus, pos, qk, at, sample, seed, kwargs)
+    work.edges = edges = info.wiring.edges(qk)
     batch_size = at_least_one(batch_size, "batch_size")
 
     def circuit(scores: Mapping[Edge, float], n: int) -> Circuit:
@@ -105,38 +111,32 @@ def discover(
             convention=Convention(kwargs.get("gate", "gate")),
         )  # fmt: skip
 
-    circuit(dict.fromkeys(info.wiring.edges(qk), 0.0), 0)  # refuses bad arguments before the work
+    circuit(dict.fromkeys(edges, 0.0), 0)  # refuses bad arguments before the work
     file = (
         None if path is None else _File(Path(os.path.realpath(path)), work.digest(info), len(work))
     )
     scores, n = ({}, 0) if file is None else file.read(info)
+    means = torch.tensor([scores.get(edge, 0.0) for edge in edges], dtype=torch.double)
     written, last = n, time.monotonic()
+
+    def named() -> dict[Edge, float]:
+        return dict(zip(edges, means.tolist(), strict=True))
+
     try:
         with tqdm(desc="prompts", total=len(work), initial=n, disable=not progress) as bar:
             for start in range(n, len(work), batch_size):
                 with torch.no_grad():
                     found = work.scores(model, start, start + batch_size)
-                scores, n = _folded(scores, n, found), n + len(found)
+                n += len(found)
+                means += (found - means).sum(0) / n
                 if file is not None and time.monotonic() - last > WRITE_EVERY:
-                    file.write(circuit(scores, n), n)
+                    file.write(circuit(named(), n), n)
                     written, last = n, time.monotonic()
                 bar.update(len(found))
     finally:  # an interruption keeps what is done
         if file is not None and n > written:
-            file.write(circuit(scores, n), n)
-    return circuit(scores, n)
-
-
-def _folded(
-    means: Mapping[Edge, float], n: int, found: Sequence[Mapping[Edge, float]]
-) -> dict[Edge, float]:
-    """Means over n prompts, and some more."""
-    means = dict(means) if n else dict.fromkeys(found[0], 0.0)
-    for scores in found:
-        n += 1
-        for edge, score in scores.items():
-            means[edge] += (score - means[edge]) / n
-    return means
+            file.write(circuit(named(), n), n)
+    return circuit(named(), n)
 
 
 class _Work:
@@ -167,7 +167,11 @@ class _Work:
             if at_least_one(sample, "sample") > n:
                 raise ValueError(f"expected sample of at most {n}, the prompts, got {sample}")
             rows = [rows[i] for i in sorted(random.Random(seed).sample(range(n), sample))]
-        self.rows, self.pos, self.qk, self.at, self.kwargs = rows, pos, qk, at, kwargs
+        self.rows = _by_length(rows)
+        self.pos, self.qk, self.at, self.kwargs = pos, qk, at, kwargs
+        self.edges: tuple[Edge, ...] = ()
+        self._names: tuple[str, ...] = ()
+        self._columns: list[int] = []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -180,46 +184,70 @@ class _Work:
             digest.update(repr([_plain(part) for part in row]).encode())
         return digest.hexdigest()[:32]
 
-    def scores(self, model: Any, start: int, stop: int) -> list[dict[Edge, float]]:
-        """Every edge's score in some prompts."""
-        found: list[dict[Edge, float]] = []
-        for rows in _alike(self.rows[start:stop]):
-            clean, corrupted, targets, versus = zip(*rows, strict=True)
-            lens = self.run(model, clean)
-            ours, wiring = self.sweep(lens, targets, versus, None), lens.operator.wiring
-            if corrupted[0] is None:
-                split = attribute(ours, "edge", qk=self.qk)
-            else:
-                other = self.run(model, corrupted)
-                check_comparable(lens.capture, other.capture)
-                theirs = self.sweep(other, targets, versus, own_prediction(lens.capture, self.pos))
-                split = difference(ours, theirs, "edge", self.at, self.qk)
-            found += [edge_scores(wiring, split, prompt) for prompt in range(len(rows))]
-        return found
+    def scores(self, model: Any, start: int, stop: int) -> Float[Tensor, "prompt edge"]:
+        """Every edge's score in some prompts, in the order of :attr:`edges`."""
+        found = [self._scores(model, rows) for rows in _alike(self.rows[start:stop])]
+        return torch.cat(found)
+
+    def _scores(self, model: Any, rows: list[_Row]) -> Float[Tensor, "prompt edge"]:
+        clean, corrupted, targets, versus = zip(*rows, strict=True)
+        lens = self.run(model, clean)
+        own = own_prediction(lens.capture, self.pos)
+        ours = self.sweep(lens, targets, versus, own)
+        if corrupted[0] is None:
+            split = attribute(ours, "edge", qk=self.qk)
+        else:
+            other = self.run(model, corrupted)
+            check_comparable(lens.capture, other.capture)
+            theirs = self.sweep(other, targets, versus, own)
+            split = difference(ours, theirs, "edge", self.at, self.qk)
+        if split.labels[0] != self._names:  # the same for all prompts of a model, and thousands
+            self._names, self._columns = split.labels[0], edge_columns(self.edges, split.sources)
+        return edge_sums(split.values, self._columns, len(self.edges)).cpu()
 
     def run(self, model: Any, prompts: Sequence[Any]) -> TensorLens:
-        text = isinstance(prompts[0], str)
-        ids = list(prompts) if text else torch.stack([torch.as_tensor(p) for p in prompts])
-        return capture(model, ids, **self.kwargs)[1]
+        """The capture of some prompts; ids of several lengths are padded."""
+        if isinstance(prompts[0], str):
+            return capture(model, list(prompts), **self.kwargs)[1]
+        ids = [torch.as_tensor(p) for p in prompts]
+        lengths, padding = torch.tensor([len(p) for p in ids]), {}
+        if (lengths != lengths[0]).any():
+            padding = {
+                "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+            }
+        rows = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        return capture(model, rows, **padding, **self.kwargs)[1]
 
     def sweep(
-        self, lens: TensorLens, targets: Sequence[Any], versus: Sequence[Any], own: Tensor | None
+        self, lens: TensorLens, targets: Sequence[Any], versus: Sequence[Any], own: Tensor
     ) -> Sweep:
-        goals = []
-        for i, (target, other) in enumerate(zip(targets, versus, strict=True)):
-            goal = resolve_target(lens.capture, target, self.pos, own)
-            if other is not None:
-                goal = goal.minus(resolve_target(lens.capture, other, self.pos))
-            goals.append(goal.row(i))
-        return Sweep(lens.capture, lens.operator, Target.stack(goals))
+        """Every prompt's own target."""
+        goal = resolve_each(lens.capture, targets, self.pos, own)
+        if any(other is not None for other in versus):
+            both = goal.minus(resolve_each(lens.capture, versus, self.pos, own))
+            goal = Target.stack([
+                (goal if other is None else both).row(i) for i, other in enumerate(versus)
+            ])  # fmt: skip
+        return Sweep(lens.capture, lens.operator, goal)
 
 
-def _alike(rows: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
-    """Rows that can be captured together: strings, or ids of one length."""
-    kinds: dict[Any, list[tuple[Any, ...]]] = {}
+def _by_length(rows: Sequence[_Row]) -> list[_Row]:
+    """Ids of about one length side by side, within windows: a part of the work is of all lengths."""
+    parts = (rows[i : i + WINDOW] for i in range(0, len(rows), WINDOW))
+    return [row for part in parts for row in sorted(part, key=_length)]
+
+
+def _length(row: _Row) -> int:
+    return 0 if isinstance(row[0], str) else len(row[0])
+
+
+def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Rows that can be captured together: strings, ids, and each pair of unequal lengths by itself."""
+    kinds: dict[Any, list[_Row]] = {}
     for i, row in enumerate(rows):
         found = {-1 if isinstance(p, str) else len(p) for p in row[:2] if p is not None}
-        kinds.setdefault(found.pop() if len(found) == 1 else (i,), []).append(row)
+        kind = i if len(found) > 1 else isinstance(row[0], str)
+        kinds.setdefault((len(found), kind), []).append(row)
     yield from kinds.values()
 
 

@@ -122,6 +122,33 @@ def own_prediction(capture: Capture, pos: int = -1) -> Int[Tensor, " batch"]:
     return capture.logits[torch.arange(len(query), device=query.device), query].argmax(-1)
 
 
+def is_token(target: TargetLike) -> bool:
+    """Whether a target is one token, or the own prediction: no direction."""
+    return isinstance(target, str | int | None) or getattr(target, "ndim", None) == 0
+
+
+def resolve_each(
+    capture: Capture, targets: Sequence[TargetLike], pos: int, predicted: Int[Tensor, " batch"]
+) -> Target:
+    """A target for each prompt: see :func:`resolve_target`.
+
+    Args:
+        capture: The run.
+        targets: One per prompt.
+        pos: Position among the real tokens.
+        predicted: What stands for the model's own predictions.
+
+    Returns:
+        The functional.
+    """
+    if not all(map(is_token, targets)):
+        goals = (resolve_target(capture, target, pos, predicted) for target in targets)
+        return Target.stack([goal.row(prompt) for prompt, goal in enumerate(goals)])
+    ids = [own if target is None else resolve_token(capture, target)
+           for target, own in zip(targets, predicted.tolist(), strict=True)]  # fmt: skip
+    return resolve_target(capture, None, pos, torch.tensor(ids, device=predicted.device))
+
+
 def resolve_target(
     capture: Capture,
     target: TargetLike,
@@ -146,7 +173,7 @@ def resolve_target(
     frame, unembed = capture.frame, capture.unembed.weights
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
     y, logits = capture.unembed.final[prompts, query], frame.cast(capture.logits[prompts, query])
-    if not isinstance(target, str | int | None) and getattr(target, "ndim", None) != 0:
+    if not is_token(target):
         return _direction(capture, target, query, y, logits)
     if target is None:
         ids = own_prediction(capture, pos) if predicted is None else predicted
