@@ -27,7 +27,7 @@ from torch import Tensor
 from .branches import Branch, Step, Trace
 from .capturing import Capture
 from .composer import FrozenTransformer
-from .edges import Writers, edge_scores
+from .edges import Readers, Writers, edge_scores, frozen_readers
 from .graph import Edge, Node
 from .primitives import take_row
 from .query_key import QueryKey
@@ -185,11 +185,17 @@ def by_edge(sweep: Sweep, writers: Writers, own: bool = True, qk: bool = False) 
     if own:
         constants = {name: effect.sum(-1) for name, effect in sweep.trace.top.items()}
         constants |= {"b_U": target.constant} if _has_b_U(sweep.capture) else {}
-    rows = Rows()
     scores_of = _queries_and_keys(sweep.capture) if qk else None
-    found = edge_scores(sweep.operator, writers, sweep.trace, target.query, constants, scores_of)
-    rows.sources, rows.values = list(found[0]), [found[2]]
-    return result(sweep, rows, "edge", labels=(found[1],) * len(target.query))
+    readers = frozen_readers(sweep.operator, writers.below, sweep.trace, constants, scores_of)
+    return edge_result(sweep, writers, readers)
+
+
+def edge_result(sweep: Sweep, writers: Writers, readers: Iterable[Readers]) -> Attribution:
+    """Edges as an attribution of a target."""
+    sources, names, values = edge_scores(writers, readers, sweep.operator.frame.n_pos)
+    rows = Rows()
+    rows.sources, rows.values = list(sources), [values]
+    return result(sweep, rows, "edge", labels=(names,) * len(sweep.target.query))
 
 
 def _queries_and_keys(capture: Capture) -> Callable[[Branch], QueryKey]:

@@ -10,6 +10,9 @@ ratios and the readout changed. It is often the larger one. ``at="corrupted"`` t
 part with the other operator. By component likewise, with the frozen readout (the final norm's scale
 and a soft cap) in the operator's place: ``readout change``. A baseline "zero" or "mean" is no run:
 the operator stays, and so there is no such row.
+
+``at="secant"`` reads by the operator between the two runs (``secant``): S (x_c − x_k) is the whole
+difference, queries, keys, norms and activations included, and no row is left over.
 """
 
 from __future__ import annotations
@@ -22,14 +25,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .attribution import Rows, Sweep, by_edge, check_qk, result, top_covector, written_at
+from .attribution import (
+    Rows,
+    Sweep,
+    by_edge,
+    check_qk,
+    edge_result,
+    result,
+    top_covector,
+    written_at,
+)
 from .capturing import Capture
 from .composer import FrozenTransformer
 from .edges import Writers
 from .graph import Node
 from .results import Attribution
+from .secant import SecantOperator
 
 BY = ("token", "component", "edge")
+AT = ("clean", "corrupted", "secant")
 
 
 def check_comparable(clean: Capture, corrupted: Capture) -> None:
@@ -158,7 +172,8 @@ def difference(
         clean: The target in this run.
         baseline: The same target in the other run.
         by: "token", "component" or "edge".
-        at: Whose operator the tokens (components, writers) are read by: "clean" or "corrupted".
+        at: Whose operator the tokens (components, writers) are read by: "clean", "corrupted", or
+            "secant", the one between the two.
         qk: Whether queries and keys are readers, too; by edge only.
 
     Returns:
@@ -170,9 +185,11 @@ def difference(
     """
     if by not in BY:
         raise ValueError(f"expected by to be one of {', '.join(BY)} with a baseline, got {by!r}")
-    if at not in ("clean", "corrupted"):
-        raise ValueError(f"expected at to be clean or corrupted, got {at!r}")
+    if at not in AT:
+        raise ValueError(f"expected at to be one of {', '.join(AT)}, got {at!r}")
     check_qk(by, qk)
+    if at == "secant":
+        return _between(clean, baseline, by, qk)
     if by == "edge":
         ours, theirs = (
             Writers.of(s.operator, s.capture, s.target.query) for s in (clean, baseline)
@@ -191,6 +208,50 @@ def difference(
     found = result(clean, rows, by)
     value = clean.target.value - baseline.target.value
     return replace(found, target=_names(clean), target_value=value)
+
+
+def _between(clean: Sweep, other: Sweep, by: str, qk: bool) -> Attribution:
+    """The difference by the operator between the two runs."""
+    if other.operator.ln_final is clean.operator.ln_final:
+        raise ValueError(
+            "expected a lens as baseline for at='secant', which is between two runs: capture a corrupted "
+            "prompt, or leave at out"
+        )
+    ours, theirs, query = clean.target, other.target, clean.target.query
+    u = clean.operator.frame.zeros(clean.operator.out_dim)
+    prompts = torch.arange(len(query), device=query.device)
+    u[prompts, query] = (ours.covector + theirs.covector) / 2
+    runs = (clean.capture, clean.operator), (other.capture, other.operator)
+    secant, rows = SecantOperator(*runs, u), Rows()
+    if by == "edge":
+        writers = Writers.of(clean.operator, clean.capture, query)
+        writers = writers.minus(Writers.of(other.operator, other.capture, query))
+        found = edge_result(clean, writers, secant.readers(writers.below, qk))
+    elif by == "token":
+        c = secant.covectors[0]
+        for name, (x_c, x_k) in _aligned(clean.capture.embeddings, other.capture.embeddings):
+            rows.spread(Node.parse(name), (c * (x_c - x_k)).sum(-1))
+    else:
+        c = secant.top[prompts, query]
+        for node, (a_c, a_k) in _aligned(*map(_written, (clean, other))):
+            if node.kind != "constant" or not torch.equal(a_c, a_k):  # a post-norm scales b_O
+                rows.add([node], ((a_c - a_k) * c).sum(-1, keepdim=True))
+    if by != "edge":
+        if clean.capture.unembed.weights.soft_cap is not None:  # each run's is a slope of its own
+            y = sum(sweep.capture.unembed.final[prompts, query] for sweep in (clean, other)) / 2
+            change = (
+                ((ours.covector - theirs.covector) * y).sum(-1) + ours.constant - theirs.constant
+            )
+            rows.add([Node("change", name="readout change")], change[:, None])
+        found = result(clean, rows, by)
+    return replace(found, target=_names(clean), target_value=ours.value - theirs.value)
+
+
+def _written(sweep: Sweep) -> dict[Node, Float[Tensor, "batch d_model"]]:
+    return {
+        node: v for nodes, vectors in written_at(sweep)
+        for node, v in zip(nodes, vectors.unbind(1), strict=True)
+    }  # fmt: skip
 
 
 def _names(clean: Sweep) -> tuple[str, ...]:
@@ -217,11 +278,7 @@ def _by_token(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:
 def _by_component(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:
     """Each writer's difference, read by one readout; returns what the readouts change."""
     (u_c, top_c), (u_k, top_k) = top_covector(clean), top_covector(other)
-    written = [
-        {node: v for nodes, vectors in written_at(sweep)
-         for node, v in zip(nodes, vectors.unbind(1), strict=True)}
-        for sweep in (clean, other)
-    ]  # fmt: skip
+    written = map(_written, (clean, other))
     change = torch.zeros_like(clean.target.value)
     for node, (a_c, a_k) in _aligned(*written):
         read = u_c if at_clean else u_k

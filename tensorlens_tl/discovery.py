@@ -22,7 +22,7 @@ from .attribution import Sweep, attribute
 from .capturing import Convention
 from .circuits import Circuit, ModelInfo, edge_columns, edge_sums, find
 from .datasets import as_list, one_each
-from .differences import check_comparable, difference
+from .differences import AT, check_comparable, difference
 from .graph import Edge
 from .lens import TensorLens
 from .plugin import capture, hosted
@@ -77,7 +77,8 @@ def discover(
         threshold: the smallest number an edge is ranked by.
         method: "greedy", "absolute", "signed" or "influence"; see :meth:`TensorLens.discover`.
         qk: Whether queries and keys are readers, too.
-        at: With corrupted prompts, whose covectors read the difference: "clean" or "corrupted".
+        at: With corrupted prompts, whose covectors read the difference: "clean", "corrupted", or
+            "secant", those between the two runs, exact on their difference.
         batch_size: Prompts captured at once, padded where their lengths differ.
         sample: How many of the prompts to take, drawn by ``seed``; None for all, in order.
         seed: Of the draw.
@@ -154,9 +155,9 @@ class _Work:
                 f"expected a corrupted prompt for every prompt, {len(prompts)}, got "
                 f"{1 if isinstance(corrupted, str) else len(corrupted)}"
             )
-        if at not in ("clean", "corrupted") or (at == "corrupted" and corrupted is None):
+        if at not in AT or (at != "clean" and corrupted is None):
             raise ValueError(
-                f"expected at to be clean, or corrupted with corrupted prompts, got {at!r}"
+                f"expected at to be clean, or corrupted or secant with corrupted prompts, got {at!r}"
             )
         n = len(prompts)
         self.target = _in_words(targets) + ("" if versus is None else f" − {_in_words(versus)}")

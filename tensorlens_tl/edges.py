@@ -22,11 +22,10 @@ or b_out, is read by the sum over positions of its reader's covectors, which is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -57,12 +56,12 @@ class Writers:
         nodes: Embeddings, heads, MLPs and constants that no node holds, from below.
         below: How many of them write before each step, and how many there are.
         parts: What they add, in their order: of several, position by position, or one constant's
-            one vector.
+            one vector; None for a constant that is the same in two runs whose difference this is.
     """
 
     nodes: tuple[Node, ...]
     below: tuple[int, ...]
-    parts: tuple[Factored | Float[Tensor, " d_model"], ...]
+    parts: tuple[Factored | Float[Tensor, " d_model"] | None, ...]
 
     @classmethod
     def of(
@@ -87,7 +86,7 @@ class Writers:
         """
         embeddings, steps = capture.embeddings, operator.steps
         names = [tuple(map(Node.parse, embeddings)), *map(_names, steps)]
-        parts: list[Factored | Tensor] = [Factored(e[None]) for e in embeddings.values()]
+        parts: list[Factored | Tensor | None] = [Factored(e[None]) for e in embeddings.values()]
         fine = capture.logits.dtype == operator.frame.dtype  # a coarser residual is mostly rounding
         after = [step.state if fine else None for step in steps[1:]]
         for step, then in zip(steps, [*after, None], strict=True):
@@ -112,11 +111,10 @@ class Writers:
             raise ValueError(
                 f"only one of the runs has {', '.join(only)}: expected edits at the same hook points"
             )
-        parts = [
-            a - b if isinstance(a, Factored) and isinstance(b, Factored)
-            else torch.zeros_like(cast(Tensor, a))  # a weight, the same in both
-            for a, b in zip(self.parts, other.parts, strict=True)
-        ]  # fmt: skip
+        pairs = zip(self.parts, other.parts, strict=True)
+        parts = (
+            a - b if isinstance(a, Factored) and isinstance(b, Factored) else None for a, b in pairs
+        )
         return Writers(self.nodes, self.below, tuple(parts))
 
     def moving(self) -> tuple[tuple[Factored, ...], list[int]]:
@@ -133,7 +131,7 @@ class Writers:
 
 
 @dataclass(frozen=True, eq=False)
-class _Readers:
+class Readers:
     """Readers that see the same writers.
 
     Attributes:
@@ -150,30 +148,21 @@ class _Readers:
 
 
 def edge_scores(
-    operator: FrozenTransformer,
-    writers: Writers,
-    trace: Trace,
-    query: Int[Tensor, " batch"],
-    constants: dict[str, Float[Tensor, " batch"]] | None,
-    scores_of: Callable[[Branch], QueryKey] | None = None,
+    writers: Writers, readers: Iterable[Readers], n_pos: int
 ) -> tuple[tuple[Source, ...], tuple[str, ...], Float[Tensor, "batch edge"]]:
     """All edges of one target, and every reader's own constants.
 
     Args:
-        operator: The operator.
         writers: What is written.
-        trace: The target's sweep.
-        query: The target's position, as tensor index.
-        constants: The shares of the constants above the final norm; None to leave readers' own
-            constants out (they are the same in two runs).
-        scores_of: Gives the queries and keys of an attention branch: with it, every head's query
-            and key inputs are readers, too.
+        readers: What reads it, from below: of a frozen run (:func:`frozen_readers`), or between two
+            runs.
+        n_pos: How many positions there are.
 
     Returns:
         The edges, reader by reader from below, their names, and their scores, positions summed.
     """
-    readers = list(_readers(operator, writers, trace, constants, scores_of))
-    found = _products(writers, readers, operator.frame.n_pos)
+    readers = list(readers)
+    found = _products(writers, readers, n_pos)
     scores, at = [], 0
     for r in readers:
         rows = found[at : at + len(r.nodes), :, : r.below]
@@ -184,31 +173,45 @@ def edge_scores(
     return *_rows(writers.nodes, named), torch.cat(scores, -1)
 
 
-def _readers(
+def frozen_readers(
     operator: FrozenTransformer,
-    writers: Writers,
+    below: tuple[int, ...],
     trace: Trace,
     constants: dict[str, Float[Tensor, " batch"]] | None,
-    scores_of: Callable[[Branch], QueryKey] | None,
-) -> Iterator[_Readers]:
-    steps = zip(operator.steps, trace.pulls, writers.below, trace.covectors[1:], strict=False)
-    for step, pulls, below, c in steps:
+    scores_of: Callable[[Branch], QueryKey] | None = None,
+) -> Iterator[Readers]:
+    """Every reader of a run, its patterns, scales and ratios held.
+
+    Args:
+        operator: The operator.
+        below: How many writers there are before each step, and in all.
+        trace: The target's sweep.
+        constants: The shares of the constants above the final norm; None to leave readers' own
+            constants out (they are the same in two runs).
+        scores_of: Gives the queries and keys of an attention branch: with it, every head's query
+            and key inputs are readers, too.
+
+    Yields:
+        Readers, from below.
+    """
+    steps = zip(operator.steps, trace.pulls, below, trace.covectors[1:], strict=False)
+    for step, pulls, seen, c in steps:
         for branch, pull in zip(step.branches, pulls, strict=True):
             covectors, own = branch.readers(pull)
-            yield _Readers(branch.body.reads(), below, covectors, {} if constants is None else own)
+            yield Readers(branch.body.reads(), seen, covectors, {} if constants is None else own)
             if scores_of is not None and branch.has_heads:
                 side = scores_of(branch)
                 heads = len(side.reads()) // 2
                 both = side.readers(branch.pull_to_hidden(c), step.state)
                 for i, covectors in enumerate(both):
                     nodes = side.reads()[i * heads : (i + 1) * heads]
-                    yield _Readers(nodes, below, covectors, {})
+                    yield Readers(nodes, seen, covectors, {})
     top = {name: share[None] for name, share in (constants or {}).items()}
-    yield _Readers((LOGITS,), writers.below[-1], Factored(trace.covectors[-2][None]), top)
+    yield Readers((LOGITS,), below[-1], Factored(trace.covectors[-2][None]), top)
 
 
 def _products(
-    writers: Writers, readers: list[_Readers], n_pos: int
+    writers: Writers, readers: list[Readers], n_pos: int
 ) -> Float[Tensor, "reader batch writer"]:
     """⟨writer, reader⟩ of all that is below a reader, and of some that is not."""
     parts, which = writers.moving()
@@ -243,13 +246,16 @@ def _products(
                     R[:at, b].flatten(1) @ W[:below, b].flatten(1).T
                 )
             first += at
-    still = [i for i in range(len(writers.nodes)) if i not in set(which)]
-    if not still:
+    if len(which) == len(writers.nodes):
         return sums
-    found = like.new_empty(n_readers, batch, len(writers.nodes))
+    found = like.new_zeros(n_readers, batch, len(writers.nodes))
     found[..., which] = sums
-    vectors = torch.stack([part for part in writers.parts if isinstance(part, Tensor)])
-    found[..., still] = torch.cat([r.covectors.total() for r in readers]) @ vectors.T
+    vectors = [part for part in writers.parts if isinstance(part, Tensor)]
+    if vectors:
+        still = [i for i in range(len(writers.nodes)) if i not in set(which)]
+        found[..., still] = (
+            torch.cat([r.covectors.total() for r in readers]) @ torch.stack(vectors).T
+        )
     return found
 
 

@@ -89,8 +89,9 @@ class TensorLens(FrozenRun):
                 [d_model] of your own. The rows then sum to the target here minus the target there;
                 between two lenses one row is what the operators (by component: the readouts)
                 changed. By edge, readers of one run read what writers add here and not there.
-            at: With a lens as baseline, by whose operator the tokens are read: "clean" (this lens)
-                or "corrupted".
+            at: With a lens as baseline, by whose operator the tokens are read: "clean" (this lens),
+                "corrupted", or "secant": the one between the two runs, for which nothing is left
+                that an operator changed.
             qk: By edge: whether every head's queries and keys are readers, too, "L2H1.q" and
                 "L2H1.k": the target's sensitivity to the attention scores times what a writer adds
                 to them. First-order, unlike the rest, and in no sum.
@@ -212,7 +213,8 @@ class TensorLens(FrozenRun):
                 largest |score| or score; "influence" what shares of |score| carry to the logits.
             qk: Whether queries and keys are readers, too (first-order).
             corrupted: The lens of a corrupted prompt of equal length, or None.
-            at: With it, whose covectors read the difference: "clean" or "corrupted".
+            at: With it, whose covectors read the difference: "clean", "corrupted" or "secant" (the
+                operator between the two runs, exact on their difference).
 
         Returns:
             The circuit, with every edge's score: the mean over the lens's prompts.

@@ -79,8 +79,8 @@ class QueryKey:
         w, frame, heads = self.weights, self.attn.frame, len(self.attn.nodes())
         kv_heads, n_pos = w.W_K.shape[0], frame.n_pos
         x = state if self.norm is None else self.norm.apply(state) + self.norm.bias
-        q = _Projection.of(frame, x, w, w.W_Q, w.b_Q, w.q_norm)
-        k = _Projection.of(frame, x, w, w.W_K, w.b_K, w.k_norm)
+        q = Projection.of(frame, x, w, w.W_Q, w.b_Q, w.q_norm)
+        k = Projection.of(frame, x, w, w.W_K, w.b_K, w.k_norm)
         values = self.attn.values.apply(x) + self.attn.values.bias
         if self.attn.v_edit is not None:
             values = values + self.attn.v_edit.constant
@@ -97,36 +97,48 @@ class QueryKey:
             queries = q.rotated[:, own]
             S = queries @ keys.mT * w.scale
             S = S if w.soft_cap is None else w.soft_cap * torch.tanh(S / w.soft_cap)
-            self._check(A, S)
+            check_pattern(self.attn, A, S, self.model_dtype)
             dA = z[:, own] @ v[:, kv].repeat_interleave(each, 1).mT
             dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
             dP = dP if w.soft_cap is None else dP * (1 - (S / w.soft_cap) ** 2)
             at_q[:, own], at_k[:, own] = dP @ keys, dP.mT @ queries
         return q.pull(at_q, self.norm), k.pull(at_k, self.norm)
 
-    def _check(self, A: Tensor, S: Tensor) -> None:
-        """Compare a pattern with the softmax of scores over what it attends to."""
-        softmax = S.masked_fill(A <= 0, -torch.inf).softmax(-1).nan_to_num(0.0)
-        real = self.attn.frame.real[:, None, :, None]
-        size = (A * real).square().sum((-2, -1)).sqrt()
-        off = ((softmax - A) * real).square().sum((-2, -1)).sqrt()
-        error = float((off / size.clamp_min(1e-30)).max())
-        expected = 0.2 if self.model_dtype in _HALF else 1e-3
-        if not error <= expected:
-            raise CaptureMismatchError(
-                f"L{self.attn.layer}: the pattern recomputed from W_Q and W_K differs from the run's by "
-                f"{error:.1e} (relative; expected at most {expected:.0e}): a hook of your own edited "
-                "queries, keys or the pattern, or the weights are laid out in a way that is not known "
-                "here. v, MLP and logits edges need none of them: leave qk out"
-            )
+
+def check_pattern(attn: Attention, A: Tensor, S: Tensor, model_dtype: torch.dtype) -> None:
+    """Compare a pattern with the softmax of scores over what it attends to.
+
+    Args:
+        attn: The sublayer, for its name and its real tokens.
+        A: Its pattern, [batch, head, query_pos, key_pos].
+        S: The scores.
+        model_dtype: The host's own.
+
+    Raises:
+        CaptureMismatchError: If they differ by more than rounding.
+    """
+    softmax = S.masked_fill(A <= 0, -torch.inf).softmax(-1).nan_to_num(0.0)
+    real = attn.frame.real[:, None, :, None]
+    size = (A * real).square().sum((-2, -1)).sqrt()
+    off = ((softmax - A) * real).square().sum((-2, -1)).sqrt()
+    error = float((off / size.clamp_min(1e-30)).max())
+    expected = 0.2 if model_dtype in _HALF else 1e-3
+    if not error <= expected:
+        raise CaptureMismatchError(
+            f"L{attn.layer}: the pattern recomputed from W_Q and W_K differs from the run's by "
+            f"{error:.1e} (relative; expected at most {expected:.0e}): a hook of your own edited "
+            "queries, keys or the pattern, or the weights are laid out in a way that is not known "
+            "here. v, MLP and logits edges need none of them: leave qk out"
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class _Projection:
+class Projection:
     """Queries or keys of a run, as the scores are the products of them, and the way back.
 
     Attributes:
         frame: The run's.
+        raw: Them, as W_Q or W_K gives them.
         rotated: Them, normalized and rotated.
         W: W_Q or W_K.
         norm: Their own norm, or None.
@@ -135,6 +147,7 @@ class _Projection:
     """
 
     frame: Frame
+    raw: Float[Tensor, "batch any_head pos d_query"]
     rotated: Float[Tensor, "batch any_head pos d_query"]
     W: Float[Tensor, "any_head d_model d_query"]
     norm: NormWeights | None
@@ -145,9 +158,11 @@ class _Projection:
     def of(
         cls, frame: Frame, x: Tensor, w: ScoreWeights, W: Tensor, b: Tensor | None,
         norm: NormWeights | None,
-    ) -> _Projection:  # fmt: skip
+    ) -> Projection:  # fmt: skip
+        """Project what W reads in a run."""
         y, scale = x[:, None] @ frame.cast(W), None
         y = y if b is None else y + frame.cast(b)[:, None]
+        raw = y
         if norm is not None:
             centered = y - y.mean(-1, keepdim=True) if norm.center else y
             scale = (centered.square().mean(-1, keepdim=True) + w.eps).sqrt()
@@ -155,18 +170,26 @@ class _Projection:
             y = y if norm.gain is None else y * frame.cast(norm.gain)
             y = y if norm.b is None else y + frame.cast(norm.b)
         y = y if w.rotation is None else _turned(y, w.rotation)
-        return cls(frame, y, W, norm, scale, w.rotation)
+        return cls(frame, raw, y, W, norm, scale, w.rotation)
 
     def pull(self, y: Float[Tensor, "batch head pos d_query"], before: Norm | None) -> Factored:
         """From covectors of every query head's queries or keys to those of the residual."""
-        y = y if self.rotation is None else _turned(y, self.rotation, back=True)
+        y = self.unrotated(y)
         if self.norm is not None and self.scale is not None:
             y = y.unflatten(1, (self.W.shape[0], -1))  # [batch, any_head, repeat, …]
             y = y if self.norm.gain is None else y * self.norm.gain.detach().to(y)
             y = y / self.scale[:, :, None]
             y = (y - y.mean(-1, keepdim=True) if self.norm.center else y).flatten(1, 2)
-        found = Factored(y.transpose(0, 1), lambda: self.frame.cast(self.W).mT)
+        found = self.through(y)
         return found if before is None else found.then(before.scale, before.unscaled_t_)
+
+    def unrotated(self, y: Float[Tensor, "batch head pos d_query"]) -> Tensor:
+        """Covectors pulled back through the rotation."""
+        return y if self.rotation is None else _turned(y, self.rotation, back=True)
+
+    def through(self, y: Float[Tensor, "batch head pos d_query"]) -> Factored:
+        """And through W_Q or W_K."""
+        return Factored(y.transpose(0, 1), lambda: self.frame.cast(self.W).mT)
 
 
 def _turned(y: Float[Tensor, "batch head pos d"], rotation: Rotation, back: bool = False) -> Tensor:

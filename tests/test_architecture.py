@@ -18,7 +18,7 @@ FLOORS = {
     "energies": 6,
     "targets": 6, "results": 5, "edges": 6, "attribution": 7, "paths": 7, "collapse": 7,
     "baselines_attention": 5, "baselines_vectors": 6, "baselines_gradient": 6, "baselines": 7,
-    "selection": 1, "differences": 8, "loadings": 8, "circuits": 8, "subgraphs": 8.5,
+    "selection": 1, "secant": 6.5, "differences": 8, "loadings": 8, "circuits": 8, "subgraphs": 8.5,
     "edge_universe": 4, "model_info": 5, "edge_runs": 6.5, "pairs": 6.5, "shares": 5,
     "interventions": 7.5, "baselines_edges": 7,
     "significance": 1, "protocols": 2, "methods": 8, "measured": 8, "masking": 8.5, "scoring": 8.7,

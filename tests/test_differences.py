@@ -127,7 +127,7 @@ def test_baseline_refusals(tmp_path):
         clean.attribute(3, baseline=lens_of(strange))
     with pytest.raises(ValueError, match="token, component, edge with a baseline, got 'order'"):
         clean.attribute(3, by="order", baseline=corrupted)
-    with pytest.raises(ValueError, match="at to be clean or corrupted, got 'both'"):
+    with pytest.raises(ValueError, match="at to be one of clean, corrupted, secant, got 'both'"):
         clean.attribute(3, baseline=corrupted, at="both")
     with pytest.raises(ValueError, match="effect to be direct with a baseline, got 'total'"):
         clean.attribute(3, by="component", effect="total", baseline=corrupted)

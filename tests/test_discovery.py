@@ -233,8 +233,16 @@ def test_refusals(model, tmp_path):
         ),
         (rows, {"sample": 4}, "sample of at most 3, the prompts, got 4"),
         (rows, {"sample": 0}, "sample as an integer ≥ 1, got 0"),
-        ((rows[0],), {"at": "corrupted"}, "at to be clean, or corrupted with corrupted prompts"),
-        (rows, {"at": "both"}, "at to be clean, or corrupted with corrupted prompts, got 'both'"),
+        (
+            (rows[0],),
+            {"at": "corrupted"},
+            "at to be clean, or corrupted or secant with corrupted prompts",
+        ),
+        (
+            rows,
+            {"at": "both"},
+            "at to be clean, or corrupted or secant with corrupted prompts, got 'both'",
+        ),
         (
             (rows[0], [p + " a" for p in rows[1]]),
             {},
