@@ -7,6 +7,7 @@ measure when the clean activation is put into the corrupted run, less the corrup
     gradient   the real model's gradient (attribution patching)
     frozen     the operator's transpose: pattern, scales and ratios held
     frozen+qk  the same plus what the query and key inputs of the heads above make of it, first-order
+    secant     the operator between the two runs, transposed
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 import tensorlens_tl
 from tensorlens_tl import TensorLens
 from tensorlens_tl.attribution import _queries_and_keys
+from tensorlens_tl.secant import SecantOperator
 
 KINDS = ("residual", "mlp", "head")
 
@@ -104,11 +106,32 @@ class Sites:
 
     def frozen(self, qk: bool, gate: str = "gate") -> dict[str, Tensor]:
         """The operator's covectors at the corrupted run."""
-        clean, _ = self.record(self.clean)
-        found, _ = self.record(self.corrupted)
         with torch.no_grad():
             _, lens = tensorlens_tl.capture(self.model, self.corrupted[None], gate=gate)
-            covectors = site_covectors(lens, self.goal, qk)
+            return self._read(site_covectors(lens, self.goal, qk))
+
+    def secant(self) -> dict[str, Tensor]:
+        """The covectors of the operator between the two runs."""
+        runs = []
+        with torch.no_grad():
+            for ids in (self.clean, self.corrupted):
+                _, lens = tensorlens_tl.capture(self.model, ids[None])
+                runs.append((lens.capture, lens.operator))
+            u = torch.zeros_like(lens.embedding)
+            u[:, -1] = lens._sweep(self.goal[0], self.goal[1], -1).target.covector
+            covectors = SecantOperator(*runs, u).covectors
+            found: dict[tuple[int, str], Tensor] = {}
+            for i, step in enumerate(lens.operator.steps):
+                if any(branch.has_heads for branch in step.branches):
+                    found[step.layer, "pre"] = covectors[i]
+                    found[step.layer, "mid"] = covectors[i + 1]
+                found[step.layer, "post"] = covectors[i + 1]
+            return self._read(found)
+
+    def _read(self, covectors: dict[tuple[int, str], Tensor]) -> dict[str, Tensor]:
+        """Every unit's change between the runs, by the covector where it is written."""
+        clean, _ = self.record(self.clean)
+        found, _ = self.record(self.corrupted)
         out: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         for layer in range(self.model.cfg.n_layers):
             change = {kind: (clean[self.names[kind][layer]] - found[self.names[kind][layer]])[0]

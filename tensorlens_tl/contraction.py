@@ -50,6 +50,7 @@ from .planning import (
     carried_by,
     fold_group,
     folds_below,
+    half_bytes,
     memory_budget,
 )
 from .recomputed import Tiles
@@ -103,6 +104,7 @@ class Sweep:
             reduce.with_x is not None,
             self.causal,
             self.folding,
+            half_bytes(self.dtype, self.op.frame.device),
         )
 
     def carry(
@@ -241,7 +243,7 @@ class Sweep:
             self._positionwise(branch, states, carried_by([(len(s), s.shape[1]) for s in states]))
         if not finish:
             return half
-        for k, state in enumerate(states):
+        for k, state in reversed(list(enumerate(states))):
             mids = [(b, m[k]) for b, m in half] or [(b, _mid(b, state, causal)) for b in mixing]
             for branch, mid in mids:
                 state.flatten(0, 1).addmm_(mid.flatten(0, 1), branch.out)
@@ -256,10 +258,10 @@ class Sweep:
         for first in range(0, below, group):
             pos = slice(first, min(first + group, below))
             maps = torch.matmul(b.into * b.ratio[pos, None], b.out).add_(eye)
-            for state in states:
+            for state in reversed(states):  # the largest first: what it frees, the others fit
                 if len(part := state[pos]):
                     part.copy_(torch.bmm(part, maps[: len(part)]))
-        for state in states:
+        for state in reversed(states):
             many = state.shape[1]
             size = max(1, ROWS // many)
             for first in range(below, len(state), size):

@@ -51,7 +51,7 @@ def discover(
     threshold: float | None = None,
     method: str = "greedy",
     qk: bool = True,
-    at: str = "clean",
+    at: str | None = None,
     batch_size: int = 8,
     sample: int | None = None,
     seed: int = 0,
@@ -77,8 +77,8 @@ def discover(
         threshold: the smallest number an edge is ranked by.
         method: "greedy", "absolute", "signed" or "influence"; see :meth:`TensorLens.discover`.
         qk: Whether queries and keys are readers, too.
-        at: With corrupted prompts, whose covectors read the difference: "clean", "corrupted", or
-            "secant", those between the two runs, exact on their difference.
+        at: With corrupted prompts, whose covectors read the difference: by default "secant", those
+            of the operator between the two runs, which is exact on it; or "clean", "corrupted".
         batch_size: Prompts captured at once, padded where their lengths differ.
         sample: How many of the prompts to take, drawn by ``seed``; None for all, in order.
         seed: Of the draw.
@@ -101,6 +101,7 @@ def discover(
         prompts = each_prompt(prompts, adapter.tokenizer, masked)
     if corrupted is not None and not isinstance(corrupted, str):
         corrupted = each_prompt(corrupted, adapter.tokenizer, masked)
+    at = at or ("clean" if corrupted is None else "secant")
     work = _Work(prompts, corrupted, targets, versus, pos, qk, at, sample, seed, kwargs)
     work.edges = edges = info.wiring.edges(qk)
     batch_size = at_least_one(batch_size, "batch_size")

@@ -196,7 +196,7 @@ class TensorLens(FrozenRun):
         method: str = "greedy",
         qk: bool = True,
         corrupted: TensorLens | None = None,
-        at: str = "clean",
+        at: str | None = None,
     ) -> Circuit:
         """The edges that make a target: the largest scores, connected from the tokens to the logits.
 
@@ -211,10 +211,10 @@ class TensorLens(FrozenRun):
             threshold: the smallest number an edge is ranked by.
             method: "greedy" grows from the logits down by |score|; "absolute" and "signed" take the
                 largest |score| or score; "influence" what shares of |score| carry to the logits.
-            qk: Whether queries and keys are readers, too (first-order).
+            qk: Whether queries and keys are readers, too (first-order, but for "secant").
             corrupted: The lens of a corrupted prompt of equal length, or None.
-            at: With it, whose covectors read the difference: "clean", "corrupted" or "secant" (the
-                operator between the two runs, exact on their difference).
+            at: With it, whose covectors read the difference: by default "secant", the operator
+                between the two runs, which is exact on their difference; or "clean", "corrupted".
 
         Returns:
             The circuit, with every edge's score: the mean over the lens's prompts.
@@ -222,6 +222,7 @@ class TensorLens(FrozenRun):
         Raises:
             ValueError: If an argument makes no sense, or the corrupted run is not comparable.
         """
+        at = at or ("secant" if isinstance(corrupted, TensorLens) else "clean")
         found = self.attribute(target, versus, pos, "edge", baseline=corrupted, at=at, qk=qk)
         names = list(dict.fromkeys(self._sweep(target, versus, pos).target.name))
         return find(

@@ -25,12 +25,21 @@ CAUSAL_TILE = 64
 ROWS = 2048
 """Rows of one product with an MLP's matrices: enough to fill the units, few enough for the cache."""
 
-HEAP = 1.35
-"""Bytes that a process grows by for a byte of tensors: an allocator keeps freed blocks that no later
-tensor fits, more or fewer by the case; ``benchmarks/contraction.py`` compares plans with what it takes."""
+HEAP, KEPT = 1.35, 2**24
+"""Bytes that a process grows by for a byte of tensors, and the most that it keeps beside: an allocator
+holds freed blocks that no later tensor fits; ``benchmarks/contraction.py`` compares plans with what it
+takes."""
+
+HALF_BYTES, HALF_SECONDS = 145 * 2**20, 0.1
+"""What a CPU's bfloat16 products take beside, whatever their size: kernels compiled for every shape."""
 
 SHARE = 0.5
 """Share of the free memory that heavy work may take unless told otherwise."""
+
+
+def half_bytes(dtype: torch.dtype, device: torch.device) -> int:
+    """:data:`HALF_BYTES` where they are taken, else 0."""
+    return HALF_BYTES if dtype == torch.bfloat16 and device.type == "cpu" else 0
 
 
 def free_memory(device: torch.device) -> int:
@@ -156,6 +165,7 @@ class Job:
         half: Whether the last attention is left halfway (``contraction``, point 5).
         causal: Whether no pattern looks ahead.
         folding: See :func:`folds_below`.
+        beside: Bytes that are taken whatever the size.
     """
 
     stages: tuple[StageShape, ...]
@@ -168,6 +178,7 @@ class Job:
     half: bool = False
     causal: bool = True
     folding: bool | None = None
+    beside: int = 0
 
     def blocks(self, many: int) -> list[Block]:
         """Starts that go side by side, ``many`` vectors each."""
@@ -228,7 +239,7 @@ class Job:
         rows = sum(b.n for b in blocks) * many
         area = sum(b.n * b.end for b in blocks) * many
         worst = max(b.n * b.end for b in blocks) * many
-        parts = 2 * rows * L * self.kept
+        parts = rows * L * self.kept
         spread, most, met = True, 3 * rows * D, False
         for i, stage in enumerate(self.stages):
             mixes = any(b.heads for b in stage)
@@ -251,7 +262,9 @@ class Job:
                 held = area * D if met or mixes else rows * D
                 most = max(most, held + weights + frozen + use)
             met, spread = met or mixes, spread and not mixes
-        return int(HEAP * self.itemsize * (most + rows * D + parts)) + self.result_bytes
+        tensors = self.itemsize * (most + rows * D + parts)
+        heap = int(HEAP * tensors + min(tensors / 5, KEPT))
+        return heap + self.beside + self.result_bytes
 
     def _pattern(self, b: BranchShape, tile: int) -> int:
         """Numbers: a stored pattern folded twice, or queries, keys and a tile made and copied."""
@@ -354,7 +367,7 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - start
 
     once()
-    return min(once(), once())
+    return min(once() for _ in range(4))  # a busy moment slows some of them
 
 
 @cache
@@ -476,6 +489,7 @@ def make_plan(what: str, jobs: Sequence[Job], limit: int, dtype: torch.dtype,
                 max(folded, *(job._folded(b, blocks, many, True) for b in wise), 0) if wise else 0
             )
         held += job.result_bytes
+        seconds += HALF_SECONDS if job.beside else 0.0
     if folded:
         notes = (*notes, f"MLPs folded into one map at {folded} positions")
     return Plan(what, flops, seconds, peak, limit, count, tuple(notes))

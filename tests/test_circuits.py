@@ -408,10 +408,10 @@ def test_the_circuit_of_a_trained_model():
     circuit = clean.discover("Mary", versus="John", n_edges=40, corrupted=other)
     assert circuit.is_connected
     share = clean.circuit(circuit).share("Mary", versus="John")
-    assert share.share[0] > 0.5  # measured .72
+    assert share.share[0] > 0.5  # measured .69
     assert "'Mary' − 'John'" in repr(circuit) and "'Mary' − 'John': " in repr(share)
     assert len(circuit) == 40
-    assert "L0H2" in circuit and "input→L0H2.v" in circuit and "L3H0→logits" not in circuit
+    assert "L0H2" in circuit and "input→L0H2.v" in circuit and "L2H0→logits" not in circuit
     small = circuit.resized(n_edges=10)
     assert set(small.edges) <= set(circuit.edges) and len(small) <= 10
     assert circuit.resized(threshold=1.0, method="signed").method == "signed"
@@ -419,7 +419,13 @@ def test_the_circuit_of_a_trained_model():
 
 # At the clean run the induction heads' patterns are nearly one-hot, and little is first-order there.
 @pytest.mark.parametrize(
-    ("at", "method"), [("corrupted", "greedy"), ("corrupted", "influence"), ("clean", "influence")]
+    ("at", "method"),
+    [
+        ("secant", "greedy"),
+        ("corrupted", "greedy"),
+        ("corrupted", "influence"),
+        ("clean", "influence"),
+    ],
 )
 def test_an_induction_circuit_is_found_by_its_keys(at, method):
     """The previous-token head L0H0 is read by the induction heads' keys: T alone cannot see it."""

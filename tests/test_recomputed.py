@@ -340,7 +340,7 @@ def test_a_sweep_keeps_to_tiles_and_the_plan_knows():
         model = build_hooked({"n_ctx": length}, torch.float32)
     stored, lens = both(model, tokens(1, length))
     square = 4 * length**2  # heads × L² numbers
-    few = {"name": "in_out", "target": 3, "layers": None, "memory_limit": 12 * square}
+    few = {"name": "in_out", "target": 3, "layers": None, "memory_limit": 13 * square}
     with pytest.raises(ValueError, match=r"memory_limit is .* smallest chunk"):
         stored.token_matrix(**few)
     with Largest() as largest:

@@ -40,8 +40,10 @@ print(corrupted[0])
 # %% [markdown]
 # ## One prompt
 # An edge's score is what its reader makes of what its writer adds in this prompt and not in the
-# corrupted one. The operator has its patterns frozen, so query and key edges are added to first order.
-# 24 of the 479 edges are 5 %.
+# corrupted one. It is read by the operator *between* the two runs, which is exact on their difference,
+# queries and keys included: what comes into a head or an MLP goes out of it, and all edges out of the
+# tokens sum to the difference between the two prompts, as do all edges into the logits. 24 of the 479
+# edges are 5 %.
 
 # %%
 goal = {"target": answers[0], "versus": foils[0]}
@@ -57,7 +59,7 @@ assert gap[0] > 10 > gap[1]
 # ## Is it the model's?
 # Run the model itself with every edge outside the circuit ablated: each reader's input is rebuilt, kept
 # edges from this run, the others from the corrupted prompt's. 1 is the whole model, 0 the corrupted run.
-# One prompt's scores may be that prompt's; the verdict on this circuit is poor.
+# One prompt's scores may be that prompt's: the next step takes more.
 
 # %%
 print(one.faithfulness(model, clean[:1], corrupted[:1], **goal))
@@ -96,7 +98,8 @@ assert any(edge.partition("→")[2].removesuffix(".k") in induction for edge in 
 
 # %% [markdown]
 # ## What each part is worth
-# The same circuit without those key edges; the circuits of equal size that the operator finds alone,
+# The same circuit without those key edges; the circuits of equal size that one run's operator finds
+# alone, with its patterns frozen and no query and key edges (`at="clean", qk=False`),
 # that attribution patching finds (EAP, and with integrated gradients), and a random connected one.
 
 # %%
@@ -105,7 +108,7 @@ scores = {
     for method in ("eap", "eap_ig", "random")
 }
 alone = tensorlens_tl.discover(
-    model, clean[:24], corrupted[:24], answers[:24], foils[:24], n_edges=24, qk=False
+    model, clean[:24], corrupted[:24], answers[:24], foils[:24], n_edges=24, qk=False, at="clean"
 )
 circuits = {
     "the circuit": circuit.edges,
