@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import tensorlens_tl
 from tensorlens_tl.collapse import orthogonal_probes, student_t
 from tensorlens_tl.contraction import Sweep, dots, squares, states
-from tensorlens_tl.planning import folds_below
+from tensorlens_tl.planning import HALF_BYTES, folds_below, half_bytes
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
@@ -320,6 +320,15 @@ def test_a_plan_costs_nothing_and_says_what_will_be(kind):
     assert small.chunks > plan.chunks or limit >= plan.peak_bytes
     cut = lens.token_matrix(kind, memory_limit=limit)
     assert_close(cut.values, lens.token_matrix(kind).values, 1e-12)
+
+
+def test_a_plan_counts_the_kernels_that_bfloat16_is_compiled_to():
+    lens = lens_of(SHAPES[0])
+    plain, low = (lens.plan("norm", precision=p) for p in (None, "bfloat16"))
+    assert low.peak_bytes - HALF_BYTES < plain.peak_bytes < low.peak_bytes
+    assert half_bytes(torch.bfloat16, torch.device("meta")) == 0
+    with pytest.raises(ValueError, match=r"memory_limit is .* raise memory_limit"):
+        lens.token_matrix("norm", precision="bfloat16", memory_limit=HALF_BYTES)
 
 
 @pytest.mark.parametrize("what", ["block", "to_dense", "frobenius_norm"])

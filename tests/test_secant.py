@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import tensorlens_tl
 from tensorlens_tl import Edge, query_key, secant
+from tensorlens_tl.factored import Factored
 from tensorlens_tl.primitives import RATIOS, gating_ratio
 from tensorlens_tl.secant import NormSecant, act_secant, softmax_secant
 from tensorlens_tl.weights import NormWeights
@@ -96,6 +97,14 @@ def test_a_norms_secant_is_exact(center):
     assert_close((found.pull_(c.clone()) * (x - y)).sum(-1), (c * (a - b)).sum(-1), 1e-12)
     part = found.pull_(c[:, 1:3].clone(), slice(1, 3))
     assert_close(part, found.pull_(c.clone())[:, 1:3], 1e-15)
+
+
+@pytest.mark.parametrize("groups", [None, 1, 2, 4])
+def test_the_sum_over_nodes_is_one_product(groups):
+    narrow = torch.randn(4, 2, 5, 3, dtype=torch.float64)
+    W = None if groups is None else torch.randn(groups, 3, 7, dtype=torch.float64)
+    found = Factored(narrow, None if W is None else lambda: W)
+    assert_close(found.summed(), found.wide().sum(0), 1e-12)
 
 
 # --- Whole models --------------------------------------------------------------------------------
