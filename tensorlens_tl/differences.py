@@ -12,7 +12,8 @@ and a soft cap) in the operator's place: ``readout change``. A baseline "zero" o
 the operator stays, and so there is no such row.
 
 ``at="secant"`` reads by the operator between the two runs (``secant``): S (x_c − x_k) is the whole
-difference, queries, keys, norms and activations included, and no row is left over.
+difference, queries, keys, norms and activations included, and no row is left over; only a soft cap on
+the logits is each run's own, and what it did a row, ``readout change``.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def difference(
 
 def _between(clean: Sweep, other: Sweep, by: str, qk: bool) -> Attribution:
     """The difference by the operator between the two runs."""
-    if other.operator.ln_final is clean.operator.ln_final:
+    if other.operator is not clean.operator and other.operator.ln_final is clean.operator.ln_final:
         raise ValueError(
             "expected a lens as baseline for at='secant', which is between two runs: capture a corrupted "
             "prompt, or leave at out"

@@ -26,7 +26,7 @@ from .differences import AT, check_comparable, difference
 from .graph import Edge
 from .lens import TensorLens
 from .plugin import capture, hosted
-from .prompts import each_prompt
+from .prompts import each_prompt, mask_spans
 from .results import at_least_one
 from .targets import Target, TargetLike, own_prediction, resolve_each
 
@@ -91,16 +91,17 @@ def discover(
 
     Raises:
         ValueError: If an argument makes no sense, a corrupted prompt has another length, or the file
-            holds another search.
+            holds another search; or if there is no operator between the two runs of this model
+            (SoLU, runs that hooks edited): take ``at="clean"``.
     """
     model = hosted(model, kwargs.pop("tokenizer", None))
     adapter = adapt(model)
     info = ModelInfo.of(adapter.name, adapter.weights)
-    masked = "attention_mask" in kwargs
+    mask = kwargs.pop("attention_mask", None)
     if not isinstance(prompts, str):
-        prompts = each_prompt(prompts, adapter.tokenizer, masked)
+        prompts = _unpadded(each_prompt(prompts, adapter.tokenizer, mask is not None), mask)
     if corrupted is not None and not isinstance(corrupted, str):
-        corrupted = each_prompt(corrupted, adapter.tokenizer, masked)
+        corrupted = _unpadded(each_prompt(corrupted, adapter.tokenizer, mask is not None), mask)
     at = at or ("clean" if corrupted is None else "secant")
     work = _Work(prompts, corrupted, targets, versus, pos, qk, at, sample, seed, kwargs)
     work.edges = edges = info.wiring.edges(qk)
@@ -129,8 +130,11 @@ def discover(
             for start in range(n, len(work), batch_size):
                 with torch.no_grad():
                     found = work.scores(model, start, start + batch_size)
-                n += len(found)
-                means += (found - means).sum(0) / n
+                both = n + len(found)
+                means, n = (
+                    means + (found - means).sum(0) / both,
+                    both,
+                )  # together: one may interrupt
                 if file is not None and time.monotonic() - last > WRITE_EVERY:
                     file.write(circuit(named(), n), n)
                     written, last = n, time.monotonic()
@@ -160,6 +164,16 @@ class _Work:
             raise ValueError(
                 f"expected at to be clean, or corrupted or secant with corrupted prompts, got {at!r}"
             )
+        for i, (ours, theirs) in enumerate(zip(prompts, corrupted or (), strict=False)):
+            if (
+                not isinstance(ours, str)
+                and not isinstance(theirs, str)
+                and len(ours) != len(theirs)
+            ):
+                raise ValueError(
+                    f"expected corrupted prompt {i} of as many tokens as its prompt, {len(ours)}, got "
+                    f"{len(theirs)}: pad or reword the corrupted prompt"
+                )
         n = len(prompts)
         self.target = _in_words(targets) + ("" if versus is None else f" − {_in_words(versus)}")
         goals = one_each(targets, n, "targets"), one_each(versus, n, "versus")
@@ -180,7 +194,8 @@ class _Work:
 
     def digest(self, model: ModelInfo) -> str:
         """A hash of all that the scores depend on."""
-        about = (model.fingerprint, self.pos, self.qk, self.at, sorted(self.kwargs.items()))
+        options = sorted((name, _plain(value)) for name, value in self.kwargs.items())
+        about = (model.fingerprint, self.pos, self.qk, self.at, options)
         digest = hashlib.sha256(repr(about).encode())
         for row in self.rows:
             digest.update(repr([_plain(part) for part in row]).encode())
@@ -251,6 +266,23 @@ def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         kind = i if len(found) > 1 else isinstance(row[0], str)
         kinds.setdefault((len(found), kind), []).append(row)
     yield from kinds.values()
+
+
+def _unpadded(prompts: list[Any], mask: Any) -> list[Any]:
+    """Each prompt's own ids, where a mask tells them from padding: batches are padded here."""
+    if mask is None:
+        return prompts
+    if any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("attention_mask is for token ids, got strings: leave it out")
+    rows = [torch.as_tensor(prompt) for prompt in prompts]
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(
+            "attention_mask is for ids padded to one length, got several: leave it out, each prompt's ids "
+            "are its own"
+        )
+    ids = torch.stack(rows)
+    spans = mask_spans(torch.as_tensor(mask), ids, None)
+    return [row[start:stop] for row, (start, stop) in zip(ids, spans, strict=True)]
 
 
 def _plain(value: Any) -> Any:

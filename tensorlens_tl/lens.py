@@ -91,7 +91,9 @@ class TensorLens(FrozenRun):
                 changed. By edge, readers of one run read what writers add here and not there.
             at: With a lens as baseline, by whose operator the tokens are read: "clean" (this lens),
                 "corrupted", or "secant": the one between the two runs, for which nothing is left
-                that an operator changed.
+                that an operator changed (where logits are soft-capped, "readout change" is left: by
+                edge, those into "logits" sum to the rest). Half-precision runs agree to their own
+                rounding.
             qk: By edge: whether every head's queries and keys are readers, too, "L2H1.q" and
                 "L2H1.k": the target's sensitivity to the attention scores times what a writer adds
                 to them. First-order, unlike the rest, and in no sum.

@@ -35,7 +35,7 @@ from .weights import NormWeights, Rotation, ScoreWeights
 CELLS = 2**24
 """Entries of patterns held at a time: with more heads than that, some key/value heads at once."""
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class QueryKey:
             queries = q.rotated[:, own]
             S = queries @ keys.mT * w.scale
             S = S if w.soft_cap is None else w.soft_cap * torch.tanh(S / w.soft_cap)
-            check_pattern(self.attn, A, S, self.model_dtype)
+            check_pattern(self.attn, A, S.masked_fill(A <= 0, -torch.inf), self.model_dtype)
             dA = z[:, own] @ v[:, kv].repeat_interleave(each, 1).mT
             dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
             dP = dP if w.soft_cap is None else dP * (1 - (S / w.soft_cap) ** 2)
@@ -105,30 +105,36 @@ class QueryKey:
         return q.pull(at_q, self.norm), k.pull(at_k, self.norm)
 
 
-def check_pattern(attn: Attention, A: Tensor, S: Tensor, model_dtype: torch.dtype) -> None:
-    """Compare a pattern with the softmax of scores over what it attends to.
+def check_pattern(
+    attn: Attention, A: Tensor, S: Tensor, model_dtype: torch.dtype,
+    instead: str = "v, MLP and logits edges need none of them: leave qk out",
+    prompts: slice = slice(None),
+) -> None:  # fmt: skip
+    """Compare a pattern with the softmax of scores.
 
     Args:
         attn: The sublayer, for its name and its real tokens.
         A: Its pattern, [batch, head, query_pos, key_pos].
-        S: The scores.
+        S: The scores, −∞ where nothing is attended to.
         model_dtype: The host's own.
+        instead: What to do without.
+        prompts: Which of the prompts these are.
 
     Raises:
         CaptureMismatchError: If they differ by more than rounding.
     """
-    softmax = S.masked_fill(A <= 0, -torch.inf).softmax(-1).nan_to_num(0.0)
-    real = attn.frame.real[:, None, :, None]
+    softmax = S.softmax(-1).nan_to_num(0.0)
+    real = attn.frame.real[prompts, None, :, None]
     size = (A * real).square().sum((-2, -1)).sqrt()
     off = ((softmax - A) * real).square().sum((-2, -1)).sqrt()
     error = float((off / size.clamp_min(1e-30)).max())
-    expected = 0.2 if model_dtype in _HALF else 1e-3
+    expected = 0.2 if model_dtype in HALF else 1e-3
     if not error <= expected:
         raise CaptureMismatchError(
             f"L{attn.layer}: the pattern recomputed from W_Q and W_K differs from the run's by "
             f"{error:.1e} (relative; expected at most {expected:.0e}): a hook of your own edited "
             "queries, keys or the pattern, or the weights are laid out in a way that is not known "
-            "here. v, MLP and logits edges need none of them: leave qk out"
+            f"here; {instead}"
         )
 
 

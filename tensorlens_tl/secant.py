@@ -11,12 +11,16 @@ holds exactly, and no row of "what the operator changed" is left over. With ā t
     act      Δact(z) = s ⊙ Δz,                     s = Δact(z) / Δz
     product  Δ(a b) = ā Δb + b̄ Δa                  scores q·k, A v, act(g) ⊙ u
     norm     Δ(x/σ) = mean(1/σ) Δx − x̄ ⟨x̄, Δx⟩ · 2 / (d σ σ′ (σ + σ′))
-    softmax  ΔA_k = L(A_k, A′_k) (ΔS_k − Σ_j w_j ΔS_j),   w_j = L(e^S_j, e^S′_j) / L(Z, Z′)
+    softmax  ΔA_k = L_k (ΔS_k − Σ_j L_j ΔS_j / Σ_j L_j),     L_k = L(A_k, A′_k)
 
-where L(a, b) = (a − b) / (log a − log b) is the logarithmic mean and Z = Σ_j e^S_j: Δe^S = L ΔS, and
-Δ log Z = ΔZ / L(Z, Z′). Where the runs agree every secant is the derivative. The activation's is
-DeepLIFT's rescale rule (Shrikumar et al. 2017, arXiv 1704.02685). Nothing is integrated: the cost is
-that of one transposed sweep, beside the two runs, of which the heads' queries and keys are part.
+where L(a, b) = (a − b) / (log a − log b) is the logarithmic mean: ΔA = L Δ log A = L (ΔS − Δ log Z), and
+Σ ΔA = 0 says what Δ log Z is. It does not see what attention does not see: scores moved all alike, values
+moved all alike. Where the runs agree every secant is the derivative. The activation's is DeepLIFT's
+rescale rule (Shrikumar et al. 2017, arXiv 1704.02685). Nothing is integrated: the cost is that of one
+transposed sweep, beside the two runs, of which the heads' queries and keys are part.
+
+The sweep proves itself: ⟨covector, Δstate⟩ is the same at every site, or it is refused. A soft cap on the
+logits is the target's, not the operator's: see ``differences``.
 """
 
 from __future__ import annotations
@@ -37,15 +41,18 @@ from .edges import LOGITS, Readers
 from .factored import Factored
 from .graph import Node
 from .primitives import Identity, Norm, gating_ratio
-from .query_key import CELLS, Projection, check_pattern
+from .query_key import CELLS, HALF, Projection, check_pattern
+from .selfcheck import CaptureMismatchError
 from .sublayers import MLP, Attention, GatedMLP
 from .weights import NormWeights
+
+INSTEAD = "pass at='clean' or at='corrupted'"
 
 # --- Secants of single steps ---------------------------------------------------------------------
 
 
 def act_secant(act: str, z: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> Tensor:
-    """Δact(z) / Δz, elementwise; where z hardly differs, over a short interval around it.
+    """Δact(z) / Δz, elementwise; a smooth one's over a short interval where z hardly differs.
 
     Args:
         act: One of :data:`tensorlens_tl.primitives.RATIOS`, elementwise.
@@ -55,10 +62,20 @@ def act_secant(act: str, z: Float[Tensor, "*shape"], other: Float[Tensor, "*shap
     Returns:
         The slopes.
     """
+    if act == "relu":
+        return _slope(z.clamp_min(0) - other.clamp_min(0), z - other, (z > 0).to(z.dtype), 0.0)
+    if act == "relu2":
+        return (z.clamp_min(0) + other.clamp_min(0)) * act_secant("relu", z, other)
     short = torch.finfo(z.dtype).eps ** 0.25 / 2
     mid, half = (z + other) / 2, ((z - other).abs() / 2).clamp_min(short)
     high, low = (gating_ratio(act, x) * x for x in (mid + half, mid - half))
     return (high - low) / (2 * half)
+
+
+def _slope(change: Tensor, of: Tensor, derivative: Tensor, least: float) -> Tensor:
+    """Change / of, and the derivative where there is no more than the least change."""
+    still = of.abs() <= least
+    return torch.where(still, derivative, change / of.masked_fill(still, 1.0))
 
 
 def log_mean_exp(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> Tensor:
@@ -70,24 +87,21 @@ def log_mean_exp(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> Tens
 
 def softmax_secant(
     S: Float[Tensor, "*rows key"], other: Float[Tensor, "*rows key"]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The secant of a softmax: ΔA = L ⊙ (ΔS − Σ_j w_j ΔS_j).
+) -> tuple[Tensor, Tensor]:
+    """The secant of a softmax: ΔA = L ⊙ (ΔS − Σ_j L_j ΔS_j / Σ_j L_j).
 
     Args:
         S: Scores of one run, −∞ where masked.
         other: Those of the other run, masked alike.
 
     Returns:
-        The mean of both softmaxes, L and w: all 0 where masked, and in rows all of which is.
+        The mean of both softmaxes, and L: 0 where masked, and in rows all of which is.
     """
     masked = torch.isneginf(S)
-    top = torch.maximum(S, other).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-    S, other = S - top, other - top
-    Z, other_Z = (s.logsumexp(-1, keepdim=True) for s in (S, other))
-    mean = ((S - Z).exp() + (other - other_Z).exp()) / 2
-    L = log_mean_exp(S - Z, other - other_Z)
-    w = log_mean_exp(S, other) / log_mean_exp(Z, other_Z)
-    return (*(x.masked_fill(masked, 0.0) for x in (mean, L, w)),)  # type: ignore[return-value]
+    log_A, log_B = S.log_softmax(-1), other.log_softmax(-1)
+    mean = (log_A.exp() + log_B.exp()) / 2
+    L = log_mean_exp(log_A, log_B)
+    return mean.masked_fill(masked, 0.0), L.masked_fill(masked, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +191,8 @@ def _mlp(ours: object, theirs: object, c: Tensor) -> Tensor:
         gate = h * up * act_secant(w.act, ours.pre, theirs.pre)
         return (h * act) @ cast_(w.W_in).T + gate @ cast_(w.W_gate).T
     raise ValueError(
-        "expected MLPs with an elementwise activation for at='secant', got SoLU with its norm: pass "
-        "at='clean' or at='corrupted'"
+        "expected MLPs with an elementwise activation for at='secant', got SoLU with its norm: "
+        + INSTEAD
     )
 
 
@@ -203,40 +217,41 @@ def _attention(
     v = v.unflatten(-1, (kv_heads, -1)).transpose(1, 2)
     z = ours.output.apply_t(c).unflatten(-1, (heads, -1)).transpose(1, 2)
     at_v, at_q, at_k = torch.empty_like(z), torch.empty_like(q.mean), torch.empty_like(q.mean)
-    step = max(1, CELLS // (4 * frame.batch * each * frame.n_pos**2))
-    for first in range(0, kv_heads, step):
-        last = min(first + step, kv_heads)
-        kv, own = slice(first, last), slice(first * each, last * each)
-        A = [
-            torch.cat([a.mix.head(h).pattern for h in range(own.start, own.stop)], 1) for a in runs
-        ]
+    n_pos, batch = frame.n_pos, frame.batch
+    prompts = max(1, CELLS // (8 * each * n_pos**2))  # of some prompts, then of some heads
+    step = max(1, CELLS // (8 * min(prompts, batch) * each * n_pos**2))
+    parts = [(slice(b, b + prompts), slice(g, min(g + step, kv_heads)))
+             for b in range(0, batch, prompts) for g in range(0, kv_heads, step)]  # fmt: skip
+    for b, kv in parts:
+        own = slice(kv.start * each, kv.stop * each)
+
+        def shared(t: Tensor, b: slice = b, kv: slice = kv) -> Tensor:
+            return t[b, kv].repeat_interleave(each, 1)
+
+        A = [torch.cat([a.mix.head(h).pattern[b] for h in range(own.start, own.stop)], 1)
+             for a in runs]  # fmt: skip
         hidden = (A[0] <= 0) & (A[1] <= 0)
-        products = [
-            q_.rotated[:, own] @ k_.rotated[:, kv].repeat_interleave(each, 1).mT * w.scale
-            for q_, k_ in zip(q.runs, k.runs, strict=True)
-        ]
+        products = [q_.rotated[b, own] @ shared(k_.rotated).mT * w.scale
+                    for q_, k_ in zip(q.runs, k.runs, strict=True)]  # fmt: skip
         S, slope = products, 1.0
         if (cap := w.soft_cap) is not None:
             S = [cap * torch.tanh(P / cap) for P in products]
-            slope = _slope(S[0] - S[1], products[0] - products[1], 1 - (S[0] / cap) ** 2)
+            least = torch.finfo(v.dtype).eps ** 0.5
+            slope = _slope(S[0] - S[1], products[0] - products[1], 1 - (S[0] / cap) ** 2, least)
+        S = [scores.masked_fill(hidden, -torch.inf) for scores in S]
         for run, pattern, scores, capture in zip(runs, A, S, captures, strict=True):
-            check_pattern(run, pattern, scores, capture.logits.dtype)
-        mean, L, u = softmax_secant(*(s.masked_fill(hidden, -torch.inf) for s in S))
-        g = L * (z[:, own] @ v[:, kv].repeat_interleave(each, 1).mT)
-        dP = (g - u * g.sum(-1, keepdim=True)) * slope * w.scale
-        at_v[:, own] = mean.mT @ z[:, own]
-        at_q[:, own] = dP @ k.mean[:, kv].repeat_interleave(each, 1)
-        at_k[:, own] = dP.mT @ q.mean[:, own]
+            check_pattern(run, pattern, scores, capture.logits.dtype, INSTEAD, b)
+        mean, L = softmax_secant(*S)
+        g = L * (z[b, own] @ shared(v).mT)
+        total = L.sum(-1, keepdim=True).clamp_min(torch.finfo(L.dtype).tiny)
+        dP = (g - L * (g.sum(-1, keepdim=True) / total)) * slope * w.scale
+        at_v[b, own] = mean.mT @ z[b, own]
+        at_q[b, own] = dP @ shared(k.mean)
+        at_k[b, own] = dP.mT @ q.mean[b, own]
     W_V = ours.weights.W_V
-    parts = [("v", Factored(at_v.transpose(0, 1), lambda: frame.cast(W_V).mT)),
+    found = [("v", Factored(at_v.transpose(0, 1), lambda: frame.cast(W_V).mT)),
              ("q", q.pull(at_q)), ("k", k.pull(at_k))]  # fmt: skip
-    return [(tuple(replace(n, name=side) for n in ours.nodes()), part) for side, part in parts]
-
-
-def _slope(change: Tensor, of: Tensor, derivative: Tensor) -> Tensor:
-    """Change / of, and the derivative where nothing changed."""
-    still = of.abs() < torch.finfo(of.dtype).eps ** 0.5
-    return torch.where(still, derivative, change / of.masked_fill(still, 1.0))
+    return [(tuple(replace(n, name=side) for n in ours.nodes()), part) for side, part in found]
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +285,21 @@ class _Projections:
         return self.runs[0].through(y)
 
 
+def _check(site: str, capture: Capture, *sites: tuple[Tensor, Tensor]) -> None:
+    """Refuse a step after a site across which ⟨covector, Δstate⟩ changes."""
+    values = [(c * x).sum((-2, -1)) for c, x in sites]
+    sizes = [c.flatten(1).norm(dim=-1) * x.flatten(1).norm(dim=-1) for c, x in sites]
+    off = (values[0] - values[1]).abs() / (sizes[0] + sizes[1]).clamp_min(1e-30)
+    error = float(off.max())
+    expected = 0.2 if capture.logits.dtype in HALF else 1e-3
+    if not error <= expected:
+        raise CaptureMismatchError(
+            f"the operator between the two runs does not take their difference before {site} to the "
+            f"one after it: off by {error:.1e} (relative; expected at most {expected:.0e}); a hook of your "
+            f"own edited scores, patterns or norms, or their kind is not known here: {INSTEAD}"
+        )
+
+
 # --- The whole -----------------------------------------------------------------------------------
 
 
@@ -292,8 +322,7 @@ class SecantOperator:
             edited = [b for s in operator.steps for b in s.branches if b.body.edits or s.edits]
             if edited or operator.edit is not None:
                 raise ValueError(
-                    "expected runs that no hook of your own edited for at='secant': pass at='clean' or "
-                    "at='corrupted'"
+                    "expected runs that no hook of your own edited for at='secant': " + INSTEAD
                 )
 
     @cached_property
@@ -304,17 +333,24 @@ class SecantOperator:
         if isinstance(a, Identity) or isinstance(b, Identity):
             return self.covector
         ends = capture.resid_final, other.resid_final
-        return NormSecant.of(a.weights, *ends, a.scale, b.scale).pull_(self.covector.clone())
+        top = NormSecant.of(a.weights, *ends, a.scale, b.scale).pull_(self.covector.clone())
+        y = capture.unembed.final - other.unembed.final
+        _check("ln_final", capture, (top, ends[0] - ends[1]), (self.covector, y))
+        return top
 
     @cached_property
     def _sweep(self) -> tuple[tuple[Tensor, ...], tuple[list[Reads], ...]]:
         (capture, ours), (other, theirs) = self.ours, self.theirs
         covectors, found = [self.top], []
+        after = capture.resid_final - other.resid_final
         for a, b in zip(reversed(ours.steps), reversed(theirs.steps), strict=True):
             c, states = covectors[-1], (a.state, b.state)
             pulls = [_pull(x, y, states, c, (capture, other))
                      for x, y in zip(a.branches, b.branches, strict=True)]  # fmt: skip
             covectors.append(sum((total for total, _ in pulls), c))
+            before = a.state - b.state
+            _check(a.site, capture, (covectors[-1], before), (c, after))
+            after = before
             found.append([reads for _, parts in pulls for reads in parts])
         return tuple(reversed(covectors)), tuple(reversed(found))
 
