@@ -196,15 +196,15 @@ def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> S
         check_padding(tokens, tokenizer, "the attention_mask that tells it")
         return [(0, shape[1])] * len(tokens)
     mask = torch.as_tensor(mask)
+    if mask.shape != shape:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}, expected the token ids' {list(shape)}"
+        )
     if mask.is_floating_point():
         raise ValueError(
             f"expected attention_mask of booleans or integers, got {mask.dtype}: pass mask.long()"
         )
     mask = mask.bool()
-    if mask.shape != shape:
-        raise ValueError(
-            f"attention_mask has shape {list(mask.shape)}, expected the token ids' {list(shape)}"
-        )
     spans = []
     for prompt, row in enumerate(mask):
         real = row.nonzero().flatten().tolist()

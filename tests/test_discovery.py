@@ -195,14 +195,16 @@ def test_ids_as_the_host_gives_them(model):
         assert_close(vector(found.scores), vector(expected.scores), 1e-5)
 
 
-def test_padded_ids_with_their_mask_are_the_prompts(model):
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_padded_ids_with_their_mask_are_the_prompts(model, batch_size):
     texts = [
         "The capital of France is",
         "When Mary and John went to the store, John gave a drink to",
     ]
     ids = model.to_tokens(texts)
     expected = tensorlens_tl.discover(model, texts, n_edges=9)
-    found = tensorlens_tl.discover(model, list(ids), n_edges=9, attention_mask=ids != 2)
+    args = {"n_edges": 9, "batch_size": batch_size, "attention_mask": ids != 2}
+    found = tensorlens_tl.discover(model, list(ids), **args)
     assert found.edges == expected.edges
     assert_close(vector(found.scores), vector(expected.scores), 1e-5)
 
@@ -247,6 +249,26 @@ def test_refusals(model, tmp_path):
             (rows[0], [p + " a" for p in rows[1]]),
             {},
             r"as many tokens.*pad or reword the corrupted",
+        ),
+        (
+            ([torch.tensor([1, 5, 6])] * 2, [torch.tensor([1, 5, 6]), torch.tensor([1, 5])]),
+            {},
+            r"corrupted prompt 1 of as many tokens as its prompt, 3, got 2: pad or reword",
+        ),
+        (
+            rows,
+            {"attention_mask": torch.ones(3, 9)},
+            "attention_mask is for token ids, got strings",
+        ),
+        (
+            ([torch.tensor([1, 5, 6]), torch.tensor([1, 5])],),
+            {"attention_mask": torch.ones(2, 3).long()},
+            "attention_mask is for ids padded to one length, got several: leave it out",
+        ),
+        (
+            ([torch.tensor([1, 5, 6])] * 2,),
+            {"attention_mask": torch.ones(2, 3)},
+            r"attention_mask of booleans or integers, got torch.float32: pass mask.long\(\)",
         ),
         (rows, {"path": tmp_path / "no" / "file"}, "expected the path of a file to write"),
     ):
