@@ -200,11 +200,7 @@ def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> S
         raise ValueError(
             f"attention_mask has shape {list(mask.shape)}, expected the token ids' {list(shape)}"
         )
-    if mask.is_floating_point():
-        raise ValueError(
-            f"expected attention_mask of booleans or integers, got {mask.dtype}: pass mask.long()"
-        )
-    mask = mask.bool()
+    real_numbers, mask = mask.is_floating_point(), mask.bool()
     spans = []
     for prompt, row in enumerate(mask):
         real = row.nonzero().flatten().tolist()
@@ -214,6 +210,10 @@ def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> S
                 "tokens with padding before or after it"
             )
         spans.append((real[0], real[-1] + 1))
+    if real_numbers:  # hosts index with it
+        raise ValueError(
+            "expected attention_mask of booleans or integers, got real numbers: pass mask.long()"
+        )
     return spans
 
 

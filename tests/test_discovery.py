@@ -268,7 +268,7 @@ def test_refusals(model, tmp_path):
         (
             ([torch.tensor([1, 5, 6])] * 2,),
             {"attention_mask": torch.ones(2, 3)},
-            r"attention_mask of booleans or integers, got torch.float32: pass mask.long\(\)",
+            r"attention_mask of booleans or integers, got real numbers: pass mask.long\(\)",
         ),
         (rows, {"path": tmp_path / "no" / "file"}, "expected the path of a file to write"),
     ):
