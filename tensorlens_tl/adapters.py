@@ -259,10 +259,9 @@ class Adapter(ABC):
             knows_padding = None if "padding_side" in kwargs else self.tokenizer
             spans = mask_spans(self.mask(tokens, kwargs), tokens, knows_padding)
         check_tokens(tokens, self.cfg.n_ctx, self.cfg.d_vocab)
-        strings = tuple(
-            tuple(self.token_string(int(token)) for token in row[start:stop])
-            for row, (start, stop) in zip(tokens, spans, strict=True)
-        )
+        rows = [row[start:stop] for row, (start, stop) in zip(tokens.tolist(), spans, strict=True)]
+        text = {token: self.token_string(token) for row in rows for token in dict.fromkeys(row)}
+        strings = tuple(tuple(text[token] for token in row) for row in rows)
         return inputs, Prompts(tokens, tuple(spans), strings)
 
     def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
