@@ -449,9 +449,9 @@ NOTES = """## What to read out of it
 - Tried beside what is shown: the corrupted run's operator alone, the mean of both runs', and selection by
   "absolute" and "influence". None was better on every task.
 - CPR ranks by *signed* score: an edge whose effect has the wrong sign comes last, however needed.
-- Agreement with patching is that of single units, put into the corrupted run. In stories260K heads move little
-  there, one at a time: the corrupted run's own gradient is then nearly exact, and a slope on the way to the clean
-  run is not. Residual states and MLPs move far, and it is the other way.
+- Agreement with patching is that of single units, put into the corrupted run. For stories260K's heads, one at a
+  time, the corrupted run's own gradient is nearly exact, and a slope on the way to the clean run is not; for
+  residual states and MLPs it is the other way.
 - stories260K's measure is a small margin on running text, and the shares of a small gap are noisy: see the
   intervals.
 - Heads' ROC AUC of five heads out of few counts heads that hardly move anything as positives; of units (a head at

@@ -80,7 +80,8 @@ def discover(
         at: With corrupted prompts, whose covectors read the difference: by default "secant", those
             of the operator between the two runs, which is exact on it; or "clean", "corrupted".
         batch_size: Prompts captured at once, padded where their lengths differ.
-        sample: How many of the prompts to take, drawn by ``seed``; None for all, in order.
+        sample: How many of the prompts to take, drawn by ``seed``; None for all. They are taken by length,
+            within 128 at a time.
         seed: Of the draw.
         path: A file for the circuit, and to go on from: a circuit's JSON with an entry of progress.
         progress: Whether to count prompts on standard error.
@@ -103,8 +104,8 @@ def discover(
     if corrupted is not None and not isinstance(corrupted, str):
         corrupted = _unpadded(each_prompt(corrupted, adapter.tokenizer, mask is not None), mask)
     at = at or ("clean" if corrupted is None else "secant")
-    work = _Work(prompts, corrupted, targets, versus, pos, qk, at, sample, seed, kwargs)
-    work.edges = edges = info.wiring.edges(qk)
+    edges = info.wiring.edges(qk)
+    work = _Work(prompts, corrupted, targets, versus, pos, qk, at, sample, seed, kwargs, edges)
     batch_size = at_least_one(batch_size, "batch_size")
 
     def circuit(scores: Mapping[Edge, float], n: int) -> Circuit:
@@ -150,7 +151,7 @@ class _Work:
 
     def __init__(self, prompts: Sequence[Any], corrupted: Sequence[Any] | None, targets: Any,
                  versus: Any, pos: int, qk: bool, at: str, sample: int | None, seed: int,
-                 kwargs: dict[str, Any]):  # fmt: skip
+                 kwargs: dict[str, Any], edges: tuple[Edge, ...]):  # fmt: skip
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(
                 f"expected a list of prompts, got {prompts!r}: put a single one in a list"
@@ -185,7 +186,7 @@ class _Work:
             rows = [rows[i] for i in sorted(random.Random(seed).sample(range(n), sample))]
         self.rows = _by_length(rows)
         self.pos, self.qk, self.at, self.kwargs = pos, qk, at, kwargs
-        self.edges: tuple[Edge, ...] = ()
+        self.edges = edges
         self._names: tuple[str, ...] = ()
         self._columns: list[int] = []
 

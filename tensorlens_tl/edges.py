@@ -41,8 +41,8 @@ from .results import Source
 
 LOGITS = Node("logits")
 SPAN_BYTES = 2**25
-"""What the writers of one span of positions may take: larger blocks are fresh memory at every call,
-and touching it costs more than the products."""
+"""What the writers of one span of positions may take: a larger block is fresh memory at every call
+(glibc maps what is above 32 MiB anew), and touching that takes time."""
 FEW_READERS = 36
 """Readers multiplied at a time: with fewer, a product waits for memory; with more, it is wasted on
 writers that are not below."""

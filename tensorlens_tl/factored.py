@@ -23,7 +23,8 @@ class Factored:
         narrow: The narrow vectors; nodes that share a matrix stand side by side.
         matrix: Gives the matrices (at every use: cast ones are copies, and all layers' together a
             model's worth). None where the vectors are narrow's own.
-        finish: What is done to the wide vectors of a span of positions, in place.
+        finish: What is done to the wide vectors of a span of positions, in place. :meth:`total` needs
+            one that does the same at every position.
     """
 
     narrow: Float[Tensor, "node batch pos d_narrow"]

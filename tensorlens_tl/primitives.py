@@ -309,18 +309,14 @@ class Norm(LinearMap):
 
     def apply(self, x):
         w = self.weights.gain
-        y = (
-            (x - x.mean(-1, keepdim=True)).div_(self.scale)
-            if self.weights.center
-            else x / self.scale
-        )
+        y = (x - x.mean(-1, keepdim=True) if self.weights.center else x) / self.scale
         return y if w is None else y.mul_(self.frame.cast(w))
 
     def apply_t(self, y, effects=None):
         w, b = self.weights.gain, self.weights.b
         if effects is not None and b is not None:
             effects[f"{self.name}.b"] = y @ self.frame.cast(b)
-        y = y / self.scale if w is None else (y * self.frame.cast(w)).div_(self.scale)
+        y = (y if w is None else y * self.frame.cast(w)) / self.scale
         return y.sub_(y.mean(-1, keepdim=True)) if self.weights.center else y
 
     def unscaled_(self, x: Float[Tensor, "*many d"]) -> None:

@@ -64,7 +64,7 @@ class Recorder:
     def _clean(self, read: Read, tensor: Tensor) -> Tensor:
         # Padding rows may hold NaN (a softmax over nothing): they are nobody's, and become 0, or
         # 1 where a norm divides by them: 0 / 0 would reach real tokens as 0 · NaN.
-        # A finite sum tells that all are finite, for a third of the time; one that overflows, nothing.
+        # A finite sum tells in one pass that all are finite; one that overflows tells nothing.
         if not self.padded or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all()):
             return tensor
         layer, key = read

@@ -73,7 +73,7 @@ def act_secant(act: str, z: Float[Tensor, "*shape"], other: Float[Tensor, "*shap
 
 
 def _slope(change: Tensor, of: Tensor, derivative: Tensor, least: float) -> Tensor:
-    """Change / of, and the derivative where there is no more than the least change."""
+    """The quotient of two changes, and the derivative where the lower is no more than ``least``."""
     still = of.abs() <= least
     return torch.where(still, derivative, change / of.masked_fill(still, 1.0))
 
@@ -178,8 +178,8 @@ def _pull(
 
 
 def _mlp(ours: object, theirs: object, c: Tensor) -> Tensor:
-    """C W_outᵀ, the secant of what is between, W_inᵀ."""
-    if isinstance(ours, MLP) and isinstance(theirs, MLP) and ours.weights.ln is None:
+    """Back through W_out, the secant of what is between, and W_in."""
+    if isinstance(ours, MLP) and isinstance(theirs, MLP) and ours.weights.act != "solu":
         w, cast_ = ours.weights, ours.frame.cast
         h = ours.output.apply_t(c) * act_secant(w.act, ours.pre, theirs.pre)
         return h @ cast_(w.W_in).T
@@ -191,8 +191,7 @@ def _mlp(ours: object, theirs: object, c: Tensor) -> Tensor:
         gate = h * up * act_secant(w.act, ours.pre, theirs.pre)
         return (h * act) @ cast_(w.W_in).T + gate @ cast_(w.W_gate).T
     raise ValueError(
-        "expected MLPs with an elementwise activation for at='secant', got SoLU with its norm: "
-        + INSTEAD
+        "expected MLPs with an elementwise activation for at='secant', got SoLU: " + INSTEAD
     )
 
 

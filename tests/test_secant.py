@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensorlens_tl
-from tensorlens_tl import Edge, query_key, secant
+from tensorlens_tl import Edge, secant
 from tensorlens_tl.factored import Factored
 from tensorlens_tl.primitives import RATIOS, gating_ratio
 from tensorlens_tl.secant import NormSecant, act_secant, softmax_secant
@@ -88,7 +88,7 @@ def test_an_activations_secant_is_exact_and_its_derivative_where_nothing_changes
         leaf = z.clone().requires_grad_()
         with torch.enable_grad():
             (derivative,) = torch.autograd.grad((gating_ratio(act, leaf) * leaf).sum(), leaf)
-        assert_close(act_secant(act, z, z), derivative, 1e4 * tol)
+        assert_close(act_secant(act, z, z), derivative, 1e-8 if dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -168,15 +168,15 @@ def test_edges_are_a_flow(case):
             assert ((into - out).abs() <= tol).all(), str(branch.body.nodes()[0])
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in CASES if CAPPED not in str(c)], ids=str)
 def test_a_head_alone_is_a_flow_where_no_norm_follows_it(case):
     clean, corrupted = pair(case)
     found = clean.attribute(3, 4, by="edge", baseline=corrupted, at="secant", qk=True)
     edges = {s.node: found.values[:, i] for i, s in enumerate(found.sources)}
     size = sum(v.abs() for v in edges.values())
     branch = next(b for s in clean.operator.steps for b in s.branches if b.has_heads)
-    assert (branch.post is not None) == (CAPPED in str(case))
-    for node in branch.body.nodes() if branch.post is None else ():
+    assert branch.post is None
+    for node in branch.body.nodes():
         into = sum(v for e, v in edges.items() if replace(e.dest, name="") == node)
         out = sum(v for e, v in edges.items() if e.src == node)
         assert ((into - out).abs() <= 10 * case.tol() * size).all(), str(node)
@@ -207,7 +207,7 @@ def test_between_equal_runs_it_is_the_models_gradient(case):
     u[:, -1] = sweeps[0].target.covector
     runs = [(one.capture, one.operator) for one in (lens, twin)]
     ours = secant.SecantOperator(*runs, u).covectors[0]
-    assert_close(ours, gradient, 1e-5 if case.float32_norms else 1e-7)
+    assert_close(ours, gradient, 1e-5 if case.float32_norms else 1e-8)
     found = lens.attribute(3, 4, by="edge", baseline=twin, at="secant", qk=True)
     assert (found.values.abs() <= case.tol()).all()
 
@@ -321,7 +321,16 @@ def test_solu_is_refused():
             clean.attribute(3, 4, baseline=corrupted, at="secant")
 
 
-def test_refusals(monkeypatch, tmp_path):
+@pytest.mark.offered(bool(SOLU))
+def test_solu_without_its_norm_is_refused_too():
+    with quiet(), torch.no_grad():
+        model = build_hooked({"act_fn": "solu"}, torch.float64)
+        clean, corrupted = (tensorlens_tl.capture(model, t)[1] for t in (tokens(), other_tokens()))
+    with pytest.raises(ValueError, match=r"elementwise activation for at='secant', got SoLU"):
+        clean.attribute(3, 4, baseline=corrupted, at="secant")
+
+
+def test_refusals(tmp_path):
     case = CASES[0]
     clean, corrupted = pair(case)
     with pytest.raises(ValueError, match=r"expected a lens as baseline for at='secant'.*leave at"):
@@ -343,4 +352,3 @@ def test_refusals(monkeypatch, tmp_path):
             edited.reset_hooks()
     with pytest.raises(ValueError, match=r"no hook of your own edited for at='secant': pass at="):
         clean.attribute(3, 4, baseline=lens, at="secant")
-    assert query_key.CELLS == secant.CELLS
