@@ -441,9 +441,9 @@ NOTES = """## What to read out of it
   the previous-token head's output reaches the induction heads' keys.
 - The *secant operator* is the one between the two runs: exact on their difference, queries, keys, norms and
   activations included. Scores of one run are first-order: where a pattern or an activation is saturated in that
-  run, an edge that the model needs may score near 0. That is the whole of what the other rows lose in *place
-  lost* and *agreement*: the edges and their selection are the same, only the slopes are taken between the runs,
-  and the share at 5 % rises to what integrated gradients find on five points of the way.
+  run, an edge that the model needs may score near 0. That is what the other rows lose in *place lost* and
+  *agreement*: the edges and their selection are the same, only the slopes are taken between the runs, and at
+  5 % of the edges the share is that of integrated gradients on five points of the way.
 - At the smallest sizes every method is bounded by connectedness: an edge counts only on a path from the input to
   the logits, and a few edges are hardly one path in models of few, broad heads.
 - Tried beside what is shown: the corrupted run's operator alone, the mean of both runs', and selection by

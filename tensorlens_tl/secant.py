@@ -41,7 +41,7 @@ from .edges import LOGITS, Readers
 from .factored import Factored
 from .graph import Node
 from .primitives import Identity, Norm, gating_ratio
-from .query_key import CELLS, HALF, Projection, check_pattern
+from .query_key import CELLS, Projection, check_pattern, tolerated
 from .selfcheck import CaptureMismatchError
 from .sublayers import MLP, Attention, GatedMLP
 from .weights import NormWeights
@@ -290,7 +290,7 @@ def _check(site: str, capture: Capture, *sites: tuple[Tensor, Tensor]) -> None:
     sizes = [c.flatten(1).norm(dim=-1) * x.flatten(1).norm(dim=-1) for c, x in sites]
     off = (values[0] - values[1]).abs() / (sizes[0] + sizes[1]).clamp_min(1e-30)
     error = float(off.max())
-    expected = 0.2 if capture.logits.dtype in HALF else 1e-3
+    expected = tolerated(capture.logits.dtype)
     if not error <= expected:
         raise CaptureMismatchError(
             f"the operator between the two runs does not take their difference before {site} to the "
