@@ -26,10 +26,11 @@ from torch.nn.functional import scaled_dot_product_attention as fused
 
 from tensorlens_tl.linear_map import Frame
 from tensorlens_tl.primitives import Mix
-from tensorlens_tl.recomputed import RecomputedMix, Scores
+from tensorlens_tl.recomputed import LN2, RecomputedMix, Scores
 
 HEADS, D_HEAD, PROBES = 12, 64, 8
 BARS = {1: 3.0, PROBES: 6.0}
+EXPONENTS = {"A is near 1": -8, "A underflows": -200, "A is subnormal": -98}
 
 
 def exact_pull(q, k, y, kv_heads):
@@ -153,6 +154,14 @@ def bench(length, kv_heads, rounds):
     return {**row, "error": errors[0], "error of the peer": errors[1]}
 
 
+def power_ratio(low, rounds):
+    """Times of exp over those of exp2 for the same block of A, exponents in [low, low + 8)."""
+    x = torch.rand(128, 2048) * 8 + low
+    bits, out = x / LN2, torch.empty_like(x)
+    calls = {"exp": lambda: torch.exp(x, out=out), "exp2": lambda: torch.exp2(bits, out=out)}
+    return ratio(interleave(calls, rounds), "exp", "exp2")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
@@ -173,6 +182,11 @@ def main() -> int:
     product = interleave({"": lambda: work[0] @ work[1]}, args.rounds)[""]
     speed = 2 * 1024**3 / sorted(product)[args.rounds // 2] / 1e9
     print(f"a [1024, 1024] product runs at {speed:.0f} Gflop/s")
+    powers = {where: power_ratio(low, args.rounds) for where, low in EXPONENTS.items()}
+    said = "; ".join(
+        f"{m:.2f} ({a:.2f}–{b:.2f}) where {where}" for where, (m, a, b) in powers.items()
+    )
+    print(f"exp over exp2, time: {said}")
     rows = []
     for length in args.lengths:
         for kv_heads in (HEADS, 4):
@@ -192,7 +206,7 @@ def main() -> int:
     small = marks["recomputed"] - marks["nothing"] < size / 4 or length < 1024
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"rows": rows, "MiB": marks, "product Gflop/s": speed}, file, indent=1)
+            json.dump({"rows": rows, "MiB": marks, "product Gflop/s": speed, "exp over exp2": powers}, file, indent=1)
     bars = all(row[f"pull {n}"][0] >= bar for row in rows for n, bar in BARS.items())
     return 0 if bars and small else 1
 

@@ -590,7 +590,7 @@ def test_bad_calls_are_refused(what):
         faithfulness(FIRST.model(), CLEAN, [], **kwargs)
 
 
-@pytest.mark.parametrize("sizes", [(), (0.5, 0.1), (0.1, 2)])
+@pytest.mark.parametrize("sizes", [(), (0.5, 0.1), (0.1, 2.0)])
 def test_bad_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="expected sizes as increasing shares of all edges"):
         faithfulness_curve(FIRST.model(), CLEAN, [], CORRUPTED, target=3, sizes=sizes)
