@@ -16,7 +16,7 @@ from torch import Tensor
 from .factored import Factored
 from .graph import Node
 from .linear_map import Chain, LinearMap, Residual, Sum
-from .primitives import Norm, Shift, put_row, take_row
+from .primitives import Norm, Shift, put_effects, put_row, take_row
 from .sublayer import Sublayer
 from .sublayers import Attention
 
@@ -156,17 +156,14 @@ class Branch:
     def pull_at(
         self, c: Float[Tensor, "*many batch pos d_model"], query: Int[Tensor, " batch"]
     ) -> Pull:
-        """The same where c is zero but at one position per prompt: for a row's cost, if it can."""
-        row = None if self.body.edits else self.body.row(query)
-        if row is None:
+        """The same where c is zero but at one position per prompt: for a row's cost, up to W_V."""
+        if self.body.edits:
             return self.pull(c)
-        pre, post = (norm and norm.row(query) for norm in (self.pre, self.post))
-        found, n_pos = Branch(pre, row, post).pull(take_row(c, query)), c.shape[-2]
-        return Pull(
-            put_row(found.covector, query, n_pos),
-            put_row(found.kept, query, n_pos),
-            {n: put_row(e[..., None], query, n_pos)[..., 0] for n, e in found.effects.items()},
-        )
+        y, own = take_row(c, query), {}
+        y = y if self.post is None else self.post.row(query).apply_t(y, own)
+        effects = put_effects(own, query, c.shape[-2])
+        x, kept = self.body.pull_at(y, query, effects)
+        return Pull(x if self.pre is None else self.pre.apply_t(x, effects), kept, effects)
 
     def readers(self, pull: Pull) -> tuple[Factored, dict[str, Float[Tensor, "reader batch"]]]:
         """Every reader's covector at the residual, and the shares of its own constants.

@@ -247,7 +247,7 @@ class FrozenTransformer(Contractible):
         Args:
             u: Covectors at the final site.
             query: The one position per prompt where they are not zero, if there is only one: the
-                last MLP is then pulled back there alone.
+                last MLP and the last W_O are then pulled back there alone.
 
         Returns:
             The sweep.
@@ -259,7 +259,7 @@ class FrozenTransformer(Contractible):
             own = {}
             for edit in reversed(step.edits):
                 edit.apply_t(covectors[-1], own)
-            c, at = covectors[-1], query if step is self.steps[-1] else None
+            c, at = covectors[-1], query if step.layer == self.steps[-1].layer else None
             found = [b.pull(c) if at is None else b.pull_at(c, at) for b in step.branches]
             covectors.append(sum((f.covector for f in found), covectors[-1]))
             kept.append(tuple(found))

@@ -360,3 +360,10 @@ def put_row(
     whole = row.new_zeros(*row.shape[:-2], n_pos, row.shape[-1])
     whole[..., torch.arange(len(query), device=query.device), query, :] = row[..., 0, :]
     return whole
+
+
+def put_effects(
+    effects: dict[str, Float[Tensor, "*many batch 1"]], query: Int[Tensor, " batch"], n_pos: int
+) -> dict[str, Float[Tensor, "*many batch {n_pos}"]]:
+    """The shares that constants have at one position per prompt, zero at the others."""
+    return {name: put_row(e[..., None], query, n_pos)[..., 0] for name, e in effects.items()}

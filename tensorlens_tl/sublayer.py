@@ -74,10 +74,6 @@ class Sublayer(LinearMap):
             query: Destinations, as tensor indices.
         """
 
-    def row(self, query: Int[Tensor, " batch"]) -> Sublayer | None:
-        """The sublayer at one position per prompt; None if it mixes positions."""
-        return None
-
     def by_node(self, hidden: Float[Tensor, "*many d_hidden"]) -> Float[Tensor, "*many node d"]:
         """The hidden axis split into the slices that nodes own."""
         return hidden.unflatten(-1, (len(self.nodes()), -1))
@@ -139,6 +135,24 @@ class Sublayer(LinearMap):
         """
         covector = self.apply_t(y, effects)
         return covector, covector
+
+    @abstractmethod
+    def pull_at(
+        self,
+        y: Float[Tensor, "*many batch 1 d_model"],
+        query: Int[Tensor, " batch"],
+        effects: dict[str, Tensor],
+    ) -> tuple[Float[Tensor, "*many batch pos d_model"], Tensor]:
+        """The same where the covectors are zero but at one position per prompt, for less.
+
+        Args:
+            y: Covectors at the output there.
+            query: The positions, as tensor indices.
+            effects: See :meth:`LinearMap.apply_t`; of all positions.
+
+        Returns:
+            What :meth:`pull` returns.
+        """
 
     def reads(self) -> tuple[Node, ...]:
         """What reads the residual here: an MLP as a whole, a head by its values."""

@@ -19,7 +19,17 @@ from torch import Tensor
 from .factored import Factored
 from .graph import Node
 from .linear_map import Chain, Frame, LinearMap, Sum
-from .primitives import Gate, Linear, Norm, Shift, gating_ratio, soft_cap_ratio, take_row
+from .primitives import (
+    Gate,
+    Linear,
+    Norm,
+    Shift,
+    gating_ratio,
+    put_effects,
+    put_row,
+    soft_cap_ratio,
+    take_row,
+)
 from .recomputed import AnyMix
 from .sublayer import Sublayer
 from .weights import AttentionWeights, GatedMLPWeights, MLPWeights, UnembedWeights
@@ -127,7 +137,18 @@ class Attention(Sublayer):
     def pull(self, y, effects):
         z = self.output.apply_t(y, effects)
         z = z if self.z_edit is None else self.z_edit.apply_t(z, effects)
-        by_head = self.mix.by_head_t(z)
+        return self._pull_values(self.mix.by_head_t(z), effects)
+
+    def pull_at(self, y, query, effects):
+        own: dict[str, Tensor] = {}
+        z = self.by_node(self.output.apply_t(y, own)[..., 0, :])
+        effects |= put_effects(own, query, self.frame.n_pos)
+        by_head = torch.einsum("...bhe,bhk->...bkhe", z, self.mix.rows(query))
+        return self._pull_values(by_head, effects)
+
+    def _pull_values(
+        self, by_head: Float[Tensor, "*many batch pos head d_head"], effects: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         v = by_head.unflatten(-2, (self.weights.W_V.shape[0], -1)).sum(-2).flatten(-2)
         v = v if self.v_edit is None else self.v_edit.apply_t(v, effects)
         return self.values.apply_t(v, effects), by_head
@@ -194,7 +215,8 @@ class FeedForward(Sublayer):
     def map(self) -> Chain: ...
 
     @abstractmethod
-    def row(self, query: Int[Tensor, " batch"]) -> FeedForward: ...
+    def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
+        """The sublayer at one position per prompt."""
 
     def nodes(self) -> tuple[Node, ...]:
         return (Node("mlp", self.layer),)
@@ -219,6 +241,13 @@ class FeedForward(Sublayer):
 
     def hidden_at(self, x, query):
         return self.row(query).hidden(take_row(x, query))[:, 0]
+
+    def pull_at(self, y, query, effects):
+        own: dict[str, Tensor] = {}
+        found = self.row(query).pull(y, own)
+        effects |= put_effects(own, query, self.frame.n_pos)
+        covector, kept = (put_row(row, query, self.frame.n_pos) for row in found)
+        return covector, kept
 
     @property
     def external(self):
