@@ -1,8 +1,9 @@
 """Every method, every protocol, every masking, on two trained models: numbers, intervals, costs.
 
-``python benchmarks/evaluation.py [--quick] [--keep FOLDER]`` runs it (about twenty minutes on one thread),
+``python benchmarks/evaluation.py [--quick] [--keep FOLDER]`` runs it (about an hour on one thread),
 writes ``benchmarks/results/evaluation.json`` and makes ``docs/results.md`` of it; ``--page`` only makes
-the page. With ``--keep`` each part's per-prompt numbers stay in a folder, and are not run again.
+the page, ``--costs`` only times the methods anew. With ``--keep`` each part's per-prompt numbers stay in a
+folder, and are not run again: with ``--sets`` several processes can fill it, side by side.
 
 The prompts are drawn with seed 1; choices (which targets, which last token) were made on seed 0.
 """
@@ -36,14 +37,18 @@ RESULTS = ROOT / "benchmarks" / "results" / "evaluation.json"
 PAGE = ROOT / "docs" / "results.md"
 SHARED = ROOT.parent / "shared" / "data"
 TASKS = ("agreement", "facts", "ioi", "induction")
+SETS = (*TASKS, "stories")
 MASKINGS = ("delete", "token", "mean")
 SEED = 1
 
 ATTENTION = ("mean_attention", "last_layer_attention", "rollout", "attention_flow", "norm_attention",
              "norm_attention_resln", "globenc", "alti", "value_zeroing")  # fmt: skip
 GRADIENT = ("grad_x_input", "integrated_gradients", "chefer", "attnlrp")
-ODDS = ("in_out", *GRADIENT)
-"""Methods that are run a second time with the prediction's log-odds as target."""
+AIMED = ("in_out", *GRADIENT)
+"""Methods that can explain any target: they are also run for the prediction's log-odds, and for its
+logit less the runner-up's."""
+RIVALS = {"log-odds": "others", "runner-up": "runner_up"}
+"""What the prediction's logit is then less, by the name it has in the tables."""
 
 LONG_BEAM = 2
 """Orders kept in the search for NAOPC's bounds: a beam of 5 takes longer and moves them little."""
@@ -62,7 +67,13 @@ def all_protocols() -> list[Measure]:
 
 
 def last_kept() -> list[Measure]:
-    return [*measures("perturbation"), *measures("leave_one_out")]
+    both = ("perturbation", "leave_one_out")
+    return [
+        m
+        for metric in ("probability", "logit_diff")
+        for one in both
+        for m in measures(one, metric=metric)
+    ]
 
 
 def products() -> str:
@@ -114,14 +125,17 @@ def story_prompts(model: Any, n: int) -> list[Tensor]:
 
 
 def scores(model: Any, prompts: list[Tensor]) -> Scored:
-    """All methods' scores, and those of some for log-odds or without their signs."""
+    """All methods' scores, and those of some for other targets or without their signs."""
     plain = score(model, prompts, list(METHODS), progress=False, batch_size=16)
-    odds = score(model, prompts, ODDS, versus="others", progress=False, batch_size=16)
-    more = {f"{name}, log-odds": odds.scores[name] for name in ODDS}
-    more["|in_out|"] = [one.abs() for one in plain.scores["in_out"]]
+    more = {"|in_out|": [one.abs() for one in plain.scores["in_out"]]}
+    for shown, versus in RIVALS.items():
+        aimed = score(model, prompts, AIMED, versus=versus, progress=False, batch_size=16)
+        more |= {f"{name}, {shown}": aimed.scores[name] for name in AIMED}
     return replace(plain, scores=dict(plain.scores) | more)
 
 
+ENOUGH = 300
+"""Prompts of a set that every protocol runs on; the bars' own are run on all."""
 PARTS = ("last masked, too", "last kept", "naopc")
 
 
@@ -130,6 +144,8 @@ def part(model: Any, scored: Scored, name: str, quick: bool) -> Evaluation:
     common: dict[str, Any] = {"masking": MASKINGS, "seed": SEED, "progress": False}
     fewer = [*METHODS, "in_out, log-odds", "|in_out|"]
     if name == "last masked, too":
+        n = len(scored.prompts)
+        scored = scored.take(range(0, n, max(1, n // ENOUGH)))
         return evaluate(model, scored, fewer, all_protocols(), **common)
     if name == "last kept":
         return evaluate(model, scored, None, last_kept(), keep_last=True, **common)
@@ -144,15 +160,17 @@ def prompts_of(name: str, quick: bool) -> tuple[Any, list[Tensor]]:
     """A set's model and prompts."""
     if name == "stories":
         model = load_model(str(SHARED / "stories260K"))
-        return model, story_prompts(model, 6 if quick else 300)
+        return model, story_prompts(model, 6 if quick else 600)
     model = demo.load_model("bridge")
     return model, task_prompts(model, name, 6 if quick else 200)
 
 
-def run(quick: bool, keep: Path | None, kept_only: bool) -> dict[str, dict[str, Evaluation]]:
+def run(
+    quick: bool, keep: Path | None, kept_only: bool, sets: list[str]
+) -> dict[str, dict[str, Evaluation]]:
     """Every part of every set of prompts; what a folder keeps is not run again."""
     found: dict[str, dict[str, Evaluation]] = {}
-    for name in (*TASKS, "stories"):
+    for name in sets:
         paths = {one: None if keep is None else keep / f"{name}, {one}.json" for one in PARTS}
         done = {one: p for one, p in paths.items() if p is not None and p.exists()}
         found[name] = {one: Evaluation.from_json(p.read_text()) for one, p in done.items()}
@@ -209,9 +227,6 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
                 "tokens": [min(one.lengths), sum(one.lengths) / len(one), max(one.lengths)],
                 "mask_token": one.mask_token,
                 "runs": sum(sum(part.runs.values()) for part in found[name].values()),
-                "forwards": {m: rounded(v) for m, v in one.forwards.items()},
-                "seconds": {m: rounded(v) for m, v in one.seconds.items()},
-                "forward_seconds": rounded(one.forward_seconds),
             }
             for name, one in first.items()
         },
@@ -219,6 +234,22 @@ def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
         "tables": tables,
         "sample": sample(first),
     }
+
+
+TIMED = 64
+"""Prompts of a set that methods' costs are timed on."""
+
+
+def costs(sets: dict[str, Any], quick: bool = False) -> None:
+    """Time what scoring takes, with nothing else running, in forward passes of the same prompts."""
+    for name, one in sets.items():
+        model, prompts = prompts_of(name, quick)
+        scored = score(model, prompts[:: -(-len(prompts) // TIMED)], list(METHODS), progress=False)
+        one["timed"] = len(scored.prompts)
+        one["forwards"] = {
+            method: rounded(seconds / scored.forward_seconds)
+            for method, seconds in scored.seconds.items()
+        }
 
 
 def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
@@ -238,16 +269,22 @@ def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
                 method: [rounded(x) for x in (i.value, i.low, i.high)]
                 for method, i in ((m, estimate(v, SEED)) for m, v in values.items())
             }
-            if compared and key.startswith(("positive tensorlens prob", "leave_one_out")):
+            if compared and key.startswith(COMPARED):
+                aimed = (f"{m}, {shown}" for shown in RIVALS for m in GRADIENT)
+                others = [other for other in (*ATTENTION, *GRADIENT, *aimed) if other in values]
                 cell["compared"] = {
                     ours: {
                         other: comparison(values[ours], values[other], cell["higher"])
-                        for other in (*ATTENTION, *GRADIENT, *(f"{m}, log-odds" for m in GRADIENT))
-                        if other in values
+                        for other in others
                     }
-                    for ours in ("norm", "in_out", "in_out, log-odds", "|in_out|")
+                    for ours in (*OURS, *(f"in_out, {shown}" for shown in RIVALS))
+                    if ours in values
                 }
     return cells
+
+
+OURS = ("norm", "in_out", "|in_out|")
+COMPARED = ("positive tensorlens prob", "positive tensorlens logit", "leave_one_out")
 
 
 def comparison(ours: list[float], theirs: list[float], higher: bool) -> list[float]:
@@ -284,16 +321,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="6 prompts a set; nothing is written")
     parser.add_argument("--keep", type=Path, help="a folder for per-prompt numbers")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, metavar="SET",
+                        help="with --keep: run these alone; another run makes the page")  # fmt: skip
     parser.add_argument("--kept-only", action="store_true", help="with --keep: run nothing more")
+    parser.add_argument("--costs", action="store_true", help="only time the methods' costs anew")
     parser.add_argument("--page", action="store_true", help="only make the page anew")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"float32 products: {products()}", file=sys.stderr)
-    if not args.page:
+    if args.costs:
+        results = json.loads(RESULTS.read_text())
+        costs(results["sets"])
+        RESULTS.write_text(json.dumps(results, indent=None, ensure_ascii=False) + "\n")
+    elif not args.page:
         if args.keep is not None:
             args.keep.mkdir(parents=True, exist_ok=True)
-        results = summary(run(args.quick, args.keep, args.kept_only))
+        found = run(args.quick, args.keep, args.kept_only, args.sets)
+        if len(found) < len(SETS):
+            return 0
+        results = summary(found)
+        costs(results["sets"], args.quick)
         if args.quick:
             print(page(results))
             return 0

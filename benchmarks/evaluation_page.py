@@ -7,6 +7,8 @@ from typing import Any
 
 MAIN = "positive tensorlens probability"
 LOO = "leave_one_out probability"
+LOO_DIFF = "leave_one_out logit_diff"
+MAIN_DIFF = "positive tensorlens logit_diff"
 LAST = ("last masked, too", "last kept")
 MODELS = {"demo": "the bundled model", "stories": "stories260K"}
 TITLES = {
@@ -24,6 +26,9 @@ TITLES = {
     "comprehensiveness eraser probability": "comprehens.",
     "sufficiency eraser probability": "sufficiency",
     LOO: "leave-one-out ρ",
+    MAIN_DIFF: "positive, logit difference",
+    "negative tensorlens logit_diff": "negative, logit difference",
+    LOO_DIFF: "leave-one-out ρ, logit difference",
     "naopc probability": "NAOPC",
 }
 ALPHA = 0.01
@@ -31,7 +36,7 @@ ALPHA = 0.01
 
 def page(r: dict[str, Any]) -> str:
     """The page, as Markdown."""
-    sections = [head(r), *missing(r), bars(r), odds(r), signs(r), costs(r)]
+    sections = [head(r), *missing(r), bars(r), contrast(r), odds(r), signs(r), costs(r)]
     for group in [*MODELS, *(name for name in r["sets"] if name not in MODELS)]:
         sections.append(everything(r, group))
     return "\n\n".join(sections) + "\n"
@@ -112,23 +117,24 @@ def verdicts(r: dict[str, Any], cell: dict[str, Any]) -> Iterable[str]:
     sign = 1 if cell["higher"] else -1
     means = {m: sign * v[0] for m, v in cell["methods"].items() if v[0] is not None}
     for ours in ("norm", "in_out", "in_out, log-odds"):
-        worst = max(
-            (cell["compared"][ours][m] for m in r["attention"]),
-            key=lambda c: c[3] if c[0] > 0 else 2,
-        )
-        shown = f"{cell['methods'][ours][0]:.3f}"
-        if worst[0] > 0 and worst[3] < ALPHA:
-            yield f"**{shown}** (p ≤ {worst[3]:.1g})"
-        elif worst[0] > 0:
-            yield f"{shown} (p ≤ {worst[3]:.2g})"
-        else:
-            above = sum(cell["compared"][ours][m][0] > 0 for m in r["attention"])
-            yield f"{shown} (above {above} of {len(r['attention'])})"
+        yield verdict(r, cell, ours)
     best = max(r["attention"], key=lambda m: means[m])
     yield f"{best} {cell['methods'][best][0]:.3f}"
-    own = ("norm", "in", "out", "in_out", "in_out, log-odds", "|in_out|")
+    own = ("norm", "in", "out", "in_out", "in_out, log-odds", "in_out, runner-up", "|in_out|")
     other = max((m for m in means if m not in own), key=lambda m: means[m])
     yield f"{other} {cell['methods'][other][0]:.3f}"
+
+
+def verdict(r: dict[str, Any], cell: dict[str, Any], ours: str) -> str:
+    """A mean, and whether it is above every attention-based method's."""
+    against = [cell["compared"][ours][m] for m in r["attention"]]
+    worst = max(against, key=lambda c: c[3] if c[0] > 0 else 2)
+    shown = f"{cell['methods'][ours][0]:.3f}"
+    if worst[0] > 0 and worst[3] < ALPHA:
+        return f"**{shown}** (p ≤ {worst[3]:.1g})"
+    if worst[0] > 0:
+        return f"{shown} (p ≤ {worst[3]:.2g})"
+    return f"{shown} (above {sum(c[0] > 0 for c in against)} of {len(against)})"
 
 
 def by_set(r: dict[str, Any]) -> list[str]:
@@ -142,6 +148,42 @@ def by_set(r: dict[str, Any]) -> list[str]:
 
 
 # --- What was tested about them ------------------------------------------------------------------
+
+
+def contrast(r: dict[str, Any]) -> str:
+    ours, peer = "in_out, runner-up", "attnlrp, runner-up"
+    tables = {}
+    for key in (LOO_DIFF, MAIN_DIFF):
+        rows = []
+        for group in [*MODELS, *(name for name in r["sets"] if name not in MODELS)]:
+            for masking, cells in r["tables"][group]["last kept"].items():
+                cell = cells[key]
+                means = {m: cell["methods"][m][0] for m in r["attention"]}
+                best = (max if cell["higher"] else min)(means, key=means.__getitem__)
+                rows.append([group, masking, cell["n"], span(cell["methods"]["in_out"]),
+                             verdict(r, cell, ours), f"{best} {span(cell['methods'][best])}",
+                             span(cell["methods"][peer]),
+                             difference(cell["compared"][ours][peer])])  # fmt: skip
+        heads = ["prompts", "masked by", "n", "in_out", ours, "best attention-based", peer,
+                 "in_out is better than attnlrp by"]  # fmt: skip
+        tables[key] = table(heads, rows)
+    return f"""## What is measured: a probability, or a choice between two answers
+
+A prediction that is nearly certain loses its probability with any token without which the sentence breaks
+(after "the keys near the" no verb is due, whatever its number): that is measured above, and most of it is no
+question of *this* answer. The field's measure of a choice is the logit difference, here of the prediction and
+the likeliest other token of the unmasked prompt. `in_out` can be asked for it (`versus="runner_up"`); a method
+that is made of attention alone has no target to ask for. If `in_out` is behind in leave-one-out because
+another question was asked, and not because it misreads the model, then asked and measured alike it must be
+ahead of them, above all where it was behind (agreement, ioi). Last token kept; bold as above.
+
+### {TITLES[LOO_DIFF]}
+
+{tables[LOO_DIFF]}
+
+### {TITLES[MAIN_DIFF]}: 0–30 % masked, lower is better
+
+{tables[MAIN_DIFF]}"""
 
 
 def odds(r: dict[str, Any]) -> str:
@@ -204,9 +246,9 @@ def costs(r: dict[str, Any]) -> str:
     ]
     return f"""## What a method costs
 
-Beyond the capture: what the registry says, and what scoring all prompts took in units of plain forward
-passes of the same prompts, as timed on one thread while the machine did other work (small models, batches
-of prompts of equal length: Python counts).
+Beyond the capture: what the registry says, and what scoring took in units of plain forward passes of the
+same prompts ({", ".join(f"{s['timed']} of {name}" for name, s in r["sets"].items())}), timed on one thread
+with nothing else running (small models, batches of up to 8 prompts of equal length: Python counts).
 
 {table(["method", "cost", "source", *sets], rows)}"""
 

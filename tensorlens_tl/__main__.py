@@ -141,7 +141,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
     p.add_argument("--masking", nargs="+", default=["delete"], metavar="HOW",
                    help="delete (the default), token, mean")  # fmt: skip
     p.add_argument("--preset", help="fractions: tensorlens, chefer, eraser or full")
-    p.add_argument("--metric", default="probability", help="or log_odds, logit, agreement")
+    p.add_argument(
+        "--metric", default="probability", help="or log_odds, logit, logit_diff, agreement"
+    )
     p.add_argument("--target", help="token, or '#' and its id (default: each prompt's prediction)")
     p.add_argument(
         "--versus", help="explain the target's advantage over: runner_up, others, a token"

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -63,8 +63,9 @@ def evaluate(
         masking: "delete", "token", "mean", or several; see ``masking``.
         preset: Which fractions of the tokens are masked: a key of
             :data:`tensorlens_tl.protocols.PRESETS`, or fractions; by default the protocol's.
-        metric: What is read of the masked runs: "probability", "log_odds" or "logit" of the target,
-            or "agreement", whether it is the model's prediction.
+        metric: What is read of the masked runs: "probability", "log_odds" or "logit" of the target;
+            "logit_diff", its logit less that of the token ``versus`` names, or else of the likeliest
+            other; or "agreement", whether the target is the model's prediction.
         targets: A token or id for all, one for each prompt, or None for the model's own predictions.
         versus: What methods explain the target's advantage over: "runner_up" for the likeliest other
             token, "others" for all of them by their probability (log-odds), a token or id for all,
@@ -90,6 +91,11 @@ def evaluate(
     """
     if not isinstance(prompts, Scored) and (isinstance(prompts, str) or len(prompts) == 0):
         raise ValueError(f"expected a list of prompts, got {prompts!r}: put a single one in a list")
+    if scores is not None and not isinstance(scores, Mapping):
+        raise ValueError(
+            f"expected scores by the name of a method of yours, got {type(scores).__name__}: pass "
+            "{'mine': scores}"
+        )
     batch_size, own = at_least_one(batch_size, "batch_size"), dict(scores or {})
     if metric not in METRICS:
         raise ValueError(f"no metric {metric!r}; expected one of {', '.join(METRICS)}")
@@ -127,7 +133,9 @@ def evaluate(
     rows: list[Row] = []
     runs: dict[str, int] = {}
     for way in maskings:
-        runner = MaskedRuns(adapter, scored.prompts, scored.targets, way, batch_size, progress)
+        runner = MaskedRuns(
+            adapter, scored.prompts, scored.targets, scored.rivals, way, batch_size, progress
+        )
         found = _read(runner, asked, orders, len(positions))
         runs[way.kind] = runner.runs
         rows += [
@@ -212,11 +220,17 @@ def _measures(
     return asked
 
 
-def _one_each(name: str, given: Any, n: int) -> list[str | int] | None:
+def _one_each(name: str, given: Any, n: int) -> Sequence[str | int] | None:
     if given is None:
         return None
-    if isinstance(given, str | int):
+    if isinstance(given, str):
         return [given] * n
+    if isinstance(given, SupportsIndex) and not getattr(given, "shape", ()):  # NumPy's integers are
+        return [int(given)] * n
+    if not isinstance(given, Collection):
+        raise ValueError(
+            f"expected {name} as a token, an id, or one for each prompt, got {given!r}"
+        )
     if len(given) != n:
         raise ValueError(f"expected one {name} per prompt, {n}, or one for all, got {len(given)}")
     return list(given)

@@ -194,7 +194,8 @@ def faithfulness_curve(
     Raises:
         ValueError: As :func:`faithfulness`, or if the sizes are not increasing shares.
     """
-    if not sizes or not all(0 <= size <= 1 for size in sizes) or sorted(set(sizes)) != list(sizes):
+    given = list(sizes) if isinstance(sizes, Iterable) else []
+    if not given or not all(0 <= size <= 1 for size in given) or sorted(set(given)) != given:
         raise ValueError(f"expected sizes as increasing shares of all edges, 0 to 1, got {sizes!r}")
     with edge_model(model) as edged, torch.no_grad():
         universe = edged.universe

@@ -26,9 +26,10 @@ from .differences import mean_embedding
 
 MASKINGS = ("delete", "token", "mean")
 
-METRICS = ("probability", "log_odds", "logit", "agreement")
+METRICS = ("probability", "log_odds", "logit", "logit_diff", "agreement")
 """Of the target after the masked prompt. Log-odds, log p / (1 − p), are its logit less all others';
-"agreement" is 1 where the target is the model's own prediction, else 0."""
+"logit_diff" is its logit less one rival's; "agreement" is 1 where the target is the model's own
+prediction, else 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +151,7 @@ class MaskedRuns:
         adapter: The model's.
         prompts: Token ids, one tensor [pos] per prompt.
         targets: The token id whose outcome is read, per prompt.
+        rivals: The token id that the logit difference is taken from, per prompt.
         masking: How tokens are masked.
         batch_size: Rows run at once.
         progress: Whether to count rows on standard error.
@@ -159,6 +161,7 @@ class MaskedRuns:
     adapter: Adapter
     prompts: Sequence[Int[Tensor, " _"]]
     targets: Sequence[int]
+    rivals: Sequence[int]
     masking: Masking
     batch_size: int = 64
     progress: bool = True
@@ -191,12 +194,13 @@ class MaskedRuns:
         masked = torch.tensor(bits, dtype=torch.bool, device=ids.device)
         logits = end_logits(self.adapter, ids, masked, self.masking)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        target = torch.tensor([self.targets[prompt] for prompt, _ in batch], device=ids.device)
-        logit = logits.gather(1, target[:, None])[:, 0]
+        both = [(self.targets[prompt], self.rivals[prompt]) for prompt, _ in batch]
+        both = torch.tensor(both, device=ids.device)
+        target, (logit, rival) = both[:, 0], logits.gather(1, both).unbind(1)
         others = logits.scatter(1, target[:, None], -torch.inf).logsumexp(-1)
         log_odds = logit - others
         agreement = (logits.argmax(-1) == target).to(logit)
-        found = torch.stack([log_odds.sigmoid(), log_odds, logit, agreement], 1)
+        found = torch.stack([log_odds.sigmoid(), log_odds, logit, logit - rival, agreement], 1)
         self._known |= zip(batch, map(tuple, found.tolist()), strict=True)
         self.runs += len(batch)
 

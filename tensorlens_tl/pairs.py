@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -158,6 +159,8 @@ class Measure:
             raise ValueError(
                 "expected either a metric or target and versus, got both: leave one out"
             )
+        if not isinstance(pos, Integral):
+            raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
         tokens = _ids(adapter, target, n, "target"), _ids(adapter, versus, n, "versus")
         return cls(*tokens, metric, pos)
 

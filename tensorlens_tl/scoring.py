@@ -20,7 +20,6 @@ from .methods import token_scores
 from .prompts import each_prompt
 from .recording import record
 from .targets import (
-    Target,
     expected_others,
     likeliest_others,
     own_prediction,
@@ -39,6 +38,8 @@ class Scored:
     Attributes:
         prompts: Token ids, one tensor [pos] per prompt.
         targets: The target's token id, per prompt.
+        rivals: The token id that a logit difference is taken from, per prompt: what ``versus`` names,
+            else the likeliest other than the target.
         predicted: The model's own prediction, per prompt.
         scores: Every method's scores of every prompt's tokens [pos].
         seconds: What every method took, all prompts together.
@@ -49,6 +50,7 @@ class Scored:
 
     prompts: tuple[Int[Tensor, " _"], ...]
     targets: tuple[int, ...]
+    rivals: tuple[int, ...]
     predicted: tuple[int, ...]
     scores: Mapping[str, Sequence[Float[Tensor, " _"]]]
     seconds: Mapping[str, float]
@@ -60,10 +62,11 @@ class Scored:
         """Some of the prompts."""
         scores = {name: [values[i] for i in chosen] for name, values in self.scores.items()}
         parts = (
-            [given[i] for i in chosen] for given in (self.prompts, self.targets, self.predicted)
+            tuple(given[i] for i in chosen)
+            for given in (self.prompts, self.targets, self.rivals, self.predicted)
         )
-        prompts, targets, predicted = map(tuple, parts)
-        return replace(self, prompts=prompts, targets=targets, predicted=predicted, scores=scores)
+        names = ("prompts", "targets", "rivals", "predicted")
+        return replace(self, scores=scores, **dict(zip(names, parts, strict=True)))
 
 
 def score(
@@ -97,7 +100,7 @@ def score(
     adapter, options = adapt(model), options or {}
     alone = each_prompt(prompts, adapter.tokenizer)
     ids = [adapter.prepare(prompt, {})[1].tokens[0] for prompt in alone]
-    goals, predicted = [0] * len(ids), [0] * len(ids)
+    goals, rivals, predicted = [0] * len(ids), [0] * len(ids), [0] * len(ids)
     scores: dict[str, list[Any]] = {name: [None] * len(ids) for name in methods}
     plain, seconds = 0.0, dict.fromkeys(methods, 0.0)
     bar = tqdm(total=len(ids), desc="scores", delay=2, leave=False, disable=not progress)
@@ -111,10 +114,14 @@ def score(
             operator, own = FrozenTransformer.of(capture), own_prediction(capture)
             wanted = own if targets is None else _ids(capture, batch, targets)
             goal = resolve_target(capture, None, -1, wanted)
-            if versus is not None:
-                goal = goal.minus(_rival(capture, batch, wanted, versus))
-            for i, a, b in zip(batch, wanted.tolist(), own.tolist(), strict=True):
-                goals[i], predicted[i] = a, b
+            given = versus is not None and not isinstance(versus, str)
+            rival = _ids(capture, batch, versus) if given else likeliest_others(capture, wanted)
+            if versus == "others":
+                goal = goal.minus(expected_others(capture, wanted))
+            elif versus is not None:
+                goal = goal.minus(resolve_target(capture, None, -1, rival))
+            for i, *of in zip(batch, *(x.tolist() for x in (wanted, rival, own)), strict=True):
+                goals[i], rivals[i], predicted[i] = of
             for name in methods:
                 start, mine = time.perf_counter(), options.get(name, {})
                 found = token_scores(name, capture, operator, goal, model, **mine)
@@ -122,21 +129,16 @@ def score(
                 for row, i in enumerate(batch):
                     scores[name][i] = found[row].detach()
             bar.update(len(batch))
-    rival = versus if versus is None or isinstance(versus, str) else "own"
-    return Scored(tuple(ids), tuple(goals), tuple(predicted), scores, seconds, plain, rival, gate)
+    named = versus if versus is None or isinstance(versus, str) else "own"
+    return Scored(
+        tuple(ids), tuple(goals), tuple(rivals), tuple(predicted),
+        scores, seconds, plain, named, gate,
+    )  # fmt: skip
 
 
 def _ids(capture: Capture, batch: list[int], given: Any) -> Int[Tensor, " batch"]:
     found = (resolve_token(capture, given[i]) for i in batch)
     return torch.tensor(list(found), device=capture.frame.device)
-
-
-def _rival(capture: Capture, batch: list[int], wanted: Tensor, versus: Any) -> Target:
-    if versus == "others":
-        return expected_others(capture, wanted)
-    runner_up = versus == "runner_up"
-    ids = likeliest_others(capture, wanted) if runner_up else _ids(capture, batch, versus)
-    return resolve_target(capture, None, -1, ids)
 
 
 def _by_length(ids: Sequence[Tensor], size: int) -> Iterator[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -319,9 +319,10 @@ def state(
     template = relation.templates[template] if isinstance(template, int) else template
     refuse(template.count("{}") != 1, relation.name, "a template with one {}", repr(template))
     n_layers = len(adapt(model).weights.blocks)
-    layers = tuple(range(n_layers)) if layers is None else tuple(layers)
+    given = range(n_layers) if layers is None else layers
+    layers = tuple(given) if isinstance(given, Iterable) else ()
     if not layers or not set(layers) <= set(range(n_layers)):
-        raise ValueError(f"expected layers from 0 to {n_layers - 1}, got {list(layers)}")
+        raise ValueError(f"expected a list of layers from 0 to {n_layers - 1}, got {given!r}")
     own = {k: v for k, v in kwargs.items() if k in ("prepend_bos", "padding_side")}
     lenses, places = [], []
     for subject in relation.subjects:

@@ -150,7 +150,7 @@ def as_edges(
     Raises:
         ValueError: If they are both, or this model does not have them.
     """
-    if isinstance(given, str | Node | Edge):
+    if isinstance(given, str | Node | Edge) or not isinstance(given, Iterable):
         raise ValueError(f"expected a list of nodes or of edges, got {given!r}: put it in a list")
     items = [
         (Edge if "→" in item or "->" in item else Node).parse(item)

@@ -524,6 +524,7 @@ def test_refused_nodes_and_edges():
         (["embed→L0MLP"], "expected embed→L0MLP and pos_embed→L0MLP together, got one"),
         (["pos_embed→L0MLP"], "expected embed→L0MLP and pos_embed→L0MLP together, got one"),
         ("L0H1", "expected a list of nodes or of edges, got 'L0H1': put it in a list"),
+        (5, "expected a list of nodes or of edges, got 5: put it in a list"),
         ([3], "expected nodes or edges, got 3: pass names"),
         (["L0H1→L1H2"], "is no edge; expected a writer"),
     ):

@@ -17,6 +17,7 @@ from tensorlens_tl.evaluation import evaluate
 from tensorlens_tl.measured import Evaluation
 from tensorlens_tl.protocols import PROTOCOLS, measures
 from tensorlens_tl.scoring import score
+from tensorlens_tl.significance import rank_correlation
 from tensorlens_tl.targets import expected_others, own_prediction, resolve_target
 
 PROMPTS = (PROMPT, "The capital of France is", "The keys near the cabinet")
@@ -190,6 +191,31 @@ def test_prompts_as_ids_and_targets():
     assert foils.versus == "own" and foils.rows != one.rows
 
 
+def test_a_logit_difference_is_from_the_foil_or_else_the_runner_up():
+    """Comprehensiveness of one masked token, against the model's own logits with it deleted."""
+    model, words = demo_model(), ["John", "Rome", "is"]
+    for foils in (None, words):
+        with quiet():
+            scored = score(model, PROMPTS, ["in_out"], versus=foils, progress=False)
+            logits = [model(ids[None])[0, -1].detach() for ids in scored.prompts]
+        ranked = [int(one.argsort()[-2]) for one in logits]
+        assert list(scored.rivals) == (
+            ranked if foils is None else [model.to_single_token(word) for word in words]
+        )
+        (measure,) = measures("leave_one_out", metric="logit_diff")
+        whole = evaluate(model, scored, "in_out", measure, progress=False, keep_last=True)
+        for i, ids in enumerate(scored.prompts):
+            goal = torch.tensor([scored.targets[i], scored.rivals[i]])
+            lost = []
+            for j in range(1, len(ids) - 1):
+                with quiet(), torch.no_grad():
+                    left = model(torch.cat([ids[:j], ids[j + 1 :]])[None])[0, -1]
+                a, b = logits[i][goal] - left[goal]
+                lost.append(float(a - b))
+            expected = rank_correlation(scored.scores["in_out"][i][1:-1].tolist(), lost)
+            assert whole.rows[0].values[i] == pytest.approx(expected)
+
+
 SMOOTH = [name for name in ("hooked-gpt2", "hooked-gemma2", "bridge-llama") if name in CASES]
 
 
@@ -357,3 +383,22 @@ def test_the_demo_tasks_are_served():
     pairs = demo.prompts("facts", 4)
     got = run([p.clean for p in pairs], "in_out", targets=[p.answer for p in pairs])
     assert len(got) == 4 and got.targets == tuple(p.answer for p in pairs)
+
+
+@pytest.mark.wrong_types
+def test_scores_and_tokens_of_wrong_types_are_refused():
+    with pytest.raises(
+        ValueError, match=r"expected scores by the name .*, got list: pass \{'mine'"
+    ):
+        run(PROMPTS, scores=[[1.0] * 6] * 3)
+    with pytest.raises(
+        ValueError, match="expected versus as a token, an id, or one for each prompt"
+    ):
+        run(PROMPTS, "in_out", versus=1.5)
+
+
+def test_ids_may_be_numpys():
+    np = pytest.importorskip("numpy")
+    foil = demo_model().to_single_token("Rome")
+    one, two = (run(PROMPTS, "in_out", versus=given) for given in (foil, np.int64(foil)))
+    assert one.rows == two.rows

@@ -606,6 +606,14 @@ def test_bad_prompts_are_refused(prompts):
 
 
 @pytest.mark.wrong_types
+def test_a_position_and_sizes_of_wrong_types_are_refused():
+    with quiet(), pytest.raises(ValueError, match=r"expected a position as an integer, got 1\.5"):
+        faithfulness(FIRST.model(), CLEAN, [], CORRUPTED, pos=1.5)
+    with pytest.raises(ValueError, match="expected sizes as increasing shares of all edges"):
+        faithfulness_curve(FIRST.model(), CLEAN, [], CORRUPTED, sizes=0.1)
+
+
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("what", ["kl", 3])
 def test_a_metric_that_is_no_function_is_refused(what):
     with quiet(), pytest.raises(ValueError, match="expected metric as a function of logits"):

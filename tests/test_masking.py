@@ -86,9 +86,12 @@ def test_outcomes_are_read_off_the_model_s_logits(kind):
     model = demo_model()
     adapter = adapt(model)
     prompts = [model.to_tokens(text)[0] for text in (PROMPT, "The capital of France is")]
-    targets = [model.to_single_token(word) for word in ("Mary", "Paris")]
+    targets, rivals = (
+        [model.to_single_token(word) for word in words]
+        for words in (("Mary", "Paris"), ("John", "Rome"))
+    )
     way = Masking.of(kind, adapter)
-    runs = MaskedRuns(adapter, prompts, targets, way, batch_size=2, progress=False)
+    runs = MaskedRuns(adapter, prompts, targets, rivals, way, batch_size=2, progress=False)
     asked = [(0, 0), (0, 0b100), (1, 0b1000), (0, 0b10100), (0, 0b100)]
     runs.need(asked)
     assert runs.runs == 4
@@ -100,6 +103,7 @@ def test_outcomes_are_read_off_the_model_s_logits(kind):
         p = float(logits.softmax(-1)[targets[prompt]])
         expected = {"probability": p, "log_odds": float(torch.tensor(p).logit()),
                     "logit": float(logits[targets[prompt]]),
+                    "logit_diff": float(logits[targets[prompt]] - logits[rivals[prompt]]),
                     "agreement": float(logits.argmax() == targets[prompt])}  # fmt: skip
         for metric in METRICS:
             (found,) = runs.outcomes(prompt, metric, [masked])

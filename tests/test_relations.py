@@ -367,7 +367,7 @@ def test_hooks_and_state_are_left_as_they_were(model, statements):
         ({"splits": 0}, "at least one relation, split"),
         ({"n_train": ()}, "at least one relation, split"),
         ({"betas": ()}, "at least one relation, split"),
-        ({"layers": (9,)}, "expected layers from 0 to 3, got \\[9\\]"),
+        ({"layers": (9,)}, r"expected a list of layers from 0 to 3, got \(9,\)"),
         ({"ranks": (0, 300)}, "ranks from 1 to d_model"),
     ],
 )  # fmt: skip
@@ -391,6 +391,8 @@ def test_what_is_no_list_of_subjects_or_relations_is_refused(model, statements):
             decode(model, *arguments, progress=False)
     with pytest.raises(ValueError, match=r"expected a Relation, got str: Relation\.load"):
         state(model, "The capital of {} is")
+    with pytest.raises(ValueError, match="expected a list of layers from 0 to 3, got 2"):
+        state(model, small(), layers=2)
 
 
 def test_relations_that_cannot_be_told_apart_are_refused(model, statements):

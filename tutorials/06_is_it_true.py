@@ -102,6 +102,20 @@ print(f"{'without signs':>22}: {unsigned}")
 assert unsigned.value > loo["in_out"].value
 
 # %% [markdown]
+# And a probability falls with whatever breaks the sentence. Which words decide *between* the prediction
+# and its runner-up? Ask `in_out` for that, and measure that: the logit difference. A method made of
+# attention alone has no target to ask for.
+
+# %%
+choice = evaluate(model, prompts, methods, "leave_one_out", versus="runner_up", metric="logit_diff",
+                  keep_last=True, progress=False)  # fmt: skip
+print(choice)
+for other in methods[1:]:
+    gap = choice.compare("in_out", other, "leave_one_out")
+    print(f"in_out agrees better than {other} by {gap}")
+    assert gap.difference.low > 0
+
+# %% [markdown]
 # Which method wins depends on the model, the task and the way of masking: `docs/results.md` has all of
 # them, also where the operator's own maps lose. An evaluation is a file, and comes back whole:
 
