@@ -129,6 +129,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         description="Mask the tokens that each method names, run the real model, and see what is left "
         "of its prediction.",
     )
+    p.add_argument("prompts", nargs="*", help="prompts, each in quotes (default: --file or --task)")
     p.add_argument("--model", help="hub name, or local folder (default: the bundled demo model)")
     p.add_argument("--kind", choices=("bridge", "hooked"), help="host class")
     p.add_argument("--dtype", choices=DTYPES, help="run the model in this dtype")
@@ -173,14 +174,18 @@ def evaluation(args: argparse.Namespace) -> str:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of a file, of standard input, or the demo model's own.
+    """Prompts that were given, of a file, of standard input, or the demo model's own.
 
     Returns:
-        One for each line that is not blank.
+        Those given, or one for each line that is not blank.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or both some and a file.
     """
+    if args.prompts and args.file is not None:
+        raise ValueError("expected prompts or --file, got both: leave one out")
+    if args.prompts:
+        return args.prompts
     if args.file is not None:
         try:
             text = args.file.read_text(encoding="utf-8")
@@ -194,7 +199,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
         prompts = [pair.clean for pair in drawn(args.task, args.n, args.seed)]
     if not prompts:
-        raise ValueError("expected prompts, one a line, in --file or on standard input; got none")
+        raise ValueError(
+            "expected prompts: as arguments, or one a line in --file or on standard input"
+        )
     return prompts
 
 

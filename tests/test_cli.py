@@ -190,6 +190,9 @@ def test_evaluate_draws_the_demo_s_own_prompts(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(["evaluate", "--task", "facts", "--n", "3", "--methods", "random"]) == 0
     assert "of 1 method on 3 prompts" in capsys.readouterr().out
+    given = ["The capital of France is", "The capital of Peru is"]
+    assert main(["evaluate", *given, "--methods", "random"]) == 0
+    assert "of 1 method on 2 prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,8 @@ def test_evaluate_draws_the_demo_s_own_prompts(monkeypatch, capsys):
         (["--preset", "atad"], "no preset 'atad'"),
         (["--target", "John"], "no prompt predicts its target"),
         (["--file", "/no/such/file"], "cannot read the prompt file"),
-        (["--file", os.devnull], "expected prompts, one a line"),
+        (["--file", os.devnull], "expected prompts: as arguments, or one a line"),
+        (["a", "--file", os.devnull], "expected prompts or --file, got both"),
         (["--n", "0", "--file", "-"], "cannot read the prompt file -"),
     ],
 )
