@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu", "solu": "solu", "solu_ln": "solu",
 }  # fmt: skip
 
+_ACT_FNS = {"FalconForCausalLM": "gelu", "MptForCausalLM": "gelu"}
+"""What these compute whatever their Bridge's config says (the self-check would tell)."""
+
 _LAYER_HOOKS = {
-    "ln1.scale": "ln1.hook_scale", "ln1_post.scale": "ln1_post.hook_scale",
-    "ln2.scale": "ln2.hook_scale", "ln2_post.scale": "ln2_post.hook_scale",
     "pattern": "attn.hook_pattern", "scores": "attn.hook_attn_scores",
     "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "z": "attn.hook_z",
     "rot_q": "attn.hook_rot_q", "rot_k": "attn.hook_rot_k",
@@ -49,6 +51,9 @@ _LAYER_HOOKS = {
 # What the MLP reads: on the Bridge hook_resid_mid, too, which stands beside the residual there.
 _MLP_IN = ("hook_mlp_in", "hook_resid_mid", "ln2.hook_in", "ln2.hook_normalized", "ln2.hook_out",
            "mlp.hook_in", "mlp.in.hook_in")  # fmt: skip
+_NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
+_NORMS_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+"""Architectures whose norms stand after the sublayers; transformer_lens 3 calls them as if before."""
 _EDITS = {
     "resid_pre": ("hook_resid_pre",),
     "v": ("ln1.hook_in", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_in", "attn.v.hook_in",
@@ -112,7 +117,26 @@ class Adapter(ABC):
     def unembed_weights(self) -> UnembedWeights:
         """The unembedding in the canonical layout."""
 
+    def norm_names(self, block: Any) -> dict[str, str]:
+        """What the host calls each of a block's norms."""
+        if self.architecture in _NORMS_AFTER and getattr(block, "ln1_post", None) is None:
+            return {"ln1_post": "ln1", "ln2_post": "ln2"}
+        return dict(zip(_NORMS, _NORMS, strict=True))
+
     # --- What they share
+
+    def norm(self, block: Any, which: str) -> nn.Module | None:
+        """A norm of a block of the host: "ln1", "ln1_post", "ln2" or "ln2_post"."""
+        return getattr(block, self.norm_names(block).get(which, ""), None)
+
+    def _norm_weights_of(self, block: Any, which: str) -> NormWeights | None:
+        return self.norm_weights(self.norm(block, which))
+
+    @property
+    def architecture(self) -> str | None:
+        """Hugging Face's name of the model's class, where the host knows it."""
+        names = ("architecture", "original_architecture")
+        return next((found for name in names if (found := getattr(self.cfg, name, None))), None)
 
     @property
     def name(self) -> str:
@@ -151,7 +175,7 @@ class Adapter(ABC):
         Raises:
             UnsupportedArchitectureError: If it has no closed-form ratio here.
         """
-        act = self.cfg.act_fn
+        act = _ACT_FNS.get(self.architecture or "", self.cfg.act_fn)
         if act not in _ACTIVATIONS:
             raise UnsupportedArchitectureError(
                 refusal(f"the activation {act!r}", f"known are {', '.join(_ACTIVATIONS)}")
@@ -181,9 +205,10 @@ class Adapter(ABC):
                 wanted += ["pre", "post"]
                 wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []
                 wanted += ["mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
-            norms = ("ln1", "ln1_post", "ln2", "ln2_post")
-            wanted += [f"{norm}.scale" for norm in norms if getattr(block, norm) is not None]
             names |= {(layer, key): f"blocks.{layer}.{_LAYER_HOOKS[key]}" for key in wanted}
+            for norm, own in self.norm_names(self.model.blocks[layer]).items():
+                if getattr(block, norm) is not None:
+                    names[layer, f"{norm}.scale"] = f"blocks.{layer}.{own}.hook_scale"
             names[layer, "resid_pre"] = resid_site(layer, "pre")
             if block.mlp is not None and not block.parallel:
                 names[layer, "resid_mid"] = resid_site(layer, "mid")
@@ -197,7 +222,7 @@ class Adapter(ABC):
         points = {read: hooks[name] for read, name in names.items()}
         if self.weights.unembed.soft_cap is not None:
             points[None, "raw_logits"] = self.model.unembed  # the cap comes after this module
-        if self._hooked("", _FINAL_EDITS):  # 2.18 has no hook at the unembedding
+        if self._hooked("", _named(_FINAL_EDITS, {})):  # 2.18 has no hook at the unembedding
             points[None, "normalized"] = hooks.get(FINAL_SITE) or self.model.ln_final
         return points
 
@@ -219,20 +244,23 @@ class Adapter(ABC):
                 points.setdefault(id(module), name)
         return list(points.values())
 
-    def _hooked(self, prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _hooked(self, prefix: str, names: Mapping[str, str]) -> tuple[str, ...]:
         points: dict[int, str] = {}  # a hook point of the Bridge has several names
-        for name in names:
-            point = self.hooks.get(prefix + name)
+        for name, own in names.items():
+            point = self.hooks.get(prefix + own)
             if point is not None and point.fwd_hooks:
                 points.setdefault(id(point), name.removeprefix("attn.").removeprefix("mlp."))
         return tuple(points.values())
 
     def edits(self) -> dict[Read, tuple[str, ...]]:
         """Where hooks of the user's own may edit the run: labels by (layer, stage)."""
-        found: dict[Read, tuple[str, ...]] = {(None, "normalized"): self._hooked("", _FINAL_EDITS)}
-        for layer in range(len(self.weights.blocks)):
+        found: dict[Read, tuple[str, ...]] = {
+            (None, "normalized"): self._hooked("", _named(_FINAL_EDITS, {}))
+        }
+        for layer, block in enumerate(self.model.blocks):
+            own = self.norm_names(block)
             for stage, names in _EDITS.items():
-                found[layer, stage] = self._hooked(f"blocks.{layer}.", names)
+                found[layer, stage] = self._hooked(f"blocks.{layer}.", _named(names, own))
         return {read: labels for read, labels in found.items() if labels}
 
     def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Prompts]:
@@ -277,6 +305,22 @@ class Adapter(ABC):
         return self.model(inputs, return_type="logits", **kwargs)
 
 
+def _named(names: tuple[str, ...], norms: Mapping[str, str]) -> dict[str, str]:
+    """What the host calls hook points; without those of norms that it has not.
+
+    A norm that two branches share is an edit of each: under its own name in either.
+
+    Returns:
+        The host's names by ours.
+    """
+    parts = {name: name.partition(".") for name in names}
+    return {
+        name: f"{norms.get(head, head)}{dot}{rest}"
+        for name, (head, dot, rest) in parts.items()
+        if head not in _NORMS or head in norms
+    }
+
+
 def _flags_off(cfg: Any) -> None:
     for flag in ("use_split_qkv_input", "use_attn_in"):
         if getattr(cfg, flag, False):
@@ -291,11 +335,6 @@ class HookedTransformerAdapter(Adapter):
 
     def check_model(self) -> None:
         _flags_off(self.cfg)
-        architecture = getattr(self.cfg, "original_architecture", None)
-        if architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM"):
-            raise UnsupportedArchitectureError(
-                refusal(architecture, "its norms stand after the sublayers")
-            )
         kind = self.cfg.positional_embedding_type
         if kind not in ("standard", "rotary"):
             raise UnsupportedArchitectureError(
@@ -325,16 +364,16 @@ class HookedTransformerAdapter(Adapter):
                 raise UnsupportedArchitectureError(
                     refusal(f"the module {kind}", "its computation is not known here")
                 )
-        attn = block.attn
+        norm, attn = partial(self._norm_weights_of, block), block.attn
         # The grouped class keeps the raw weights in _W_V and repeats them in W_V.
         W_V, b_V = (attn._W_V, attn._b_V) if hasattr(attn, "_W_V") else (attn.W_V, attn.b_V)
         return BlockWeights(
             AttentionWeights(W_V, b_V, attn.W_O, attn.b_O),
             None if self.cfg.attn_only else self._mlp_weights(block.mlp),
-            self.norm_weights(block.ln1),
-            None if self.cfg.attn_only else self.norm_weights(block.ln2),
-            self.norm_weights(getattr(block, "ln1_post", None)),
-            self.norm_weights(getattr(block, "ln2_post", None)),
+            norm("ln1"),
+            None if self.cfg.attn_only else norm("ln2"),
+            norm("ln1_post"),
+            norm("ln2_post"),
             parallel=bool(self.cfg.parallel_attn_mlp),
         )
 
@@ -376,10 +415,14 @@ class BridgeAdapter(Adapter):
 
     def check_model(self) -> None:
         _flags_off(self.cfg)
-        architecture = getattr(self.cfg, "architecture", None)
-        if architecture not in SUPPORTED:
+        if self.architecture not in SUPPORTED:
             raise UnsupportedArchitectureError(
-                refusal(f"{architecture}", "this architecture is not tested")
+                refusal(f"{self.architecture}", "this architecture is not tested")
+            )
+        if getattr(self.model.original_model, "logit_scale", 1) != 1:
+            raise UnsupportedArchitectureError(
+                f"cannot freeze {self.architecture} as it is: its logits are scaled after the "
+                "unembedding; call model.enable_compatibility_mode() first, which folds that in"
             )
         config = getattr(self.model.original_model, "config", None)
         attention = getattr(config, "_attn_implementation", "eager")
@@ -393,6 +436,12 @@ class BridgeAdapter(Adapter):
                 f"the model is in training mode with dropout ({dropout}), expected evaluation mode: "
                 "call model.eval()"
             )
+
+    def norm_names(self, block: Any) -> dict[str, str]:
+        names = super().norm_names(block)
+        if "Parallel" in type(block).__name__ and getattr(block, "ln2", None) is None:
+            names["ln2"] = "ln1"  # Phi, Falcon, Cohere: both branches read through one norm
+        return names
 
     def _reconstructs(self) -> bool:
         # These attention bridges compute softmax(QK) themselves, whatever Hugging Face would do.
@@ -421,9 +470,7 @@ class BridgeAdapter(Adapter):
         return NormWeights(w, b, center=not rms, offset=offset)
 
     def block_weights(self, block: Any) -> BlockWeights:
-        def norm(name: str) -> NormWeights | None:
-            return self.norm_weights(getattr(block, name, None))
-
+        norm = partial(self._norm_weights_of, block)
         attn, d_head = block.attn, self.cfg.d_head
         W_V, b_V = linear_weights(attn.v)
         W_O, b_O = linear_weights(attn.o)
@@ -446,7 +493,7 @@ class BridgeAdapter(Adapter):
         kind, act = type(mlp).__name__, self.activation()
         if str(self.cfg.act_fn).endswith("_ln"):
             kind = f"{kind} with {self.cfg.act_fn}"
-        if kind not in ("MLPBridge", "GatedMLPBridge"):
+        if kind not in ("MLPBridge", "GatedMLPBridge", "JointGateUpMLPBridge"):
             raise UnsupportedArchitectureError(
                 refusal(f"the MLP {kind}", "it is neither MLPBridge nor GatedMLPBridge")
             )

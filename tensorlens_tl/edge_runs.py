@@ -261,10 +261,11 @@ class _Flow:
         """Modules whose input is a reader's, and what gives it."""
         if not self.rebuilt:
             return
-        host, weights = self.model.adapter.model, self.model.adapter.weights
+        adapter = self.model.adapter
+        host, weights = adapter.model, adapter.weights
         for layer, (block, w) in enumerate(zip(host.blocks, weights.blocks, strict=True)):
             if w.mlp is not None:
-                norm = block.ln2 if w.ln2 is not None else None
+                norm = adapter.norm(block, "ln2") if w.ln2 is not None else None
                 read = lambda layer=layer, norm=norm: self.one(("mlp", layer, ""), norm)  # noqa: E731
                 yield block.mlp, read
         end = host.ln_final if weights.ln_final is not None else host.unembed
@@ -354,7 +355,7 @@ class _Flow:
         """What every query head's q, k or v input is, after the norm: [circuit, head, prompt, pos, d]."""
         adapter = self.model.adapter
         block = adapter.weights.blocks[layer]
-        norm = adapter.model.blocks[layer].ln1 if block.ln1 is not None else None
+        norm = adapter.norm(adapter.model.blocks[layer], "ln1") if block.ln1 is not None else None
         return self.normed(norm, self.read(("head", layer, name), block.attn.W_O.shape[0]))
 
     def one(self, key: tuple[str, int | None, str], norm: nn.Module | None) -> Tensor:

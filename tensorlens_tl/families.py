@@ -91,29 +91,34 @@ BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Hugging Face's class (less its head) and its configuration's arguments; tested as Bridges."""
 
-_EMBD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX, "vocab_size": D_VOCAB}
 _MOE = {**_GQA, "num_experts_per_tok": 2}
-_OTHER_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
-    "opt": ("OPT", {**_HF, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "gptj": ("GPTJ", {**_EMBD, "rotary_dim": 4}),
-    "gpt-neo": ("GPTNeo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 3,
-                           "attention_types": [[["global", "local"], 1]], "vocab_size": D_VOCAB,
-                           "max_position_embeddings": N_CTX}),
-    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": D_VOCAB}),
+_EMBD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX, "vocab_size": D_VOCAB}
+MORE_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", _HF),
     "phi3": ("Phi3", {**_GQA, "pad_token_id": 0}),
     "falcon": ("Falcon", _HF),
     "cohere": ("Cohere", _GQA),
     "gemma": ("Gemma", {**_GQA, "head_dim": 8}),
-    "gemma3": ("Gemma3", {**_GQA, "head_dim": 8, "sliding_window": 3}),
+    "gemma3": ("Gemma3", {**_GQA, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8,
+                          "layer_types": ["sliding_attention", "full_attention"]}),
     "olmo": ("Olmo", _GQA),
     "olmo2": ("Olmo2", _GQA),
     "olmo3": ("Olmo3", _GQA),
-    "granite": ("Granite", _GQA),
     "stablelm": ("StableLm", _GQA),
     "starcoder2": ("Starcoder2", _GQA),
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": D_VOCAB,
                     "max_seq_len": N_CTX}),
+}  # fmt: skip
+"""Likewise, of families that are block shapes of the above in another dress."""
+
+_OTHER_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": ("GPTJ", {**_EMBD, "rotary_dim": 4}),
+    "gpt-neo": ("GPTNeo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 3,
+                           "attention_types": [[["global", "local"], 1]], "vocab_size": D_VOCAB,
+                           "max_position_embeddings": N_CTX}),
+    "opt": ("OPT", {**_HF, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": D_VOCAB}),
+    "granite": ("Granite", _GQA),
     "mixtral": ("Mixtral", {**_MOE, "num_local_experts": 4}),
     "olmoe": ("Olmoe", {**_MOE, "num_experts": 4}),
     "qwen3-moe": ("Qwen3Moe", {**_MOE, "head_dim": 8, "moe_intermediate_size": 16,
@@ -135,7 +140,8 @@ NATIVE = {name: HOOKED[name] for name in (
     "gpt2", "gpt2-folded", "llama", "neox", "no-norm", "attn-only", "attn-only-no-norm",
 )}  # fmt: skip
 COMPAT = {"gpt2", "llama", "neox", "gemma2"}  # one of every block shape, in compatibility mode too
-FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2"}
+FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma", "gemma3", "phi3", "olmo",
+                 "olmo2", "olmo3"}  # fmt: skip
 
 _HOOKED_CLASS = {"bert": "HookedEncoder", "t5": "HookedEncoderDecoder"}  # else HookedTransformer
 _NATIVE_LACKS = {"use_qk_norm", "use_local_attn", "use_normalization_before_and_after",
@@ -261,7 +267,7 @@ def build_bridge(
 
 def _hooked_from_hf(name: str, dtype: torch.dtype) -> Any:
     """A HookedTransformer of the configuration that its loader makes of a Hugging Face one."""
-    cfg = hf_config(*({**BRIDGE, **_OTHER_BRIDGE}[name]))
+    cfg = hf_config(*({**BRIDGE, **MORE_BRIDGE, **_OTHER_BRIDGE}[name]))
     if cfg is None:
         return None
     loader = import_module("transformer_lens.loading_from_pretrained")
@@ -277,22 +283,35 @@ def _hooked_from_hf(name: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _hooked(name: str, dtype: torch.dtype) -> Any:
+def hooked_offered(name: str) -> bool:
+    """Whether the installed host makes HookedTransformers of a row of our own."""
+    config = {**HOOKED, **_OTHER_HOOKED}.get(name)
+    if config is None or find("transformer_lens", "HookedTransformer") is None:
+        return False
+    known = inspect.getsource(import_module("transformer_lens.loading_from_pretrained"))
+    return config.get("original_architecture", "") in known
+
+
+def hooked_model(name: str, dtype: torch.dtype) -> Any:
+    """A HookedTransformer of a family, or None where the host has none."""
     config = {**HOOKED, **_OTHER_HOOKED}.get(name)
     if config is None:
         return _hooked_from_hf(name, dtype)
-    known = inspect.getsource(import_module("transformer_lens.loading_from_pretrained"))
-    return build_hooked(config, dtype) if config.get("original_architecture", "") in known else None
+    return build_hooked(config, dtype) if hooked_offered(name) else None
+
+
+def bridge_offered(name: str) -> bool:
+    """Whether the installed host makes Bridges of a family."""
+    factory = "transformer_lens.factories.architecture_adapter_factory"
+    known = find(factory, "SUPPORTED_ARCHITECTURES")
+    cfg = hf_config(*{**BRIDGE, **MORE_BRIDGE, **_OTHER_BRIDGE}.get(name, ("", {})))
+    return cfg is not None and known is not None and cfg.architectures[0] in known
 
 
 def _bridge(name: str, dtype: torch.dtype, compat: bool = False) -> Any:
-    class_name, config = {**BRIDGE, **_OTHER_BRIDGE}.get(name, ("", {}))
-    factory = "transformer_lens.factories.architecture_adapter_factory"
-    known = find(factory, "SUPPORTED_ARCHITECTURES")
-    cfg = hf_config(class_name, config)
-    if cfg is None or cfg.architectures[0] not in known:
+    if not bridge_offered(name):
         return None
-    return build_bridge(class_name, config, dtype, compat)
+    return build_bridge(*{**BRIDGE, **MORE_BRIDGE, **_OTHER_BRIDGE}[name], dtype, compat)
 
 
 def _native(name: str, dtype: torch.dtype) -> Any:
@@ -308,7 +327,7 @@ def host_classes() -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if find("transformer_lens", "HookedTransformer") is not None:
-        found["HookedTransformer"] = _hooked
+        found["HookedTransformer"] = hooked_model
     bridge = find("transformer_lens.model_bridge", "TransformerBridge")
     if bridge is not None:
         found["Bridge"] = _bridge

@@ -39,11 +39,13 @@ def score_weights(adapter: Adapter, n_pos: int) -> tuple[ScoreWeights, ...] | No
     if rotations is None:
         return None
     found = []
-    blocks = adapter.model.blocks
+    blocks, d_head = adapter.model.blocks, adapter.cfg.d_head
     for block, layout, scores, rotation in zip(blocks, layouts, how.scores, rotations, strict=True):
         attn = block.attn
         norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
         q_norm, k_norm = map(adapter.norm_weights, norms)
+        if any(w is not None and w.w is not None and len(w.w) != d_head for w in (q_norm, k_norm)):
+            return None  # OLMo-2 norms all heads together
         found.append(
             ScoreWeights(
                 *layout, scale=scores.scale, soft_cap=scores.soft_cap,

@@ -18,13 +18,17 @@ from tensorlens_tl.families import (  # noqa: F401  (the tests take them from he
     D_VOCAB,
     FLOAT32_NORMS,
     HOOKED,
+    MORE_BRIDGE,
     N_CTX,
     NATIVE,
     TOL,
+    bridge_offered,
     build_bridge,
     build_hf,
     build_hooked,
     build_native,
+    hooked_model,
+    hooked_offered,
     quiet,
     randomize,
     to_bridge,
@@ -81,11 +85,12 @@ def _bridge_case(name: str, class_name: str, config: dict, compat: bool) -> Case
         f"bridge-{name}{'-compat' if compat else ''}",
         lambda dtype: build_bridge(class_name, config, dtype, compat),
         "bridge",
-        float32_norms=name in FLOAT32_NORMS,
-        gated=name in FLOAT32_NORMS,
+        float32_norms=name in FLOAT32_NORMS | FLOAT32_SOFTMAX,
+        gated=name in FLOAT32_NORMS | {"cohere", "stablelm"},
     )
 
 
+FLOAT32_SOFTMAX = {"phi", "cohere", "stablelm", "starcoder2"}  # as inexact, for queries and keys
 CASES: dict[str, Case] = {}
 if HookedTransformer is not None:
     CASES |= {c.name: c for c in (_hooked_case(n, cfg) for n, cfg in HOOKED.items())}
@@ -104,6 +109,19 @@ if TransformerBridgeConfig is not None:
             gated=bool(_config.get("gated_mlp")),
         )
 ALL = list(CASES.values())
+
+# Families that are block shapes of the above in another dress: one pass through the laws.
+MORE = [
+    _bridge_case(name, *MORE_BRIDGE[name], compat)
+    for name in MORE_BRIDGE
+    for compat in ({"cohere": (True,), "olmo2": (False, True)}.get(name, (False,)))
+    if bridge_offered(name)
+]
+if hooked_offered("olmo2"):
+    MORE.append(
+        Case("hooked-olmo2", lambda dtype: hooked_model("olmo2", dtype), "hooked", gated=True)
+    )
+CASES |= {case.name: case for case in MORE}
 GATED = [case for case in ALL if case.gated]
 
 

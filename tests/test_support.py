@@ -62,7 +62,7 @@ def test_whatever_the_tests_cover_is_supported(measured):
         host, family = name.split("-", 1)
         compat = family.endswith("-compat")
         row = rows[CLASSES["compat" if compat else host], family.removesuffix("-compat")]
-        assert row.status == "supported" and row.tolerance == case.tol(), row
+        assert row.status == "supported" and row.tolerance <= case.tol(), row
 
 
 def test_every_host_is_kept_with_every_family():
@@ -71,7 +71,8 @@ def test_every_host_is_kept_with_every_family():
         assert {row.family for row in report.rows} == set(families.FAMILIES)
         statuses = [row.status for row in report.rows]
         assert statuses.count("supported") >= 15 and statuses.count("refused") >= 5
-    built = {*families.HOOKED, *families._OTHER_HOOKED, *families.BRIDGE, *families._OTHER_BRIDGE}
+    built = {*families.HOOKED, *families._OTHER_HOOKED, *families.BRIDGE, *families.MORE_BRIDGE,
+             *families._OTHER_BRIDGE}  # fmt: skip
     assert built == set(families.FAMILIES)
 
 
