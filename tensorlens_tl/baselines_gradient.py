@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .adapters import Adapter, Read, adapt
+from .adapter import Adapter, Read
+from .adapters import adapt
 from .capturing import Capture
 from .graph import score_sites
 from .primitives import gating_ratio, soft_cap_ratio

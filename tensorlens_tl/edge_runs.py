@@ -29,7 +29,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .adapters import Adapter, Read, adapt
+from .adapter import Adapter, Read
+from .adapters import adapt
 from .baselines_gradient import Edit, hooked
 from .edge_universe import EdgeUniverse, wiring_of
 from .score_weights import Layout, query_key_weights

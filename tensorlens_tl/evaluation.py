@@ -16,7 +16,8 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-from .adapters import Adapter, adapt
+from .adapter import Adapter
+from .adapters import adapt
 from .masking import METRICS, MaskedRuns, Masking
 from .measured import Evaluation, Row
 from .methods import METHODS, check

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .adapters import Read
+from .adapter import Read
 from .baselines_gradient import Edit, LiveModel
 from .primitives import gating_ratio
 from .supported import UnsupportedArchitectureError

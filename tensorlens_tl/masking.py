@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from .adapters import Adapter
+from .adapter import Adapter
 from .baselines_gradient import hooked
 from .differences import mean_embedding
 

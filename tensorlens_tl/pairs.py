@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .adapters import Adapter
+from .adapter import Adapter
 from .prompts import each_prompt, is_text
 from .targets import token_id
 

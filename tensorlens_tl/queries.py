@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter
+from .adapter import Adapter
 from .linear_map import Frame, version
 from .primitives import Mix
 from .recomputed import RecomputedMix, Scores

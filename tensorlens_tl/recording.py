@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .adapters import Adapter, Read
+from .adapter import Adapter, Read
 from .capturing import Capture, Convention, FrozenBlock
 from .linear_map import Frame, version
 from .primitives import Norm, Shift, gating_ratio, soft_cap_ratio

@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapters import Adapter, adapt
+from .adapter import Adapter
+from .adapters import adapt
 from .capturing import Capture
 from .composer import FrozenTransformer
 from .headers import (

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, HookedTransformerAdapter, linear_weights
+from .adapter import Adapter
+from .adapters import HookedTransformerAdapter, linear_weights
 from .queries import NotRecomputableError, Queries
 from .weights import Rotation, ScoreWeights
 

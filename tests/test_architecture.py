@@ -13,7 +13,8 @@ FLOORS = {
     "primitives": 1, "prompts": 1, "factored": 0,
     "sublayer": 2, "recomputed": 2,
     "sublayers": 3, "planning": 1, "folding": 3, "contraction": 3.5, "blocks": 4,
-    "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4, "score_weights": 4.5, "query_key": 5,
+    "adapter": 2, "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4,
+    "score_weights": 4.5, "query_key": 5,
     "recording": 5, "precision": 5, "wiring": 0.5, "branches": 4, "restriction": 4.5, "composer": 5,
     "energies": 6,
     "targets": 6, "results": 5, "edges": 6, "attribution": 7, "paths": 7, "collapse": 7,
@@ -94,9 +95,9 @@ def test_no_module_level_import_of_a_host(path):
 
 @every_file
 def test_hook_names_stay_in_the_adapters(path):
-    if path.stem in ("adapters", "graph") or "demo" in path.parts:
+    if path.stem in ("adapter", "adapters", "graph") or "demo" in path.parts:
         # the one place, the site names, and the demo's own measurements
-        assert floor(path) in (0, 3, 12)
+        assert floor(path) in (0, 2, 3, 12)
         return
     tree = ast.parse(path.read_text())
     docs = {

@@ -6,7 +6,7 @@ from helpers import ALL, assert_close, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
-from tensorlens_tl.adapters import _EDITS
+from tensorlens_tl.adapter import _EDITS
 from tensorlens_tl.attribution import BY
 
 STAGES = {
