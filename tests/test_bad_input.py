@@ -227,7 +227,6 @@ if HookedTransformer is not None:
             ({"positional_embedding_type": "alibi"}, "'alibi' positions"),
             ({"post_embedding_ln": True}, "post_embedding_ln"),
             ({"num_experts": 2, "experts_per_token": 1, "gated_mlp": True, "act_fn": "silu"}, "the MLP MoE"),
-            ({"original_architecture": "Olmo2ForCausalLM"}, "Olmo2ForCausalLM"),
         ],
     )  # fmt: skip
     def test_hooked_refusals(config, match):
