@@ -1,6 +1,6 @@
 """Every method, every protocol, every masking, on two trained models: numbers, intervals, costs.
 
-``python benchmarks/evaluation.py [--quick] [--keep FOLDER]`` runs it (about an hour on one thread),
+``python benchmarks/evaluation.py [--quick] [--keep FOLDER]`` runs it (an hour and a half of one slow core),
 writes ``benchmarks/results/evaluation.json`` and makes ``docs/results.md`` of it; ``--page`` only makes
 the page, ``--costs`` only times the methods anew. With ``--keep`` each part's per-prompt numbers stay in a
 folder, and are not run again: with ``--sets`` several processes can fill it, side by side.

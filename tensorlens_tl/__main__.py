@@ -129,7 +129,11 @@ def evaluate_parser() -> argparse.ArgumentParser:
         description="Mask the tokens that each method names, run the real model, and see what is left "
         "of its prediction.",
     )
-    p.add_argument("prompts", nargs="*", help="prompts, each in quotes (default: --file or --task)")
+    p.add_argument(
+        "prompts",
+        nargs="*",
+        help="prompts, each in quotes (default: --file, standard input, or --task)",
+    )
     p.add_argument("--model", help="hub name, or local folder (default: the bundled demo model)")
     p.add_argument("--kind", choices=("bridge", "hooked"), help="host class")
     p.add_argument("--dtype", choices=DTYPES, help="run the model in this dtype")

@@ -6,6 +6,7 @@ import sys
 from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from helpers import CASES, lens_of, quiet
@@ -192,7 +193,7 @@ def test_prompts_as_ids_and_targets():
 
 
 def test_a_logit_difference_is_from_the_foil_or_else_the_runner_up():
-    """Comprehensiveness of one masked token, against the model's own logits with it deleted."""
+    """Leave-one-out, against the model's own logits with each token deleted."""
     model, words = demo_model(), ["John", "Rome", "is"]
     for foils in (None, words):
         with quiet():
@@ -398,7 +399,6 @@ def test_scores_and_tokens_of_wrong_types_are_refused():
 
 
 def test_ids_may_be_numpys():
-    np = pytest.importorskip("numpy")
     foil = demo_model().to_single_token("Rome")
     one, two = (run(PROMPTS, "in_out", versus=given) for given in (foil, np.int64(foil)))
     assert one.rows == two.rows
