@@ -67,6 +67,15 @@ CASES = [
     Case("norm, 16 probes", 4, 256, 64, "norm", probes=16, bar=3.5, sample=16),
     Case("norm, 64 probes", 4, 256, 64, "norm", probes=64, bar=7.0, sample=8),
 ]
+SINGULAR = [  # plans alone: their peers would be the same pushes and pulls
+    Case("svd", 4, 256, 64, "svd"),
+    Case("svd", 12, 768, 128, "svd", quick=False),
+    Case("svd of a row", 4, 256, 64, "svd of a row"),
+    Case("svd of a block", 4, 256, 64, "svd of a block"),
+    Case("svd of a block", 4, 768, 24, "svd of a block", quick=False),
+    Case("spectral norm", 4, 128, 256, "spectral_norm"),
+]
+WHERE = {"svd of a row": {"query_pos": -1}, "svd of a block": {"query_pos": -1, "key_pos": 2}}
 
 
 def model_of(layers: int, d_model: int, pos: int):
@@ -150,6 +159,10 @@ class Contest:
         c = self.case
         if c.ask == "row":
             return ("block",), {"query_pos": -1, "key_pos": slice(None)}
+        if c.ask in WHERE:
+            return ("svd",), WHERE[c.ask]
+        if c in SINGULAR:
+            return (c.ask,), {}
         return (c.ask,), {"probes": c.probes, "precision": c.precision}
 
     def ours(self) -> Tensor:
@@ -157,6 +170,10 @@ class Contest:
         with torch.no_grad():
             if c.ask == "row":
                 return self.lens.operator.block(-1, slice(None))
+            if c in SINGULAR:
+                (what,), options = self.arguments()
+                found = getattr(self.lens.operator, what)(**options)
+                return found if what == "spectral_norm" else found.S
             return self.lens.token_matrix(c.ask, probes=c.probes, precision=c.precision).values[0]
 
     def sampled(self, n: int) -> Tensor:
@@ -291,7 +308,7 @@ def measure(case: Case, baseline: bool) -> None:
 
 def plan_row(case: Case) -> dict:
     def fresh(*more: str) -> dict:
-        index = str(CASES.index(case))
+        index = str((CASES + SINGULAR).index(case))
         done = subprocess.run(
             [sys.executable, __file__, "--measure", index, *more, "--threads",
              str(torch.get_num_threads())],
@@ -312,10 +329,10 @@ def plan_row(case: Case) -> dict:
 
 def calibration() -> float:
     """Seconds of a plan whose rates were not measured before."""
-    from tensorlens_tl import planning
+    from tensorlens_tl import rates
 
     lens = Contest(CASES[0]).lens
-    planning.rates.cache_clear()
+    rates.rates.cache_clear()
     start = time.perf_counter()
     lens.plan("in_out")
     return time.perf_counter() - start
@@ -367,14 +384,18 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.measure is not None:
-        measure(CASES[args.measure], args.baseline)
+        measure((CASES + SINGULAR)[args.measure], args.baseline)
         return 0
     rounds = 3 if args.quick else args.rounds
-    cases = [c for c in CASES if c.quick or not args.quick]
-    cases = [c for c in cases if args.only is None or args.only in f"{c.name} {c.d_model}"]
+
+    def chosen(cases: list[Case]) -> list[Case]:
+        cases = [c for c in cases if c.quick or not args.quick]
+        return [c for c in cases if args.only is None or args.only in f"{c.name} {c.d_model}"]
+
+    cases = chosen(CASES)
     report: dict = {"torch": torch.__version__, "threads": args.threads, "rounds": rounds}
     ok = True
-    for kernel in ["highest", *(["medium"] if args.medium else [])]:
+    for kernel in ["highest", *(["medium"] if args.medium else [])] if cases else []:
         torch.set_float32_matmul_precision(kernel)
         rows = []
         for case in cases:
@@ -395,7 +416,7 @@ def main() -> int:
         ok &= min(report["coverage"].values()) >= 0.9
     report["calibration"] = calibration()
     print(f"\nA plan's calibration: {report['calibration']:.2f} s (≤ 0.3)")
-    report["plans"] = [plan_row(case) for case in cases]
+    report["plans"] = [plan_row(case) for case in cases + chosen(SINGULAR)]
     print(f"{'measured / planned':18}{'D':>5}{'L':>5}{'memory':>8}{'MiB':>8}{'time':>7}")
     for r in report["plans"]:
         good = 0.75 <= r["memory"] <= 1.25 and 1 / 1.5 <= r["time"] <= 1.5

@@ -8,8 +8,8 @@ and pulls of single vectors only.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from types import SimpleNamespace
+from inspect import signature
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,35 +18,15 @@ from torch import Tensor
 from .contraction import Reduction, Sweep, squares, states
 from .linear_map import DENSE_LIMIT, LinearMap
 from .planning import Plan, make_plan, memory_budget
+from .singular import SVD, Triples
 
-PLANNED = ("block", "to_dense", "frobenius_norm")
+PLANNED = ("block", "to_dense", "frobenius_norm", "svd", "spectral_norm")
+
+TRIPLES = 6
+"""Singular triples, unless told otherwise."""
 
 Positions = int | slice | None
 """A position among the real tokens (−1 is the last), a slice of them, or None for all."""
-
-
-@dataclass(frozen=True, eq=False)
-class SVD:
-    """The largest singular triples of an operator, or of some of its blocks: T ≈ Σ S_k U_k V_kᵀ.
-
-    Attributes:
-        U: Left singular vectors, in the output: [k, query_pos, d_model].
-        S: Singular values, largest first: [k].
-        V: Right singular vectors, in the input: [k, key_pos, d_model].
-        query_pos: Positions of U, among the real tokens.
-        key_pos: Positions of V.
-    """
-
-    U: Float[Tensor, "k query_pos d_model"]
-    S: Float[Tensor, " k"]
-    V: Float[Tensor, "k key_pos d_model"]
-    query_pos: tuple[int, ...]
-    key_pos: tuple[int, ...]
-
-    def __repr__(self) -> str:
-        values = ", ".join(f"{s:.3g}" for s in self.S[:5].tolist())
-        more = ", …" if len(self.S) > 5 else ""
-        return f"SVD({len(self.S)} singular values: {values}{more})"
 
 
 class Contractible(LinearMap):
@@ -121,20 +101,12 @@ class Contractible(LinearMap):
             found.append(total.sum().sqrt())
         return torch.stack(found)
 
-    def plan(
-        self,
-        what: str = "block",
-        query_pos: Positions = None,
-        key_pos: Positions = None,
-        memory_limit: int | None = None,
-    ) -> Plan:
-        """What :meth:`block`, :meth:`to_dense` or :meth:`frobenius_norm` would cost.
+    def plan(self, what: str = "block", **arguments: Any) -> Plan:
+        """What a call of this operator would cost.
 
         Args:
-            what: "block", "to_dense" or "frobenius_norm".
-            query_pos: As :meth:`block` would be given it.
-            key_pos: Likewise.
-            memory_limit: Likewise.
+            what: "block", "to_dense", "frobenius_norm", "svd" or "spectral_norm".
+            **arguments: As the call would be given them.
 
         Returns:
             The plan; nothing has run but products that measure the machine.
@@ -144,35 +116,52 @@ class Contractible(LinearMap):
         """
         if what not in PLANNED:
             raise ValueError(f"expected one of {', '.join(PLANNED)}, got {what!r}")
+        call = signature(getattr(self, what))
+        if unknown := set(arguments) - set(call.parameters):
+            known = ", ".join(call.parameters)
+            raise ValueError(f"{what} has {known}, got {', '.join(sorted(unknown))}")
+        frame = self.frame
+        limit = memory_budget(arguments.get("memory_limit"), frame.device)
+        if what == "svd":
+            k, prompt = arguments.get("k", TRIPLES), arguments.get("prompt", 0)
+            places = arguments.get("query_pos"), arguments.get("key_pos")
+            return self._triples(k, *places, prompt).plan(what, limit, self.map)
+        if what == "spectral_norm":
+            each = [self._triples(1, None, None, i) for i in range(frame.batch)]
+            plans = [triples.plan(what, limit, self.map) for triples in each]
+            flops, seconds = sum(p.flops for p in plans), sum(p.seconds for p in plans)
+            peak = max(p.peak_bytes for p in plans)
+            return Plan(what, flops, seconds, peak, limit, frame.batch, plans[0].notes)
         jobs = []
-        for prompt, (start, stop) in enumerate(self.frame.spans):
-            query = _positions(query_pos, stop - start, "query_pos", prompt)
-            key = _positions(key_pos, stop - start, "key_pos", prompt)
+        for prompt, (start, stop) in enumerate(frame.spans):
+            query = _positions(arguments.get("query_pos"), stop - start, "query_pos", prompt)
+            key = _positions(arguments.get("key_pos"), stop - start, "key_pos", prompt)
             pull = len(query) <= len(key) or what == "frobenius_norm"
             dim, wide = (self.out_dim, self.in_dim) if pull else (self.in_dim, self.out_dim)
             reduce = squares() if what == "frobenius_norm" else states(wide)
-            at = torch.tensor(query if pull else key, device=self.frame.device)
+            at = torch.tensor(query if pull else key, device=frame.device)
             jobs.append(Sweep(self.map, prompt, pull).job(at, dim, reduce))
-        frame = self.frame
-        limit = memory_budget(memory_limit, frame.device)
         return make_plan(what, jobs, limit, frame.dtype, frame.device)
 
-    def spectral_norm(self) -> Float[Tensor, " batch"]:
-        """The largest singular value of every prompt's operator."""
-        return torch.stack([self.svd(1, prompt=i).S[0] for i in range(self.frame.batch)])
+    def spectral_norm(self, memory_limit: int | None = None) -> Float[Tensor, " batch"]:
+        """The largest singular value of every prompt's operator; see :meth:`svd`."""
+        prompts = range(self.frame.batch)
+        return torch.stack([self.svd(1, prompt=i, memory_limit=memory_limit).S[0] for i in prompts])
 
     def svd(
         self,
-        k: int = 6,
+        k: int = TRIPLES,
         query_pos: Positions = None,
         key_pos: Positions = None,
         prompt: int = 0,
         seed: int = 0,
+        memory_limit: int | None = None,
     ) -> SVD:
         """The k largest singular triples of the operator, or of its blocks [query_pos, key_pos].
 
         Matrix-free: ARPACK on pushes and pulls of single vectors (scipy), or the dense block where
-        it is one block.
+        it is one block (``singular``). A step runs the whole batch: of many prompts take one, with
+        ``lens[i]``.
 
         Args:
             k: How many.
@@ -180,57 +169,28 @@ class Contractible(LinearMap):
             key_pos: Sources; None is all.
             prompt: Which prompt of the batch.
             seed: Of the first vector.
+            memory_limit: Bytes; by default half of what is free.
 
         Returns:
             Singular values and vectors, largest first.
 
         Raises:
-            ValueError: If k does not fit, a position does not exist, or scipy is missing.
+            ValueError: If k does not fit, there is no such prompt or position, it takes more memory,
+                or scipy is missing.
         """
-        frame = self.frame
-        start, stop = frame.spans[prompt]
+        triples = self._triples(k, query_pos, key_pos, prompt)
+        triples.check(memory_budget(memory_limit, self.frame.device), self.map)
+        if triples.dense:
+            return triples.of_dense(self._blocks(prompt, triples.query, triples.key, memory_limit))
+        return triples.by_steps(seed)
+
+    def _triples(self, k: int, query_pos: Positions, key_pos: Positions, prompt: int) -> Triples:
+        if not isinstance(prompt, int) or not 0 <= prompt < self.frame.batch:
+            raise ValueError(f"expected a prompt from 0 to {self.frame.batch - 1}, got {prompt!r}")
+        start, stop = self.frame.spans[prompt]
         query = _positions(query_pos, stop - start, "query_pos", prompt)
         key = _positions(key_pos, stop - start, "key_pos", prompt)
-        rows, columns = len(query) * self.out_dim, len(key) * self.in_dim
-        most = min(rows, columns)
-        if not isinstance(k, int) or not 1 <= k <= most:
-            raise ValueError(f"expected 1 ≤ k ≤ {most} singular triples, got {k!r}")
-        if len(query) == len(key) == 1 or k >= most - 1:
-            if rows * columns * frame.dtype.itemsize > DENSE_LIMIT:
-                raise ValueError(f"expected k well below {most}, got {k}: ask for fewer triples")
-            dense = self._blocks(prompt, query, key).reshape(rows, columns)
-            U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
-            return _triples(U[:, :k].T, S[:k], Vh[:k], query, key)
-        try:
-            import numpy
-            from scipy.sparse.linalg import aslinearoperator, svds
-        except ImportError:
-            raise ValueError("svd needs scipy: pip install 'tensorlens-tl[scipy]'") from None
-
-        def act(at: list[int], to: list[int], dim: int, apply):
-            def run(vector):
-                x = frame.zeros(dim)
-                x[prompt, [start + p for p in at]] = (
-                    torch.as_tensor(vector).to(x).reshape(len(at), dim)
-                )
-                return apply(x)[prompt, [start + p for p in to]].flatten().cpu().numpy()
-
-            return run
-
-        dtype = str(frame.dtype).removeprefix("torch.")
-        operator = aslinearoperator(
-            SimpleNamespace(
-                shape=(rows, columns),
-                dtype=dtype,
-                matvec=act(key, query, self.in_dim, self.apply),
-                rmatvec=act(query, key, self.out_dim, self.apply_t),
-            )
-        )
-        first = numpy.random.default_rng(seed).standard_normal(most)
-        parts = svds(operator, k=k, v0=first.astype(dtype))
-        U, S, Vh = (torch.as_tensor(part.copy()).to(frame.zeros(0)) for part in parts)
-        order = S.argsort(descending=True)
-        return _triples(U.mT[order], S[order], Vh[order], query, key)
+        return Triples(self, prompt, query, key, k)
 
     def _blocks(
         self, prompt: int, query: list[int], key: list[int], memory_limit: int | None = None
@@ -261,16 +221,6 @@ class Contractible(LinearMap):
 
 def _in_a_row(pos: list[int]) -> bool:
     return pos == list(range(pos[0], pos[-1] + 1))
-
-
-def _triples(U: Tensor, S: Tensor, V: Tensor, query: list[int], key: list[int]) -> SVD:
-    return SVD(
-        U.unflatten(1, (len(query), -1)),
-        S,
-        V.unflatten(1, (len(key), -1)),
-        tuple(query),
-        tuple(key),
-    )
 
 
 def _positions(pos: Positions, length: int, name: str, prompt: int) -> list[int]:

@@ -406,8 +406,8 @@ class TensorLens(FrozenRun):
         """What a contraction will cost, before it runs: time, flops, peak memory, chunks.
 
         Args:
-            what: A kind of :meth:`token_matrix`; or "block", "to_dense" or "frobenius_norm" of the
-                operator.
+            what: A kind of :meth:`token_matrix`; or "block", "to_dense", "frobenius_norm",
+                "svd" or "spectral_norm" of the operator.
             **arguments: The same that would be given to it.
 
         Returns:

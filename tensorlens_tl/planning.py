@@ -1,20 +1,20 @@
 """What a sweep will cost, before it runs: operations, memory, seconds, and how it is cut.
 
 Everything here is arithmetic on shapes. The formulas are those of ``contraction``, block by block and
-stage by stage; only the rates at which this machine multiplies are measured, by products of the
-same shapes that take a fraction of a second.
+stage by stage; only the rates at which this machine multiplies are measured (``rates``), by products of
+the same shapes that take a fraction of a second.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 
 import torch
+
+from .rates import Cost, Rates, rates
 
 BLOCK_ROWS, FOLDED_BLOCK_ROWS = 8, 32
 """Vectors that a block carries side by side, without and with folded maps."""
@@ -131,23 +131,6 @@ def carried_by(blocks: Sequence[tuple[int, int]]) -> list[int]:
 def fold_group(width: int, d_model: int) -> int:
     """How many positions' maps are made at once."""
     return max(1, ROWS * 512 // (d_model * width))
-
-
-@dataclass
-class Cost:
-    """Flops by the kind of product, bytes moved beside, and calls."""
-
-    product: float = 0.0
-    mixing: float = 0.0
-    making: float = 0.0
-    folded: float = 0.0
-    moved: float = 0.0
-    calls: int = 0
-
-    @property
-    def flops(self) -> float:
-        """All floating-point operations."""
-        return self.product + self.mixing + self.making + self.folded
 
 
 @dataclass(frozen=True)
@@ -334,90 +317,6 @@ class Job:
             cost.calls += 3 * -(-min(end, below) // group) + 6 * -(-outside // ROWS)
 
 
-# --- Rates ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Flops a second by kind of product, numbers moved a second, seconds a call."""
-
-    product: float
-    mixing: float
-    making: float
-    folded: float
-    moved: float
-    call: float
-
-    def seconds(self, cost: Cost) -> float:
-        """How long a cost takes."""
-        return (
-            cost.product / self.product + cost.mixing / self.mixing + cost.making / self.making
-            + cost.folded / self.folded + cost.moved / self.moved + cost.calls * self.call
-        )  # fmt: skip
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    return min(once() for _ in range(4))  # a busy moment slows some of them
-
-
-@cache
-def rates(
-    d_model: int, width: int, heads: int, d_head: int, n_pos: int, rows: int,
-    dtype: torch.dtype, device: torch.device, threads: int,
-) -> Rates:  # fmt: skip
-    """Measure products of a job's shapes; under 0.3 s on one core.
-
-    Args:
-        d_model: D.
-        width: The MLP's width, or the attention's where there is none.
-        heads: Of one layer.
-        d_head: Of one head.
-        n_pos: Positions.
-        rows: Vectors side by side in a block.
-        dtype: Of the vectors.
-        device: Where.
-        threads: torch.get_num_threads(), so that another setting is measured anew.
-
-    Returns:
-        The rates.
-    """
-    few = min(256, max(64, int(3e9 / (2 * d_model * width))))
-    x, W = _filled(few, d_model, dtype, device), _filled(d_model, width, dtype, device)
-    product = 2 * few * d_model * width / _timed(lambda: x @ W, device)
-    end, side = min(n_pos, 128), min(rows * d_head, 2048)
-    tile = min(CAUSAL_TILE, end)
-    A, z = _filled(heads, tile, end, dtype, device), _filled(heads, end, side, dtype, device)
-    mixing = 2 * heads * tile * end * side / _timed(lambda: torch.bmm(A, z), device)
-    slim = min(width, 1024)
-    V = _filled(2, d_model, slim, dtype, device)
-    making = 2 * 2 * d_model**2 * slim / _timed(lambda: V @ V[0].T, device)
-    S, F = (
-        _filled(2, min(rows, 256), d_model, dtype, device),
-        _filled(2, d_model, d_model, dtype, device),
-    )
-    folded = 2 * 2 * S.shape[1] * d_model**2 / _timed(lambda: torch.bmm(S, F), device)
-    big = _filled(2**21, dtype, device)
-    moved = 2 * 2**21 / _timed(lambda: big.clone(), device)
-    small = _filled(8, dtype, device)
-    call = _timed(lambda: [small + small for _ in range(50)], device) / 50
-    return Rates(product, mixing, making, folded, moved, 2 * call)
-
-
-def _filled(*shape) -> torch.Tensor:
-    *size, dtype, device = shape
-    return torch.full(size, 0.5, dtype=dtype, device=device)
-
-
 # --- The plan ------------------------------------------------------------------------------------
 
 
@@ -453,6 +352,17 @@ class Plan:
         return text + "".join(f"; {note}" for note in self.notes) + ")"
 
 
+def rates_of(stages: Sequence[StageShape], d_model: int, n_pos: int, rows: int,
+             dtype: torch.dtype, device: torch.device) -> Rates:  # fmt: skip
+    """This machine's rates for products of the widest stage's shapes; see :func:`rates`."""
+    branches = [b for stage in stages for b in stage]
+    width = max((b.width_in for b in branches if not b.heads), default=d_model)
+    heads = max((b.heads for b in branches), default=0) or 1
+    d_head = max((b.width_in for b in branches if b.heads), default=d_model) // heads
+    return rates(d_model, width, heads, max(1, d_head), n_pos, rows, CAUSAL_TILE, dtype, device,
+                 torch.get_num_threads())  # fmt: skip
+
+
 def make_plan(what: str, jobs: Sequence[Job], limit: int, dtype: torch.dtype,
               device: torch.device, notes: Sequence[str] = ()) -> Plan:  # fmt: skip
     """Add up several sweeps, run one after another.
@@ -473,13 +383,8 @@ def make_plan(what: str, jobs: Sequence[Job], limit: int, dtype: torch.dtype,
     for job in jobs:
         chunks = job.chunks(limit - held)
         wise = [b for s in job.stages for b in s if not b.heads]
-        mixing = [b for s in job.stages for b in s if b.heads]
-        width = max((b.width_in for b in wise), default=job.d_model)
-        heads = max((b.heads for b in mixing), default=1)
-        d_head = max((b.width_in for b in mixing), default=job.d_model) // heads
         rows = max(b.n for _, blocks in chunks for b in blocks) * (chunks[0][0].stop)
-        measured = rates(job.d_model, width, heads, max(1, d_head), job.n_pos, rows, dtype, device,
-                         torch.get_num_threads())  # fmt: skip
+        measured = rates_of(job.stages, job.d_model, job.n_pos, rows, dtype, device)
         for part, blocks in chunks:
             many = part.stop - part.start
             cost = job.cost(blocks, many)

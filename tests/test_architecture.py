@@ -12,7 +12,8 @@ FLOORS = {
     "graph": 0, "heat": 0, "intervals": 0, "supported": 0, "linear_map": 0.5, "weights": 0,
     "primitives": 1, "prompts": 1, "factored": 0,
     "sublayer": 2, "recomputed": 2,
-    "sublayers": 3, "planning": 1, "folding": 3, "contraction": 3.5, "blocks": 4,
+    "sublayers": 3, "planning": 1, "rates": 0, "folding": 3, "contraction": 3.5, "singular": 3.7,
+    "blocks": 4,
     "adapter": 2, "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4,
     "score_weights": 4.5, "query_key": 5,
     "recording": 5, "precision": 5, "wiring": 0.5, "branches": 4, "restriction": 4.5, "composer": 5,
@@ -68,7 +69,7 @@ def test_imports_go_down(path):
             "graph",
             "factored",
             "linear_map",
-            "planning",
+            "rates",
             "supported",
             "weights",
             "loading",
@@ -77,7 +78,6 @@ def test_imports_go_down(path):
             "families",
             "heat",
             "intervals",
-            "planning",
             "__main__",
         )
         or inside
