@@ -24,7 +24,7 @@ import torch
 from timing import interleave, ratio
 from torch.nn.functional import scaled_dot_product_attention as fused
 
-from tensorlens_tl.linear_map import Frame
+from tensorlens_tl.frame import Frame
 from tensorlens_tl.primitives import Mix
 from tensorlens_tl.recomputed import LN2, RecomputedMix, Scores
 

@@ -158,6 +158,8 @@ def random(capture: Capture, seed: int = 0) -> Matrix:
     for prompt, (start, stop) in enumerate(capture.frame.spans):
         ids = capture.prompts.tokens[prompt, start:stop].tolist()
         generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, ids)).encode()))
-        drawn = torch.rand(stop - start, stop - start, generator=generator, dtype=torch.float64)
+        drawn = torch.rand(
+            stop - start, stop - start, generator=generator, device="cpu", dtype=torch.float64
+        )
         numbers[prompt, start:stop, start:stop] = drawn.to(numbers)
     return torch.where(rollout(capture) > 0, numbers, 0)

@@ -126,7 +126,7 @@ def edge_gradients(
     with torch.no_grad():
         run = model.run(pairs.ids)
         clean, twin = run.writes[0], model.run(pairs.twins).writes[0]
-    found = torch.zeros(len(model.universe.readers), len(model.universe.writers)).to(clean)
+    found = clean.new_zeros(len(model.universe.readers), len(model.universe.writers))
     with torch.enable_grad():
         for step in range(1, steps + 1):
             nudge = torch.zeros_like(found).requires_grad_()

@@ -293,7 +293,7 @@ def chefer(
     y, patterns = live.plain
     target = target_of(y, query, covector).sum()
     gradients = _gradients(live, target, patterns)
-    relevance = torch.eye(y.shape[1]).to(y).expand(len(y), -1, -1)
+    relevance = torch.eye(y.shape[1], dtype=y.dtype, device=y.device).expand(len(y), -1, -1)
     for pattern, gradient in zip(patterns, gradients, strict=True):
         relevance = relevance + (gradient * pattern).clamp_min(0).mean(1).to(y) @ relevance
     return relevance[torch.arange(len(y), device=y.device), query]

@@ -209,7 +209,7 @@ class Contractible(LinearMap):
     ) -> Tensor:  # fmt: skip
         """A sweep of all unit vectors from some positions."""
         dim = self.out_dim if pull else self.in_dim
-        eye = torch.eye(dim, dtype=self.frame.dtype, device=self.frame.device)
+        eye = self.frame.eye(dim)
         return Sweep(self.map, prompt, transposed=pull).carry(
             torch.tensor(at, device=self.frame.device),
             lambda index, part: eye[part].expand(len(index), -1, -1),

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from .linear_map import Frame, version
+from .frame import Frame, version
 from .primitives import Mix, Norm, Shift
 from .prompts import Prompts
 from .recomputed import RecomputedMix

@@ -163,15 +163,15 @@ def orthogonal_probes(n: int, k: int, d: int, generator: torch.Generator) -> Flo
         Probes g with E[g gᵀ] = 1 / d.
     """
     power = d & -d
-    basis = torch.ones(1, 1, dtype=torch.float64)
+    basis = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(basis) < power:
         basis = torch.cat([torch.cat([basis, basis], 1), torch.cat([basis, -basis], 1)])
-    rest = torch.arange(d // power, dtype=torch.float64)
+    rest = torch.arange(d // power, dtype=torch.float64, device="cpu")
     cosine = torch.cos(math.pi * (rest[None] + 0.5) * rest[:, None] / len(rest))
     cosine /= cosine.norm(dim=1, keepdim=True)
     basis = torch.kron(basis / math.sqrt(power), cosine)
-    chosen = torch.rand(n, d, generator=generator).argsort(-1)[:, :k]
-    signs = torch.randint(0, 2, (n, 1, d), generator=generator) * 2 - 1
+    chosen = torch.rand(n, d, generator=generator, device="cpu").argsort(-1)[:, :k]
+    signs = torch.randint(0, 2, (n, 1, d), generator=generator, device="cpu") * 2 - 1
     return basis[chosen] * signs
 
 
@@ -385,7 +385,7 @@ def _prepare(
     sweep = Sweep(part.map, prompt, kind != "in", PRECISIONS[precision])
     d = part.out_dim
     if kind == "norm" and probes is None:
-        eye = torch.eye(d, dtype=capture.frame.dtype, device=capture.frame.device)
+        eye = capture.frame.eye(d)
         return _Sweep(sweep, d, lambda i, p: eye[p].expand(len(i), -1, -1), squares())
     if kind == "norm":
         if isinstance(probes, bool) or not isinstance(probes, int) or not 2 <= probes <= d:

@@ -21,8 +21,9 @@ from torch import Tensor
 from .blocks import Contractible
 from .branches import Branch, Step, Trace
 from .capturing import Capture
+from .frame import Frame
 from .graph import FINAL_SITE, Edge, Node, resid_site
-from .linear_map import Chain, Frame, LinearMap
+from .linear_map import Chain, LinearMap
 from .primitives import Identity, Norm, Shift
 from .restriction import RestrictedTransformer
 from .wiring import Wiring, as_edges

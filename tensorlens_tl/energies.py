@@ -79,9 +79,11 @@ class Energy:
         trace = C.diagonal(dim1=-2, dim2=-1).sum(-1)
         rounding = 1e-14 * trace  # what float64 loses in the recursion stays covered
         if rank is None:
-            return cls(C + rounding[:, None, None] * torch.eye(C.shape[-1]).to(C))
+            return cls(
+                C + rounding[:, None, None] * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+            )
         generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(C.shape[-1], rank, generator=generator).to(C)
+        probes = torch.randn(C.shape[-1], rank, generator=generator, device="cpu").to(C)
         Q = torch.linalg.qr(C @ (C @ probes)).Q
         size, axes = torch.linalg.eigh(Q.mT @ C @ Q)
         size = size.clamp_min(1e-12 * size[:, -1:]).clamp_min(torch.finfo(C.dtype).tiny)
@@ -127,7 +129,7 @@ def _sandwich(run: list[LinearMap], C: Tensor) -> Tensor:
     if not run:
         return C
     chain = Chain(tuple(run))
-    basis = torch.eye(chain.in_dim).to(chain.frame.zeros(0))[:, None, None]
+    basis = chain.frame.eye(chain.in_dim)[:, None, None]
     basis = basis.expand(-1, 1, chain.frame.n_pos, -1)
     rows = [chain.apply(part)[:, 0] for part in basis.split(64)]  # bounds what an MLP needs between
     F = torch.cat(rows).transpose(0, 1).double()  # [pos, in, out]

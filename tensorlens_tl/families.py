@@ -202,7 +202,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             scale = 0.5 if p.ndim == 1 or ".b_" in name else 1.5 * p.shape[-2] ** -0.5
-            noise = scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            noise = scale * torch.randn(
+                p.shape, generator=generator, device="cpu", dtype=torch.float64
+            ).to(p)
             p.copy_(p + noise if p.ndim == 1 else noise)
 
 

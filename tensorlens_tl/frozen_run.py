@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .capturing import Capture, Convention
 from .composer import FrozenTransformer
+from .frame import version
 from .headers import require_weights
-from .linear_map import LinearMap, version
+from .linear_map import LinearMap
 
 Run = TypeVar("Run", bound="FrozenRun")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import capturing, graph, linear_map, primitives, prompts, recomputed, sublayers, weights
 from .capturing import Capture
-from .linear_map import Frame
+from .frame import Frame
 
 MISSING = (
     "this lens was loaded without weights: pass model= to tensorlens_tl.load, or save with "

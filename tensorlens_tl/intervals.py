@@ -62,7 +62,7 @@ def bootstrap(
     Raises:
         ValueError: If there is no value.
     """
-    x = torch.as_tensor(values, dtype=torch.float64)
+    x = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"expected a list of at least one value, got shape {list(x.shape)}")
     drawn = statistic(x[_resamples(len(x), seed)])
@@ -72,4 +72,4 @@ def bootstrap(
 
 @lru_cache(maxsize=4)  # many statistics are of as many values
 def _resamples(n: int, seed: int) -> Int[Tensor, "draw n"]:
-    return torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(seed), device="cpu")

@@ -334,8 +334,8 @@ class _Setup:
     ) -> tuple[Prompt, Prompt, Float[Tensor, "circuit prompt"]]:
         """The measure of the model as it is, with everything ablated, and of several circuits."""
         n = self.n
-        full, ablated = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-        found = torch.zeros(len(keeps), n, dtype=torch.float64)
+        full, ablated = torch.zeros(2, n, dtype=torch.float64, device="cpu")
+        found = torch.zeros(len(keeps), n, dtype=torch.float64, device="cpu")
         # Equal circuits (small sizes, rankings without negative scores) are run once.
         keeps, which = torch.unique(keeps, dim=0, return_inverse=True)
         none = torch.zeros_like(keeps[:1])

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
-from numbers import Integral
 from types import SimpleNamespace
 from typing import overload
 
@@ -24,84 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .supported import check_autocast
+from .frame import Frame
 
 DENSE_LIMIT = 2 * 2**30  # bytes that a dense form may fill unless the caller allows more
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What all vectors of one captured batch share.
-
-    Attributes:
-        spans: For every prompt, the (start, stop) of its real tokens; what lies outside is padding.
-        n_pos: Number of positions, padding included.
-        dtype: Compute dtype, float32 or float64.
-        device: Where the tensors are.
-    """
-
-    spans: tuple[tuple[int, int], ...]
-    n_pos: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def batch(self) -> int:
-        """Number of prompts."""
-        return len(self.spans)
-
-    @property
-    def real(self) -> Tensor:
-        """Boolean mask [batch, pos], True at real tokens."""
-        pos = torch.arange(self.n_pos, device=self.device)
-        start, stop = torch.tensor(self.spans, device=self.device).T
-        return (pos >= start[:, None]) & (pos < stop[:, None])
-
-    @property
-    def row(self) -> Frame:
-        """The frame of one position per prompt."""
-        return replace(self, n_pos=1, spans=((0, 1),) * self.batch)
-
-    def index(self, pos: int) -> Tensor:
-        """Turn a position among the real tokens (Python counting) into tensor indices.
-
-        Args:
-            pos: Position; −1 is each prompt's last real token.
-
-        Returns:
-            Indices [batch] into the position axis.
-
-        Raises:
-            ValueError: If a prompt has no such position.
-        """
-        if not isinstance(pos, Integral):  # NumPy's integers are
-            raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
-        for prompt, (start, stop) in enumerate(self.spans):
-            if not start - stop <= pos < stop - start:
-                raise ValueError(
-                    f"position {pos} is outside prompt {prompt}: expected {start - stop} to "
-                    f"{stop - start - 1} (it has {stop - start} tokens, −1 is the last)"
-                )
-        indices = [(stop if pos < 0 else start) + pos for start, stop in self.spans]
-        return torch.tensor(indices, device=self.device)
-
-    def spread(self, b: Float[Tensor, " d"]) -> Float[Tensor, "batch pos d"]:
-        """One vector at every position, as a view."""
-        return self.cast(b).expand(self.batch, self.n_pos, -1)
-
-    def zeros(self, dim: int, *many: int) -> Tensor:
-        """Zeros of shape [*many, batch, pos, dim]."""
-        return torch.zeros(*many, self.batch, self.n_pos, dim, dtype=self.dtype, device=self.device)
-
-    def cast(self, tensor: Tensor) -> Tensor:
-        """The tensor, detached, in the compute dtype (no copy where it already is)."""
-        check_autocast(self.device.type)  # here, as every product has a factor that is cast
-        return tensor.detach().to(self.dtype)
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 where torch does not count (inference mode)."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class LinearMap(ABC):
@@ -202,7 +126,7 @@ class LinearMap(ABC):
         prompts = torch.arange(self.frame.batch, device=self.frame.device)
         query, key = self.frame.index(query_pos), self.frame.index(key_pos)
         u = self.frame.zeros(self.out_dim, self.out_dim)
-        u[:, prompts, query] = torch.eye(self.out_dim).to(u)[:, None]
+        u[:, prompts, query] = self.frame.eye(self.out_dim)[:, None]
         return self.apply_t(u)[:, prompts, key].transpose(0, 1)
 
     def to_dense(
@@ -228,7 +152,7 @@ class LinearMap(ABC):
         )
         for key in range(pos):
             x = self.frame.zeros(self.in_dim, self.in_dim)
-            x[:, :, key] = torch.eye(self.in_dim).to(x)[:, None]
+            x[:, :, key] = self.frame.eye(self.in_dim)[:, None]
             dense[:, :, :, key] = self.apply(x).permute(1, 2, 3, 0)
         return dense
 
@@ -267,7 +191,7 @@ class LinearMap(ABC):
         def acting(dim: int, map_: LinearMap):
             def act(columns):  # [pos * dim, many] or [pos * dim]
                 x = (
-                    torch.as_tensor(columns)
+                    torch.from_numpy(columns)
                     .to(self.frame.zeros(0))
                     .reshape(self.frame.n_pos, dim, -1)
                 )
@@ -307,8 +231,12 @@ def dot_test(op: LinearMap, seed: int = 0) -> float:
         A relative error; rounding in float64 is about 1e-16.
     """
     generator = torch.Generator().manual_seed(seed)
-    u = torch.randn(op.frame.zeros(op.in_dim).shape, generator=generator).to(op.frame.zeros(0))
-    v = torch.randn(op.frame.zeros(op.out_dim).shape, generator=generator).to(op.frame.zeros(0))
+    u = torch.randn(op.frame.zeros(op.in_dim).shape, generator=generator, device="cpu").to(
+        op.frame.zeros(0)
+    )
+    v = torch.randn(op.frame.zeros(op.out_dim).shape, generator=generator, device="cpu").to(
+        op.frame.zeros(0)
+    )
     au, atv = op.apply(u), op.apply_t(v)
     scale = au.norm() * v.norm() + u.norm() * atv.norm()
     return float(

@@ -17,7 +17,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .linear_map import Frame, LinearMap
+from .frame import Frame
+from .linear_map import LinearMap
 from .weights import NormWeights
 
 # --- Gating ratios -------------------------------------------------------------------------------

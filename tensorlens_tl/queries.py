@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .linear_map import Frame, version
+from .frame import Frame, version
 from .primitives import Mix
 from .recomputed import RecomputedMix, Scores
 from .weights import AttentionWeights

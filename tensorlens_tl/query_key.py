@@ -25,8 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .factored import Factored
+from .frame import Frame
 from .graph import Node
-from .linear_map import Frame
 from .primitives import Norm
 from .selfcheck import CaptureMismatchError
 from .sublayers import Attention

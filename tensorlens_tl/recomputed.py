@@ -40,7 +40,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .linear_map import Frame, LinearMap
+from .frame import Frame
+from .linear_map import LinearMap
 from .primitives import Mix
 
 LN2 = math.log(2.0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .adapter import Adapter, Read
 from .capturing import Capture, Convention, FrozenBlock
-from .linear_map import Frame, version
+from .frame import Frame, version
 from .primitives import Norm, Shift, gating_ratio, soft_cap_ratio
 from .prompts import Prompts
 from .queries import Queries, Stored, reading
@@ -50,16 +51,15 @@ class Recorder:
 
     def listen(self, read: Read) -> Callable[..., None]:
         """A hook that stores one activation, and freezes a block when it was the last."""
+        return partial(self._hear, read)
+
+    def _hear(self, read: Read, module: Any, args: Any, output: Tensor | None = None) -> None:
+        seen: Tensor = args[0] if output is None else output  # before the module, or after it
+        self.sources[read] = seen, version(seen)
+        self.reads[read] = self._clean(read, self.frame.cast(seen))
         layer, key = read
-
-        def hook(module: Any, args: Any, output: Tensor | None = None) -> None:
-            seen: Tensor = args[0] if output is None else output  # before the module, or after it
-            self.sources[read] = seen, version(seen)
-            self.reads[read] = self._clean(read, self.frame.cast(seen))
-            if key == "resid_post" and layer is not None:
-                self.freeze_block(layer)
-
-        return hook
+        if key == "resid_post" and layer is not None:
+            self.freeze_block(layer)
 
     def _clean(self, read: Read, tensor: Tensor) -> Tensor:
         # Padding rows may hold NaN (a softmax over nothing): they are nobody's, and become 0, or

@@ -338,7 +338,7 @@ def _draw(
     first = statements.first.tolist()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(1000):
-        order = torch.randperm(len(first), generator=generator).tolist()
+        order = torch.randperm(len(first), generator=generator, device="cpu").tolist()
         test = order[most:]
         if len({first[i] for i in order[:fewest]}) > 1 and len({first[i] for i in test}) > 1:
             break
@@ -351,5 +351,7 @@ def _draw(
     pairs = []
     for i in test:
         others = [j for j in test if first[j] != first[i]]
-        pairs.append((i, others[int(torch.randint(len(others), (), generator=generator))]))
+        pairs.append(
+            (i, others[int(torch.randint(len(others), (), generator=generator, device="cpu"))])
+        )
     return order, pairs

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .branches import Branch, Step
+from .frame import Frame
 from .graph import Edge, Node
-from .linear_map import Chain, Frame, LinearMap
+from .linear_map import Chain, LinearMap
 from .wiring import INPUT, LOGITS, owner
 
 Constants = Callable[[], dict[str, Tensor]]

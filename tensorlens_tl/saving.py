@@ -26,6 +26,7 @@ from .adapter import Adapter
 from .adapters import adapt
 from .capturing import Capture
 from .composer import FrozenTransformer
+from .frame import Frame
 from .headers import (
     DTYPES,
     Builder,
@@ -38,7 +39,6 @@ from .headers import (
     products,
     weights_in,
 )
-from .linear_map import Frame
 from .score_weights import score_weights
 
 FORMAT, VERSION = "tensorlens_tl lens", 1

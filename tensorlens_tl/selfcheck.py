@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .linear_map import Frame, version
+from .frame import Frame, version
 from .primitives import Norm
 from .recomputed import AnyMix
 from .weights import AttentionWeights, NormWeights
@@ -54,7 +54,9 @@ _products: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 def _probe(*shape: int) -> Tensor:
     # Normal numbers, not signs: under ±1 an edit that moves δ from one coordinate to another is
     # invisible with probability ½, under a continuous probe with probability 0.
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64
+    )
 
 
 class SelfCheck:

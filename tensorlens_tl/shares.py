@@ -147,7 +147,7 @@ class FaithfulnessCurve:
         return _quantiles(self._area((1 - shares).abs()), len(self.full))
 
     def _area(self, f: Float[Tensor, "*many size"]) -> Float[Tensor, "*many"]:
-        return torch.trapezoid(f, torch.tensor(self.sizes, dtype=f.dtype), dim=-1)
+        return torch.trapezoid(f, f.new_tensor(self.sizes), dim=-1)
 
     def to_json(self) -> str:
         """All of it as JSON; nan is null."""
@@ -214,7 +214,9 @@ def _resampled(
 ) -> Float[Tensor, "times many"]:
     """Shares over prompts drawn with replacement."""
     n = len(full)
-    drawn = torch.randint(n, (times, n), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(
+        n, (times, n), generator=torch.Generator().manual_seed(seed), device="cpu"
+    )
     low = ablated[drawn].mean(-1)
     return (circuits[:, drawn].mean(-1) - low).T / (full[drawn].mean(-1) - low)[:, None]
 
@@ -222,7 +224,7 @@ def _resampled(
 def _quantiles(values: Float[Tensor, " times"], n: int) -> Interval:
     if n < 2 or not bool(values.isfinite().all()):  # a draw in which ablating changes nothing
         return math.nan, math.nan
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    low, high = values.quantile(values.new_tensor([0.025, 0.975])).tolist()
     return low, high
 
 

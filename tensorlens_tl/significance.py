@@ -72,7 +72,7 @@ def compare(ours: Sequence[Number], theirs: Sequence[Number], seed: int = 0) -> 
     """
     if len(ours) != len(theirs):
         raise ValueError(f"expected pairs, got {len(ours)} and {len(theirs)} inputs")
-    d = torch.as_tensor(ours, dtype=torch.float64) - torch.as_tensor(theirs, dtype=torch.float64)
+    d = _numbers(ours) - _numbers(theirs)
     d = d[~d.isnan()]
     difference = estimate(d.tolist(), seed)
     if len(d) == 0:
@@ -87,14 +87,22 @@ def compare(ours: Sequence[Number], theirs: Sequence[Number], seed: int = 0) -> 
 @lru_cache(maxsize=4)  # many comparisons are of as many inputs
 def _signs(n: int, seed: int) -> Int8[Tensor, "flip n"]:
     if n <= EXACT:
-        return ((torch.arange(2**n)[:, None] >> torch.arange(n) & 1) * 2 - 1).to(torch.int8)
+        flips, inputs = (torch.arange(m, device="cpu") for m in (2**n, n))
+        return ((flips[:, None] >> inputs & 1) * 2 - 1).to(torch.int8)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (FLIPS, n), generator=generator, dtype=torch.int8) * 2 - 1
+    return (
+        torch.randint(0, 2, (FLIPS, n), generator=generator, device="cpu", dtype=torch.int8) * 2 - 1
+    )
+
+
+def _numbers(values: Sequence[Number]) -> Float[Tensor, " n"]:
+    # On the CPU, whatever the default device: the draws are there, too.
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
 def ranks(values: Sequence[Number]) -> Float[Tensor, " n"]:
     """Ranks from 1, equal values sharing their mean rank."""
-    x = torch.as_tensor(values, dtype=torch.float64)
+    x = _numbers(values)
     below = (x[None] < x[:, None]).sum(1)
     equal = (x[None] == x[:, None]).sum(1).double()
     return below + (equal + 1) / 2

@@ -212,7 +212,7 @@ class Triples:
         def act(at: Sequence[int], to: Sequence[int], dim: int, apply):
             def run(vector):
                 x = frame.zeros(dim)
-                entries = torch.as_tensor(vector).to(x).reshape(len(at), dim)
+                entries = torch.from_numpy(vector).to(x).reshape(len(at), dim)
                 x[self.prompt, [start + p for p in at]] = entries
                 steps.update()
                 return apply(x)[self.prompt, [start + p for p in to]].flatten().cpu().numpy()
@@ -231,7 +231,7 @@ class Triples:
         first = numpy.random.default_rng(seed).standard_normal(min(self.shape))
         with steps, torch.no_grad():
             parts = svds(operator, k=self.k, ncv=self.basis, v0=first.astype(dtype))
-        U, S, Vh = (torch.as_tensor(part.copy()).to(frame.zeros(0)) for part in parts)
+        U, S, Vh = (torch.from_numpy(part.copy()).to(frame.zeros(0)) for part in parts)
         order = S.argsort(descending=True)
         return self._result(U.mT[order], S[order], Vh[order])
 

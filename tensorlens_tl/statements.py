@@ -141,7 +141,7 @@ class Statements:
         maps = [self.maps(method, i) for i in train]
         W, b = (torch.stack([getattr(m, part) for m in maps])[:, places] for part in ("W", "b"))
         h, n = self.hidden[list(train)][:, places], len(train)
-        others = (1 - torch.eye(n).to(h)) / (n - 1)
+        others = (1 - torch.eye(n, dtype=h.dtype, device=h.device)) / (n - 1)
         read = torch.einsum("nm,mlij,nlj->nli", others, W, h)
         rest = torch.einsum("nm,mli->nli", others, b)
         token = self.first[list(train), None]

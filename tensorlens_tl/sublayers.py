@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .factored import Factored
+from .frame import Frame
 from .graph import Node
-from .linear_map import Chain, Frame, LinearMap, Sum
+from .linear_map import Chain, LinearMap, Sum
 from .primitives import (
     Gate,
     Linear,

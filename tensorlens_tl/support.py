@@ -115,7 +115,9 @@ def measure(family: str, host_class: str) -> Row:
     Returns:
         The row; no error of the host or the library escapes.
     """
-    ids = torch.randint(0, D_VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, D_VOCAB, (2, 7), generator=torch.Generator().manual_seed(0), device="cpu"
+    )
     with quiet(), torch.no_grad():
         try:
             model = host_classes()[host_class](family, torch.float64)

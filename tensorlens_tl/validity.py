@@ -166,14 +166,14 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     x = lens.embedding[0]
     if kind == "random":
-        delta = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        delta = torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float64).to(x)
     elif kind == "steering" and steer is not None:
         delta = steer.to(x).expand_as(x)
     elif kind == "swap":
-        pos = int(torch.randint(len(x), (), generator=generator))
+        pos = int(torch.randint(len(x), (), generator=generator, device="cpu"))
         ids = lens.capture.prompts.tokens.clone()
         d_vocab = lens.capture.unembed.weights.W_U.shape[1]
-        step = int(torch.randint(1, d_vocab, (), generator=generator))
+        step = int(torch.randint(1, d_vocab, (), generator=generator, device="cpu"))
         ids[0, pos] = (ids[0, pos] + step) % d_vocab
         delta = torch.zeros_like(x)
         delta[pos] = (_embedded(lens, model, ids) - x)[pos]
@@ -437,7 +437,8 @@ def validity(
     rows = []
     for i, lens in enumerate(tqdm(lenses, desc="validity", disable=not progress)):
         a, b = (
-            j + (j >= i) for j in torch.randperm(len(lenses) - 1, generator=generator)[:2].tolist()
+            j + (j >= i)
+            for j in torch.randperm(len(lenses) - 1, generator=generator, device="cpu")[:2].tolist()
         )
         steer = lenses[a].embedding[0].mean(0) - lenses[b].embedding[0].mean(0)
         drawn = [draw(lens, model, kind, seed + i, steer) for kind in kinds]

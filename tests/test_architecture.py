@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.algebra
+
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 FLOORS = {
-    "graph": 0, "heat": 0, "intervals": 0, "supported": 0, "linear_map": 0.5, "weights": 0,
+    "graph": 0, "heat": 0, "intervals": 0, "supported": 0, "frame": 0.3, "linear_map": 0.5, "weights": 0,
     "primitives": 1, "prompts": 1, "factored": 0,
     "sublayer": 2, "recomputed": 2,
     "sublayers": 3, "planning": 1, "rates": 0, "folding": 3, "contraction": 3.5, "singular": 3.7,

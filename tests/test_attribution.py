@@ -8,9 +8,9 @@ from helpers import ALL, GATED, SEQ, FrozenModel, assert_close, lens_of, quiet, 
 
 import tensorlens_tl
 from tensorlens_tl.capturing import Capture, Convention, FrozenBlock
+from tensorlens_tl.frame import Frame
 from tensorlens_tl.graph import Node
 from tensorlens_tl.lens import TensorLens
-from tensorlens_tl.linear_map import Frame
 from tensorlens_tl.primitives import Mix, Norm
 from tensorlens_tl.prompts import Prompts
 from tensorlens_tl.sublayers import MLP, Attention, Unembed

@@ -24,12 +24,14 @@ from tensorlens_tl.baselines_vectors import (
     value_zeroing_layers,
 )
 from tensorlens_tl.capturing import Capture, Convention, FrozenBlock
-from tensorlens_tl.linear_map import Frame
+from tensorlens_tl.frame import Frame
 from tensorlens_tl.primitives import Mix, Norm
 from tensorlens_tl.prompts import Prompts
 from tensorlens_tl.sublayers import MLP, Attention, Unembed
 from tensorlens_tl.targets import resolve_target
 from tensorlens_tl.weights import AttentionWeights, MLPWeights, NormWeights, UnembedWeights
+
+pytestmark = pytest.mark.algebra
 
 FAMILIES = ("gpt2", "llama", "neox", "gemma2", "attn-only", "qwen3", "mistral", "solu")
 FEW = [c for c in CASES.values() if c.name.split("-", 1)[1] in FAMILIES]

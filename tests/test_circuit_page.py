@@ -5,6 +5,10 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.algebra
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -51,9 +51,10 @@ def test_the_report():
 
 
 @needs_model
-def test_json_from_standard_input_and_file(tmp_path, capsys):
-    out = run("--model", str(FOLDER), "--json", input=PROMPT + "\n")
-    report = json.loads(out.stdout)
+def test_json_from_standard_input_and_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
+    assert main(["--model", str(FOLDER), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert report["prompt"] == PROMPT and report["target"] == "'Lily'"
     for by in ("token", "component"):
         total = sum(row["value"] for row in report["rows"][by])
@@ -121,13 +122,12 @@ def test_unknown_words_are_named():
     assert unknown_words(Tokenizer(), "a zyzzy") == []
 
 
-@pytest.mark.parametrize("args", [[], ["--json"]], ids=str)
-def test_a_closed_pipe_is_no_error(args):
+def test_a_closed_pipe_is_no_error():
     read, write = os.pipe()
     os.close(read)
     try:
         out = subprocess.run(
-            [sys.executable, "-m", "tensorlens_tl", *args],
+            [sys.executable, "-m", "tensorlens_tl"],
             stdin=subprocess.DEVNULL,
             stdout=write,
             stderr=subprocess.PIPE,
@@ -156,12 +156,11 @@ def test_half_precision_shows_the_models_own_noise(dtype, capsys):
 PAIR = "The capital of France is\nThe capital of Peru is\n"
 
 
-def test_evaluate_prints_the_table_and_nothing_else(tmp_path):
+def test_evaluate_prints_the_table_and_nothing_else(tmp_path, capfd):
     file = tmp_path / "prompts.txt"
     file.write_text(PAIR)
-    out = run("evaluate", "--methods", "in_out", "rollout", "--file", str(file))
-    assert out.returncode == 0, out.stderr
-    lines = out.stdout.splitlines()
+    assert main(["evaluate", "--methods", "in_out", "rollout", "--file", str(file)]) == 0
+    lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("Evaluation of 2 methods on 2 prompts of tensorlens_tl demo")
     assert lines[2].split("  ")[0] == "masked by delete" and lines[-1].startswith("rollout")
 

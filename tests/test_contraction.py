@@ -11,6 +11,8 @@ from tensorlens_tl.collapse import orthogonal_probes, student_t
 from tensorlens_tl.contraction import Sweep, dots, squares, states
 from tensorlens_tl.planning import HALF_BYTES, folds_below, half_bytes
 
+pytestmark = pytest.mark.algebra
+
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
 SHAPES = [

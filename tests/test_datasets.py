@@ -11,6 +11,8 @@ from helpers import ALL, assert_close, lens_of, quiet, tokens
 import tensorlens_tl
 from tensorlens_tl import Attribution, Node, demo, heat
 
+pytestmark = pytest.mark.algebra
+
 FIRST = ALL[0]
 
 

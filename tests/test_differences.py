@@ -8,6 +8,8 @@ import tensorlens_tl
 from tensorlens_tl import Edge, Node
 from tensorlens_tl.composer import FrozenTransformer
 
+pytestmark = pytest.mark.algebra
+
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
 every_convention = pytest.mark.parametrize(

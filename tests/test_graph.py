@@ -2,6 +2,8 @@ import pytest
 
 from tensorlens_tl.graph import Edge, Node, resid_site
 
+pytestmark = pytest.mark.algebra
+
 
 @pytest.mark.parametrize(
     "text", ["embed", "pos_embed", "logits", "L3H7", "L12MLP", "L0N512", "L3.b_O", "L1.ln1.b", "b_U", "ln_final.b",

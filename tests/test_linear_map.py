@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorlens_tl.linear_map import Chain, Frame, Residual, Sum, Transposed, dot_test
+from tensorlens_tl.frame import Frame
+from tensorlens_tl.linear_map import Chain, Residual, Sum, Transposed, dot_test
 from tensorlens_tl.primitives import Gate, Linear, Mix, Norm
 from tensorlens_tl.weights import NormWeights
+
+pytestmark = pytest.mark.algebra
 
 FRAME = Frame(((0, 3), (1, 3)), 3, torch.float64, torch.device("cpu"))
 

@@ -14,6 +14,8 @@ from helpers import ALL, lens_of
 from tensorlens_tl.branches import Pull, Trace
 from tensorlens_tl.composer import FrozenTransformer
 
+pytestmark = pytest.mark.algebra
+
 CASE = next(case for case in ALL if case.name in ("hooked-gpt2", "bridge-gpt2"))
 
 
@@ -51,6 +53,7 @@ def nothing(monkeypatch):
             effects["ln_final.b"] = (y * final(self)).sum(-1)
         return torch.zeros_like(y)
 
+    monkeypatch.setattr("helpers._LENSES", {})
     monkeypatch.setattr(FrozenTransformer, "of", classmethod(keep))
     monkeypatch.setattr(FrozenTransformer, "apply", lambda self, x: torch.zeros_like(x))
     monkeypatch.setattr(FrozenTransformer, "apply_t", apply_t)

@@ -31,6 +31,8 @@ from tensorlens_tl.graph import Node
 from tensorlens_tl.lens import TensorLens
 from tensorlens_tl.paths import Path, Paths
 
+pytestmark = pytest.mark.algebra
+
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 STORIES = SHARED / "stories260K"
 EVERYTHING = 10**9

@@ -19,6 +19,8 @@ from tensorlens_tl.protocols import (
 )
 from tensorlens_tl.significance import compare, estimate, rank_correlation, ranks
 
+pytestmark = pytest.mark.algebra
+
 THIRDS = (0, 1 / 3, 2 / 3, 1)
 
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tensorlens_tl
 from tensorlens_tl import baselines, dot_test, recomputed
 from tensorlens_tl.adapters import adapt
-from tensorlens_tl.linear_map import Frame
+from tensorlens_tl.frame import Frame
 from tensorlens_tl.primitives import Mix
 from tensorlens_tl.queries import NotRecomputableError, Queries
 from tensorlens_tl.recomputed import RecomputedMix, Scores

@@ -12,6 +12,8 @@ from tensorlens_tl import demo
 from tensorlens_tl.relations import RelationStudy, decode
 from tensorlens_tl.validity import validity
 
+pytestmark = pytest.mark.algebra
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = json.loads((ROOT / "benchmarks" / "results" / "relations.json").read_text())
 

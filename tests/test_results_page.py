@@ -11,6 +11,8 @@ from helpers import quiet
 from tensorlens_tl import demo
 from tensorlens_tl.evaluation import evaluate
 
+pytestmark = pytest.mark.algebra
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "evaluation.json").read_text())

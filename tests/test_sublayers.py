@@ -7,6 +7,8 @@ from helpers import ALL, GATED, assert_close, lens_of, randn_like
 from tensorlens_tl import dot_test
 from tensorlens_tl.primitives import RATIOS, gating_ratio, soft_cap_ratio
 
+pytestmark = pytest.mark.algebra
+
 FUNCTIONS = {
     "relu": torch.relu,
     "relu2": lambda z: torch.relu(z) ** 2,
