@@ -1,6 +1,7 @@
 """Blocks and token-by-token maps, beside autograd through the same frozen graph.
 
-``python benchmarks/contraction.py [--quick] [--rounds 7] [--threads 1] [--medium] [--json FILE]``
+``python benchmarks/contraction.py [--quick] [--rounds 7] [--threads 1] [--medium] [--device cuda]
+[--json FILE]``
 
 Random weights, float32. The peer is a plain torch graph of the frozen transformer, differentiated one
 destination at a time or by ``is_grads_batched=True``, at the better of its chunk sizes. Ours and the
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from timing import interleave, ratio
+from timing import forget_high_water_mark, high_water_mark, interleave, ratio, wait
 from torch import Tensor
 
 import tensorlens_tl
@@ -84,11 +85,12 @@ def model_of(layers: int, d_model: int, pos: int):
     config = HookedTransformerConfig(
         n_layers=layers, d_model=d_model, n_heads=d_model // 64 if d_model > 64 else 2,
         d_head=64 if d_model > 64 else d_model // 2, d_mlp=4 * d_model, d_vocab=128, n_ctx=pos,
-        act_fn="gelu_new", normalization_type="LN", seed=0, device="cpu",
+        act_fn="gelu_new", normalization_type="LN", seed=0, device=str(torch.get_default_device()),
     )  # fmt: skip
     model = HookedTransformer(config).eval()
-    ids = torch.randint(0, 128, (1, pos), generator=torch.Generator().manual_seed(1))
-    return model, ids
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 128, (1, pos), generator=generator, device="cpu")
+    return model, ids.to(torch.get_default_device())
 
 
 class FrozenGraph:
@@ -208,8 +210,10 @@ class Contest:
             self.chunk = chunk
             n = max(1, min(self.case.sample, -(-2 * chunk // self.per_unit)))
             self.peer(1)
+            wait()
             start = time.perf_counter()
             self.peer(n)
+            wait()
             best[chunk] = (time.perf_counter() - start) / n
         self.chunk = min(best, key=best.__getitem__)
 
@@ -294,14 +298,12 @@ def measure(case: Case, baseline: bool) -> None:
     del contest.graph
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # the high-water mark starts anew, from what is resident now
+    forget_high_water_mark()
     start = time.perf_counter()
     if not baseline:
         contest.ours()
-    seconds = time.perf_counter() - start
-    with open("/proc/self/status") as lines:
-        peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        wait()
+    seconds, peak = time.perf_counter() - start, high_water_mark()
     print(json.dumps({"seconds": seconds, "peak": peak, "plan_seconds": plan.seconds,
                       "plan_peak": plan.peak_bytes, "again": again}))  # fmt: skip
 
@@ -311,7 +313,7 @@ def plan_row(case: Case) -> dict:
         index = str((CASES + SINGULAR).index(case))
         done = subprocess.run(
             [sys.executable, __file__, "--measure", index, *more, "--threads",
-             str(torch.get_num_threads())],
+             str(torch.get_num_threads()), "--device", str(torch.get_default_device())],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         return json.loads(done.stdout.splitlines()[-1])
@@ -377,12 +379,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="smaller cases, fewer rounds")
     parser.add_argument("--medium", action="store_true", help="a second table, faster kernels")
+    parser.add_argument("--device", default="cpu", help="where all of it runs")
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--json")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--baseline", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     if args.measure is not None:
         measure((CASES + SINGULAR)[args.measure], args.baseline)
         return 0
@@ -402,7 +406,7 @@ def main() -> int:
             print(f"… {case.name} D={case.d_model} ({kernel})", file=sys.stderr, flush=True)
             rows.append(Contest(case).run(rounds))
         print(f"\nAgainst frozen autograd: float32, matmul precision {kernel}, {rounds} rounds, "
-              f"{args.threads} thread(s)")  # fmt: skip
+              f"{args.threads} thread(s), {args.device}")  # fmt: skip
         met = show(rows)
         ok &= met or kernel == "medium"
         report[kernel] = rows

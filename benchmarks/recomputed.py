@@ -1,6 +1,7 @@
 """Attention over positions without its pattern: the pull beside the gradient of fused attention.
 
-``python benchmarks/recomputed.py [--quick] [--rounds 15] [--threads 1] [--lengths 512 … 4096]``
+``python benchmarks/recomputed.py [--quick] [--rounds 15] [--threads 1] [--lengths 512 … 4096]
+[--medium] [--device cuda]``
 
 One layer of GPT-2-small shape (12 heads of 64), and the same with 4 key/value heads. The peer is
 torch's scaled-dot-product attention differentiated by its values: the graph is built once, outside
@@ -18,10 +19,9 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
-from timing import interleave, ratio
+from timing import high_water_mark, interleave, ratio
 from torch.nn.functional import scaled_dot_product_attention as fused
 
 from tensorlens_tl.frame import Frame
@@ -70,7 +70,7 @@ def peers(q, k, v, kv_heads):
 
 def inputs(length, kv_heads):
     torch.manual_seed(0)
-    frame = Frame(((0, length),), length, torch.float32, torch.device("cpu"))
+    frame = Frame(((0, length),), length, torch.float32, torch.get_default_device())
     q = torch.randn(1, length, HEADS, D_HEAD)
     k, v = torch.randn(2, 1, length, kv_heads, D_HEAD)
     y = torch.randn(PROBES, 1, length, HEADS * D_HEAD)
@@ -78,19 +78,17 @@ def inputs(length, kv_heads):
 
 
 def peak(length, what):
-    """High-water mark in MiB of this process after a pull and a push, or a stored pattern's."""
+    """High-water mark in MiB after a pull and a push, or a stored pattern's."""
     frame, q, k, v, y = inputs(length, HEADS)
     if what != "nothing":
         mix = RecomputedMix.of(frame, q, k, Scores(D_HEAD**-0.5), D_HEAD)
         mix = Mix(frame, mix.pattern, HEADS, D_HEAD) if what == "stored" else mix
         mix.apply_t(y[0])
         mix.apply(v.flatten(2))
-    # The mark of getrusage outlives exec: a child would begin with its parent's.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return high_water_mark() / 2**20
 
 
-def bench(length, kv_heads, rounds):
+def bench(length, kv_heads, rounds, speed):
     frame, q, k, v, y = inputs(length, kv_heads)
     mix = RecomputedMix.of(frame, q, k, Scores(D_HEAD**-0.5), D_HEAD)
     us = y.view(PROBES, 1, length, HEADS, D_HEAD).transpose(2, 3)
@@ -138,7 +136,8 @@ def bench(length, kv_heads, rounds):
         rate = HEADS * length**2 * (D_HEAD + 1 + probes * D_HEAD) / seconds / 1e9
         row[f"pull {probes}"] = middle, low, high
         print(
-            f"  pull, {probes} probe(s): {seconds * 1e3:8.1f} ms, {rate:.0f} Gflop/s, {middle:5.2f}× "
+            f"  pull, {probes} probe(s): {seconds * 1e3:8.1f} ms, {rate:.0f} Gflop/s "
+            f"({rate / speed:.0%} of the product's), {middle:5.2f}× "
             f"({low:.2f}–{high:.2f}) faster than {peer[3:]}; bar {BARS[probes]:g}  "
             f"{'ok' if middle >= BARS[probes] else 'MISSED'}"
         )
@@ -168,11 +167,17 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--quick", action="store_true", help="5 rounds, up to 1024 tokens")
+    parser.add_argument(
+        "--medium", action="store_true", help="torch's faster kernels on both sides"
+    )
+    parser.add_argument("--device", default="cpu", help="where all of it runs")
     parser.add_argument("--json", help="where to write the table")
     parser.add_argument("--peak", nargs=2, metavar=("LENGTH", "WHAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
+    torch.set_default_device(args.device)
+    torch.set_float32_matmul_precision("medium" if args.medium else "highest")
     if args.peak:
         print(peak(int(args.peak[0]), args.peak[1]))
         return 0
@@ -181,7 +186,10 @@ def main() -> int:
     work = torch.randn(2, 1024, 1024)
     product = interleave({"": lambda: work[0] @ work[1]}, args.rounds)[""]
     speed = 2 * 1024**3 / sorted(product)[args.rounds // 2] / 1e9
-    print(f"a [1024, 1024] product runs at {speed:.0f} Gflop/s")
+    kernel = torch.get_float32_matmul_precision()
+    print(
+        f"{args.device}, matmul precision {kernel}: a [1024, 1024] product runs at {speed:.0f} Gflop/s"
+    )
     powers = {where: power_ratio(low, args.rounds) for where, low in EXPONENTS.items()}
     said = "; ".join(
         f"{m:.2f} ({a:.2f}–{b:.2f}) where {where}" for where, (m, a, b) in powers.items()
@@ -191,11 +199,11 @@ def main() -> int:
     for length in args.lengths:
         for kv_heads in (HEADS, 4):
             rounds = max(5, args.rounds * 1024 // length) if length > 1024 else args.rounds
-            rows.append(bench(length, kv_heads, rounds))
+            rows.append(bench(length, kv_heads, rounds, speed))
     length = args.lengths[-1]
     marks = {
         what: float(subprocess.run(
-            [sys.executable, __file__, "--peak", str(length), what],
+            [sys.executable, __file__, "--peak", str(length), what, "--device", args.device],
             check=True, capture_output=True, text=True).stdout)
         for what in ("nothing", "recomputed", "stored")
     }  # fmt: skip
