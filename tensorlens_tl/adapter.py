@@ -84,6 +84,12 @@ class Adapter(ABC):
     before_edits: frozenset[str] = frozenset()
     """What is read before the user's own hooks at its point, as they do not enter the residual."""
 
+    attends_apart: bool = False
+    """Whether Hugging Face's own attention runs, and its pattern is shown when it is done."""
+
+    keeps_patterns: bool = True
+    """Whether the run goes on with what a hook returns for a pattern."""
+
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.cfg: Any = model.cfg

@@ -115,8 +115,16 @@ class BridgeAdapter(Adapter):
                 "unembedding; call model.enable_compatibility_mode() first, which folds that in"
             )
         config = getattr(self.model.original_model, "config", None)
+        width = getattr(config, "word_embed_proj_dim", self.cfg.d_model)
+        if not getattr(config, "do_layer_norm_before", True) or width != self.cfg.d_model:
+            raise UnsupportedArchitectureError(
+                refusal(
+                    f"{self.architecture} built like opt-350m",
+                    "its norms stand on the stream itself, or its embeddings are projected",
+                )
+            )
         attention = getattr(config, "_attn_implementation", "eager")
-        if attention not in ("eager", None) and not self._reconstructs():
+        if attention not in ("eager", None) and self.attends_apart:
             raise ValueError(
                 f"attention implementation {attention!r} has no pattern to read, expected 'eager': "
                 "load the model with attn_implementation='eager'"
@@ -133,9 +141,16 @@ class BridgeAdapter(Adapter):
             names["ln2"] = "ln1"  # Phi, Falcon, Cohere: both branches read through one norm
         return names
 
-    def _reconstructs(self) -> bool:
-        # These attention bridges compute softmax(QK) themselves, whatever Hugging Face would do.
-        return type(self.model.blocks[0].attn).__name__ != "AttentionBridge"
+    @property
+    def attends_apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # The other attention bridges compute softmax(QK) themselves, whatever Hugging Face would do.
+        return type(self.model.blocks[0].attn).__name__ == "AttentionBridge"
+
+    @property
+    def keeps_patterns(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        attn = getattr(self.model.blocks[0].attn, "original_component", None)
+        native = self.architecture == "TransformerLensNative"
+        return not self.attends_apart and (not native or getattr(attn, "accepts_pattern_fn", False))
 
     def _active_dropout(self) -> str:
         for module in self.model.original_model.modules():

@@ -34,7 +34,7 @@ from .adapters import adapt
 from .baselines_gradient import Edit, hooked
 from .edge_universe import EdgeUniverse, wiring_of
 from .score_weights import Layout, query_key_weights
-from .supported import check_autocast
+from .supported import UnsupportedArchitectureError, check_autocast
 from .weights import NormWeights
 
 Writes = Float[Tensor, "writer prompt pos d_model"]
@@ -150,7 +150,8 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
         The model.
 
     Raises:
-        ValueError: If it carries hooks of the user's own, autocast is on, or it cannot be served.
+        ValueError: If it carries hooks of the user's own, or autocast is on.
+        UnsupportedArchitectureError: If it cannot be served.
     """
     flags = [flag for flag in _FLAGS if getattr(getattr(model, "cfg", None), flag, False)]
     try:
@@ -162,6 +163,12 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
                 f"the model carries hooks of your own at {', '.join(hooks[:3])}, expected none: an "
                 "ablation rebuilds what they would edit. Take them off first (model.reset_hooks(), or remove() "
                 "of torch's own)"
+            )
+        if adapter.attends_apart:
+            raise UnsupportedArchitectureError(
+                f"{adapter.name} cannot be run edge by edge: its host shows a layer's attention pattern "
+                "only when the layer is done with it; rank edges by the operator (lens.discover), or use a "
+                "HookedTransformer"
             )
         check_autocast(adapter.weights.unembed.W_U.device.type)
         points = adapter.points(("q", "k", "pattern"))

@@ -108,15 +108,15 @@ MORE_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", _GQA),
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": D_VOCAB,
                     "max_seq_len": N_CTX}),
-}  # fmt: skip
-"""Likewise, of families that are block shapes of the above in another dress."""
-
-_OTHER_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJ", {**_EMBD, "rotary_dim": 4}),
     "gpt-neo": ("GPTNeo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 3,
                            "attention_types": [[["global", "local"], 1]], "vocab_size": D_VOCAB,
                            "max_position_embeddings": N_CTX}),
     "opt": ("OPT", {**_HF, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+}  # fmt: skip
+"""Likewise, of families that are block shapes of the above in another dress."""
+
+_OTHER_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": D_VOCAB}),
     "granite": ("Granite", _GQA),
     "mixtral": ("Mixtral", {**_MOE, "num_local_experts": 4}),

@@ -35,11 +35,17 @@ def holding(live: LiveModel, parts: Sequence[str]) -> list[Edit]:
 
     Raises:
         ValueError: If there is no such part.
-        UnsupportedArchitectureError: If ratios are to be held in a model with SoLU activations.
+        UnsupportedArchitectureError: If ratios are to be held in a model with SoLU activations, or
+            patterns where the host would discard them.
     """
     if wrong := set(parts) - set(PARTS):
         raise ValueError(
             f"expected parts of {', '.join(PARTS)}, got {', '.join(sorted(wrong))}: name some of these"
+        )
+    if "pattern" in parts and not live.adapter.keeps_patterns:
+        raise UnsupportedArchitectureError(
+            f"the patterns of {live.adapter.name} cannot be held by a hook: its host goes on with its own. "
+            "Hold scales or ratios, or use a HookedTransformer"
         )
     points, seen = live.adapter.points(), {}
     acts = [block.mlp.act if block.mlp is not None else "" for block in live.adapter.weights.blocks]

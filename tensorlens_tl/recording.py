@@ -56,6 +56,8 @@ class Recorder:
     def _hear(self, read: Read, module: Any, args: Any, output: Tensor | None = None) -> None:
         seen: Tensor = args[0] if output is None else output  # before the module, or after it
         self.sources[read] = seen, version(seen)
+        if seen.ndim == 2 and seen.shape[0] == self.frame.batch * self.frame.n_pos:
+            seen = seen.unflatten(0, (self.frame.batch, -1))  # OPT's second norm
         self.reads[read] = self._clean(read, self.frame.cast(seen))
         layer, key = read
         if key == "resid_post" and layer is not None:

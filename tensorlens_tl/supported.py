@@ -22,6 +22,9 @@ SUPPORTED = {
     "StableLmForCausalLM": "StableLM",
     "Starcoder2ForCausalLM": "StarCoder2",
     "MptForCausalLM": "MPT",
+    "GPTJForCausalLM": "GPT-J",
+    "GPTNeoForCausalLM": "GPT-Neo",
+    "OPTForCausalLM": "OPT",
     "TransformerLensNative": "TransformerBridge.boot_native",
 }
 """Architectures that the tests cover, by Hugging Face class name."""

@@ -181,6 +181,11 @@ def assert_close(ours: Tensor, theirs: Tensor, tol: float, what: str = "") -> No
     assert error <= tol, f"{what}: off by {float(error):.2e}, expected at most {tol:.0e}"
 
 
+def attends_apart(model: Any) -> bool:
+    """Whether Hugging Face's own attention runs, so that edits of its pattern are discarded."""
+    return type(model.blocks[1].attn).__name__ == "AttentionBridge"
+
+
 # --- The oracle: the real model, frozen by hooks -------------------------------------------------
 
 
@@ -214,9 +219,11 @@ class FrozenModel:
         def constant(name):
             return lambda t, hook: self.cache[name].clone()
 
-        names = [n for n in self.cache if n.endswith(("ln1.hook_scale", "ln2.hook_scale",
-                 "ln1_post.hook_scale", "ln2_post.hook_scale", "attn.hook_pattern",
-                 "ln_final.hook_scale", "mlp.ln.hook_scale"))]  # fmt: skip
+        held = ("ln1.hook_scale", "ln2.hook_scale", "ln1_post.hook_scale", "ln2_post.hook_scale",
+                "attn.hook_pattern", "ln_final.hook_scale", "mlp.ln.hook_scale")  # fmt: skip
+        if attends_apart(self.model):  # it would go on with its own pattern: hold what makes it
+            held += "attn.q.hook_out", "attn.k.hook_out"
+        names = [n for n in self.cache if n.endswith(held)]
         hooks = [(name, constant(name)) for name in names]
         for layer in self.layers:
             mlp = f"blocks.{layer}.mlp"

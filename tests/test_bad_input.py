@@ -243,8 +243,8 @@ if bridge_builder is not None:
 
     def test_bridge_refuses_an_untested_architecture():
         bridge = CASES["bridge-gpt2"].build(torch.float32)
-        bridge.cfg.architecture = "OPTForCausalLM"
-        refused(bridge, tokens(), "cannot freeze OPTForCausalLM", UnsupportedArchitectureError)
+        bridge.cfg.architecture = "BloomForCausalLM"
+        refused(bridge, tokens(), "cannot freeze BloomForCausalLM", UnsupportedArchitectureError)
 
     def test_bridge_in_training_mode_with_dropout():
         bridge = CASES["bridge-gpt2"].build(torch.float32)

@@ -13,6 +13,7 @@ from helpers import (
     HookedTransformer,
     TransformerBridgeConfig,
     assert_close,
+    attends_apart,
     build_hooked,
     build_native,
     lens_of,
@@ -252,10 +253,13 @@ def test_attnlrp_in_every_family(case):
         value = s.detach()
         return torch.where(inside, value + value / raw.detach() * (raw - raw.detach()), value)
 
-    hooks = [(name, hook) for name, hook in frozen._hooks() if not name.endswith("pattern")]
+    live = ("pattern", "q.hook_out", "k.hook_out")
+    hooks = [(name, hook) for name, hook in frozen._hooks() if not name.endswith(live)]
     for layer in range(2):
         attn = f"blocks.{layer}.attn"
-        hooks += [(f"{attn}.hook_pattern", share(0.25)), (f"{attn}.hook_v", share(0.5))]
+        # All that reaches queries and keys comes through the pattern: a share of it is one of theirs.
+        of = ("q.hook_out", "k.hook_out") if attends_apart(model) else ("hook_pattern",)
+        hooks += [(f"{attn}.{name}", share(0.25)) for name in of] + [(f"{attn}.hook_v", share(0.5))]
         hooks += [(name, lambda x, hook, name=name: frozen.cache[name].clone()) for name in (
             f"{attn}.q_norm.hook_scale", f"{attn}.k_norm.hook_scale") if name in frozen.cache]  # fmt: skip
         if "gemma2" in case.name:

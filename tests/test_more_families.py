@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import test_attribution
+import test_baselines_gradient
 import test_circuits
 import test_contraction
 import test_differences
@@ -17,7 +18,22 @@ import test_recomputed
 import test_saving
 import test_secant
 import torch
-from helpers import MORE, HookedTransformer
+from helpers import (
+    MORE,
+    MORE_BRIDGE,
+    HookedTransformer,
+    bridge_offered,
+    build_bridge,
+    lens_of,
+    quiet,
+    tokens,
+)
+
+import tensorlens_tl
+from tensorlens_tl.baselines_edges import score_edges
+from tensorlens_tl.baselines_gradient import live_models
+from tensorlens_tl.holding import holding
+from tensorlens_tl.supported import UnsupportedArchitectureError
 
 LAWS = [
     test_operator.test_operator_reproduces_the_logits,
@@ -46,6 +62,8 @@ LAWS = [
     test_saving.test_with_the_model_everything_is_equal_and_weights_are_the_models_own,
     test_edits.test_every_other_point_that_is_served,
     test_edits.test_an_edit_is_nothing_at_padding,
+    test_edits.test_an_edit_that_the_host_discards_is_refused,
+    test_baselines_gradient.test_attnlrp_in_every_family,
 ]
 GIVEN = {"gate": "gate", "by": "token", "side": "left", "dtype": torch.float64, "target": 7}
 SCORES = [
@@ -56,12 +74,19 @@ SCORES = [
     test_circuits.test_edges_are_those_of_the_attribution,
 ]
 """Laws of what queries and keys are made of."""
-NO_SCORES = {"gemma3", "olmo2", "olmo3", "mpt"}
+APART = {"gptj", "gpt-neo", "opt"}
+"""Whose attention is Hugging Face's own: patterns are shown, but neither made nor edited outside."""
+NO_SCORES = {"gemma3", "olmo2", "olmo3", "mpt"} | APART
 """Whose scores' layout is not known here: two rotations, norms over all heads, ALiBi."""
 if HookedTransformer is None:
     NO_SCORES |= {"cohere"}  # transformer_lens 4 turns queries another way; the self-check finds it
+UNSHOWN = [
+    test_interventions.test_ablating_nothing_and_everything_gives_the_model_s_own_logits,
+    test_recomputed.test_recomputed_equals_stored,
+]
 REFUSALS = (
-    r"does not know W_Q and W_K|does not serve the attention|recomputed from W_Q and W_K differs"
+    r"does not know W_Q and W_K|does not serve the attention|recomputed from W_Q and W_K differs|"
+    r"cannot be run edge by edge"
 )
 HOLD_NORMS = [
     test_operator.test_gradient_and_curvature_of_the_frozen_model,
@@ -69,6 +94,7 @@ HOLD_NORMS = [
     test_attribution.test_token_contributions_are_gradient_times_input_of_the_frozen_model,
     test_granularity.test_totals_are_what_injecting_a_writers_output_into_the_real_model_changes,
     test_qk_edges.test_query_and_key_edges_are_gradients_of_the_real_model,
+    test_baselines_gradient.test_attnlrp_in_every_family,
 ]
 """Laws whose oracle hooks norms: the Bridge of OLMo cannot run so, as its norms have no weights."""
 
@@ -93,9 +119,34 @@ HELD = [
 def test_the_law_holds_or_is_refused_by_name(case, law, tmp_path):
     given = GIVEN | {"case": case, "tmp_path": tmp_path, "path": tmp_path / "lens"}
     given = {name: given[name] for name in inspect.signature(law).parameters}
-    unknown = family(case) in NO_SCORES and law in SCORES
+    unknown = (family(case) in NO_SCORES and law in SCORES) or (
+        family(case) in APART and law in UNSHOWN
+    )
     if unknown or (family(case) == "mpt" and law is test_recomputed.test_recomputed_equals_stored):
         with pytest.raises(ValueError, match=REFUSALS):
             law(**given)
     else:
         law(**given)
+
+
+@pytest.mark.parametrize("case", [case for case in MORE if family(case) in APART], ids=str)
+def test_patterns_that_hooks_cannot_change_are_not_held(case):
+    lens, model = lens_of(case)[0], case.model()
+    with live_models(lens.capture, model) as (live,):
+        with pytest.raises(UnsupportedArchitectureError, match="goes on with its own"):
+            holding(live, ("scale", "pattern"))
+        assert holding(live, ("scale", "ratio"))
+    with pytest.raises(UnsupportedArchitectureError, match="only when the layer is done with it"):
+        score_edges(model, tokens(), tokens(seed=1), target=3)
+
+
+@pytest.mark.offered(bridge_offered("opt"))
+@pytest.mark.parametrize(
+    "built", [{"do_layer_norm_before": False}, {"word_embed_proj_dim": 16}], ids=str
+)
+def test_opt_350m_is_refused_by_name(built):
+    name, config = MORE_BRIDGE["opt"]
+    with quiet():
+        model = build_bridge(name, {**config, **built}, torch.float64)
+    with pytest.raises(UnsupportedArchitectureError, match="built like opt-350m"):
+        tensorlens_tl.capture(model, tokens())
