@@ -79,6 +79,13 @@ SINGULAR = [  # plans alone: their peers would be the same pushes and pulls
 WHERE = {"svd of a row": {"query_pos": -1}, "svd of a block": {"query_pos": -1, "key_pos": 2}}
 
 
+def has_bfloat16() -> bool:
+    """Whether the device has units for bfloat16 products."""
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def model_of(layers: int, d_model: int, pos: int):
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -397,6 +404,9 @@ def main() -> int:
         return [c for c in cases if args.only is None or args.only in f"{c.name} {c.d_model}"]
 
     cases = chosen(CASES)
+    if not has_bfloat16():
+        print("no units for bfloat16 products here: those cases are left out")
+        cases = [c for c in cases if c.precision is None]
     report: dict = {"torch": torch.__version__, "threads": args.threads, "rounds": rounds}
     ok = True
     for kernel in ["highest", *(["medium"] if args.medium else [])] if cases else []:

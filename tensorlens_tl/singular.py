@@ -3,7 +3,8 @@
 1. One block, or nearly all of A's triples: the dense A and LAPACK.
 2. Otherwise ARPACK on AᵀA: a step pushes one vector and pulls it back, 20 steps (2k + 1 for more
    triples) fill a basis, and each restart keeps k of them. How many restarts it takes is the spectrum's
-   to say: plans count one, and ``benchmarks/singular.py`` compares.
+   to say: plans count 2 k / (k + 3), about what random and trained models took for k = 1 to 12;
+   ``benchmarks/contraction.py`` compares.
 
 A step runs the whole batch through ``apply`` and ``apply_t``: 4 D (width_in + width_out) flops a
 position and branch, and the patterns. Memory: the basis, n (2k + 1) numbers for n columns.
@@ -55,6 +56,10 @@ class SVD:
 
 LAPACK = 2.0
 """How much longer a flop of LAPACK's decomposition takes than one of a large product."""
+
+
+CALLS = 64
+"""Calls of torch that a push and a pull through one branch take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +119,7 @@ class Triples:
             )
 
     def plan(self, what: str, limit: int, chain: LinearMap) -> Plan:
-        """What it costs, if ARPACK restarts once.
+        """What it costs, if ARPACK restarts as often as is usual.
 
         Args:
             what: For people.
@@ -132,8 +137,10 @@ class Triples:
         shapes = [shape_of(stage, False) for stage in stages_of(chain)]
         measured = rates_of(shapes, op.in_dim, frame.n_pos, rows, frame.dtype, frame.device)
         if not self.dense:
-            steps, cost = 2 * self.basis - self.k, self._step(shapes)
-            note = f"{steps} pushes and pulls, if ARPACK restarts once"
+            restarts = 2 * self.k / (self.k + 3)
+            steps = round(self.basis + restarts * (self.basis - self.k) + self.k / 2)
+            cost = self._step(shapes)
+            note = f"about {steps} pushes and pulls; the spectrum decides"
             seconds = steps * measured.seconds(cost)
             return Plan(what, steps * cost.flops, seconds, self._peak(chain), limit, 1, (note,))
         pull = len(self.query) <= len(self.key)
@@ -177,7 +184,7 @@ class Triples:
             width = b.width_in + b.width_out
             cost.product += 4 * rows * D * width
             cost.moved += 2 * (D * width + rows * (2 * D + width))
-            cost.calls += 16
+            cost.calls += CALLS
             if b.heads:
                 cells = b.heads * frame.batch * frame.n_pos**2
                 cost.mixing += 4 * cells * (max(b.width_in, b.width_out) // b.heads + b.score)

@@ -1,5 +1,8 @@
 """Sweeps, blocks and token matrices against the slow twin: dense T, and plain pushes and pulls."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from helpers import ALL, CASES, GATED, SHARED, assert_close, lens_of, quiet, randn_like, tokens
@@ -10,6 +13,7 @@ import tensorlens_tl
 from tensorlens_tl.collapse import orthogonal_probes, student_t
 from tensorlens_tl.contraction import Sweep, dots, squares, states
 from tensorlens_tl.planning import HALF_BYTES, folds_below, half_bytes
+from tensorlens_tl.singular import Triples
 
 pytestmark = pytest.mark.algebra
 
@@ -349,6 +353,41 @@ def test_a_plan_of_the_operators_own_calls_is_kept(what):
         assert_close(call(**where, memory_limit=limit), call(**where), 1e-12)
 
 
+@pytest.mark.parametrize(
+    ("what", "where"),
+    [
+        ("svd", {"k": 3}),
+        ("svd", {"k": 3, "query_pos": -1, "prompt": 1}),
+        ("svd", {"query_pos": -1, "key_pos": 2}),
+        ("spectral_norm", {}),
+    ],
+)
+def test_singular_values_keep_to_their_plan(what, where):
+    pytest.importorskip("scipy", reason="an extra")
+    lens = lens_of(SHAPES[0])
+    call, plan = getattr(lens.operator, what), lens.plan(what, **where)
+    assert plan.flops > 0 and plan.seconds > 0 and what in repr(plan)
+    assert ("pushes and pulls" in repr(plan)) == ("key_pos" not in where)
+    call(**where, memory_limit=plan.peak_bytes)
+    assert lens.plan(what, **where, memory_limit=plan.peak_bytes) == replace(
+        plan, memory_limit=plan.peak_bytes, seconds=pytest.approx(plan.seconds, rel=1e-6)
+    )
+    for ask in (call, partial(lens.plan, what)):
+        with pytest.raises(ValueError, match=r"memory_limit is .* raise memory_limit"):
+            ask(**where, memory_limit=1000)
+
+
+def test_flops_of_a_push_and_pull_are_the_formula():
+    """4 · (2 D² for W_V and W_O + 2 m D), 4 · H e L for the pattern, every position and layer."""
+    case = CASES.get("hooked-gpt2") or SHAPES[0]
+    lens = lens_of(case)
+    op, triples = lens.operator, Triples(lens.operator, 0, [*range(7)], [*range(7)], 1)
+    D, L, B, m = op.in_dim, 7, 2, lens.capture.blocks[0].mlp.pre.shape[-1]
+    steps = round(20 + 0.5 * 19 + 0.5)
+    one = 2 * B * L * (4 * (2 * D * D + 2 * m * D) + 4 * L * D)
+    assert triples.plan("svd", 2**30, op.map).flops == steps * one
+
+
 def dense_call(lens, what):
     dense = dense_of(lens.operator)
     if what == "frobenius_norm":
@@ -418,6 +457,10 @@ def test_bad_blocks_are_refused():
         ragged(case).operator.block(-1, None)
     with pytest.raises(ValueError, match="expected 1 ≤ k ≤ 32"):
         op.svd(0, -1, 2)
+    with pytest.raises(ValueError, match="expected a prompt from 0 to 1, got 2"):
+        op.svd(1, prompt=2)
+    with pytest.raises(ValueError, match="block has query_pos, key_pos, memory_limit, got k"):
+        lens_of(case).plan("block", query_pos=-1, k=3)
     with pytest.raises(ValueError, match="raise memory_limit"):
         op.block(None, None, memory_limit=1000)
     with pytest.raises(ValueError, match="this matrix is exact"):
