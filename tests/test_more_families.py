@@ -111,6 +111,7 @@ HELD = [
 ]
 
 
+@pytest.mark.offered(bool(HELD))
 @pytest.mark.parametrize(
     ("case", "law"),
     HELD,
@@ -129,6 +130,7 @@ def test_the_law_holds_or_is_refused_by_name(case, law, tmp_path):
         law(**given)
 
 
+@pytest.mark.offered(bridge_offered("gptj"))
 @pytest.mark.parametrize("case", [case for case in MORE if family(case) in APART], ids=str)
 def test_patterns_that_hooks_cannot_change_are_not_held(case):
     lens, model = lens_of(case)[0], case.model()

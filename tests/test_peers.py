@@ -28,6 +28,7 @@ def corrupt():
     return ids
 
 
+@pytest.mark.offered(bool(FOLDED))
 @pytest.mark.parametrize("case", FOLDED, ids=str)
 def test_direct_effects_are_the_hosts_logit_attrs(case):
     """Heads and MLPs of a folded model: stack of results, ln_final's scale, W_U."""
