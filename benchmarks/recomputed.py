@@ -10,8 +10,9 @@ pass over a batch of 8). Under grouped queries the peer takes ``enable_gqa`` or 
 values, whichever is faster. Everything runs once a round; the median of the per-round ratios, with
 quartiles, stands beside the peer against itself. Rounds are fewer at the longest lengths (printed).
 "At the product's rate" is what the ratio would be if the pull were nothing but its two products over the
-causal triangle, as fast as a large product. The error is against a float64 pattern, row block by row block. At the end two fresh processes tell
-their high-water marks: one pulls and pushes, one stores the pattern. ``--json PATH`` keeps all.
+causal triangle, as fast as a large product. The error is against a float64 pattern, row block by row
+block. At the end two fresh processes tell their high-water marks: one pulls and pushes, one stores the
+pattern. ``--json PATH`` keeps all.
 """
 
 from __future__ import annotations

@@ -157,8 +157,10 @@ class BridgeAdapter(Adapter):
             if module.training and isinstance(module, nn.Dropout) and module.p > 0:
                 return f"p = {module.p}"
         config = getattr(self.model.original_model, "config", None)
-        rate = getattr(config, "attention_dropout", 0) or 0
-        return f"attention_dropout = {rate}" if rate > 0 and self.model.training else ""
+        for name in ("attention_dropout", "dropout", "layerdrop") if self.model.training else ():
+            if rate := getattr(config, name, 0) or 0:
+                return f"{name} = {rate}"
+        return ""
 
     def norm_weights(self, norm: nn.Module | None) -> NormWeights | None:
         component: Any = getattr(norm, "original_component", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from inspect import signature
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from .contraction import Reduction, Sweep, squares, states
 from .linear_map import DENSE_LIMIT, LinearMap
 from .planning import Plan, make_plan, memory_budget
-from .singular import SVD, Triples
+from .singular import SVD, Triples, whole
 
 PLANNED = ("block", "to_dense", "frobenius_norm", "svd", "spectral_norm")
 
@@ -58,19 +59,11 @@ class Contractible(LinearMap):
             ValueError: If a prompt has no such position, a range is empty, the prompts differ in
                 how many positions a slice takes, or the result does not fit.
         """
-        found = []
-        for prompt, (start, stop) in enumerate(self.frame.spans):
-            query = _positions(query_pos, stop - start, "query_pos", prompt)
-            key = _positions(key_pos, stop - start, "key_pos", prompt)
-            found.append(self._blocks(prompt, query, key, memory_limit))
-        if len({part.shape for part in found}) > 1:
-            raise ValueError(
-                "the prompts differ in how many positions that takes, expected equally many: take "
-                "one prompt with lens[i]"
-            )
+        places = self._places(query_pos, key_pos)
+        found = [self._blocks(i, *place, memory_limit) for i, place in enumerate(places)]
         blocks = found[0][None] if len(found) == 1 else torch.stack(found)
-        blocks = blocks.squeeze(3) if isinstance(key_pos, int) else blocks
-        return blocks.squeeze(1) if isinstance(query_pos, int) else blocks
+        blocks = blocks.squeeze(3) if isinstance(key_pos, Integral) else blocks
+        return blocks.squeeze(1) if isinstance(query_pos, Integral) else blocks
 
     def to_dense(self, memory_limit: int = DENSE_LIMIT) -> Tensor:
         """The whole tensor [batch, query_pos, d_out, key_pos, d_in], for small models and tests.
@@ -84,7 +77,7 @@ class Contractible(LinearMap):
             ValueError: If it would be larger than ``memory_limit`` bytes; says how large.
         """
         frame = self.frame
-        self._check_dense(memory_limit)
+        self._check_dense(memory_budget(memory_limit, frame.device))
         dense = frame.zeros(self.out_dim * frame.n_pos * self.in_dim).unflatten(
             2, (self.out_dim, frame.n_pos, self.in_dim)
         )
@@ -116,31 +109,31 @@ class Contractible(LinearMap):
         """
         if what not in PLANNED:
             raise ValueError(f"expected one of {', '.join(PLANNED)}, got {what!r}")
-        call = signature(getattr(self, what))
-        if unknown := set(arguments) - set(call.parameters):
-            known = ", ".join(call.parameters)
-            raise ValueError(f"{what} has {known}, got {', '.join(sorted(unknown))}")
-        frame = self.frame
-        limit = memory_budget(arguments.get("memory_limit"), frame.device)
-        if what == "svd":
-            k, prompt = arguments.get("k", TRIPLES), arguments.get("prompt", 0)
-            places = arguments.get("query_pos"), arguments.get("key_pos")
-            return self._triples(k, *places, prompt).plan(what, limit, self.map)
-        if what == "spectral_norm":
-            each = [self._triples(1, None, None, i) for i in range(frame.batch)]
-            plans = [triples.plan(what, limit, self.map) for triples in each]
+        try:
+            given = signature(getattr(self, what)).bind(**arguments)
+        except TypeError as error:
+            expected = ", ".join(signature(getattr(self, what)).parameters)
+            raise ValueError(f"expected the arguments of {what}: {expected}; {error}") from None
+        given.apply_defaults()
+        given, frame = given.arguments, self.frame
+        limit = memory_budget(given.pop("memory_limit"), frame.device)
+        if what in ("svd", "spectral_norm"):
+            each = [{"k": 1, "prompt": i} for i in range(frame.batch)]
+            asked = [self._triples(**one) for one in ([given] if what == "svd" else each)]
+            plans = [triples.plan(what, limit, self.map) for triples in asked]
             flops, seconds = sum(p.flops for p in plans), sum(p.seconds for p in plans)
             peak = max(p.peak_bytes for p in plans)
-            return Plan(what, flops, seconds, peak, limit, frame.batch, plans[0].notes)
-        jobs = []
-        for prompt, (start, stop) in enumerate(frame.spans):
-            query = _positions(arguments.get("query_pos"), stop - start, "query_pos", prompt)
-            key = _positions(arguments.get("key_pos"), stop - start, "key_pos", prompt)
+            return Plan(what, flops, seconds, peak, limit, len(plans), plans[0].notes)
+        if what == "to_dense":  # its limit is the result's
+            self._check_dense(limit)
+            limit = memory_budget(None, frame.device)
+        jobs, alike = [], what == "block"
+        for i, (query, key) in enumerate(self._places(**given) if alike else self._all_places()):
             pull = len(query) <= len(key) or what == "frobenius_norm"
             dim, wide = (self.out_dim, self.in_dim) if pull else (self.in_dim, self.out_dim)
             reduce = squares() if what == "frobenius_norm" else states(wide)
             at = torch.tensor(query if pull else key, device=frame.device)
-            jobs.append(Sweep(self.map, prompt, pull).job(at, dim, reduce))
+            jobs.append(Sweep(self.map, i, pull).job(at, dim, reduce))
         return make_plan(what, jobs, limit, frame.dtype, frame.device)
 
     def spectral_norm(self, memory_limit: int | None = None) -> Float[Tensor, " batch"]:
@@ -178,19 +171,45 @@ class Contractible(LinearMap):
             ValueError: If k does not fit, there is no such prompt or position, it takes more memory,
                 or scipy is missing.
         """
-        triples = self._triples(k, query_pos, key_pos, prompt)
+        triples = self._triples(k, query_pos, key_pos, prompt, seed)
         triples.check(memory_budget(memory_limit, self.frame.device), self.map)
         if triples.dense:
             return triples.of_dense(self._blocks(prompt, triples.query, triples.key, memory_limit))
-        return triples.by_steps(seed)
+        return triples.by_steps()
 
-    def _triples(self, k: int, query_pos: Positions, key_pos: Positions, prompt: int) -> Triples:
-        if not isinstance(prompt, int) or not 0 <= prompt < self.frame.batch:
+    def _triples(
+        self,
+        k: int,
+        query_pos: Positions = None,
+        key_pos: Positions = None,
+        prompt: int = 0,
+        seed: int = 0,
+    ) -> Triples:
+        if not whole(prompt) or not 0 <= prompt < self.frame.batch:
             raise ValueError(f"expected a prompt from 0 to {self.frame.batch - 1}, got {prompt!r}")
         start, stop = self.frame.spans[prompt]
         query = _positions(query_pos, stop - start, "query_pos", prompt)
         key = _positions(key_pos, stop - start, "key_pos", prompt)
-        return Triples(self, prompt, query, key, k)
+        return Triples(self, int(prompt), query, key, k, seed)
+
+    def _all_places(self) -> list[tuple[list[int], list[int]]]:
+        every = [list(range(stop - start)) for start, stop in self.frame.spans]
+        return list(zip(every, every, strict=True))
+
+    def _places(
+        self, query_pos: Positions, key_pos: Positions
+    ) -> list[tuple[list[int], list[int]]]:
+        """Every prompt's destinations and sources; refused unless they are equally many."""
+        found = []
+        for prompt, (start, stop) in enumerate(self.frame.spans):
+            query = _positions(query_pos, stop - start, "query_pos", prompt)
+            found.append((query, _positions(key_pos, stop - start, "key_pos", prompt)))
+        if len({(len(query), len(key)) for query, key in found}) > 1:
+            raise ValueError(
+                "the prompts differ in how many positions that takes, expected equally many: take "
+                "one prompt with lens[i]"
+            )
+        return found
 
     def _blocks(
         self, prompt: int, query: list[int], key: list[int], memory_limit: int | None = None
@@ -225,18 +244,20 @@ def _in_a_row(pos: list[int]) -> bool:
 
 def _positions(pos: Positions, length: int, name: str, prompt: int) -> list[int]:
     """Positions as a list of indices among a prompt's real tokens."""
-    if isinstance(pos, bool) or not isinstance(pos, int | slice | None):
-        raise ValueError(
-            f"expected {name} as a position, a slice or None, got {pos!r}: −1 is the last token"
-        )
-    if isinstance(pos, int):
+    wrong = f"expected {name} as a position, a slice or None, got {pos!r}: −1 is the last token"
+    if whole(pos):
         if not -length <= pos < length:
             raise ValueError(
                 f"{name} {pos} is outside prompt {prompt}: expected {-length} to {length - 1} "
                 f"(it has {length} tokens, −1 is the last)"
             )
-        return [pos % length]
-    found = list(range(length))[pos or slice(None)]
+        return [int(pos) % length]
+    if not isinstance(pos, slice | None):
+        raise ValueError(wrong)
+    try:
+        found = list(range(length)[pos or slice(None)])
+    except (TypeError, ValueError):  # a slice of no integers, or with step 0
+        raise ValueError(wrong) from None
     if not found:
         raise ValueError(
             f"{name} {pos} takes none of the {length} tokens of prompt {prompt}: expected a range "

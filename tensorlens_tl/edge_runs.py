@@ -167,8 +167,8 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
         if adapter.attends_apart:
             raise UnsupportedArchitectureError(
                 f"{adapter.name} cannot be run edge by edge: its host shows a layer's attention pattern "
-                "only when the layer is done with it; rank edges by the operator (lens.discover), or use a "
-                "HookedTransformer"
+                "only when the layer is done with it; rank edges by the operator, "
+                "lens.discover(..., qk=False), or use a HookedTransformer"
             )
         check_autocast(adapter.weights.unembed.W_U.device.type)
         points = adapter.points(("q", "k", "pattern"))

@@ -74,7 +74,7 @@ def _held(
     if key in ("pre", "pre_linear"):
         return lambda t: now.__setitem__(read, t)
     if key != "post" or layer is None:
-        return lambda t: seen[read].expand_as(t).clone()
+        return lambda t: _again(seen[read], t)
 
     def post(t: Tensor) -> Tensor:
         gated = (layer, "pre_linear") in seen
@@ -84,3 +84,8 @@ def _held(
         return seen[read] + ratio * (now[z] - seen[z])
 
     return post
+
+
+def _again(seen: Tensor, now: Tensor) -> Tensor:
+    # OPT's second norm shows its scales with batch and positions in one axis.
+    return seen.repeat(len(now) // len(seen), 1) if now.ndim == 2 else seen.expand_as(now).clone()

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Integral
 
 import torch
 
@@ -65,9 +66,11 @@ def memory_budget(limit: int | None, device: torch.device) -> int:
     """
     if limit is None:
         return int(SHARE * free_memory(device))
-    if not isinstance(limit, int) or limit <= 0:
-        raise ValueError(f"expected memory_limit as a positive number of bytes, got {limit!r}")
-    return limit
+    if not isinstance(limit, Integral) or isinstance(limit, bool) or limit <= 0:
+        raise ValueError(
+            f"expected memory_limit as a positive whole number of bytes, got {limit!r}"
+        )
+    return int(limit)
 
 
 @dataclass(frozen=True)

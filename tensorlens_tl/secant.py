@@ -204,7 +204,8 @@ def _attention(
     if weights is None:
         raise ValueError(
             "this lens does not know W_Q and W_K, which at='secant' needs: capture with the model, or "
-            "load with model= (a file holds none); at='clean' does without"
+            "load with model= (a file holds none); at='clean' does without. Where the model's own attention is "
+            "of a kind not known here, edges are had with at='clean', qk=False"
         )
     w, frame = weights[ours.layer], ours.frame
     heads, kv_heads = len(ours.nodes()), w.W_K.shape[0]

@@ -1,6 +1,6 @@
 """The largest singular triples of an operator, or of some of its blocks, A = T[query_pos, key_pos].
 
-1. One block, or nearly all of A's triples: the dense A and LAPACK.
+1. One block, or so many of A's triples that ARPACK's basis would be all of it: the dense A and LAPACK.
 2. Otherwise ARPACK on AᵀA: a step pushes one vector and pulls it back, 20 steps (2k + 1 for more
    triples) fill a basis, and each restart keeps k of them. How many restarts it takes is the spectrum's
    to say: plans count 2 k / (k + 3), about what random and trained models took for k = 1 to 12;
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from types import SimpleNamespace
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -58,6 +60,11 @@ LAPACK = 2.0
 """How much longer a flop of LAPACK's decomposition takes than one of a large product."""
 
 
+def whole(number: object) -> TypeGuard[int]:
+    """Whether it is an integer: NumPy's are, True is not."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
 CALLS = 64
 """Calls of torch that a push and a pull through one branch take."""
 
@@ -72,6 +79,7 @@ class Triples:
         query: Destinations, among its real tokens.
         key: Sources.
         k: How many triples.
+        seed: Of the first vector.
     """
 
     op: LinearMap
@@ -79,11 +87,14 @@ class Triples:
     query: list[int]
     key: list[int]
     k: int
+    seed: int = 0
 
     def __post_init__(self):
         most = min(self.shape)
-        if not isinstance(self.k, int) or not 1 <= self.k <= most:
-            raise ValueError(f"expected 1 ≤ k ≤ {most} singular triples, got {self.k!r}")
+        if not whole(self.k) or not 1 <= self.k <= most:
+            raise ValueError(f"expected an integer 1 ≤ k ≤ {most} singular triples, got {self.k!r}")
+        if not whole(self.seed) or self.seed < 0:
+            raise ValueError(f"expected seed as an integer ≥ 0, got {self.seed!r}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,12 +104,12 @@ class Triples:
     @property
     def dense(self) -> bool:
         """Whether A itself is made."""
-        return len(self.query) == len(self.key) == 1 or self.k >= min(self.shape) - 1
+        return len(self.query) == len(self.key) == 1 or self.basis >= min(self.shape)
 
     @property
     def basis(self) -> int:
-        """Vectors that ARPACK keeps."""
-        return min(min(self.shape), max(2 * self.k + 1, 20))
+        """Vectors that ARPACK keeps; it wants fewer than A has rows or columns."""
+        return max(2 * self.k + 1, 20)
 
     def check(self, limit: int, chain: LinearMap) -> None:
         """Refuse what does not fit.
@@ -195,11 +206,8 @@ class Triples:
         U, S, Vh = torch.linalg.svd(blocks.reshape(self.shape), full_matrices=False)
         return self._result(U.mT[: self.k], S[: self.k], Vh[: self.k])
 
-    def by_steps(self, seed: int) -> SVD:
+    def by_steps(self) -> SVD:
         """The triples from pushes and pulls.
-
-        Args:
-            seed: Of the first vector.
 
         Returns:
             The triples.
@@ -235,9 +243,15 @@ class Triples:
                 rmatvec=act(self.query, self.key, op.out_dim, op.apply_t),
             )
         )
-        first = numpy.random.default_rng(seed).standard_normal(min(self.shape))
+        drawn = numpy.random.default_rng(self.seed).standard_normal(max(self.shape)).astype(dtype)
+        first = drawn[: min(self.shape)]
         with steps, torch.no_grad():
-            parts = svds(operator, k=self.k, ncv=self.basis, v0=first.astype(dtype))
+            if not operator.matvec(drawn[: self.shape[1]]).any():  # A = 0: nothing starts ARPACK
+                U, V = (
+                    torch.eye(self.k, n, dtype=frame.dtype, device=frame.device) for n in self.shape
+                )
+                return self._result(U, U.new_zeros(self.k), V)
+            parts = svds(operator, k=self.k, ncv=self.basis, v0=first)
         U, S, Vh = (torch.from_numpy(part.copy()).to(frame.zeros(0)) for part in parts)
         order = S.argsort(descending=True)
         return self._result(U.mT[order], S[order], Vh[order])

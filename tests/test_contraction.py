@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import ALL, CASES, GATED, SHARED, assert_close, lens_of, quiet, randn_like, tokens
@@ -309,6 +310,27 @@ def test_singular_vectors(case):
     assert_close(op.spectral_norm()[1], spectral, 1e-9)
 
 
+def test_singular_triples_of_every_number_and_of_nothing():
+    pytest.importorskip("scipy", reason="an extra")
+    lens = lens_of(SHAPES[0])
+    op, dense = lens.operator, dense_of(lens.operator)[0]
+    row = torch.linalg.svdvals(dense[-1].flatten(1))
+    for k in (1, 15, 16, 24, 31, np.int64(32)):  # 16 and more leave ARPACK no room
+        assert_close(op.svd(k, -1).S, row[:k], 1e-9)
+    assert torch.equal(op.svd(2, np.int64(-1)).S, op.svd(2, 6).S)
+    for query, key in (
+        (slice(0, 2), slice(3, None)),
+        (0, slice(1, None)),
+        (slice(0, 2), 6),
+        (1, 4),
+    ):
+        found = op.svd(3, query, key)
+        U, V = found.U.flatten(1), found.V.flatten(1)
+        assert (found.S == 0).all()
+        assert_close(U @ U.T, torch.eye(3, dtype=U.dtype), 1e-12)
+        assert_close(V @ V.T, torch.eye(3, dtype=V.dtype), 1e-12)
+
+
 # --- Plans ---------------------------------------------------------------------------------------
 
 
@@ -429,7 +451,7 @@ def test_flops_of_a_pull_are_the_formula():
         ({"name": "norm", "layers": ("blocks.9.hook_resid_pre", SITE[1])}, "no residual site"),
         ({"name": "in_out", "target": 3, "layers": SITE}, "a target in logits is read at"),
         ({"name": "norm", "memory_limit": 1000}, "the smallest chunk .* raise memory_limit"),
-        ({"name": "norm", "memory_limit": -1}, "expected memory_limit as a positive number"),
+        ({"name": "norm", "memory_limit": -1}, "expected memory_limit as a positive whole number"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -455,12 +477,33 @@ def test_bad_blocks_are_refused():
             op.block(query, 0)
     with pytest.raises(ValueError, match="the prompts differ"):
         ragged(case).operator.block(-1, None)
-    with pytest.raises(ValueError, match="expected 1 ≤ k ≤ 32"):
+    with pytest.raises(ValueError, match="the prompts differ"):
+        ragged(case).plan("block", query_pos=-1, key_pos=None)
+    with pytest.raises(ValueError, match="expected an integer 1 ≤ k ≤ 32"):
         op.svd(0, -1, 2)
     with pytest.raises(ValueError, match="expected a prompt from 0 to 1, got 2"):
         op.svd(1, prompt=2)
-    with pytest.raises(ValueError, match="block has query_pos, key_pos, memory_limit, got k"):
-        lens_of(case).plan("block", query_pos=-1, k=3)
+    with pytest.raises(
+        ValueError, match=r"arguments of block: query_pos, key_pos, memory_limit; .*'k'"
+    ):
+        lens_of(case).plan("block", query_pos=-1, key_pos=0, k=3)
+    with pytest.raises(ValueError, match=r"arguments of block: .* missing"):
+        lens_of(case).plan("block", query_pos=-1)
+    for wrong, message in (
+        ({"seed": -1}, "expected seed as an integer ≥ 0, got -1"),
+        ({"k": True}, "expected an integer 1 ≤ k ≤ .* got True"),
+        ({"prompt": False}, "expected a prompt from 0 to 1, got False"),
+        ({"query_pos": slice("a", "b")}, "expected query_pos as a position, a slice or None"),
+        ({"key_pos": slice(None, None, 0)}, "expected key_pos as a position, a slice or None"),
+        ({"memory_limit": True}, "expected memory_limit as a positive whole number"),
+    ):
+        for ask in (op.svd, partial(op.plan, "svd")):
+            with pytest.raises(ValueError, match=message):
+                ask(**wrong)
+    for ask in (op.to_dense, partial(op.plan, "to_dense")):
+        for limit, message in ((1e9, "positive whole number"), (1000, "the dense form needs")):
+            with pytest.raises(ValueError, match=message):
+                ask(memory_limit=limit)
     with pytest.raises(ValueError, match="raise memory_limit"):
         op.block(None, None, memory_limit=1000)
     with pytest.raises(ValueError, match="this matrix is exact"):

@@ -22,10 +22,12 @@ from helpers import (
     MORE,
     MORE_BRIDGE,
     HookedTransformer,
+    assert_close,
     bridge_offered,
     build_bridge,
     lens_of,
     quiet,
+    randn_like,
     tokens,
 )
 
@@ -34,6 +36,7 @@ from tensorlens_tl.baselines_edges import score_edges
 from tensorlens_tl.baselines_gradient import live_models
 from tensorlens_tl.holding import holding
 from tensorlens_tl.supported import UnsupportedArchitectureError
+from tensorlens_tl.validity import curves
 
 LAWS = [
     test_operator.test_operator_reproduces_the_logits,
@@ -138,6 +141,10 @@ def test_patterns_that_hooks_cannot_change_are_not_held(case):
         with pytest.raises(UnsupportedArchitectureError, match="goes on with its own"):
             holding(live, ("scale", "pattern"))
         assert holding(live, ("scale", "ratio"))
+    delta = randn_like(lens.embedding.expand(3, -1, -1))
+    both = curves(lens, model, delta, (0.1,), ("scale",)).held["scale"]
+    alone = [curves(lens, model, one[None], (0.1,), ("scale",)).held["scale"] for one in delta]
+    assert_close(both, torch.cat(alone), 1e-6, "scales are held for every direction")
     with pytest.raises(UnsupportedArchitectureError, match="only when the layer is done with it"):
         score_edges(model, tokens(), tokens(seed=1), target=3)
 
@@ -151,4 +158,15 @@ def test_opt_350m_is_refused_by_name(built):
     with quiet():
         model = build_bridge(name, {**config, **built}, torch.float64)
     with pytest.raises(UnsupportedArchitectureError, match="built like opt-350m"):
+        tensorlens_tl.capture(model, tokens())
+
+
+@pytest.mark.offered(bridge_offered("opt"))
+def test_dropout_that_opt_keeps_in_its_configuration_is_named():
+    name, config = MORE_BRIDGE["opt"]
+    with quiet():
+        model = build_bridge(name, {**config, "dropout": 0.1}, torch.float64).train()
+    with pytest.raises(
+        ValueError, match=r"training mode with dropout \(dropout = 0.1\).*model.eval"
+    ):
         tensorlens_tl.capture(model, tokens())
