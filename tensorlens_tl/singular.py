@@ -65,6 +65,9 @@ def whole(number: object) -> TypeGuard[int]:
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
+SCIPY = 7 * 2**19
+"""Bytes that scipy's own modules take when they are first used."""
+
 CALLS = 64
 """Calls of torch that a push and a pull through one branch take."""
 
@@ -185,7 +188,7 @@ class Triples:
             numbers = self._rows * (4 * op.in_dim + 2 * widest)
             numbers += min(m, n) * (self.basis + 4) + 3 * self.k * (m + n)
         taken = op.frame.dtype.itemsize * numbers
-        return int(HEAP * taken + min(taken / 5, KEPT))
+        return int(HEAP * taken + min(taken / 5, KEPT)) + (0 if self.dense else SCIPY)
 
     def _step(self, shapes: Sequence[StageShape]) -> Cost:
         """One push and one pull of one vector, of all prompts."""
