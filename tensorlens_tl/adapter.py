@@ -84,12 +84,6 @@ class Adapter(ABC):
     before_edits: frozenset[str] = frozenset()
     """What is read before the user's own hooks at its point, as they do not enter the residual."""
 
-    attends_apart: bool = False
-    """Whether Hugging Face's own attention runs, and its pattern is shown when it is done."""
-
-    keeps_patterns: bool = True
-    """Whether the run goes on with what a hook returns for a pattern."""
-
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.cfg: Any = model.cfg
@@ -135,6 +129,14 @@ class Adapter(ABC):
 
     def _norm_weights_of(self, block: Any, which: str) -> NormWeights | None:
         return self.norm_weights(self.norm(block, which))
+
+    @property
+    def attends_apart(self) -> bool:
+        """Whether an attention of the host's source runs, and shows its pattern when it is done.
+
+        What a hook returns for that pattern is then discarded.
+        """
+        return False
 
     @property
     def architecture(self) -> str | None:
@@ -236,11 +238,11 @@ class Adapter(ABC):
         keys = (_LAYER_HOOKS["scores"], _LAYER_HOOKS["pattern"])
         names = (f"blocks.{layer}.{name}" for layer in layers for name in keys)
         found = {name: self.hooks.get(name) for name in names}
-        return {name: p for name, p in found.items() if p is not None and p.fwd_hooks}
+        return {name: p for name, p in found.items() if p is not None and _edited(p)}
 
     def foreign_hooks(self) -> list[str]:
         """Names of the hook points and modules that carry forward hooks of somebody else."""
-        points = {id(point): name for name, point in self.hooks.items() if point.fwd_hooks}
+        points = {id(point): name for name, point in self.hooks.items() if _edited(point)}
         for name, module in self.model.named_modules():  # torch's own hooks; hosts have some, too
             hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             made_by = {getattr(hook, "func", hook).__module__.split(".")[0] for hook in hooks}
@@ -252,7 +254,7 @@ class Adapter(ABC):
         points: dict[int, str] = {}  # a hook point of the Bridge has several names
         for name, own in names.items():
             point = self.hooks.get(prefix + own)
-            if point is not None and point.fwd_hooks:
+            if point is not None and _edited(point):
                 points.setdefault(id(point), name.removeprefix("attn.").removeprefix("mlp."))
         return tuple(points.values())
 
@@ -340,3 +342,14 @@ def flags_off(cfg: Any) -> None:
                 f"cfg.{flag} is on, expected off: it gives every head its own norm. Call "
                 f"model.set_{flag}(False) before the capture"
             )
+
+
+def _edited(point: Any) -> bool:
+    """Whether hooks stand there that the host did not put there itself."""
+
+    # transformer_lens 4 gives OPT's MLP back its shape by permanent hooks of its own.
+    def own(handle: Any) -> bool:
+        made_by = getattr(getattr(handle, "user_hook", None), "__module__", None) or ""
+        return handle.is_permanent and made_by.startswith("transformer_lens")
+
+    return any(not own(handle) for handle in point.fwd_hooks)

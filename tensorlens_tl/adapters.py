@@ -142,15 +142,12 @@ class BridgeAdapter(Adapter):
         return names
 
     @property
-    def attends_apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        # The other attention bridges compute softmax(QK) themselves, whatever Hugging Face would do.
-        return type(self.model.blocks[0].attn).__name__ == "AttentionBridge"
-
-    @property
-    def keeps_patterns(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        attn = getattr(self.model.blocks[0].attn, "original_component", None)
-        native = self.architecture == "TransformerLensNative"
-        return not self.attends_apart and (not native or getattr(attn, "accepts_pattern_fn", False))
+    def attends_apart(self) -> bool:
+        # The other attention bridges compute softmax(QK) themselves, whatever Hugging Face would do;
+        # so does boot_native's module of transformer_lens 4, with what hooks return for the pattern.
+        attn = self.model.blocks[0].attn
+        made_here = getattr(attn.original_component, "accepts_pattern_fn", False)
+        return type(attn).__name__ == "AttentionBridge" and not made_here
 
     def _active_dropout(self) -> str:
         for module in self.model.original_model.modules():

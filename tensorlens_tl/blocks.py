@@ -23,9 +23,6 @@ from .singular import SVD, Triples, whole
 
 PLANNED = ("block", "to_dense", "frobenius_norm", "svd", "spectral_norm")
 
-TRIPLES = 6
-"""Singular triples, unless told otherwise."""
-
 Positions = int | slice | None
 """A position among the real tokens (−1 is the last), a slice of them, or None for all."""
 
@@ -127,8 +124,8 @@ class Contractible(LinearMap):
         if what == "to_dense":  # its limit is the result's
             self._check_dense(limit)
             limit = memory_budget(None, frame.device)
-        jobs, alike = [], what == "block"
-        for i, (query, key) in enumerate(self._places(**given) if alike else self._all_places()):
+        jobs, places = [], self._places(**given, alike=what == "block")
+        for i, (query, key) in enumerate(places):
             pull = len(query) <= len(key) or what == "frobenius_norm"
             dim, wide = (self.out_dim, self.in_dim) if pull else (self.in_dim, self.out_dim)
             reduce = squares() if what == "frobenius_norm" else states(wide)
@@ -143,7 +140,7 @@ class Contractible(LinearMap):
 
     def svd(
         self,
-        k: int = TRIPLES,
+        k: int = 6,
         query_pos: Positions = None,
         key_pos: Positions = None,
         prompt: int = 0,
@@ -192,19 +189,15 @@ class Contractible(LinearMap):
         key = _positions(key_pos, stop - start, "key_pos", prompt)
         return Triples(self, int(prompt), query, key, k, seed)
 
-    def _all_places(self) -> list[tuple[list[int], list[int]]]:
-        every = [list(range(stop - start)) for start, stop in self.frame.spans]
-        return list(zip(every, every, strict=True))
-
     def _places(
-        self, query_pos: Positions, key_pos: Positions
+        self, query_pos: Positions = None, key_pos: Positions = None, alike: bool = True
     ) -> list[tuple[list[int], list[int]]]:
         """Every prompt's destinations and sources; refused unless they are equally many."""
         found = []
         for prompt, (start, stop) in enumerate(self.frame.spans):
             query = _positions(query_pos, stop - start, "query_pos", prompt)
             found.append((query, _positions(key_pos, stop - start, "key_pos", prompt)))
-        if len({(len(query), len(key)) for query, key in found}) > 1:
+        if alike and len({(len(query), len(key)) for query, key in found}) > 1:
             raise ValueError(
                 "the prompts differ in how many positions that takes, expected equally many: take "
                 "one prompt with lens[i]"

@@ -158,17 +158,17 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
         for flag in flags:
             getattr(model, f"set_{flag}")(False)
         adapter = adapt(model)
-        if hooks := adapter.foreign_hooks():
-            raise ValueError(
-                f"the model carries hooks of your own at {', '.join(hooks[:3])}, expected none: an "
-                "ablation rebuilds what they would edit. Take them off first (model.reset_hooks(), or remove() "
-                "of torch's own)"
-            )
         if adapter.attends_apart:
             raise UnsupportedArchitectureError(
                 f"{adapter.name} cannot be run edge by edge: its host shows a layer's attention pattern "
                 "only when the layer is done with it; rank edges by the operator, "
                 "lens.discover(..., qk=False), or use a HookedTransformer"
+            )
+        if hooks := adapter.foreign_hooks():
+            raise ValueError(
+                f"the model carries hooks of your own at {', '.join(hooks[:3])}, expected none: an "
+                "ablation rebuilds what they would edit. Take them off first (model.reset_hooks(), or remove() "
+                "of torch's own)"
             )
         check_autocast(adapter.weights.unembed.W_U.device.type)
         points = adapter.points(("q", "k", "pattern"))

@@ -42,7 +42,7 @@ def holding(live: LiveModel, parts: Sequence[str]) -> list[Edit]:
         raise ValueError(
             f"expected parts of {', '.join(PARTS)}, got {', '.join(sorted(wrong))}: name some of these"
         )
-    if "pattern" in parts and not live.adapter.keeps_patterns:
+    if "pattern" in parts and live.adapter.attends_apart:
         raise UnsupportedArchitectureError(
             f"the patterns of {live.adapter.name} cannot be held by a hook: its host goes on with its own. "
             "Hold scales or ratios, or use a HookedTransformer"

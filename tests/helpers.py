@@ -183,7 +183,9 @@ def assert_close(ours: Tensor, theirs: Tensor, tol: float, what: str = "") -> No
 
 def attends_apart(model: Any) -> bool:
     """Whether Hugging Face's own attention runs, so that edits of its pattern are discarded."""
-    return type(model.blocks[1].attn).__name__ == "AttentionBridge"
+    attn = model.blocks[1].attn
+    made_here = getattr(getattr(attn, "original_component", None), "accepts_pattern_fn", False)
+    return type(attn).__name__ == "AttentionBridge" and not made_here
 
 
 # --- The oracle: the real model, frozen by hooks -------------------------------------------------

@@ -65,9 +65,7 @@ def has(case, name):
 
 def discards_patterns(case):
     """GPT-J's Bridge and boot_native of 3.9 run on with the pattern they had before a hook edited it."""
-    attn = getattr(case.model().blocks[1].attn, "original_component", None)
-    native = case.name.startswith("native") and not getattr(attn, "accepts_pattern_fn", False)
-    return native or attends_apart(case.model())
+    return attends_apart(case.model())
 
 
 PAIRS = [(case, name) for case in ALL for name in STAGES if has(case, name)]
