@@ -193,7 +193,7 @@ class Triples:
     def _step(self, shapes: Sequence[StageShape]) -> Cost:
         """One push and one pull of one vector, of all prompts."""
         frame, D, rows = self.op.frame, self.op.in_dim, self._rows
-        cost = Cost(moved=2 * self.basis * min(self.shape))  # orthogonal to the basis, twice
+        cost = Cost(moved=2.0 * self.basis * min(self.shape))  # orthogonal to the basis, twice
         for b in (b for stage in shapes for b in stage):
             width = b.width_in + b.width_out
             cost.product += 4 * rows * D * width
