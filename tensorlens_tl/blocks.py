@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from inspect import signature
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .contraction import Reduction, Sweep, squares, states
+from .frame import whole
 from .linear_map import DENSE_LIMIT, LinearMap
 from .planning import Plan, make_plan, memory_budget
-from .singular import SVD, Triples, whole
+from .singular import SVD, Triples
 
 PLANNED = ("block", "to_dense", "frobenius_norm", "svd", "spectral_norm")
 
@@ -59,8 +59,8 @@ class Contractible(LinearMap):
         places = self._places(query_pos, key_pos)
         found = [self._blocks(i, *place, memory_limit) for i, place in enumerate(places)]
         blocks = found[0][None] if len(found) == 1 else torch.stack(found)
-        blocks = blocks.squeeze(3) if isinstance(key_pos, Integral) else blocks
-        return blocks.squeeze(1) if isinstance(query_pos, Integral) else blocks
+        blocks = blocks.squeeze(3) if whole(key_pos) else blocks
+        return blocks.squeeze(1) if whole(query_pos) else blocks
 
     def to_dense(self, memory_limit: int = DENSE_LIMIT) -> Tensor:
         """The whole tensor [batch, query_pos, d_out, key_pos, d_in], for small models and tests.
@@ -192,7 +192,7 @@ class Contractible(LinearMap):
     def _places(
         self, query_pos: Positions = None, key_pos: Positions = None, alike: bool = True
     ) -> list[tuple[list[int], list[int]]]:
-        """Every prompt's destinations and sources; refused unless they are equally many."""
+        """Every prompt's destinations and sources; where ``alike``, refused unless equally many."""
         found = []
         for prompt, (start, stop) in enumerate(self.frame.spans):
             query = _positions(query_pos, stop - start, "query_pos", prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -89,3 +90,8 @@ class Frame:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 where torch does not count (inference mode)."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def whole(number: object) -> TypeGuard[int]:
+    """Whether it is an integer: NumPy's are, True is not."""
+    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -11,10 +11,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Integral
 
 import torch
 
+from .frame import whole
 from .rates import Cost, Rates, rates
 
 BLOCK_ROWS, FOLDED_BLOCK_ROWS = 8, 32
@@ -66,7 +66,7 @@ def memory_budget(limit: int | None, device: torch.device) -> int:
     """
     if limit is None:
         return int(SHARE * free_memory(device))
-    if not isinstance(limit, Integral) or isinstance(limit, bool) or limit <= 0:
+    if not whole(limit) or limit <= 0:
         raise ValueError(
             f"expected memory_limit as a positive whole number of bytes, got {limit!r}"
         )

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from types import SimpleNamespace
-from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -27,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .contraction import Sweep, states
 from .folding import shape_of, stages_of
+from .frame import whole
 from .linear_map import LinearMap
 from .planning import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
 from .rates import Cost
@@ -57,19 +56,15 @@ class SVD:
 
 
 LAPACK = 2.0
-"""How much longer a flop of LAPACK's decomposition takes than one of a large product."""
+"""How much longer a flop of LAPACK's decomposition takes than one of a large product, about; the blocks
+of ``benchmarks/contraction.py`` compare."""
 
 
-def whole(number: object) -> TypeGuard[int]:
-    """Whether it is an integer: NumPy's are, True is not."""
-    return isinstance(number, Integral) and not isinstance(number, bool)
-
-
-SCIPY = 7 * 2**19
-"""Bytes that scipy's own modules take when they are first used."""
+BESIDE = 7 * 2**19
+"""Bytes that ARPACK took beside in ``benchmarks/contraction.py``, whatever the size."""
 
 CALLS = 64
-"""Calls of torch that a push and a pull through one branch take."""
+"""Operations of torch that a push and a pull through one branch take: 47 to 72, by family."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +183,7 @@ class Triples:
             numbers = self._rows * (4 * op.in_dim + 2 * widest)
             numbers += min(m, n) * (self.basis + 4) + 3 * self.k * (m + n)
         taken = op.frame.dtype.itemsize * numbers
-        return int(HEAP * taken + min(taken / 5, KEPT)) + (0 if self.dense else SCIPY)
+        return int(HEAP * taken + min(taken / 5, KEPT)) + (0 if self.dense else BESIDE)
 
     def _step(self, shapes: Sequence[StageShape]) -> Cost:
         """One push and one pull of one vector, of all prompts."""

@@ -9,8 +9,6 @@ from helpers import ALL, assert_close, quiet
 import tensorlens_tl
 from tensorlens_tl import Circuit, demo, discovery
 
-pytestmark = pytest.mark.algebra
-
 NAMES = ("Mary", "John", "Tom", "Kate")
 TEXT = "When {a} and {b} went to the {c}, {d} gave a drink to"
 

@@ -21,8 +21,6 @@ from tensorlens_tl.scoring import score
 from tensorlens_tl.significance import rank_correlation
 from tensorlens_tl.targets import expected_others, own_prediction, resolve_target
 
-pytestmark = pytest.mark.algebra
-
 PROMPTS = (PROMPT, "The capital of France is", "The keys near the cabinet")
 ALL = tuple(PROTOCOLS)
 

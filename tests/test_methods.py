@@ -11,8 +11,6 @@ from tensorlens_tl.collapse import KINDS
 from tensorlens_tl.methods import METHODS
 from tensorlens_tl.targets import resolve_target
 
-pytestmark = pytest.mark.algebra
-
 FEW = [c for c in CASES.values() if c.name.split("-", 1)[1] in ("gpt2", "llama")]
 every_few = pytest.mark.parametrize("case", FEW, ids=str)
 

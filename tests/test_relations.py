@@ -24,8 +24,6 @@ from tensorlens_tl.relation_data import subject_position
 from tensorlens_tl.relation_maps import LinearRelation, jacobian_maps, operator_maps
 from tensorlens_tl.relations import MEAN, Relation, RelationStudy, decode, state
 
-pytestmark = pytest.mark.algebra
-
 FILES = SHARED / "text" / "relations"
 LAYERS, POS = (0, 1), 2
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
