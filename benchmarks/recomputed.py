@@ -28,7 +28,8 @@ from torch.nn.functional import scaled_dot_product_attention as fused
 
 from tensorlens_tl.frame import Frame
 from tensorlens_tl.primitives import Mix
-from tensorlens_tl.recomputed import LN2, RecomputedMix, Scores
+from tensorlens_tl.recomputed import RecomputedMix
+from tensorlens_tl.score_blocks import LN2, Scores
 
 HEADS, D_HEAD, PROBES = 12, 64, 8
 BARS = {1: 3.0, PROBES: 6.0}

@@ -22,6 +22,7 @@ from .prompts import Prompts, as_ids, check_arguments, check_tokens, is_text, ma
 from .supported import UnsupportedArchitectureError, refusal
 from .weights import (
     BlockWeights,
+    EmbedWeights,
     GatedMLPWeights,
     ModelWeights,
     NormWeights,
@@ -31,11 +32,8 @@ from .weights import (
 _ACTIVATIONS = {
     "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu", "gelu": "gelu",
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_fast",
-    "quick_gelu": "quick_gelu", "solu": "solu", "solu_ln": "solu",
+    "gelu_bloom": "gelu_bloom", "quick_gelu": "quick_gelu", "solu": "solu", "solu_ln": "solu",
 }  # fmt: skip
-
-_ACT_FNS = {"FalconForCausalLM": "gelu", "MptForCausalLM": "gelu"}
-"""What these compute whatever their Bridge's config says (the self-check would tell)."""
 
 _LAYER_HOOKS = {
     "pattern": "attn.hook_pattern", "scores": "attn.hook_attn_scores",
@@ -130,6 +128,14 @@ class Adapter(ABC):
     def _norm_weights_of(self, block: Any, which: str) -> NormWeights | None:
         return self.norm_weights(self.norm(block, which))
 
+    def embed_weights(self) -> EmbedWeights | None:
+        """The embedding matrix and, where the host has one, the norm that its rows pass."""
+        if (W_E := getattr(self.model, "W_E", None)) is None:
+            return None
+        norm = getattr(self.model, "embed_ln", None) or getattr(self.model.embed, "ln", None)
+        weights = self.norm_weights(norm)
+        return EmbedWeights(W_E, weights, 0.0 if weights is None else norm_eps(norm))
+
     @property
     def attends_apart(self) -> bool:
         """Whether an attention of the host's source runs, and shows its pattern when it is done.
@@ -172,6 +178,11 @@ class Adapter(ABC):
         cap = getattr(self.cfg, name, None)
         return float(cap) if cap is not None and cap > 0 else None
 
+    @property
+    def act_fn(self) -> str:
+        """The activation's name in the host's words."""
+        return self.cfg.act_fn
+
     def activation(self) -> str:
         """The activation's canonical name.
 
@@ -181,7 +192,7 @@ class Adapter(ABC):
         Raises:
             UnsupportedArchitectureError: If it has no closed-form ratio here.
         """
-        act = _ACT_FNS.get(self.architecture or "", self.cfg.act_fn)
+        act = self.act_fn
         if act not in _ACTIVATIONS:
             raise UnsupportedArchitectureError(
                 refusal(f"the activation {act!r}", f"known are {', '.join(_ACTIVATIONS)}")
@@ -309,6 +320,13 @@ class Adapter(ABC):
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_vocab"]:
         """One ordinary forward pass."""
         return self.model(inputs, return_type="logits", **kwargs)
+
+
+def norm_eps(norm: Any) -> float:
+    """What a host's norm adds to the variance; 0 for none."""
+    norm = getattr(norm, "original_component", norm)
+    found = getattr(norm, "variance_epsilon", None)
+    return float(getattr(norm, "eps", 0.0) if found is None else found)
 
 
 def _named(names: tuple[str, ...], norms: Mapping[str, str]) -> dict[str, str]:

@@ -26,13 +26,9 @@ class HookedTransformerAdapter(Adapter):
     def check_model(self) -> None:
         flags_off(self.cfg)
         kind = self.cfg.positional_embedding_type
-        if kind not in ("standard", "rotary"):
+        if kind not in ("standard", "rotary", "alibi"):
             raise UnsupportedArchitectureError(
-                refusal(f"{kind!r} positions", "only standard and rotary ones are tested")
-            )
-        if getattr(self.cfg, "post_embedding_ln", False):
-            raise UnsupportedArchitectureError(
-                refusal("post_embedding_ln", "an embedding norm is not served yet")
+                refusal(f"{kind!r} positions", "only standard, rotary and ALiBi ones are tested")
             )
 
     def norm_weights(self, norm: nn.Module | None) -> NormWeights | None:
@@ -98,6 +94,10 @@ class HookedTransformerAdapter(Adapter):
         return get_attention_mask(self.tokenizer, tokens, bos)
 
 
+_ACT_FNS = {"FalconForCausalLM": "gelu", "MptForCausalLM": "gelu", "BloomForCausalLM": "gelu_bloom"}
+"""What these compute whatever their Bridge's config says (the self-check would tell)."""
+
+
 class BridgeAdapter(Adapter):
     """``TransformerBridge`` of transformer_lens 3.x and 4.x, raw or in compatibility mode."""
 
@@ -134,6 +134,10 @@ class BridgeAdapter(Adapter):
                 f"the model is in training mode with dropout ({dropout}), expected evaluation mode: "
                 "call model.eval()"
             )
+
+    @property
+    def act_fn(self) -> str:
+        return _ACT_FNS.get(self.architecture or "") or self.cfg.act_fn
 
     def norm_names(self, block: Any) -> dict[str, str]:
         names = super().norm_names(block)
@@ -197,13 +201,14 @@ class BridgeAdapter(Adapter):
         kind, act = type(mlp).__name__, self.activation()
         if str(self.cfg.act_fn).endswith("_ln"):
             kind = f"{kind} with {self.cfg.act_fn}"
-        if kind not in ("MLPBridge", "GatedMLPBridge", "JointGateUpMLPBridge"):
+        plain = kind in ("MLPBridge", "BloomMLPBridge")
+        if not plain and kind not in ("GatedMLPBridge", "JointGateUpMLPBridge"):
             raise UnsupportedArchitectureError(
                 refusal(f"the MLP {kind}", "it is neither MLPBridge nor GatedMLPBridge")
             )
         W_in, b_in = linear_weights(getattr(mlp, "in"))
         W_out, b_out = linear_weights(mlp.out)
-        if kind == "MLPBridge":
+        if plain:
             return MLPWeights(W_in, b_in, W_out, b_out, act)
         return GatedMLPWeights(*linear_weights(mlp.gate), W_in, b_in, None, W_out, b_out, act)
 

@@ -14,7 +14,7 @@ from .primitives import Mix, Norm, Shift
 from .prompts import Prompts
 from .recomputed import RecomputedMix
 from .sublayers import MLP, Attention, GatedMLP, Sublayer, Unembed
-from .weights import ScoreWeights
+from .weights import EmbedWeights, ScoreWeights
 
 GATES = ("gate", "up", "half")
 
@@ -80,7 +80,7 @@ class Capture:
         final_edit: What they added to the final normalized residual, or None.
         noise_floor: max |Δ logits| / max |logits| against a float32 copy of the model, where it
             was asked for: the model's own rounding.
-        W_E: The embedding matrix [d_vocab, d_model], where the host gave it; not saved.
+        embed_weights: The embedding matrix, where the host gave it; not saved.
         score_weights: What every block's attention scores are made of, where that is known; not
             saved, but attached again where a lens is loaded with its model.
     """
@@ -101,7 +101,7 @@ class Capture:
     edit: Shift | None = None
     final_edit: Shift | None = None
     noise_floor: float | None = None
-    W_E: Tensor | None = field(repr=False, default=None)
+    embed_weights: EmbedWeights | None = field(repr=False, default=None)
     score_weights: tuple[ScoreWeights, ...] | None = field(repr=False, default=None)
 
     def __repr__(self) -> str:

@@ -42,6 +42,7 @@ from .edges import Writers
 from .graph import Node
 from .results import Attribution
 from .secant import SecantOperator
+from .weights import EmbedWeights
 
 BY = ("token", "component", "edge")
 AT = ("clean", "corrupted", "secant")
@@ -120,14 +121,14 @@ def fixed_baseline(sweep: Sweep, baseline: str | Float[Tensor, "*shape"]) -> Swe
 def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
     width = capture.embed.shape[-1]
     if isinstance(baseline, str) and baseline == "mean":
-        if capture.W_E is None:
+        if capture.embed_weights is None:
             raise ValueError(
                 "this lens does not know W_E, whose mean the baseline is: capture with the model, or "
                 "pass the mean embedding as baseline"
             )
         start = capture.frame.spans[0][0]
         token = int(capture.prompts.tokens[0, start])
-        baseline = mean_embedding(capture.embed[0, start], token, capture.W_E)
+        baseline = mean_embedding(capture.embed[0, start], token, capture.embed_weights)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
         found = repr(baseline) if isinstance(baseline, str) else type(baseline).__name__
         found = list(baseline.shape) if isinstance(baseline, Tensor) else found
@@ -139,14 +140,14 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
 
 
 def mean_embedding(
-    seen: Float[Tensor, " d_model"], token: int, W_E: Float[Tensor, "d_vocab d_model"]
+    seen: Float[Tensor, " d_model"], token: int, weights: EmbedWeights
 ) -> Float[Tensor, " d_model"]:
-    """The mean of W_E's rows as they enter the residual: some models scale them (Gemma).
+    """The mean of W_E's rows as they enter the residual: scaled (Gemma) or normalized (BLOOM).
 
     Args:
         seen: A token's embedding as it entered the residual, which tells the scale.
         token: Its id.
-        W_E: The embedding matrix.
+        weights: The embedding matrix, and its norm.
 
     Returns:
         The mean, in ``seen``'s dtype.
@@ -154,14 +155,14 @@ def mean_embedding(
     Raises:
         ValueError: If ``seen`` is no multiple of the token's row.
     """
-    row = W_E[token].detach().to(seen)
+    row = weights.rows(token, seen.dtype)
     scale = (seen @ row) / (row @ row)
     if (seen - scale * row).abs().max() > 1e-2 * seen.abs().max():
         raise ValueError(
             "this run's token embeddings are not rows of W_E (edited, or resized): pass the mean "
             "embedding as baseline"
         )
-    return scale * W_E.detach().mean(0, dtype=seen.dtype)
+    return scale * weights.mean(seen.dtype)
 
 
 def difference(

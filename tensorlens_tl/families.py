@@ -113,11 +113,11 @@ MORE_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
                            "attention_types": [[["global", "local"], 1]], "vocab_size": D_VOCAB,
                            "max_position_embeddings": N_CTX}),
     "opt": ("OPT", {**_HF, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": D_VOCAB}),
 }  # fmt: skip
 """Likewise, of families that are block shapes of the above in another dress."""
 
 _OTHER_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
-    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": D_VOCAB}),
     "granite": ("Granite", _GQA),
     "mixtral": ("Mixtral", {**_MOE, "num_local_experts": 4}),
     "olmoe": ("Olmoe", {**_MOE, "num_experts": 4}),

@@ -17,7 +17,17 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from . import capturing, graph, linear_map, primitives, prompts, recomputed, sublayers, weights
+from . import (
+    capturing,
+    graph,
+    linear_map,
+    primitives,
+    prompts,
+    recomputed,
+    score_blocks,
+    sublayers,
+    weights,
+)
 from .capturing import Capture
 from .frame import Frame
 
@@ -26,7 +36,7 @@ MISSING = (
     "weights=True"
 )
 
-_SKIPPED = {"tokenizer", "W_E", "score_weights"}  # the host's own; no operator needs them
+_SKIPPED = {"tokenizer", "embed_weights", "score_weights"}  # the host's own; no operator needs them
 DTYPES = {
     str(dtype).removeprefix("torch."): (dtype, code)
     for dtype, code in (
@@ -44,7 +54,8 @@ DTYPES = {
 @cache
 def _classes() -> dict[str, type]:
     """What a file may hold: the library's own frozen dataclasses below the operator."""
-    modules = (capturing, graph, linear_map, primitives, prompts, recomputed, sublayers, weights)
+    modules = (capturing, graph, linear_map, primitives, prompts, recomputed, score_blocks,
+               sublayers, weights)  # fmt: skip
     return {
         name: cls
         for module in modules

@@ -96,12 +96,14 @@ def _mask_token(adapter: Adapter, token: str | int | None) -> int:
 
 
 def _mean_embedding(adapter: Adapter) -> Tensor:
-    W_E = adapter.model.W_E
-    ids, seen = torch.ones(1, 1, dtype=torch.long, device=W_E.device), []
+    weights = adapter.embed_weights()
+    if weights is None:
+        raise ValueError(f"{adapter.name} shows no W_E, whose mean this masks with: mask otherwise")
+    ids, seen = torch.ones(1, 1, dtype=torch.long, device=weights.W_E.device), []
     point = adapter.points()[None, "embed"]
     with torch.no_grad(), hooked([(point, lambda x: seen.append(x.detach()))]):
         adapter.run(ids, all_real(adapter, ids))
-    return mean_embedding(seen[0][0, 0], 1, W_E)
+    return mean_embedding(seen[0][0, 0], 1, weights)
 
 
 def all_real(adapter: Adapter, ids: Int[Tensor, "row pos"]) -> dict[str, Any]:

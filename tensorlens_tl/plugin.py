@@ -84,7 +84,7 @@ def capture(
         require_half_precision(adapter.dtype)
     logits, captured = record(adapter, input, Convention(gate), dtype, pattern, **kwargs)
     scores = score_weights(adapter, captured.frame.n_pos)
-    captured = replace(captured, W_E=getattr(model, "W_E", None), score_weights=scores)
+    captured = replace(captured, embed_weights=adapter.embed_weights(), score_weights=scores)
     if not noise_floor:
         return logits, TensorLens(captured, captured.versions())
     captured = with_noise_floor(captured, model, input, kwargs)

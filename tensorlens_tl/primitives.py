@@ -36,6 +36,7 @@ RATIOS = {
     "gelu": lambda z: 0.5 * (1 + torch.erf(z / math.sqrt(2))),
     "gelu_tanh": _tanh_gelu,
     "gelu_fast": lambda z: _tanh_gelu(z, 0.7978845608),  # √(2/π) as that activation rounds it
+    "gelu_bloom": lambda z: _tanh_gelu(z, 0.79788456),  # and as Hugging Face's BLOOM does
     "quick_gelu": lambda z: torch.sigmoid(1.702 * z),
     "solu": lambda z: z.softmax(-1),
 }

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .frame import Frame, version
 from .primitives import Mix
-from .recomputed import RecomputedMix, Scores
+from .recomputed import RecomputedMix
+from .score_blocks import Scores
 from .weights import AttentionWeights
 
 HOST = (
@@ -144,9 +145,13 @@ class Queries:
                     "use_qk_norm without rotary positions", "no hook follows the norm"
                 )
             causal = cfg.attention_dir == "causal"
+            slopes = None
+            if cfg.positional_embedding_type == "alibi":
+                slopes = tuple(2 ** (-8 * (i + 1) / cfg.n_heads) for i in range(cfg.n_heads))
             scores = (
                 Scores(1 / block.attn.attn_scale, causal, cap,
-                       cfg.window_size if causal and block.attn.attn_type == "local" else None)
+                       cfg.window_size if causal and block.attn.attn_type == "local" else None,
+                       slopes)
                 for block in blocks
             )  # fmt: skip
             has_sinks = getattr(cfg, "use_attention_sinks", False)
@@ -168,6 +173,13 @@ class Queries:
             by_layer = getattr(cfg, "scale_attn_by_inverse_layer_idx", False)
             scale = cfg.d_head**-0.5
             scores = (Scores(scale / (i + 1 if by_layer else 1)) for i in range(len(parts)))
+            return cls(("q", "k"), tuple(scores))
+        if kind in ("BloomAttentionBridge", "MPTALiBiAttentionBridge"):
+            slopes = alibi_slopes(cfg.n_heads)
+            scores = (
+                Scores(getattr(attn, "softmax_scale", cfg.d_head**-0.5), slopes=slopes)
+                for attn in parts
+            )
             return cls(("q", "k"), tuple(scores))
         if kind == "AttentionBridge" and type(parts[0]).__name__ == "NativeAttention":
             scores = (Scores(1 / a.scale, a.causal, cap) for a in parts)
@@ -207,6 +219,23 @@ class Queries:
 
 def _drop_pattern(module: Any, args: Any, output: Any) -> None:
     module._pattern = None
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """ALiBi's slopes (Press et al. 2022): 2^(−8 i / n), i = 1 … n, for n heads, a power of 2.
+
+    Any other number of heads goes on, after the n of the next power below, with the odd steps of
+    the series for 2n. HookedTransformer takes the first formula for every n.
+
+    Args:
+        heads: Number of heads.
+
+    Returns:
+        A slope per head.
+    """
+    n = 2 ** (heads.bit_length() - 1)
+    exponents = [i / n for i in range(1, n + 1)] + [i / (2 * n) for i in range(1, 2 * n, 2)]
+    return tuple(2 ** (-8 * e) for e in exponents[:heads])
 
 
 def _hugging_face(attn: Any, layer: int) -> Scores:

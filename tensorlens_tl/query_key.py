@@ -100,12 +100,22 @@ class QueryKey:
             queries = q.rotated[:, own]
             S = queries @ keys.mT * w.scale
             S = S if w.soft_cap is None else w.soft_cap * torch.tanh(S / w.soft_cap)
-            check_pattern(self.attn, A, S.masked_fill(A <= 0, -torch.inf), self.model_dtype)
+            leaning = lean(S, w.slopes, own)
+            check_pattern(self.attn, A, leaning.masked_fill(A <= 0, -torch.inf), self.model_dtype)
             dA = z[:, own] @ v[:, kv].repeat_interleave(each, 1).mT
             dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
             dP = dP if w.soft_cap is None else dP * (1 - (S / w.soft_cap) ** 2)
             at_q[:, own], at_k[:, own] = dP @ keys, dP.mT @ queries
         return q.pull(at_q, self.norm), k.pull(at_k, self.norm)
+
+
+def lean(S: Tensor, slopes: tuple[float, ...] | None, heads: slice) -> Tensor:
+    """Scores [batch, head, query_pos, key_pos] of some heads, less ALiBi's slope · distance."""
+    if slopes is None:
+        return S
+    pos = torch.arange(S.shape[-1], dtype=S.dtype, device=S.device)
+    slope = torch.tensor(slopes[heads], dtype=S.dtype, device=S.device)[:, None, None]
+    return S - slope * (pos[:, None] - pos)
 
 
 def check_pattern(

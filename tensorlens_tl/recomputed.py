@@ -6,7 +6,8 @@ bits (divided by ln 2), so that A = 2^(s − lse): on a CPU torch's ``exp`` took
 ``exp2``, and 17 times where A underflows (as ``benchmarks/recomputed.py`` prints).
 
 1. Keep q' = [q · scale / ln 2, −lse] and k' = [k, 1], positions last. One product q'ᵀ k' gives s − lse.
-   Under a soft cap the scores are capped first, and −lse is added after.
+   Under a soft cap the scores are capped first, and −lse is added after; ALiBi's lean is added to
+   the product, as distances would lose digits in it.
 2. lse comes from one pass over blocks of queries, once per capture.
 3. A block of A, rows × columns, is one product into a buffer, a power of 2 in place, and zeros
    where the mask is; it never leaves the cache. Blocks outside the mask are skipped.
@@ -33,7 +34,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -43,65 +43,7 @@ from torch import Tensor
 from .frame import Frame
 from .linear_map import LinearMap
 from .primitives import Mix
-
-LN2 = math.log(2.0)
-ROWS, COLUMNS, CELLS = 128, 2048, 2**18
-"""Largest block, and the cells that all heads' blocks together may fill: a MiB stays in the
-cache of a CPU core."""
-ACCELERATOR = 512, 4096, 2**26
-"""The same where launching a kernel is what costs."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How scores come from queries and keys: cap · tanh(q·k · scale / cap), masked.
-
-    Attributes:
-        scale: Factor of q·k.
-        causal: Whether a query sees no later key.
-        soft_cap: Largest absolute score, or None.
-        window: How many keys a query sees, itself included, or None for all; causal only.
-    """
-
-    scale: float
-    causal: bool = True
-    soft_cap: float | None = None
-    window: int | None = None
-
-    def __post_init__(self):
-        cap = 1.0 if self.soft_cap is None else self.soft_cap
-        if not (math.isfinite(self.scale) and math.isfinite(cap) and cap > 0):
-            raise ValueError(f"expected a finite scale and a positive soft cap, got {self}")
-        if self.window is not None and (self.window < 1 or not self.causal):
-            raise ValueError(f"expected a window of at least 1 in causal attention, got {self}")
-
-    def reach(self, start: int, stop: int, length: int, pull: bool) -> tuple[int, int]:
-        """The columns that rows [start, stop) see: keys of queries, or queries of keys (pull)."""
-        if not self.causal:
-            return 0, length
-        window = length if self.window is None else self.window
-        if pull:
-            return start, min(length, stop + window - 1)
-        return max(0, start - window + 1), stop
-
-    def mask_(self, block: Tensor, offset: int, pull: bool) -> Tensor:
-        """Zero a block of A, in place, where a query must not see a key.
-
-        Args:
-            block: [..., row, column].
-            offset: First row less first column.
-            pull: Whether rows are keys.
-
-        Returns:
-            The block.
-        """
-        if not self.causal:
-            return block
-        near = block.triu_(offset) if pull else block.tril_(offset)
-        if self.window is None:
-            return near
-        far = self.window - 1
-        return near.tril_(offset + far) if pull else near.triu_(offset - far)
+from .score_blocks import LN2, Scores, capped_, log_sum_exp, mix_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,15 +98,20 @@ class RecomputedMix(LinearMap):
                 f"expected queries and keys of the same positions, and a multiple of the key/value "
                 f"heads, got {list(q.shape)} and {list(k.shape)}"
             )
+        if scores.slopes is not None and len(scores.slopes) != q.shape[2]:
+            raise ValueError(
+                f"expected a slope for each of {q.shape[2]} heads, got {scores.slopes}"
+            )
         scale = scores.scale / (scores.soft_cap or LN2)
         queries = torch.nn.functional.pad((q * scale).permute(0, 2, 3, 1), (0, 0, 0, 1))
         keys = torch.nn.functional.pad(k.permute(0, 2, 3, 1), (0, 0, 0, 1), value=1.0)
         mix = cls(frame, queries.contiguous(), keys.contiguous(), scores, d_head)
         with torch.no_grad():
             beside = None if sinks is None else sinks.to(q).view(mix.kv_heads, -1, 1)
+            lean = scores.lean(q, mix.kv_heads)
             for _, _, heads, keys in mix._prompts():
                 for r, queries in enumerate(heads):
-                    lse = _log_sum_exp(queries, keys, scores)
+                    lse = log_sum_exp(queries, keys, scores, None if lean is None else lean[r])
                     lse = lse if beside is None else torch.logaddexp(lse, beside[:, r])
                     queries[:, -1] = -lse / LN2
         return mix
@@ -222,14 +169,17 @@ class RecomputedMix(LinearMap):
         whole = all(span == (0, self.frame.n_pos) for span in self.frame.spans)
         out = (many.new_empty if whole else many.new_zeros)(*many.shape[:-1], *size)
         target = out.permute(1, 4, 0, 3, 2, 5)
+        lean = self.scores.lean(x, self.kv_heads)
         for prompt, pos, q, k in self._prompts():
             values, sums = source[prompt, ..., pos, :], target[prompt, ..., pos, :]
             values = values.expand(self._repeat, *values.shape[1:])
             if not to_heads:
-                _mix(q, k, values, sums[0], self.scores, pull)
+                mix_blocks(q, k, values, sums[0], self.scores, lean, pull)
                 continue
             for r in range(self._repeat):
-                _mix(q[r : r + 1], k, values[r : r + 1], sums[r], self.scores, pull)
+                own = slice(r, r + 1)
+                only = None if lean is None else lean[own]
+                mix_blocks(q[own], k, values[own], sums[r], self.scores, only, pull)
         return out.reshape(*x.shape[:-1], math.prod(size))
 
     def apply(self, x):
@@ -258,17 +208,20 @@ class RecomputedMix(LinearMap):
 
     def head(self, index: int) -> RecomputedMix:
         """One query head's part; shares memory."""
-        kv = index // self._repeat
+        kv, slopes = index // self._repeat, self.scores.slopes
         return replace(
             self,
             queries=self.queries[:, index : index + 1],
             keys=self.keys[:, kv : kv + 1],
+            scores=replace(self.scores, slopes=None if slopes is None else (slopes[index],)),
         )
 
     def tiles(self, prompt: int) -> Tiles:
         """One prompt's pattern on its real tokens, to be made tile by tile."""
         _, _, queries, keys = list(self._prompts())[prompt]
-        return Tiles(queries.transpose(0, 1), keys[:, None], self.scores)
+        lean = self.scores.lean(queries, self.kv_heads)
+        lean = None if lean is None else lean.transpose(0, 1)
+        return Tiles(queries.transpose(0, 1), keys[:, None], self.scores, lean)
 
     def looks_ahead(self, prompt: int) -> bool:
         """Whether a query sees a later key."""
@@ -314,6 +267,7 @@ class Tiles:
         queries: As ``RecomputedMix`` keeps them, by key/value head.
         keys: Likewise.
         scores: Soft cap and mask.
+        lean: Slopes in bits, or None.
         query_gain: Numbers that multiply the rows of queries, or None.
         key_gain: Numbers that multiply the columns of keys, or None.
         flip: "" , "pull" or "push".
@@ -323,6 +277,7 @@ class Tiles:
     queries: Float[Tensor, "group repeat d_score pos"]
     keys: Float[Tensor, "group 1 d_score pos"]
     scores: Scores
+    lean: Float[Tensor, "group repeat 1 1"] | None = None
     query_gain: Float[Tensor, " pos"] | None = None
     key_gain: Float[Tensor, " pos"] | None = None
     flip: str = ""
@@ -343,12 +298,14 @@ class Tiles:
         block = rows[..., width, i].mT @ columns[..., width, j]
         if scores.soft_cap is not None:
             lse = self.queries[..., -1:, j] if pull else self.queries[..., -1:, i].mT
-            _capped(block, scores).add_(lse)
+            capped_(block, scores).add_(lse)
         if scores.causal:
             pos = torch.arange(rows.shape[-1], device=rows.device)
-            ahead = pos[j] - pos[i][:, None] if self.flip else pos[i][:, None] - pos[j]
-            hidden = ahead < 0
-            hidden = hidden if scores.window is None else hidden | (ahead >= scores.window)
+            behind = pos[j] - pos[i][:, None] if self.flip else pos[i][:, None] - pos[j]
+            if self.lean is not None:
+                block.addcmul_(self.lean, behind.to(block), value=-1)
+            hidden = behind < 0
+            hidden = hidden if scores.window is None else hidden | (behind >= scores.window)
             block.masked_fill_(hidden, -math.inf)
         block.exp2_()
         for gain in (
@@ -392,77 +349,3 @@ class _Weighing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return _Weighing.apply(gradients[0], ctx.mix, not ctx.pull), None, None
-
-
-# --- Blocks --------------------------------------------------------------------------------------
-
-
-def _capped(products: Tensor, scores: Scores) -> Tensor:
-    """The scores, in bits, from q·k · scale (/ cap), in place."""
-    return products if scores.soft_cap is None else products.tanh_().mul_(scores.soft_cap / LN2)
-
-
-def _block_sizes(like: Tensor, heads: int, length: int) -> tuple[int, int, int]:
-    """Heads, rows and columns of a block."""
-    rows, columns, cells = (ROWS, COLUMNS, CELLS) if like.device.type == "cpu" else ACCELERATOR
-    rows, columns = min(rows, length), min(columns, length)
-    return max(1, min(heads, cells // (rows * columns))), rows, columns
-
-
-def _mix(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores, pull: bool) -> None:
-    """Writes out_i = Σ_r Σ_j A_r[i, j] values_j, or with A_r[j, i] (pull), in one prompt.
-
-    Args:
-        q: [q · scale / ln 2, −lse] of query heads r that share keys, [repeat, head, d_score, pos].
-        k: [k, 1], [head, d_score, pos].
-        values: [repeat, many, head, pos, width].
-        out: [many, head, pos, width].
-        scores: Soft cap and mask.
-        pull: Whether rows are keys.
-    """
-    width = slice(None) if scores.soft_cap is None else slice(-1)
-    repeat, many, n_heads, length, d = values.shape
-    n, height, broad = _block_sizes(q, n_heads, length)
-    cells = q.new_empty(n * height * broad)
-    # Probes side by side: one copy, small enough to stay in the cache while its head is served.
-    side, sums = q.new_empty(n, length, many, d), q.new_empty(n, length, many * d)
-    for first, r in product(range(0, n_heads, n), range(repeat)):
-        h = slice(first, min(first + n, n_heads))
-        c = h.stop - first
-        v = side[:c].copy_(values[r, :, h].permute(1, 2, 0, 3)).flatten(2)
-        rows, columns = (k[h, width], q[r, h, width]) if pull else (q[r, h, width], k[h, width])
-        rows = rows.mT  # a copy in that order costs more than the product gains
-        for start in range(0, length, height):
-            i = slice(start, min(start + height, length))
-            left, right = scores.reach(i.start, i.stop, length, pull)
-            for at in range(left, right, broad):
-                j = slice(at, min(at + broad, right))
-                size = c, i.stop - start, j.stop - at
-                block = cells[: math.prod(size)].view(size)
-                torch.bmm(rows[:, i], columns[..., j], out=block)
-                if scores.soft_cap is not None:
-                    lse = q[r, h, -1, j].unsqueeze(1) if pull else q[r, h, -1, i].unsqueeze(2)
-                    _capped(block, scores).add_(lse)
-                scores.mask_(block.exp2_(), start - at, pull)
-                sums[:c, i].baddbmm_(block, v[:, j], beta=0 if at == left and r == 0 else 1)
-        if r == repeat - 1:
-            out[:, h] = sums[:c].unflatten(2, (many, d)).permute(2, 0, 1, 3)
-
-
-def _log_sum_exp(q: Tensor, k: Tensor, scores: Scores) -> Tensor:
-    """The scores' log-sum-exp per query, [head, pos], block by block; natural, from scores in bits."""
-    n_heads, _, length = q.shape
-    n, height, broad = _block_sizes(q, n_heads, length)
-    lse = q.new_full((n_heads, length), -math.inf)
-    for first in range(0, n_heads, n):
-        h = slice(first, min(first + n, n_heads))
-        for start in range(0, length, height):
-            i = slice(start, min(start + height, length))
-            left, right = scores.reach(i.start, i.stop, length, False)
-            for at in range(left, right, broad):
-                j = slice(at, min(at + broad, right))
-                s = _capped(q[h, :-1, i].mT @ k[h, :-1, j], scores).mul_(LN2)
-                seen = scores.mask_(torch.ones_like(s[0], dtype=torch.bool), start - at, False)
-                s.masked_fill_(~seen, -math.inf)
-                lse[h, i] = torch.logaddexp(lse[h, i], s.logsumexp(-1))
-    return lse

@@ -267,7 +267,8 @@ def load_capture(
     if adapter is None:
         return capture
     scores = score_weights(adapter, capture.frame.n_pos)
-    return replace(capture, tokenizer=adapter.tokenizer, score_weights=scores)
+    own = {"tokenizer": adapter.tokenizer, "embed_weights": adapter.embed_weights()}
+    return replace(capture, **own, score_weights=scores)
 
 
 def _attached(adapter: Adapter, cls: type, node: dict[str, Any], path: str) -> Any:

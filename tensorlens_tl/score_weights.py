@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter
+from .adapter import Adapter, norm_eps
 from .adapters import HookedTransformerAdapter, linear_weights
 from .queries import NotRecomputableError, Queries
 from .weights import Rotation, ScoreWeights
@@ -50,7 +50,8 @@ def score_weights(adapter: Adapter, n_pos: int) -> tuple[ScoreWeights, ...] | No
         found.append(
             ScoreWeights(
                 *layout, scale=scores.scale, soft_cap=scores.soft_cap,
-                q_norm=q_norm, k_norm=k_norm, eps=_eps(norms[0]), rotation=rotation,
+                q_norm=q_norm, k_norm=k_norm, eps=norm_eps(norms[0]), rotation=rotation,
+                slopes=scores.slopes,
             )
         )  # fmt: skip
     return tuple(found)
@@ -79,12 +80,6 @@ def _bridged(attn: Any, d_head: int) -> Layout:
         for W, b in (linear_weights(attn.q), linear_weights(attn.k))
     )  # fmt: skip
     return W_Q, b_Q, W_K, b_K
-
-
-def _eps(norm: Any) -> float:
-    norm = getattr(norm, "original_component", norm)
-    found = getattr(norm, "variance_epsilon", None)
-    return float(getattr(norm, "eps", 0.0) if found is None else found)
 
 
 def _rotations(adapter: Adapter, n_pos: int) -> Sequence[Rotation | None] | None:

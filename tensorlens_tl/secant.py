@@ -41,7 +41,7 @@ from .edges import LOGITS, Readers
 from .factored import Factored
 from .graph import Node
 from .primitives import Identity, Norm, gating_ratio
-from .query_key import CELLS, Projection, check_pattern, tolerated
+from .query_key import CELLS, Projection, check_pattern, lean, tolerated
 from .selfcheck import CaptureMismatchError
 from .sublayers import MLP, Attention, GatedMLP
 from .weights import NormWeights
@@ -238,7 +238,7 @@ def _attention(
             S = [cap * torch.tanh(P / cap) for P in products]
             least = torch.finfo(v.dtype).eps ** 0.5
             slope = _slope(S[0] - S[1], products[0] - products[1], 1 - (S[0] / cap) ** 2, least)
-        S = [scores.masked_fill(hidden, -torch.inf) for scores in S]
+        S = [lean(scores, w.slopes, own).masked_fill(hidden, -torch.inf) for scores in S]
         for run, pattern, scores, capture in zip(runs, A, S, captures, strict=True):
             check_pattern(run, pattern, scores, capture.logits.dtype, INSTEAD, b)
         mean, L = softmax_secant(*S)

@@ -25,6 +25,7 @@ SUPPORTED = {
     "GPTJForCausalLM": "GPT-J",
     "GPTNeoForCausalLM": "GPT-Neo",
     "OPTForCausalLM": "OPT",
+    "BloomForCausalLM": "BLOOM",
     "TransformerLensNative": "TransformerBridge.boot_native",
 }
 """Architectures that the tests cover, by Hugging Face class name."""

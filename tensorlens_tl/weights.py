@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,6 +22,35 @@ class NormWeights:
     def gain(self) -> Float[Tensor, " d"] | None:
         """The effective factor, or None for 1."""
         return self.w if self.w is None or not self.offset else self.w + self.offset
+
+
+@dataclass(frozen=True, eq=False)
+class EmbedWeights:
+    """The embedding matrix, and the LayerNorm its rows pass (BLOOM) with its eps, or None.
+
+    The rows that enter the residual are those, or multiples of them (Gemma scales).
+    """
+
+    W_E: Float[Tensor, "d_vocab d_model"]
+    norm: NormWeights | None = None
+    eps: float = 0.0
+
+    def rows(self, ids: int | slice, dtype: torch.dtype) -> Float[Tensor, "*ids d_model"]:
+        """Rows as they leave the norm, if there is one."""
+        rows = self.W_E[ids].detach().to(dtype)
+        if self.norm is None:
+            return rows
+        w, b = (None if x is None else x.detach().to(dtype) for x in (self.norm.w, self.norm.b))
+        return torch.nn.functional.layer_norm(rows, rows.shape[-1:], w, b, self.eps)
+
+    def mean(self, dtype: torch.dtype) -> Float[Tensor, " d_model"]:
+        """The mean of all rows."""
+        if self.norm is None:
+            return self.W_E.detach().mean(0, dtype=dtype)
+        chunks = (slice(i, i + 4096) for i in range(0, len(self.W_E), 4096))
+        return torch.stack([self.rows(chunk, dtype).sum(0) for chunk in chunks]).sum(0) / len(
+            self.W_E
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +84,8 @@ class Rotation:
 class ScoreWeights:
     """Query and key matrices and how scores come from them: cap · tanh(q·k · scale / cap).
 
+    ALiBi's slope · distance is subtracted where there are slopes, one per query head.
+
     q = rotated(q_norm(x W_Q + b_Q)), and k alike; what a model has none of is None. The operator
     needs none of this, its patterns being frozen: only query and key edges do.
     """
@@ -68,6 +100,7 @@ class ScoreWeights:
     k_norm: NormWeights | None = None
     eps: float = 0.0
     rotation: Rotation | None = None
+    slopes: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)

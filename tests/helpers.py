@@ -91,7 +91,14 @@ def _bridge_case(name: str, class_name: str, config: dict, compat: bool) -> Case
     )
 
 
-FLOAT32_SOFTMAX = {"phi", "cohere", "stablelm", "starcoder2"}  # as inexact, for queries and keys
+FLOAT32_SOFTMAX = {
+    "phi",
+    "cohere",
+    "stablelm",
+    "starcoder2",
+    "mpt",
+    "bloom",
+}  # as inexact, for queries and keys
 CASES: dict[str, Case] = {}
 if HookedTransformer is not None:
     CASES |= {c.name: c for c in (_hooked_case(n, cfg) for n, cfg in HOOKED.items())}
@@ -125,6 +132,8 @@ if hooked_offered("olmo2"):
     MORE.append(
         Case("hooked-olmo2", lambda dtype: hooked_model("olmo2", dtype), "hooked", gated=True)
     )
+if HookedTransformer is not None:
+    MORE.append(Case("hooked-bloom", lambda dtype: hooked_model("bloom", dtype), "hooked"))
 CASES |= {case.name: case for case in MORE}
 GATED = [case for case in ALL if case.gated]
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 FLOORS = {
     "graph": 0, "heat": 0, "intervals": 0, "supported": 0, "frame": 0.3, "linear_map": 0.5, "weights": 0,
     "primitives": 1, "prompts": 1, "factored": 0,
-    "sublayer": 2, "recomputed": 2,
+    "sublayer": 2, "score_blocks": 0, "recomputed": 2,
     "sublayers": 3, "planning": 1, "rates": 0, "folding": 3, "contraction": 3.5, "singular": 3.7,
     "blocks": 4,
     "adapter": 2, "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4,

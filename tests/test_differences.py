@@ -91,9 +91,11 @@ def test_fixed_baselines_run_no_second_pass_and_have_no_operator_term(case):
     lens = lens_of(case)
     x = lens.embedding
     target = lens._sweep(3, 4, -1).target
-    mean = lens.capture.W_E.detach().double().mean(0)
+    mean = lens.capture.embed_weights.W_E.detach().double().mean(0)
     embed, pos = lens.capture.embed, lens.capture.pos_embed
-    scale = (embed[0, 0] / lens.capture.W_E[tokens()[0, 0]].double()).mean()  # Gemma scales W_E
+    scale = (
+        embed[0, 0] / lens.capture.embed_weights.W_E[tokens()[0, 0]].double()
+    ).mean()  # Gemma scales W_E
     at = {
         "zero": torch.zeros_like(x),
         "mean": (mean * scale).expand_as(x) + (0 if pos is None else pos),

@@ -212,10 +212,11 @@ def test_half_precision_models(dtype):
 if build_bridge_from_module is not None:
 
     def test_an_unsupported_hugging_face_model_is_left_as_it_was():
-        from transformers import BloomConfig, BloomForCausalLM
+        from transformers import MambaConfig, MambaForCausalLM
 
-        model = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=20))
+        config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4)
+        model = MambaForCausalLM(config)
         before = [type(m) for m in model.modules()]
-        with pytest.raises(ValueError, match="cannot freeze BloomForCausalLM"):
+        with pytest.raises(ValueError, match="cannot freeze MambaForCausalLM"):
             tensorlens_tl.capture(model, [1, 2])
         assert before == [type(m) for m in model.modules()]

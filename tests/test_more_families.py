@@ -25,6 +25,7 @@ from helpers import (
     assert_close,
     bridge_offered,
     build_bridge,
+    build_hooked,
     lens_of,
     quiet,
     randn_like,
@@ -32,9 +33,13 @@ from helpers import (
 )
 
 import tensorlens_tl
+from tensorlens_tl.adapters import adapt
 from tensorlens_tl.baselines_edges import score_edges
 from tensorlens_tl.baselines_gradient import live_models
 from tensorlens_tl.holding import holding
+from tensorlens_tl.masking import Masking
+from tensorlens_tl.queries import NotRecomputableError
+from tensorlens_tl.selfcheck import CaptureMismatchError
 from tensorlens_tl.supported import UnsupportedArchitectureError
 from tensorlens_tl.validity import curves
 
@@ -79,8 +84,8 @@ SCORES = [
 """Laws of what queries and keys are made of."""
 APART = {"gptj", "gpt-neo", "opt"}
 """Whose attention is Hugging Face's own: patterns are shown, but neither made nor edited outside."""
-NO_SCORES = {"gemma3", "olmo2", "olmo3", "mpt"} | APART
-"""Whose scores' layout is not known here: two rotations, norms over all heads, ALiBi."""
+NO_SCORES = {"gemma3", "olmo2", "olmo3"} | APART
+"""Whose scores' layout is not known here: two rotations, norms over all heads."""
 if HookedTransformer is None:
     NO_SCORES |= {"cohere"}  # transformer_lens 4 turns queries another way; the self-check finds it
 UNSHOWN = [
@@ -126,7 +131,7 @@ def test_the_law_holds_or_is_refused_by_name(case, law, tmp_path):
     unknown = (family(case) in NO_SCORES and law in SCORES) or (
         family(case) in APART and law in UNSHOWN
     )
-    if unknown or (family(case) == "mpt" and law is test_recomputed.test_recomputed_equals_stored):
+    if unknown:
         with pytest.raises(ValueError, match=REFUSALS):
             law(**given)
     else:
@@ -147,6 +152,80 @@ def test_patterns_that_hooks_cannot_change_are_not_held(case):
     assert_close(both, torch.cat(alone), 1e-6, "scales are held for every direction")
     with pytest.raises(UnsupportedArchitectureError, match="only when the layer is done with it"):
         score_edges(model, tokens(), tokens(seed=1), target=3)
+
+
+BLOOMS = [case for case in MORE if family(case) == "bloom"]
+
+
+@pytest.mark.parametrize("case", BLOOMS, ids=str)
+def test_the_mean_embedding_is_that_of_normalized_rows(case):
+    """BLOOM norms its embeddings before the first block reads them."""
+    lens, model = lens_of(case)[0], case.model()
+    every = torch.arange(model.cfg.d_vocab)[:, None]
+    with torch.no_grad(), quiet():
+        _, seen = model.run_with_cache(every, names_filter=lambda name: name.endswith("hook_embed"))
+    rows = next(iter(seen.values()))[:, 0]
+    assert (rows - model.W_E).abs().max() > 0.1
+    mean = rows.mean(0)
+    assert_close(Masking.of("mean", adapt(model)).embedding, mean, 1e-12)
+    assert lens.capture.embed_weights.rows(3, torch.float32).dtype == torch.float32
+    ours = lens.attribute(3, 5, baseline="mean").values
+    assert_close(ours, lens.attribute(3, 5, baseline=mean).values, 1e-12)
+
+
+BLOOM, MPT = MORE_BRIDGE["bloom"][1], MORE_BRIDGE["mpt"][1]
+SIX = {"n_heads": 6, "d_model": 48}
+LEANING = {
+    "Bloom of 6 heads": ("Bloom", BLOOM | {"n_head": 6, "hidden_size": 48}),
+    "Bloom of 1 head": ("Bloom", BLOOM | {"n_head": 1}),
+    "Mpt of 6 heads": ("Mpt", MPT | SIX),
+    "Mpt with its options": (
+        "Mpt",
+        MPT | {"attn_config": {"softmax_scale": 0.7}},
+    ),
+}
+LEANING = LEANING if bridge_offered("mpt") else {}
+if HookedTransformer is not None:
+    LEANING["hooked"] = ("", SIX | {"positional_embedding_type": "alibi"})
+
+
+@pytest.mark.parametrize("name", LEANING)
+def test_slopes_of_any_number_of_heads(name):
+    """Hosts keep slopes in float32; six heads have some that are no powers of 2."""
+    cls, config = LEANING[name]
+    with quiet():
+        model = (
+            build_bridge(cls, config, torch.float64) if cls else build_hooked(config, torch.float64)
+        )
+    stored, lens = test_recomputed.both(model, tokens(seq=30))
+    test_recomputed.assert_same_answers(lens, stored, 1e-6)
+    a = stored.attribute(3, 5, by="edge", qk=True).values
+    assert_close(lens.attribute(3, 5, by="edge", qk=True).values, a, 1e-6)
+
+
+@pytest.mark.offered(bridge_offered("mpt"))
+def test_alibi_whose_biases_are_rounded_to_bfloat16_is_not_recomputed():
+    with quiet():
+        model = build_bridge("Falcon", MORE_BRIDGE["falcon"][1] | {"alibi": True}, torch.float64)
+    lens = tensorlens_tl.capture(model, tokens())[1]
+    assert lens.completeness_error <= 1e-6
+    with pytest.raises(NotRecomputableError, match=r"does not serve .*ALiBiJoint.*stored"):
+        tensorlens_tl.capture(model, tokens(), pattern="recomputed")
+    with pytest.raises(ValueError, match="does not know W_Q and W_K"):
+        lens.attribute(3, by="edge", qk=True)
+
+
+@pytest.mark.offered(bridge_offered("mpt"))
+def test_values_that_mpt_clips_behind_its_hooks_are_found_out():
+    for clip, fits in ((1.0, False), (100.0, True)):
+        with quiet():
+            model = build_bridge("Mpt", MPT | {"attn_config": {"clip_qkv": clip}}, torch.float64)
+        if fits:
+            lens = tensorlens_tl.capture(model, tokens(), pattern="recomputed")[1]
+            assert lens.completeness_error <= 1e-6
+        else:
+            with pytest.raises(CaptureMismatchError, match="L0 attention mixing"):
+                tensorlens_tl.capture(model, tokens())
 
 
 @pytest.mark.offered(bridge_offered("opt"))

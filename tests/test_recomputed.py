@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorlens_tl
-from tensorlens_tl import baselines, dot_test, recomputed
+from tensorlens_tl import baselines, dot_test, score_blocks
 from tensorlens_tl.adapters import adapt
 from tensorlens_tl.frame import Frame
 from tensorlens_tl.primitives import Mix
-from tensorlens_tl.queries import NotRecomputableError, Queries
-from tensorlens_tl.recomputed import RecomputedMix, Scores
+from tensorlens_tl.queries import NotRecomputableError, Queries, alibi_slopes
+from tensorlens_tl.recomputed import RecomputedMix
+from tensorlens_tl.score_blocks import Scores
 from tensorlens_tl.selfcheck import CaptureMismatchError
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
@@ -165,6 +166,9 @@ def slow_pattern(q, k, scores, spans, sinks=None):
     s = torch.einsum("bqhd,bkhd->bhqk", q, k) * scores.scale
     if scores.soft_cap is not None:
         s = scores.soft_cap * torch.tanh(s / scores.soft_cap)
+    if scores.slopes is not None:
+        pos = torch.arange(q.shape[1])
+        s = s - s.new_tensor(scores.slopes)[:, None, None] * (pos[:, None] - pos)
     out = torch.zeros_like(s)
     for b, (start, stop) in enumerate(spans):
         for i in range(start, stop):
@@ -188,6 +192,7 @@ def attentions(draw):
         causal=causal,
         soft_cap=draw(st.sampled_from([None, 0.5, 20.0])),
         window=draw(st.sampled_from([None, 1, 2, 5, 40])) if causal else None,
+        slopes=alibi_slopes(kv_heads * repeat) if causal and draw(st.booleans()) else None,
     )
     blocks = draw(st.sampled_from([1, 2, 5, 64])), draw(st.sampled_from([1, 3, 64]))
     return length, kv_heads, repeat, spans, scores, (*blocks, draw(st.sampled_from([1, 200])))
@@ -206,7 +211,7 @@ def test_every_mask_block_and_number_of_probes(attention, many, with_sinks, seed
     slow = Mix(frame, A, kv_heads, 2)
     with pytest.MonkeyPatch.context() as patch:
         for name, size in (("ROWS", rows), ("COLUMNS", columns), ("CELLS", cells)):
-            patch.setattr(recomputed, name, size)
+            patch.setattr(score_blocks, name, size)
         mix = RecomputedMix.of(frame, q, k, scores, 2, sinks)
         x = randn(*many, len(spans), length, kv_heads * 2)
         y = randn(*many, len(spans), length, kv_heads * repeat * 2)
@@ -309,7 +314,7 @@ def test_no_array_of_heads_by_length_squared(heads, kv_heads, scores):
         mix.by_head_t(torch.randn(1, length, heads * d))
         mix.sum_heads(torch.randn(1, length, heads))
         mix.rows(torch.tensor([length - 1]))
-    assert 0 < largest.numel <= recomputed.ROWS * recomputed.COLUMNS < length**2 / 8
+    assert 0 < largest.numel <= score_blocks.ROWS * score_blocks.COLUMNS < length**2 / 8
     with Largest() as largest:  # and the measure would have seen one
         assert mix.pattern.numel() == heads * length**2 <= largest.numel
 
@@ -466,6 +471,11 @@ def test_scores_are_checked():
     for wrong in ({"window": 0}, {"window": 3, "causal": False}):
         with pytest.raises(ValueError, match="expected a window of at least 1 in causal"):
             Scores(1.0, **wrong)
+    with pytest.raises(ValueError, match="expected slopes in causal attention"):
+        Scores(1.0, causal=False, slopes=(0.5,))
     frame = Frame(((0, 2),), 2, torch.float64, torch.device("cpu"))
     with pytest.raises(ValueError, match="expected queries and keys of the same positions"):
         RecomputedMix.of(frame, torch.ones(1, 2, 3, 4), torch.ones(1, 2, 2, 4), Scores(1.0), 4)
+    with pytest.raises(ValueError, match="expected a slope for each of 3 heads"):
+        x = torch.ones(1, 2, 3, 4)
+        RecomputedMix.of(frame, x, x, Scores(1.0, slopes=(0.5, 0.5)), 4)

@@ -16,6 +16,7 @@ FUNCTIONS = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
     "gelu_fast": lambda z: 0.5 * z * (1 + torch.tanh(z * 0.7978845608 * (1 + 0.044715 * z * z))),
+    "gelu_bloom": lambda z: 0.5 * z * (1 + torch.tanh(z * 0.79788456 * (1 + 0.044715 * z * z))),
     "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     "solu": lambda z: z * z.softmax(-1),
 }

@@ -1,0 +1,165 @@
+"""Scores of queries and keys, and what blocks of the pattern mix: the algorithm of ``recomputed``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+LN2 = math.log(2.0)
+ROWS, COLUMNS, CELLS = 128, 2048, 2**18
+"""Largest block, and the cells that all heads' blocks together may fill: a MiB stays in the
+cache of a CPU core."""
+ACCELERATOR = 512, 4096, 2**26
+"""The same where launching a kernel is what costs."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores come from queries and keys: cap · tanh(q·k · scale / cap) − slope · distance, masked.
+
+    Attributes:
+        scale: Factor of q·k.
+        causal: Whether a query sees no later key.
+        soft_cap: Largest absolute score, or None.
+        window: How many keys a query sees, itself included, or None for all; causal only.
+        slopes: Every query head's loss of score per position between query and key (ALiBi: Press
+            et al. 2022, arXiv 2108.12409), or None; causal only.
+    """
+
+    scale: float
+    causal: bool = True
+    soft_cap: float | None = None
+    window: int | None = None
+    slopes: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        cap = 1.0 if self.soft_cap is None else self.soft_cap
+        if not (math.isfinite(self.scale) and math.isfinite(cap) and cap > 0):
+            raise ValueError(f"expected a finite scale and a positive soft cap, got {self}")
+        if self.window is not None and (self.window < 1 or not self.causal):
+            raise ValueError(f"expected a window of at least 1 in causal attention, got {self}")
+        if self.slopes is not None and not self.causal:
+            raise ValueError(f"expected slopes in causal attention, got {self}")
+
+    def reach(self, start: int, stop: int, length: int, pull: bool) -> tuple[int, int]:
+        """The columns that rows [start, stop) see: keys of queries, or queries of keys (pull)."""
+        if not self.causal:
+            return 0, length
+        window = length if self.window is None else self.window
+        if pull:
+            return start, min(length, stop + window - 1)
+        return max(0, start - window + 1), stop
+
+    def mask_(self, block: Tensor, offset: int, pull: bool) -> Tensor:
+        """Zero a block of A, in place, where a query must not see a key.
+
+        Args:
+            block: [..., row, column].
+            offset: First row less first column.
+            pull: Whether rows are keys.
+
+        Returns:
+            The block.
+        """
+        if not self.causal:
+            return block
+        near = block.triu_(offset) if pull else block.tril_(offset)
+        if self.window is None:
+            return near
+        far = self.window - 1
+        return near.tril_(offset + far) if pull else near.triu_(offset - far)
+
+    def lean(self, like: Tensor, kv_heads: int) -> Tensor | None:
+        """The slopes in bits, [repeat, kv_head, 1, 1], in ``like``'s dtype; None for none."""
+        if self.slopes is None:
+            return None
+        slopes = torch.tensor(self.slopes, dtype=like.dtype, device=like.device) / LN2
+        return slopes.view(kv_heads, -1, 1, 1).transpose(0, 1)
+
+
+def capped_(products: Tensor, scores: Scores) -> Tensor:
+    """The scores, in bits, from q·k · scale (/ cap), in place."""
+    return products if scores.soft_cap is None else products.tanh_().mul_(scores.soft_cap / LN2)
+
+
+def _block_sizes(like: Tensor, heads: int, length: int, width: int) -> tuple[int, int, int]:
+    """Heads, rows and columns of a block: as many heads as fit, with values of so many numbers each."""
+    rows, columns, cells = (ROWS, COLUMNS, CELLS) if like.device.type == "cpu" else ACCELERATOR
+    rows, columns = min(rows, length), min(columns, length)
+    return max(1, min(heads, cells // max(rows * columns, length * width))), rows, columns
+
+
+def leaning_(block: Tensor, lean: Tensor, offset: int, pull: bool) -> Tensor:
+    """ALiBi: scores in bits less slope · (query − key), in place; ``offset`` as in ``mask_``."""
+    rows, columns = (torch.arange(n, dtype=block.dtype, device=block.device)
+                     for n in block.shape[-2:])  # fmt: skip
+    return block.addcmul_(lean, rows[:, None] + offset - columns, value=1 if pull else -1)
+
+
+def mix_blocks(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores, lean: Tensor | None,
+         pull: bool) -> None:  # fmt: skip
+    """Writes out_i = Σ_r Σ_j A_r[i, j] values_j, or with A_r[j, i] (pull), in one prompt.
+
+    Args:
+        q: [q · scale / ln 2, −lse] of query heads r that share keys, [repeat, head, d_score, pos].
+        k: [k, 1], [head, d_score, pos].
+        values: [repeat, many, head, pos, width].
+        out: [many, head, pos, width].
+        scores: Soft cap and mask.
+        lean: Slopes in bits, [repeat, head, 1, 1], or None.
+        pull: Whether rows are keys.
+    """
+    width = slice(None) if scores.soft_cap is None else slice(-1)
+    repeat, many, n_heads, length, d = values.shape
+    n, height, broad = _block_sizes(q, n_heads, length, many * d)
+    cells = q.new_empty(n * height * broad)
+    # Probes side by side: one copy, small enough to stay in the cache while its head is served.
+    side, sums = q.new_empty(n, length, many, d), q.new_empty(n, length, many * d)
+    for first, r in product(range(0, n_heads, n), range(repeat)):
+        h = slice(first, min(first + n, n_heads))
+        c = h.stop - first
+        v = side[:c].copy_(values[r, :, h].permute(1, 2, 0, 3)).flatten(2)
+        rows, columns = (k[h, width], q[r, h, width]) if pull else (q[r, h, width], k[h, width])
+        rows = rows.mT  # a copy in that order costs more than the product gains
+        for start in range(0, length, height):
+            i = slice(start, min(start + height, length))
+            left, right = scores.reach(i.start, i.stop, length, pull)
+            for at in range(left, right, broad):
+                j = slice(at, min(at + broad, right))
+                size = c, i.stop - start, j.stop - at
+                block = cells[: math.prod(size)].view(size)
+                torch.bmm(rows[:, i], columns[..., j], out=block)
+                if scores.soft_cap is not None:
+                    lse = q[r, h, -1, j].unsqueeze(1) if pull else q[r, h, -1, i].unsqueeze(2)
+                    capped_(block, scores).add_(lse)
+                if lean is not None:
+                    leaning_(block, lean[r, h], start - at, pull)
+                scores.mask_(block.exp2_(), start - at, pull)
+                sums[:c, i].baddbmm_(block, v[:, j], beta=0 if at == left and r == 0 else 1)
+        if r == repeat - 1:
+            out[:, h] = sums[:c].unflatten(2, (many, d)).permute(2, 0, 1, 3)
+
+
+def log_sum_exp(q: Tensor, k: Tensor, scores: Scores, lean: Tensor | None) -> Tensor:
+    """The scores' log-sum-exp per query, [head, pos], block by block; natural, from scores in bits."""
+    n_heads, _, length = q.shape
+    n, height, broad = _block_sizes(q, n_heads, length, 1)
+    lse = q.new_full((n_heads, length), -math.inf)
+    for first in range(0, n_heads, n):
+        h = slice(first, min(first + n, n_heads))
+        for start in range(0, length, height):
+            i = slice(start, min(start + height, length))
+            left, right = scores.reach(i.start, i.stop, length, False)
+            for at in range(left, right, broad):
+                j = slice(at, min(at + broad, right))
+                s = capped_(q[h, :-1, i].mT @ k[h, :-1, j], scores)
+                s = s if lean is None else leaning_(s, lean[h], start - at, False)
+                s.mul_(LN2)
+                seen = scores.mask_(torch.ones_like(s[0], dtype=torch.bool), start - at, False)
+                s.masked_fill_(~seen, -math.inf)
+                lse[h, i] = torch.logaddexp(lse[h, i], s.logsumexp(-1))
+    return lse
