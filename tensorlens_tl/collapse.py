@@ -23,6 +23,7 @@ from torch import Tensor
 from .capturing import Capture, Convention
 from .composer import FrozenTransformer, Segment
 from .contraction import Reduction, Sweep, dots, squares
+from .frame import whole
 from .graph import FINAL_SITE
 from .planning import Plan, make_plan, memory_budget
 from .queries import HOST
@@ -388,7 +389,7 @@ def _prepare(
         eye = capture.frame.eye(d)
         return _Sweep(sweep, d, lambda i, p: eye[p].expand(len(i), -1, -1), squares())
     if kind == "norm":
-        if isinstance(probes, bool) or not isinstance(probes, int) or not 2 <= probes <= d:
+        if not whole(probes) or not 2 <= probes <= d:
             raise ValueError(
                 f"expected 2 ≤ probes ≤ {d} (d_model), got {probes!r}: two samples are the least "
                 "that tell their error; None is exact"

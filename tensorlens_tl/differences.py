@@ -124,7 +124,7 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
         if capture.embed_weights is None:
             raise ValueError(
                 "this lens does not know W_E, whose mean the baseline is: capture with the model, or "
-                "pass the mean embedding as baseline"
+                "load with model=, or pass the mean embedding as baseline"
             )
         start = capture.frame.spans[0][0]
         token = int(capture.prompts.tokens[0, start])

@@ -147,6 +147,8 @@ class Queries:
             causal = cfg.attention_dir == "causal"
             slopes = None
             if cfg.positional_embedding_type == "alibi":
+                if not causal:
+                    raise NotRecomputableError("ALiBi both ways", "distances ahead count as 0")
                 slopes = tuple(2 ** (-8 * (i + 1) / cfg.n_heads) for i in range(cfg.n_heads))
             scores = (
                 Scores(1 / block.attn.attn_scale, causal, cap,

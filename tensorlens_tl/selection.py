@@ -22,6 +22,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from .frame import whole
 from .graph import Edge, Node
 from .wiring import INPUT, LOGITS, Wiring, owner
 
@@ -146,12 +147,12 @@ def select(
 
 
 def _count(n_edges: object, total: int) -> int:
-    if isinstance(n_edges, bool) or not isinstance(n_edges, int) or not 1 <= n_edges <= total:
+    if not whole(n_edges) or not 1 <= n_edges <= total:
         raise ValueError(
             f"expected n_edges as an integer from 1 to {total}, all the edges that were ranked, got "
             f"{n_edges!r}"
         )
-    return n_edges
+    return int(n_edges)
 
 
 class _Growth:

@@ -125,7 +125,9 @@ if os.environ.get("FAMILIES") == "few":  # one of each block shape: for slow run
 MORE = [
     _bridge_case(name, *MORE_BRIDGE[name], compat)
     for name in MORE_BRIDGE
-    for compat in ({"cohere": (True,), "olmo2": (False, True)}.get(name, (False,)))
+    for compat in (
+        {"cohere": (True,), "olmo2": (False, True), "bloom": (False, True)}.get(name, (False,))
+    )
     if bridge_offered(name)
 ]
 if hooked_offered("olmo2"):

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import ALL, GATED, assert_close, lens_of, quiet, randn_like, tokens
@@ -389,6 +390,7 @@ def test_discovered_circuits(case):
         )
         assert Circuit.from_json(circuit.to_json()) == circuit
     assert len(lens.discover(3, n_edges=total)) == total
+    assert lens.discover(3, n_edges=np.int64(9)) == lens.discover(3, n_edges=9)
     plain = lens.discover(3, 4, threshold=0.0, method="absolute", qk=False)
     assert all(edge.conserved for edge in plain.edges)
     a = lens.attribute(3, 4, by="edge", qk=True, baseline=corrupted, at="corrupted")

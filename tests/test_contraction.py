@@ -243,6 +243,8 @@ def test_probes_are_reproducible():
     one, same, other = (lens.token_matrix("norm", probes=4, seed=s).values for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+    of_numpy = lens.token_matrix("norm", probes=np.int64(4), seed=1).values
+    assert torch.equal(one, of_numpy)
 
 
 @pytest.mark.parametrize("k", [4, 16])

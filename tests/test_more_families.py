@@ -203,6 +203,17 @@ def test_slopes_of_any_number_of_heads(name):
     assert_close(lens.attribute(3, 5, by="edge", qk=True).values, a, 1e-6)
 
 
+@pytest.mark.offered(HookedTransformer is not None)
+def test_alibi_both_ways_is_stored():
+    with quiet():
+        config = {"positional_embedding_type": "alibi", "attention_dir": "bidirectional"}
+        model = build_hooked(config, torch.float64)
+    lens = tensorlens_tl.capture(model, tokens())[1]
+    assert lens.completeness_error <= 1e-12
+    with pytest.raises(NotRecomputableError, match="does not serve ALiBi both ways"):
+        tensorlens_tl.capture(model, tokens(), pattern="recomputed")
+
+
 @pytest.mark.offered(bridge_offered("mpt"))
 def test_alibi_whose_biases_are_rounded_to_bfloat16_is_not_recomputed():
     with quiet():
