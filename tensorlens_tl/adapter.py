@@ -179,6 +179,11 @@ class Adapter(ABC):
         return float(cap) if cap is not None and cap > 0 else None
 
     @property
+    def n_ctx(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.cfg.n_ctx
+
+    @property
     def act_fn(self) -> str:
         """The activation's name in the host's words."""
         return self.cfg.act_fn
@@ -303,7 +308,7 @@ class Adapter(ABC):
             inputs = tokens = as_ids(inputs, self.weights.unembed.W_U.device)
             knows_padding = None if "padding_side" in kwargs else self.tokenizer
             spans = mask_spans(self.mask(tokens, kwargs), tokens, knows_padding)
-        check_tokens(tokens, self.cfg.n_ctx, self.cfg.d_vocab)
+        check_tokens(tokens, self.n_ctx, self.cfg.d_vocab)
         rows = [row[start:stop] for row, (start, stop) in zip(tokens.tolist(), spans, strict=True)]
         text = {token: self.token_string(token) for row in rows for token in dict.fromkeys(row)}
         strings = tuple(tuple(text[token] for token in row) for row in rows)

@@ -123,6 +123,12 @@ class BridgeAdapter(Adapter):
                     "its norms stand on the stream itself, or its embeddings are projected",
                 )
             )
+        if getattr(config, "apply_residual_connection_post_layernorm", False):
+            raise UnsupportedArchitectureError(
+                refusal(
+                    f"{self.architecture} built so", "its blocks add to the normalized residual"
+                )
+            )
         attention = getattr(config, "_attn_implementation", "eager")
         if attention not in ("eager", None) and self.attends_apart:
             raise ValueError(
@@ -134,6 +140,11 @@ class BridgeAdapter(Adapter):
                 f"the model is in training mode with dropout ({dropout}), expected evaluation mode: "
                 "call model.eval()"
             )
+
+    @property
+    def n_ctx(self) -> int:
+        config = getattr(self.model.original_model, "config", None)
+        return min(self.cfg.n_ctx, getattr(config, "max_seq_len", self.cfg.n_ctx))  # MPT's own
 
     @property
     def act_fn(self) -> str:

@@ -80,7 +80,7 @@ class Capture:
         final_edit: What they added to the final normalized residual, or None.
         noise_floor: max |Δ logits| / max |logits| against a float32 copy of the model, where it
             was asked for: the model's own rounding.
-        embed_weights: The embedding matrix, where the host gave it; not saved.
+        embed_weights: The embedding matrix and its norm, where the host gave it; not saved.
         score_weights: What every block's attention scores are made of, where that is known; not
             saved, but attached again where a lens is loaded with its model.
     """

@@ -155,14 +155,17 @@ def mean_embedding(
     Raises:
         ValueError: If ``seen`` is no multiple of the token's row.
     """
-    row = weights.rows(token, seen.dtype)
-    scale = (seen @ row) / (row @ row)
-    if (seen - scale * row).abs().max() > 1e-2 * seen.abs().max():
+    exact = torch.promote_types(
+        seen.dtype, torch.float32
+    )  # float16 has no room for sums of squares
+    row, wanted = weights.rows(token, exact), seen.to(exact)
+    scale = (wanted @ row) / (row @ row)
+    if not (wanted - scale * row).abs().max() <= 1e-2 * wanted.abs().max():
         raise ValueError(
             "this run's token embeddings are not rows of W_E (edited, or resized): pass the mean "
             "embedding as baseline"
         )
-    return scale * weights.mean(seen.dtype)
+    return (scale * weights.mean(exact)).to(seen.dtype)
 
 
 def difference(

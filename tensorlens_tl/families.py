@@ -76,6 +76,7 @@ _HF = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "vocab_size": D_VOCAB, "max_position_embeddings": N_CTX, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+_CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}
 _GQA = {**_HF, "num_key_value_heads": 2, "tie_word_embeddings": False}
 BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX,
@@ -87,10 +88,11 @@ BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", _GQA),
     "qwen3": ("Qwen3", {**_GQA, "head_dim": 8}),
     "gemma2": ("Gemma2", {**_GQA, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8,
-                          "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}),
+                          **_CAPS}),
 }  # fmt: skip
 """Hugging Face's class (less its head) and its configuration's arguments; tested as Bridges."""
 
+_GQA_8 = {**_GQA, "head_dim": 8}
 _MOE = {**_GQA, "num_experts_per_tok": 2}
 _EMBD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX, "vocab_size": D_VOCAB}
 MORE_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -114,6 +116,19 @@ MORE_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
                            "max_position_embeddings": N_CTX}),
     "opt": ("OPT", {**_HF, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": D_VOCAB}),
+    "gpt-bigcode": ("GPTBigCode", _EMBD),
+    "codegen": ("CodeGen", {**_EMBD, "rotary_dim": 4, "n_ctx": N_CTX}),
+    "smollm3": ("SmolLM3", {**_GQA, "pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "seed-oss": ("SeedOss", _GQA_8),
+    "ministral3": ("Ministral3", _GQA_8),
+    "ernie4.5": ("Ernie4_5", _GQA_8),
+    "glm": ("Glm", {**_GQA_8, "pad_token_id": 0}),
+    "glm4": ("Glm4", {**_GQA_8, "pad_token_id": 0}),
+    "arcee": ("Arcee", _GQA),
+    "jais2": ("Jais2", _GQA),
+    "vaultgemma": ("VaultGemma", {**_GQA_8, "sliding_window": 3, "query_pre_attn_scalar": 8,
+                                  **_CAPS}),
+    "cohere2": ("Cohere2", {**_GQA_8, "sliding_window": 3}),
 }  # fmt: skip
 """Likewise, of families that are block shapes of the above in another dress."""
 
@@ -141,7 +156,8 @@ NATIVE = {name: HOOKED[name] for name in (
 )}  # fmt: skip
 COMPAT = {"gpt2", "llama", "neox", "gemma2"}  # one of every block shape, in compatibility mode too
 FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma", "gemma3", "phi3", "olmo",
-                 "olmo2", "olmo3"}  # fmt: skip
+                 "olmo2", "olmo3", "smollm3", "seed-oss", "ministral3", "ernie4.5", "glm", "glm4",
+                 "arcee", "vaultgemma"}  # fmt: skip
 
 _HOOKED_CLASS = {"bert": "HookedEncoder", "t5": "HookedEncoderDecoder"}  # else HookedTransformer
 _NATIVE_LACKS = {"use_qk_norm", "use_local_attn", "use_normalization_before_and_after",
@@ -159,7 +175,11 @@ FAMILIES = {
     "gemma3": "Gemma-3", "opt": "OPT", "gptj": "GPT-J", "gpt-neo": "GPT-Neo", "bloom": "BLOOM",
     "phi": "Phi", "phi3": "Phi-3", "falcon": "Falcon", "cohere": "Cohere", "olmo": "OLMo",
     "olmo2": "OLMo-2", "olmo3": "OLMo-3", "granite": "Granite", "stablelm": "StableLM",
-    "starcoder2": "StarCoder2", "mpt": "MPT", "mixtral": "Mixtral", "olmoe": "OLMoE",
+    "starcoder2": "StarCoder2", "mpt": "MPT",
+    "gpt-bigcode": "GPTBigCode", "codegen": "CodeGen", "smollm3": "SmolLM3", "seed-oss": "Seed-OSS",
+    "ministral3": "Ministral-3", "ernie4.5": "ERNIE-4.5", "glm": "GLM", "glm4": "GLM-4",
+    "arcee": "Arcee", "jais2": "Jais-2", "vaultgemma": "VaultGemma", "cohere2": "Cohere-2",
+    "mixtral": "Mixtral", "olmoe": "OLMoE",
     "qwen3-moe": "Qwen3-MoE", "gpt-oss": "GPT-OSS", "deepseek-v2": "DeepSeek-V2", "bert": "BERT",
     "t5": "T5", "mamba": "Mamba",
 }  # fmt: skip

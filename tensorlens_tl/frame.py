@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .supported import check_autocast
 
+HALF = (torch.bfloat16, torch.float16)
+"""Precisions that a model may have and the operator never has."""
+
 
 @dataclass(frozen=True)
 class Frame:

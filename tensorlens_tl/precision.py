@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .adapters import adapt
 from .capturing import Capture
-
-HALF = (torch.bfloat16, torch.float16)
+from .frame import HALF
 
 
 def require_half_precision(dtype: torch.dtype) -> None:
@@ -46,7 +45,10 @@ def with_noise_floor(
     Returns:
         The capture with its ``noise_floor``.
     """
-    copy = deepcopy(model).to(torch.float32, print_details=False)
+    held = [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor)]
+    # Some Bridges keep a run's pattern, graph and all, which deepcopy refuses.
+    copy = deepcopy(model, {id(v): v.detach() for v in held if not v.is_leaf})
+    copy = copy.to(torch.float32, print_details=False)
     for module in copy.modules():
         # Processed weights of 3.9 are attributes, which .to() passes over.
         tensors = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}

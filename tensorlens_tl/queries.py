@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .frame import Frame, version
+from .frame import HALF, Frame, version
 from .primitives import Mix
 from .recomputed import RecomputedMix
 from .score_blocks import Scores
@@ -149,6 +149,10 @@ class Queries:
             if cfg.positional_embedding_type == "alibi":
                 if not causal:
                     raise NotRecomputableError("ALiBi both ways", "distances ahead count as 0")
+                if getattr(cfg, "use_attention_sinks", False):
+                    raise NotRecomputableError(
+                        "ALiBi with attention sinks", "scores depend on the longest prompt before"
+                    )
                 slopes = tuple(2 ** (-8 * (i + 1) / cfg.n_heads) for i in range(cfg.n_heads))
             scores = (
                 Scores(1 / block.attn.attn_scale, causal, cap,
@@ -176,6 +180,10 @@ class Queries:
             scale = cfg.d_head**-0.5
             scores = (Scores(scale / (i + 1 if by_layer else 1)) for i in range(len(parts)))
             return cls(("q", "k"), tuple(scores))
+        if kind == "BloomAttentionBridge" and adapter.dtype in HALF:
+            raise NotRecomputableError(
+                "BLOOM in half precision", "the host rounds ALiBi's biases, which float32 would not"
+            )
         if kind in ("BloomAttentionBridge", "MPTALiBiAttentionBridge"):
             slopes = alibi_slopes(cfg.n_heads)
             scores = (

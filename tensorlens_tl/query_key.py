@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .factored import Factored
-from .frame import Frame
+from .frame import HALF, Frame
 from .graph import Node
 from .primitives import Norm
 from .selfcheck import CaptureMismatchError
@@ -38,7 +38,7 @@ CELLS = 2**24
 
 def tolerated(model_dtype: torch.dtype) -> float:
     """How far what is recomputed from a run's residual may be from the run: a relative error."""
-    return 0.2 if model_dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return 0.2 if model_dtype in HALF else 1e-3
 
 
 @dataclass(frozen=True, eq=False)

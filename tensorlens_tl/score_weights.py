@@ -17,6 +17,9 @@ from .adapters import HookedTransformerAdapter, linear_weights
 from .queries import NotRecomputableError, Queries
 from .weights import Rotation, ScoreWeights
 
+_HALVES_INTERLEAVED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM")
+"""Architectures that turn neighbours by the first half of their tables, each entry for two."""
+
 
 def score_weights(adapter: Adapter, n_pos: int) -> tuple[ScoreWeights, ...] | None:
     """The weights of every block's attention scores, referenced.
@@ -104,5 +107,8 @@ def _rotations(adapter: Adapter, n_pos: int) -> Sequence[Rotation | None] | None
                 cos, sin = rotary(x, torch.arange(n_pos, device=x.device)[None])
             except TypeError:  # one that asks for more than positions
                 return None
+            if adapter.architecture in _HALVES_INTERLEAVED:
+                half, adjacent = cos.shape[-1] // 2, True
+                cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
             return [Rotation(cos[0], sin[0], adjacent)] * len(blocks)
     return None

@@ -26,6 +26,18 @@ SUPPORTED = {
     "GPTNeoForCausalLM": "GPT-Neo",
     "OPTForCausalLM": "OPT",
     "BloomForCausalLM": "BLOOM",
+    "GPTBigCodeForCausalLM": "GPTBigCode",
+    "CodeGenForCausalLM": "CodeGen",
+    "SmolLM3ForCausalLM": "SmolLM3",
+    "SeedOssForCausalLM": "Seed-OSS",
+    "Ministral3ForCausalLM": "Ministral-3",
+    "Ernie4_5ForCausalLM": "ERNIE-4.5",
+    "GlmForCausalLM": "GLM",
+    "Glm4ForCausalLM": "GLM-4",
+    "ArceeForCausalLM": "Arcee",
+    "Jais2ForCausalLM": "Jais-2",
+    "VaultGemmaForCausalLM": "VaultGemma",
+    "Cohere2ForCausalLM": "Cohere-2",
     "TransformerLensNative": "TransformerBridge.boot_native",
 }
 """Architectures that the tests cover, by Hugging Face class name."""

@@ -87,18 +87,12 @@ def _bridge_case(name: str, class_name: str, config: dict, compat: bool) -> Case
         lambda dtype: build_bridge(class_name, config, dtype, compat),
         "bridge",
         float32_norms=name in FLOAT32_NORMS | FLOAT32_SOFTMAX,
-        gated=name in FLOAT32_NORMS | {"cohere", "stablelm"},
+        gated=name in FLOAT32_NORMS - {"arcee"} | {"cohere", "cohere2", "stablelm"},
     )
 
 
-FLOAT32_SOFTMAX = {
-    "phi",
-    "cohere",
-    "stablelm",
-    "starcoder2",
-    "mpt",
-    "bloom",
-}  # as inexact, for queries and keys
+FLOAT32_SOFTMAX = {"phi", "cohere", "stablelm", "starcoder2", "mpt", "bloom", "gpt-bigcode", "codegen",
+                   "jais2", "cohere2"}  # fmt: skip
 CASES: dict[str, Case] = {}
 if HookedTransformer is not None:
     CASES |= {c.name: c for c in (_hooked_case(n, cfg) for n, cfg in HOOKED.items())}
@@ -126,7 +120,9 @@ MORE = [
     _bridge_case(name, *MORE_BRIDGE[name], compat)
     for name in MORE_BRIDGE
     for compat in (
-        {"cohere": (True,), "olmo2": (False, True), "bloom": (False, True)}.get(name, (False,))
+        {"cohere": (True,), "cohere2": (True,), "olmo2": (False, True), "bloom": (False, True)}.get(
+            name, (False,)
+        )
     )
     if bridge_offered(name)
 ]

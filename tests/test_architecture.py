@@ -72,6 +72,7 @@ def test_imports_go_down(path):
             "factored",
             "linear_map",
             "rates",
+            "score_blocks",
             "supported",
             "weights",
             "loading",

@@ -262,7 +262,7 @@ def test_attnlrp_in_every_family(case):
         hooks += [(f"{attn}.{name}", share(0.25)) for name in of] + [(f"{attn}.hook_v", share(0.5))]
         hooks += [(name, lambda x, hook, name=name: frozen.cache[name].clone()) for name in (
             f"{attn}.q_norm.hook_scale", f"{attn}.k_norm.hook_scale") if name in frozen.cache]  # fmt: skip
-        if "gemma2" in case.name:
+        if adapt(model).soft_cap("attn_scores_soft_cap"):
             hooks.append((f"{attn}.hook_attn_scores", uncapped))
     x = lens.embedding.clone().requires_grad_()
     goal = resolve_target(lens.capture, 3)

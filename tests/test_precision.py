@@ -81,6 +81,18 @@ def test_edits_run_in_the_copy_too(case):
     assert "L1.hook_attn_out[user]" in lens.operator.constants()
 
 
+FUSED = [c for c in ALL if c.name in ("hooked-gpt2", "bridge-gpt2", "bridge-neox")]
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_a_model_that_keeps_its_runs_graph_is_copied(case):
+    """Bridges with fused queries, keys and values leave their pattern on the attention."""
+    model = case.build(torch.bfloat16)
+    with quiet(), torch.enable_grad():
+        lens = tensorlens_tl.capture(model, tokens(), noise_floor=True)[1]
+    assert lens.noise_floor == capture(model, tokens(), noise_floor=True)[1].noise_floor > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_noise_floor_is_for_half_precision(dtype):
     name = str(dtype).removeprefix("torch.")
