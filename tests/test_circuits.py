@@ -390,7 +390,6 @@ def test_discovered_circuits(case):
         )
         assert Circuit.from_json(circuit.to_json()) == circuit
     assert len(lens.discover(3, n_edges=total)) == total
-    assert lens.discover(3, n_edges=np.int64(9)) == lens.discover(3, n_edges=9)
     plain = lens.discover(3, 4, threshold=0.0, method="absolute", qk=False)
     assert all(edge.conserved for edge in plain.edges)
     a = lens.attribute(3, 4, by="edge", qk=True, baseline=corrupted, at="corrupted")
@@ -400,6 +399,12 @@ def test_discovered_circuits(case):
     assert against.scores == expected
     sub = lens.circuit(against)
     assert sub.circuit is against and sub.operator.edges == frozenset(against.edges)
+
+
+@pytest.mark.wrong_types
+def test_numbers_of_edges_by_numpy():
+    lens = lens_of(ALL[0])[0]
+    assert lens.discover(3, n_edges=np.int64(9)) == lens.discover(3, n_edges=9)
 
 
 def test_the_circuit_of_a_trained_model():

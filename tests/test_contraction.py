@@ -243,8 +243,13 @@ def test_probes_are_reproducible():
     one, same, other = (lens.token_matrix("norm", probes=4, seed=s).values for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    of_numpy = lens.token_matrix("norm", probes=np.int64(4), seed=1).values
-    assert torch.equal(one, of_numpy)
+
+
+@pytest.mark.wrong_types
+def test_probes_of_numpy():
+    lens = lens_of(SHAPES[0])
+    ours, theirs = (lens.token_matrix("norm", probes=k(4)).values for k in (int, np.int64))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("k", [4, 16])
