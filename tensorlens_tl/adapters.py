@@ -126,7 +126,8 @@ class BridgeAdapter(Adapter):
         if getattr(config, "apply_residual_connection_post_layernorm", False):
             raise UnsupportedArchitectureError(
                 refusal(
-                    f"{self.architecture} built so", "its blocks add to the normalized residual"
+                    f"{self.architecture} with apply_residual_connection_post_layernorm",
+                    "its blocks add to the normalized residual",
                 )
             )
         attention = getattr(config, "_attn_implementation", "eager")

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .contraction import Reduction, Sweep, squares, states
-from .frame import whole
 from .linear_map import DENSE_LIMIT, LinearMap
 from .planning import Plan, make_plan, memory_budget
 from .singular import SVD, Triples
+from .supported import whole
 
 PLANNED = ("block", "to_dense", "frobenius_norm", "svd", "spectral_norm")
 

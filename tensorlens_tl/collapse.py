@@ -23,11 +23,11 @@ from torch import Tensor
 from .capturing import Capture, Convention
 from .composer import FrozenTransformer, Segment
 from .contraction import Reduction, Sweep, dots, squares
-from .frame import whole
 from .graph import FINAL_SITE
 from .planning import Plan, make_plan, memory_budget
 from .queries import HOST
 from .recomputed import RecomputedMix
+from .supported import whole
 from .targets import Target, TargetLike, resolve_target
 
 KINDS = ("norm", "in", "out", "in_out")

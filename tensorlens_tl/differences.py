@@ -155,9 +155,8 @@ def mean_embedding(
     Raises:
         ValueError: If ``seen`` is no multiple of the token's row.
     """
-    exact = torch.promote_types(
-        seen.dtype, torch.float32
-    )  # float16 has no room for sums of squares
+    # float16 has no room for sums of squares.
+    exact = torch.promote_types(seen.dtype, torch.float32)
     row, wanted = weights.rows(token, exact), seen.to(exact)
     scale = (wanted @ row) / (row @ row)
     if not (wanted - scale * row).abs().max() <= 1e-2 * wanted.abs().max():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from numbers import Integral
-from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .supported import check_autocast
+from .supported import check_autocast, whole
 
 HALF = (torch.bfloat16, torch.float16)
 """Precisions that a model may have and the operator never has."""
@@ -61,7 +59,7 @@ class Frame:
         Raises:
             ValueError: If a prompt has no such position.
         """
-        if not isinstance(pos, Integral):  # NumPy's integers are
+        if not whole(pos):
             raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
         for prompt, (start, stop) in enumerate(self.spans):
             if not start - stop <= pos < stop - start:
@@ -93,8 +91,3 @@ class Frame:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 where torch does not count (inference mode)."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def whole(number: object) -> TypeGuard[int]:
-    """Whether it is an integer: NumPy's are, True is not."""
-    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -98,7 +98,9 @@ def _mask_token(adapter: Adapter, token: str | int | None) -> int:
 def _mean_embedding(adapter: Adapter) -> Tensor:
     weights = adapter.embed_weights()
     if weights is None:
-        raise ValueError(f"{adapter.name} shows no W_E, whose mean this masks with: mask otherwise")
+        raise ValueError(
+            f"masking 'mean' needs W_E, which {adapter.name} does not show: mask by 'delete' or 'token'"
+        )
     ids, seen = torch.ones(1, 1, dtype=torch.long, device=weights.W_E.device), []
     point = adapter.points()[None, "embed"]
     with torch.no_grad(), hooked([(point, lambda x: seen.append(x.detach()))]):

@@ -14,8 +14,8 @@ from itertools import accumulate
 
 import torch
 
-from .frame import whole
 from .rates import Cost, Rates, rates
+from .supported import whole
 
 BLOCK_ROWS, FOLDED_BLOCK_ROWS = 8, 32
 """Vectors that a block carries side by side, without and with folded maps."""

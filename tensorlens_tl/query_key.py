@@ -28,6 +28,7 @@ from .factored import Factored
 from .frame import HALF, Frame
 from .graph import Node
 from .primitives import Norm
+from .score_blocks import leaning_
 from .selfcheck import CaptureMismatchError
 from .sublayers import Attention
 from .weights import NormWeights, Rotation, ScoreWeights
@@ -113,9 +114,7 @@ def lean(S: Tensor, slopes: tuple[float, ...] | None, heads: slice) -> Tensor:
     """Scores [batch, head, query_pos, key_pos] of some heads, less ALiBi's slope · distance."""
     if slopes is None:
         return S
-    pos = torch.arange(S.shape[-1], dtype=S.dtype, device=S.device)
-    slope = torch.tensor(slopes[heads], dtype=S.dtype, device=S.device)[:, None, None]
-    return S - slope * (pos[:, None] - pos)
+    return leaning_(S.clone(), S.new_tensor(slopes[heads])[:, None, None], 0, False)
 
 
 def check_pattern(

@@ -94,7 +94,7 @@ def _block_sizes(like: Tensor, heads: int, length: int, width: int) -> tuple[int
 
 
 def leaning_(block: Tensor, lean: Tensor, offset: int, pull: bool) -> Tensor:
-    """ALiBi: scores in bits less slope · (query − key), in place; ``offset`` as in ``mask_``."""
+    """ALiBi: scores less slope · (query − key), in their unit, in place; ``offset`` as in ``mask_``."""
     rows, columns = (torch.arange(n, dtype=block.dtype, device=block.device)
                      for n in block.shape[-2:])  # fmt: skip
     return block.addcmul_(lean, rows[:, None] + offset - columns, value=1 if pull else -1)

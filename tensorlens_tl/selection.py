@@ -22,8 +22,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from .frame import whole
 from .graph import Edge, Node
+from .supported import whole
 from .wiring import INPUT, LOGITS, Wiring, owner
 
 METHODS = ("greedy", "absolute", "signed", "influence")

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 
 from .contraction import Sweep, states
 from .folding import shape_of, stages_of
-from .frame import whole
 from .linear_map import LinearMap
 from .planning import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
 from .rates import Cost
+from .supported import whole
 
 
 @dataclass(frozen=True, eq=False)

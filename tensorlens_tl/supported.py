@@ -1,6 +1,9 @@
-"""What can be frozen, and the refusal of what cannot. No torch."""
+"""What can be frozen, the refusal of what cannot, and what counts as a whole number. No torch."""
 
 from __future__ import annotations
+
+from numbers import Integral
+from typing import TypeGuard
 
 SUPPORTED = {
     "GPT2LMHeadModel": "GPT-2",
@@ -79,3 +82,8 @@ def check_autocast(kind: str) -> None:
             "autocast is on, expected full precision, as it would round every product: leave the "
             "torch.autocast block; for a model in half precision, cast the model: model.to(dtype)"
         )
+
+
+def whole(number: object) -> TypeGuard[int]:
+    """Whether it is an integer: NumPy's are, True is not."""
+    return isinstance(number, Integral) and not isinstance(number, bool)

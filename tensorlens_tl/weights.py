@@ -47,10 +47,9 @@ class EmbedWeights:
         """The mean of all rows."""
         if self.norm is None:
             return self.W_E.detach().mean(0, dtype=dtype)
-        chunks = (slice(i, i + 4096) for i in range(0, len(self.W_E), 4096))
-        return torch.stack([self.rows(chunk, dtype).sum(0) for chunk in chunks]).sum(0) / len(
-            self.W_E
-        )
+        n, step = len(self.W_E), 4096
+        sums = [self.rows(slice(i, i + step), dtype).sum(0) for i in range(0, n, step)]
+        return torch.stack(sums).sum(0) / n
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,13 +86,11 @@ def _bridge_case(name: str, class_name: str, config: dict, compat: bool) -> Case
         f"bridge-{name}{'-compat' if compat else ''}",
         lambda dtype: build_bridge(class_name, config, dtype, compat),
         "bridge",
-        float32_norms=name in FLOAT32_NORMS | FLOAT32_SOFTMAX,
+        float32_norms=name in FLOAT32_NORMS,
         gated=name in FLOAT32_NORMS - {"arcee"} | {"cohere", "cohere2", "stablelm"},
     )
 
 
-FLOAT32_SOFTMAX = {"phi", "cohere", "stablelm", "starcoder2", "mpt", "bloom", "gpt-bigcode", "codegen",
-                   "jais2", "cohere2"}  # fmt: skip
 CASES: dict[str, Case] = {}
 if HookedTransformer is not None:
     CASES |= {c.name: c for c in (_hooked_case(n, cfg) for n, cfg in HOOKED.items())}
@@ -116,14 +114,11 @@ if os.environ.get("FAMILIES") == "few":  # one of each block shape: for slow run
     ALL = [case for case in ALL if case.name.split("-", 1)[1] in SHAPES]
 
 # Families that are block shapes of the above in another dress: one pass through the laws.
+COMPATS = {"cohere": (True,), "cohere2": (True,), "olmo2": (False, True), "bloom": (False, True)}
 MORE = [
     _bridge_case(name, *MORE_BRIDGE[name], compat)
     for name in MORE_BRIDGE
-    for compat in (
-        {"cohere": (True,), "cohere2": (True,), "olmo2": (False, True), "bloom": (False, True)}.get(
-            name, (False,)
-        )
-    )
+    for compat in COMPATS.get(name, (False,))
     if bridge_offered(name)
 ]
 if hooked_offered("olmo2"):

@@ -142,6 +142,9 @@ def test_baseline_refusals(tmp_path):
     loaded = tensorlens_tl.load(tmp_path / "lens.safetensors")
     with pytest.raises(ValueError, match=r"does not know W_E.*pass the mean embedding"):
         loaded.attribute(3, baseline="mean")
+    known = tensorlens_tl.load(tmp_path / "lens.safetensors", model=FIRST.model())
+    ours, theirs = (lens.attribute(3, baseline="mean").values for lens in (known, clean))
+    assert_close(ours, theirs, 1e-12)
     again = loaded.attribute(3, 4, baseline=corrupted)  # copies of the weights are the same model
     assert_close(again.values, clean.attribute(3, 4, baseline=corrupted).values, 1e-12)
 
