@@ -90,7 +90,7 @@ def test_no_vectors_and_no_positions():
     for other in ([1.0], 3, None):
         with pytest.raises(ValueError, match=r"expected a tensor or another map, got .*embedding"):
             linear() @ other
-    for pos in (1.0, None, "last", [1]):
+    for pos in (1.0, None, "last", [1], True):
         with pytest.raises(ValueError, match="expected a position as an integer, got"):
             FRAME.index(pos)
 

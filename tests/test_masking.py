@@ -71,6 +71,13 @@ def test_hooks_come_off_after_an_error(kind, monkeypatch):
     assert state_of(model) == before
 
 
+def test_a_model_that_shows_no_embeddings_has_no_mean(monkeypatch):
+    adapter = adapt(FEW[0].model())
+    monkeypatch.setattr(type(adapter), "embed_weights", lambda self: None)
+    with pytest.raises(ValueError, match=r"'mean' needs W_E, which .* mask by 'delete' or 'token'"):
+        Masking.of("mean", adapter)
+
+
 @cache
 def demo_model():
     with quiet():
