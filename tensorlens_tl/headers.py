@@ -17,19 +17,27 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from . import (
-    capturing,
-    graph,
-    linear_map,
-    primitives,
-    prompts,
-    recomputed,
-    score_blocks,
-    sublayers,
-    weights,
-)
-from .capturing import Capture
+from .capturing import Capture, Convention, FrozenBlock
 from .frame import Frame
+from .graph import Edge, Node
+from .linear_map import Chain, Residual, Sum, Transposed
+from .primitives import Gate, Identity, Linear, Mix, Norm, Shift
+from .prompts import Prompts
+from .recomputed import RecomputedMix, Tiles
+from .score_blocks import Scores
+from .sublayers import MLP, Attention, GatedMLP, Unembed
+from .weights import (
+    AttentionWeights,
+    BlockWeights,
+    EmbedWeights,
+    GatedMLPWeights,
+    MLPWeights,
+    ModelWeights,
+    NormWeights,
+    Rotation,
+    ScoreWeights,
+    UnembedWeights,
+)
 
 MISSING = (
     "this lens was loaded without weights: pass model= to tensorlens_tl.load, or save with "
@@ -51,21 +59,20 @@ DTYPES = {
 }
 
 
-@cache
-def _classes() -> dict[str, type]:
-    """What a file may hold: the library's own frozen dataclasses below the operator."""
-    modules = (capturing, graph, linear_map, primitives, prompts, recomputed, score_blocks,
-               sublayers, weights)  # fmt: skip
-    return {
-        name: cls
-        for module in modules
-        for name, cls in vars(module).items()
-        if isinstance(cls, type) and is_dataclass(cls) and cls.__module__ == module.__name__
-    }
+_PARTS = (
+    Capture, Convention, FrozenBlock, Prompts, Node, Edge, Chain, Sum, Residual, Transposed, Linear,
+    Mix, Gate, Shift, Identity, Norm, Scores, RecomputedMix, Tiles, Attention, MLP, GatedMLP, Unembed,
+)  # fmt: skip
+_WEIGHTS = (
+    ModelWeights, EmbedWeights, BlockWeights, AttentionWeights, MLPWeights, GatedMLPWeights,
+    NormWeights, UnembedWeights, ScoreWeights, Rotation,
+)  # fmt: skip
+_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (*_PARTS, *_WEIGHTS)}
+"""What a file may hold: the library's own frozen dataclasses below the operator."""
 
 
 def _holds_weights(cls: type) -> bool:
-    return cls.__module__ == weights.__name__
+    return cls in _WEIGHTS
 
 
 # --- Fingerprints --------------------------------------------------------------------------------
@@ -180,7 +187,7 @@ class Writer:
                 raise ValueError(MISSING)
             return value.__node__
         name, cls = type(value).__name__, type(value)
-        if isinstance(value, Frame) or _classes().get(name) is not cls:
+        if isinstance(value, Frame) or _CLASSES.get(name) is not cls:
             raise ValueError(f"cannot save {path or 'a lens'}: expected no {name} in a capture")
         if _holds_weights(cls):
             stored = self.store_weights
@@ -244,7 +251,7 @@ class Builder:
             return {self.value(k, path): self.value(v, path) for k, v in node["items"]}
         if kind == "Frame":
             return self.frame
-        if not (isinstance(kind, str) and (cls := _classes().get(kind))):
+        if not (isinstance(kind, str) and (cls := _CLASSES.get(kind))):
             raise ValueError(f"{path}: expected a part of a lens, got {kind!r}")
         if self.weights is not None and _holds_weights(cls):
             return self.weights(cls, node, path)
@@ -349,7 +356,7 @@ def weights_in(node: Any, path: str, found: dict[str, dict[str, Any]]) -> None:
         for i, item in enumerate(node):
             weights_in(item, _join(path, str(i)), found)
     elif isinstance(node, dict):
-        if (cls := _classes().get(node.get("$", ""))) and _holds_weights(cls):
+        if (cls := _CLASSES.get(node.get("$", ""))) and _holds_weights(cls):
             kind = node["$"]
             if kind not in ("ModelWeights", "BlockWeights"):
                 found[path.removesuffix(".weights")] = node
