@@ -338,7 +338,7 @@ def plan_row(case: Case) -> dict:
 
 def calibration() -> float:
     """Seconds of a plan whose rates were not measured before."""
-    from tensorlens_tl import rates
+    from tensorlens_tl.operator import machine_rates as rates
 
     lens = Contest(CASES[0]).lens
     rates.rates.cache_clear()

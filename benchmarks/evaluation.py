@@ -24,13 +24,13 @@ from evaluation_page import page
 from torch import Tensor
 
 from tensorlens_tl import demo
-from tensorlens_tl.evaluation import evaluate
-from tensorlens_tl.loading import load_model
-from tensorlens_tl.measured import Evaluation
-from tensorlens_tl.methods import METHODS
-from tensorlens_tl.protocols import BEAM, EXACT_NAOPC, Measure, measures
-from tensorlens_tl.scoring import Scored, score
-from tensorlens_tl.significance import compare, estimate
+from tensorlens_tl.evaluation.protocols import BEAM, EXACT_NAOPC, Measure, measures
+from tensorlens_tl.evaluation.report import Evaluation
+from tensorlens_tl.evaluation.runner import evaluate
+from tensorlens_tl.evaluation.scoring import Scored, score
+from tensorlens_tl.evaluation.significance import compare, estimate
+from tensorlens_tl.hosts.loading import load_model
+from tensorlens_tl.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation.json"

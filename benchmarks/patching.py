@@ -19,8 +19,8 @@ from torch import Tensor
 
 import tensorlens_tl
 from tensorlens_tl import TensorLens
-from tensorlens_tl.attribution import _queries_and_keys
-from tensorlens_tl.secant import SecantOperator
+from tensorlens_tl.attribution.splits import _queries_and_keys
+from tensorlens_tl.operator.secant import SecantOperator
 
 KINDS = ("residual", "mlp", "head")
 

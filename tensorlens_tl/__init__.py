@@ -16,48 +16,52 @@ from typing import TYPE_CHECKING, Any
 from .plugin import capture, install, uninstall, wrap
 
 if TYPE_CHECKING:
-    from .baselines_edges import score_edges
-    from .capturing import Capture, Convention
-    from .circuits import Circuit
-    from .composer import FrozenTransformer
-    from .datasets import MeanAttribution, attribute
-    from .discovery import discover
-    from .graph import Edge, Node
-    from .interventions import faithfulness, faithfulness_curve, faithfulness_of_many
-    from .lens import TensorLens, load
-    from .linear_map import LinearMap, dot_test
-    from .paths import Paths
-    from .results import Attribution
-    from .selfcheck import CaptureMismatchError
-    from .shares import Faithfulness, FaithfulnessCurve
-    from .supported import UnsupportedArchitectureError
+    from .attribution.mean_attribution import MeanAttribution, attribute
+    from .attribution.paths import Paths
+    from .attribution.table import Attribution
+    from .circuits.ablation import faithfulness, faithfulness_curve, faithfulness_of_many
+    from .circuits.circuit import Circuit
+    from .circuits.discovery import discover
+    from .circuits.edge_baselines import score_edges
+    from .circuits.faithfulness_result import Faithfulness, FaithfulnessCurve
+    from .graph.nodes import Edge, Node
+    from .hosts.loading import load_model
+    from .hosts.self_check import CaptureMismatchError
+    from .hosts.supported import UnsupportedArchitectureError
+    from .lens.tensor_lens import TensorLens, load
+    from .operator.capture import Capture, Convention
+    from .operator.frozen_transformer import FrozenTransformer
+    from .relations.validity_study import validity
+    from .sublayers.linear_map import LinearMap, dot_test
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "UnsupportedArchitectureError": "supported",
-    "Attribution": "results",
-    "Edge": "graph",
-    "MeanAttribution": "datasets",
-    "attribute": "datasets",
-    "discover": "discovery",
-    "Capture": "capturing",
-    "CaptureMismatchError": "selfcheck",
-    "Circuit": "circuits",
-    "Convention": "capturing",
-    "Faithfulness": "shares",
-    "FaithfulnessCurve": "shares",
-    "FrozenTransformer": "composer",
-    "Node": "graph",
-    "Paths": "paths",
-    "TensorLens": "lens",
-    "LinearMap": "linear_map",
-    "dot_test": "linear_map",
-    "faithfulness": "interventions",
-    "faithfulness_curve": "interventions",
-    "faithfulness_of_many": "interventions",
-    "load": "lens",
-    "score_edges": "baselines_edges",
+    "UnsupportedArchitectureError": "hosts.supported",
+    "Attribution": "attribution.table",
+    "Edge": "graph.nodes",
+    "MeanAttribution": "attribution.mean_attribution",
+    "attribute": "attribution.mean_attribution",
+    "discover": "circuits.discovery",
+    "Capture": "operator.capture",
+    "CaptureMismatchError": "hosts.self_check",
+    "Circuit": "circuits.circuit",
+    "Convention": "operator.capture",
+    "Faithfulness": "circuits.faithfulness_result",
+    "FaithfulnessCurve": "circuits.faithfulness_result",
+    "FrozenTransformer": "operator.frozen_transformer",
+    "Node": "graph.nodes",
+    "Paths": "attribution.paths",
+    "TensorLens": "lens.tensor_lens",
+    "load_model": "hosts.loading",
+    "validity": "relations.validity_study",
+    "LinearMap": "sublayers.linear_map",
+    "dot_test": "sublayers.linear_map",
+    "faithfulness": "circuits.ablation",
+    "faithfulness_curve": "circuits.ablation",
+    "faithfulness_of_many": "circuits.ablation",
+    "load": "lens.tensor_lens",
+    "score_edges": "circuits.edge_baselines",
 }
 
 __all__ = [
@@ -85,8 +89,10 @@ __all__ = [
     "faithfulness_of_many",
     "install",
     "load",
+    "load_model",
     "score_edges",
     "uninstall",
+    "validity",
     "wrap",
 ]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .lens import TensorLens
+    from .lens.tensor_lens import TensorLens
 
 METHOD = "run_with_tensorlens"
 
@@ -71,12 +71,12 @@ def capture(
     """
     from dataclasses import replace
 
-    from .adapters import adapt
-    from .capturing import Convention
-    from .lens import TensorLens
-    from .precision import require_half_precision, with_noise_floor
-    from .recording import record
-    from .score_weights import score_weights
+    from .hosts.bridge import adapt
+    from .hosts.recorder import record
+    from .hosts.run import require_half_precision, with_noise_floor
+    from .hosts.score_weights import score_weights
+    from .lens.tensor_lens import TensorLens
+    from .operator.capture import Convention
 
     model = hosted(model, tokenizer)
     adapter = adapt(model)
@@ -132,7 +132,7 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
         ValueError: If the installed transformer_lens has no Bridge.
         UnsupportedArchitectureError: If the model cannot be frozen; it is then left as it was.
     """
-    from .supported import SUPPORTED, UnsupportedArchitectureError, refusal
+    from .hosts.supported import SUPPORTED, UnsupportedArchitectureError, refusal
 
     if (bridge := vars(model).get(_BRIDGE)) is not None:
         if tokenizer is not None:

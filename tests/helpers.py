@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import tensorlens_tl
-from tensorlens_tl.families import (  # noqa: F401  (the tests take them from here)
+from tensorlens_tl.lens.tensor_lens import TensorLens
+from tensorlens_tl.support.tiny_models import (  # noqa: F401  (the tests take them from here)
     BRIDGE,
     COMPAT,
     D_VOCAB,
@@ -34,7 +35,6 @@ from tensorlens_tl.families import (  # noqa: F401  (the tests take them from he
     randomize,
     to_bridge,
 )
-from tensorlens_tl.lens import TensorLens
 
 try:
     from transformer_lens import HookedTransformer

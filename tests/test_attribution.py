@@ -7,14 +7,19 @@ import torch
 from helpers import ALL, GATED, SEQ, FrozenModel, assert_close, lens_of, quiet, randn_like, tokens
 
 import tensorlens_tl
-from tensorlens_tl.capturing import Capture, Convention, FrozenBlock
-from tensorlens_tl.frame import Frame
-from tensorlens_tl.graph import Node
-from tensorlens_tl.lens import TensorLens
-from tensorlens_tl.primitives import Mix, Norm
-from tensorlens_tl.prompts import Prompts
-from tensorlens_tl.sublayers import MLP, Attention, Unembed
-from tensorlens_tl.weights import AttentionWeights, MLPWeights, NormWeights, UnembedWeights
+from tensorlens_tl.graph.nodes import Node
+from tensorlens_tl.hosts.tokens import Prompts
+from tensorlens_tl.lens.tensor_lens import TensorLens
+from tensorlens_tl.operator.capture import Capture, Convention, FrozenBlock
+from tensorlens_tl.sublayers.attention import MLP, Attention, Unembed
+from tensorlens_tl.sublayers.batch_layout import Frame
+from tensorlens_tl.sublayers.primitives import Mix, Norm
+from tensorlens_tl.sublayers.weights import (
+    AttentionWeights,
+    MLPWeights,
+    NormWeights,
+    UnembedWeights,
+)
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 SPLITS = [(c, by, "gate") for c in ALL for by in ("token", "component")]

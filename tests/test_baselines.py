@@ -13,9 +13,11 @@ from helpers import (
     tokens,
 )
 
-from tensorlens_tl.baselines import token_matrix, token_scores
-from tensorlens_tl.baselines_attention import FLOW_UNIT, halved, mean_patterns
-from tensorlens_tl.baselines_vectors import (
+from tensorlens_tl.attribution.targets import resolve_target
+from tensorlens_tl.hosts.tokens import Prompts
+from tensorlens_tl.methods.attention_maps import FLOW_UNIT, halved, mean_patterns
+from tensorlens_tl.methods.baselines import token_matrix, token_scores
+from tensorlens_tl.methods.value_vectors import (
     alti_layers,
     cosine_distance,
     decompx_vectors,
@@ -23,13 +25,16 @@ from tensorlens_tl.baselines_vectors import (
     splits,
     value_zeroing_layers,
 )
-from tensorlens_tl.capturing import Capture, Convention, FrozenBlock
-from tensorlens_tl.frame import Frame
-from tensorlens_tl.primitives import Mix, Norm
-from tensorlens_tl.prompts import Prompts
-from tensorlens_tl.sublayers import MLP, Attention, Unembed
-from tensorlens_tl.targets import resolve_target
-from tensorlens_tl.weights import AttentionWeights, MLPWeights, NormWeights, UnembedWeights
+from tensorlens_tl.operator.capture import Capture, Convention, FrozenBlock
+from tensorlens_tl.sublayers.attention import MLP, Attention, Unembed
+from tensorlens_tl.sublayers.batch_layout import Frame
+from tensorlens_tl.sublayers.primitives import Mix, Norm
+from tensorlens_tl.sublayers.weights import (
+    AttentionWeights,
+    MLPWeights,
+    NormWeights,
+    UnembedWeights,
+)
 
 pytestmark = pytest.mark.algebra
 

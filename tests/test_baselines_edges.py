@@ -6,9 +6,9 @@ from helpers import ALL, assert_close, quiet, tokens
 from test_interventions import CLEAN, CORRUPTED, ONE_OF_EACH, universe_of
 
 from tensorlens_tl import Edge, Node
-from tensorlens_tl.baselines_edges import EDGE_METHODS, random_scores, score_edges
-from tensorlens_tl.edge_runs import edge_model
-from tensorlens_tl.interventions import faithfulness_curve, first_edges
+from tensorlens_tl.circuits.ablation import faithfulness_curve, first_edges
+from tensorlens_tl.circuits.edge_baselines import EDGE_METHODS, random_scores, score_edges
+from tensorlens_tl.circuits.edge_patching import edge_model
 
 GOAL = {"target": 3, "versus": [4, 5, 6]}
 

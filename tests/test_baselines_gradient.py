@@ -23,11 +23,11 @@ from helpers import (
 from test_baselines import FEW, every_few, matrix, scores, t
 
 import tensorlens_tl
-from tensorlens_tl import baselines_gradient as gradient
-from tensorlens_tl.adapters import adapt
-from tensorlens_tl.baselines import BASELINES, token_scores
-from tensorlens_tl.supported import UnsupportedArchitectureError
-from tensorlens_tl.targets import resolve_target
+from tensorlens_tl.attribution.targets import resolve_target
+from tensorlens_tl.hosts.bridge import adapt
+from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
+from tensorlens_tl.methods import gradients as gradient
+from tensorlens_tl.methods.baselines import BASELINES, token_scores
 
 MODELS = [name for name, baseline in BASELINES.items() if baseline.needs_model]
 every_method = pytest.mark.parametrize("name", list(BASELINES))

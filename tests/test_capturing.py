@@ -8,9 +8,9 @@ from helpers import ALL, CASES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
-from tensorlens_tl.adapters import adapt
-from tensorlens_tl.capturing import Convention
-from tensorlens_tl.recording import record
+from tensorlens_tl.hosts.bridge import adapt
+from tensorlens_tl.hosts.recorder import record
+from tensorlens_tl.operator.capture import Convention
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 

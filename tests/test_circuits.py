@@ -13,9 +13,17 @@ from helpers import ALL, GATED, assert_close, lens_of, quiet, randn_like, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Circuit, Edge, Node, demo, dot_test
-from tensorlens_tl.circuits import ModelInfo, edge_scores
-from tensorlens_tl.selection import METHODS, connected, influences, ranked_by, select
-from tensorlens_tl.wiring import INPUT, LOGITS, Wiring, as_edges, eap_name, owner, parse_eap
+from tensorlens_tl.circuits.circuit import ModelInfo, edge_scores
+from tensorlens_tl.graph.selection import METHODS, connected, influences, ranked_by, select
+from tensorlens_tl.graph.wiring import (
+    INPUT,
+    LOGITS,
+    Wiring,
+    as_edges,
+    eap_name,
+    owner,
+    parse_eap,
+)
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
@@ -580,7 +588,7 @@ def test_circuits_of_other_models():
     with quiet():
         model = ALL[0].build(torch.float64)
     with torch.no_grad():
-        W_O = tensorlens_tl.adapters.adapt(model).weights.blocks[1].attn.W_O
+        W_O = tensorlens_tl.hosts.bridge.adapt(model).weights.blocks[1].attn.W_O
         W_O[0, 0, 0] += 1.0
         _, edited = tensorlens_tl.capture(model, tokens())
     with pytest.raises(ValueError, match="with other weights: take that model"):

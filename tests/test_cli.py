@@ -10,7 +10,7 @@ import pytest
 from helpers import SHARED
 
 from tensorlens_tl.__main__ import main, unknown_words
-from tensorlens_tl.measured import Evaluation
+from tensorlens_tl.evaluation.report import Evaluation
 
 FOLDER = SHARED / "stories260K"
 PROMPT = "Once upon a time, there was a little girl named"

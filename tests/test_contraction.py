@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensorlens_tl
-from tensorlens_tl.collapse import orthogonal_probes, student_t
-from tensorlens_tl.contraction import Sweep, dots, squares, states
-from tensorlens_tl.planning import HALF_BYTES, folds_below, half_bytes
-from tensorlens_tl.singular import Triples
+from tensorlens_tl.methods.operator_matrices import orthogonal_probes, student_t
+from tensorlens_tl.operator.batched_sweep import Sweep, dots, squares, states
+from tensorlens_tl.operator.cost_model import HALF_BYTES, folds_below, half_bytes
+from tensorlens_tl.operator.svd import Triples
 
 pytestmark = pytest.mark.algebra
 
@@ -531,7 +531,7 @@ def test_bad_blocks_are_refused():
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data folder")
 def test_all_512_positions_of_a_trained_model():
     """Both maps run at the model's full context, and agree with plain pulls where those are made."""
-    from tensorlens_tl.loading import load_model
+    from tensorlens_tl.hosts.loading import load_model
 
     with quiet():
         model = load_model(str(SHARED / "stories260K"))

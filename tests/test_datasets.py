@@ -9,7 +9,8 @@ import torch
 from helpers import ALL, assert_close, lens_of, quiet, tokens
 
 import tensorlens_tl
-from tensorlens_tl import Attribution, Node, demo, heat
+from tensorlens_tl import Attribution, Node, demo
+from tensorlens_tl.attribution import html as heat
 
 pytestmark = pytest.mark.algebra
 

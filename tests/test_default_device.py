@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import ALL, CASES, assert_close, lens_of, quiet
 
-from tensorlens_tl.collapse import orthogonal_probes
-from tensorlens_tl.linear_map import dot_test
-from tensorlens_tl.significance import compare, estimate, rank_correlation
+from tensorlens_tl.evaluation.significance import compare, estimate, rank_correlation
+from tensorlens_tl.methods.operator_matrices import orthogonal_probes
+from tensorlens_tl.sublayers.linear_map import dot_test
 
 pytestmark = pytest.mark.algebra
 CHOSEN = [CASES.get("hooked-gpt2") or ALL[0], CASES.get("bridge-llama") or ALL[-1]]

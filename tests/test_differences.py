@@ -6,7 +6,7 @@ from helpers import ALL, GATED, assert_close, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
-from tensorlens_tl.composer import FrozenTransformer
+from tensorlens_tl.operator.frozen_transformer import FrozenTransformer
 
 pytestmark = pytest.mark.algebra
 
@@ -197,7 +197,7 @@ def test_many_targets_are_one_batched_sweep(case, monkeypatch):
 
 
 def test_many_targets_in_chunks_and_refusals(monkeypatch):
-    from tensorlens_tl.attribution import attribute_many
+    from tensorlens_tl.attribution.splits import attribute_many
 
     lens = lens_of(FIRST)
     goals = [lens._sweep(t, None, -1).target for t in range(5)]

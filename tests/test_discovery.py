@@ -7,7 +7,8 @@ import torch
 from helpers import ALL, assert_close, quiet
 
 import tensorlens_tl
-from tensorlens_tl import Circuit, demo, discovery
+from tensorlens_tl import Circuit, demo
+from tensorlens_tl.circuits import discovery
 
 NAMES = ("Mary", "John", "Tom", "Kate")
 TEXT = "When {a} and {b} went to the {c}, {d} gave a drink to"

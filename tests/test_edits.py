@@ -6,8 +6,8 @@ from helpers import ALL, assert_close, attends_apart, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
-from tensorlens_tl.adapter import _EDITS
-from tensorlens_tl.attribution import BY
+from tensorlens_tl.attribution.splits import BY
+from tensorlens_tl.hosts.adapter import _EDITS
 
 STAGES = {
     "blocks.0.hook_resid_pre": "L0.hook_resid_pre[user]",

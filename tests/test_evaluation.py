@@ -14,12 +14,12 @@ from test_masking import PROMPT, demo_model, state_of
 
 import tensorlens_tl
 from tensorlens_tl import demo
-from tensorlens_tl.evaluation import evaluate
-from tensorlens_tl.measured import Evaluation
-from tensorlens_tl.protocols import PROTOCOLS, measures
-from tensorlens_tl.scoring import score
-from tensorlens_tl.significance import rank_correlation
-from tensorlens_tl.targets import expected_others, own_prediction, resolve_target
+from tensorlens_tl.attribution.targets import expected_others, own_prediction, resolve_target
+from tensorlens_tl.evaluation.protocols import PROTOCOLS, measures
+from tensorlens_tl.evaluation.report import Evaluation
+from tensorlens_tl.evaluation.runner import evaluate
+from tensorlens_tl.evaluation.scoring import score
+from tensorlens_tl.evaluation.significance import rank_correlation
 
 PROMPTS = (PROMPT, "The capital of France is", "The keys near the cabinet")
 ALL = tuple(PROTOCOLS)

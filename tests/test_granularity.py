@@ -19,12 +19,12 @@ from helpers import (
 )
 
 import tensorlens_tl
-from tensorlens_tl import edges
-from tensorlens_tl.attribution import BY, TOTALS
-from tensorlens_tl.composer import FrozenTransformer
-from tensorlens_tl.edges import Writers
-from tensorlens_tl.graph import Edge, Node
-from tensorlens_tl.lens import TensorLens
+from tensorlens_tl.attribution import edges
+from tensorlens_tl.attribution.edges import Writers
+from tensorlens_tl.attribution.splits import BY, TOTALS
+from tensorlens_tl.graph.nodes import Edge, Node
+from tensorlens_tl.lens.tensor_lens import TensorLens
+from tensorlens_tl.operator.frozen_transformer import FrozenTransformer
 
 pytestmark = pytest.mark.algebra
 

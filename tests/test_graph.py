@@ -1,6 +1,6 @@
 import pytest
 
-from tensorlens_tl.graph import Edge, Node, resid_site
+from tensorlens_tl.graph.nodes import Edge, Node, resid_site
 
 pytestmark = pytest.mark.algebra
 

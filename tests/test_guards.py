@@ -196,7 +196,7 @@ def test_a_capture_warns_of_nothing_and_reprs_are_short(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_models(dtype):
     """The operator computes in float32; what is left is the model's own rounding."""
-    from tensorlens_tl.loading import load_model
+    from tensorlens_tl.hosts.loading import load_model
 
     with quiet():
         model = load_model(str(SHARED / "stories260K"))

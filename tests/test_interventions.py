@@ -9,15 +9,19 @@ from helpers import ALL, CASES, D_VOCAB, HookedTransformer, assert_close, quiet,
 
 import tensorlens_tl
 from tensorlens_tl import demo
-from tensorlens_tl.edge_runs import edge_model
-from tensorlens_tl.interventions import (
+from tensorlens_tl.circuits.ablation import (
     SIZES,
     faithfulness,
     faithfulness_curve,
     faithfulness_of_many,
     first_edges,
 )
-from tensorlens_tl.shares import Faithfulness, FaithfulnessCurve, share_difference
+from tensorlens_tl.circuits.edge_patching import edge_model
+from tensorlens_tl.circuits.faithfulness_result import (
+    Faithfulness,
+    FaithfulnessCurve,
+    share_difference,
+)
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 SHAPES = ("gpt2", "gpt2-compat", "llama", "neox", "gemma2", "gemma2-compat")

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorlens_tl.frame import Frame
-from tensorlens_tl.linear_map import Chain, Residual, Sum, Transposed, dot_test
-from tensorlens_tl.primitives import Gate, Linear, Mix, Norm
-from tensorlens_tl.weights import NormWeights
+from tensorlens_tl.sublayers.batch_layout import Frame
+from tensorlens_tl.sublayers.linear_map import Chain, Residual, Sum, Transposed, dot_test
+from tensorlens_tl.sublayers.primitives import Gate, Linear, Mix, Norm
+from tensorlens_tl.sublayers.weights import NormWeights
 
 pytestmark = pytest.mark.algebra
 

@@ -7,8 +7,8 @@ import torch
 from helpers import CASES, assert_close, quiet, tokens
 
 from tensorlens_tl import demo
-from tensorlens_tl.adapters import adapt
-from tensorlens_tl.masking import MASKINGS, METRICS, MaskedRuns, Masking, end_logits
+from tensorlens_tl.evaluation.masking import MASKINGS, METRICS, MaskedRuns, Masking, end_logits
+from tensorlens_tl.hosts.bridge import adapt
 
 FAMILIES = ("gpt2", "llama", "neox", "gemma2", "attn-only", "qwen3", "solu")
 FEW = [c for c in CASES.values() if c.name.split("-", 1)[1] in FAMILIES]

@@ -5,11 +5,11 @@ import torch
 from helpers import CASES, assert_close, lens_of, quiet
 from test_baselines_gradient import QUICK, ragged
 
-from tensorlens_tl import baselines
-from tensorlens_tl.baselines import BASELINES
-from tensorlens_tl.collapse import KINDS
-from tensorlens_tl.methods import METHODS
-from tensorlens_tl.targets import resolve_target
+from tensorlens_tl.attribution.targets import resolve_target
+from tensorlens_tl.methods import baselines
+from tensorlens_tl.methods.baselines import BASELINES
+from tensorlens_tl.methods.operator_matrices import KINDS
+from tensorlens_tl.methods.registry import METHODS
 
 FEW = [c for c in CASES.values() if c.name.split("-", 1)[1] in ("gpt2", "llama")]
 every_few = pytest.mark.parametrize("case", FEW, ids=str)

@@ -34,16 +34,16 @@ from helpers import (
 )
 
 import tensorlens_tl
-from tensorlens_tl.adapters import adapt
-from tensorlens_tl.baselines_edges import score_edges
-from tensorlens_tl.baselines_gradient import live_models
-from tensorlens_tl.families import find
-from tensorlens_tl.holding import holding
-from tensorlens_tl.masking import Masking
-from tensorlens_tl.queries import NotRecomputableError
-from tensorlens_tl.selfcheck import CaptureMismatchError
-from tensorlens_tl.supported import UnsupportedArchitectureError
-from tensorlens_tl.validity import curves
+from tensorlens_tl.circuits.edge_baselines import score_edges
+from tensorlens_tl.evaluation.masking import Masking
+from tensorlens_tl.hosts.attention_reading import NotRecomputableError
+from tensorlens_tl.hosts.bridge import adapt
+from tensorlens_tl.hosts.self_check import CaptureMismatchError
+from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
+from tensorlens_tl.methods.gradients import live_models
+from tensorlens_tl.relations.held_model import holding
+from tensorlens_tl.relations.validity_study import curves
+from tensorlens_tl.support.tiny_models import find
 
 LAWS = [
     test_operator.test_operator_reproduces_the_logits,

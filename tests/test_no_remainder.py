@@ -11,8 +11,8 @@ import test_paths
 import torch
 from helpers import ALL, lens_of
 
-from tensorlens_tl.branches import Pull, Trace
-from tensorlens_tl.composer import FrozenTransformer
+from tensorlens_tl.operator.frozen_transformer import FrozenTransformer
+from tensorlens_tl.operator.residual_stream import Pull, Trace
 
 pytestmark = pytest.mark.algebra
 

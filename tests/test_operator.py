@@ -208,7 +208,7 @@ if len({case.host for case in ALL}) == 2:  # transformer_lens 3 has both classes
         """HookedTransformer and Bridge of one Hugging Face folder: same operator, same attributions."""
         from helpers import BRIDGE, build_hf, to_bridge
 
-        from tensorlens_tl.loading import load_model
+        from tensorlens_tl.hosts.loading import load_model
 
         class_name, config = BRIDGE[name]
         with quiet(), torch.no_grad():

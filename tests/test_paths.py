@@ -26,10 +26,10 @@ from helpers import (
 )  # fmt: skip
 
 import tensorlens_tl
-from tensorlens_tl.energies import Energy, Stage, energies_of
-from tensorlens_tl.graph import Node
-from tensorlens_tl.lens import TensorLens
-from tensorlens_tl.paths import Path, Paths
+from tensorlens_tl.attribution.path_bounds import Energy, Stage, energies_of
+from tensorlens_tl.attribution.paths import Path, Paths
+from tensorlens_tl.graph.nodes import Node
+from tensorlens_tl.lens.tensor_lens import TensorLens
 
 pytestmark = pytest.mark.algebra
 
@@ -139,7 +139,7 @@ def brute_force(lens, target=None, pos=-1, only=None, by_position=False):
 
 
 def goal_of(lens, target=None, pos=-1):
-    from tensorlens_tl import lens as module
+    from tensorlens_tl.lens import tensor_lens as module
 
     return module.resolve_target(lens.capture, target, pos)
 
@@ -314,7 +314,7 @@ def test_the_random_models_were_of_many_kinds():
 def stories():
     if not STORIES.is_dir():
         pytest.skip("needs the shared model and texts")
-    from tensorlens_tl.loading import load_model
+    from tensorlens_tl.hosts.loading import load_model
 
     with quiet():
         return load_model(str(STORIES), "bridge" if HookedTransformer is None else "hooked")

@@ -8,9 +8,9 @@ from helpers import ALL, CASES, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
-from tensorlens_tl.baselines_edges import score_edges
-from tensorlens_tl.edge_runs import edge_model
-from tensorlens_tl.interventions import faithfulness
+from tensorlens_tl.circuits.ablation import faithfulness
+from tensorlens_tl.circuits.edge_baselines import score_edges
+from tensorlens_tl.circuits.edge_patching import edge_model
 
 try:
     from transformer_lens.tools.analysis import attribution_patching as peer

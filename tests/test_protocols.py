@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from tensorlens_tl.protocols import (
+from tensorlens_tl.evaluation.protocols import (
     PRESETS,
     PROTOCOLS,
     aopc,
@@ -17,7 +17,7 @@ from tensorlens_tl.protocols import (
     exact_bounds,
     measures,
 )
-from tensorlens_tl.significance import compare, estimate, rank_correlation, ranks
+from tensorlens_tl.evaluation.significance import compare, estimate, rank_correlation, ranks
 
 pytestmark = pytest.mark.algebra
 

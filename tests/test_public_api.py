@@ -21,10 +21,8 @@ SUBMODULES = {
     "tensorlens_tl.demo": tensorlens_tl.demo.__all__,
     "tensorlens_tl.evaluation": ("evaluate",),
     "tensorlens_tl.lens": ("TensorLens", "load"),
-    "tensorlens_tl.loading": ("load_model",),
     "tensorlens_tl.methods": ("METHODS",),
-    "tensorlens_tl.relations": ("Relation", "decode", "state"),
-    "tensorlens_tl.validity": ("validity",),
+    "tensorlens_tl.relations": ("Relation", "decode", "state", "validity"),
 }
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 TWIN = "When Mary and John went to the store, Mary gave a drink to"

@@ -7,9 +7,10 @@ import torch
 from helpers import ALL, GATED, FrozenModel, assert_close, lens_of, quiet, tokens, written
 
 import tensorlens_tl
-from tensorlens_tl import Edge, Node, query_key
-from tensorlens_tl.edges import Writers
-from tensorlens_tl.selfcheck import CaptureMismatchError
+from tensorlens_tl import Edge, Node
+from tensorlens_tl.attribution.edges import Writers
+from tensorlens_tl.hosts.self_check import CaptureMismatchError
+from tensorlens_tl.operator import query_key
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]

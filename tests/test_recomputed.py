@@ -24,14 +24,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorlens_tl
-from tensorlens_tl import baselines, dot_test, score_blocks
-from tensorlens_tl.adapters import adapt
-from tensorlens_tl.frame import Frame
-from tensorlens_tl.primitives import Mix
-from tensorlens_tl.queries import NotRecomputableError, Queries, alibi_slopes
-from tensorlens_tl.recomputed import RecomputedMix
-from tensorlens_tl.score_blocks import Scores
-from tensorlens_tl.selfcheck import CaptureMismatchError
+from tensorlens_tl import dot_test
+from tensorlens_tl.hosts.attention_reading import NotRecomputableError, Queries, alibi_slopes
+from tensorlens_tl.hosts.bridge import adapt
+from tensorlens_tl.hosts.self_check import CaptureMismatchError
+from tensorlens_tl.methods import baselines
+from tensorlens_tl.sublayers import attention_kernel as score_blocks
+from tensorlens_tl.sublayers.attention_kernel import Scores
+from tensorlens_tl.sublayers.batch_layout import Frame
+from tensorlens_tl.sublayers.primitives import Mix
+from tensorlens_tl.sublayers.recomputed_pattern import RecomputedMix
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 HOSTS = [case for case in ALL if case.name in ("hooked-gpt2", "bridge-gpt2", "native-gpt2")]

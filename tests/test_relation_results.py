@@ -9,8 +9,8 @@ import torch
 from helpers import quiet
 
 from tensorlens_tl import demo
-from tensorlens_tl.relations import RelationStudy, decode
-from tensorlens_tl.validity import validity
+from tensorlens_tl.relations.decoding_study import RelationStudy, decode
+from tensorlens_tl.relations.validity_study import validity
 
 pytestmark = pytest.mark.algebra
 

@@ -19,10 +19,10 @@ from helpers import (
 
 import tensorlens_tl
 from tensorlens_tl import demo
-from tensorlens_tl.intervals import bootstrap, median
-from tensorlens_tl.relation_data import subject_position
-from tensorlens_tl.relation_maps import LinearRelation, jacobian_maps, operator_maps
-from tensorlens_tl.relations import MEAN, Relation, RelationStudy, decode, state
+from tensorlens_tl.evaluation.bootstrap import bootstrap, median
+from tensorlens_tl.relations.decoding_study import MEAN, Relation, RelationStudy, decode, state
+from tensorlens_tl.relations.linear_relation import LinearRelation, jacobian_maps, operator_maps
+from tensorlens_tl.relations.relation import subject_position
 
 FILES = SHARED / "text" / "relations"
 LAYERS, POS = (0, 1), 2

@@ -9,7 +9,7 @@ import pytest
 from helpers import quiet
 
 from tensorlens_tl import demo
-from tensorlens_tl.evaluation import evaluate
+from tensorlens_tl.evaluation.runner import evaluate
 
 pytestmark = pytest.mark.algebra
 

@@ -15,8 +15,10 @@ from helpers import ALL
 from safetensors.torch import save_file
 
 import tensorlens_tl
-from tensorlens_tl import Attribution, CaptureMismatchError, headers, saving
-from tensorlens_tl.lens import TensorLens
+from tensorlens_tl import Attribution, CaptureMismatchError
+from tensorlens_tl.lens import saved_file as saving
+from tensorlens_tl.lens import saved_tree as headers
+from tensorlens_tl.lens.tensor_lens import TensorLens
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 FIRST = ALL[0]

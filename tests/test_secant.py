@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensorlens_tl
-from tensorlens_tl import Edge, secant
-from tensorlens_tl.factored import Factored
-from tensorlens_tl.primitives import RATIOS, gating_ratio
-from tensorlens_tl.secant import NormSecant, act_secant, softmax_secant
-from tensorlens_tl.selfcheck import CaptureMismatchError
-from tensorlens_tl.weights import NormWeights
+from tensorlens_tl import Edge
+from tensorlens_tl.hosts.self_check import CaptureMismatchError
+from tensorlens_tl.operator import secant
+from tensorlens_tl.operator.secant import NormSecant, act_secant, softmax_secant
+from tensorlens_tl.sublayers.factored import Factored
+from tensorlens_tl.sublayers.primitives import RATIOS, gating_ratio
+from tensorlens_tl.sublayers.weights import NormWeights
 
 SOLU = [case for case in ALL if "solu" in str(case)]
 CASES = [case for case in ALL if case not in SOLU]

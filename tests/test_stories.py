@@ -5,7 +5,7 @@ import torch
 from helpers import SHARED, HookedTransformer, build_bridge_from_module, quiet
 
 import tensorlens_tl
-from tensorlens_tl.loading import load_model
+from tensorlens_tl.hosts.loading import load_model
 
 FOLDER = SHARED / "stories260K"
 SAMPLE = SHARED / "text" / "tinystories_sample" / "tinystories_sample.txt"

@@ -5,7 +5,7 @@ import torch
 from helpers import ALL, GATED, assert_close, lens_of, randn_like
 
 from tensorlens_tl import dot_test
-from tensorlens_tl.primitives import RATIOS, gating_ratio, soft_cap_ratio
+from tensorlens_tl.sublayers.primitives import RATIOS, gating_ratio, soft_cap_ratio
 
 pytestmark = pytest.mark.algebra
 

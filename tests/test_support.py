@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 from helpers import CASES
 
-from tensorlens_tl import UnsupportedArchitectureError, families, support
-from tensorlens_tl.support import BEGIN, END, Report, Row, markdown, measure, measure_all
+from tensorlens_tl import UnsupportedArchitectureError
+from tensorlens_tl.support import table as support
+from tensorlens_tl.support import tiny_models as families
+from tensorlens_tl.support.table import BEGIN, END, Report, Row, markdown, measure, measure_all
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = [Report.load(path) for path in sorted((ROOT / "docs" / "support").glob("*.json"))]

@@ -6,7 +6,7 @@ import torch
 from helpers import ALL, D_VOCAB, assert_close, lens_of, quiet, tokens
 
 import tensorlens_tl
-from tensorlens_tl.attribution import BY
+from tensorlens_tl.attribution.splits import BY
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 

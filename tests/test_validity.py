@@ -9,10 +9,18 @@ from helpers import ALL, CASES, assert_close, lens_of, quiet, randn_like, tokens
 
 import tensorlens_tl
 from tensorlens_tl import demo
-from tensorlens_tl.baselines_gradient import live_models
-from tensorlens_tl.holding import PARTS, holding
-from tensorlens_tl.supported import UnsupportedArchitectureError
-from tensorlens_tl.validity import KINDS, Curve, ValidityStudy, curves, draw, radius, validity
+from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
+from tensorlens_tl.methods.gradients import live_models
+from tensorlens_tl.relations.held_model import PARTS, holding
+from tensorlens_tl.relations.validity_study import (
+    KINDS,
+    Curve,
+    ValidityStudy,
+    curves,
+    draw,
+    radius,
+    validity,
+)
 
 SOLU = [case for case in ALL if "solu" in case.name]
 EXACT = [case for case in ALL if not case.float32_norms]

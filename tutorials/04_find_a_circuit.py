@@ -13,7 +13,7 @@ import random
 
 import tensorlens_tl
 from tensorlens_tl import demo, faithfulness, faithfulness_of_many, score_edges
-from tensorlens_tl.selection import select
+from tensorlens_tl.graph.selection import select
 
 model = demo.load_model()  # a small trained GPT-2 that ships with the package
 

@@ -11,8 +11,8 @@ import torch
 
 import tensorlens_tl
 from tensorlens_tl import demo
-from tensorlens_tl.evaluation import evaluate
-from tensorlens_tl.methods import METHODS
+from tensorlens_tl.evaluation.runner import evaluate
+from tensorlens_tl.methods.registry import METHODS
 
 model = demo.load_model()  # a small trained GPT-2 that ships with the package
 prompt = "When Mary and John went to the store, John gave a drink to"

@@ -11,7 +11,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from .. import loading
+from ..hosts import loading
 from .facts import COUNTRIES, PHRASINGS, RELATIONS
 from .grammar import TASKS, Document, document, induction, text
 
@@ -76,7 +76,7 @@ def relation(name: str) -> Any:
     Raises:
         ValueError: If there is no such relation.
     """
-    from ..relation_data import Relation
+    from ..relations.relation import Relation
 
     if name not in RELATIONS:
         raise ValueError(f"expected a relation of {', '.join(RELATIONS)}; got {name!r}: name one")

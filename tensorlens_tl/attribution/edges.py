@@ -1,0 +1,314 @@
+"""Edges: how much of one node's output another node reads, and what the target makes of it.
+
+    Edge(w → r) = Σ_pos ⟨what w adds to the residual, covector of r at the residual⟩
+
+The covector of a reader is the target's, carried back through that reader alone: a head by its
+values ("L2H1.v"), an MLP, or the final norm ("logits"). A reader sees every writer below it, and
+its own constants (its norm's b, b_V, b_in) beside: together they are its total effect (of
+"logits": the target). Edges into different readers overlap, so they do not sum.
+
+With queries and keys a head has two more readers, "L2H1.q" and "L2H1.k" (``query_key``): first-order,
+and in no sum.
+
+Both sides are kept narrow, d_head numbers per head and position, and for a span of positions at a time
+
+    1. all writers are widened, [writer, span · d_model]: with 2 pos d_model² flops a layer,
+    2. the readers of a few layers, [reader, span · d_model]: as many,
+    3. and multiplied: 2 · readers · writers · pos · d_model in all.
+
+What is held is a span's, whatever the prompt's length. A constant that is the same everywhere, b_O
+or b_out, is read by the sum over positions of its reader's covectors, which is a narrow sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..graph.nodes import Edge, Node
+from ..operator.capture import Capture
+from ..operator.frozen_transformer import FrozenTransformer
+from ..operator.query_key import QueryKey
+from ..operator.residual_stream import Branch, Step, Trace
+from ..sublayers.factored import Factored
+from .table import Source
+
+LOGITS = Node("logits")
+SPAN_BYTES = 2**25
+"""What the writers of one span of positions may take: a larger block is fresh memory at every call
+(glibc maps what is above 32 MiB anew), and touching that takes time."""
+FEW_READERS = 36
+"""Readers multiplied at a time: with fewer, a product waits for memory; with more, it is wasted on
+writers that are not below."""
+
+
+@dataclass(frozen=True, eq=False)
+class Writers:
+    """What every writer adds to the residual in a run.
+
+    Attributes:
+        nodes: Embeddings, heads, MLPs and constants that no node holds, from below.
+        below: How many of them write before each step, and how many there are.
+        parts: What they add, in their order: of several, position by position, or one constant's
+            one vector; None for a constant that is the same in two runs whose difference this is.
+    """
+
+    nodes: tuple[Node, ...]
+    below: tuple[int, ...]
+    parts: tuple[Factored | Float[Tensor, " d_model"] | None, ...]
+
+    @classmethod
+    def of(
+        cls,
+        operator: FrozenTransformer,
+        capture: Capture,
+        query: Int[Tensor, " batch"],
+    ) -> Writers:
+        """All writers of a run.
+
+        Nothing but a target reads what the last layer adds, and only where the target is: there
+        alone its heads and MLP are computed, and elsewhere left zero. What an MLP added is read off
+        the residual before and after it, where the run was computed as finely as the operator is.
+
+        Args:
+            operator: The operator.
+            capture: The run.
+            query: The target's position in each prompt, as tensor index.
+
+        Returns:
+            Nodes and what they add.
+        """
+        embeddings, steps = capture.embeddings, operator.steps
+        names = [tuple(map(Node.parse, embeddings)), *map(_names, steps)]
+        parts: list[Factored | Tensor | None] = [Factored(e[None]) for e in embeddings.values()]
+        fine = capture.logits.dtype == operator.frame.dtype  # a coarser residual is mostly rounding
+        after = [step.state if fine else None for step in steps[1:]]
+        for step, then in zip(steps, [*after, None], strict=True):
+            last = step.layer == steps[-1].layer
+            parts += _write(step, query if last else None, then)
+        return cls(sum(names, ()), tuple(accumulate(map(len, names))), tuple(parts))
+
+    def minus(self, other: Writers) -> Writers:
+        """What they add here and do not add in another run of the same model.
+
+        Args:
+            other: The other run's.
+
+        Returns:
+            The differences.
+
+        Raises:
+            ValueError: If the user's own hooks edited one of the runs elsewhere than the other.
+        """
+        if self.nodes != other.nodes:
+            only = sorted({str(node) for node in set(self.nodes) ^ set(other.nodes)})
+            raise ValueError(
+                f"only one of the runs has {', '.join(only)}: expected edits at the same hook points"
+            )
+        pairs = zip(self.parts, other.parts, strict=True)
+        parts = (
+            a - b if isinstance(a, Factored) and isinstance(b, Factored) else None for a, b in pairs
+        )
+        return Writers(self.nodes, self.below, tuple(parts))
+
+    def moving(self) -> tuple[tuple[Factored, ...], list[int]]:
+        """What is different from position to position, and which nodes add it."""
+        found, at = [], 0
+        which: list[int] = []
+        for part in self.parts:
+            many = len(part.narrow) if isinstance(part, Factored) else 1
+            if isinstance(part, Factored):
+                found.append(part)
+                which += range(at, at + many)
+            at += many
+        return tuple(found), which
+
+
+@dataclass(frozen=True, eq=False)
+class Readers:
+    """Readers that see the same writers.
+
+    Attributes:
+        nodes: They.
+        below: How many writers they see.
+        covectors: Theirs, at the residual.
+        own: The shares of their own constants, by name.
+    """
+
+    nodes: tuple[Node, ...]
+    below: int
+    covectors: Factored
+    own: dict[str, Float[Tensor, "reader batch"]]
+
+
+def edge_scores(
+    writers: Writers, readers: Iterable[Readers], n_pos: int
+) -> tuple[tuple[Source, ...], tuple[str, ...], Float[Tensor, "batch edge"]]:
+    """All edges of one target, and every reader's own constants.
+
+    Args:
+        writers: What is written.
+        readers: What reads it, from below: of a frozen run (:func:`frozen_readers`), or between two
+            runs.
+        n_pos: How many positions there are.
+
+    Returns:
+        The edges, reader by reader from below, their names, and their scores, positions summed.
+    """
+    readers = list(readers)
+    found = _products(writers, readers, n_pos)
+    scores, at = [], 0
+    for r in readers:
+        rows = found[at : at + len(r.nodes), :, : r.below]
+        own = [share[..., None] for share in r.own.values()]
+        scores.append(torch.cat([rows, *own], -1).transpose(0, 1).flatten(1))
+        at += len(r.nodes)
+    named = tuple((node, r.below, tuple(r.own)) for r in readers for node in r.nodes)
+    return *_rows(writers.nodes, named), torch.cat(scores, -1)
+
+
+def frozen_readers(
+    operator: FrozenTransformer,
+    below: tuple[int, ...],
+    trace: Trace,
+    constants: dict[str, Float[Tensor, " batch"]] | None,
+    scores_of: Callable[[Branch], QueryKey] | None = None,
+) -> Iterator[Readers]:
+    """Every reader of a run, its patterns, scales and ratios held.
+
+    Args:
+        operator: The operator.
+        below: How many writers there are before each step, and in all.
+        trace: The target's sweep.
+        constants: The shares of the constants above the final norm; None to leave readers' own
+            constants out (they are the same in two runs).
+        scores_of: Gives the queries and keys of an attention branch: with it, every head's query
+            and key inputs are readers, too.
+
+    Yields:
+        Readers, from below.
+    """
+    steps = zip(operator.steps, trace.pulls, below, trace.covectors[1:], strict=False)
+    for step, pulls, seen, c in steps:
+        for branch, pull in zip(step.branches, pulls, strict=True):
+            covectors, own = branch.readers(pull)
+            yield Readers(branch.body.reads(), seen, covectors, {} if constants is None else own)
+            if scores_of is not None and branch.has_heads:
+                side = scores_of(branch)
+                heads = len(side.reads()) // 2
+                both = side.readers(branch.pull_to_hidden(c), step.state)
+                for i, covectors in enumerate(both):
+                    nodes = side.reads()[i * heads : (i + 1) * heads]
+                    yield Readers(nodes, seen, covectors, {})
+    top = {name: share[None] for name, share in (constants or {}).items()}
+    yield Readers((LOGITS,), below[-1], Factored(trace.covectors[-2][None]), top)
+
+
+def _products(
+    writers: Writers, readers: list[Readers], n_pos: int
+) -> Float[Tensor, "reader batch writer"]:
+    """⟨writer, reader⟩ of all that is below a reader, and of some that is not."""
+    parts, which = writers.moving()
+    like = parts[0].narrow
+    batch, d_model = like.shape[1], like.shape[-1]
+    n_readers = sum(len(r.nodes) for r in readers)
+    sums = like.new_zeros(n_readers, batch, len(which))
+    most = max(1, SPAN_BYTES // (len(which) * batch * d_model * like.element_size()))
+    n_spans = -(-n_pos // most)
+    size = -(-n_pos // n_spans)
+    seen = [sum(i < r.below for i in which) for r in readers]
+    groups = _groups([len(r.nodes) for r in readers])
+    rows = max(sum(len(r.nodes) for r in readers[group]) for group in groups)
+    kept = [like.new_empty(many * batch * size * d_model) for many in (len(which), rows)]
+    for start in range(0, n_pos, size):
+        span = slice(start, min(start + size, n_pos))
+        shape = (batch, span.stop - start, d_model)
+        W, R = (k[: len(k) // size * shape[1]].view(-1, *shape) for k in kept)
+        at = 0
+        for part in parts:
+            part.wide(span, W[at : at + len(part.narrow)])
+            at += len(part.narrow)
+        first = 0
+        for group in groups:
+            at = 0
+            for r in readers[group]:
+                r.covectors.wide(span, R[at : at + len(r.nodes)])
+                at += len(r.nodes)
+            below = max(seen[group])
+            for b in range(batch):  # the few rows first: the other way, or batched, it takes longer
+                sums[first : first + at, b, :below] += (
+                    R[:at, b].flatten(1) @ W[:below, b].flatten(1).T
+                )
+            first += at
+    if len(which) == len(writers.nodes):
+        return sums
+    found = like.new_zeros(n_readers, batch, len(writers.nodes))
+    found[..., which] = sums
+    vectors = [part for part in writers.parts if isinstance(part, Tensor)]
+    if vectors:
+        still = [i for i in range(len(writers.nodes)) if i not in set(which)]
+        found[..., still] = (
+            torch.cat([r.covectors.total() for r in readers]) @ torch.stack(vectors).T
+        )
+    return found
+
+
+def _groups(sizes: list[int]) -> list[slice]:
+    """Runs of neighbours of at least :data:`FEW_READERS` readers, where there are as many."""
+    found, start, held = [], 0, 0
+    for i, size in enumerate(sizes):
+        held += size
+        if held >= FEW_READERS:
+            found.append(slice(start, i + 1))
+            start, held = i + 1, 0
+    if held:  # a few readers alone would take as long as many
+        start = found.pop().start if found and held < FEW_READERS // 2 else start
+        found.append(slice(start, len(sizes)))
+    return found
+
+
+def _names(step: Step) -> tuple[Node, ...]:
+    found: list[Node] = []
+    for branch in step.branches:
+        found += [*branch.body.nodes(), *map(Node.parse, branch.outside_names())]
+    return (*found, *(Node.parse(edit.name) for edit in step.edits))
+
+
+def _write(
+    step: Step,
+    query: Int[Tensor, " batch"] | None,
+    after: Float[Tensor, "batch pos d_model"] | None,
+) -> Iterator[Factored | Float[Tensor, " d_model"]]:
+    """What a step's writers add, in the order of :func:`_names`; nodes at ``query`` alone, if any."""
+    for branch in step.branches:
+        outside, name = branch.outside(), branch.body.external[0]
+        alone = len(branch.body.nodes()) == len(step.branches) == 1 and not step.edits
+        if query is None and after is not None and alone:
+            gained = after - step.state
+            for constant in outside.values():
+                gained -= constant
+            yield Factored(gained[None])
+        else:
+            yield branch.writes(step.state, query)
+        for constant_name, constant in outside.items():
+            still = branch.post is None and constant_name == name
+            yield constant[0, 0] if still else Factored(constant[None])
+    for edit in step.edits:
+        yield Factored(edit.constant[None])
+
+
+@lru_cache(maxsize=16)
+def _rows(
+    writers: tuple[Node, ...], readers: tuple[tuple[Node, int, tuple[str, ...]], ...]
+) -> tuple[tuple[Source, ...], tuple[str, ...]]:
+    # They are a model's, not a target's, and tens of thousands: kept.
+    found: list[Edge] = []
+    for node, below, own in readers:
+        found += [Edge(src, node) for src in (*writers[:below], *map(Node.parse, own))]
+    return tuple(map(Source, found)), tuple(map(str, found))

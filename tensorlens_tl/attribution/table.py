@@ -1,0 +1,375 @@
+"""Results: a target split by source, as a small table that prints, sorts, sums and saves itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from html import escape
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..graph.nodes import Edge, Node
+from ..operator.capture import Convention
+from . import html as heat
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT = "tensorlens_tl attribution 2"
+_BEFORE = "tensorlens_tl attribution 1"  # it had no effect: all were direct
+
+AXES = ("pos", "node", "layer", "src", "dest")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One row of an attribution: a node or an edge, at a position where it has one (a tensor index)."""
+
+    node: Node | Edge
+    pos: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """A target split by source, one row per source, for every prompt of the batch.
+
+    Attributes:
+        values: Contributions [prompt, source], in units of the target (logits).
+        sources: What the columns are; positions outside a prompt's real tokens contribute 0.
+        labels: Their names, per prompt.
+        by: What it was split by.
+        target: The target's name, per prompt.
+        target_value: Its value in the model's own run [prompt].
+        sums_to_target: Whether the contributions add up to the target.
+        completeness_error: max over prompts of |Σ − target| / Σ|contributions|, where they do.
+        convention: The choices under which the operator is unique.
+        spans: Each prompt's (start, stop) of real tokens.
+        effect: "direct" or "total".
+    """
+
+    values: Float[Tensor, "prompt source"]
+    sources: tuple[Source, ...]
+    labels: tuple[tuple[str, ...], ...]
+    by: str
+    target: tuple[str, ...]
+    target_value: Float[Tensor, " prompt"]
+    sums_to_target: bool
+    convention: Convention
+    spans: tuple[tuple[int, int], ...]
+    effect: str = "direct"
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def __getitem__(self, prompt: int) -> Attribution:
+        """One prompt's attribution, without its padding."""
+        if not -len(self) <= prompt < len(self):
+            raise IndexError(f"prompt {prompt} does not exist; there are {len(self)}")
+        prompt %= len(self)
+        start, stop = self.spans[prompt]
+        keep = [i for i, s in enumerate(self.sources) if s.pos is None or start <= s.pos < stop]
+        one = slice(prompt, prompt + 1)
+        return replace(
+            self,
+            values=self.values[one, keep],
+            sources=tuple(self.sources[i] for i in keep),
+            labels=(tuple(self.labels[prompt][i] for i in keep),),
+            target=self.target[one],
+            target_value=self.target_value[one],
+            spans=self.spans[one],
+        )
+
+    @property
+    def completeness_error(self) -> float | None:
+        """Max over prompts of |Σ − target| / Σ|contributions|; None where they do not sum to it."""
+        if not self.sums_to_target:
+            return None
+        off = (self.values.double().sum(1) - self.target_value).abs()
+        size = self.values.double().abs().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        return float((off / size).max())
+
+    def sum(self, axis: str) -> Attribution:
+        """Add rows up along an axis; rows that do not have it stay as they are.
+
+        Args:
+            axis: "pos": over positions, one row per node. "node": over nodes, one row per position.
+                "layer": over the nodes of a layer. "src" and "dest", of a split by edge: over the
+                writers into each reader, and over the readers of each writer.
+
+        Returns:
+            The shorter table, in order of first appearance.
+
+        Raises:
+            ValueError: If there is no such axis.
+        """
+        if axis not in AXES:
+            raise ValueError(f"expected an axis of {', '.join(AXES)}, got {axis!r}")
+        groups: dict[Source, int] = {}
+        column = [groups.setdefault(_merged(s, axis), len(groups)) for s in self.sources]
+        zeros = self.values.new_zeros(len(self), len(groups))
+        index = torch.tensor(column, device=self.values.device)
+        first: dict[int, int] = {}
+        for i, group in enumerate(column):
+            first.setdefault(group, i)
+        labels = tuple(
+            tuple(
+                own[i] if group in (self.sources[i], _at(self.sources[i])) else _name(group, start)
+                for i, group in zip(first.values(), groups, strict=True)
+            )
+            for own, (start, _) in zip(self.labels, self.spans, strict=True)
+        )
+        values = zeros.index_add(1, index, self.values)
+        return replace(self, values=values, sources=tuple(groups), labels=labels)
+
+    def select(self, src: str | Node | None = None, dest: str | Node | None = None) -> Attribution:
+        """The edges out of a writer, into a reader, or both, of a split by edge.
+
+        Args:
+            src: A writer, such as "L0H3".
+            dest: A reader, such as "L2H1.v". All edges into one reader sum to what is read there;
+                into "logits", to the target.
+
+        Returns:
+            Those rows.
+
+        Raises:
+            ValueError: If this is no split by edge, or has no such writer or reader; the message
+                names some that it has.
+        """
+        edges = [source.node for source in self.sources if isinstance(source.node, Edge)]
+        if not edges:
+            raise ValueError(
+                f"expected a split by edge, got one by {self.by}: attribute(by='edge')"
+            )
+        keep = range(len(self.sources))
+        for end, wanted in (("src", src), ("dest", dest)):
+            if wanted is None:
+                continue
+            node = Node.parse(wanted) if isinstance(wanted, str) else wanted
+            there = dict.fromkeys(str(getattr(edge, end)) for edge in edges)
+            if str(node) not in there:
+                raise ValueError(f"no edge has {end} {node}; there are {', '.join(there)}")
+            keep = [i for i in keep if getattr(self.sources[i].node, end, None) == node]
+        return replace(
+            self,
+            values=self.values[:, list(keep)],
+            sources=tuple(self.sources[i] for i in keep),
+            labels=tuple(tuple(own[i] for i in keep) for own in self.labels),
+            sums_to_target=src is None and dest is not None and str(dest) == "logits",
+        )
+
+    def top(self, k: int = 10) -> list[tuple[str, float]]:
+        """The k largest contributions by absolute value, as (label, value).
+
+        Returns:
+            At most k pairs, largest first.
+
+        Raises:
+            ValueError: If k < 1 or there are several prompts.
+        """
+        if len(self) != 1:
+            raise ValueError(
+                f"top expects one prompt, got {len(self)}: take one with attribution[i]"
+            )
+        k = at_least_one(k, "k")
+        order = self.values[0].abs().argsort(descending=True)[:k].tolist()
+        return [(self.labels[0][i], float(self.values[0, i])) for i in order]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The rows as a table: prompt, label, node, pos (among the real tokens), value.
+
+        Returns:
+            One row per prompt and source.
+
+        Raises:
+            ValueError: If pandas is missing.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ValueError(
+                "to_dataframe needs pandas: pip install 'tensorlens-tl[pandas]'"
+            ) from None
+        rows = []
+        for prompt, (start, stop) in enumerate(self.spans):
+            for i, source in enumerate(self.sources):
+                if source.pos is None or start <= source.pos < stop:
+                    pos = None if source.pos is None else source.pos - start
+                    value = float(self.values[prompt, i])
+                    label = self.labels[prompt][i]
+                    rows.append((prompt, label, str(source.node), pos, value))
+        return pandas.DataFrame(rows, columns=["prompt", "label", "node", "pos", "value"])
+
+    def to_json(self) -> str:
+        """The attribution as JSON; :meth:`from_json` gives the same numbers back, to the bit."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data |= {"format": FORMAT, "dtype": str(self.values.dtype).removeprefix("torch.")}
+        data["values"] = [[_number(x) for x in row] for row in self.values.tolist()]
+        data["target_value"] = [_number(x) for x in self.target_value.tolist()]
+        data["sources"] = [(astuple(source.node), source.pos) for source in self.sources]
+        return json.dumps(data | {"convention": asdict(self.convention)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Attribution:
+        """Read what :meth:`to_json` wrote.
+
+        Args:
+            text: JSON.
+
+        Returns:
+            The attribution, on the CPU.
+
+        Raises:
+            ValueError: If the text is not a whole attribution.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") not in (FORMAT, _BEFORE):
+                raise ValueError(f"its format is not {FORMAT!r}")
+            dtype = {"float32": torch.float32, "float64": torch.float64}[data.pop("dtype")]
+            for name in ("values", "target_value"):
+                data[name] = _tensor(data[name], dtype)
+            data["sources"] = tuple(Source(_node(node), pos) for node, pos in data["sources"])
+            for name in ("labels", "spans"):
+                data[name] = tuple(map(tuple, data[name]))
+            data |= {
+                "target": tuple(data["target"]),
+                "convention": Convention(**data["convention"]),
+            }
+            found = cls(**data)
+            shape = len(found.target), len(found.sources)
+            widths = {len(found.sources), *map(len, found.labels)}
+            heights = {
+                len(found.target),
+                len(found.labels),
+                len(found.spans),
+                len(found.target_value),
+            }
+            if found.values.shape != shape or len(widths) != 1 or len(heights) != 1:
+                raise ValueError(f"values, sources, labels and target do not fit {list(shape)}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"expected an attribution that to_json wrote, got something else ({error}): write "
+                "it again"
+            ) from None
+        return found
+
+    def _repr_html_(self) -> str:
+        """For notebooks: tokens as a heat strip, heads as a grid, anything else as a table."""
+        parts = []
+        for i in range(min(3, len(self))):
+            one = self[i]
+            value = f"{escape(one.target[0])} = {float(one.target_value[0]):.4g}"
+            parts += [f"<div><b>{value}</b>, by {self.by} ({self.effect})</div>", one._picture()]
+        more = len(self) - 3
+        return "".join(parts) + (f"<div>… {more} more prompts</div>" if more > 0 else "")
+
+    def _picture(self) -> str:
+        if self.by == "token":
+            of_tokens = self.sum("node")
+            columns = of_tokens.sources, of_tokens.labels[0], of_tokens.values[0].tolist()
+            pairs = list(zip(*columns, strict=True))
+            shown = [(label, value) for source, label, value in pairs if source.pos is not None]
+            tokens = [label.rpartition("@")[0].strip('"') or label for label, _ in shown]
+            beside = [(s.node, v) for s, _, v in pairs if s.pos is None]
+            return heat.strip(tokens, [value for _, value in shown]) + _beside(beside, "constants")
+        heads = self.sum("pos")
+        at = {(s.node.layer, s.node.index): float(heads.values[0, i])
+              for i, s in enumerate(heads.sources)
+              if isinstance(s.node, Node) and s.node.kind == "head"}  # fmt: skip
+        if self.by in ("head", "loading") and at:
+            layers, width = (1 + max(key[axis] or 0 for key in at) for axis in (0, 1))
+            grid = heat.grid([[at.get((a, h), 0.0) for h in range(width)] for a in range(layers)])
+            beside = [(s.node, float(heads.values[0, i])) for i, s in enumerate(heads.sources)
+                      if not (isinstance(s.node, Node) and s.node.kind == "head")]  # fmt: skip
+            return grid + _beside(beside if self.sums_to_target else [], "other components")
+        return heat.table(self.top(20))
+
+    def __repr__(self) -> str:
+        total = " (total effect)" if self.effect == "total" else ""
+        head = f"Attribution by {self.by}{total} of {', '.join(self.target[:3])}"
+        if len(self) > 1:
+            return f"{head}{', …' if len(self) > 3 else ''}: {len(self)} prompts × {len(self.sources)} rows"
+        error = self.completeness_error
+        total = f" = {float(self.target_value[0]):.4g}"
+        nothing = error is None or not bool(self.values.any())  # 0/0 tells nothing
+        exact = "" if nothing else f" (sum off by {error:.0e} of Σ|·|)"
+        shown = [(label, value) for label, value in self.top(10) if value != 0]
+        rows = "".join(f"\n  {value:+9.4f}  {label}" for label, value in shown)
+        zeros = int((self.values[0] == 0).sum())
+        counts = {"more": len(self.sources) - len(shown) - zeros, "exactly 0": zeros}
+        left = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        end = f"\n  … {left}" if left else ""
+        for i, source in enumerate(self.sources):
+            if isinstance(source.node, Node) and source.node.kind == "change":
+                part = float(self.values[0, i].abs() / self.values[0].abs().sum().clamp_min(1e-30))
+                end += f"\n  {source.node}: {float(self.values[0, i]):+.4f}, {part:.0%} of Σ|·|"
+        return f"{head}{total}{exact}{rows}{end}"
+
+
+def at_least_one(number: Any, name: str) -> int:
+    """A count that a user gave.
+
+    Args:
+        number: What was given.
+        name: What it counts.
+
+    Returns:
+        It, as an int.
+
+    Raises:
+        ValueError: If it is no integer, or below 1.
+    """
+    count = number if isinstance(number, Integral) and not isinstance(number, bool) else 0
+    if count < 1:
+        raise ValueError(f"expected {name} as an integer ≥ 1, got {number!r}")
+    return int(count)
+
+
+def _beside(rows: list[tuple[Node | Edge, float]], name: str) -> str:
+    """What a picture of positions or heads has no place for: changes apart, the rest summed."""
+    changes = [(str(n), v) for n, v in rows if isinstance(n, Node) and n.kind == "change"]
+    rest = [v for n, v in rows if not (isinstance(n, Node) and n.kind == "change")]
+    sums = ([(name, math.fsum(rest))] if rest else []) + changes
+    return f"<div>{' · '.join(f'{escape(n)} {v:+.4g}' for n, v in sums)}</div>" if sums else ""
+
+
+def _number(x: float) -> float | str:
+    return x if math.isfinite(x) else str(x)  # JSON has no nan
+
+
+def _tensor(rows: Any, dtype: torch.dtype) -> Tensor:
+    nested = bool(rows) and isinstance(rows[0], list)
+    numbers = [[float(x) for x in row] for row in rows] if nested else [float(x) for x in rows]
+    return torch.tensor(numbers, dtype=torch.float64).to(dtype)
+
+
+def _node(parts: list[Any]) -> Node | Edge:
+    return Edge(*(Node(*node) for node in parts)) if isinstance(parts[0], list) else Node(*parts)
+
+
+def _merged(source: Source, axis: str) -> Source:
+    node, pos = source.node, source.pos
+    if axis == "pos":
+        return Source(node)
+    if isinstance(node, Edge):
+        ends = {"src": node.dest, "dest": node.src}
+        return Source(ends[axis], pos) if axis in ends else source
+    if axis == "layer" and node.layer is not None:
+        return Source(Node("layer", node.layer), pos)
+    return Source(Node("pos"), pos) if axis == "node" and pos is not None else source
+
+
+def _at(source: Source) -> Source | None:
+    # A position is called by its token: '"Mary"@2'.
+    embedded = isinstance(source.node, Node) and source.node.kind == "embed"
+    return Source(Node("pos"), source.pos) if embedded else None
+
+
+def _name(source: Source, start: int) -> str:
+    return str(source.node) if source.pos is None else f"{source.node}@{source.pos - start}"

@@ -1,0 +1,232 @@
+"""Which node may read which: the edges that a model of some shape has. No torch.
+
+Writers are ``input`` (token and position embeddings: all that enters the first block), heads and
+MLPs; readers are every query head's queries, keys and values, MLPs and the logits. Constants write
+too, but are no part of a circuit: they are always there. GPT-2 small has 32,491 edges, 11,611 of
+them without queries and keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from .nodes import Edge, Node
+
+INPUT, LOGITS = Node("input"), Node("logits")
+
+_EAP = re.compile(r"input|logits|a(\d+)\.h(\d+)(?:<([qkv])>)?|m(\d+)")
+
+
+def owner(reader: Node) -> Node:
+    """The node that a reader belongs to: of "L2H1.k" the head L2H1."""
+    return replace(reader, name="") if reader.kind == "head" else reader
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """A model's shape, as far as it tells which edges there are.
+
+    Attributes:
+        n_layers: Blocks.
+        n_heads: Query heads in each.
+        parallel: Whether attention and MLP of a block read the same residual.
+        attn_only: Whether there are no MLPs.
+    """
+
+    n_layers: int
+    n_heads: int
+    parallel: bool = False
+    attn_only: bool = False
+
+    def writers(self) -> tuple[Node, ...]:
+        """All writers, from below."""
+        found = [INPUT]
+        for layer in range(self.n_layers):
+            found += [Node("head", layer, head) for head in range(self.n_heads)]
+            found += [] if self.attn_only else [Node("mlp", layer)]
+        return tuple(found)
+
+    def readers(self, qk: bool = True) -> tuple[Node, ...]:
+        """All readers, from below.
+
+        Args:
+            qk: Whether queries and keys are among them.
+
+        Returns:
+            The readers.
+        """
+        found: list[Node] = []
+        for layer in range(self.n_layers):
+            for name in "qkv" if qk else "v":
+                found += [Node("head", layer, head, name) for head in range(self.n_heads)]
+            found += [] if self.attn_only else [Node("mlp", layer)]
+        return (*found, LOGITS)
+
+    def edges(self, qk: bool = True) -> tuple[Edge, ...]:
+        """All edges, reader by reader from below.
+
+        Args:
+            qk: Whether queries and keys are readers.
+
+        Returns:
+            The edges.
+        """
+        return _edges(self, qk)
+
+    def has(self, edge: Edge) -> bool:
+        """Whether this model has an edge."""
+        return edge in _edge_set(self)
+
+    def check(self, edges: Iterable[Edge]) -> None:
+        """Refuse edges that this model does not have.
+
+        Raises:
+            ValueError: If a node does not exist, or an edge goes against the order of layers.
+        """
+        writers, readers = _members(self)
+        known = _edge_set(self)
+        for edge in (edge for edge in edges if edge not in known):
+            for node, known, role in ((edge.src, writers, "writes"), (edge.dest, readers, "reads")):
+                if node not in known:
+                    raise ValueError(
+                        f"no edge {edge}: nothing called {node} {role} here; there are "
+                        f"{_some(known)}"
+                    )
+            raise ValueError(
+                f"no edge {edge}: {edge.dest} reads before {edge.src} writes; expected an edge along "
+                "the order of layers"
+            )
+
+    def _written(self, writer: Node) -> int:
+        if writer.layer is None:
+            return 0
+        return 2 * writer.layer + (1 if writer.kind == "head" else 2)
+
+    def _read(self, reader: Node) -> int:
+        if reader.layer is None:
+            return 2 * self.n_layers
+        return 2 * reader.layer + (reader.kind == "mlp" and not self.parallel)
+
+
+@lru_cache(maxsize=16)
+def _edges(wiring: Wiring, qk: bool) -> tuple[Edge, ...]:
+    pairs = (Edge(src, dest) for dest in wiring.readers(qk) for src in wiring.writers())
+    return tuple(edge for edge in pairs if wiring._written(edge.src) <= wiring._read(edge.dest))
+
+
+@lru_cache(maxsize=16)
+def _edge_set(wiring: Wiring) -> frozenset[Edge]:
+    return frozenset(wiring.edges())
+
+
+@lru_cache(maxsize=16)
+def _members(wiring: Wiring) -> tuple[dict[Node, None], dict[Node, None]]:
+    return dict.fromkeys(wiring.writers()), dict.fromkeys(wiring.readers())
+
+
+def _some(nodes: dict[Node, None]) -> str:
+    names = list(map(str, nodes))
+    return ", ".join(names if len(names) <= 12 else [*names[:6], "…", *names[-5:]])
+
+
+def as_edges(
+    wiring: Wiring, given: Iterable[Edge | Node | str], pos_embed: bool = False
+) -> tuple[Edge, ...]:
+    """The edges that a user named, or all between the nodes that a user named.
+
+    Args:
+        wiring: The model's.
+        given: Edges, "L0H1→L1H2.k", or nodes, "L0H1"; not both kinds. ``embed`` and ``pos_embed``
+            together stand for ``input``, and nodes are joined with each other, the input and the
+            logits.
+        pos_embed: Whether the model has position embeddings beside the tokens'.
+
+    Returns:
+        The edges, each once, from below.
+
+    Raises:
+        ValueError: If they are both, or this model does not have them.
+    """
+    if isinstance(given, str | Node | Edge) or not isinstance(given, Iterable):
+        raise ValueError(f"expected a list of nodes or of edges, got {given!r}: put it in a list")
+    items = [
+        (Edge if "→" in item or "->" in item else Node).parse(item)
+        if isinstance(item, str)
+        else item
+        for item in given
+    ]
+    if odd := [item for item in items if not isinstance(item, Edge | Node)]:
+        raise ValueError(f"expected nodes or edges, got {odd[0]!r}: pass names such as 'L0H1'")
+    if items and all(isinstance(item, Node) for item in items):
+        nodes = {owner(_whole(node)) for node in items if isinstance(node, Node)}
+        if unknown := nodes - set(wiring.writers()) - {LOGITS}:
+            node = min(map(str, unknown))
+            raise ValueError(f"no node {node}; there are {_some(_members(wiring)[0])}")
+        nodes |= {INPUT, LOGITS}
+        return tuple(e for e in wiring.edges() if e.src in nodes and owner(e.dest) in nodes)
+    if any(isinstance(item, Node) for item in items):
+        raise ValueError(
+            "expected nodes or edges, got both: name all edges, or the nodes alone, whose edges are "
+            "then all kept"
+        )
+    edges = {item for item in items if isinstance(item, Edge)}
+    _both_embeddings(edges, pos_embed)
+    wanted = {Edge(_whole(edge.src), edge.dest) for edge in edges}
+    wiring.check(wanted)
+    return tuple(edge for edge in wiring.edges() if edge in wanted)
+
+
+def _whole(node: Node) -> Node:
+    return INPUT if node.kind in ("embed", "pos_embed") else node
+
+
+def _both_embeddings(edges: set[Edge], pos_embed: bool) -> None:
+    pos = {edge.dest for edge in edges if edge.src.kind == "pos_embed"}
+    tokens = {edge.dest for edge in edges if edge.src.kind == "embed"}
+    if one := pos - tokens if not pos_embed else pos ^ tokens:
+        dest = min(map(str, one))
+        raise ValueError(
+            f"expected embed→{dest} and pos_embed→{dest} together, got one of them: the operator acts "
+            f"on their sum, so name both, or input→{dest}"
+        )
+
+
+# --- The names of EAP-IG and MIB -----------------------------------------------------------------
+
+
+def eap_name(node: Node | Edge) -> str:
+    """The name in the files of EAP-IG and MIB: "a0.h1", "m0", "a0.h1->a1.h2<q>"."""
+    if isinstance(node, Edge):
+        return f"{eap_name(node.src)}->{eap_name(node.dest)}"
+    if node.kind == "head":
+        return f"a{node.layer}.h{node.index}" + (f"<{node.name}>" if node.name else "")
+    return f"m{node.layer}" if node.kind == "mlp" else str(node)
+
+
+def parse_eap(text: str) -> Edge:
+    """The edge of a name in the files of EAP-IG and MIB.
+
+    Returns:
+        The edge.
+
+    Raises:
+        ValueError: If it is none.
+
+    >>> str(parse_eap("a0.h1->a1.h2<q>"))
+    'L0H1→L1H2.q'
+    """
+    ends = []
+    for part in text.split("->"):
+        if not (found := _EAP.fullmatch(part)):
+            raise ValueError(f"{text!r} is no edge; expected a name such as 'a0.h1->a1.h2<q>'")
+        layer, head, name, mlp = found.groups()
+        if head is not None:
+            ends.append(Node("head", int(layer), int(head), name or ""))
+        else:
+            ends.append(Node(part) if mlp is None else Node("mlp", int(mlp)))
+    if len(ends) != 2 or ends[0].name:
+        raise ValueError(f"{text!r} is no edge; expected a name such as 'a0.h1->a1.h2<q>'")
+    return Edge(*ends)

@@ -1,0 +1,311 @@
+"""The check that a capture makes of itself, while it runs.
+
+Every product the operator will use is compared with the run's own activations under a random
+projection (Freivalds 1977): for y = x W + b and a random r, y·r = x·(W r) + b·r. That costs O(pos · d)
+once W r is known, and W r is kept per model until the weight changes. A branch is checked by what
+it adds to the residual: attention as Σ_h A_h N(x) (W_V^h W_O^h r), so its values and z are looked
+at only to tell where a mistake is, once there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..sublayers.batch_layout import Frame, version
+from ..sublayers.primitives import Norm
+from ..sublayers.recomputed_pattern import AnyMix
+from ..sublayers.weights import AttentionWeights, NormWeights
+
+
+class CaptureMismatchError(ValueError):
+    """What the operator would compute is not what the run computed; the message names where."""
+
+
+def not_finite(name: str) -> str:
+    """The refusal of NaN and infinity in a real token, with the likely cause."""
+    return (
+        f"{name}: a real token's activations are not finite; the usual cause is padding in a "
+        "float64 model (its mask overflows the host's float32 softmax, and later layers read the "
+        "NaN), or overflow in a float16 model: use float32, right padding, or single prompts"
+    )
+
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative error at which a product is refused, by the model's dtype. Hosts compute norms in
+float32 inside float64 models, which alone costs 1e-7."""
+
+_SAMPLE = 16
+"""Positions at which an activation is compared: it is the same function everywhere."""
+
+_TINY = 1e-30
+Suspect = tuple[str, Tensor, Callable[[], Tensor]]
+
+_products: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+
+
+@cache
+def _probe(*shape: int) -> Tensor:
+    # Normal numbers, not signs: under ±1 an edit that moves δ from one coordinate to another is
+    # invisible with probability ½, under a continuous probe with probability 0.
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64
+    )
+
+
+class SelfCheck:
+    """Collects the relative errors of the run's products under random projections."""
+
+    def __init__(self, model: Any, frame: Frame, model_dtype: torch.dtype):
+        self.frame, self.real = frame, frame.real
+        self.tolerance = max(_TOLERANCE.get(dtype, 1e-4) for dtype in (model_dtype, frame.dtype))
+        # A state rounds at its own size: in half precision that hides small changes.
+        self.rounding = 1.0 if model_dtype in (torch.bfloat16, torch.float16) else 0.05
+        self.errors: dict[str, float] = {}
+        self._names: list[str] = []
+        self._errors: list[Tensor] = []
+        self._sizes: list[Tensor] = []
+        self._suspects: list[Suspect] = []
+        self._states: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        self.remembered = False
+        self._known = _products.setdefault(model, {})
+
+    # --- Projections
+
+    def probe(self, *shape: int) -> Tensor:
+        """A fixed random covector in the compute dtype."""
+        key = ("probe", *shape, self.frame.dtype, self.frame.device)
+        if key not in self._known:
+            self._known[key] = _probe(*shape).to(self.frame.zeros(0))
+        return self._known[key]
+
+    def kept(
+        self, name: str, parts: tuple[Tensor | NormWeights | None, ...], compute: Callable
+    ) -> Any:
+        """What the weights alone decide; computed anew when a storage or version changes.
+
+        Args:
+            name: Tells it from other products of the same weights.
+            parts: Parameters of the model, themselves, and its norms.
+            compute: Makes it.
+
+        Returns:
+            What ``compute`` returned, for use with every prompt.
+        """
+        key: list[Any] = [name, self.frame.dtype, self.frame.device]
+        versions: list[int] = []
+        for part in parts:
+            if isinstance(part, NormWeights):
+                key += [part.center, part.offset]
+            for W in (part.w, part.b) if isinstance(part, NormWeights) else (part,):
+                key.append(W if W is None else (W.data_ptr(), W.shape, W.stride()))
+                versions.append(0 if W is None else version(W))
+        if (known := self._known.get(tuple(key))) is None or known[0] != versions:
+            known = self._known[tuple(key)] = versions, compute()
+        else:
+            self.remembered = True
+        return known[1]
+
+    def forget(self) -> None:
+        """Drop what is kept, and what is noted: an edit through ``.data`` changes no version."""
+        self._known.clear()
+        self._names, self._errors, self._sizes, self._suspects = [], [], [], []
+        self._states, self.remembered = [], False
+
+    def state(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A residual state's projection and norm; asked for once as "after", once as "before"."""
+        for known, measured in self._states:
+            if known is x:
+                return measured
+        measured = x @ self.probe(x.shape[-1]), torch.linalg.vector_norm(x, dim=-1)
+        self._states = [*self._states[-1:], (x, measured)]
+        return measured
+
+    def project(self, x: Tensor) -> Tensor:
+        """The projection x · r of a state or of what is added to one."""
+        return x @ self.probe(x.shape[-1])
+
+    def through(self, norm: NormWeights | None, p: Tensor) -> tuple[Tensor, Tensor | float]:
+        """A covector p [d, ...] pulled through a norm, but for its scale: C(w ⊙ p), and b · p."""
+        if norm is None:
+            return p, 0.0
+        gain = norm.gain
+        if gain is not None:
+            p_gain = self.frame.cast(gain)
+            c = p * (p_gain if p.ndim == 1 else p_gain[:, None])
+        else:
+            c = p
+        return c - c.mean(0) if norm.center else c, self.dot(norm.b, p)
+
+    def dot(self, b: Tensor | None, p: Tensor) -> Tensor | float:
+        """The product b · p, or 0 where there is no bias."""
+        return 0.0 if b is None else self.frame.cast(b) @ p
+
+    # --- Judging
+
+    def compare(self, name: str, seen: Tensor, predicted: Tensor, size: Tensor) -> None:
+        """Note |seen − predicted| / size for every position.
+
+        A row much smaller than the largest one is measured against a hundredth of that: rows that
+        cancel to nearly nothing are no errors.
+
+        Args:
+            name: What is compared.
+            seen: The run's, projected [batch, pos].
+            predicted: The operator's.
+            size: What counts as one, [batch, pos].
+        """
+        self._note(name, (seen - predicted).abs(), size)
+
+    def _note(self, name: str, errors: Tensor, sizes: Tensor) -> None:
+        self._names.append(name)
+        self._errors.append(errors)
+        self._sizes.append(sizes)
+
+    def suspect(self, name: str, seen: Tensor, predict: Callable[[], Tensor]) -> None:
+        """Remember an inner prediction, to be made only if the output is wrong: it tells where."""
+        self._suspects.append((name, seen, predict))
+
+    def settle(self, hooked: Callable[[], list[str]]) -> None:
+        """Judge what was noted since the last call.
+
+        Args:
+            hooked: Tells which hook points carry the user's own hooks.
+
+        Raises:
+            CaptureMismatchError: If an error passes the tolerance; names the first place.
+            ValueError: If a real token's activations are not finite.
+        """
+        if not self._names:  # a block whose every product the user edited
+            return
+        sizes = torch.stack(self._sizes)  # [product, batch, pos]
+        sizes = sizes + 0.01 * sizes.amax((1, 2), keepdim=True) + _TINY
+        errors = torch.where(self.real, torch.stack(self._errors) / sizes, 0)
+        errors = errors.flatten(1).amax(-1).tolist()
+        names, suspects = self._names, self._suspects
+        self._names, self._errors, self._sizes, self._suspects = [], [], [], []
+        for name, error in zip(names, errors, strict=True):
+            if not math.isfinite(error):
+                raise ValueError(not_finite(name))
+            if error > self.tolerance:
+                where = ", ".join(hooked())
+                cause = (
+                    f"hooks of your own at {where} may have edited it, which is not served yet"
+                    if where
+                    else "the weights as read are not those the model used, or the model computes "
+                    "something else there"
+                )
+                raise CaptureMismatchError(
+                    f"{self._culprit(name, suspects)}: the run's activations differ from what the "
+                    f"operator predicts by {error:.1e} (relative; expected at most "
+                    f"{self.tolerance:.0e}): {cause}"
+                )
+        self.errors.update(zip(names, errors, strict=True))
+
+    def _culprit(self, name: str, suspects: list[Suspect]) -> str:
+        for suspect, seen, predict in suspects if "output" in name else []:
+            predicted = predict()
+            if seen.shape != predicted.shape:  # a host that repeats grouped values
+                continue
+            off = (seen - predicted)[self.real].abs().max()
+            if off > self.tolerance * seen[self.real].abs().max():
+                return suspect
+        return name
+
+    # --- What is compared, per sublayer
+
+    def attention(
+        self,
+        norm: Norm | None,
+        x: Tensor,
+        mix: AnyMix,
+        w: AttentionWeights,
+        post: Norm | None,
+    ) -> Tensor:
+        """What attention adds, projected: post(Σ_h A_h (N(x) W_V^h + b_V) W_O^h + b_O) · r.
+
+        Returns:
+            [batch, pos].
+        """
+        before, after = _affine(norm), _affine(post)
+
+        def compute() -> tuple:
+            grouped = w.W_O.unflatten(0, (w.W_V.shape[0], -1))  # [kv_head, repeat, d_head, d_model]
+            r, end = self.through(after, self.probe(w.W_O.shape[-1]))
+            out = self.frame.cast(grouped) @ r
+            # As rows: a matrix times a single column runs at half the memory's speed.
+            both = (out @ self.frame.cast(w.W_V).mT).flatten(0, 1).T  # [d_model, head]
+            start, c = self.through(before, both)
+            if w.b_V is not None:
+                c = c + (out @ self.frame.cast(w.b_V)[..., None]).flatten()
+            return start, c, self.dot(w.b_O, r), end
+
+        parts = (w.W_V, w.b_V, w.W_O, w.b_O, before, after)
+        start, c, b_O, end = self.kept("attention", parts, compute)
+        values = (x @ start if norm is None else x @ start / norm.scale) + c  # [batch, pos, head]
+        mixed = mix.sum_heads(values) + b_O
+        return mixed if post is None else mixed / post.scale.squeeze(-1) + end
+
+    def linear(
+        self, name: str, norm: Norm | None, x: Tensor, seen: Tensor, W: Tensor, b: Tensor | None
+    ) -> None:
+        """Pre-activations, or logits: N(x) W + b."""
+        before, r = _affine(norm), self.probe(W.shape[1])
+
+        def compute() -> tuple:
+            start, c = self.through(before, self.frame.cast(W) @ r)
+            # A normalized row has length √d: the size of the terms, that may cancel.
+            return start, c + self.dot(b, r), 0.01 * math.sqrt(len(start)) * start.norm()
+
+        start, c, terms = self.kept("linear", (W, b, before), compute)
+        predicted = (x @ start if norm is None else x @ start / norm.scale.squeeze(-1)) + c
+        seen = seen @ r
+        # E ⟨row, r⟩² = ‖row‖²: the projections tell the rows' size; a bias may dwarf them.
+        size = torch.where(self.real, seen - c, 0).square().mean().sqrt() + terms
+        self.compare(name, seen, predicted, size.expand_as(seen))
+
+    def activation(self, name: str, seen: Tensor, post: Callable[[slice], Tensor]) -> None:
+        """Post-activations, at evenly spaced positions up to the last."""
+        n_pos = self.frame.n_pos
+        step = max(1, n_pos // _SAMPLE)
+        rows = slice((n_pos - 1) % step, None, step)
+        errors = torch.zeros_like(self.real, dtype=self.frame.dtype)
+        sizes = torch.zeros_like(errors)
+        errors[:, rows] = ((seen[:, rows] - post(rows)) @ self.probe(seen.shape[-1])).abs()
+        sizes[:, rows] = torch.linalg.vector_norm(seen[:, rows], dim=-1)
+        self._note(name, errors, sizes)
+
+    def output(self, W: Tensor, b: Tensor | None, post: Norm | None, x: Tensor) -> Tensor:
+        """What an MLP adds, projected: post(x W + b) · r."""
+        after = _affine(post)
+
+        def compute() -> tuple:
+            r, end = self.through(after, self.probe(W.shape[-1]))
+            return self.frame.cast(W) @ r, self.dot(b, r), end
+
+        start, c, end = self.kept("output", (W, b, after), compute)
+        added = x @ start + c
+        return added if post is None else added / post.scale.squeeze(-1) + end
+
+    def residual(self, name: str, before: Tensor, after: Tensor, added: Tensor) -> None:
+        """The next state is the last one plus what the branches add."""
+        (was, before_size), (seen, after_size) = self.state(before), self.state(after)
+        change = seen - was
+        # The difference rounds at the size of both states, so that counts a little, too.
+        size = torch.maximum(before_size, after_size)
+        self.compare(name, change, added, change.abs() + self.rounding * size)
+
+    def same(self, name: str, seen: Tensor, predicted: Tensor) -> None:
+        """Two residual states that should be one."""
+        projected, size = self.state(seen)
+        self.compare(name, projected, predicted @ self.probe(predicted.shape[-1]), size)
+
+
+def _affine(norm: Norm | None) -> NormWeights | None:
+    return None if norm is None else norm.weights

@@ -1,0 +1,165 @@
+"""Earlier token-by-token maps made of a captured run's attention patterns alone.
+
+Each function returns [batch, query_pos, key_pos], destination first; padding is 0. L is the number
+of tokens. Rows of a matrix per layer are normalized and the layers multiplied, as rollout does, so
+that rows sum to one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import reduce
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..operator.capture import Capture
+
+Matrix = Float[Tensor, "batch query_pos key_pos"]
+
+FLOW_UNIT = 2**52
+"""Capacities are integers in units of 2⁻⁵²: exact sums, and flow algorithms that surely end."""
+
+
+# --- Rows and layers -----------------------------------------------------------------------------
+
+
+def identity(capture: Capture) -> Matrix:
+    """The identity over each prompt's real tokens."""
+    return torch.diag_embed(capture.frame.real.to(capture.frame.dtype))
+
+
+def rows(capture: Capture, matrix: Matrix) -> Matrix:
+    """Rows over real tokens, each divided by its sum; where nothing mixes in, a token keeps itself."""
+    real = capture.frame.real
+    matrix = torch.where(real[:, :, None] & real[:, None, :], matrix, 0)
+    total = matrix.sum(-1, keepdim=True)
+    return torch.where(total > 0, matrix / torch.where(total > 0, total, 1), identity(capture))
+
+
+def product(capture: Capture, layers: list[Matrix]) -> Matrix:
+    """Layers multiplied, the last one's rows first."""
+    return reduce(lambda below, layer: layer @ below, layers, identity(capture))
+
+
+def mean_patterns(capture: Capture) -> list[Matrix]:
+    """Every layer's pattern, averaged over its heads."""
+    real = capture.frame.real
+    pairs = real[:, :, None] & real[:, None, :]
+    return [torch.where(pairs, block.attn.pattern.mean(1), 0) for block in capture.blocks]
+
+
+def halved(capture: Capture, matrix: Matrix) -> Matrix:
+    """½ M + ½ I, rows normalized: the residual counted as half of what a token becomes."""
+    return rows(capture, 0.5 * rows(capture, matrix) + 0.5 * identity(capture))
+
+
+# --- Attention alone -----------------------------------------------------------------------------
+
+
+def mean_attention(capture: Capture) -> Matrix:
+    """The mean of A over layers and heads. Cost: nothing beyond the capture.
+
+    Args:
+        capture: The run.
+
+    Returns:
+        The matrix; its rows sum to one where the patterns' do.
+    """
+    return torch.stack(mean_patterns(capture)).mean(0)
+
+
+def last_layer_attention(capture: Capture) -> Matrix:
+    """The mean of A over the last layer's heads. Cost: nothing beyond the capture.
+
+    Args:
+        capture: The run.
+
+    Returns:
+        The matrix; its rows sum to one where the pattern's do.
+    """
+    return mean_patterns(capture)[-1]
+
+
+def rollout(capture: Capture) -> Matrix:
+    """Attention rollout, Π_l (½ mean_h A_l + ½ I), rows renormalized (Abnar & Zuidema 2020).
+
+    Cost: L³ per layer.
+
+    Args:
+        capture: The run.
+
+    Returns:
+        The matrix; its rows sum to one.
+    """
+    return product(capture, [halved(capture, layer) for layer in mean_patterns(capture)])
+
+
+def attention_flow(capture: Capture, query: Int[Tensor, " batch"] | None = None) -> Matrix:
+    """Attention flow: the maximum flow from an output token to an input (Abnar & Zuidema 2020).
+
+    The graph has a node per layer and token, and an edge (l + 1, i) → (l, j) of capacity
+    (½ mean_h A_l + ½ I)[i, j]. Cost: one maximum flow per pair of tokens, L² / 2 for a causal
+    matrix, L for one row (about 0.3 s for 32 tokens in 6 layers).
+
+    Args:
+        capture: The run.
+        query: Only these rows, one per prompt, are computed where given.
+
+    Returns:
+        Flows, in units of one token's outgoing capacity; not normalized.
+
+    Raises:
+        ValueError: If networkx is missing.
+    """
+    try:
+        import networkx
+        from networkx.algorithms.flow import build_residual_network, preflow_push
+    except ImportError:
+        raise ValueError(
+            "attention_flow needs networkx: pip install 'tensorlens-tl[baselines]'"
+        ) from None
+    layers = [halved(capture, layer) for layer in mean_patterns(capture)]
+    flows = torch.zeros_like(layers[0])
+    for prompt, (start, stop) in enumerate(capture.frame.spans):
+        graph = networkx.DiGraph()
+        graph.add_nodes_from((level, i) for level in range(len(layers) + 1) for i in range(stop))
+        for level, layer in enumerate(layers):
+            capacities = layer[prompt].double().tolist()
+            for i, j in layer[prompt].nonzero().tolist():
+                capacity = round(capacities[i][j] * FLOW_UNIT)
+                graph.add_edge((level + 1, i), (level, j), capacity=capacity)
+        residual = build_residual_network(graph, "capacity")
+        wanted = range(start, stop) if query is None else [int(query[prompt])]
+        for i in wanted:
+            below = networkx.descendants(graph, (len(layers), i))
+            for j in (j for level, j in below if level == 0):
+                ends = (len(layers), i), (0, j)
+                flow = networkx.maximum_flow_value(
+                    graph, *ends, flow_func=preflow_push, residual=residual
+                )
+                flows[prompt, i, j] = flow / FLOW_UNIT
+    return flows
+
+
+def random(capture: Capture, seed: int = 0) -> Matrix:
+    """Uniform random numbers wherever attention can carry a token: the floor of every table.
+
+    Args:
+        capture: The run.
+        seed: Together with a prompt's own tokens it settles that prompt's numbers, whatever else
+            is in the batch.
+
+    Returns:
+        Numbers in [0, 1); 0 where the run's attention cannot carry source to destination.
+    """
+    numbers = torch.zeros_like(identity(capture))
+    for prompt, (start, stop) in enumerate(capture.frame.spans):
+        ids = capture.prompts.tokens[prompt, start:stop].tolist()
+        generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, ids)).encode()))
+        drawn = torch.rand(
+            stop - start, stop - start, generator=generator, device="cpu", dtype=torch.float64
+        )
+        numbers[prompt, start:stop, start:stop] = drawn.to(numbers)
+    return torch.where(rollout(capture) > 0, numbers, 0)

@@ -1,0 +1,226 @@
+"""What a target makes of queries and keys: first-order, since the operator's patterns are frozen.
+
+With z the covector at a head's mixed values and v its values, the target's sensitivity is
+
+    to the pattern   dA[q, k] = ⟨z_q, v_k⟩
+    to the scores    dS[q, k] = A[q, k] (dA[q, k] − Σ_k' A[q, k'] dA[q, k'])      the softmax's Jacobian
+    to the products  dP[q, k] = dS[q, k] · (1 − (S[q, k] / cap)²) · scale          the soft cap's slope
+    to queries       Σ_k dP[q, k] k_k,     to keys  Σ_q dP[q, k] q_q
+
+and from there linear maps lead to the residual: the rotation undone, the norms of queries and keys
+with their scales frozen, W_Q or W_K, ln1 with its scale frozen. An edge is ⟨what a writer adds, that
+covector⟩: the sensitivity to the scores times the scores' part that the writer makes, linear in
+queries with keys held and in keys with queries held. Masked entries have A = 0 and drop out.
+
+Queries and keys are recomputed from the run's residual; the softmax of their scores must be the
+pattern that the run had, or the weights are not what they are taken for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..graph.nodes import Node
+from ..hosts.self_check import CaptureMismatchError
+from ..sublayers.attention import Attention
+from ..sublayers.attention_kernel import leaning_
+from ..sublayers.batch_layout import HALF, Frame
+from ..sublayers.factored import Factored
+from ..sublayers.primitives import Norm
+from ..sublayers.weights import NormWeights, Rotation, ScoreWeights
+
+CELLS = 2**24
+"""Entries of patterns held at a time: with more heads than that, some key/value heads at once."""
+
+
+def tolerated(model_dtype: torch.dtype) -> float:
+    """How far what is recomputed from a run's residual may be from the run: a relative error."""
+    return 0.2 if model_dtype in HALF else 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class QueryKey:
+    """The queries and keys of one attention sublayer at this run.
+
+    Attributes:
+        norm: What it reads the residual through, or None.
+        attn: The frozen attention.
+        weights: What its scores are made of.
+        model_dtype: The host's own, in which the pattern was computed.
+    """
+
+    norm: Norm | None
+    attn: Attention
+    weights: ScoreWeights
+    model_dtype: torch.dtype
+
+    def reads(self) -> tuple[Node, ...]:
+        """Every query head's query input, then every query head's key input."""
+        nodes = self.attn.nodes()
+        return tuple(replace(node, name=name) for name in ("q", "k") for node in nodes)
+
+    def readers(
+        self,
+        z: Float[Tensor, "batch pos z"],
+        state: Float[Tensor, "batch pos d_model"],
+    ) -> tuple[Factored, Factored]:
+        """The covector of every query input, and of every key input, at the residual.
+
+        Args:
+            z: The target's covector at the mixed values, heads side by side.
+            state: The residual it reads in the run.
+
+        Returns:
+            Them, in the order of :meth:`reads`.
+
+        Raises:
+            CaptureMismatchError: If the recomputed pattern is not the run's.
+        """
+        w, frame, heads = self.weights, self.attn.frame, len(self.attn.nodes())
+        kv_heads, n_pos = w.W_K.shape[0], frame.n_pos
+        x = state if self.norm is None else self.norm.apply(state) + self.norm.bias
+        q = Projection.of(frame, x, w, w.W_Q, w.b_Q, w.q_norm)
+        k = Projection.of(frame, x, w, w.W_K, w.b_K, w.k_norm)
+        values = self.attn.values.apply(x) + self.attn.values.bias
+        if self.attn.v_edit is not None:
+            values = values + self.attn.v_edit.constant
+        v = values.unflatten(-1, (kv_heads, -1)).transpose(1, 2)
+        z = z.unflatten(-1, (heads, -1)).transpose(1, 2)
+        each = heads // kv_heads
+        at_q, at_k = torch.empty_like(q.rotated), torch.empty_like(q.rotated)
+        step = max(1, CELLS // (frame.batch * each * n_pos**2))
+        for first in range(0, kv_heads, step):
+            last = min(first + step, kv_heads)
+            kv, own = slice(first, last), slice(first * each, last * each)
+            A = torch.cat([self.attn.mix.head(h).pattern for h in range(own.start, own.stop)], 1)
+            keys = k.rotated[:, kv].repeat_interleave(each, 1)
+            queries = q.rotated[:, own]
+            S = queries @ keys.mT * w.scale
+            S = S if w.soft_cap is None else w.soft_cap * torch.tanh(S / w.soft_cap)
+            leaning = lean(S, w.slopes, own)
+            check_pattern(self.attn, A, leaning.masked_fill(A <= 0, -torch.inf), self.model_dtype)
+            dA = z[:, own] @ v[:, kv].repeat_interleave(each, 1).mT
+            dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
+            dP = dP if w.soft_cap is None else dP * (1 - (S / w.soft_cap) ** 2)
+            at_q[:, own], at_k[:, own] = dP @ keys, dP.mT @ queries
+        return q.pull(at_q, self.norm), k.pull(at_k, self.norm)
+
+
+def lean(S: Tensor, slopes: tuple[float, ...] | None, heads: slice) -> Tensor:
+    """Scores [batch, head, query_pos, key_pos] of some heads, less ALiBi's slope · distance."""
+    if slopes is None:
+        return S
+    return leaning_(S.clone(), S.new_tensor(slopes[heads])[:, None, None], 0, False)
+
+
+def check_pattern(
+    attn: Attention, A: Tensor, S: Tensor, model_dtype: torch.dtype,
+    instead: str = "v, MLP and logits edges need none of them: leave qk out",
+    prompts: slice = slice(None),
+) -> None:  # fmt: skip
+    """Compare a pattern with the softmax of scores.
+
+    Args:
+        attn: The sublayer, for its name and its real tokens.
+        A: Its pattern, [batch, head, query_pos, key_pos].
+        S: The scores, −∞ where nothing is attended to.
+        model_dtype: The host's own.
+        instead: What to do without.
+        prompts: Which of the prompts these are.
+
+    Raises:
+        CaptureMismatchError: If they differ by more than rounding.
+    """
+    softmax = S.softmax(-1).nan_to_num(0.0)
+    real = attn.frame.real[prompts, None, :, None]
+    size = (A * real).square().sum((-2, -1)).sqrt()
+    off = ((softmax - A) * real).square().sum((-2, -1)).sqrt()
+    error = float((off / size.clamp_min(1e-30)).max())
+    expected = tolerated(model_dtype)
+    if not error <= expected:
+        raise CaptureMismatchError(
+            f"L{attn.layer}: the pattern recomputed from W_Q and W_K differs from the run's by "
+            f"{error:.1e} (relative; expected at most {expected:.0e}): a hook of your own edited "
+            "queries, keys or the pattern, or the weights are laid out in a way that is not known "
+            f"here; {instead}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Queries or keys of a run, as the scores are the products of them, and the way back.
+
+    Attributes:
+        frame: The run's.
+        raw: Them, as W_Q or W_K gives them.
+        rotated: Them, normalized and rotated.
+        W: W_Q or W_K.
+        norm: Their own norm, or None.
+        scale: What it divided by in the run, or None.
+        rotation: Their rotation, or None.
+    """
+
+    frame: Frame
+    raw: Float[Tensor, "batch any_head pos d_query"]
+    rotated: Float[Tensor, "batch any_head pos d_query"]
+    W: Float[Tensor, "any_head d_model d_query"]
+    norm: NormWeights | None
+    scale: Float[Tensor, "batch any_head pos 1"] | None
+    rotation: Rotation | None
+
+    @classmethod
+    def of(
+        cls, frame: Frame, x: Tensor, w: ScoreWeights, W: Tensor, b: Tensor | None,
+        norm: NormWeights | None,
+    ) -> Projection:  # fmt: skip
+        """Project what W reads in a run."""
+        y, scale = x[:, None] @ frame.cast(W), None
+        y = y if b is None else y + frame.cast(b)[:, None]
+        raw = y
+        if norm is not None:
+            centered = y - y.mean(-1, keepdim=True) if norm.center else y
+            scale = (centered.square().mean(-1, keepdim=True) + w.eps).sqrt()
+            y = centered / scale
+            y = y if norm.gain is None else y * frame.cast(norm.gain)
+            y = y if norm.b is None else y + frame.cast(norm.b)
+        y = y if w.rotation is None else _turned(y, w.rotation)
+        return cls(frame, raw, y, W, norm, scale, w.rotation)
+
+    def pull(self, y: Float[Tensor, "batch head pos d_query"], before: Norm | None) -> Factored:
+        """From covectors of every query head's queries or keys to those of the residual."""
+        y = self.unrotated(y)
+        if self.norm is not None and self.scale is not None:
+            y = y.unflatten(1, (self.W.shape[0], -1))  # [batch, any_head, repeat, …]
+            y = y if self.norm.gain is None else y * self.norm.gain.detach().to(y)
+            y = y / self.scale[:, :, None]
+            y = (y - y.mean(-1, keepdim=True) if self.norm.center else y).flatten(1, 2)
+        found = self.through(y)
+        return found if before is None else found.then(before.scale, before.unscaled_t_)
+
+    def unrotated(self, y: Float[Tensor, "batch head pos d_query"]) -> Tensor:
+        """Covectors pulled back through the rotation."""
+        return y if self.rotation is None else _turned(y, self.rotation, back=True)
+
+    def through(self, y: Float[Tensor, "batch head pos d_query"]) -> Factored:
+        """And through W_Q or W_K."""
+        return Factored(y.transpose(0, 1), lambda: self.frame.cast(self.W).mT)
+
+
+def _turned(y: Float[Tensor, "batch head pos d"], rotation: Rotation, back: bool = False) -> Tensor:
+    """Rotated, or pulled back through the rotation."""
+    cos, sin = (t[: y.shape[-2]].to(y) for t in (rotation.cos, rotation.sin))
+    x, rest = y[..., : cos.shape[-1]], y[..., cos.shape[-1] :]
+    quarter = -_quarter(x * sin, rotation) if back else _quarter(x, rotation) * sin
+    return torch.cat((x * cos + quarter, rest), -1)
+
+
+def _quarter(x: Tensor, rotation: Rotation) -> Tensor:
+    if rotation.adjacent:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((-b, a), -1).flatten(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((-b, a), -1)

@@ -1,0 +1,259 @@
+"""The largest singular triples of an operator, or of some of its blocks, A = T[query_pos, key_pos].
+
+1. One block, or so many of A's triples that ARPACK's basis would be all of it: the dense A and LAPACK.
+2. Otherwise ARPACK on AᵀA: a step pushes one vector and pulls it back, 20 steps (2k + 1 for more
+   triples) fill a basis, and each restart keeps k of them. How many restarts it takes is the spectrum's
+   to say: plans count 2 k / (k + 3), about what random and trained models took for k = 1 to 12;
+   ``benchmarks/contraction.py`` compares.
+
+A step runs the whole batch through ``apply`` and ``apply_t``: 4 D (width_in + width_out) flops a
+position and branch, and the patterns. Memory: the basis, n (2k + 1) numbers for n columns.
+
+Lehoucq, Sorensen, Yang, "ARPACK Users' Guide" (1998).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..hosts.supported import whole
+from ..sublayers.linear_map import LinearMap
+from .batched_sweep import Sweep, states
+from .cost_model import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
+from .folding import shape_of, stages_of
+from .machine_rates import Cost
+
+
+@dataclass(frozen=True, eq=False)
+class SVD:
+    """The largest singular triples of an operator, or of some of its blocks: T ≈ Σ S_k U_k V_kᵀ.
+
+    Attributes:
+        U: Left singular vectors, in the output: [k, query_pos, d_model].
+        S: Singular values, largest first: [k].
+        V: Right singular vectors, in the input: [k, key_pos, d_model].
+        query_pos: Positions of U, among the real tokens.
+        key_pos: Positions of V.
+    """
+
+    U: Float[Tensor, "k query_pos d_model"]
+    S: Float[Tensor, " k"]
+    V: Float[Tensor, "k key_pos d_model"]
+    query_pos: tuple[int, ...]
+    key_pos: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{s:.3g}" for s in self.S[:5].tolist())
+        more = ", …" if len(self.S) > 5 else ""
+        return f"SVD({len(self.S)} singular values: {values}{more})"
+
+
+LAPACK = 2.0
+"""How much longer a flop of LAPACK's decomposition takes than one of a large product, about; the blocks
+of ``benchmarks/contraction.py`` compare."""
+
+
+BESIDE = 7 * 2**19
+"""Bytes that ARPACK took beside in ``benchmarks/contraction.py``, whatever the size."""
+
+CALLS = 64
+"""Operations of torch that a push and a pull through one branch take: 47 to 72, by family."""
+
+
+@dataclass(frozen=True, eq=False)
+class Triples:
+    """What is asked for: the k largest triples of A, one prompt's blocks [query, key].
+
+    Attributes:
+        op: The operator.
+        prompt: Which prompt of the batch.
+        query: Destinations, among its real tokens.
+        key: Sources.
+        k: How many triples.
+        seed: Of the first vector.
+    """
+
+    op: LinearMap
+    prompt: int
+    query: list[int]
+    key: list[int]
+    k: int
+    seed: int = 0
+
+    def __post_init__(self):
+        most = min(self.shape)
+        if not whole(self.k) or not 1 <= self.k <= most:
+            raise ValueError(f"expected an integer 1 ≤ k ≤ {most} singular triples, got {self.k!r}")
+        if not whole(self.seed) or self.seed < 0:
+            raise ValueError(f"expected seed as an integer ≥ 0, got {self.seed!r}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of A."""
+        return len(self.query) * self.op.out_dim, len(self.key) * self.op.in_dim
+
+    @property
+    def dense(self) -> bool:
+        """Whether A itself is made."""
+        return len(self.query) == len(self.key) == 1 or self.basis >= min(self.shape)
+
+    @property
+    def basis(self) -> int:
+        """Vectors that ARPACK keeps; it wants fewer than A has rows or columns."""
+        return max(2 * self.k + 1, 20)
+
+    def check(self, limit: int, chain: LinearMap) -> None:
+        """Refuse what does not fit.
+
+        Args:
+            limit: Bytes it may take.
+            chain: The operator as the chain of its steps.
+
+        Raises:
+            ValueError: If it takes more.
+        """
+        if (peak := self._peak(chain)) > limit:
+            rows, columns = self.shape
+            raise ValueError(
+                f"memory_limit is {limit / 2**20:.1f} MiB, but {self.k} singular triples of a "
+                f"{rows} × {columns} operator take {peak / 2**20:.1f} MiB: raise memory_limit, or "
+                "ask for fewer triples or positions"
+            )
+
+    def plan(self, what: str, limit: int, chain: LinearMap) -> Plan:
+        """What it costs, if ARPACK restarts as often as is usual.
+
+        Args:
+            what: For people.
+            limit: Bytes it may take.
+            chain: The operator as the chain of its steps.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: If it does not fit.
+        """
+        self.check(limit, chain)
+        frame, op, rows = self.op.frame, self.op, self._rows
+        shapes = [shape_of(stage, False) for stage in stages_of(chain)]
+        measured = rates_of(shapes, op.in_dim, frame.n_pos, rows, frame.dtype, frame.device)
+        if not self.dense:
+            restarts = 2 * self.k / (self.k + 3)
+            steps = round(self.basis + restarts * (self.basis - self.k) + self.k / 2)
+            cost = self._step(shapes)
+            note = f"about {steps} pushes and pulls; the spectrum decides"
+            seconds = steps * measured.seconds(cost)
+            return Plan(what, steps * cost.flops, seconds, self._peak(chain), limit, 1, (note,))
+        pull = len(self.query) <= len(self.key)
+        at, dim, kept = (
+            (self.query, op.out_dim, op.in_dim) if pull else (self.key, op.in_dim, op.out_dim)
+        )
+        at = torch.tensor(at, device=frame.device)
+        job = Sweep(chain, self.prompt, pull).job(at, dim, states(kept))
+        made = make_plan(what, [job], limit, frame.dtype, frame.device)
+        short, long = sorted(self.shape)
+        flops = 6 * long * short**2 + 20 * short**3
+        return replace(
+            made,
+            flops=made.flops + flops,
+            seconds=made.seconds + measured.seconds(Cost(product=LAPACK * flops)),
+            peak_bytes=max(made.peak_bytes, self._peak(chain)),
+        )
+
+    @property
+    def _rows(self) -> int:
+        return self.op.frame.batch * self.op.frame.n_pos
+
+    def _peak(self, chain: LinearMap) -> int:
+        """Bytes of the dense A and its factors, or of a product, the basis and the result."""
+        (m, n), op = self.shape, self.op
+        if self.dense:
+            numbers = 3 * m * n + min(m, n) * (m + n)
+        else:
+            shapes = [b for stage in stages_of(chain) for b in shape_of(stage, False)]
+            widest = max((b.width_in + b.width_out for b in shapes), default=0)
+            numbers = self._rows * (4 * op.in_dim + 2 * widest)
+            numbers += min(m, n) * (self.basis + 4) + 3 * self.k * (m + n)
+        taken = op.frame.dtype.itemsize * numbers
+        return int(HEAP * taken + min(taken / 5, KEPT)) + (0 if self.dense else BESIDE)
+
+    def _step(self, shapes: Sequence[StageShape]) -> Cost:
+        """One push and one pull of one vector, of all prompts."""
+        frame, D, rows = self.op.frame, self.op.in_dim, self._rows
+        cost = Cost(moved=2.0 * self.basis * min(self.shape))  # orthogonal to the basis, twice
+        for b in (b for stage in shapes for b in stage):
+            width = b.width_in + b.width_out
+            cost.product += 4 * rows * D * width
+            cost.moved += 2 * (D * width + rows * (2 * D + width))
+            cost.calls += CALLS
+            if b.heads:
+                cells = b.heads * frame.batch * frame.n_pos**2
+                cost.mixing += 4 * cells * (max(b.width_in, b.width_out) // b.heads + b.score)
+        return cost
+
+    def of_dense(self, blocks: Float[Tensor, "query_pos d_out key_pos d_in"]) -> SVD:
+        """The triples from A itself."""
+        U, S, Vh = torch.linalg.svd(blocks.reshape(self.shape), full_matrices=False)
+        return self._result(U.mT[: self.k], S[: self.k], Vh[: self.k])
+
+    def by_steps(self) -> SVD:
+        """The triples from pushes and pulls.
+
+        Returns:
+            The triples.
+
+        Raises:
+            ValueError: If scipy is missing.
+        """
+        try:
+            import numpy
+            from scipy.sparse.linalg import aslinearoperator, svds
+        except ImportError:
+            raise ValueError("svd needs scipy: pip install 'tensorlens-tl[scipy]'") from None
+        op, frame = self.op, self.op.frame
+        start = frame.spans[self.prompt][0]
+        steps = tqdm(desc="svd", unit=" products", delay=2, leave=False)
+
+        def act(at: Sequence[int], to: Sequence[int], dim: int, apply):
+            def run(vector):
+                x = frame.zeros(dim)
+                entries = torch.from_numpy(vector).to(x).reshape(len(at), dim)
+                x[self.prompt, [start + p for p in at]] = entries
+                steps.update()
+                return apply(x)[self.prompt, [start + p for p in to]].flatten().cpu().numpy()
+
+            return run
+
+        dtype = str(frame.dtype).removeprefix("torch.")
+        operator = aslinearoperator(
+            SimpleNamespace(
+                shape=self.shape,
+                dtype=dtype,
+                matvec=act(self.key, self.query, op.in_dim, op.apply),
+                rmatvec=act(self.query, self.key, op.out_dim, op.apply_t),
+            )
+        )
+        drawn = numpy.random.default_rng(self.seed).standard_normal(max(self.shape)).astype(dtype)
+        first = drawn[: min(self.shape)]
+        with steps, torch.no_grad():
+            if not operator.matvec(drawn[: self.shape[1]]).any():  # A = 0: nothing starts ARPACK
+                U, V = (
+                    torch.eye(self.k, n, dtype=frame.dtype, device=frame.device) for n in self.shape
+                )
+                return self._result(U, U.new_zeros(self.k), V)
+            parts = svds(operator, k=self.k, ncv=self.basis, v0=first)
+        U, S, Vh = (torch.from_numpy(part.copy()).to(frame.zeros(0)) for part in parts)
+        order = S.argsort(descending=True)
+        return self._result(U.mT[order], S[order], Vh[order])
+
+    def _result(self, U: Tensor, S: Tensor, V: Tensor) -> SVD:
+        U, V = U.unflatten(1, (len(self.query), -1)), V.unflatten(1, (len(self.key), -1))
+        return SVD(U, S, V, tuple(self.query), tuple(self.key))

@@ -1,0 +1,371 @@
+"""The primitive maps that every frozen sublayer is a chain of.
+
+Linear   x W + b                     weights
+Mix      Σ_k A[q, k] v_k             a frozen attention pattern, per head
+Gate     x ⊙ r + offset              frozen ratios r = act(z) / z
+Norm     (x − mean x) / s ⊙ w + b    a frozen scale s
+Shift    x + constant                an edit of the user's own
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .batch_layout import Frame
+from .linear_map import LinearMap
+from .weights import NormWeights
+
+# --- Gating ratios -------------------------------------------------------------------------------
+
+
+def _tanh_gelu(z: Tensor, k: float = math.sqrt(2 / math.pi)) -> Tensor:
+    # ½(1 + tanh u) = σ(2u) with u = k (z + 0.044715 z³); in three passes, as it runs per neuron.
+    return torch.addcmul(z.new_tensor(2 * k), z, z, value=2 * k * 0.044715).mul_(z).sigmoid_()
+
+
+RATIOS = {
+    "relu": lambda z: (z > 0).to(z.dtype),
+    "relu2": lambda z: z.clamp_min(0),
+    "silu": torch.sigmoid,
+    "gelu": lambda z: 0.5 * (1 + torch.erf(z / math.sqrt(2))),
+    "gelu_tanh": _tanh_gelu,
+    "gelu_fast": lambda z: _tanh_gelu(z, 0.7978845608),  # √(2/π) as that activation rounds it
+    "gelu_bloom": lambda z: _tanh_gelu(z, 0.79788456),  # and as Hugging Face's BLOOM does
+    "quick_gelu": lambda z: torch.sigmoid(1.702 * z),
+    "solu": lambda z: z.softmax(-1),
+}
+"""act(z) / z in closed form, by canonical activation name: no division, no hole at z = 0."""
+
+
+def gating_ratio(act: str, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The frozen ratio r = act(z) / z of an activation, elementwise and in closed form.
+
+    GELU gives Φ(z), its tanh form ½(1 + tanh √(2/π)(z + 0.044715 z³)), SiLU σ(z), ReLU 1[z > 0],
+    squared ReLU max(z, 0), SoLU softmax(z).
+
+    Args:
+        act: One of :data:`RATIOS`.
+        z: Pre-activations.
+
+    Returns:
+        The ratios, in z's shape and dtype; r ⊙ z is the activation.
+
+    Raises:
+        ValueError: If the activation is not known.
+    """
+    if act not in RATIOS:
+        raise ValueError(f"no closed-form ratio for activation {act!r}; known: {', '.join(RATIOS)}")
+    return RATIOS[act](z)
+
+
+def soft_cap_ratio(logits: Tensor, cap: float) -> Tensor:
+    """Cap · tanh(l / cap) / l, with its limit 1 at l = 0."""
+    t = logits / cap
+    return torch.where(t == 0, torch.ones_like(t), torch.tanh(t) / torch.where(t == 0, 1, t))
+
+
+# --- Primitive maps ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(LinearMap):
+    """x → x W + b."""
+
+    frame: Frame
+    W: Float[Tensor, "d_in d_out"]
+    b: Float[Tensor, " d_out"] | None = None
+    name: str = ""
+
+    @property
+    def in_dim(self) -> int:
+        return self.W.shape[0]
+
+    @property
+    def out_dim(self) -> int:
+        return self.W.shape[1]
+
+    def apply(self, x):
+        return x @ self.frame.cast(self.W)
+
+    def apply_t(self, y, effects=None):
+        if effects is not None and self.b is not None:
+            effects[self.name] = y @ self.frame.cast(self.b)
+        return y @ self.frame.cast(self.W).T
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.out_dim) if self.b is None else self.frame.spread(self.b)
+
+    def constants(self):
+        return {} if self.b is None else {self.name: self.bias}
+
+
+def _stacked(x: Tensor) -> Tensor:
+    """All leading axes as one: [many, batch, pos, dim]."""
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+@dataclass(frozen=True, eq=False)
+class Mix(LinearMap):
+    """Attention over positions: z_q^h = Σ_k A_h[q, k] v_k^{kv(h)}, widths kv_head·d_head → head·d_head."""
+
+    frame: Frame
+    pattern: Float[Tensor, "batch head query_pos key_pos"]
+    kv_heads: int
+    d_head: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.pattern.shape[1]
+
+    @property
+    def in_dim(self) -> int:
+        return self.kv_heads * self.d_head
+
+    @property
+    def out_dim(self) -> int:
+        return self.heads * self.d_head
+
+    @property
+    def frozen(self) -> tuple[Tensor, ...]:
+        return (self.pattern,)
+
+    @property
+    def _grouped(self) -> Tensor:
+        return rearrange(self.pattern, "b (g r) q k -> b g (r q) k", g=self.kv_heads)
+
+    # The many vectors stand side by side in the last axis, so that the pattern is never repeated.
+
+    def apply(self, x):
+        v = rearrange(_stacked(x), "m b k (g e) -> b g k (m e)", g=self.kv_heads)
+        z = rearrange(
+            self._grouped @ v,
+            "b g (r q) (m e) -> m b q (g r e)",
+            q=self.pattern.shape[2],
+            e=self.d_head,
+        )
+        return z.reshape(*x.shape[:-3], *z.shape[1:])
+
+    def apply_t(self, y, effects=None):
+        z = rearrange(
+            _stacked(y), "m b q (g r e) -> b g (r q) (m e)", g=self.kv_heads, e=self.d_head
+        )
+        v = rearrange(self._grouped.mT @ z, "b g k (m e) -> m b k (g e)", e=self.d_head)
+        return v.reshape(*y.shape[:-3], *v.shape[1:])
+
+    def by_head_t(
+        self, y: Float[Tensor, "*many batch pos z"]
+    ) -> Float[Tensor, "*many batch pos head d_head"]:
+        """The adjoint per query head: summed over the heads of a group, it is :meth:`apply_t`."""
+        z = rearrange(_stacked(y), "m b q (h e) -> b h q (m e)", e=self.d_head)
+        v = rearrange(self.pattern.mT @ z, "b h k (m e) -> m b k h e", e=self.d_head)
+        return v.reshape(*y.shape[:-3], *v.shape[1:])
+
+    def sum_heads(self, values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos"]:
+        """Σ_h A_h values_h: one number per position and query head, mixed and summed over heads."""
+        return (values.mT[..., None, :] @ self.pattern.mT).sum((1, 2))
+
+    def head(self, index: int) -> Mix:
+        """One query head's part; shares memory."""
+        return replace(self, pattern=self.pattern[:, index : index + 1], kv_heads=1)
+
+    def looks_ahead(self, prompt: int) -> bool:
+        """Whether a query of a prompt sees a later key; a user's own pattern may."""
+        start, stop = self.frame.spans[prompt]
+        return bool(self.pattern[prompt, :, start:stop, start:stop].triu(1).any())
+
+    def rows(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key_pos"]:
+        """The pattern's rows at one destination per prompt, [batch] indices."""
+        return self.pattern[torch.arange(len(query), device=query.device), :, query]
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.out_dim)
+
+    def constants(self):
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Gate(LinearMap):
+    """x → x ⊙ ratio + offset."""
+
+    frame: Frame
+    ratio: Float[Tensor, "batch pos d"]
+    offset: Float[Tensor, " d"] | None = None
+    name: str = ""
+
+    @property
+    def in_dim(self) -> int:
+        return self.ratio.shape[-1]
+
+    @property
+    def out_dim(self) -> int:
+        return self.ratio.shape[-1]
+
+    def apply(self, x):
+        return x * self.ratio
+
+    def apply_t(self, y, effects=None):
+        if effects is not None and self.offset is not None:
+            effects[self.name] = y @ self.frame.cast(self.offset)
+        return y * self.ratio
+
+    @property
+    def bias(self):
+        b = self.offset
+        return self.frame.zeros(self.out_dim) if b is None else self.frame.spread(b)
+
+    def constants(self):
+        return {} if self.offset is None else {self.name: self.bias}
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(LinearMap):
+    """x → x + constant: what an edit of the user's own added in this run, held constant."""
+
+    frame: Frame
+    constant: Float[Tensor, "batch pos d"]
+    name: str
+
+    @property
+    def in_dim(self) -> int:
+        return self.constant.shape[-1]
+
+    @property
+    def out_dim(self) -> int:
+        return self.constant.shape[-1]
+
+    def apply(self, x):
+        return x
+
+    def apply_t(self, y, effects=None):
+        if effects is not None:  # one edit may enter both halves of a gated MLP
+            effects[self.name] = effects.get(self.name, 0) + (y * self.constant).sum(-1)
+        return y
+
+    @property
+    def bias(self):
+        return self.constant
+
+    def constants(self):
+        return {self.name: self.constant}
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(LinearMap):
+    """x → x: what stands in for an absent norm, or between a site and itself."""
+
+    frame: Frame
+    width: int
+
+    @property
+    def in_dim(self) -> int:
+        return self.width
+
+    @property
+    def out_dim(self) -> int:
+        return self.width
+
+    def apply(self, x):
+        return x
+
+    def apply_t(self, y, effects=None):
+        return y
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.width)
+
+    def constants(self):
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Norm(LinearMap):
+    """LayerNorm or RMSNorm with its scale frozen: x → (x − mean x) / s ⊙ w + b (no mean for RMSNorm).
+
+    ``scale`` is s = √(var + ε) or √(mean x² + ε), as the run had it: it divides.
+    """
+
+    frame: Frame
+    name: str
+    scale: Float[Tensor, "batch pos 1"]
+    weights: NormWeights
+    width: int
+
+    @property
+    def in_dim(self) -> int:
+        return self.width
+
+    @property
+    def out_dim(self) -> int:
+        return self.width
+
+    def apply(self, x):
+        w = self.weights.gain
+        y = (x - x.mean(-1, keepdim=True) if self.weights.center else x) / self.scale
+        return y if w is None else y.mul_(self.frame.cast(w))
+
+    def apply_t(self, y, effects=None):
+        w, b = self.weights.gain, self.weights.b
+        if effects is not None and b is not None:
+            effects[f"{self.name}.b"] = y @ self.frame.cast(b)
+        y = (y if w is None else y * self.frame.cast(w)) / self.scale
+        return y.sub_(y.mean(-1, keepdim=True)) if self.weights.center else y
+
+    def unscaled_(self, x: Float[Tensor, "*many d"]) -> None:
+        """:meth:`apply` in place, but for the division by the scale."""
+        if self.weights.center:
+            x -= x.mean(-1, keepdim=True)
+        if self.weights.gain is not None:
+            x *= self.frame.cast(self.weights.gain)
+
+    def unscaled_t_(self, y: Float[Tensor, "*many d"]) -> None:
+        """:meth:`apply_t` in place, but for the division by the scale."""
+        if self.weights.gain is not None:
+            y *= self.frame.cast(self.weights.gain)
+        if self.weights.center:
+            y -= y.mean(-1, keepdim=True)
+
+    def row(self, query: Tensor) -> Norm:
+        """The norm at one position per prompt, [batch] indices."""
+        return replace(self, frame=self.frame.row, scale=take_row(self.scale, query))
+
+    @property
+    def bias(self):
+        b = self.weights.b
+        return self.frame.zeros(self.width) if b is None else self.frame.spread(b)
+
+    def constants(self):
+        return {} if self.weights.b is None else {f"{self.name}.b": self.bias}
+
+
+def take_row(
+    tensor: Float[Tensor, "*many batch pos d"], query: Int[Tensor, " batch"]
+) -> Float[Tensor, "*many batch 1 d"]:
+    """One position per prompt."""
+    return tensor[..., torch.arange(len(query), device=query.device), query, :][..., None, :]
+
+
+def put_row(
+    row: Float[Tensor, "*many batch 1 d"], query: Int[Tensor, " batch"], n_pos: int
+) -> Float[Tensor, "*many batch {n_pos} d"]:
+    """The adjoint of :func:`take_row`: the row at its position, zeros elsewhere."""
+    whole = row.new_zeros(*row.shape[:-2], n_pos, row.shape[-1])
+    whole[..., torch.arange(len(query), device=query.device), query, :] = row[..., 0, :]
+    return whole
+
+
+def put_effects(
+    effects: dict[str, Float[Tensor, "*many batch 1"]], query: Int[Tensor, " batch"], n_pos: int
+) -> dict[str, Float[Tensor, "*many batch {n_pos}"]]:
+    """The shares that constants have at one position per prompt, zero at the others."""
+    return {name: put_row(e[..., None], query, n_pos)[..., 0] for name, e in effects.items()}

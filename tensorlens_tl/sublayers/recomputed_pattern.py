@@ -1,0 +1,351 @@
+"""Attention over positions without its pattern: A is recomputed from queries and keys, block by block.
+
+The pattern is a function of what is kept, A[q, k] = exp(s[q, k] − lse[q]) with s the masked scores
+and lse[q] their log-sum-exp, so nothing of size heads × L² needs to exist. Scores and lse are kept in
+bits (divided by ln 2), so that A = 2^(s − lse): on a CPU torch's ``exp`` took 1.8 times as long as its
+``exp2``, and 17 times where A underflows (as ``benchmarks/recomputed.py`` prints).
+
+1. Keep q' = [q · scale / ln 2, −lse] and k' = [k, 1], positions last. One product q'ᵀ k' gives s − lse.
+   Under a soft cap the scores are capped first, and −lse is added after; ALiBi's lean is added to
+   the product, as distances would lose digits in it.
+2. lse comes from one pass over blocks of queries, once per capture.
+3. A block of A, rows × columns, is one product into a buffer, a power of 2 in place, and zeros
+   where the mask is; it never leaves the cache. Blocks outside the mask are skipped.
+4. Push (A V): rows are queries, columns keys. Pull (Aᵀ U): rows are keys, columns queries. Either
+   way a block of rows collects its own result, and the probes stand side by side in the values.
+5. Every prompt runs over its own real tokens: padding is never read and stays 0.
+6. The query heads of a key/value head are served in turn, so keys and values are not repeated.
+7. A sweep of many vectors (``contraction``) takes the pattern in ``Tiles`` instead, a few rows of
+   all heads at a time; norms on either side multiply a tile's rows and columns.
+
+Attention sinks are one more score per head in lse, and nothing else.
+
+Flops per head: L² (d_head + 1) for the scores plus P L² d_head for P probes (half of that would be
+the causal triangle, and is: 2 · L²/2 multiply-adds each), and L²/2 exponentials, once for all
+probes. Memory: heads · L · (d_head + 1) per layer kept; a pass adds the buffer and 2 L d_head P.
+Scaled-dot-product attention's own kernels were slower here on a CPU: see ``benchmarks/recomputed.py``.
+
+Rabe and Staats, "Self-attention does not need O(n²) memory" (arXiv 2112.05682); Dao et al.,
+"FlashAttention" (arXiv 2205.14135), for the recomputation from a saved log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .attention_kernel import LN2, Scores, capped_, log_sum_exp, mix_blocks
+from .batch_layout import Frame
+from .linear_map import LinearMap
+from .primitives import Mix
+
+
+@dataclass(frozen=True, eq=False)
+class RecomputedMix(LinearMap):
+    """Attention over positions, like ``Mix``, with its pattern recomputed whenever it is used.
+
+    z_q^h = Σ_k A_h[q, k] v_k^{kv(h)} with A_h[q, k] = 2^(s_h[q, k] − lse_h[q]).
+
+    Attributes:
+        frame: Prompts, positions, dtype, device.
+        queries: [q · scale / ln 2, −lse] (under a soft cap [q · scale / cap, −lse]), positions last.
+        keys: [k, 1], positions last.
+        scores: Scale, soft cap and mask.
+        d_head: Width of one head's values.
+    """
+
+    frame: Frame
+    queries: Float[Tensor, "batch head d_score pos"]
+    keys: Float[Tensor, "batch kv_head d_score pos"]
+    scores: Scores
+    d_head: int
+
+    @classmethod
+    def of(
+        cls,
+        frame: Frame,
+        q: Float[Tensor, "batch pos head d_query"],
+        k: Float[Tensor, "batch pos kv_head d_query"],
+        scores: Scores,
+        d_head: int,
+        sinks: Float[Tensor, " head"] | None = None,
+    ) -> RecomputedMix:
+        """Keep queries and keys as the kernels want them, and compute lse.
+
+        Args:
+            frame: Prompts, positions, dtype, device.
+            q: What the scores are the products of: rotated, normalized.
+            k: Likewise; fewer heads under grouped-query attention.
+            scores: Scale, soft cap and mask.
+            d_head: Width of one head's values.
+            sinks: Per head, a score beside those of the keys that takes its share of the softmax
+                and mixes nothing (attention sinks), or None.
+
+        Returns:
+            The map.
+
+        Raises:
+            ValueError: If the query heads are no multiple of the key/value heads.
+        """
+        if q.shape[2] % k.shape[2] or q.shape[:2] != k.shape[:2]:
+            raise ValueError(
+                f"expected queries and keys of the same positions, and a multiple of the key/value "
+                f"heads, got {list(q.shape)} and {list(k.shape)}"
+            )
+        if scores.slopes is not None and len(scores.slopes) != q.shape[2]:
+            raise ValueError(
+                f"expected a slope for each of {q.shape[2]} heads, got {scores.slopes}"
+            )
+        scale = scores.scale / (scores.soft_cap or LN2)
+        queries = torch.nn.functional.pad((q * scale).permute(0, 2, 3, 1), (0, 0, 0, 1))
+        keys = torch.nn.functional.pad(k.permute(0, 2, 3, 1), (0, 0, 0, 1), value=1.0)
+        mix = cls(frame, queries.contiguous(), keys.contiguous(), scores, d_head)
+        with torch.no_grad():
+            beside = None if sinks is None else sinks.to(q).view(mix.kv_heads, -1, 1)
+            lean = scores.lean(q, mix.kv_heads)
+            for _, _, heads, keys in mix._prompts():
+                for r, queries in enumerate(heads):
+                    lse = log_sum_exp(queries, keys, scores, None if lean is None else lean[r])
+                    lse = lse if beside is None else torch.logaddexp(lse, beside[:, r])
+                    queries[:, -1] = -lse / LN2
+        return mix
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.queries.shape[1]
+
+    @property
+    def in_dim(self) -> int:
+        return self.kv_heads * self.d_head
+
+    @property
+    def out_dim(self) -> int:
+        return self.heads * self.d_head
+
+    @property
+    def frozen(self) -> tuple[Tensor, ...]:
+        return self.queries, self.keys
+
+    @property
+    def _repeat(self) -> int:
+        return self.heads // self.kv_heads
+
+    def _prompts(self) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """Every prompt's real positions; queries [repeat, kv_head, d_score, pos] and keys there."""
+        grouped = self.queries.unflatten(1, (self.kv_heads, -1)).transpose(1, 2)
+        for prompt, (start, stop) in enumerate(self.frame.spans):
+            pos = slice(start, stop)
+            yield prompt, pos, grouped[prompt, ..., pos], self.keys[prompt, ..., pos]
+
+    @torch.no_grad()
+    def _weigh(self, x: Tensor, pull: bool, from_heads: bool, to_heads: bool, width: int) -> Tensor:
+        """Σ A x or Σ Aᵀ x, of and to vectors per query head or per key/value head.
+
+        Args:
+            x: [..., batch, pos, head · width] or [..., batch, pos, kv_head · width].
+            pull: Whether with Aᵀ.
+            from_heads: Whether x has query heads.
+            to_heads: Whether the result has query heads; else they are summed in every group.
+            width: Of one head.
+
+        Returns:
+            [..., batch, pos, head · width] or [..., batch, pos, kv_head · width].
+        """
+        many = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+        size = [self.kv_heads, self._repeat if from_heads else 1, width]
+        # [batch, repeat, many, kv_head, pos, width]
+        source = many.unflatten(-1, size).permute(1, 4, 0, 3, 2, 5)
+        size[1] = self._repeat if to_heads else 1
+        whole = all(span == (0, self.frame.n_pos) for span in self.frame.spans)
+        out = (many.new_empty if whole else many.new_zeros)(*many.shape[:-1], *size)
+        target = out.permute(1, 4, 0, 3, 2, 5)
+        lean = self.scores.lean(x, self.kv_heads)
+        for prompt, pos, q, k in self._prompts():
+            values, sums = source[prompt, ..., pos, :], target[prompt, ..., pos, :]
+            values = values.expand(self._repeat, *values.shape[1:])
+            if not to_heads:
+                mix_blocks(q, k, values, sums[0], self.scores, lean, pull)
+                continue
+            for r in range(self._repeat):
+                own = slice(r, r + 1)
+                only = None if lean is None else lean[own]
+                mix_blocks(q[own], k, values[own], sums[r], self.scores, only, pull)
+        return out.reshape(*x.shape[:-1], math.prod(size))
+
+    def apply(self, x):
+        return _Weighing.apply(x, self, False)
+
+    def apply_t(self, y, effects=None):
+        return _Weighing.apply(y, self, True)
+
+    def by_head_t(
+        self, y: Float[Tensor, "*many batch pos z"]
+    ) -> Float[Tensor, "*many batch pos head d_head"]:
+        """The adjoint per query head: summed over the heads of a group, it is :meth:`apply_t`."""
+        size = self.heads, self.d_head
+        return self._weigh(y, True, True, True, self.d_head).unflatten(-1, size)
+
+    def sum_heads(self, values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos"]:
+        """Σ_h A_h values_h: one number per position and query head, mixed and summed over heads."""
+        return self._weigh(values, False, True, False, 1).sum(-1)
+
+    @property
+    def bias(self):
+        return self.frame.zeros(self.out_dim)
+
+    def constants(self):
+        return {}
+
+    def head(self, index: int) -> RecomputedMix:
+        """One query head's part; shares memory."""
+        kv, slopes = index // self._repeat, self.scores.slopes
+        return replace(
+            self,
+            queries=self.queries[:, index : index + 1],
+            keys=self.keys[:, kv : kv + 1],
+            scores=replace(self.scores, slopes=None if slopes is None else (slopes[index],)),
+        )
+
+    def tiles(self, prompt: int) -> Tiles:
+        """One prompt's pattern on its real tokens, to be made tile by tile."""
+        _, _, queries, keys = list(self._prompts())[prompt]
+        lean = self.scores.lean(queries, self.kv_heads)
+        lean = None if lean is None else lean.transpose(0, 1)
+        return Tiles(queries.transpose(0, 1), keys[:, None], self.scores, lean)
+
+    def looks_ahead(self, prompt: int) -> bool:
+        """Whether a query sees a later key."""
+        return not self.scores.causal
+
+    @torch.no_grad()
+    def rows(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key_pos"]:
+        """The pattern's rows at one destination per prompt.
+
+        Args:
+            query: Destinations, as tensor indices.
+
+        Returns:
+            A[query]; zero where the prompt has no tokens.
+        """
+        found = self.frame.zeros(self.heads).mT
+        for prompt, (start, stop) in enumerate(self.frame.spans):
+            if start <= query[prompt] < stop:
+                row = self.tiles(prompt)[query[prompt : prompt + 1] - start, slice(None)]
+                found[prompt, :, start:stop] = row.flatten(0, 1)[:, 0]
+        return found
+
+    @property
+    def pattern(self) -> Float[Tensor, "batch head query_pos key_pos"]:
+        """The whole pattern of this layer, recomputed now: heads × L² numbers, for plots."""
+        n, found = self.frame.n_pos, self.frame.zeros(self.heads * self.frame.n_pos)
+        found = found.unflatten(2, (self.heads, n)).transpose(1, 2)
+        for prompt, (start, stop) in enumerate(self.frame.spans):
+            whole = self.tiles(prompt)[slice(None), slice(None)]
+            found[prompt, :, start:stop, start:stop] = whole.flatten(0, 1)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """A prompt's pattern, of which ``tiles[to, source]`` makes a tile when it is asked for.
+
+    ``to`` are queries and ``source`` keys. A sweep flips that into its causal coordinates: keys and
+    queries where it pulls, reversed positions where it pushes; either way A is then 0 unless
+    to ≤ source < to + window.
+
+    Attributes:
+        queries: As ``RecomputedMix`` keeps them, by key/value head.
+        keys: Likewise.
+        scores: Soft cap and mask.
+        lean: Slopes in bits, or None.
+        query_gain: Numbers that multiply the rows of queries, or None.
+        key_gain: Numbers that multiply the columns of keys, or None.
+        flip: "" , "pull" or "push".
+        dtype: Of the tiles, or None for that of the queries.
+    """
+
+    queries: Float[Tensor, "group repeat d_score pos"]
+    keys: Float[Tensor, "group 1 d_score pos"]
+    scores: Scores
+    lean: Float[Tensor, "group repeat 1 1"] | None = None
+    query_gain: Float[Tensor, " pos"] | None = None
+    key_gain: Float[Tensor, " pos"] | None = None
+    flip: str = ""
+    dtype: torch.dtype | None = None
+
+    @torch.no_grad()
+    def __getitem__(
+        self, at: tuple[slice | Tensor, slice | Tensor]
+    ) -> Float[Tensor, "group repeat to source"]:
+        pull, scores = self.flip == "pull", self.scores
+        (i, rows, row_gain), (j, columns, column_gain) = zip(
+            at,
+            (self.keys, self.queries)[:: 1 if pull else -1],
+            (self.key_gain, self.query_gain)[:: 1 if pull else -1],
+            strict=True,
+        )
+        width = slice(None) if scores.soft_cap is None else slice(-1)
+        block = rows[..., width, i].mT @ columns[..., width, j]
+        if scores.soft_cap is not None:
+            lse = self.queries[..., -1:, j] if pull else self.queries[..., -1:, i].mT
+            capped_(block, scores).add_(lse)
+        if scores.causal:
+            pos = torch.arange(rows.shape[-1], device=rows.device)
+            behind = pos[j] - pos[i][:, None] if self.flip else pos[i][:, None] - pos[j]
+            if self.lean is not None:
+                block.addcmul_(self.lean, behind.to(block), value=-1)
+            hidden = behind < 0
+            hidden = hidden if scores.window is None else hidden | (behind >= scores.window)
+            block.masked_fill_(hidden, -math.inf)
+        block.exp2_()
+        for gain in (
+            None if row_gain is None else row_gain[i][:, None],
+            None if column_gain is None else column_gain[j],
+        ):
+            block = block if gain is None else block.mul_(gain)
+        return block if self.dtype is None else block.to(self.dtype)
+
+    def times(self, query_gain: Tensor | None = None, key_gain: Tensor | None = None) -> Tiles:
+        """With rows of queries or columns of keys multiplied by numbers [pos]."""
+
+        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return b if a is None else a if b is None else a * b
+
+        return replace(self, query_gain=both(self.query_gain, query_gain),
+                       key_gain=both(self.key_gain, key_gain))  # fmt: skip
+
+    def flipped(self, transposed: bool) -> Tiles:
+        """In the causal coordinates of a pull (transposed) or of a push."""
+        if transposed:
+            return replace(self, flip="pull")
+        parts = ("queries", "keys", "query_gain", "key_gain")
+        back = {name: getattr(self, name) for name in parts}
+        back = {name: None if x is None else x.flip(-1) for name, x in back.items()}
+        return replace(self, **back, flip="push")
+
+
+AnyMix = Mix | RecomputedMix
+"""Attention over positions, its pattern stored or recomputed."""
+
+
+class _Weighing(torch.autograd.Function):
+    """A push whose gradient is the pull, and the other way round; nothing is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mix: RecomputedMix, pull: bool) -> Tensor:
+        ctx.mix, ctx.pull = mix, pull
+        return mix._weigh(x, pull, pull, not pull, mix.d_head)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _Weighing.apply(gradients[0], ctx.mix, not ctx.pull), None, None

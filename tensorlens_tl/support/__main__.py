@@ -1,0 +1,7 @@
+"""``python -m tensorlens_tl.support``: see ``table``."""
+
+import sys
+
+from .table import main
+
+sys.exit(main())
