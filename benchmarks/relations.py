@@ -25,9 +25,10 @@ import torch
 
 from tensorlens_tl import demo
 from tensorlens_tl.demo.facts import RELATIONS
-from tensorlens_tl.evaluation.bootstrap import bootstrap
+from tensorlens_tl.evaluation.intervals import bootstrap
 from tensorlens_tl.hosts.loading import load_model
-from tensorlens_tl.relations.decoding_study import MEAN, VARIANTS, RelationStudy, decode, state
+from tensorlens_tl.relations.decoding_study import MEAN, VARIANTS, RelationStudy, decode
+from tensorlens_tl.relations.statements import state
 from tensorlens_tl.relations.validity_study import METHODS, ValidityStudy, validity
 
 ROOT = Path(__file__).resolve().parents[1]

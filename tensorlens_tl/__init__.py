@@ -1,8 +1,9 @@
 """The TensorLens operator for TransformerLens models: exact, matrix-free, from one forward pass.
 
->>> import tensorlens_tl                                          # doctest: +SKIP
->>> logits, lens = model.run_with_tensorlens("When Mary and John went to the store,")  # doctest:
-+SKIP
+>>> import tensorlens_tl
+>>> from tensorlens_tl import demo
+>>> logits, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+>>> lens.attribute("Paris").top(1)
 
 Importing the package gives TransformerLens's model classes that method (``uninstall`` takes it
 off) and imports neither torch nor a host: the names below are loaded when they are first used.
@@ -13,98 +14,61 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .plugin import capture, install, uninstall, wrap
+from .plugin import capture, install, uninstall
 
 if TYPE_CHECKING:
-    from .attribution.mean_attribution import MeanAttribution, attribute
-    from .attribution.paths import Paths
-    from .attribution.table import Attribution
-    from .circuits.ablation import faithfulness, faithfulness_curve, faithfulness_of_many
-    from .circuits.circuit import Circuit
-    from .circuits.discovery import discover
-    from .circuits.edge_baselines import score_edges
-    from .circuits.faithfulness_result import Faithfulness, FaithfulnessCurve
-    from .graph.nodes import Edge, Node
-    from .hosts.loading import load_model
-    from .hosts.self_check import CaptureMismatchError
-    from .hosts.supported import UnsupportedArchitectureError
-    from .lens.tensor_lens import TensorLens, load
-    from .operator.capture import Capture, Convention
-    from .operator.frozen_transformer import FrozenTransformer
-    from .relations.validity_study import validity
-    from .sublayers.linear_map import LinearMap, dot_test
+    from .attribution import Attribution, MeanAttribution, Paths, mean_attribution
+    from .attribution import mean_attribution as attribute
+    from .circuits import (
+        Circuit,
+        Faithfulness,
+        FaithfulnessCurve,
+        discover,
+        faithfulness,
+        faithfulness_curve,
+        faithfulness_of_many,
+        score_edges,
+    )
+    from .graph import Edge, Node
+    from .hosts import UnsupportedArchitectureError, load_model, wrap
+    from .lens import TensorLens, load
+    from .operator import Capture, CaptureMismatchError, Convention, FrozenTransformer
+    from .relations import validity
+    from .sublayers import LinearMap, dot_test
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "UnsupportedArchitectureError": "hosts.supported",
-    "Attribution": "attribution.table",
-    "Edge": "graph.nodes",
-    "MeanAttribution": "attribution.mean_attribution",
-    "attribute": "attribution.mean_attribution",
-    "discover": "circuits.discovery",
-    "Capture": "operator.capture",
-    "CaptureMismatchError": "hosts.self_check",
-    "Circuit": "circuits.circuit",
-    "Convention": "operator.capture",
-    "Faithfulness": "circuits.faithfulness_result",
-    "FaithfulnessCurve": "circuits.faithfulness_result",
-    "FrozenTransformer": "operator.frozen_transformer",
-    "Node": "graph.nodes",
-    "Paths": "attribution.paths",
-    "TensorLens": "lens.tensor_lens",
-    "load_model": "hosts.loading",
-    "validity": "relations.validity_study",
-    "LinearMap": "sublayers.linear_map",
-    "dot_test": "sublayers.linear_map",
-    "faithfulness": "circuits.ablation",
-    "faithfulness_curve": "circuits.ablation",
-    "faithfulness_of_many": "circuits.ablation",
-    "load": "lens.tensor_lens",
-    "score_edges": "circuits.edge_baselines",
-}
+_ROOMS = {
+    "attribution": ("Attribution", "MeanAttribution", "Paths", "mean_attribution"),
+    "circuits": (
+        "Circuit", "Faithfulness", "FaithfulnessCurve", "discover", "faithfulness",
+        "faithfulness_curve", "faithfulness_of_many", "score_edges",
+    ),
+    "graph": ("Edge", "Node"),
+    "hosts": ("UnsupportedArchitectureError", "load_model", "wrap"),
+    "lens": ("TensorLens", "load"),
+    "operator": ("Capture", "CaptureMismatchError", "Convention", "FrozenTransformer"),
+    "relations": ("validity",),
+    "sublayers": ("LinearMap", "dot_test"),
+}  # fmt: skip
+"""The flat API: which room hands out each public name."""
 
-__all__ = [
-    "Attribution",
-    "Capture",
-    "CaptureMismatchError",
-    "Circuit",
-    "Convention",
-    "Edge",
-    "Faithfulness",
-    "FaithfulnessCurve",
-    "FrozenTransformer",
-    "LinearMap",
-    "MeanAttribution",
-    "Node",
-    "Paths",
-    "TensorLens",
-    "UnsupportedArchitectureError",
-    "attribute",
-    "capture",
-    "discover",
-    "dot_test",
-    "faithfulness",
-    "faithfulness_curve",
-    "faithfulness_of_many",
-    "install",
-    "load",
-    "load_model",
-    "score_edges",
-    "uninstall",
-    "validity",
-    "wrap",
-]
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+_OLD_NAMES = {"attribute": "mean_attribution"}
+"""Earlier names of public functions, kept until 1.0."""
+
+__all__ = sorted([*_HOMES, *_OLD_NAMES, "capture", "install", "uninstall"])
 
 
 def __getattr__(name: str) -> Any:
+    name = _OLD_NAMES.get(name, name)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *__all__])
 
 
 install()

@@ -167,7 +167,7 @@ def evaluation(args: argparse.Namespace) -> str:
     """Run ``evaluate``: its table or JSON as text."""
     prompts = read_prompts(args)
     model = _load(args)
-    from .evaluation.runner import evaluate
+    from .evaluation import evaluate
 
     found = evaluate(
         model, prompts, args.methods, args.protocol, args.masking, preset=args.preset,
@@ -220,7 +220,7 @@ def _load(args: argparse.Namespace) -> Any:
 
         model = load_demo(args.kind)
     else:
-        from .hosts.loading import load_model
+        from .hosts import load_model
 
         model = load_model(args.model, args.kind)
     if args.dtype is not None:

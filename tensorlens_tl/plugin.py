@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .lens.tensor_lens import TensorLens
+    from .lens import TensorLens
 
 METHOD = "run_with_tensorlens"
 
@@ -26,7 +26,6 @@ _HOSTS = {
 _installed = False
 _registered = False
 _patched: list[type] = []
-_BRIDGE = "_tensorlens_bridge"
 
 
 def capture(
@@ -69,89 +68,17 @@ def capture(
         UnsupportedArchitectureError: If the model cannot be frozen exactly.
         CaptureMismatchError: If the run is not what the operator would compute.
     """
-    from dataclasses import replace
+    from .hosts import freeze, hosted
+    from .lens import TensorLens
 
-    from .hosts.bridge import adapt
-    from .hosts.recorder import record
-    from .hosts.run import require_half_precision, with_noise_floor
-    from .hosts.score_weights import score_weights
-    from .lens.tensor_lens import TensorLens
-    from .operator.capture import Convention
-
-    model = hosted(model, tokenizer)
-    adapter = adapt(model)
-    if noise_floor:
-        require_half_precision(adapter.dtype)
-    logits, captured = record(adapter, input, Convention(gate), dtype, pattern, **kwargs)
-    scores = score_weights(adapter, captured.frame.n_pos)
-    captured = replace(captured, embed_weights=adapter.embed_weights(), score_weights=scores)
-    if not noise_floor:
-        return logits, TensorLens(captured, captured.versions())
-    captured = with_noise_floor(captured, model, input, kwargs)
+    logits, captured = freeze(
+        hosted(model, tokenizer), input,
+        gate=gate, dtype=dtype, pattern=pattern, noise_floor=noise_floor, **kwargs,
+    )  # fmt: skip
     lens = TensorLens(captured, captured.versions())
-    _ = lens.completeness_error  # now known, so that its repr shows both
+    if noise_floor:
+        _ = lens.completeness_error  # now known, so that its repr shows both
     return logits, lens
-
-
-def hosted(model: Any, tokenizer: Any = None) -> Any:
-    """A model of TransformerLens's as it is; a Hugging Face model wrapped (see :func:`wrap`).
-
-    Args:
-        model: As for :func:`capture`.
-        tokenizer: For a Hugging Face model only.
-
-    Returns:
-        The host.
-
-    Raises:
-        ValueError: If a host is given a tokenizer.
-    """
-    # On the class first: a Bridge gathers its hook points at every look.
-    hooked = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
-    if not hooked and hasattr(model, "config"):
-        return wrap(model, tokenizer)
-    if tokenizer is not None:
-        raise ValueError("tokenizer is for Hugging Face models only: this host has its own")
-    return model
-
-
-def wrap(model: Any, tokenizer: Any = None) -> Any:
-    """Wrap a Hugging Face causal language model as a TransformerBridge, in place.
-
-    The Bridge replaces submodules of the model it wraps, and attention is set to "eager": use the
-    returned Bridge from then on. A model is wrapped once; a second call returns the same Bridge.
-
-    Args:
-        model: A ``transformers`` model.
-        tokenizer: Its tokenizer; needed for text prompts.
-
-    Returns:
-        The Bridge.
-
-    Raises:
-        ValueError: If the installed transformer_lens has no Bridge.
-        UnsupportedArchitectureError: If the model cannot be frozen; it is then left as it was.
-    """
-    from .hosts.supported import SUPPORTED, UnsupportedArchitectureError, refusal
-
-    if (bridge := vars(model).get(_BRIDGE)) is not None:
-        if tokenizer is not None:
-            bridge.tokenizer = tokenizer
-        return bridge
-    try:
-        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-    except ImportError:
-        raise ValueError(
-            f"a Hugging Face model ({type(model).__name__}) needs TransformerBridge, expected "
-            "transformer_lens ≥ 3: upgrade it, or load a HookedTransformer"
-        ) from None
-    name = type(model).__name__
-    if name not in SUPPORTED:  # before anything of the model is replaced
-        raise UnsupportedArchitectureError(refusal(name, "this architecture is not tested"))
-    model.set_attn_implementation("eager")
-    bridge = build_bridge_from_module(model, name, hf_config=model.config, tokenizer=tokenizer)
-    vars(model)[_BRIDGE] = bridge  # beside the submodules, not among them
-    return bridge
 
 
 def _run_with_tensorlens(self: Any, input: Any, **kwargs: Any) -> tuple[Tensor, TensorLens]:

@@ -3,9 +3,10 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), *(str(p) for p in HERE.iterdir() if p.is_dir())]
 
-import torch
+import torch  # noqa: E402  (after HF_HUB_OFFLINE)
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 

@@ -1,148 +1,243 @@
-"""The floors are law: imports go down, hook names stay in the adapters, hosts are imported late."""
+"""The house: imports go down and through doors, rooms stay small, hosts/ alone knows hosts.
+
+Every rule is a function from a package folder to the faults it finds. It is asked about the package
+as it is, where it must find none, and about copies with one fault each, where it must find that one.
+"""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+import tensorlens_tl
+
 pytestmark = pytest.mark.algebra
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
-FLOORS = {
-    "graph": 0, "heat": 0, "intervals": 0, "supported": 0, "frame": 0.3, "linear_map": 0.5, "weights": 0,
-    "primitives": 1, "prompts": 1, "factored": 0,
-    "sublayer": 2, "score_blocks": 0, "recomputed": 2,
-    "sublayers": 3, "planning": 1, "rates": 0, "folding": 3, "contraction": 3.5, "singular": 3.7,
-    "blocks": 4,
-    "adapter": 2, "adapters": 3, "selfcheck": 3, "capturing": 4, "queries": 4,
-    "score_weights": 4.5, "query_key": 5,
-    "recording": 5, "precision": 5, "wiring": 0.5, "branches": 4, "restriction": 4.5, "composer": 5,
-    "energies": 6,
-    "targets": 6, "results": 5, "edges": 6, "attribution": 7, "paths": 7, "collapse": 7,
-    "baselines_attention": 5, "baselines_vectors": 6, "baselines_gradient": 6, "baselines": 7,
-    "selection": 1, "secant": 6.5, "differences": 8, "loadings": 8, "circuits": 8, "subgraphs": 8.5,
-    "edge_universe": 4, "model_info": 5, "edge_runs": 6.5, "pairs": 6.5, "shares": 5,
-    "interventions": 7.5, "baselines_edges": 7,
-    "significance": 1, "protocols": 2, "methods": 8, "measured": 8, "masking": 8.5, "scoring": 8.7,
-    "evaluation": 9, "headers": 9, "frozen_run": 9.5,
-    "relation_data": 4, "relation_maps": 10, "holding": 7, "saving": 10, "plots": 10, "report": 10, "lens": 11,
-    "datasets": 12, "statements": 12, "relations": 12, "validity": 12, "discovery": 13, "loading": 12,
-    "plugin": 12, "families": 12,
-    "support": 12, "demo": 12, "__main__": 13, "__init__": 13,
-}  # fmt: skip
-HOSTS = {"transformer_lens", "transformers"}
-HOOK_NAMES = ("hook_", "blocks.{", ".hook")
-FILES = sorted(PACKAGE.rglob("*.py"))
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+ROOMS = ["checks", "graph", "sublayers", "operator", "hosts", "attribution", "methods", "circuits",
+         "evaluation", "lens", "plugin", "relations", "demo", "support", "__main__"]  # fmt: skip
+"""From the ground up: a room imports only rooms before it."""
+APART = [{"methods", "circuits"}, {"circuits", "evaluation"}]
+"""Rooms beside each other: neither imports the other."""
+FRONT = {"hosts", "plugin", "demo", "support"}
+"""hosts/, what puts the method on its classes, and what builds host models."""
+SUBMODULES = {
+    "evaluation": {"evaluate"},
+    "lens": {"TensorLens", "load"},
+    "methods": {"METHODS"},
+    "relations": {"Relation", "decode", "state", "validity"},
+}
+"""Names that the docs import from a room, beside the flat ones."""
+SITES = {"unembed.hook_in", "blocks.", ".hook_resid_"}
+"""Residual sites, which users type: the one piece of the host's vocabulary that is the library's own."""
+HOST_NAMES = re.compile(r"hook_|blocks\.|\.hook")
+HOST_CLASSES = re.compile(r"\w*(Bridge|HookedTransformer|Attention|ForCausalLM)(Config)?")
+MOST_FILES, MOST_LINES = 12, 450
 
 
-def floor(path: Path) -> int:
-    return FLOORS[path.relative_to(PACKAGE).parts[0].removesuffix(".py")]
+def files(package: Path) -> dict[Path, ast.Module]:
+    return {p: ast.parse(p.read_text()) for p in sorted(package.rglob("*.py"))}
 
 
-def test_every_file_has_a_floor():
-    assert {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in FILES} <= set(FLOORS)
+def room_of(path: Path, package: Path) -> str:
+    parts = path.relative_to(package).with_suffix("").parts
+    return parts[0]
 
 
-@every_file
-def test_imports_go_down(path):
-    tree = ast.parse(path.read_text())
-    inside = path.relative_to(PACKAGE).parts[:-1]
-    checked = 0
+def cross_room_imports(path: Path, tree: ast.Module, package: Path):
+    """(line, room, whether past its door, names) of every import from another room."""
+    folder = path.relative_to(package).parts[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
-            if node.level <= len(inside):
-                continue  # within a subpackage
-            module = (node.module or "").split(".")[0]
-            names = [module] if module else [alias.name for alias in node.names]
-            for name in names:
-                same = name == path.stem
-                # paths within one floor may not import each other, except from the top
-                assert floor(path) > FLOORS[name] or same or floor(path) >= 12, (
-                    f"{path.name} → {name}"
-                )
-                checked += 1
-    assert (
-        checked
-        or path.stem
-        in (
-            "graph",
-            "factored",
-            "linear_map",
-            "rates",
-            "score_blocks",
-            "supported",
-            "weights",
-            "loading",
-            "prompts",
-            "shares",
-            "families",
-            "heat",
-            "intervals",
-            "__main__",
-        )
-        or inside
-    )
+            above = folder[: len(folder) - node.level + 1]
+            parts = (*above, *(node.module or "").split(".")) if node.module else above
+            names = [alias.name for alias in node.names]
+            rooms = (
+                [(*parts[:1], len(parts) > 1, names)] if parts else [(n, False, [n]) for n in names]
+            )
+            for there, inside, taken in rooms:
+                if there != room_of(path, package):
+                    yield node.lineno, there, inside, taken
 
 
-@every_file
-def test_no_module_level_import_of_a_host(path):
-    tree = ast.parse(path.read_text())
-    top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
-    names = {a.name.split(".")[0] for n in top if isinstance(n, ast.Import) for a in n.names}
-    names |= {(n.module or "").split(".")[0] for n in top if isinstance(n, ast.ImportFrom)}
-    assert not names & HOSTS
+# --- The four rules --------------------------------------------------------------------------------
 
 
-@every_file
-def test_hook_names_stay_in_the_adapters(path):
-    if path.stem in ("adapter", "adapters", "graph") or "demo" in path.parts:
-        # the one place, the site names, and the demo's own measurements
-        assert floor(path) in (0, 2, 3, 12)
-        return
-    tree = ast.parse(path.read_text())
-    docs = {
-        id(n.body[0].value)
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
-        and n.body and isinstance(n.body[0], ast.Expr)
-    }  # fmt: skip
-    strings = [
-        n.value for n in ast.walk(tree)
-        if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs
-    ]  # fmt: skip
-    allowed = {"hook_resid_post"} if path.stem == "composer" else {"hook_dict"}
-    found = [s for s in strings if any(h in s for h in HOOK_NAMES) and s not in allowed]
-    assert not found
+def wrong_imports(package: Path) -> list[str]:
+    """Imports of a room that is not below, and imports past a door."""
+    faults = []
+    for path, tree in files(package).items():
+        here = room_of(path, package)
+        for line, there, inside, _ in cross_room_imports(path, tree, package):
+            where = f"{path.relative_to(package)}:{line}"
+            if here != "__init__" and (
+                there not in ROOMS[: ROOMS.index(here)] or {here, there} in APART
+            ):
+                faults.append(f"{where}: {there} is not below {here}")
+            if inside and here != "__init__":
+                faults.append(f"{where}: take {there}'s names from its door")
+    return faults
 
 
-@every_file
-def test_user_errors_are_never_asserts(path):
-    assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+def wrong_doors(package: Path) -> list[str]:
+    """Doors that hand out more, or less, than others take; files that bear a handed-out name."""
+    taken = defaultdict(set)
+    for path, tree in files(package).items():
+        for _, there, _, names in cross_room_imports(path, tree, package):
+            taken[there] |= set(names)
+    for name, there in tensorlens_tl._HOMES.items():
+        taken[there].add(name)
+    faults = []
+    for door in sorted(package.glob("*/__init__.py")):
+        room, tree = door.parent.name, ast.parse(door.read_text())
+        if room in ("demo", "support"):  # annexes, that no room stands on
+            continue
+        handed = {
+            name
+            for node in tree.body
+            if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+            for name in ast.literal_eval(node.value)
+        }
+        for name in sorted(handed ^ (taken[room] | SUBMODULES.get(room, set()))):
+            faults.append(
+                f"{room}: {name} is " + ("taken by no room" if name in handed else "missing")
+            )
+        faults += [
+            f"{room}: a file is called {n}" for n in handed if (door.parent / f"{n}.py").exists()
+        ]
+        if "Key concepts:" not in (ast.get_docstring(tree) or ""):
+            faults.append(f"{room}: the door does not say what the room is for")
+    return faults
 
 
-@every_file
-def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 500
+def too_large(package: Path) -> list[str]:
+    faults = []
+    for folder in sorted({path.parent for path in files(package)}):
+        found = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
+        if len(found) > MOST_FILES:
+            faults.append(f"{folder.name}: {len(found)} files")
+        for path in folder.glob("*.py"):
+            if (n := len(path.read_text().splitlines())) > MOST_LINES:
+                faults.append(f"{path.relative_to(package)}: {n} lines")
+    return faults
+
+
+def host_names(package: Path) -> list[str]:
+    """Hook names and host classes in strings outside hosts/; a message may speak of them."""
+    faults = []
+    for path, tree in files(package).items():
+        if room_of(path, package) in FRONT:
+            continue
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef
+        docs = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+        }
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in docs
+            ):
+                name = node.value
+                if name not in SITES and (HOST_NAMES.search(name) or HOST_CLASSES.fullmatch(name)):
+                    faults.append(f"{path.relative_to(package)}:{node.lineno}: {name!r}")
+    return faults
+
+
+RULES = [wrong_imports, wrong_doors, too_large, host_names]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps(rule):
+    assert rule(PACKAGE) == []
+
+
+BREAKS = {
+    "upward": (wrong_imports, "graph/nodes.py", "from ..operator import Capture"),
+    "sideways": (wrong_imports, "methods/tables.py", "from ..circuits import Circuit"),
+    "top": (wrong_imports, "relations/relation.py", "from .. import support"),
+    "past a door": (wrong_imports, "lens/frozen_run.py", "from ..operator.capture import Capture"),
+    "late, inside a function": (
+        wrong_imports,
+        "graph/wiring.py",
+        "def f():\n    from ..lens import load",
+    ),
+    "a taken name": (wrong_doors, "lens/frozen_run.py", "from ..operator import Folding"),
+    "a door too wide": (wrong_doors, "graph/__init__.py", '__all__ = ["Edge", "nothing"]'),
+    "a name and a file": (wrong_doors, "lens/load.py", ""),
+    "no purpose": (wrong_doors, "newroom/__init__.py", ""),
+    "a 13th file": (too_large, "operator/a13.py", ""),
+    "451 lines": (too_large, "graph/nodes.py", "\n" * 451),
+    "a hook name": (host_names, "lens/frozen_run.py", 'NAME = "attn.hook_z"'),
+    "a host class": (host_names, "operator/capture.py", 'NAME = "BloomAttentionBridge"'),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_each_rule_catches(name, tmp_path):
+    rule, file, text = BREAKS[name]
+    package = tmp_path / "tensorlens_tl"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "model"))
+    (package / file).parent.mkdir(exist_ok=True)
+    with open(package / file, "a") as opened:
+        opened.write("\n" + text + "\n")
+    for i in range(MOST_FILES) if "13th" in name else ():
+        (package / "operator" / f"a{i}.py").touch()
+    assert rule(package), name
+
+
+def test_every_file_is_in_a_room():
+    assert {room_of(p, PACKAGE) for p in files(PACKAGE)} <= {*ROOMS, "__init__"}
+
+
+# --- What every file keeps -------------------------------------------------------------------------
+
+
+def test_no_module_level_import_of_a_host_and_no_assert():
+    faults = []
+    for path, tree in files(PACKAGE).items():
+        for node in tree.body:
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(m.split(".")[0] in ("transformer_lens", "transformers") for m in modules):
+                faults.append((path.name, node.lineno))
+        faults += [(path.name, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Assert)]
+    assert not faults
 
 
 def test_importing_the_package_imports_no_host_and_not_even_torch():
     code = (
-        "import sys, tensorlens_tl; "
-        "print([m for m in ('torch', 'transformer_lens', 'transformers', 'pandas', 'scipy') if m in sys.modules])"
-    )  # fmt: skip
+        "import sys, tensorlens_tl, tensorlens_tl.graph; modules = 'torch', 'transformer_lens', "
+        "'transformers', 'pandas', 'scipy'; print([m for m in modules if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
-def test_public_names_exist_and_submodules_bear_none_of_them():
-    import tensorlens_tl
-
+def test_public_names_exist_and_are_documented():
     for name in tensorlens_tl.__all__:
         assert getattr(tensorlens_tl, name).__doc__, name
         assert not (PACKAGE / f"{name}.py").exists()
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = tensorlens_tl.nothing
     assert set(tensorlens_tl.__all__) <= set(dir(tensorlens_tl))
+
+
+def test_the_stub_names_what_is_loaded_late():
+    """Type checkers and editors read the imports under TYPE_CHECKING."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (stub,) = (node for node in tree.body if isinstance(node, ast.If))
+    stubbed = {
+        alias.asname or alias.name: node.module for node in stub.body for alias in node.names
+    }
+    old = tensorlens_tl._OLD_NAMES
+    homes = {name: tensorlens_tl._HOMES[old.get(name, name)] for name in stubbed}
+    assert stubbed == homes
+    assert stubbed.keys() == {*tensorlens_tl._HOMES, *old}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import SHARED
+from models import SHARED
 
 from tensorlens_tl.__main__ import main, unknown_words
 from tensorlens_tl.evaluation.report import Evaluation

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ALL, HookedTransformer, build_bridge_from_module
+from models import ALL, HookedTransformer, build_bridge_from_module
 
 import tensorlens_tl
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from helpers import quiet
+from models import quiet
 
 import tensorlens_tl
 from tensorlens_tl import demo

@@ -5,7 +5,7 @@ import io
 import re
 from pathlib import Path
 
-from helpers import HookedTransformer, quiet
+from models import HookedTransformer, quiet
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -4,7 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from helpers import quiet
+from models import quiet
 
 TUTORIALS = sorted((Path(__file__).resolve().parents[1] / "tutorials").glob("*.py"))
 

@@ -1,0 +1,61 @@
+"""Where a logit comes from: targets, splits, edges, differences, paths, means over prompts.
+
+Key concepts:
+    Target: A linear functional u · y + c of the final normalized residual at one position.
+    Sweep: One target pulled back to every residual site; every split reads it.
+    Attribution: A table of contributions that prints, sums, sorts and saves itself.
+"""
+
+from .averages import MeanAttribution, mean_attribution
+from .contrast import AT, check_comparable, difference, fixed_baseline, mean_embedding
+from .head_loadings import loadings
+from .html import strip_html
+from .paths import MAX_EXPANSIONS, Paths, find_paths
+from .splits import attribute, attribute_many
+from .sweep import B_U, Rows, Sweep, result
+from .table import Attribution, Source
+from .targets import (
+    Target,
+    TargetLike,
+    expected_others,
+    likeliest_others,
+    own_prediction,
+    resolve,
+    resolve_each,
+    resolve_target,
+    resolve_token,
+    token_id,
+)
+
+__all__ = [
+    "AT",
+    "Attribution",
+    "B_U",
+    "MAX_EXPANSIONS",
+    "MeanAttribution",
+    "Paths",
+    "Rows",
+    "Source",
+    "Sweep",
+    "Target",
+    "TargetLike",
+    "attribute",
+    "attribute_many",
+    "check_comparable",
+    "difference",
+    "expected_others",
+    "find_paths",
+    "fixed_baseline",
+    "likeliest_others",
+    "loadings",
+    "mean_attribution",
+    "mean_embedding",
+    "own_prediction",
+    "resolve",
+    "resolve_each",
+    "resolve_target",
+    "resolve_token",
+    "result",
+    "strip_html",
+    "token_id",
+]

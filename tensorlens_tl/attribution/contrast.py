@@ -26,13 +26,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..graph.nodes import Node
-from ..operator.capture import Capture
-from ..operator.frozen_transformer import FrozenTransformer
-from ..operator.secant import SecantOperator
-from ..sublayers.weights import EmbedWeights
+from ..graph import Node
+from ..operator import Capture, FrozenTransformer, SecantOperator
+from ..sublayers import EmbedWeights
 from .edges import Writers
-from .splits import Rows, Sweep, by_edge, check_qk, edge_result, result, top_covector, written_at
+from .splits import by_edge, check_qk, edge_result, top_covector, written_at
+from .sweep import Rows, Sweep, result
 from .table import Attribution
 
 BY = ("token", "component", "edge")

@@ -31,15 +31,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph.nodes import Edge, Node
-from ..operator.capture import Capture
-from ..operator.frozen_transformer import FrozenTransformer
-from ..operator.query_key import QueryKey
-from ..operator.residual_stream import Branch, Step, Trace
-from ..sublayers.factored import Factored
+from ..graph import LOGITS, Edge, Node
+from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, Step, Trace
+from ..sublayers import Factored
 from .table import Source
 
-LOGITS = Node("logits")
 SPAN_BYTES = 2**25
 """What the writers of one span of positions may take: a larger block is fresh memory at every call
 (glibc maps what is above 32 MiB anew), and touching that takes time."""
@@ -128,23 +124,6 @@ class Writers:
                 which += range(at, at + many)
             at += many
         return tuple(found), which
-
-
-@dataclass(frozen=True, eq=False)
-class Readers:
-    """Readers that see the same writers.
-
-    Attributes:
-        nodes: They.
-        below: How many writers they see.
-        covectors: Theirs, at the residual.
-        own: The shares of their own constants, by name.
-    """
-
-    nodes: tuple[Node, ...]
-    below: int
-    covectors: Factored
-    own: dict[str, Float[Tensor, "reader batch"]]
 
 
 def edge_scores(

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..graph.nodes import Edge, Node
-from ..operator.residual_stream import Step
-from .splits import Rows, Sweep, result
+from ..graph import Edge, Node
+from ..operator import Step
+from .sweep import Rows, Sweep, result
 from .table import Attribution
 
 

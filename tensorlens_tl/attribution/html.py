@@ -21,7 +21,7 @@ def _largest(values: Sequence[float]) -> float:
     return max((abs(v) for v in values if v == v), default=0.0)
 
 
-def strip(tokens: Sequence[str], values: Sequence[float]) -> str:
+def strip_html(tokens: Sequence[str], values: Sequence[float]) -> str:
     """Tokens in a row, each coloured by its value: red adds to the target, blue takes from it.
 
     Args:
@@ -36,7 +36,7 @@ def strip(tokens: Sequence[str], values: Sequence[float]) -> str:
     return "<div>" + "".join(_cell(t, v, largest, "span") for t, v in pairs) + "</div>"
 
 
-def grid(values: Sequence[Sequence[float]]) -> str:
+def grid_html(values: Sequence[Sequence[float]]) -> str:
     """Heads as a grid, a row per layer.
 
     Args:
@@ -56,7 +56,7 @@ def grid(values: Sequence[Sequence[float]]) -> str:
     return f"<table>{head}{''.join(rows)}</table>"
 
 
-def table(rows: Sequence[tuple[str, float]]) -> str:
+def table_html(rows: Sequence[tuple[str, float]]) -> str:
     """Labels and values.
 
     Args:

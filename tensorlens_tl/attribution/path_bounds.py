@@ -22,11 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..graph.nodes import Node
-from ..operator.residual_stream import Step
-from ..sublayers.attention import Sublayer
-from ..sublayers.linear_map import Chain, LinearMap
-from ..sublayers.recomputed_pattern import AnyMix
+from ..graph import Node
+from ..operator import Step
+from ..sublayers import AnyMix, Chain, LinearMap, Sublayer
 
 # --- Steps as "straight on or through one node" --------------------------------------------------
 

@@ -29,12 +29,11 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from ..graph.nodes import Node
-from ..operator.capture import Capture, Convention
-from ..operator.frozen_transformer import FrozenTransformer
-from ..sublayers.linear_map import DENSE_LIMIT
+from ..checks import at_least_one
+from ..graph import Node
+from ..operator import Capture, Convention, FrozenTransformer
+from ..sublayers import DENSE_LIMIT
 from .path_bounds import Stage, Way, energies_of
-from .table import at_least_one
 from .targets import Target
 
 if TYPE_CHECKING:

@@ -6,16 +6,16 @@ import json
 import math
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from html import escape
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..graph.nodes import Edge, Node
-from ..operator.capture import Convention
-from . import html as heat
+from ..checks import at_least_one
+from ..graph import Edge, Node
+from ..operator import Convention
+from .html import grid_html, strip_html, table_html
 
 if TYPE_CHECKING:
     import pandas
@@ -277,18 +277,18 @@ class Attribution:
             shown = [(label, value) for source, label, value in pairs if source.pos is not None]
             tokens = [label.rpartition("@")[0].strip('"') or label for label, _ in shown]
             beside = [(s.node, v) for s, _, v in pairs if s.pos is None]
-            return heat.strip(tokens, [value for _, value in shown]) + _beside(beside, "constants")
+            return strip_html(tokens, [value for _, value in shown]) + _beside(beside, "constants")
         heads = self.sum("pos")
         at = {(s.node.layer, s.node.index): float(heads.values[0, i])
               for i, s in enumerate(heads.sources)
               if isinstance(s.node, Node) and s.node.kind == "head"}  # fmt: skip
         if self.by in ("head", "loading") and at:
             layers, width = (1 + max(key[axis] or 0 for key in at) for axis in (0, 1))
-            grid = heat.grid([[at.get((a, h), 0.0) for h in range(width)] for a in range(layers)])
+            grid = grid_html([[at.get((a, h), 0.0) for h in range(width)] for a in range(layers)])
             beside = [(s.node, float(heads.values[0, i])) for i, s in enumerate(heads.sources)
                       if not (isinstance(s.node, Node) and s.node.kind == "head")]  # fmt: skip
             return grid + _beside(beside if self.sums_to_target else [], "other components")
-        return heat.table(self.top(20))
+        return table_html(self.top(20))
 
     def __repr__(self) -> str:
         total = " (total effect)" if self.effect == "total" else ""
@@ -310,25 +310,6 @@ class Attribution:
                 part = float(self.values[0, i].abs() / self.values[0].abs().sum().clamp_min(1e-30))
                 end += f"\n  {source.node}: {float(self.values[0, i]):+.4f}, {part:.0%} of Σ|·|"
         return f"{head}{total}{exact}{rows}{end}"
-
-
-def at_least_one(number: Any, name: str) -> int:
-    """A count that a user gave.
-
-    Args:
-        number: What was given.
-        name: What it counts.
-
-    Returns:
-        It, as an int.
-
-    Raises:
-        ValueError: If it is no integer, or below 1.
-    """
-    count = number if isinstance(number, Integral) and not isinstance(number, bool) else 0
-    if count < 1:
-        raise ValueError(f"expected {name} as an integer ≥ 1, got {number!r}")
-    return int(count)
 
 
 def _beside(rows: list[tuple[Node | Edge, float]], name: str) -> str:

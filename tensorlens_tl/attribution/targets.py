@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..operator.capture import Capture
-from ..sublayers.primitives import soft_cap_ratio, take_row
+from ..operator import Capture
+from ..sublayers import soft_cap_ratio, take_row
 
 TargetLike = str | SupportsIndex | Sequence[float] | Tensor | None
 """A token string, a token id, a direction [d_vocab] or [d_model], or None: the own prediction."""
@@ -186,6 +186,32 @@ def resolve_target(
         covector, constant = covector * ratio[:, None], constant * ratio
     names = tuple(repr(_decode(capture, int(i))) for i in ids)
     return Target(names, query, covector, constant, logits[prompts, ids])
+
+
+def resolve(
+    capture: Capture,
+    target: TargetLike = None,
+    versus: TargetLike = None,
+    pos: int = -1,
+    predicted: Int[Tensor, " batch"] | None = None,
+) -> Target:
+    """A target, or the difference of two, as a functional of the final normalized residual.
+
+    Args:
+        capture: The run.
+        target: As in :func:`resolve_target`.
+        versus: A target that is subtracted, or None.
+        pos: Position among the real tokens; −1 is the last.
+        predicted: Ids [batch] that stand for the model's own prediction; by default, this run's.
+
+    Returns:
+        The functional, for every prompt.
+
+    Raises:
+        ValueError: If a target or the position does not exist.
+    """
+    goal = resolve_target(capture, target, pos, predicted)
+    return goal if versus is None else goal.minus(resolve_target(capture, versus, pos))
 
 
 def likeliest_others(

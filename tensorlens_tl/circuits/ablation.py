@@ -27,9 +27,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..attribution.table import at_least_one
-from ..graph.nodes import Edge, Node
-from ..graph.wiring import INPUT
+from ..checks import at_least_one
+from ..graph import INPUT, Edge, Node
 from .edge_masks import EdgeUniverse
 from .edge_patching import EdgeModel, Writes, edge_model
 from .faithfulness_result import Faithfulness, FaithfulnessCurve, Prompt

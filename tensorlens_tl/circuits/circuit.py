@@ -12,20 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from ..attribution.table import Attribution, Source
-from ..graph.nodes import Edge, Node
-from ..graph.selection import connected, select
-from ..graph.wiring import INPUT, LOGITS, Wiring, as_edges, eap_name, owner, parse_eap
-from ..operator.capture import Capture, Convention
+from ..graph import INPUT, LOGITS, Edge, Node, Wiring, as_edges, connected, owner, select
+from ..operator import Capture, Convention
 from .ablation import faithfulness, faithfulness_curve
+from .eap_names import eap_name, parse_eap
 from .edge_patching import edge_model
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
@@ -353,61 +347,6 @@ def _networkx() -> Any:
 
 
 # --- From an attribution, or from names ----------------------------------------------------------
-
-
-def edge_columns(edges: Sequence[Edge], sources: Sequence[Source]) -> list[int]:
-    """Where in a list of the model's edges every source of a split by edge belongs.
-
-    Args:
-        edges: The list.
-        sources: The split's.
-
-    Returns:
-        For every source its edge's place (token and position embeddings have the input's), or −1 for
-        a constant's.
-    """
-    place, columns = {edge: i for i, edge in enumerate(edges)}, []
-    for source in sources:
-        node = source.node
-        if isinstance(node, Edge) and node.src.kind in ("embed", "pos_embed"):
-            node = Edge(INPUT, node.dest)
-        columns.append(place.get(node, -1) if isinstance(node, Edge) else -1)
-    return columns
-
-
-def edge_sums(
-    values: Float[Tensor, "batch source"], columns: Sequence[int], n_edges: int
-) -> Float[Tensor, "batch edge"]:
-    """Every edge's score in double precision, constants left out.
-
-    Args:
-        values: A split by edge.
-        columns: From :func:`edge_columns`.
-        n_edges: How many edges there are.
-
-    Returns:
-        A row per prompt.
-    """
-    place = torch.tensor(columns, device=values.device)
-    kept = (place >= 0).nonzero()[:, 0]
-    sums = values.new_zeros(len(values), n_edges, dtype=torch.double)
-    return sums.index_add_(1, place[kept], values[:, kept].double())
-
-
-def edge_scores(wiring: Wiring, found: Attribution) -> dict[Edge, float]:
-    """Every edge's score: a split by edge, averaged over its prompts, constants left out.
-
-    Args:
-        wiring: The model's.
-        found: The split; token and position embeddings are summed to the input's.
-
-    Returns:
-        Scores by edge, reader by reader from below.
-    """
-    edges = wiring.edges()
-    columns = edge_columns(edges, found.sources)
-    sums, there = edge_sums(found.values, columns, len(edges)).mean(0).tolist(), set(columns)
-    return {edge: sums[i] for i, edge in enumerate(edges) if i in there}
 
 
 def named(capture: Capture, given: Circuit | Iterable[Edge | Node | str]) -> Circuit:

@@ -17,18 +17,24 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..attribution.contrast import AT, check_comparable, difference
-from ..attribution.mean_attribution import as_list, one_each
-from ..attribution.splits import Sweep, attribute
-from ..attribution.table import at_least_one
-from ..attribution.targets import Target, TargetLike, own_prediction, resolve_each
-from ..graph.nodes import Edge
-from ..hosts.bridge import adapt
-from ..hosts.tokens import each_prompt, mask_spans
-from ..lens.tensor_lens import TensorLens
-from ..operator.capture import Convention
-from ..plugin import capture, hosted
-from .circuit import Circuit, ModelInfo, edge_columns, edge_sums, find
+from ..attribution import (
+    AT,
+    Sweep,
+    Target,
+    TargetLike,
+    attribute,
+    check_comparable,
+    difference,
+    own_prediction,
+    resolve_each,
+)
+from ..checks import as_list, at_least_one, one_each
+from ..graph import Edge
+from ..hosts import adapt, each_prompt, freeze, hosted, mask_spans
+from ..operator import Capture, Convention, FrozenTransformer
+from .circuit import Circuit, find
+from .edge_averages import edge_columns, edge_sums
+from .model_id import ModelInfo
 
 WRITE_EVERY = 10.0
 """Seconds between two writes of the file; it is also written at the end, and when interrupted."""
@@ -130,7 +136,7 @@ def discover(
         with tqdm(desc="prompts", total=len(work), initial=n, disable=not progress) as bar:
             for start in range(n, len(work), batch_size):
                 with torch.no_grad():
-                    found = work.scores(model, start, start + batch_size)
+                    found = work.scores(adapter, start, start + batch_size)
                 both = n + len(found)
                 means, n = (
                     means + (found - means).sum(0) / both,
@@ -209,24 +215,24 @@ class _Work:
 
     def _scores(self, model: Any, rows: list[_Row]) -> Float[Tensor, "prompt edge"]:
         clean, corrupted, targets, versus = zip(*rows, strict=True)
-        lens = self.run(model, clean)
-        own = own_prediction(lens.capture, self.pos)
-        ours = self.sweep(lens, targets, versus, own)
+        run = self.run(model, clean)
+        own = own_prediction(run, self.pos)
+        ours = self.sweep(run, targets, versus, own)
         if corrupted[0] is None:
             split = attribute(ours, "edge", qk=self.qk)
         else:
             other = self.run(model, corrupted)
-            check_comparable(lens.capture, other.capture)
+            check_comparable(run, other)
             theirs = self.sweep(other, targets, versus, own)
             split = difference(ours, theirs, "edge", self.at, self.qk)
         if split.labels[0] != self._names:  # the same for all prompts of a model, and thousands
             self._names, self._columns = split.labels[0], edge_columns(self.edges, split.sources)
         return edge_sums(split.values, self._columns, len(self.edges)).cpu()
 
-    def run(self, model: Any, prompts: Sequence[Any]) -> TensorLens:
+    def run(self, model: Any, prompts: Sequence[Any]) -> Capture:
         """The capture of some prompts; ids of several lengths are padded."""
         if isinstance(prompts[0], str):
-            return capture(model, list(prompts), **self.kwargs)[1]
+            return freeze(model, list(prompts), **self.kwargs)[1]
         ids = [torch.as_tensor(p) for p in prompts]
         lengths, padding = torch.tensor([len(p) for p in ids]), {}
         if (lengths != lengths[0]).any():
@@ -234,19 +240,19 @@ class _Work:
                 "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()
             }
         rows = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        return capture(model, rows, **padding, **self.kwargs)[1]
+        return freeze(model, rows, **padding, **self.kwargs)[1]
 
     def sweep(
-        self, lens: TensorLens, targets: Sequence[Any], versus: Sequence[Any], own: Tensor
+        self, run: Capture, targets: Sequence[Any], versus: Sequence[Any], own: Tensor
     ) -> Sweep:
         """Every prompt's own target."""
-        goal = resolve_each(lens.capture, targets, self.pos, own)
+        goal = resolve_each(run, targets, self.pos, own)
         if any(other is not None for other in versus):
-            both = goal.minus(resolve_each(lens.capture, versus, self.pos, own))
+            both = goal.minus(resolve_each(run, versus, self.pos, own))
             goal = Target.stack([
                 (goal if other is None else both).row(i) for i, other in enumerate(versus)
             ])  # fmt: skip
-        return Sweep(lens.capture, lens.operator, goal)
+        return Sweep(run, FrozenTransformer.of(run), goal)
 
 
 def _by_length(rows: Sequence[_Row]) -> list[_Row]:

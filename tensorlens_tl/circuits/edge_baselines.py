@@ -24,9 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..attribution.table import at_least_one
-from ..graph.nodes import Edge, Node
-from ..graph.wiring import LOGITS, owner
+from ..checks import at_least_one
+from ..graph import LOGITS, Edge, Node, owner
 from .edge_masks import EdgeUniverse
 from .edge_patching import EdgeModel, edge_model
 from .prompt_pairs import Measure, Metric, Pairs, paired

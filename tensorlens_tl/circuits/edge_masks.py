@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..graph.nodes import Edge, Node
-from ..graph.wiring import Wiring, as_edges
-from ..sublayers.weights import ModelWeights
+from ..graph import Edge, Node, Wiring, as_edges
+from ..sublayers import ModelWeights
 
 
 def wiring_of(weights: ModelWeights) -> Wiring:

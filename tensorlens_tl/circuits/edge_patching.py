@@ -29,12 +29,18 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ..hosts.adapter import Adapter, Read
-from ..hosts.bridge import adapt
-from ..hosts.score_weights import Layout, query_key_weights
-from ..hosts.supported import UnsupportedArchitectureError, check_autocast
-from ..methods.gradients import Edit, hooked
-from ..sublayers.weights import NormWeights
+from ..checks import check_autocast
+from ..hosts import (
+    Adapter,
+    Edit,
+    Layout,
+    Read,
+    UnsupportedArchitectureError,
+    adapt,
+    hooked,
+    query_key_weights,
+)
+from ..sublayers import NormWeights
 from .edge_masks import EdgeUniverse, wiring_of
 
 Writes = Float[Tensor, "writer prompt pos d_model"]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..graph.wiring import Wiring
-from ..operator.capture import Capture
-from ..sublayers.weights import BlockWeights, ModelWeights
+from ..graph import Wiring
+from ..operator import Capture
+from ..sublayers import BlockWeights, ModelWeights
 from .edge_masks import wiring_of
 
 

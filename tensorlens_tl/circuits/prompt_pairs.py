@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..attribution.targets import token_id
-from ..hosts.adapter import Adapter
-from ..hosts.tokens import each_prompt, is_text
+from ..attribution import token_id
+from ..hosts import Adapter, each_prompt, is_text
 
 Metric = Callable[
     [Float[Tensor, "prompt d_vocab"], Int[Tensor, " prompt"]], Float[Tensor, " prompt"]

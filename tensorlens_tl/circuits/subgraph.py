@@ -9,13 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attribution.splits import B_U, Rows, Sweep, result
-from ..attribution.table import Attribution
-from ..attribution.targets import Target, TargetLike, resolve_target
-from ..graph.nodes import Node
-from ..operator.capture import Capture
-from ..operator.frozen_transformer import FrozenTransformer
-from ..operator.restricted_transformer import RestrictedTransformer
+from ..attribution import B_U, Attribution, Rows, Sweep, Target, TargetLike, resolve_target, result
+from ..graph import Node
+from ..operator import Capture, FrozenTransformer, RestrictedTransformer
 from .circuit import Circuit
 
 

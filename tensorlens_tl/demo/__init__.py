@@ -11,7 +11,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from ..hosts import loading
+from ..hosts import load_model as load_host
 from .facts import COUNTRIES, PHRASINGS, RELATIONS
 from .grammar import TASKS, Document, document, induction, text
 
@@ -76,7 +76,7 @@ def relation(name: str) -> Any:
     Raises:
         ValueError: If there is no such relation.
     """
-    from ..relations.relation import Relation
+    from ..relations import Relation
 
     if name not in RELATIONS:
         raise ValueError(f"expected a relation of {', '.join(RELATIONS)}; got {name!r}: name one")
@@ -137,7 +137,7 @@ def load_model(kind: str | None = None) -> Any:
         except ImportError:
             continue
         with redirect_stdout(sys.stderr):
-            model = loading.load_model(str(model_folder()), name, device="cpu")
+            model = load_host(str(model_folder()), name, device="cpu")
         model.cfg.model_name = "tensorlens_tl demo"
         return model
     raise ValueError(

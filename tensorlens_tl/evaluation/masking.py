@@ -20,9 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..attribution.contrast import mean_embedding
-from ..hosts.adapter import Adapter
-from ..methods.gradients import hooked
+from ..attribution import mean_embedding
+from ..hosts import Adapter, hooked
 
 MASKINGS = ("delete", "token", "mean")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from .bootstrap import Estimate
+from .intervals import Estimate
 from .significance import Comparison, compare, estimate
 
 if TYPE_CHECKING:

@@ -16,10 +16,9 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-from ..attribution.table import at_least_one
-from ..hosts.adapter import Adapter
-from ..hosts.bridge import adapt
-from ..methods.registry import METHODS, check
+from ..checks import at_least_one
+from ..hosts import Adapter, adapt
+from ..methods import METHODS, check
 from .masking import METRICS, MaskedRuns, Masking
 from .protocols import BEAM, Measure, as_set, measures
 from .report import Evaluation, Row

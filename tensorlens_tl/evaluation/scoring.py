@@ -12,19 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..attribution.targets import (
+from ..attribution import (
     expected_others,
     likeliest_others,
     own_prediction,
     resolve_target,
     resolve_token,
 )
-from ..hosts.bridge import adapt
-from ..hosts.recorder import record
-from ..hosts.tokens import each_prompt
-from ..methods.registry import token_scores
-from ..operator.capture import Capture, Convention
-from ..operator.frozen_transformer import FrozenTransformer
+from ..hosts import adapt, each_prompt, record
+from ..methods import token_scores
+from ..operator import Capture, Convention, FrozenTransformer
 from .masking import all_real
 
 RIVALS = ("runner_up", "others")

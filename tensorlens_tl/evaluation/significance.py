@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from .bootstrap import Estimate, bootstrap
+from .intervals import Estimate, bootstrap
 
 Number = float | int
 FLIPS = 10_000

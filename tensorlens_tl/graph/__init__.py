@@ -1,0 +1,28 @@
+"""A model as a graph: names of nodes, edges and residual sites, which edges there are, which to keep.
+
+Key concepts:
+    Node: A place that writes to the residual stream or reads it: "embed", "L0H3", "L3MLP", "logits".
+    Edge: What one node writes, as another reads it: "L0H1→L2H3.v".
+    Wiring: Which edges a model has, in the order of the run.
+
+No torch in this room.
+"""
+
+from .nodes import FINAL_SITE, Edge, Node, resid_site, score_sites
+from .selection import connected, select
+from .wiring import INPUT, LOGITS, Wiring, as_edges, owner
+
+__all__ = [
+    "Edge",
+    "FINAL_SITE",
+    "INPUT",
+    "LOGITS",
+    "Node",
+    "Wiring",
+    "as_edges",
+    "connected",
+    "owner",
+    "resid_site",
+    "score_sites",
+    "select",
+]

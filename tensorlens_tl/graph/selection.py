@@ -22,7 +22,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from ..hosts.supported import whole
+from ..checks import whole
 from .nodes import Edge, Node
 from .wiring import INPUT, LOGITS, Wiring, owner
 

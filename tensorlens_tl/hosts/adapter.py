@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..graph.nodes import FINAL_SITE, resid_site
-from ..sublayers.weights import (
+from ..graph import FINAL_SITE, resid_site
+from ..operator import Prompts
+from ..sublayers import (
     BlockWeights,
     EmbedWeights,
     GatedMLPWeights,
@@ -27,7 +28,7 @@ from ..sublayers.weights import (
     UnembedWeights,
 )
 from .supported import UnsupportedArchitectureError, refusal
-from .tokens import Prompts, as_ids, check_arguments, check_tokens, is_text, mask_spans, tokenize
+from .tokens import as_ids, check_arguments, check_tokens, is_text, mask_spans, tokenize
 
 _ACTIVATIONS = {
     "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu", "gelu": "gelu",

@@ -20,18 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sublayers.attention_kernel import Scores
-from ..sublayers.batch_layout import HALF, Frame, version
-from ..sublayers.primitives import Mix
-from ..sublayers.recomputed_pattern import RecomputedMix
-from ..sublayers.weights import AttentionWeights
+from ..sublayers import HALF, AttentionWeights, Frame, Mix, RecomputedMix, Scores, version
 from .adapter import Adapter
-
-HOST = (
-    "patterns recomputed tile by tile; the model's own forward pass computed them whole, one layer "
-    "at a time, and kept none (HookedTransformer's and the Bridge's attention have no other way)"
-)
-"""What pattern="recomputed" saves and what it cannot, for people who plan memory."""
 
 Take = Callable[[int, str], Tensor]
 Rotate = Callable[[int, Take, Tensor], Tensor]

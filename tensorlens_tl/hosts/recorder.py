@@ -19,24 +19,30 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ..operator.capture import Capture, Convention, FrozenBlock
-from ..sublayers.attention import MLP, Attention, FeedForward, GatedMLP, Unembed
-from ..sublayers.batch_layout import Frame, version
-from ..sublayers.primitives import Norm, Shift, gating_ratio, soft_cap_ratio
-from ..sublayers.weights import (
+from ..operator import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
+from ..sublayers import (
+    MLP,
+    Attention,
     AttentionWeights,
     BlockWeights,
+    FeedForward,
+    Frame,
+    GatedMLP,
     GatedMLPWeights,
     MLPWeights,
+    Norm,
     NormWeights,
+    Shift,
+    Unembed,
+    gating_ratio,
+    soft_cap_ratio,
+    version,
 )
 from .adapter import Adapter, Read
-from .attention_reading import Queries, Stored, reading
-from .self_check import CaptureMismatchError, SelfCheck, not_finite
-from .tokens import Prompts
+from .attention_reading import Queries, Stored
+from .self_check import SelfCheck, not_finite
 
 
 class Recorder:
@@ -448,52 +454,3 @@ class Recorder:
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:
     return x if norm is None else norm.apply(x) + norm.bias
-
-
-def record(
-    adapter: Adapter,
-    inputs: Any,
-    convention: Convention | None = None,
-    dtype: torch.dtype | None = None,
-    pattern: str = "stored",
-    **kwargs: Any,
-) -> tuple[Float[Tensor, "batch pos d_vocab"], Capture]:
-    """Run the model once and freeze the run.
-
-    Args:
-        adapter: The model's.
-        inputs: A string, a list of strings, or token ids.
-        convention: The choices under which the operator is unique.
-        dtype: Compute dtype of the operator, float32 or float64; by default float32, or the
-            model's own where that is wider.
-        pattern: "stored" or "recomputed".
-        **kwargs: The model's own arguments.
-
-    Returns:
-        The logits as the model returned them, and the capture.
-
-    Raises:
-        ValueError: On bad input, or where a hook never fired.
-        CaptureMismatchError: If the run is not what the operator would compute.
-    """
-    if dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"expected dtype float32 or float64, got {dtype}")
-    how = reading(adapter, pattern)
-    inputs, prompts = adapter.prepare(inputs, kwargs)
-    dtype = dtype or torch.promote_types(adapter.dtype, torch.float32)
-    device = adapter.weights.unembed.W_U.device
-    frame = Frame(prompts.spans, prompts.tokens.shape[1], dtype, device)
-    recorder = Recorder(adapter, prompts, frame, convention or Convention(), how)
-    handles = how.guards(adapter)
-    try:
-        for read, point in adapter.points(how.reads).items():
-            early = read[1] in adapter.before_edits
-            add = point.register_forward_pre_hook if early else point.register_forward_hook
-            handles.append(add(recorder.listen(read)))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and how.needs_grad):
-            logits = adapter.run(inputs, kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    with torch.no_grad():
-        return logits, recorder.finish(logits)

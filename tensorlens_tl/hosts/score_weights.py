@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sublayers.weights import Rotation, ScoreWeights
+from ..sublayers import Rotation, ScoreWeights
 from .adapter import Adapter, norm_eps
 from .attention_reading import NotRecomputableError, Queries
-from .bridge import HookedTransformerAdapter, linear_weights
+from .bridge import linear_weights
+from .hooked_transformer import HookedTransformerAdapter
 
 _HALVES_INTERLEAVED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM")
 """Architectures that turn neighbours by the first half of their tables, each entry for two."""

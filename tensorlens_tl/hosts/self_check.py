@@ -18,14 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..sublayers.batch_layout import Frame, version
-from ..sublayers.primitives import Norm
-from ..sublayers.recomputed_pattern import AnyMix
-from ..sublayers.weights import AttentionWeights, NormWeights
-
-
-class CaptureMismatchError(ValueError):
-    """What the operator would compute is not what the run computed; the message names where."""
+from ..operator import CaptureMismatchError
+from ..sublayers import AnyMix, AttentionWeights, Frame, Norm, NormWeights, version
 
 
 def not_finite(name: str) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import TypeGuard
-
 SUPPORTED = {
     "GPT2LMHeadModel": "GPT-2",
     "LlamaForCausalLM": "Llama",
@@ -64,26 +61,3 @@ def refusal(what: str, why: str) -> str:
         f"cannot freeze {what} exactly: {why}. Supported: {', '.join(SUPPORTED)}, as "
         "HookedTransformer or TransformerBridge"
     )
-
-
-def check_autocast(kind: str) -> None:
-    """Refuse to compute where torch.autocast would round every product.
-
-    Args:
-        kind: The device's type.
-
-    Raises:
-        ValueError: If autocast is on there.
-    """
-    import torch
-
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        raise ValueError(
-            "autocast is on, expected full precision, as it would round every product: leave the "
-            "torch.autocast block; for a model in half precision, cast the model: model.to(dtype)"
-        )
-
-
-def whole(number: object) -> TypeGuard[int]:
-    """Whether it is an integer: NumPy's are, True is not."""
-    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Prompts:
-    """Token ids [batch, pos], each prompt's (start, stop) of real tokens, and their strings."""
-
-    tokens: Int[Tensor, "batch pos"]
-    spans: tuple[tuple[int, int], ...]
-    strings: tuple[tuple[str, ...], ...]
-
 
 EMPTY = "the prompt is empty: expected at least one token"
 Spans = list[tuple[int, int]]

@@ -10,11 +10,9 @@ from typing import TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
-from ..operator.capture import Capture, Convention
-from ..operator.frozen_transformer import FrozenTransformer
-from ..sublayers.batch_layout import version
-from ..sublayers.linear_map import LinearMap
-from .saved_tree import require_weights
+from ..operator import Capture, Convention, FrozenTransformer
+from ..sublayers import LinearMap, version
+from .missing_weights import require_weights
 
 Run = TypeVar("Run", bound="FrozenRun")
 

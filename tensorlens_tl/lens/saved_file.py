@@ -22,24 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..hosts.adapter import Adapter
-from ..hosts.bridge import adapt
-from ..hosts.score_weights import score_weights
-from ..operator.capture import Capture
-from ..operator.frozen_transformer import FrozenTransformer
-from ..sublayers.batch_layout import Frame
-from .saved_tree import (
-    DTYPES,
-    Builder,
-    Writer,
-    agree,
-    check,
-    differences,
-    missing,
-    parse_dtype,
-    products,
-    weights_in,
-)
+from ..hosts import Adapter, adapt, score_weights
+from ..operator import Capture, FrozenTransformer
+from ..sublayers import Frame
+from .fingerprints import agree, products
+from .missing_weights import missing
+from .saved_checks import check
+from .saved_tree import DTYPES, Builder, Writer, differences, parse_dtype, weights_in
 
 FORMAT, VERSION = "tensorlens_tl lens", 1
 _KEY = "tensorlens_tl"

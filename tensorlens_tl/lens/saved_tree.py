@@ -8,41 +8,47 @@ tree, and what is built is checked against their annotations.
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..graph.nodes import Edge, Node
-from ..hosts.tokens import Prompts
-from ..operator.capture import Capture, Convention, FrozenBlock
-from ..sublayers.attention import MLP, Attention, GatedMLP, Unembed
-from ..sublayers.attention_kernel import Scores
-from ..sublayers.batch_layout import Frame
-from ..sublayers.linear_map import Chain, Residual, Sum, Transposed
-from ..sublayers.primitives import Gate, Identity, Linear, Mix, Norm, Shift
-from ..sublayers.recomputed_pattern import RecomputedMix, Tiles
-from ..sublayers.weights import (
+from ..graph import Edge, Node
+from ..operator import Capture, Convention, FrozenBlock, Prompts
+from ..sublayers import (
+    MLP,
+    Attention,
     AttentionWeights,
     BlockWeights,
+    Chain,
     EmbedWeights,
+    Frame,
+    Gate,
+    GatedMLP,
     GatedMLPWeights,
+    Identity,
+    Linear,
+    Mix,
     MLPWeights,
     ModelWeights,
+    Norm,
     NormWeights,
+    RecomputedMix,
+    Residual,
     Rotation,
+    Scores,
     ScoreWeights,
+    Shift,
+    Sum,
+    Tiles,
+    Transposed,
+    Unembed,
     UnembedWeights,
 )
-
-MISSING = (
-    "this lens was loaded without weights: pass model= to tensorlens_tl.load, or save with "
-    "weights=True"
-)
+from .fingerprints import agree, products
+from .missing_weights import MISSING, MissingWeights
 
 _SKIPPED = {"tokenizer", "embed_weights", "score_weights"}  # the host's own; no operator needs them
 DTYPES = {
@@ -78,78 +84,7 @@ def _holds_weights(cls: type) -> bool:
 # --- Fingerprints --------------------------------------------------------------------------------
 
 
-def _numbers(n: int, seed: int) -> Tensor:
-    """Fixed numbers in [−1, 1), the same on every machine: an integer hash of 1 … n."""
-    x = (torch.arange(1, n + 1) + (seed << 40)) * 3141592653589793239
-    x = (x ^ (x >> 29)) * 2718281828459045235
-    return ((x ^ (x >> 32)) & 0xFFFFF).double() / 2**19 - 1
-
-
-def products(tensor: Tensor) -> list[str]:
-    """The product Σ r_i W_ij s_j with fixed pseudorandom r, s, and the norm of W, in float64."""
-    W = tensor.detach()
-    W = W.reshape(1, -1) if W.ndim < 2 else W
-    s = _numbers(W.shape[-1], 1).to(W.device)
-    rows, squares = [], torch.zeros((), dtype=torch.float64, device=W.device)
-    for part in W.split(max(1, 2**22 // math.prod(W.shape[1:]))):
-        part = part.double()
-        rows.append((part @ s).flatten())
-        squares += part.square().sum()
-    row = torch.cat(rows)
-    return [repr(float(row @ _numbers(len(row), 2).to(row))), repr(float(squares.sqrt()))]
-
-
-def agree(saved: list[str], found: list[str]) -> bool:
-    """Whether two pairs of products are of one tensor, up to rounding."""
-    # Machines add in different orders: a float64 sum may be off by a little.
-    off, size = abs(float(saved[0]) - float(found[0])), float(found[1])
-    return saved == found or (off <= 1e-12 * size and math.isclose(float(saved[1]), size))
-
-
 # --- Missing weights -----------------------------------------------------------------------------
-
-
-class MissingWeights:
-    """Stands where weights were not loaded: any use raises a ValueError that says what to do."""
-
-    __node__: dict[str, Any]
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("__"):
-            return object.__getattribute__(self, name)
-        raise ValueError(MISSING)
-
-    def __repr__(self) -> str:
-        return "<weights not loaded>"
-
-
-@cache
-def _missing_class(cls: type) -> type:
-    return type(f"Missing{cls.__name__}", (MissingWeights, cls), {})
-
-
-def missing(cls: type, node: dict[str, Any], path: str) -> Any:
-    """What stands in for weights of a class; it keeps their entry, to be saved again."""
-    stand_in = object.__new__(_missing_class(cls))
-    object.__setattr__(stand_in, "__node__", node)
-    return stand_in
-
-
-def require_weights(capture: Capture) -> Capture:
-    """The capture, if its weights are there.
-
-    Args:
-        capture: The run.
-
-    Returns:
-        The same capture.
-
-    Raises:
-        ValueError: If it was loaded without weights.
-    """
-    if isinstance(capture.unembed.weights, MissingWeights):
-        raise ValueError(MISSING)
-    return capture
 
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -281,70 +216,6 @@ def parse_dtype(name: Any, path: str) -> torch.dtype:
 
 
 # --- Checking ----------------------------------------------------------------------------------------
-
-
-def check(value: Any, hint: Any, path: str, sizes: dict[str, int]) -> None:
-    """Refuse a value that is not what its annotation says, shapes included.
-
-    Args:
-        value: From a file.
-        hint: The annotation of the field it is for.
-        path: Where it stands, for the message.
-        sizes: Named sizes so far; new ones are entered.
-
-    Raises:
-        ValueError: If it does not fit.
-    """
-    if hint is Any:
-        return
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        if _is_a(value, option):
-            hint = option
-            break
-    else:
-        raise ValueError(f"{path}: expected {hint}, got {type(value).__name__}")
-    arguments = get_args(hint)
-    if isinstance(value, Tensor):
-        _check_shape(value, hint, path, sizes)
-    elif isinstance(value, tuple):
-        each = arguments[0] if arguments[-1] is Ellipsis else None
-        if each is None and len(arguments) != len(value):
-            raise ValueError(f"{path}: expected {len(arguments)} values, got {len(value)}")
-        for i, item in enumerate(value):
-            check(item, arguments[i] if each is None else each, f"{path}.{i}", sizes)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            check(key, arguments[0], path, sizes)
-            check(item, arguments[1], f"{path}.{key}", sizes)
-    elif is_dataclass(value):
-        hints, own = get_type_hints(type(value)), dict(sizes)
-        parts = [(f.name, getattr(value, f.name)) for f in fields(value)]
-        for name, part in sorted(parts, key=lambda pair: not isinstance(pair[1], Tensor)):
-            check(part, hints[name], f"{path}.{name}", own)
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    if hasattr(hint, "dim_str"):
-        return isinstance(value, Tensor)
-    if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    if hint is int:
-        return type(value) is int
-    return hint is Any or isinstance(value, get_origin(hint) or hint)
-
-
-def _check_shape(tensor: Tensor, hint: Any, path: str, sizes: dict[str, int]) -> None:
-    if tensor.is_floating_point() != hint.__name__.startswith("Float"):
-        raise ValueError(f"{path}: expected {hint.__name__}, got {tensor.dtype}")
-    names = hint.dim_str.split()
-    expected = [
-        int(name) if name.isdigit() else sizes.setdefault(name.removeprefix("query_").removeprefix("key_"), n)
-        for name, n in zip(names, tensor.shape, strict=False)
-    ]  # fmt: skip
-    if len(names) != tensor.ndim or expected != list(tensor.shape):
-        shown = f"[{', '.join(names)}] = {expected}" if len(names) == tensor.ndim else names
-        raise ValueError(f"{path}: expected shape {shown}, got {list(tensor.shape)}")
 
 
 # --- Weights of a model --------------------------------------------------------------------------

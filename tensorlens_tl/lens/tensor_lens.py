@@ -12,20 +12,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..attribution.contrast import check_comparable, difference, fixed_baseline
-from ..attribution.head_loadings import loadings
-from ..attribution.paths import MAX_EXPANSIONS, Paths, find_paths
-from ..attribution.splits import Sweep, attribute, attribute_many
-from ..attribution.table import Attribution
-from ..attribution.targets import Target, TargetLike, own_prediction, resolve_target
-from ..circuits.circuit import Circuit, ModelInfo, edge_scores, find, named
-from ..circuits.subgraph import Subgraph
-from ..graph.nodes import Edge, Node
-from ..methods.operator_matrices import KINDS, TokenMatrix, plan_token_matrix
-from ..methods.registry import TokenScores, token_matrix, token_scores
-from ..operator.blocks import PLANNED
-from ..operator.cost_model import Plan
-from ..sublayers.linear_map import DENSE_LIMIT
+from ..attribution import (
+    MAX_EXPANSIONS,
+    Attribution,
+    Paths,
+    Sweep,
+    TargetLike,
+    attribute,
+    attribute_many,
+    check_comparable,
+    difference,
+    find_paths,
+    fixed_baseline,
+    loadings,
+    own_prediction,
+    resolve,
+)
+from ..circuits import Circuit, ModelInfo, Subgraph, edge_scores, find, named
+from ..graph import Edge, Node
+from ..methods import KINDS, TokenMatrix, TokenScores, plan_token_matrix, token_matrix, token_scores
+from ..operator import PLANNED, Plan
+from ..sublayers import DENSE_LIMIT
 from .frozen_run import FrozenRun
 from .saved_file import load_capture, save_capture
 
@@ -164,7 +171,9 @@ class TensorLens(FrozenRun):
                 f"{len(goals)}"
                 + (f", and {len(others)} versus" if len(others) != len(goals) else "")
             )
-        resolved = list(map(self._goal, goals, others, places))
+        resolved = [
+            resolve(self.capture, *each) for each in zip(goals, others, places, strict=True)
+        ]
         found = attribute_many(self.capture, self.operator, resolved, by, effect, qk=qk)
         return tuple(found)
 
@@ -270,23 +279,13 @@ class TensorLens(FrozenRun):
     ) -> Sweep:
         """The sweep of a target: kept for the latest few, so that asking again costs none."""
         self._check_unchanged()
-        goal = self._goal(target, versus, pos, predicted)
+        goal = resolve(self.capture, target, versus, pos, predicted)
         for sweep in self._sweeps:
             if sweep.target.same(goal):
                 return sweep
         self._sweeps.append(Sweep(self.capture, self.operator, goal))
         del self._sweeps[:-KEPT_SWEEPS]
         return self._sweeps[-1]
-
-    def _goal(
-        self,
-        target: TargetLike,
-        versus: TargetLike,
-        pos: int,
-        predicted: Int[Tensor, " batch"] | None = None,
-    ) -> Target:
-        goal = resolve_target(self.capture, target, pos, predicted)
-        return goal if versus is None else goal.minus(resolve_target(self.capture, versus, pos))
 
     @cached_property
     def _sweeps(self) -> list[Sweep]:
@@ -329,7 +328,7 @@ class TensorLens(FrozenRun):
                 does not exist, or k < 1.
         """
         self._check_unchanged()
-        goal = self._goal(target, versus, pos)
+        goal = resolve(self.capture, target, versus, pos)
         return find_paths(
             self.capture, self.operator, goal, k, from_token, by_position, constants,
             max_expansions, memory_limit,
@@ -399,7 +398,7 @@ class TensorLens(FrozenRun):
         Raises:
             ValueError: If the method, the target or an option does not exist, or the model is missing.
         """
-        goal = self._goal(target, versus, pos)
+        goal = resolve(self.capture, target, versus, pos)
         return token_scores(name, self.capture, self.operator, goal, model, **options)
 
     def plan(self, what: str, **arguments: Any) -> Plan:

@@ -1,1 +1,22 @@
-from .registry import METHODS as METHODS
+"""Every way to score tokens, the operator's and fifteen earlier ones, by one call.
+
+Key concepts:
+    METHODS: Every method by name.
+    TokenMatrix: How much of token j is in position i, for every prompt.
+    TokenScores: How much of a target is due to every token.
+"""
+
+from .operator_matrices import KINDS, plan_token_matrix
+from .registry import METHODS, check, token_matrix, token_scores
+from .tables import TokenMatrix, TokenScores
+
+__all__ = [
+    "KINDS",
+    "METHODS",
+    "TokenMatrix",
+    "TokenScores",
+    "check",
+    "plan_token_matrix",
+    "token_matrix",
+    "token_scores",
+]

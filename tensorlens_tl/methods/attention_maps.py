@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..operator.capture import Capture
+from ..operator import Capture
 
 Matrix = Float[Tensor, "batch query_pos key_pos"]
 

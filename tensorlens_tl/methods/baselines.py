@@ -24,12 +24,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attribution.targets import Target
-from ..operator.capture import Capture
-from ..sublayers.primitives import soft_cap_ratio
-from . import attention_maps as attention
-from . import gradients as gradient
-from . import value_vectors as vectors
+from ..attribution import Target
+from ..hosts import live_models
+from ..operator import Capture
+from ..sublayers import soft_cap_ratio
+from .attention_maps import attention_flow, last_layer_attention, mean_attention, random, rollout
+from .attnlrp import attnlrp
+from .gradients import chefer, grad_x_input, integrated_gradients
+from .value_vectors import (
+    alti,
+    decompx,
+    globenc,
+    norm_attention,
+    norm_attention_resln,
+    value_zeroing,
+)
 
 
 @dataclass(frozen=True)
@@ -69,22 +78,22 @@ class Baseline:
 
 _GIVEN = ("capture", "live", "query", "covector")
 _ROWS = (
-    Baseline("mean_attention", attention.mean_attention, "none", "–"),
-    Baseline("last_layer_attention", attention.last_layer_attention, "none", "–"),
-    Baseline("rollout", attention.rollout, "none", "Abnar & Zuidema 2020"),
-    Baseline("attention_flow", attention.attention_flow, "pos maximum flows", "Abnar & Zuidema 2020"),
-    Baseline("norm_attention", vectors.norm_attention, "1 forward", "Kobayashi et al. 2020"),
-    Baseline("norm_attention_resln", vectors.norm_attention_resln, "1 forward", "Kobayashi et al. 2021"),
-    Baseline("globenc", vectors.globenc, "1 forward", "Modarressi et al. 2022"),
-    Baseline("alti", vectors.alti, "1 forward", "Ferrando et al. 2022"),
-    Baseline("value_zeroing", vectors.value_zeroing, "pos forwards", "Mohebbi et al. 2023"),
-    Baseline("grad_x_input", gradient.grad_x_input, "1 forward, 1 backward", "Shrikumar et al. 2016"),
-    Baseline("integrated_gradients", gradient.integrated_gradients,
+    Baseline("mean_attention", mean_attention, "none", "–"),
+    Baseline("last_layer_attention", last_layer_attention, "none", "–"),
+    Baseline("rollout", rollout, "none", "Abnar & Zuidema 2020"),
+    Baseline("attention_flow", attention_flow, "pos maximum flows", "Abnar & Zuidema 2020"),
+    Baseline("norm_attention", norm_attention, "1 forward", "Kobayashi et al. 2020"),
+    Baseline("norm_attention_resln", norm_attention_resln, "1 forward", "Kobayashi et al. 2021"),
+    Baseline("globenc", globenc, "1 forward", "Modarressi et al. 2022"),
+    Baseline("alti", alti, "1 forward", "Ferrando et al. 2022"),
+    Baseline("value_zeroing", value_zeroing, "pos forwards", "Mohebbi et al. 2023"),
+    Baseline("grad_x_input", grad_x_input, "1 forward, 1 backward", "Shrikumar et al. 2016"),
+    Baseline("integrated_gradients", integrated_gradients,
              "steps + 1 forwards, steps backwards", "Sundararajan et al. 2017"),
-    Baseline("chefer", gradient.chefer, "1 forward, 1 backward", "Chefer et al. 2021"),
-    Baseline("attnlrp", gradient.attnlrp, "1 forward, 1 backward", "Achtibat et al. 2024"),
-    Baseline("decompx", vectors.decompx, "pos forwards", "Modarressi et al. 2023"),
-    Baseline("random", attention.random, "none", "–"),
+    Baseline("chefer", chefer, "1 forward, 1 backward", "Chefer et al. 2021"),
+    Baseline("attnlrp", attnlrp, "1 forward, 1 backward", "Achtibat et al. 2024"),
+    Baseline("decompx", decompx, "pos forwards", "Modarressi et al. 2023"),
+    Baseline("random", random, "none", "–"),
 )  # fmt: skip
 
 BASELINES: dict[str, Baseline] = {row.name: row for row in _ROWS}
@@ -113,7 +122,7 @@ def token_matrix(
     if not baseline.needs_model:
         return baseline.function(capture, **options)
     frame, u = capture.frame, _predictions(capture)
-    with gradient.live_models(capture, model) as lives:
+    with live_models(capture, model) as lives:
         matrix = frame.zeros(frame.n_pos)
         for live in lives:
             prompts, columns = live.place
@@ -149,7 +158,7 @@ def token_scores(
         found = baseline.function(capture, **given, **options)
         rows = torch.arange(frame.batch, device=frame.device)
         return found[rows, goal.query] if found.ndim == 3 else found
-    with gradient.live_models(capture, model) as lives:
+    with live_models(capture, model) as lives:
         found = frame.zeros(1)[..., 0]
         for live in lives:
             prompts, columns = live.place

@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
-from ..attribution import html as heat
-from ..attribution.table import at_least_one
-from ..attribution.targets import Target, TargetLike
-from ..graph.nodes import FINAL_SITE
-from ..operator.capture import Capture, Convention
-from ..operator.frozen_transformer import FrozenTransformer
+from ..attribution import Target, TargetLike
+from ..graph import FINAL_SITE
+from ..operator import Capture, FrozenTransformer
 from . import baselines
 from .baselines import BASELINES
-from .operator_matrices import KINDS, TokenMatrix, token_row
+from .operator_matrices import KINDS, token_row
 from .operator_matrices import token_matrix as collapse
+from .tables import TokenMatrix, TokenScores
 
 
 @dataclass(frozen=True)
@@ -53,58 +47,6 @@ METHODS: dict[str, Method] = {
     row.name: Method(row.name, row.cost, row.source, row.needs_model) for row in BASELINES.values()
 }
 """Every method by name, the operator's own first."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class TokenScores:
-    """How much of a target is due to every token, for every prompt of a batch.
-
-    Attributes:
-        method: Which.
-        values: [batch, pos]; 0 where there is padding.
-        labels: Every prompt's tokens.
-        spans: Where in ``values`` each prompt's tokens are.
-        target: The target's name, per prompt.
-        convention: The choice made for gated MLPs.
-    """
-
-    method: str
-    values: Float[Tensor, "batch pos"]
-    labels: tuple[tuple[str, ...], ...]
-    spans: tuple[tuple[int, int], ...]
-    target: tuple[str, ...]
-    convention: Convention
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, prompt: int) -> Float[Tensor, " pos"]:
-        """One prompt's scores, without padding."""
-        return self.values[prompt, slice(*self.spans[prompt])]
-
-    def top(self, k: int = 10, prompt: int = 0) -> list[tuple[str, float]]:
-        """The k tokens of the largest scores by absolute value, as (token@position, score).
-
-        Returns:
-            At most k pairs, largest first.
-
-        Raises:
-            ValueError: If k < 1.
-        """
-        scores = self[prompt]
-        order = scores.abs().argsort(descending=True)[: at_least_one(k, "k")].tolist()
-        return [(f'"{self.labels[prompt][i]}"@{i}', float(scores[i])) for i in order]
-
-    def __repr__(self) -> str:
-        head = f"{self.method} of {self.target[0]}"
-        head += f", prompt 1 of {len(self)}" if len(self) > 1 else ""
-        return "\n".join([head, *(f"  {value:+10.4f}  {name}" for name, value in self.top())])
-
-    def _repr_html_(self) -> str:
-        rows = zip(self.target, self.labels, range(len(self)), strict=True)
-        strips = (f"<div><b>{self.method}</b> of {escape(target)}</div>"
-                  + heat.strip(tokens, self[i].tolist()) for target, tokens, i in rows)  # fmt: skip
-        return "".join(strips)
 
 
 def token_matrix(

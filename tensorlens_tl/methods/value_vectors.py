@@ -19,9 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..operator.capture import Capture, FrozenBlock
-from ..sublayers.attention import MLP, FeedForward, GatedMLP
-from ..sublayers.primitives import Norm, gating_ratio
+from ..operator import Capture, FrozenBlock
+from ..sublayers import MLP, FeedForward, GatedMLP, Norm, gating_ratio
 from .attention_maps import Matrix, halved, product, rows
 
 # --- Norms of moved value vectors ----------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""One run composed into T: apply, transpose, blocks, singular vectors, restrictions, and what they cost.
+
+Key concepts:
+    Capture: What one run left: frozen sublayers, residual states, logits. No host, no hooks.
+    FrozenTransformer: T and its bias, X ↦ the final normalized residual y.
+    SecantOperator: The operator between two runs, exact on their difference.
+"""
+
+from .batched_sweep import Reduction, Sweep, dots, squares
+from .blocks import PLANNED
+from .capture import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
+from .cost_model import Plan, make_plan, memory_budget
+from .frozen_transformer import FrozenTransformer, Segment
+from .query_key import QueryKey
+from .residual_stream import Branch, Readers, Step, Trace
+from .restricted_transformer import RestrictedTransformer
+from .secant import SecantOperator
+
+__all__ = [
+    "Branch",
+    "Capture",
+    "CaptureMismatchError",
+    "Convention",
+    "FrozenBlock",
+    "FrozenTransformer",
+    "PLANNED",
+    "Plan",
+    "Prompts",
+    "QueryKey",
+    "Readers",
+    "Reduction",
+    "RestrictedTransformer",
+    "SecantOperator",
+    "Segment",
+    "Step",
+    "Sweep",
+    "Trace",
+    "dots",
+    "make_plan",
+    "memory_budget",
+    "squares",
+]

@@ -31,8 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..sublayers.linear_map import LinearMap
-from ..sublayers.recomputed_pattern import Tiles
+from ..sublayers import LinearMap, Tiles
 from .cost_model import (
     CAUSAL_TILE,
     ROWS,

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..hosts.supported import whole
-from ..sublayers.linear_map import DENSE_LIMIT, LinearMap
+from ..checks import whole
+from ..sublayers import DENSE_LIMIT, LinearMap
 from .batched_sweep import Reduction, Sweep, squares, states
 from .cost_model import Plan, make_plan, memory_budget
 from .svd import SVD, Triples

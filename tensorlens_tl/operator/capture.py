@@ -6,15 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..hosts.tokens import Prompts
-from ..sublayers.attention import MLP, Attention, GatedMLP, Sublayer, Unembed
-from ..sublayers.batch_layout import Frame, version
-from ..sublayers.primitives import Mix, Norm, Shift
-from ..sublayers.recomputed_pattern import RecomputedMix
-from ..sublayers.weights import EmbedWeights, ScoreWeights
+from ..sublayers import (
+    MLP,
+    Attention,
+    EmbedWeights,
+    Frame,
+    GatedMLP,
+    Mix,
+    Norm,
+    RecomputedMix,
+    ScoreWeights,
+    Shift,
+    Sublayer,
+    Unembed,
+    version,
+)
 
 GATES = ("gate", "up", "half")
 
@@ -220,3 +229,16 @@ class Capture:
             for block in self.blocks
         )
         return replace(self, blocks=blocks, convention=convention)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Token ids [batch, pos], each prompt's (start, stop) of real tokens, and their strings."""
+
+    tokens: Int[Tensor, "batch pos"]
+    spans: tuple[tuple[int, int], ...]
+    strings: tuple[tuple[str, ...], ...]
+
+
+class CaptureMismatchError(ValueError):
+    """What the operator would compute is not what the run computed; the message names where."""

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 import torch
 
-from ..hosts.supported import whole
+from ..checks import whole
 from .machine_rates import Cost, Rates, rates
 
 BLOCK_ROWS, FOLDED_BLOCK_ROWS = 8, 32

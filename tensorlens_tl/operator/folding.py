@@ -22,10 +22,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..sublayers.linear_map import Chain, LinearMap, Residual, Sum
-from ..sublayers.primitives import Gate, Identity, Linear, Mix, Norm, Shift
-from ..sublayers.recomputed_pattern import AnyMix, RecomputedMix, Tiles
-from ..sublayers.sublayer import Sublayer
+from ..sublayers import (
+    AnyMix,
+    Chain,
+    Gate,
+    Identity,
+    Linear,
+    LinearMap,
+    Mix,
+    Norm,
+    RecomputedMix,
+    Residual,
+    Shift,
+    Sublayer,
+    Sum,
+    Tiles,
+)
 from .cost_model import BranchShape, StageShape
 
 

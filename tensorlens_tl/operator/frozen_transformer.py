@@ -18,11 +18,8 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph.nodes import FINAL_SITE, Edge, Node, resid_site
-from ..graph.wiring import Wiring, as_edges
-from ..sublayers.batch_layout import Frame
-from ..sublayers.linear_map import Chain, LinearMap
-from ..sublayers.primitives import Identity, Norm, Shift
+from ..graph import FINAL_SITE, Edge, Node, Wiring, as_edges, resid_site
+from ..sublayers import Chain, Frame, Identity, LinearMap, Norm, Shift
 from .blocks import Contractible
 from .capture import Capture
 from .residual_stream import Branch, Step, Trace

@@ -24,14 +24,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..graph.nodes import Node
-from ..hosts.self_check import CaptureMismatchError
-from ..sublayers.attention import Attention
-from ..sublayers.attention_kernel import leaning_
-from ..sublayers.batch_layout import HALF, Frame
-from ..sublayers.factored import Factored
-from ..sublayers.primitives import Norm
-from ..sublayers.weights import NormWeights, Rotation, ScoreWeights
+from ..graph import Node
+from ..sublayers import (
+    HALF,
+    Attention,
+    Factored,
+    Frame,
+    Norm,
+    NormWeights,
+    Rotation,
+    ScoreWeights,
+    leaning_,
+)
+from .capture import CaptureMismatchError
 
 CELLS = 2**24
 """Entries of patterns held at a time: with more heads than that, some key/value heads at once."""

@@ -13,12 +13,21 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph.nodes import Node
-from ..sublayers.attention import Attention
-from ..sublayers.factored import Factored
-from ..sublayers.linear_map import Chain, LinearMap, Residual, Sum
-from ..sublayers.primitives import Norm, Shift, put_effects, put_row, take_row
-from ..sublayers.sublayer import Sublayer
+from ..graph import Node
+from ..sublayers import (
+    Attention,
+    Chain,
+    Factored,
+    LinearMap,
+    Norm,
+    Residual,
+    Shift,
+    Sublayer,
+    Sum,
+    put_effects,
+    put_row,
+    take_row,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,3 +227,20 @@ class Step:
         """The step as one map."""
         step = Residual(Sum(tuple(branch.map for branch in self.branches)))
         return Chain((step, *self.edits)) if self.edits else step
+
+
+@dataclass(frozen=True, eq=False)
+class Readers:
+    """Readers that see the same writers.
+
+    Attributes:
+        nodes: They.
+        below: How many writers they see.
+        covectors: Theirs, at the residual.
+        own: The shares of their own constants, by name.
+    """
+
+    nodes: tuple[Node, ...]
+    below: int
+    covectors: Factored
+    own: dict[str, Float[Tensor, "reader batch"]]

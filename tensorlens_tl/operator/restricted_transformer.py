@@ -18,10 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..graph.nodes import Edge, Node
-from ..graph.wiring import INPUT, LOGITS, owner
-from ..sublayers.batch_layout import Frame
-from ..sublayers.linear_map import Chain, LinearMap
+from ..graph import INPUT, LOGITS, Edge, Node, owner
+from ..sublayers import Chain, Frame, LinearMap
 from .residual_stream import Branch, Step
 
 Constants = Callable[[], dict[str, Tensor]]

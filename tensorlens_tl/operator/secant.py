@@ -34,17 +34,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attribution.edges import LOGITS, Readers
-from ..graph.nodes import Node
-from ..hosts.self_check import CaptureMismatchError
-from ..sublayers.attention import MLP, Attention, GatedMLP
-from ..sublayers.factored import Factored
-from ..sublayers.primitives import Identity, Norm, gating_ratio
-from ..sublayers.weights import NormWeights
-from .capture import Capture
+from ..graph import LOGITS, Node
+from ..sublayers import (
+    MLP,
+    Attention,
+    Factored,
+    GatedMLP,
+    Identity,
+    Norm,
+    NormWeights,
+    gating_ratio,
+)
+from .capture import Capture, CaptureMismatchError
 from .frozen_transformer import FrozenTransformer
 from .query_key import CELLS, Projection, check_pattern, lean, tolerated
-from .residual_stream import Branch
+from .residual_stream import Branch, Readers
 
 INSTEAD = "pass at='clean' or at='corrupted'"
 

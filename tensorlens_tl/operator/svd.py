@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..hosts.supported import whole
-from ..sublayers.linear_map import LinearMap
+from ..checks import whole
+from ..sublayers import LinearMap
 from .batched_sweep import Sweep, states
 from .cost_model import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
 from .folding import shape_of, stages_of

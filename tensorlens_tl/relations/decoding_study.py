@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..evaluation.bootstrap import Estimate, bootstrap
+from ..evaluation import Estimate, bootstrap
 from .linear_relation import METHODS
 from .relation import Relation
 from .statements import RANKS, Statements, state

@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..hosts.adapter import Read
-from ..hosts.supported import UnsupportedArchitectureError
-from ..methods.gradients import Edit, LiveModel
-from ..sublayers.primitives import gating_ratio
+from ..hosts import Edit, LiveModel, Read, UnsupportedArchitectureError
+from ..sublayers import gating_ratio
 
 PARTS = ("pattern", "scale", "ratio")
 

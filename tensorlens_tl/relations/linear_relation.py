@@ -30,9 +30,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph.nodes import FINAL_SITE, resid_site
-from ..lens.frozen_run import FrozenRun
-from ..methods.gradients import live_models
+from ..graph import FINAL_SITE, resid_site
+from ..hosts import live_models
+from ..lens import FrozenRun
 
 METHODS = ("operator", "jacobian")
 ROWS = 256

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, equal
 
-from ..hosts.bridge import adapt
+from ..hosts import adapt
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..hosts.bridge import adapt
-from ..lens.tensor_lens import TensorLens
-from ..methods.gradients import LiveModel
+from ..hosts import LiveModel, adapt
+from ..lens import TensorLens
 from ..plugin import capture
 from .linear_relation import (
     METHODS,

@@ -25,9 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..evaluation.bootstrap import Estimate, bootstrap, median
-from ..lens.tensor_lens import TensorLens
-from ..methods.gradients import Edit, LiveModel, hooked, live_models
+from ..evaluation import Estimate, bootstrap, median
+from ..hosts import Edit, LiveModel, hooked, live_models
+from ..lens import TensorLens
 from ..plugin import capture
 from .held_model import PARTS, holding
 

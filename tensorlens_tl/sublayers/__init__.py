@@ -1,0 +1,78 @@
+"""The mathematics: affine maps, and every sublayer of a transformer frozen into one.
+
+Key concepts:
+    LinearMap: x ↦ A x with its exact adjoint and, apart from it, a constant. Nothing is dense.
+    Frame: What all vectors of a batch share: spans of real tokens, positions, dtype, device.
+    Sublayer: Attention, MLP or unembedding of one run, as a chain of linear maps with named parts.
+"""
+
+from .activations import gating_ratio, soft_cap_ratio
+from .attention import Attention
+from .attention_kernel import Scores, leaning_
+from .batch_layout import HALF, Frame, version
+from .factored import Factored
+from .linear_map import DENSE_LIMIT, Chain, LinearMap, Residual, Sum, Transposed, dot_test
+from .mlp import MLP, FeedForward, GatedMLP
+from .primitives import Gate, Identity, Linear, Mix, Norm, Shift, put_effects, put_row, take_row
+from .recomputed_pattern import HOST, AnyMix, RecomputedMix, Tiles
+from .sublayer import Sublayer
+from .unembed import Unembed
+from .weights import (
+    AttentionWeights,
+    BlockWeights,
+    EmbedWeights,
+    GatedMLPWeights,
+    MLPWeights,
+    ModelWeights,
+    NormWeights,
+    Rotation,
+    ScoreWeights,
+    UnembedWeights,
+)
+
+__all__ = [
+    "AnyMix",
+    "Attention",
+    "AttentionWeights",
+    "BlockWeights",
+    "Chain",
+    "DENSE_LIMIT",
+    "EmbedWeights",
+    "Factored",
+    "FeedForward",
+    "Frame",
+    "Gate",
+    "GatedMLP",
+    "GatedMLPWeights",
+    "HALF",
+    "HOST",
+    "Identity",
+    "Linear",
+    "LinearMap",
+    "MLP",
+    "MLPWeights",
+    "Mix",
+    "ModelWeights",
+    "Norm",
+    "NormWeights",
+    "RecomputedMix",
+    "Residual",
+    "Rotation",
+    "ScoreWeights",
+    "Scores",
+    "Shift",
+    "Sublayer",
+    "Sum",
+    "Tiles",
+    "Transposed",
+    "Unembed",
+    "UnembedWeights",
+    "dot_test",
+    "gating_ratio",
+    "leaning_",
+    "put_effects",
+    "put_row",
+    "soft_cap_ratio",
+    "take_row",
+    "version",
+]

@@ -7,49 +7,22 @@ MLP is Linear, Gate, Linear. Weights are referenced, never copied.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from ..graph.nodes import Node
+from ..graph import Node
 from .batch_layout import Frame
 from .factored import Factored
-from .linear_map import Chain, LinearMap, Sum
-from .primitives import (
-    Gate,
-    Linear,
-    Norm,
-    Shift,
-    gating_ratio,
-    put_effects,
-    put_row,
-    soft_cap_ratio,
-    take_row,
-)
+from .linear_map import Chain
+from .primitives import Linear, Norm, Shift, put_effects
 from .recomputed_pattern import AnyMix
-from .sublayer import Sublayer
-from .weights import AttentionWeights, GatedMLPWeights, MLPWeights, UnembedWeights
-
-
-def _chain(maps: tuple[LinearMap | None, ...]) -> Chain:
-    return Chain(tuple(m for m in maps if m is not None))
-
-
-def _edits(**stages: Shift | None) -> dict[str, Shift]:
-    return {stage: edit for stage, edit in stages.items() if edit is not None}
-
-
-def _push(x: Tensor, m: LinearMap) -> Tensor:
-    return reduce(torch.add, m.constants().values(), m.apply(x))  # absent constants cost nothing
-
-
-def _unknown(node: Node, nodes: tuple[Node, ...]) -> ValueError:
-    return ValueError(f"no part {node} here; there are {nodes[0]} to {nodes[-1]}")
+from .sublayer import Sublayer, _chain, _edits, _unknown
+from .weights import AttentionWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,210 +169,3 @@ class Attention(Sublayer):
     @property
     def edits(self) -> dict[str, Shift]:
         return _edits(v=self.v_edit, z=self.z_edit)
-
-
-@dataclass(frozen=True, eq=False)
-class FeedForward(Sublayer):
-    """What MLPs of either kind share: one node, b_out outside it, nothing between positions."""
-
-    frame: Frame
-    layer: int
-    weights: MLPWeights | GatedMLPWeights
-
-    @property
-    def output(self) -> Linear:
-        """The map from post-activations to what the MLP adds."""
-        return Linear(self.frame, self.weights.W_out, self.weights.b_out, f"L{self.layer}.b_out")
-
-    @property
-    @abstractmethod
-    def map(self) -> Chain: ...
-
-    @abstractmethod
-    def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
-        """The sublayer at one position per prompt."""
-
-    def nodes(self) -> tuple[Node, ...]:
-        return (Node("mlp", self.layer),)
-
-    def part(self, node: Node) -> FeedForward:
-        if node not in self.nodes():
-            raise _unknown(node, self.nodes())
-        none = dict.fromkeys(f"{stage}_edit" for stage in self.edits)
-        return replace(self, weights=replace(self.weights, b_out=None), **none)
-
-    def hidden(self, x):
-        maps = (self.part(self.nodes()[0]) if self.edits else self).map.maps[:-1]
-        return reduce(_push, maps, x)
-
-    def hidden_in_run(self, x):
-        return self.hidden(x) if self.edits else self.posts
-
-    @property
-    @abstractmethod
-    def posts(self) -> Float[Tensor, "batch pos d_mlp"]:
-        """What W_out read in the run, where nobody edited it."""
-
-    def hidden_at(self, x, query):
-        return self.row(query).hidden(take_row(x, query))[:, 0]
-
-    def pull_at(self, y, query, effects):
-        own: dict[str, Tensor] = {}
-        found = self.row(query).pull(y, own)
-        effects |= put_effects(own, query, self.frame.n_pos)
-        covector, kept = (put_row(row, query, self.frame.n_pos) for row in found)
-        return covector, kept
-
-    @property
-    def external(self):
-        return f"L{self.layer}.b_out", self.weights.b_out
-
-
-@dataclass(frozen=True, eq=False)
-class MLP(FeedForward):
-    """An MLP with its gating ratios frozen, r = act(z) / z: y = ((x W_in + b_in) ⊙ r) W_out + b_out.
-
-    The run left z (``pre``); its ratios are computed on first use. SoLU models normalize between
-    gate and W_out: ``ln_scale`` is that norm's frozen scale.
-    """
-
-    weights: MLPWeights
-    pre: Float[Tensor, "batch pos d_mlp"]
-    ln_scale: Float[Tensor, "batch pos 1"] | None = None
-    pre_edit: Shift | None = None
-    post_edit: Shift | None = None
-
-    @cached_property
-    def map(self) -> Chain:
-        w, name, ln = self.weights, f"L{self.layer}", None
-        if w.ln is not None and self.ln_scale is not None:
-            width = self.pre.shape[-1]
-            ln = Norm(self.frame, f"{name}.mlp.ln", self.ln_scale, w.ln, width)
-        return _chain(
-            (
-                Linear(self.frame, w.W_in, w.b_in, f"{name}.b_in"),
-                self.pre_edit,
-                Gate(self.frame, gating_ratio(w.act, self.pre)),
-                ln,
-                self.post_edit,
-                self.output,
-            )
-        )
-
-    @property
-    def posts(self):
-        return reduce(_push, self.map.maps[1:-1], self.pre)
-
-    @property
-    def edits(self) -> dict[str, Shift]:
-        return _edits(pre=self.pre_edit, post=self.post_edit)
-
-    def row(self, query) -> MLP:
-        scale = None if self.ln_scale is None else take_row(self.ln_scale, query)
-        pre = take_row(self.pre, query)
-        return replace(self, frame=self.frame.row, pre=pre, ln_scale=scale)
-
-
-@dataclass(frozen=True, eq=False)
-class GatedMLP(FeedForward):
-    """A gated MLP, post = act(g) ⊙ u with g = x W_gate + b_gate and u = x W_in + b_in, made linear.
-
-    The product is bilinear, so its linear form is a choice (``Convention.gate``):
-
-        "gate"  act(g) frozen, linear in u      post = on_up ⊙ u,    on_up = act(g)
-        "up"    u frozen, linear in g           post = on_gate ⊙ g,  on_gate = u ⊙ act(g)/g
-        "half"  half of each
-
-    All three reproduce the run, which left g (``pre``) and u (``pre_linear``).
-    """
-
-    weights: GatedMLPWeights
-    pre: Float[Tensor, "batch pos d_mlp"]
-    pre_linear: Float[Tensor, "batch pos d_mlp"]
-    convention: str = "gate"
-    pre_edit: Shift | None = None
-    pre_linear_edit: Shift | None = None
-    post_edit: Shift | None = None
-
-    @cached_property
-    def map(self) -> Chain:
-        w, name, frame = self.weights, f"L{self.layer}", self.frame
-        share = 0.5 if self.convention == "half" else 1.0
-        ratio = gating_ratio(w.act, self.pre) * share
-        branches: list[LinearMap] = []
-        if self.convention in ("gate", "half"):
-            up = Linear(frame, w.W_in, w.b_in, f"{name}.b_in")
-            gate = Gate(frame, ratio * self.pre)
-            branches.append(_chain((up, self.pre_linear_edit, gate)))
-        if self.convention in ("up", "half"):
-            into = Linear(frame, w.W_gate, w.b_gate, f"{name}.b_gate")
-            gate = Gate(frame, ratio * self.pre_linear)
-            branches.append(_chain((into, self.pre_edit, gate)))
-        offset = None
-        if w.b_post is not None:  # HookedTransformer adds b_in after gating
-            offset = Gate(frame, torch.ones_like(ratio), w.b_post, f"{name}.b_in")
-        whole = Sum(tuple(branches)) if len(branches) > 1 else branches[0]
-        return _chain((whole, offset, self.post_edit, self.output))
-
-    @property
-    def posts(self):
-        b = 0.0 if self.weights.b_post is None else self.frame.cast(self.weights.b_post)
-        return gating_ratio(self.weights.act, self.pre) * self.pre * self.pre_linear + b
-
-    @property
-    def edits(self) -> dict[str, Shift]:
-        used = {"post": self.post_edit}
-        if self.convention in ("gate", "half"):
-            used["pre_linear"] = self.pre_linear_edit
-        if self.convention in ("up", "half"):
-            used["pre"] = self.pre_edit
-        return _edits(**used)
-
-    def row(self, query) -> GatedMLP:
-        pre, up = take_row(self.pre, query), take_row(self.pre_linear, query)
-        return replace(self, frame=self.frame.row, pre=pre, pre_linear=up)
-
-
-@dataclass(frozen=True, eq=False)
-class Unembed(LinearMap):
-    """The readout (y W_U + b_U) ⊙ ratio: a soft cap's ratio cap(l) / l is frozen.
-
-    ``final`` is the run's own final normalized residual: where it is capped, the ratio is
-    computed from it on first use, since [pos, d_vocab] ratios are the largest frozen quantity.
-    """
-
-    frame: Frame
-    weights: UnembedWeights
-    final: Float[Tensor, "batch pos d_model"]
-
-    @cached_property
-    def ratio(self) -> Tensor | float:
-        if self.weights.soft_cap is None:
-            return 1.0
-        logits = self._linear.apply(self.final) + self._linear.bias
-        return soft_cap_ratio(logits, self.weights.soft_cap)
-
-    @property
-    def _linear(self) -> Linear:
-        return Linear(self.frame, self.weights.W_U, self.weights.b_U, "b_U")
-
-    @property
-    def in_dim(self) -> int:
-        return self.weights.W_U.shape[0]
-
-    @property
-    def out_dim(self) -> int:
-        return self.weights.W_U.shape[1]
-
-    def apply(self, x):
-        return self._linear.apply(x) * self.ratio
-
-    def apply_t(self, y, effects=None):
-        return self._linear.apply_t(y * self.ratio, effects)
-
-    @property
-    def bias(self):
-        return self._linear.bias * self.ratio
-
-    def constants(self):
-        return dict.fromkeys(self._linear.constants(), self.bias)

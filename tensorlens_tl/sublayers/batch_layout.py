@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..hosts.supported import check_autocast, whole
+from ..checks import check_autocast, whole
 
 HALF = (torch.bfloat16, torch.float16)
 """Precisions that a model may have and the operator never has."""

@@ -349,3 +349,10 @@ class _Weighing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return _Weighing.apply(gradients[0], ctx.mix, not ctx.pull), None, None
+
+
+HOST = (
+    "patterns recomputed tile by tile; the model's own forward pass computed them whole, one layer "
+    "at a time, and kept none (HookedTransformer's and the Bridge's attention have no other way)"
+)
+"""What pattern="recomputed" saves and what it cannot, for people who plan memory."""

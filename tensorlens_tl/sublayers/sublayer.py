@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph.nodes import Node
+from ..graph import Node
 from .factored import Factored
-from .linear_map import LinearMap
+from .linear_map import Chain, LinearMap
 from .primitives import Linear, Shift
 
 
@@ -212,3 +213,19 @@ class Sublayer(LinearMap):
 
     def constants(self):
         return self.map.constants()
+
+
+def _chain(maps: tuple[LinearMap | None, ...]) -> Chain:
+    return Chain(tuple(m for m in maps if m is not None))
+
+
+def _edits(**stages: Shift | None) -> dict[str, Shift]:
+    return {stage: edit for stage, edit in stages.items() if edit is not None}
+
+
+def _push(x: Tensor, m: LinearMap) -> Tensor:
+    return reduce(torch.add, m.constants().values(), m.apply(x))  # absent constants cost nothing
+
+
+def _unknown(node: Node, nodes: tuple[Node, ...]) -> ValueError:
+    return ValueError(f"no part {node} here; there are {nodes[0]} to {nodes[-1]}")

@@ -1,0 +1,1 @@
+"""Tiny models of every family, and the table of what works where."""

@@ -1,0 +1,44 @@
+"""Names of nodes and edges in EAP-IG and MIB."""
+
+from __future__ import annotations
+
+import re
+
+from ..graph import Edge, Node
+
+_EAP = re.compile(r"input|logits|a(\d+)\.h(\d+)(?:<([qkv])>)?|m(\d+)")
+
+
+def eap_name(node: Node | Edge) -> str:
+    """The name in the files of EAP-IG and MIB: "a0.h1", "m0", "a0.h1->a1.h2<q>"."""
+    if isinstance(node, Edge):
+        return f"{eap_name(node.src)}->{eap_name(node.dest)}"
+    if node.kind == "head":
+        return f"a{node.layer}.h{node.index}" + (f"<{node.name}>" if node.name else "")
+    return f"m{node.layer}" if node.kind == "mlp" else str(node)
+
+
+def parse_eap(text: str) -> Edge:
+    """The edge of a name in the files of EAP-IG and MIB.
+
+    Returns:
+        The edge.
+
+    Raises:
+        ValueError: If it is none.
+
+    >>> str(parse_eap("a0.h1->a1.h2<q>"))
+    'L0H1→L1H2.q'
+    """
+    ends = []
+    for part in text.split("->"):
+        if not (found := _EAP.fullmatch(part)):
+            raise ValueError(f"{text!r} is no edge; expected a name such as 'a0.h1->a1.h2<q>'")
+        layer, head, name, mlp = found.groups()
+        if head is not None:
+            ends.append(Node("head", int(layer), int(head), name or ""))
+        else:
+            ends.append(Node(part) if mlp is None else Node("mlp", int(mlp)))
+    if len(ends) != 2 or ends[0].name:
+        raise ValueError(f"{text!r} is no edge; expected a name such as 'a0.h1->a1.h2<q>'")
+    return Edge(*ends)

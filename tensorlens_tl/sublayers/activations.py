@@ -1,0 +1,55 @@
+"""Activation functions as gating ratios act(z)/z, and the soft cap."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def _tanh_gelu(z: Tensor, k: float = math.sqrt(2 / math.pi)) -> Tensor:
+    # ½(1 + tanh u) = σ(2u) with u = k (z + 0.044715 z³); in three passes, as it runs per neuron.
+    return torch.addcmul(z.new_tensor(2 * k), z, z, value=2 * k * 0.044715).mul_(z).sigmoid_()
+
+
+RATIOS = {
+    "relu": lambda z: (z > 0).to(z.dtype),
+    "relu2": lambda z: z.clamp_min(0),
+    "silu": torch.sigmoid,
+    "gelu": lambda z: 0.5 * (1 + torch.erf(z / math.sqrt(2))),
+    "gelu_tanh": _tanh_gelu,
+    "gelu_fast": lambda z: _tanh_gelu(z, 0.7978845608),  # √(2/π) as that activation rounds it
+    "gelu_bloom": lambda z: _tanh_gelu(z, 0.79788456),  # and as Hugging Face's BLOOM does
+    "quick_gelu": lambda z: torch.sigmoid(1.702 * z),
+    "solu": lambda z: z.softmax(-1),
+}
+"""act(z) / z in closed form, by canonical activation name: no division, no hole at z = 0."""
+
+
+def gating_ratio(act: str, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The frozen ratio r = act(z) / z of an activation, elementwise and in closed form.
+
+    GELU gives Φ(z), its tanh form ½(1 + tanh √(2/π)(z + 0.044715 z³)), SiLU σ(z), ReLU 1[z > 0],
+    squared ReLU max(z, 0), SoLU softmax(z).
+
+    Args:
+        act: One of :data:`RATIOS`.
+        z: Pre-activations.
+
+    Returns:
+        The ratios, in z's shape and dtype; r ⊙ z is the activation.
+
+    Raises:
+        ValueError: If the activation is not known.
+    """
+    if act not in RATIOS:
+        raise ValueError(f"no closed-form ratio for activation {act!r}; known: {', '.join(RATIOS)}")
+    return RATIOS[act](z)
+
+
+def soft_cap_ratio(logits: Tensor, cap: float) -> Tensor:
+    """Cap · tanh(l / cap) / l, with its limit 1 at l = 0."""
+    t = logits / cap
+    return torch.where(t == 0, torch.ones_like(t), torch.tanh(t) / torch.where(t == 0, 1, t))

@@ -1,0 +1,195 @@
+"""Attributions over many prompts; how results print, sum, sort and draw themselves."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from comparisons import assert_close
+from models import ALL, lens_of, quiet, tokens
+
+import tensorlens_tl
+from tensorlens_tl import Attribution, Node, demo
+from tensorlens_tl.attribution import html as heat
+
+pytestmark = pytest.mark.algebra
+
+FIRST = ALL[0]
+
+
+def prompts(n=5):
+    return list(tokens(n))
+
+
+def test_means_are_those_of_single_attributions(tmp_path):
+    model, path = FIRST.model(), tmp_path / "rows.jsonl"
+    with quiet():
+        found = tensorlens_tl.attribute(model, prompts(), 3, 4, by="head", batch_size=2, path=path)
+        singles = [
+            tensorlens_tl.capture(model, ids)[1].attribute(3, 4, by="head") for ids in prompts()
+        ]
+    values = torch.cat([a.sum("pos").values for a in singles])
+    assert_close(found.mean, values.mean(0), 1e-12)
+    assert_close(found.sem, values.std(0) / math.sqrt(5), 1e-10)
+    assert found.n == 5 and found.nodes == tuple(s.node for s in singles[0].sum("pos").sources)
+    assert math.isclose(found.target_mean, sum(float(a.target_value) for a in singles) / 5)
+    assert found.completeness_error is not None and found.completeness_error <= 1e-11
+    lines = [Attribution.from_json(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 5
+    for line, single in zip(lines, singles, strict=True):
+        assert_close(line.values, single.values, 1e-10)
+    table = found.to_dataframe()
+    assert list(table.columns) == ["node", "mean", "sem"] and len(table) == len(found.nodes)
+    assert [abs(mean) for _, mean, _ in found.top(3)] == sorted(found.mean.abs().tolist())[::-1][:3]
+    assert repr(found).startswith("Attribution by head, mean of 5 prompts = ") and " ± " in repr(
+        found
+    )
+
+
+def test_targets_of_their_own_and_prompts_of_several_lengths(capsys):
+    model = FIRST.model()
+    ragged = [ids[: 4 + i] for i, ids in enumerate(prompts(3))]
+    found = tensorlens_tl.attribute(model, ragged, [1, 2, None], by="component", progress=True)
+    assert "3/3" in capsys.readouterr().err
+    with quiet(), torch.no_grad():
+        values = [
+            tensorlens_tl.capture(model, ids)[1].attribute(t, by="component").values[0]
+            for ids, t in zip(ragged, (1, 2, None), strict=True)
+        ]
+    assert_close(found.mean, torch.stack(values).mean(0), 1e-10)
+    one = tensorlens_tl.attribute(model, ragged[:1], effect="total")
+    assert one.sem.isnan().all() and one.completeness_error is None
+    data = json.loads(one.to_json())
+    assert data["n"] == 1 and {row["sem"] for row in data["rows"]} == {None}
+    data = json.loads(found.to_json())
+    assert [row["mean"] for row in data["rows"]] == found.mean.tolist()
+    assert [row["node"] for row in data["rows"]] == list(map(str, found.nodes))
+    assert "mean of 3 prompts" in found._repr_html_() and "(± " in found._repr_html_()
+
+
+def test_strings_are_padded_in_batches():
+    with quiet():
+        model = demo.load_model()
+        pairs = demo.prompts("ioi", 6)
+        texts, answers, foils = (
+            [getattr(p, n) for p in pairs] for n in ("clean", "answer", "foil")
+        )
+        found = tensorlens_tl.attribute(model, texts, answers, foils, by="component", batch_size=4)
+        singles = [
+            model.run_with_tensorlens(t)[1].attribute(a, f, by="component").values[0]
+            for t, a, f in zip(texts, answers, foils, strict=True)
+        ]
+    assert (found.mean - torch.stack(singles).double().mean(0)).abs().max() <= 1e-3
+    assert found.completeness_error <= 1e-5 and found.target_mean > 0
+
+
+def test_ids_as_the_host_gives_them():
+    """Ids [1, pos], and targets as a tensor: as lists of ids and of targets are."""
+    model, targets = FIRST.model(), torch.tensor([1, 2, 3, 4, 5])
+    with quiet():
+        expected = tensorlens_tl.attribute(model, prompts(), targets.tolist())
+        found = tensorlens_tl.attribute(
+            model, [torch.as_tensor(ids)[None] for ids in prompts()], targets
+        )
+    assert torch.equal(found.mean, expected.mean) and torch.equal(found.sem, expected.sem)
+
+
+def test_refusals():
+    model = FIRST.model()
+    for wrong in ([], "a prompt"):
+        with pytest.raises(ValueError, match="expected a list of prompts, got"):
+            tensorlens_tl.attribute(model, wrong)
+    with pytest.raises(ValueError, match="one of targets per prompt, 5, or one for all, got 2"):
+        tensorlens_tl.attribute(model, prompts(), [1, 2])
+    with pytest.raises(ValueError, match="one of versus per prompt, 5, or one for all, got 1"):
+        tensorlens_tl.attribute(model, prompts(), 1, [2])
+    with pytest.raises(ValueError, match="batch_size as an integer ≥ 1, got 0"):
+        tensorlens_tl.attribute(model, prompts(), batch_size=0)
+    with pytest.raises(ValueError, match="k as an integer ≥ 1, got 0"):
+        tensorlens_tl.attribute(model, prompts(2)).top(0)
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+def test_sums_over_axes():
+    a = lens_of(FIRST).attribute(3, 4)
+    total = a.values.sum(1)
+    for axis in ("pos", "node", "layer"):
+        b = a.sum(axis)
+        assert_close(b.values.sum(1), total, 1e-12)
+        assert (
+            b.completeness_error <= 1e-11 and len(b.sources) < len(a.sources)
+        ) or axis == "layer"
+    by_pos = a.sum("node")
+    columns = {p: [i for i, s in enumerate(a.sources) if s.pos == p] for p in range(7)}
+    for i, source in enumerate(by_pos.sources[:7]):
+        assert_close(by_pos.values[:, i], a.values[:, columns[source.pos]].sum(1), 1e-12)
+        assert by_pos.labels[1][i] == a.labels[1][columns[source.pos][0]]
+    heads = lens_of(FIRST).attribute(3, 4, by="head")
+    assert heads.labels[0][7].startswith("L0H1 ← ") and heads.sum("pos").labels[0][1] == "L0H1"
+    edges = lens_of(FIRST).attribute(3, 4, by="edge")
+    assert edges.sum("src").labels[0][0] == "L0H0.v" and edges.sum("dest").labels[0][0] == "embed"
+
+
+def test_every_kind_of_row_survives_json():
+    lens = lens_of(FIRST)
+    tables = [
+        lens.attribute(3, 4, by=by) for by in ("edge", "order", "dimension", "neuron", "layer")
+    ]
+    tables += [lens.attribute(3, by="head", effect="total"), lens.loadings(2, 3)]
+    tables += [lens.attribute(3, baseline=lens), lens.attribute(3, baseline="zero")]
+    for a in (*tables, tables[0].sum("src"), lens.attribute(3).sum("node")):
+        again = Attribution.from_json(a.to_json())
+        assert torch.equal(again.values, a.values) and repr(again) == repr(a)
+        assert again.sources == a.sources and again.labels == a.labels and again.effect == a.effect
+
+
+def test_an_attribution_saved_before_there_were_total_effects_is_read():
+    a = lens_of(FIRST).attribute(3)
+    data = json.loads(a.to_json())
+    data["format"] = "tensorlens_tl attribution 1"
+    del data["effect"]
+    assert Attribution.from_json(json.dumps(data)).effect == "direct"
+
+
+def test_a_notebook_shows_tokens_heads_and_tables():
+    lens = lens_of(FIRST)
+    strip = lens.attribute(3, 4)._repr_html_()
+    assert strip.count("<span") == 2 * 7 and "by token (direct)" in strip
+    grid = lens.attribute(3, 4, by="head")._repr_html_()
+    assert grid.count("<table>") == 2 and ">H3<" in grid and ">L1<" in grid
+    assert lens.loadings(2, 3)._repr_html_().count(">H0<") == 2
+    table = lens.attribute(3, 4, by="component", effect="total")._repr_html_()
+    assert table.count("<tr>") == 2 * 20
+    assert "rgba(214, 96, 77, 1.00)" in strip + grid + table
+
+
+def test_pictures_tell_what_they_have_no_place_for():
+    """Constants, other components and the operator's change, so that nothing of the sum is hidden."""
+    lens = lens_of(FIRST)[0]
+    for by in ("token", "head"):
+        a = lens.attribute(3, 4, by=by)
+        shown = "embed" if by == "token" else "head"
+        beside = sum(
+            float(a.values[0, i]) for i, s in enumerate(a.sources)
+            if (s.pos is None if by == "token" else s.node.kind != shown)
+        )  # fmt: skip
+        name = "constants" if by == "token" else "other components"
+        assert f"<div>{name} {beside:+.4g}</div>" in a._repr_html_()
+    with quiet(), torch.no_grad():
+        other = tensorlens_tl.capture(FIRST.model(), tokens(1, seed=1))[1]
+    a = lens.attribute(3, baseline=other)
+    assert f"operator change {float(a.values[0, -1]):+.4g}</div>" in a._repr_html_()
+    nothing = lens.attribute(3, baseline=lens)
+    assert repr(nothing).splitlines()[1] == f"  … {len(nothing.sources)} exactly 0"
+
+
+def test_pictures_escape_what_they_show():
+    text = heat.strip(['<b>"&', " x"], [1.0, -2.0])
+    assert "<b>" not in text and "&lt;b&gt;" in text and "rgba(67, 147, 195, 1.00)" in text
+    assert heat.strip(["a"], [0.0]).count("0.00)") == 1
+    assert "nan" in heat.table([("x", math.nan), ("y", 1.0)])
+    assert re.findall(r">([+-][\d.]+)<", heat.grid([[0.5, -1.0]])) == ["+0.50", "-1.00"]
+    assert Node.parse("L3") == Node("layer", 3)

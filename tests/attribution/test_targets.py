@@ -1,0 +1,103 @@
+"""Targets at the edge of what may be asked: equal ones, odd types, many at once."""
+
+import numpy as np
+import pytest
+import torch
+from comparisons import assert_close
+from models import ALL, D_VOCAB, lens_of, quiet, tokens
+
+import tensorlens_tl
+from tensorlens_tl.attribution.splits import BY
+
+every_case = pytest.mark.parametrize("case", ALL, ids=str)
+
+
+@every_case
+def test_a_target_less_an_equal_one_is_exactly_0(case):
+    """Also where the same logit is reached by another sum (a direction, a frozen soft cap)."""
+    lens = lens_of(case)
+    same = torch.eye(D_VOCAB, dtype=torch.float64)[3]
+    for versus in (3, same, same.float()):
+        for by in BY:
+            a = lens.attribute(3, versus, by=by)
+            assert not a.values.any() and not a.target_value.any(), by
+            assert "off by" not in repr(a[0]) and f"{a[0].values.shape[1]} exactly 0" in repr(a[0])
+        assert not lens[0].paths(3, 5, versus)
+    other = lens.attribute(3, 4)
+    assert other.values.abs().sum() > 1e-3  # others are not swallowed
+    near = same.clone()
+    near[4] = 1e-9
+    tiny = lens.attribute(near, versus=3)
+    assert_close(tiny.values.sum(1), 1e-9 * lens.logits[:, -1, 4], 1e-3)
+
+
+def test_integers_of_every_kind():
+    lens = lens_of(ALL[0])
+    expected = lens.attribute(3, pos=2).values
+    for target in (np.int64(3), np.array(3), torch.tensor(3)):
+        assert torch.equal(lens.attribute(target, pos=2).values, expected)
+    assert_close(lens.attribute(np.eye(D_VOCAB)[3], pos=2).values, expected, 1e-12)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"target": torch.full((D_VOCAB,), torch.nan)}, "finite real numbers, got nan or inf"),
+        ({"target": torch.zeros(D_VOCAB, dtype=torch.complex64)}, "real numbers, got complex"),
+        ({"target": 3.0}, "a target token, id or direction, got 3.0 of float: pass a string"),
+        ({"target": [3, 4]}, r"a direction in logits \[50\] .*got shape \[2\]"),
+        ({"pos": 1.5}, "a position as an integer, got 1.5"),
+        ({"at": "corrupted"}, "a baseline to go with at='corrupted', got none: leave at out"),
+        ({"by": "expert"}, "got 'expert': no model with experts can be frozen yet"),
+        ({"baseline": ["zero"]}, r"an embedding \[32\], got list: capture a corrupted prompt"),
+    ],
+)
+def test_refusals(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        lens_of(ALL[0]).attribute(**kwargs)
+
+
+@pytest.mark.wrong_types
+def test_numpy_positions():
+    lens = lens_of(ALL[0])
+    assert torch.equal(lens.attribute(3, pos=np.int64(2)).values, lens.attribute(3, pos=2).values)
+    assert len(lens.attribute_many(pos=np.arange(3))) == 3
+    a, b = (lens.loadings(p, 3) for p in (np.int64(2), 2))
+    assert torch.equal(a.values, b.values) and a.target == b.target
+
+
+@every_case
+def test_many_targets_against_others(case):
+    lens = lens_of(case)
+    many = lens.attribute_many([3, None, 5], versus=[4, 6, None])
+    for (target, versus), a in zip(((3, 4), (None, 6), (5, None)), many, strict=True):
+        own = lens.attribute(target, versus)
+        assert a.target == own.target
+        assert_close(a.values, own.values, 1e-10)
+    for a in lens.attribute_many(pos=range(2), versus=4):
+        assert all(name.endswith("− '4'") for name in a.target)
+
+
+@pytest.mark.wrong_types
+def test_many_targets_refused():
+    lens = lens_of(ALL[0])
+    with pytest.raises(ValueError, match="a list of targets, got 'Mary': put it in a list"):
+        lens.attribute_many("Mary")
+    with pytest.raises(ValueError, match="got 2 and 2, and 1 versus"):
+        lens.attribute_many([3, 4], versus=[5])
+
+
+@every_case
+def test_a_model_that_differs_in_any_weight_is_another_model(case):
+    lens, model = lens_of(case), case.build(torch.float64)
+    with quiet(), torch.no_grad():
+        same = tensorlens_tl.capture(model, tokens())[1]
+        assert lens.attribute(3, baseline=same).completeness_error == 0
+        block = same.capture.blocks[-1]
+        part = block.attn if block.mlp is None else block.mlp
+        weight = part.weights.W_O if block.mlp is None else part.weights.W_in
+        weight.add_(0.01)
+        other = tensorlens_tl.capture(model, tokens())[1]
+    with pytest.raises(ValueError, match=r"of the same model .*got a lens of another one"):
+        lens.attribute(3, baseline=other)

@@ -1,0 +1,291 @@
+"""Every refusal says what was expected, what came, and what to do."""
+
+import pytest
+import torch
+from models import (
+    ALL,
+    BRIDGE,
+    CASES,
+    D_VOCAB,
+    N_CTX,
+    HookedTransformer,
+    build_hf,
+    build_hooked,
+    lens_of,
+    quiet,
+    to_bridge,
+    tokens,
+)
+from models import build_bridge_from_module as bridge_builder
+
+import tensorlens_tl
+from tensorlens_tl import CaptureMismatchError, UnsupportedArchitectureError, demo
+
+every_host = pytest.mark.parametrize("case", [
+    next(c for c in ALL if c.host == host) for host in sorted({c.host for c in ALL})
+], ids=str)  # fmt: skip
+
+
+def refused(model, inputs, match, error=ValueError, **kwargs):
+    with quiet(), torch.no_grad(), pytest.raises(error, match=match):
+        tensorlens_tl.capture(model, inputs, **kwargs)
+
+
+@every_host
+@pytest.mark.parametrize("empty", [[], [[]], torch.zeros(1, 0).long()], ids=repr)
+def test_empty_prompt(case, empty):
+    refused(case.model(), empty, "the prompt is empty: expected at least one token")
+
+
+@every_host
+def test_too_long(case):
+    refused(
+        case.model(), torch.zeros(1, N_CTX + 1).long(),
+        rf"{N_CTX + 1} tokens, the model's context holds n_ctx = {N_CTX}: shorten it",
+    )  # fmt: skip
+
+
+@every_host
+@pytest.mark.parametrize("wrong", [-1, D_VOCAB])
+def test_ids_outside_the_vocabulary(case, wrong):
+    refused(
+        case.model(), [1, wrong, 2], rf"token id {wrong} is outside.*expected 0 to {D_VOCAB - 1}"
+    )
+
+
+@every_host
+@pytest.mark.parametrize(
+    "inputs", [3.5, torch.zeros(2, 3), torch.zeros(1, 2, 3).long(), [[1, 2], [3]], {"a": 1}, 7],
+    ids=["float", "floats", "three axes", "ragged", "dict", "one id"],
+)  # fmt: skip
+def test_no_tokens(case, inputs):
+    refused(case.model(), inputs, "expected a string, a list of strings or token ids")
+
+
+@every_host
+def test_text_without_a_tokenizer(case):
+    refused(case.model(), "Hello", "no tokenizer: pass token ids")
+
+
+@every_host
+@pytest.mark.parametrize("key", ["return_type", "stop_at_layer", "past_kv_cache"])
+def test_arguments_that_change_the_run(case, key):
+    refused(case.model(), tokens(), f"{key} would change what is run.*leave it out", **{key: None})
+
+
+@every_host
+@pytest.mark.parametrize("key", ["prepend_boss", "target"])
+def test_arguments_that_nobody_takes(case, key):
+    """A Hugging Face model would swallow them, and a misspelt target be no target."""
+    refused(
+        case.model(), tokens(), f"no argument {key}, here or in the model's.*check", **{key: True}
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_ids_are_told_apart_from_prompts(side):
+    """Ids of two lengths from ``to_tokens``: refused without their mask, right with it."""
+    model, texts = demo.load_model(), ["When Mary and John went to", "The capital"]
+    ids, where = (
+        model.to_tokens(texts, padding_side=side),
+        {"left": "begins", "right": "ends"}[side],
+    )
+    match = rf"prompt 1 {where} in the padding token \(id 2\).*pass strings, or the attention_mask"
+    refused(model, ids, match)
+    with quiet(), torch.no_grad():
+        batch = tensorlens_tl.capture(model, ids, attention_mask=ids != 2)[1]
+        alone = tensorlens_tl.capture(model, texts[1])[1]
+        assert tensorlens_tl.capture(model, ids[1:])[1].capture.prompts.tokens.shape == (1, 7)
+    assert batch[1].attribute().target_value == pytest.approx(alone.attribute().target_value, 1e-5)
+
+
+@every_host
+def test_attention_mask(case):
+    match = r"attention_mask has shape \[2, 3\], expected the token ids' \[2, 7\]"
+    refused(case.model(), tokens(), match, attention_mask=torch.ones(2, 3))
+    gap = torch.ones(2, 7)
+    gap[1, 3] = 0
+    refused(case.model(), tokens(), "prompt 1 is empty or has a gap", attention_mask=gap)
+
+
+@every_host
+def test_not_finite(case):
+    model = case.build(torch.float64)
+    with torch.no_grad():
+        model.unembed.W_U[0, 0] = float("nan")
+    refused(model, tokens(), "logits.*not finite.*use float32, right padding, or single prompts")
+
+
+@every_host
+def test_an_edit_that_is_not_served(case):
+    """A hook on the unembedding's output changes the logits: refused, and the hook named."""
+    model = case.model()
+
+    def double(t, hook):
+        return t * 2
+
+    if "unembed.hook_out" in model.hook_dict:
+        with model.hooks(fwd_hooks=[("unembed.hook_out", double)]):
+            refused(
+                model, tokens(), r"logits.*hooks of your own at (.*_out|hook_unembed) .*not served",
+                error=CaptureMismatchError,
+            )  # fmt: skip
+
+
+@every_host
+def test_a_hook_that_edits_the_pattern_is_frozen_as_seen(case):
+    model = case.model()
+
+    def first_key_only(t, hook):
+        return torch.zeros_like(t).index_fill(-1, torch.tensor([0]), 1.0)
+
+    with quiet(), torch.no_grad(), model.hooks(
+        fwd_hooks=[("blocks.1.attn.hook_pattern", first_key_only)]
+    ):  # fmt: skip
+        _, lens = tensorlens_tl.capture(model, tokens())
+    assert lens.completeness_error <= case.tol()
+    assert lens.capture.blocks[1].attn.pattern[..., 0].min() == 1
+
+
+@every_host
+@pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in"])
+def test_split_inputs(case, flag):
+    model = case.model()
+    try:
+        setattr(model.cfg, flag, True)
+        refused(model, tokens(), rf"cfg\.{flag} is on, expected off.*set_{flag}\(False\)")
+    finally:
+        setattr(model.cfg, flag, False)
+
+
+@every_host
+@pytest.mark.parametrize("flag", ["use_attn_result", "use_hook_mlp_in"])
+def test_other_flags_are_served(case, flag):
+    model = case.build(torch.float64)
+    getattr(model, f"set_{flag}")(True)
+    with quiet(), torch.no_grad():
+        _, lens = tensorlens_tl.capture(model, tokens())
+    assert lens.completeness_error <= case.tol()
+
+
+def test_no_transformer_lens_model():
+    refused(
+        torch.nn.Linear(2, 2),
+        tokens(),
+        "expected a HookedTransformer or a TransformerBridge, got Linear",
+    )
+    with pytest.raises(ValueError, match="tokenizer is for Hugging Face models only"):
+        tensorlens_tl.capture(ALL[0].model(), tokens(), tokenizer=object())
+
+
+# --- Targets, positions, sites
+
+
+def test_targets():
+    lens = lens_of(ALL[0])
+    for target, match in (
+        (D_VOCAB, rf"target id {D_VOCAB} is outside the vocabulary: expected 0 to {D_VOCAB - 1}"),
+        (" Mary", "no tokenizer to read the target ' Mary' with: pass a token id"),
+        (
+            torch.zeros(5),
+            r"direction in logits \[50\] or in the final residual \[32\], got shape \[5\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            lens.attribute(target)
+    with pytest.raises(ValueError, match="position 7 is outside prompt 0: expected -7 to 6"):
+        lens.attribute(3, pos=7)
+
+
+def test_sites():
+    lens = lens_of(ALL[0])
+    with pytest.raises(
+        ValueError, match=r"no residual site 'blocks\.9\.hook_resid_pre'; there are blocks\.0"
+    ):
+        lens.between("blocks.9.hook_resid_pre", "unembed.hook_in")
+    with pytest.raises(ValueError, match=r"expected a site at or after.*swap them"):
+        lens.between("unembed.hook_in", "blocks.0.hook_resid_pre")
+    with pytest.raises(IndexError, match="prompt 2 does not exist; there are 2"):
+        lens[2]
+
+
+@pytest.mark.wrong_types
+def test_sites_that_are_no_names():
+    with pytest.raises(ValueError, match=r"no residual site 1; there are blocks\.0"):
+        lens_of(ALL[0]).token_matrix("norm", layers=(1, 2))
+
+
+# --- Refused by name
+
+
+if HookedTransformer is not None:
+
+    @pytest.mark.parametrize(
+        ("config", "match"),
+        [
+            ({"positional_embedding_type": "shortformer"}, "'shortformer' positions"),
+            ({"num_experts": 2, "experts_per_token": 1, "gated_mlp": True, "act_fn": "silu"}, "the MLP MoE"),
+        ],
+    )  # fmt: skip
+    def test_hooked_refusals(config, match):
+        model = build_hooked(config, torch.float32)
+        refused(
+            model,
+            tokens(),
+            f"cannot freeze .*{match}.*Supported: GPT2",
+            UnsupportedArchitectureError,
+        )
+
+
+if bridge_builder is not None:
+
+    def test_bridge_refuses_an_untested_architecture():
+        bridge = CASES["bridge-gpt2"].build(torch.float32)
+        bridge.cfg.architecture = "MambaForCausalLM"
+        refused(bridge, tokens(), "cannot freeze MambaForCausalLM", UnsupportedArchitectureError)
+
+    def test_bridge_in_training_mode_with_dropout():
+        bridge = CASES["bridge-gpt2"].build(torch.float32)
+        bridge.train()
+        refused(bridge, tokens(), r"training mode with dropout \(.*p = 0.1\).*call model\.eval\(\)")
+
+    def test_bridge_with_an_unknown_activation():
+        bridge = CASES["bridge-gpt2"].build(torch.float32)
+        bridge.cfg.act_fn = "swoosh"
+        refused(
+            bridge, tokens(), "cannot freeze the activation 'swoosh'", UnsupportedArchitectureError
+        )
+
+    def test_a_hook_that_never_fires():
+        bridge = CASES["bridge-gpt2"].build(torch.float32)
+        bridge.blocks[1].attn.hook_pattern.forward = lambda x: x
+        point = type(bridge.blocks[1].attn.hook_pattern)()
+        bridge.blocks[1].attn._modules["hook_pattern"] = point
+        refused(
+            bridge, tokens(), "hook for pattern of block 1 never fired.*attn_implementation='eager'"
+        )
+
+    def test_a_hugging_face_model_is_wrapped_once():
+        hf = build_hf(*BRIDGE["gpt2"], torch.float64)
+        with quiet(), torch.no_grad():
+            expected = hf(tokens()).logits
+            logits, _ = tensorlens_tl.capture(hf, tokens())
+            _, again = tensorlens_tl.capture(hf, tokens())
+        assert (logits - expected).abs().max() <= 1e-12
+        assert again.completeness_error <= 1e-12 and tensorlens_tl.wrap(hf) is tensorlens_tl.wrap(
+            hf
+        )
+
+    def test_bridge_of_a_hugging_face_model_equals_it():
+        hf = build_hf(*BRIDGE["llama"], torch.float32)
+        with quiet(), torch.no_grad():
+            expected = build_hf(*BRIDGE["llama"], torch.float32)(tokens()).logits
+            logits, _ = tensorlens_tl.capture(to_bridge(hf), tokens())
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@every_host
+def test_a_model_without_blocks(case):
+    model = case.build(torch.float64)
+    model.blocks = torch.nn.ModuleList()
+    refused(model, tokens(), "cannot freeze .* it has no blocks", UnsupportedArchitectureError)

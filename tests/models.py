@@ -1,0 +1,170 @@
+"""Tiny models of every family, for every class the installed host offers, and captures of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tensorlens_tl
+from tensorlens_tl.lens.tensor_lens import TensorLens
+from tensorlens_tl.support.tiny_models import (
+    BRIDGE,
+    COMPAT,
+    D_VOCAB,
+    FLOAT32_NORMS,
+    HOOKED,
+    MORE_BRIDGE,
+    N_CTX,
+    NATIVE,
+    TOL,
+    bridge_offered,
+    build_bridge,
+    build_hf,
+    build_hooked,
+    build_native,
+    hooked_model,
+    hooked_offered,
+    quiet,
+    randomize,
+    to_bridge,
+)
+
+try:
+    from transformer_lens import HookedTransformer
+except ImportError:  # transformer_lens 4
+    HookedTransformer = None
+try:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+except ImportError:  # transformer_lens 2
+    build_bridge_from_module = None
+
+try:
+    from transformer_lens import TransformerBridge, TransformerBridgeConfig
+except ImportError:  # before transformer_lens 4; 3.9's boot_native passes over edited patterns
+    TransformerBridgeConfig = None
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SEQ = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny random model: how to build it, and what its host does."""
+
+    name: str
+    build: Callable[[torch.dtype], Any]
+    host: str
+    float32_norms: bool = False
+    gated: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def model(self, dtype: torch.dtype = torch.float64) -> Any:
+        return _model(self.name, dtype)
+
+    def tol(self, dtype: torch.dtype = torch.float64) -> float:
+        return TOL[dtype, self.float32_norms]
+
+
+def _hooked_case(name: str, config: dict[str, Any]) -> Case:
+    gated = bool(config.get("gated_mlp"))
+    return Case(f"hooked-{name}", lambda dtype: build_hooked(config, dtype), "hooked", gated=gated)
+
+
+def _bridge_case(name: str, class_name: str, config: dict, compat: bool) -> Case:
+    return Case(
+        f"bridge-{name}{'-compat' if compat else ''}",
+        lambda dtype: build_bridge(class_name, config, dtype, compat),
+        "bridge",
+        float32_norms=name in FLOAT32_NORMS,
+        gated=name in FLOAT32_NORMS - {"arcee"} | {"cohere", "cohere2", "stablelm"},
+    )
+
+
+CASES: dict[str, Case] = {}
+if HookedTransformer is not None:
+    CASES |= {c.name: c for c in (_hooked_case(n, cfg) for n, cfg in HOOKED.items())}
+if build_bridge_from_module is not None:
+    for _name, (_class, _config) in BRIDGE.items():
+        for _compat in (False, True) if _name in COMPAT else (False,):
+            _case = _bridge_case(_name, _class, _config, _compat)
+            CASES[_case.name] = _case
+if TransformerBridgeConfig is not None:
+    for _name, _config in NATIVE.items():
+        CASES[f"native-{_name}"] = Case(
+            f"native-{_name}",
+            lambda dtype, config=_config: build_native(config, dtype),
+            "bridge",
+            float32_norms=_config.get("normalization_type") == "RMS",
+            gated=bool(_config.get("gated_mlp")),
+        )
+ALL = list(CASES.values())
+if os.environ.get("FAMILIES") == "few":  # one of each block shape: for slow runs
+    SHAPES = {"gpt2", "llama", "neox", "gemma2", "qwen3", "attn-only", "solu"}
+    ALL = [case for case in ALL if case.name.split("-", 1)[1] in SHAPES]
+
+# Families that are block shapes of the above in another dress: one pass through the laws.
+COMPATS = {"cohere": (True,), "cohere2": (True,), "olmo2": (False, True), "bloom": (False, True)}
+MORE = [
+    _bridge_case(name, *MORE_BRIDGE[name], compat)
+    for name in MORE_BRIDGE
+    for compat in COMPATS.get(name, (False,))
+    if bridge_offered(name)
+]
+if hooked_offered("olmo2"):
+    MORE.append(
+        Case("hooked-olmo2", lambda dtype: hooked_model("olmo2", dtype), "hooked", gated=True)
+    )
+if HookedTransformer is not None:
+    MORE.append(Case("hooked-bloom", lambda dtype: hooked_model("bloom", dtype), "hooked"))
+CASES |= {case.name: case for case in MORE}
+GATED = [case for case in ALL if case.gated]
+
+
+@cache
+def _model(name: str, dtype: torch.dtype) -> Any:
+    with quiet():
+        return CASES[name].build(dtype)
+
+
+def uniform_attention(family: str) -> Any:
+    """A fresh tiny model in float64 whose queries are 0, so that no pattern depends on the input."""
+    with quiet(), torch.no_grad():
+        model = CASES[f"{'native' if HookedTransformer is None else 'hooked'}-{family}"].build(
+            torch.float64
+        )
+        for name, p in model.named_parameters():
+            if name.endswith(("W_Q", "b_Q")) or ".q." in name:
+                p.zero_()
+    return model
+
+
+def tokens(batch: int = 2, seq: int = SEQ, seed: int = 0) -> Tensor:
+    return torch.randint(0, D_VOCAB, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def lens_of(case: Case, model_dtype: torch.dtype = torch.float64, **kwargs: Any) -> TensorLens:
+    """A capture of ``tokens()``; the same one again unless something is hooked, edited or asked for."""
+    model = case.model(model_dtype)
+    plain = not any(point._forward_hooks for point in model.hook_dict.values())
+    key = (case.name, model_dtype, tuple(sorted(kwargs.items())))
+    if plain and key in _LENSES:
+        return _LENSES[key]
+    with quiet(), torch.no_grad():
+        lens = tensorlens_tl.capture(model, tokens(), **kwargs)[1]
+    return _LENSES.setdefault(key, lens) if plain else lens
+
+
+_LENSES: dict[tuple, TensorLens] = {}
+
+
+def randn_like(x: Tensor, seed: int = 0) -> Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)

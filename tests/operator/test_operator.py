@@ -1,0 +1,236 @@
+"""The operator against the model itself: logits, gradients, curvature, injections, laws 1 to 3."""
+
+import pytest
+import torch
+from comparisons import assert_close
+from models import ALL, GATED, lens_of, quiet, randn_like, tokens
+from oracles import FrozenModel
+
+import tensorlens_tl
+from tensorlens_tl import dot_test
+
+CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
+every_case = pytest.mark.parametrize("case", ALL, ids=str)
+every_convention = pytest.mark.parametrize(
+    ("case", "gate"), CONVENTIONS, ids=[f"{c}-{g}" for c, g in CONVENTIONS]
+)
+
+
+def test_both_classes_where_the_host_has_them():
+    hosts = {case.host for case in ALL}
+    assert hosts and hosts <= {"hooked", "bridge"}
+
+
+@every_convention
+def test_operator_reproduces_the_logits(case, gate):
+    lens = lens_of(case, gate=gate)
+    with quiet(), torch.no_grad():
+        logits = case.model()(tokens(), return_type="logits")
+    ours = lens.readout(lens.operator @ lens.embedding + lens.operator.bias)
+    assert_close(ours, logits, case.tol(), "logits")
+    assert lens.completeness_error <= case.tol()
+    assert lens.convention.gate == gate
+
+
+@every_case
+def test_float32(case):
+    lens = lens_of(case, torch.float32)
+    assert lens.capture.frame.dtype == torch.float32
+    assert lens.completeness_error <= 2e-6
+
+
+@every_case
+def test_float64_operator_of_a_float32_model(case):
+    lens = lens_of(case, torch.float32, dtype=torch.float64)
+    assert lens.operator.bias.dtype == torch.float64
+    assert lens.completeness_error <= 2e-6  # the model's own rounding
+
+
+@every_convention
+def test_adjoint(case, gate):
+    lens = lens_of(case, gate=gate)
+    assert dot_test(lens.operator) <= 1e-12
+    assert dot_test(lens.operator.T) <= 1e-12
+    assert dot_test(lens.capture.unembed) <= 1e-12
+
+
+@every_case
+def test_linear_and_bias_apart(case):
+    op = lens_of(case).operator
+    x, y = randn_like(op.frame.zeros(op.in_dim), 1), randn_like(op.frame.zeros(op.in_dim), 2)
+    assert_close(op @ (2 * x - 3 * y), 2 * (op @ x) - 3 * (op @ y), 1e-12)
+    assert (op @ torch.zeros_like(x)).abs().max() == 0
+    many = torch.stack([x, y])[None]
+    assert_close(op @ many, torch.stack([op @ x, op @ y])[None], 1e-12, "leading axes")
+    assert_close(
+        op.T @ many, torch.stack([op.T @ x, op.T @ y])[None], 1e-12, "leading axes, adjoint"
+    )
+
+
+@every_convention
+def test_gradient_and_curvature_of_the_frozen_model(case, gate):
+    lens, frozen = lens_of(case, gate=gate), FrozenModel(case.model(), tokens(), gate)
+    tol = 1e-6 if case.float32_norms else 1e-10
+    x = lens.embedding.clone().requires_grad_()
+    y, _ = frozen(x)
+    assert_close(lens.operator @ lens.embedding + lens.operator.bias, y.detach(), tol, "y")
+    u = randn_like(y.detach(), 3)
+    (gradient,) = torch.autograd.grad((y * u).sum(), x)
+    assert_close(lens.operator.T @ u, gradient, tol, "Tᵀu")
+    with torch.no_grad():
+        step = randn_like(x, 4)
+        base, once, twice = (frozen(x.detach() + k * step)[0] for k in (0, 1, 2))
+        assert_close(once - base, lens.operator @ step, tol, "T·step")
+        curvature = (twice - 2 * once + base).abs().max() / (once - base).abs().max()
+    # The host may itself compute the frozen norm's output in float32.
+    assert curvature <= (1e-6 if case.float32_norms else 1e-10)
+
+
+@every_case
+def test_an_injected_vector_changes_every_later_site_as_predicted(case):
+    lens, frozen = lens_of(case), FrozenModel(case.model(), tokens())
+    tol = 1e-6 if case.float32_norms else 1e-10
+    with torch.no_grad():
+        y, base = frozen(lens.embedding)
+        for site in frozen.site_names()[1:]:
+            delta = randn_like(lens.embedding, 5)
+            y2, states = frozen(lens.embedding, {site: delta})
+            later = frozen.site_names()[frozen.site_names().index(site) :]
+            for stop in later:
+                change = lens.between(site, stop) @ delta
+                assert_close(states[stop] - base[stop], change, tol, f"{site} → {stop}")
+            assert_close(y2 - y, lens.between(site, "unembed.hook_in") @ delta, tol, f"{site} → y")
+
+
+@every_case
+def test_states_and_covectors_at_every_site(case):
+    """Law 3: state · covector + the constants written after it = the target, at every site."""
+    lens = lens_of(case)
+    op = lens.operator
+    u = randn_like(op.frame.zeros(op.out_dim), 6)
+    target = ((op @ lens.embedding + op.bias) * u).sum()
+    covectors = op.trace_t(u)
+    states = op.states()
+    assert set(states) <= set(op.sites) and len(states) == len(op.steps)
+    for site, state in states.items():
+        after = op.between(site, "unembed.hook_in").bias
+        total = (state * covectors[site]).sum() + (after * u).sum()
+        assert abs(total - target) <= 10 * case.tol() * (state * covectors[site]).abs().sum()
+
+
+@every_case
+def test_trace_is_between_from_the_first_site(case):
+    lens = lens_of(case)
+    op = lens.operator
+    x = randn_like(lens.embedding, 7)
+    states = op.trace(x)
+    assert list(states) == list(op.sites)
+    for site, state in states.items():
+        assert_close(op.between(op.sites[0], site) @ x, state, 1e-12, site)
+    assert_close(states["unembed.hook_in"], op @ x, 1e-12)
+
+
+@every_convention
+def test_constants_sum_to_the_bias(case, gate):
+    op = lens_of(case, gate=gate).operator
+    total = sum(op.constants().values(), torch.zeros_like(op.bias))
+    assert_close(total, op.bias, 1e-10, "Σ constants")
+    # and the pull tells the same of each
+    u, effects = randn_like(op.bias, 8), {}
+    op.apply_t(u, effects)
+    assert set(effects) == set(op.constants())
+    for name, constant in op.constants().items():
+        off = (effects[name].sum() - (constant * u).sum()).abs()
+        assert off <= 1e-10 * (constant * u).abs().sum().clamp_min(1), name
+
+
+@every_case
+def test_dense_block_and_scipy(case):
+    lens = lens_of(case)
+    op = lens.between("blocks.1.hook_resid_pre", "unembed.hook_in")
+    dense = op.to_dense()
+    x = randn_like(lens.embedding, 9)
+    assert_close(torch.einsum("bqokd,bkd->bqo", dense, x), op @ x, 1e-12)
+    assert_close(op.block(-1, 2), dense[:, -1, :, 2, :], 1e-12)
+    assert_close(op.block(3, -7), dense[:, 3, :, 0, :], 1e-12)
+    future = torch.ones(dense.shape[1], dense.shape[3]).triu(1).bool()
+    assert dense.permute(1, 3, 0, 2, 4)[future].abs().max() == 0, "causal"
+    row = x[:, 2:3] @ op.block(-1, 2).mT
+    only = torch.zeros_like(x)
+    only[:, 2] = x[:, 2]
+    assert_close(row[:, 0], (op @ only)[:, -1], 1e-12, "rows: x @ block.mT")
+    scipy_op = lens[1].between("blocks.1.hook_resid_pre", "unembed.hook_in").to_scipy()
+    flat = dense[1].flatten(2).flatten(0, 1).numpy()
+    assert abs(scipy_op @ x[1].flatten().numpy() - flat @ x[1].flatten().numpy()).max() <= 1e-10
+    assert abs(scipy_op.T @ x[1].flatten().numpy() - flat.T @ x[1].flatten().numpy()).max() <= 1e-10
+
+
+def test_svds_of_the_matrix_free_operator():
+    from scipy.sparse.linalg import svds
+
+    lens = lens_of(ALL[0])[0]
+    dense = lens.operator.to_dense()[0].flatten(2).flatten(0, 1)
+    found = torch.as_tensor(sorted(svds(lens.operator.to_scipy(), k=3)[1], reverse=True).copy())
+    assert_close(found, torch.linalg.svdvals(dense)[:3], 1e-8)
+
+
+@every_case
+def test_one_prompt_of_a_batch(case):
+    """A batched capture is the single captures side by side."""
+    lens = lens_of(case)
+    assert len(lens) == 2
+    for i, one in enumerate(lens):
+        with quiet(), torch.no_grad():
+            _, alone = tensorlens_tl.capture(case.model(), tokens()[i])
+        assert_close(one.operator.bias, alone.operator.bias, 1e-10)
+        x = randn_like(alone.embedding, 10)
+        assert_close(one.operator @ x, alone.operator @ x, 1e-10)
+        assert_close(one.embedding, alone.embedding, 1e-12)
+        assert one.completeness_error <= case.tol()
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if c.gated], ids=str)
+def test_conventions_differ_but_agree_on_the_run(case):
+    lens = lens_of(case)
+    others = {gate: lens.with_convention(gate) for gate in ("gate", "up", "half")}
+    x = randn_like(lens.embedding, 11)
+    assert_close(others["gate"].operator @ x, lens.operator @ x, 1e-12)
+    assert (others["up"].operator @ x - lens.operator @ x).abs().max() > 1e-3
+    # gate and up differ, half is no average of the two beyond one block, but each is a fresh
+    # capture
+    for gate, other in others.items():
+        fresh = lens_of(case, gate=gate)
+        assert_close(other.operator @ x, fresh.operator @ x, 1e-12, gate)
+
+
+if len({case.host for case in ALL}) == 2:  # transformer_lens 3 has both classes
+
+    @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "neox", "qwen2", "qwen3"])
+    def test_same_weights_as_either_class(name, tmp_path):
+        """HookedTransformer and Bridge of one Hugging Face folder: same operator, same attributions."""
+        from models import BRIDGE, build_hf, to_bridge
+
+        from tensorlens_tl.hosts.loading import load_model
+
+        class_name, config = BRIDGE[name]
+        with quiet(), torch.no_grad():
+            build_hf(class_name, config, torch.float64).save_pretrained(tmp_path)
+            hooked = load_model(str(tmp_path), "hooked", dtype=torch.float64)
+            bridge = to_bridge(build_hf(class_name, config, torch.float64))
+            ours = {
+                k: tensorlens_tl.capture(m, tokens())[1] for k, m in (("h", hooked), ("b", bridge))
+            }
+        tol = 1e-10 if name == "gpt2" else 1e-6  # norms or rotary in float32 on the Bridge
+        h, b = ours["h"], ours["b"]
+        x = randn_like(h.embedding, 12)
+        assert_close(h.operator @ x, b.operator @ x, tol, "T·x")
+        assert_close(h.operator.T @ x, b.operator.T @ x, tol, "Tᵀ·x")
+        assert_close(h.operator.bias, b.operator.bias, tol, "bias")
+        for by in ("token", "component"):
+            one, two = (
+                {s: v for s, v in zip(a.sources, a.values.T, strict=True) if v.abs().max() > 0}
+                for a in (h.attribute(7, by=by), b.attribute(7, by=by))
+            )
+            assert one.keys() == two.keys()
+            for source in one:
+                assert (one[source] - two[source]).abs().max() <= 10 * tol, source

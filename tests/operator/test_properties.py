@@ -1,0 +1,143 @@
+"""Random shapes and configurations: the operator reproduces the logits of every one."""
+
+import pytest
+import torch
+from comparisons import assert_close
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import HookedTransformer, build_bridge, build_hooked, quiet
+
+import tensorlens_tl
+from tensorlens_tl import dot_test
+
+SEEN: set = set()
+N_EXAMPLES = 240
+
+
+@st.composite
+def hooked_configs(draw):
+    n_heads = draw(st.integers(1, 4))
+    d_head = draw(st.sampled_from([2, 4, 6]))
+    norm = draw(st.sampled_from(["LN", "LNPre", "RMS", "RMSPre", None]))
+    config = {
+        "n_layers": draw(st.integers(1, 3)),
+        "n_heads": n_heads,
+        "d_head": d_head,
+        "d_model": draw(st.integers(2, 12)),
+        "d_vocab": draw(st.integers(2, 20)),
+        "normalization_type": norm,
+        "seed": draw(st.integers(0, 3)),
+        "n_key_value_heads": draw(
+            st.sampled_from([None, *(k for k in (1, 2, 4) if n_heads % k == 0)])
+        ),
+    }
+    if draw(st.booleans()):
+        config |= {"positional_embedding_type": "rotary", "rotary_dim": d_head}
+    if draw(st.booleans()) and norm == "RMS":  # the host builds no other double norm
+        config["use_normalization_before_and_after"] = True
+    config["parallel_attn_mlp"] = draw(st.booleans()) and not config.get(
+        "use_normalization_before_and_after"
+    )
+    double = config.get("use_normalization_before_and_after")
+    if draw(st.integers(0, 5)) == 0 and not double:  # the host cannot build both
+        config |= {"attn_only": True, "d_mlp": None, "act_fn": None, "parallel_attn_mlp": False}
+    else:
+        config["d_mlp"] = draw(st.integers(1, 12))
+        config["gated_mlp"] = draw(st.booleans())
+        acts = ["relu", "gelu", "gelu_new", "gelu_fast", "silu"]
+        config["act_fn"] = draw(st.sampled_from(acts))
+    if draw(st.booleans()):
+        config["output_logits_soft_cap"] = draw(st.sampled_from([-1.0, 2.0, 30.0]))
+    return config
+
+
+def check(model, batch, pos, gate, seed, tol):
+    ids = torch.randint(
+        0, model.cfg.d_vocab, (batch, pos), generator=torch.Generator().manual_seed(seed)
+    )
+    with quiet(), torch.no_grad():
+        logits, lens = tensorlens_tl.capture(model, ids, gate=gate)
+    op = lens.operator
+    assert_close(lens.readout(op @ lens.embedding + op.bias), logits, tol)
+    assert dot_test(op, seed) <= 1e-12
+    for by in ("token", "component"):
+        assert lens.attribute(0, pos=seed % pos, by=by).completeness_error <= 10 * tol
+
+
+if HookedTransformer is not None:
+
+    @settings(
+        max_examples=N_EXAMPLES, deadline=None, derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(
+        hooked_configs(), st.integers(1, 3), st.integers(1, 6),
+        st.sampled_from(["gate", "up", "half"]), st.integers(0, 5),
+    )  # fmt: skip
+    def test_hooked_transformers_of_any_shape(config, batch, pos, gate, seed):
+        with quiet():
+            model = build_hooked(config, torch.float64)
+        SEEN.add((repr(sorted(config.items(), key=str)), batch, pos, gate))
+        check(model, batch, pos, gate, seed, 1e-12)
+
+    def test_enough_distinct_configurations():
+        if not SEEN:
+            test_hooked_transformers_of_any_shape()
+        assert len(SEEN) >= 200
+
+else:
+
+    @st.composite
+    def bridge_configs(draw):
+        heads = draw(st.sampled_from([1, 2, 4]))
+        head = draw(st.sampled_from([2, 4, 8]))
+        name = draw(st.sampled_from(["GPT2", "Llama", "Mistral", "Qwen2", "Qwen3", "GPTNeoX"]))
+        layers, vocab = draw(st.integers(1, 3)), draw(st.integers(4, 20))
+        width = heads * head
+        if name == "GPT2":
+            inner = draw(st.integers(1, 12))
+            shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_inner": inner,
+                     "n_positions": 16, "n_ctx": 16, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+        else:
+            shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+                     "intermediate_size": draw(st.integers(1, 12)), "max_position_embeddings": 16,
+                     "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+            if name == "GPTNeoX":
+                shape["use_parallel_residual"] = draw(st.booleans())
+                shape["rotary_pct"] = 1.0
+            else:
+                shape["num_key_value_heads"] = draw(
+                    st.sampled_from([k for k in (1, 2, 4) if heads % k == 0])
+                )
+                shape |= {"head_dim": head} if name == "Qwen3" else {}
+        return name, {**shape, "vocab_size": vocab}
+
+    @settings(
+        max_examples=N_EXAMPLES, deadline=None, derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(
+        bridge_configs(), st.integers(1, 3), st.integers(1, 6),
+        st.sampled_from(["gate", "up", "half"]), st.integers(0, 5),
+    )  # fmt: skip
+    def test_bridges_of_any_shape(named, batch, pos, gate, seed):
+        name, config = named
+        with quiet():
+            model = build_bridge(name, config, torch.float64)
+        SEEN.add((name, repr(sorted(config.items(), key=str)), batch, pos, gate))
+        check(model, batch, pos, gate, seed, 1e-12 if name == "GPT2" else 1e-6)
+
+    def test_enough_distinct_configurations():
+        if not SEEN:
+            test_bridges_of_any_shape()
+        assert len(SEEN) >= 200
+
+
+def test_the_sweep_finds_a_wrong_operator():
+    """The comparison can fail: halving the bias is noticed."""
+    from models import ALL, lens_of
+
+    lens = lens_of(ALL[0])
+    wrong = lens.readout(lens.operator @ lens.embedding + lens.operator.bias / 2)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_close(wrong, lens.logits, 1e-12)

@@ -1,0 +1,200 @@
+"""The support table: the kept reports are what this host gives, and README shows them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from models import CASES
+
+from tensorlens_tl import UnsupportedArchitectureError
+from tensorlens_tl.support import table as support
+from tensorlens_tl.support import tiny_models as families
+from tensorlens_tl.support.table import BEGIN, END, Report, Row, markdown, measure, measure_all
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = [Report.load(path) for path in sorted((ROOT / "docs" / "support").glob("*.json"))]
+REMEDY = (
+    "if this is meant: under each host `python -m tensorlens_tl.support --json > docs/support/"
+    "VERSION.json`, then `python -m tensorlens_tl.support --merge docs/support/*.json --into README.md`"
+)
+CLASSES = {"hooked": "HookedTransformer", "bridge": "Bridge", "native": "boot_native",
+           "compat": "Bridge, compatibility mode"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure_all()
+
+
+def by_key(report):
+    return {(row.host_class, row.family): row for row in report.rows}
+
+
+def test_every_row_is_as_kept(measured):
+    version = measured.versions["transformer_lens"]
+    kept = {report.versions["transformer_lens"]: report for report in KEPT}
+    assert version in kept, f"no report of transformer_lens {version} is kept: {REMEDY}"
+    ours, theirs = by_key(measured), by_key(kept[version])
+    assert list(ours) == list(theirs), REMEDY
+    changed = {
+        key: f"{theirs[key].status} {theirs[key].reason} → {row.status} {row.reason} {row.error}"
+        for key, row in ours.items()
+        if row.status != theirs[key].status
+        or (row.status == "refused" and row.reason != theirs[key].reason)
+    }
+    assert not changed, REMEDY
+
+
+def test_errors_within_tolerance(measured):
+    for report in (measured, *KEPT):
+        for row in report.rows:
+            assert row.status not in ("wrong", "crashed"), row
+            assert (row.status == "supported") == (row.error is not None), row
+            assert bool(row.reason) == (row.status in ("refused", "not built")), row
+            if row.error is not None:
+                float32 = families.norms_in_float32(row.family, row.host_class)
+                assert row.error <= row.tolerance == (1e-6 if float32 else 1e-12), row
+
+
+def test_whatever_the_tests_cover_is_supported(measured):
+    rows = by_key(measured)
+    for name, case in CASES.items():
+        host, family = name.split("-", 1)
+        compat = family.endswith("-compat")
+        row = rows[CLASSES["compat" if compat else host], family.removesuffix("-compat")]
+        assert row.status == "supported", row
+        assert row.tolerance == case.tol(), row
+
+
+def test_every_host_is_kept_with_every_family():
+    assert [report.versions["transformer_lens"] for report in KEPT] == ["2.18.0", "3.9.0", "4.3.0"]
+    for report in KEPT:
+        assert {row.family for row in report.rows} == set(families.FAMILIES)
+        statuses = [row.status for row in report.rows]
+        assert statuses.count("supported") >= 15 and statuses.count("refused") >= 5
+    built = {*families.HOOKED, *families._OTHER_HOOKED, *families.BRIDGE, *families.MORE_BRIDGE,
+             *families._OTHER_BRIDGE}  # fmt: skip
+    assert built == set(families.FAMILIES)
+
+
+def test_readme_shows_what_the_kept_reports_merge_to(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert text.split(BEGIN)[1].split(END)[0] == f"\n\n{markdown(KEPT)}\n"
+    assert markdown(KEPT[::-1]) == markdown(KEPT)
+    page = tmp_path / "README.md"
+    page.write_text(text.replace("| GPT-2 |", "| stale |"))
+    files = map(str, (ROOT / "docs" / "support").glob("*.json"))
+    assert support.main(["--merge", *files, "--into", str(page)]) == 0
+    assert page.read_text() == text
+
+
+def test_a_cell_for_every_family_class_and_version():
+    lines = [line for line in markdown(KEPT).splitlines() if line.startswith("|")]
+    heads = [head.strip() for head in lines[0].strip("|").split("|")]
+    assert heads[1:3] == ["HookedTransformer 2.18.0", "HookedTransformer 3.9.0"]
+    assert heads[3:] == ["Bridge 3.9.0", "Bridge 4.3.0", "Bridge, compatibility mode 3.9.0",
+                         "Bridge, compatibility mode 4.3.0", "boot_native 3.9.0",
+                         "boot_native 4.3.0", "why not"]  # fmt: skip
+    assert len(lines) == 2 + len(families.FAMILIES)
+    assert {line.strip("|").count("|") for line in lines} == {len(heads) - 1}
+
+
+# --- What becomes of a host or a library that fails -----------------------------------------------
+
+
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def one_row(monkeypatch):
+    """A table of one family as one class, whose builder and capture are given."""
+
+    def make(build, capture=None):
+        monkeypatch.setattr(support, "host_classes", lambda: {"Bridge": build})
+        monkeypatch.setattr(support, "FAMILIES", {"gpt2": "GPT-2"})
+        if capture is not None:
+            monkeypatch.setattr(support, "capture", capture)
+        return measure("gpt2", "Bridge")
+
+    return make
+
+
+def lens(error):
+    return lambda *_: (None, SimpleNamespace(completeness_error=error))
+
+
+REFUSED = UnsupportedArchitectureError("cannot freeze X exactly: v2.5 of it. Supported: Y")
+
+
+@pytest.mark.parametrize(("build", "capture", "status", "reason", "shown"), [
+    (failing(KeyError("embed")), None, "not built", "KeyError: 'embed'", "not built"),
+    (lambda *_: None, None, "not offered", "", "–"),
+    (lambda *_: object, failing(REFUSED), "refused",
+     "UnsupportedArchitectureError: cannot freeze X exactly: v2.5 of it", "refused"),
+    (lambda *_: len, failing(ValueError("one.\nmore")), "refused", "ValueError: one", "refused"),
+    (lambda *_: len, failing(TypeError("no")), "crashed", "TypeError: no", "crashed"),
+    (lambda *_: failing(OSError()), failing(TypeError("no")), "not built", "TypeError: no",
+     "not built"),
+    (lambda *_: len, lens(3e-16), "supported", "", "3e-16"),
+    (lambda *_: len, lens(3e-3), "wrong", "", "wrong: 3e-03"),
+    (lambda *_: len, lens(float("nan")), "wrong", "", "wrong: nan"),
+])  # fmt: skip
+def test_what_becomes_of_a_row(one_row, capsys, build, capture, status, reason, shown):
+    row = one_row(build, capture)
+    assert (row.status, row.reason, str(row)) == (status, reason, shown)
+    for options in ([], ["--json"]):
+        assert support.main(options) == (status in ("wrong", "crashed"))
+        out = capsys.readouterr().out
+        assert "Traceback" not in out and (shown in out or "--json" in options)
+    versions = json.loads(out)["versions"]
+    assert list(versions) == ["transformer_lens", "transformers", "torch"]
+
+
+def test_a_report_survives_its_file(tmp_path, measured):
+    (tmp_path / "a.json").write_text(measured.to_json())
+    assert Report.load(tmp_path / "a.json") == measured
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "{}", '{"versions": {"transformer_lens": "x"}, "rows": []}',
+    '{"versions": {"transformer_lens": "3.9.0"}, "rows": [{"family": "gpt2"}]}',
+    Report({"transformer_lens": "3.9.0"}, (Row("gpt2", "Bridge", "fine"),)).to_json(),
+])  # fmt: skip
+def test_foreign_files_are_refused(tmp_path, capsys, text):
+    (tmp_path / "a.json").write_text(text)
+    assert support.main(["--merge", str(tmp_path / "a.json")]) == 2
+    assert "is no support report: expected what `python -m" in capsys.readouterr().err
+
+
+def test_other_user_errors(tmp_path, capsys):
+    kept = str(next((ROOT / "docs" / "support").glob("*.json")))
+    page = tmp_path / "page.md"
+    page.write_text(f"{END}\n{BEGIN}\n")
+    for options, match in [
+        (["--merge", kept, kept], "expected one report per host version, got 2"),
+        (["--merge", str(tmp_path / "none.json")], "No such file"),
+        (["--merge", kept, "--into", str(page)], f"expected a line {BEGIN} and after it"),
+    ]:
+        assert support.main(options) == 2
+        assert match in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        support.main(["--into", str(page)])
+    assert page.read_text() == f"{END}\n{BEGIN}\n"
+
+
+def test_a_changed_status_shows():
+    """The comparison with the kept report can fail."""
+    kept = KEPT[0]
+    changed = replace(kept, rows=(replace(kept.rows[0], status="refused"), *kept.rows[1:]))
+    with pytest.raises(AssertionError):
+        test_every_row_is_as_kept(changed)
+    wrong = replace(kept, rows=(replace(kept.rows[0], error=1e-3), *kept.rows[1:]))
+    with pytest.raises(AssertionError):
+        test_errors_within_tolerance(wrong)
