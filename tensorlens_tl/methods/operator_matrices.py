@@ -23,12 +23,12 @@ from ..attribution import Target, TargetLike, resolve_target
 from ..checks import whole
 from ..graph import FINAL_SITE
 from ..operator import (
+    BatchedSweep,
     Capture,
     FrozenTransformer,
     Plan,
     Reduction,
     Segment,
-    Sweep,
     dots,
     make_plan,
     memory_budget,
@@ -80,7 +80,7 @@ def orthogonal_probes(n: int, k: int, d: int, generator: torch.Generator) -> Flo
 class _Sweep:
     """One prompt's sweep, what starts it, and how its result becomes a matrix."""
 
-    sweep: Sweep
+    sweep: BatchedSweep
     many: int
     vectors: Callable[[Tensor, slice], Tensor]
     reduce: Reduction
@@ -238,7 +238,7 @@ def plan_token_matrix(
             capture, operator, part, sites, kind, target, probes, seed, precision, prompt
         )
         every = torch.arange(stop - start, device=frame.device)
-        jobs.append(job.sweep.job(every, job.many, job.reduce))
+        jobs.append(job.sweep.shape(every, job.many, job.reduce))
         dtype = job.sweep.dtype
     limit = memory_budget(memory_limit, frame.device)
     notes = (HOST,) if isinstance(capture.blocks[0].attn.mix, RecomputedMix) else ()
@@ -280,7 +280,7 @@ def _prepare(
     if probes is not None and kind != "norm":
         raise ValueError(f"probes are for 'norm', got {probes!r} for {kind!r}: leave them out")
     start, stop = capture.frame.spans[prompt]
-    sweep = Sweep(part.map, prompt, kind != "in", PRECISIONS[precision])
+    sweep = BatchedSweep(part.map, prompt, kind != "in", PRECISIONS[precision])
     d = part.out_dim
     if kind == "norm" and probes is None:
         eye = capture.frame.eye(d)

@@ -6,7 +6,7 @@ Key concepts:
     SecantOperator: The operator between two runs, exact on their difference.
 """
 
-from .batched_sweep import Reduction, Sweep, dots, squares
+from .batched_sweep import BatchedSweep, Reduction, dots, squares
 from .blocks import PLANNED
 from .capture import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
 from .cost_model import Plan, make_plan, memory_budget
@@ -17,6 +17,7 @@ from .restricted_transformer import RestrictedTransformer
 from .secant import SecantOperator
 
 __all__ = [
+    "BatchedSweep",
     "Branch",
     "Capture",
     "CaptureMismatchError",
@@ -33,7 +34,6 @@ __all__ = [
     "SecantOperator",
     "Segment",
     "Step",
-    "Sweep",
     "Trace",
     "dots",
     "make_plan",

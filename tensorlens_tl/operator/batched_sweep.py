@@ -35,7 +35,7 @@ from ..sublayers import LinearMap, Tiles
 from .cost_model import (
     CAUSAL_TILE,
     ROWS,
-    Job,
+    SweepShape,
     carried_by,
     fold_group,
     folds_below,
@@ -56,7 +56,7 @@ from .folding import (
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class BatchedSweep:
     """A sweep of one prompt, ready to carry vectors.
 
     Attributes:
@@ -90,9 +90,9 @@ class Sweep:
         """Of matrices and vectors."""
         return self.precision or self.op.frame.dtype
 
-    def job(self, at: Tensor, many: int, reduce: Reduction) -> Job:
+    def shape(self, at: Tensor, many: int, reduce: Reduction) -> SweepShape:
         """The sweep's shape, from which its cost is known."""
-        return Job(
+        return SweepShape(
             tuple(shape_of(stage, self.transposed) for stage in self.stages),
             self.op.in_dim,
             self.n_pos,
@@ -130,7 +130,7 @@ class Sweep:
             ValueError: If not even one vector fits.
         """
         device = self.op.frame.device
-        chunks = self.job(at, many, reduce).chunks(memory_budget(memory_limit, device))
+        chunks = self.shape(at, many, reduce).chunks(memory_budget(memory_limit, device))
         order = self.coordinate(at).argsort()
         size = (len(at), many, self.n_pos, *([reduce.kept] if reduce.kept > 1 else []))
         kind = torch.promote_types(self.dtype, torch.float32)

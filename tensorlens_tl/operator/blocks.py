@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..checks import whole
 from ..sublayers import DENSE_LIMIT, LinearMap
-from .batched_sweep import Reduction, Sweep, squares, states
+from .batched_sweep import BatchedSweep, Reduction, squares, states
 from .cost_model import Plan, make_plan, memory_budget
-from .svd import SVD, Triples
+from .svd import SVD, SVDProblem
 
 PLANNED = ("block", "to_dense", "frobenius_norm", "svd", "spectral_norm")
 
@@ -130,7 +130,7 @@ class Contractible(LinearMap):
             dim, wide = (self.out_dim, self.in_dim) if pull else (self.in_dim, self.out_dim)
             reduce = squares() if what == "frobenius_norm" else states(wide)
             at = torch.tensor(query if pull else key, device=frame.device)
-            jobs.append(Sweep(self.map, i, pull).job(at, dim, reduce))
+            jobs.append(BatchedSweep(self.map, i, pull).shape(at, dim, reduce))
         return make_plan(what, jobs, limit, frame.dtype, frame.device)
 
     def spectral_norm(self, memory_limit: int | None = None) -> Float[Tensor, " batch"]:
@@ -181,13 +181,13 @@ class Contractible(LinearMap):
         key_pos: Positions = None,
         prompt: int = 0,
         seed: int = 0,
-    ) -> Triples:
+    ) -> SVDProblem:
         if not whole(prompt) or not 0 <= prompt < self.frame.batch:
             raise ValueError(f"expected a prompt from 0 to {self.frame.batch - 1}, got {prompt!r}")
         start, stop = self.frame.spans[prompt]
         query = _positions(query_pos, stop - start, "query_pos", prompt)
         key = _positions(key_pos, stop - start, "key_pos", prompt)
-        return Triples(self, int(prompt), query, key, k, seed)
+        return SVDProblem(self, int(prompt), query, key, k, seed)
 
     def _places(
         self, query_pos: Positions = None, key_pos: Positions = None, alike: bool = True
@@ -222,7 +222,7 @@ class Contractible(LinearMap):
         """A sweep of all unit vectors from some positions."""
         dim = self.out_dim if pull else self.in_dim
         eye = self.frame.eye(dim)
-        return Sweep(self.map, prompt, transposed=pull).carry(
+        return BatchedSweep(self.map, prompt, transposed=pull).carry(
             torch.tensor(at, device=self.frame.device),
             lambda index, part: eye[part].expand(len(index), -1, -1),
             dim,

@@ -137,7 +137,7 @@ def fold_group(width: int, d_model: int) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepShape:
     """One sweep's shape.
 
     Attributes:
@@ -366,7 +366,7 @@ def rates_of(stages: Sequence[StageShape], d_model: int, n_pos: int, rows: int,
                  torch.get_num_threads())  # fmt: skip
 
 
-def make_plan(what: str, jobs: Sequence[Job], limit: int, dtype: torch.dtype,
+def make_plan(what: str, jobs: Sequence[SweepShape], limit: int, dtype: torch.dtype,
               device: torch.device, notes: Sequence[str] = ()) -> Plan:  # fmt: skip
     """Add up several sweeps, run one after another.
 

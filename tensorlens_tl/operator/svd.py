@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..checks import whole
 from ..sublayers import LinearMap
-from .batched_sweep import Sweep, states
+from .batched_sweep import BatchedSweep, states
 from .cost_model import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
 from .folding import shape_of, stages_of
 from .machine_rates import Cost
@@ -68,7 +68,7 @@ CALLS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Triples:
+class SVDProblem:
     """What is asked for: the k largest triples of A, one prompt's blocks [query, key].
 
     Attributes:
@@ -157,7 +157,7 @@ class Triples:
             (self.query, op.out_dim, op.in_dim) if pull else (self.key, op.in_dim, op.out_dim)
         )
         at = torch.tensor(at, device=frame.device)
-        job = Sweep(chain, self.prompt, pull).job(at, dim, states(kept))
+        job = BatchedSweep(chain, self.prompt, pull).shape(at, dim, states(kept))
         made = make_plan(what, [job], limit, frame.dtype, frame.device)
         short, long = sorted(self.shape)
         flops = 6 * long * short**2 + 20 * short**3

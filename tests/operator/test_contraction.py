@@ -13,9 +13,9 @@ from models import ALL, CASES, GATED, SHARED, lens_of, quiet, randn_like, tokens
 import tensorlens_tl
 from tensorlens_tl.methods.operator_matrices import orthogonal_probes
 from tensorlens_tl.methods.tables import student_t
-from tensorlens_tl.operator.batched_sweep import Sweep, dots, squares, states
+from tensorlens_tl.operator.batched_sweep import BatchedSweep, dots, squares, states
 from tensorlens_tl.operator.cost_model import HALF_BYTES, folds_below, half_bytes
-from tensorlens_tl.operator.svd import Triples
+from tensorlens_tl.operator.svd import SVDProblem
 
 pytestmark = pytest.mark.algebra
 
@@ -64,7 +64,7 @@ def test_a_sweep_is_what_dense_T_says(case, gate, folding, pull):
     x = randn_like(torch.zeros(op.frame.n_pos, op.in_dim, dtype=T.dtype), 2)
     product = "npo,noki->npki" if pull else "npi,qoni->npqo"
     slow = torch.einsum(product, given_, T[at] if pull else T[:, :, at])
-    sweep = Sweep(op.map, prompt, pull, folding=folding)
+    sweep = BatchedSweep(op.map, prompt, pull, folding=folding)
 
     def fast(reduce):
         return sweep.carry(at, lambda i, part: given_[i][:, part], 3, reduce)
@@ -79,7 +79,9 @@ def test_nothing_reaches_back_from_the_future(case):
     op = lens_of(case).operator
     at = torch.arange(op.frame.n_pos)
     vectors = randn_like(torch.zeros(len(at), 2, op.in_dim, dtype=torch.float64), 3)
-    got = Sweep(op.map, 0, True).carry(at, lambda i, p: vectors[i][:, p], 2, states(op.in_dim))
+    got = BatchedSweep(op.map, 0, True).carry(
+        at, lambda i, p: vectors[i][:, p], 2, states(op.in_dim)
+    )
     future = torch.ones(len(at), len(at)).triu(1).bool()
     assert (got.movedim(1, 2)[future] == 0).all()
     assert (got.movedim(1, 2)[~future] != 0).any()
@@ -99,9 +101,9 @@ def test_however_it_is_cut(case, many, limit, at, folding, pull):
     op = lens_of(case).operator
     at = torch.tensor(at)
     vectors = randn_like(torch.zeros(len(at), many, op.in_dim, dtype=torch.float64), many)
-    sweep = Sweep(op.map, 0, pull, folding=folding)
+    sweep = BatchedSweep(op.map, 0, pull, folding=folding)
     reduce = states(op.in_dim)
-    job = sweep.job(at, many, reduce)
+    job = sweep.shape(at, many, reduce)
     try:
         chunks = job.chunks(limit)
     except ValueError as error:
@@ -119,7 +121,7 @@ def test_however_it_is_cut(case, many, limit, at, folding, pull):
 def test_work_is_cut_where_memory_is_short():
     op = lens_of(SHAPES[0]).operator
     at = torch.arange(7)
-    job = Sweep(op.map, 0, True).job(at, 32, squares())
+    job = BatchedSweep(op.map, 0, True).shape(at, 32, squares())
     assert len(job.chunks(10**9)) == 1
     assert len(job.chunks(job.peak(job.blocks(32), 32) - 1)) > 1
 
@@ -413,7 +415,7 @@ def test_flops_of_a_push_and_pull_are_the_formula():
     """4 · (2 D² for W_V and W_O + 2 m D), 4 · H e L for the pattern, every position and layer."""
     case = CASES.get("hooked-gpt2") or SHAPES[0]
     lens = lens_of(case)
-    op, triples = lens.operator, Triples(lens.operator, 0, [*range(7)], [*range(7)], 1)
+    op, triples = lens.operator, SVDProblem(lens.operator, 0, [*range(7)], [*range(7)], 1)
     D, L, B, m = op.in_dim, 7, 2, lens.capture.blocks[0].mlp.pre.shape[-1]
     steps = round(20 + 0.5 * 19 + 0.5)
     one = 2 * B * L * (4 * (2 * D * D + 2 * m * D) + 4 * L * D)
@@ -434,7 +436,9 @@ def test_flops_of_a_pull_are_the_formula():
     lens = lens_of(case)
     op = lens.operator
     D, L, m = op.in_dim, 7, lens.capture.blocks[0].mlp.pre.shape[-1]
-    job = Sweep(op.map, 0, True, folding=False).job(torch.arange(L), 1, dots(lens.embedding[0]))
+    job = BatchedSweep(op.map, 0, True, folding=False).shape(
+        torch.arange(L), 1, dots(lens.embedding[0])
+    )
     ((_, blocks),) = job.chunks(10**9)
     cost = job.cost(blocks, 1)
     rows = L * L  # one block of seven destinations, seven positions each
@@ -524,7 +528,7 @@ def test_bad_blocks_are_refused():
     with pytest.raises(ValueError, match="expected a level between 0 and 1"):
         lens_of(case).token_matrix("norm", probes=4).interval(95)
     with pytest.raises(ValueError, match="expected an operator, or what"):
-        Sweep(lens_of(case).capture.unembed, 0, True).job(torch.arange(2), 1, squares())
+        BatchedSweep(lens_of(case).capture.unembed, 0, True).shape(torch.arange(2), 1, squares())
 
 
 # --- A trained model -----------------------------------------------------------------------------
