@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import Any, TypeGuard
 
 
-def check_autocast(kind: str) -> None:
+def no_autocast(kind: str) -> None:
     """Refuse to compute where torch.autocast would round every product.
 
     Args:
@@ -24,7 +24,7 @@ def check_autocast(kind: str) -> None:
         )
 
 
-def whole(number: object) -> TypeGuard[int]:
+def is_int(number: object) -> TypeGuard[int]:
     """Whether it is an integer: NumPy's are, True is not."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 
@@ -42,7 +42,7 @@ def at_least_one(number: Any, name: str) -> int:
     Raises:
         ValueError: If it is no integer, or below 1.
     """
-    if not whole(number) or number < 1:
+    if not is_int(number) or number < 1:
         raise ValueError(f"expected {name} as an integer ≥ 1, got {number!r}")
     return int(number)
 

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ..checks import check_autocast
+from ..checks import no_autocast
 from ..hosts import (
     Adapter,
     Edit,
@@ -176,7 +176,7 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
                 "ablation rebuilds what they would edit. Take them off first (model.reset_hooks(), or remove() "
                 "of torch's own)"
             )
-        check_autocast(adapter.weights.unembed.W_U.device.type)
+        no_autocast(adapter.weights.unembed.W_U.device.type)
         points = adapter.points(("q", "k", "pattern"))
         universe = EdgeUniverse(wiring_of(adapter.weights), (None, "pos_embed") in points)
         grad = torch.is_grad_enabled()

@@ -22,7 +22,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from ..checks import whole
+from ..checks import is_int
 from .nodes import Edge, Node
 from .wiring import INPUT, LOGITS, Wiring, owner
 
@@ -147,7 +147,7 @@ def select(
 
 
 def _count(n_edges: object, total: int) -> int:
-    if not whole(n_edges) or not 1 <= n_edges <= total:
+    if not is_int(n_edges) or not 1 <= n_edges <= total:
         raise ValueError(
             f"expected n_edges as an integer from 1 to {total}, all the edges that were ranked, got "
             f"{n_edges!r}"

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import is_int
 from ..sublayers import DENSE_LIMIT, LinearMap
 from .batched_sweep import BatchedSweep, Reduction, squares, states
 from .cost_model import Plan, make_plan, memory_budget
@@ -59,8 +59,8 @@ class Contractible(LinearMap):
         places = self._places(query_pos, key_pos)
         found = [self._blocks(i, *place, memory_limit) for i, place in enumerate(places)]
         blocks = found[0][None] if len(found) == 1 else torch.stack(found)
-        blocks = blocks.squeeze(3) if whole(key_pos) else blocks
-        return blocks.squeeze(1) if whole(query_pos) else blocks
+        blocks = blocks.squeeze(3) if is_int(key_pos) else blocks
+        return blocks.squeeze(1) if is_int(query_pos) else blocks
 
     def to_dense(self, memory_limit: int = DENSE_LIMIT) -> Tensor:
         """The whole tensor [batch, query_pos, d_out, key_pos, d_in], for small models and tests.
@@ -182,7 +182,7 @@ class Contractible(LinearMap):
         prompt: int = 0,
         seed: int = 0,
     ) -> SVDProblem:
-        if not whole(prompt) or not 0 <= prompt < self.frame.batch:
+        if not is_int(prompt) or not 0 <= prompt < self.frame.batch:
             raise ValueError(f"expected a prompt from 0 to {self.frame.batch - 1}, got {prompt!r}")
         start, stop = self.frame.spans[prompt]
         query = _positions(query_pos, stop - start, "query_pos", prompt)
@@ -238,7 +238,7 @@ def _in_a_row(pos: list[int]) -> bool:
 def _positions(pos: Positions, length: int, name: str, prompt: int) -> list[int]:
     """Positions as a list of indices among a prompt's real tokens."""
     wrong = f"expected {name} as a position, a slice or None, got {pos!r}: −1 is the last token"
-    if whole(pos):
+    if is_int(pos):
         if not -length <= pos < length:
             raise ValueError(
                 f"{name} {pos} is outside prompt {prompt}: expected {-length} to {length - 1} "

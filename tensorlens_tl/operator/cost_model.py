@@ -14,7 +14,7 @@ from itertools import accumulate
 
 import torch
 
-from ..checks import whole
+from ..checks import is_int
 from .machine_rates import Cost, Rates, rates
 
 BLOCK_ROWS, FOLDED_BLOCK_ROWS = 8, 32
@@ -66,7 +66,7 @@ def memory_budget(limit: int | None, device: torch.device) -> int:
     """
     if limit is None:
         return int(SHARE * free_memory(device))
-    if not whole(limit) or limit <= 0:
+    if not is_int(limit) or limit <= 0:
         raise ValueError(
             f"expected memory_limit as a positive whole number of bytes, got {limit!r}"
         )

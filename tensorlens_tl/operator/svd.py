@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import whole
+from ..checks import is_int
 from ..sublayers import LinearMap
 from .batched_sweep import BatchedSweep, states
 from .cost_model import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
@@ -89,9 +89,9 @@ class SVDProblem:
 
     def __post_init__(self):
         most = min(self.shape)
-        if not whole(self.k) or not 1 <= self.k <= most:
+        if not is_int(self.k) or not 1 <= self.k <= most:
             raise ValueError(f"expected an integer 1 ≤ k ≤ {most} singular triples, got {self.k!r}")
-        if not whole(self.seed) or self.seed < 0:
+        if not is_int(self.seed) or self.seed < 0:
             raise ValueError(f"expected seed as an integer ≥ 0, got {self.seed!r}")
 
     @property

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import check_autocast, whole
+from ..checks import is_int, no_autocast
 
 HALF = (torch.bfloat16, torch.float16)
 """Precisions that a model may have and the operator never has."""
@@ -59,7 +59,7 @@ class Frame:
         Raises:
             ValueError: If a prompt has no such position.
         """
-        if not whole(pos):
+        if not is_int(pos):
             raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
         for prompt, (start, stop) in enumerate(self.spans):
             if not start - stop <= pos < stop - start:
@@ -84,7 +84,7 @@ class Frame:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """The tensor, detached, in the compute dtype (no copy where it already is)."""
-        check_autocast(self.device.type)  # here, as every product has a factor that is cast
+        no_autocast(self.device.type)  # here, as every product has a factor that is cast
         return tensor.detach().to(self.dtype)
 
 
