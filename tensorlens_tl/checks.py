@@ -1,8 +1,13 @@
-"""Checks of arguments that several rooms share."""
+"""Checks and small tools that several rooms share. No torch at import."""
 
 from __future__ import annotations
 
+import os
+import secrets
+from collections.abc import Callable
+from importlib import import_module
 from numbers import Integral
+from pathlib import Path
 from typing import Any, TypeGuard
 
 
@@ -10,45 +15,57 @@ def no_autocast(kind: str) -> None:
     """Refuse to compute where torch.autocast would round every product.
 
     Args:
-        kind: The device's type.
+        kind: Type of the device, such as "cpu" or "cuda".
 
     Raises:
-        ValueError: If autocast is on there.
+        ValueError: If autocast is on for this device.
     """
     import torch
 
     if kind != "meta" and torch.is_autocast_enabled(kind):
         raise ValueError(
-            "autocast is on, expected full precision, as it would round every product: leave the "
-            "torch.autocast block; for a model in half precision, cast the model: model.to(dtype)"
+            "torch.autocast is on, which would round every product. Leave the torch.autocast block; "
+            "to run a model in half precision, cast it with model.to(dtype)."
         )
 
 
+def need(module: str, extra: str, for_what: str) -> Any:
+    """Import an optional package, or say how to install it.
+
+    Args:
+        module: Name of the module, such as "scipy.sparse.linalg".
+        extra: Extra of this library that installs the package.
+        for_what: Name of what was called, such as "to_dataframe".
+
+    Returns:
+        The imported module.
+
+    Raises:
+        ValueError: If the package is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        raise ValueError(
+            f"{for_what} needs the package {module.split('.')[0]}. "
+            f"Install it with pip install 'tensorlens-tl[{extra}]'."
+        ) from None
+
+
 def is_int(number: object) -> TypeGuard[int]:
-    """Whether it is an integer: NumPy's are, True is not."""
+    """Tell whether a number is an integer. NumPy's integers are; True is not."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def at_least_one(number: Any, name: str) -> int:
-    """A count that a user gave.
-
-    Args:
-        number: What was given.
-        name: What it counts.
-
-    Returns:
-        It, as an int.
-
-    Raises:
-        ValueError: If it is no integer, or below 1.
-    """
+    """Return ``number`` as an int; refuse it, calling it ``name``, unless it is an integer ≥ 1."""
     if not is_int(number) or number < 1:
-        raise ValueError(f"expected {name} as an integer ≥ 1, got {number!r}")
+        raise ValueError(f"{name}={number!r} is not an integer ≥ 1. Pass a positive whole number.")
     return int(number)
 
 
 def as_list(given: Any) -> Any:
-    """A tensor or an array of ids as a list of them; a direction, or anything else, as it is."""
+    """Turn a tensor or array of ids into a list; return a direction, or anything else, as it is."""
     import torch
 
     ids = getattr(given, "ndim", 0) == 1 and not torch.as_tensor(given).is_floating_point()
@@ -56,24 +73,24 @@ def as_list(given: Any) -> Any:
 
 
 def one_each(given: Any, n: int, name: str) -> list[Any]:
-    """What a user gave for all prompts, or for each.
-
-    Args:
-        given: A list with one for each, or ids [n] as a tensor or an array; or one for all.
-        n: How many prompts there are.
-        name: What it is called.
-
-    Returns:
-        One for each.
-
-    Raises:
-        ValueError: If there are not as many.
-    """
+    """Return one value per prompt: the n values of a list, or of ids [n], or one value n times."""
     given = as_list(given)
     if not isinstance(given, list | tuple):
         return [given] * n
     if len(given) != n:
         raise ValueError(
-            f"expected one of {name} per prompt, {n}, or one for all, got {len(given)}"
+            f"{name} has {len(given)} entries for {n} prompts. Pass one for each, or one for all."
         )
     return list(given)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: ``write`` fills a file beside it, which then replaces it."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        write(unfinished)
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())  # the data must be on disk before the name points to them
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import at_least_one
+from ..checks import at_least_one, need
 from ..graph import Edge, Node
 from ..operator import Convention
 from .html import grid_html, strip_html, table_html
@@ -189,12 +189,7 @@ class Attribution:
         Raises:
             ValueError: If pandas is missing.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise ValueError(
-                "to_dataframe needs pandas: pip install 'tensorlens-tl[pandas]'"
-            ) from None
+        pandas = need("pandas", "pandas", "to_dataframe")
         rows = []
         for prompt, (start, stop) in enumerate(self.spans):
             for i, source in enumerate(self.sources):

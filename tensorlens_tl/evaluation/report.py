@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from ..checks import need
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
 
@@ -167,12 +168,7 @@ class Evaluation:
         Raises:
             ValueError: If pandas is missing.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise ValueError(
-                "to_dataframe needs pandas: pip install 'tensorlens-tl[pandas]'"
-            ) from None
+        pandas = need("pandas", "pandas", "to_dataframe")
         names = ("measure", "metric", "preset", "masking", "method", "higher")
         lines = [
             {name: getattr(row, name) for name in names} | {"prompt": i, "value": value}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..hosts import Adapter, adapt, score_weights
+from ..checks import write_whole
+from ..hosts import Adapter, adapt
 from ..operator import Capture, FrozenTransformer
 from ..sublayers import Frame
 from .fingerprints import agree, products
@@ -58,14 +58,8 @@ def save_capture(capture: Capture, path: str | os.PathLike[str], weights: bool =
         "frame": {name: writer.node(value, f"frame.{name}") for name, value in about.items()},
         "capture": writer.node(capture, ""),
     }
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        save_file(writer.tensors, unfinished, metadata={_KEY: json.dumps(header)})
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    metadata = {_KEY: json.dumps(header)}
+    write_whole(target, lambda file: save_file(writer.tensors, file, metadata=metadata))
 
 
 class _File:
@@ -255,7 +249,7 @@ def load_capture(
         capture: Capture = builder.value(file.header["capture"], "")
     if adapter is None:
         return capture
-    scores = score_weights(adapter, capture.frame.n_pos)
+    scores = adapter.score_weights(capture.frame.n_pos)
     own = {"tokenizer": adapter.tokenizer, "embed_weights": adapter.embed_weights()}
     return replace(capture, **own, score_weights=scores)
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import need
 from ..operator import Capture
 
 Matrix = Float[Tensor, "batch query_pos key_pos"]
@@ -113,13 +114,8 @@ def attention_flow(capture: Capture, query: Int[Tensor, " batch"] | None = None)
     Raises:
         ValueError: If networkx is missing.
     """
-    try:
-        import networkx
-        from networkx.algorithms.flow import build_residual_network, preflow_push
-    except ImportError:
-        raise ValueError(
-            "attention_flow needs networkx: pip install 'tensorlens-tl[baselines]'"
-        ) from None
+    networkx = need("networkx", "baselines", "attention_flow")
+    algorithms = need("networkx.algorithms.flow", "baselines", "attention_flow")
     layers = [halved(capture, layer) for layer in mean_patterns(capture)]
     flows = torch.zeros_like(layers[0])
     for prompt, (start, stop) in enumerate(capture.frame.spans):
@@ -130,14 +126,14 @@ def attention_flow(capture: Capture, query: Int[Tensor, " batch"] | None = None)
             for i, j in layer[prompt].nonzero().tolist():
                 capacity = round(capacities[i][j] * FLOW_UNIT)
                 graph.add_edge((level + 1, i), (level, j), capacity=capacity)
-        residual = build_residual_network(graph, "capacity")
+        residual = algorithms.build_residual_network(graph, "capacity")
         wanted = range(start, stop) if query is None else [int(query[prompt])]
         for i in wanted:
             below = networkx.descendants(graph, (len(layers), i))
             for j in (j for level, j in below if level == 0):
                 ends = (len(layers), i), (0, j)
                 flow = networkx.maximum_flow_value(
-                    graph, *ends, flow_func=preflow_push, residual=residual
+                    graph, *ends, flow_func=algorithms.preflow_push, residual=residual
                 )
                 flows[prompt, i, j] = flow / FLOW_UNIT
     return flows

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import at_least_one
+from ..checks import at_least_one, need
 from ..hosts import LiveModel, Scores, UnsupportedArchitectureError, hooked, target_of
 
 # --- Methods -------------------------------------------------------------------------------------
@@ -69,19 +69,14 @@ def integrated_gradients(
     Raises:
         ValueError: If captum is missing, or the baseline does not exist.
     """
-    try:
-        from captum.attr import IntegratedGradients
-    except ImportError:
-        raise ValueError(
-            "integrated_gradients needs captum: pip install 'tensorlens-tl[baselines]'"
-        ) from None
+    captum = need("captum.attr", "baselines", "integrated_gradients")
     at_least_one(steps, "steps")
 
     def target(x: Tensor, query: Tensor, covector: Tensor) -> Tensor:
         return target_of(live.run(x), query, covector)
 
     live.checked(live.run(live.x))
-    found = IntegratedGradients(target).attribute(
+    found = captum.IntegratedGradients(target).attribute(
         live.x.detach(),
         reference(live, baseline),
         additional_forward_args=(query, covector),

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import is_int
+from ..checks import is_int, need
 from ..sublayers import LinearMap
 from .batched_sweep import BatchedSweep, states
 from .cost_model import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
@@ -213,11 +213,9 @@ class SVDProblem:
         Raises:
             ValueError: If scipy is missing.
         """
-        try:
-            import numpy
-            from scipy.sparse.linalg import aslinearoperator, svds
-        except ImportError:
-            raise ValueError("svd needs scipy: pip install 'tensorlens-tl[scipy]'") from None
+        linalg = need("scipy.sparse.linalg", "scipy", "svd")
+        import numpy  # comes with scipy
+
         op, frame = self.op, self.op.frame
         start = frame.spans[self.prompt][0]
         steps = tqdm(desc="svd", unit=" products", delay=2, leave=False)
@@ -233,7 +231,7 @@ class SVDProblem:
             return run
 
         dtype = str(frame.dtype).removeprefix("torch.")
-        operator = aslinearoperator(
+        operator = linalg.aslinearoperator(
             SimpleNamespace(
                 shape=self.shape,
                 dtype=dtype,
@@ -249,7 +247,7 @@ class SVDProblem:
                     torch.eye(self.k, n, dtype=frame.dtype, device=frame.device) for n in self.shape
                 )
                 return self._result(U, U.new_zeros(self.k), V)
-            parts = svds(operator, k=self.k, ncv=self.basis, v0=first)
+            parts = linalg.svds(operator, k=self.k, ncv=self.basis, v0=first)
         U, S, Vh = (torch.from_numpy(part.copy()).to(frame.zeros(0)) for part in parts)
         order = S.argsort(descending=True)
         return self._result(U.mT[order], S[order], Vh[order])

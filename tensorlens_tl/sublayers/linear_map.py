@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import need
 from .batch_layout import Frame
 
 DENSE_LIMIT = 2 * 2**30  # bytes that a dense form may fill unless the caller allows more
@@ -179,10 +180,7 @@ class LinearMap(ABC):
         Raises:
             ValueError: If scipy is missing or there are several prompts.
         """
-        try:
-            from scipy.sparse.linalg import aslinearoperator
-        except ImportError:
-            raise ValueError("to_scipy needs scipy: pip install 'tensorlens-tl[scipy]'") from None
+        linalg = need("scipy.sparse.linalg", "scipy", "to_scipy")
         if self.frame.batch != 1:
             raise ValueError(
                 f"to_scipy expects one prompt, got {self.frame.batch}; take one with lens[i]"
@@ -206,7 +204,7 @@ class LinearMap(ABC):
             return act
 
         push, pull = acting(self.in_dim, self), acting(self.out_dim, self.T)
-        return aslinearoperator(
+        return linalg.aslinearoperator(
             SimpleNamespace(
                 shape=(self.frame.n_pos * self.out_dim, self.frame.n_pos * self.in_dim),
                 matvec=push,
