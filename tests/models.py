@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -106,17 +107,28 @@ if TransformerBridgeConfig is not None:
             float32_norms=_config.get("normalization_type") == "RMS",
             gated=bool(_config.get("gated_mlp")),
         )
-ALL = list(CASES.values())
-if os.environ.get("FAMILIES") == "few":  # one of each block shape: for slow runs
-    SHAPES = {"gpt2", "llama", "neox", "gemma2", "qwen3", "attn-only", "solu"}
-    ALL = [case for case in ALL if case.name.split("-", 1)[1] in SHAPES]
+# One of each block shape and host class: pre-norm, gated and grouped, parallel, double norm with caps
+# and windows, normed queries and keys, no MLP, and an MLP with a norm inside. All laws run on these.
+_SHAPES = ("gpt2", "llama", "neox", "gemma2", "qwen3", "attn-only", "solu")
+SHAPES = [case for case in CASES.values() if case.name.split("-", 1)[1] in _SHAPES]
+if chosen := os.environ.get(
+    "CASES"
+):  # by name, for runs that are slow: "hooked-gemma2,bridge-llama"
+    SHAPES = [case for case in SHAPES if case.name in chosen.split(",")] or SHAPES[:2]
+GATED = [case for case in SHAPES if case.gated]
+every_convention = pytest.mark.parametrize(
+    ("case", "gate"),
+    [(case, "gate") for case in SHAPES] + [(c, g) for c in GATED[:1] for g in ("up", "half")],
+    ids=str,
+)
+"""Every shape; the other ways to make a gated MLP linear on one, as they meet nothing of the host."""
 
-# Families that are block shapes of the above in another dress: one pass through the laws.
-COMPATS = {"cohere": (True,), "cohere2": (True,), "olmo2": (False, True), "bloom": (False, True)}
+# Families that are those shapes in another dress: the laws that need the host, once each.
+_COMPAT = {"cohere": (True,), "cohere2": (True,), "olmo2": (False, True), "bloom": (False, True)}
 MORE = [
     _bridge_case(name, *MORE_BRIDGE[name], compat)
     for name in MORE_BRIDGE
-    for compat in COMPATS.get(name, (False,))
+    for compat in _COMPAT.get(name, (False,))
     if bridge_offered(name)
 ]
 if hooked_offered("olmo2"):
@@ -125,8 +137,8 @@ if hooked_offered("olmo2"):
     )
 if HookedTransformer is not None:
     MORE.append(Case("hooked-bloom", lambda dtype: hooked_model("bloom", dtype), "hooked"))
+DRESSED = [case for case in CASES.values() if case.name.split("-", 1)[1] not in _SHAPES]
 CASES |= {case.name: case for case in MORE}
-GATED = [case for case in ALL if case.gated]
 
 
 @cache

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from models import ALL, HookedTransformer, build_bridge_from_module
+from models import SHAPES, HookedTransformer, build_bridge_from_module
 
 import tensorlens_tl
 
@@ -34,7 +34,7 @@ def test_either_order_of_import_and_off_and_on_again():
     assert run(plugin, twice, hosts, has, again, has) == no + yes
 
 
-@pytest.mark.parametrize("case", ALL[:1] + ALL[-1:], ids=str)
+@pytest.mark.parametrize("case", SHAPES[:1] + SHAPES[-1:], ids=str)
 def test_every_model_has_the_method(case):
     method = type(case.model()).run_with_tensorlens
     assert "TensorLens" in method.__doc__

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, GATED, SEQ, lens_of, quiet, randn_like, tokens
+from models import GATED, SEQ, SHAPES, lens_of, quiet, randn_like, tokens
 from oracles import FrozenModel
 
 import tensorlens_tl
@@ -24,9 +24,9 @@ from tensorlens_tl.sublayers.weights import (
     UnembedWeights,
 )
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
-SPLITS = [(c, by, "gate") for c in ALL for by in ("token", "component")]
-SPLITS += [(c, by, g) for c in GATED for by in ("token", "component") for g in ("up", "half")]
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+SPLITS = [(c, by, "gate") for c in SHAPES for by in ("token", "component")]
+SPLITS += [(c, by, g) for c in GATED[:1] for by in ("token", "component") for g in ("up", "half")]
 every_split = pytest.mark.parametrize(
     ("case", "by", "gate"), SPLITS, ids=[f"{c}-{by}-{g}" for c, by, g in SPLITS]
 )
@@ -121,7 +121,7 @@ def test_directions_are_targets(case):
 
 
 def test_results():
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     a = lens.attribute(3, 4)
     assert len(a) == 2 and a.values.shape == (2, len(a.sources))
     one = a[1]
@@ -133,7 +133,7 @@ def test_results():
     assert "2 prompts" in repr(a)
     with pytest.raises(ValueError, match=r"one prompt, got 2.*attribution\[i\]"):
         a.top()
-    with pytest.raises(ValueError, match="k as an integer ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="k=0 is not an integer ≥ 1"):
         one.top(0)
     with pytest.raises(IndexError):
         a[2]
@@ -242,7 +242,7 @@ def test_random_vectors_are_not_the_embedding():
 
 
 def test_capture_is_what_the_method_returns():
-    model = ALL[0].model()
+    model = SHAPES[0].model()
     with quiet(), torch.no_grad():
         logits, lens = model.run_with_tensorlens(tokens())
         logits2, lens2 = tensorlens_tl.capture(model, tokens())

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, lens_of, quiet, tokens
+from models import SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Attribution, Node, demo
@@ -15,7 +15,7 @@ from tensorlens_tl.attribution import html as heat
 
 pytestmark = pytest.mark.algebra
 
-FIRST = ALL[0]
+FIRST = SHAPES[0]
 
 
 def prompts(n=5):
@@ -100,13 +100,13 @@ def test_refusals():
     for wrong in ([], "a prompt"):
         with pytest.raises(ValueError, match="expected a list of prompts, got"):
             tensorlens_tl.attribute(model, wrong)
-    with pytest.raises(ValueError, match="one of targets per prompt, 5, or one for all, got 2"):
+    with pytest.raises(ValueError, match="targets has 2 entries for 5 prompts"):
         tensorlens_tl.attribute(model, prompts(), [1, 2])
-    with pytest.raises(ValueError, match="one of versus per prompt, 5, or one for all, got 1"):
+    with pytest.raises(ValueError, match="versus has 1 entries for 5 prompts"):
         tensorlens_tl.attribute(model, prompts(), 1, [2])
-    with pytest.raises(ValueError, match="batch_size as an integer ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size=0 is not an integer ≥ 1"):
         tensorlens_tl.attribute(model, prompts(), batch_size=0)
-    with pytest.raises(ValueError, match="k as an integer ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="k=0 is not an integer ≥ 1"):
         tensorlens_tl.attribute(model, prompts(2)).top(0)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, GATED, lens_of, quiet, tokens
+from models import SHAPES, every_convention, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
@@ -11,12 +11,8 @@ from tensorlens_tl.operator.frozen_transformer import FrozenTransformer
 
 pytestmark = pytest.mark.algebra
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
-CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
-every_convention = pytest.mark.parametrize(
-    ("case", "gate"), CONVENTIONS, ids=[f"{c}-{g}" for c, g in CONVENTIONS]
-)
-FIRST = ALL[0]
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+FIRST = SHAPES[0]
 
 
 def corrupted_of(case, seed=1, **kwargs):
@@ -50,7 +46,7 @@ def test_a_difference_sums_to_the_difference_of_the_models_own_logits(case, gate
 def test_the_tokens_part_by_the_slow_way(case):
     """u T (x_c − x_k) of either operator, and the change as what two operators make of one prompt."""
     clean, corrupted = lens_of(case), corrupted_of(case)
-    u = {"clean": clean._sweep(3, 4, -1).target, "corrupted": corrupted._sweep(3, 4, -1).target}
+    u = {"clean": clean._gradient(3, 4, -1).target, "corrupted": corrupted._gradient(3, 4, -1).target}
     lenses = {"clean": clean, "corrupted": corrupted}
 
     def value(name, x):
@@ -91,7 +87,7 @@ def test_components_are_differences_of_what_is_written(case):
 def test_fixed_baselines_run_no_second_pass_and_have_no_operator_term(case):
     lens = lens_of(case)
     x = lens.embedding
-    target = lens._sweep(3, 4, -1).target
+    target = lens._gradient(3, 4, -1).target
     mean = lens.capture.embed_weights.W_E.detach().double().mean(0)
     embed, pos = lens.capture.embed, lens.capture.pos_embed
     scale = (
@@ -125,7 +121,7 @@ def test_baseline_refusals(tmp_path):
         clean.attribute(3, baseline=shorter)
     with pytest.raises(ValueError, match=r"captured alike.*float64.*got torch\.float32"):
         clean.attribute(3, baseline=single)
-    strange = next(c for c in ALL if c.name.endswith("-neox"))
+    strange = next(c for c in SHAPES if c.name.endswith("-neox"))
     with pytest.raises(
         ValueError, match=r"of the same model .*got a lens of another one.*same model"
     ):
@@ -165,7 +161,7 @@ def test_edges_of_a_difference(case):
             tol = 1e-6 if case.float32_norms else 1e-10
             assert ((v - component[source.node.src, None]).abs() <= tol * scale).all()
         readers = a.sum("src")  # what a reader makes of the whole difference of its input
-        for step, pulls in zip(lens.operator.steps, lens._sweep(3, 4, -1).trace.pulls, strict=True):
+        for step, pulls in zip(lens.operator.steps, lens._gradient(3, 4, -1).trace.pulls, strict=True):
             i = lens.operator.steps.index(step)
             moved = clean.operator.steps[i].state - corrupted.operator.steps[i].state
             for branch, pull in zip(step.branches, pulls, strict=True):
@@ -201,7 +197,7 @@ def test_many_targets_in_chunks_and_refusals(monkeypatch):
     from tensorlens_tl.attribution.splits import attribute_many
 
     lens = lens_of(FIRST)
-    goals = [lens._sweep(t, None, -1).target for t in range(5)]
+    goals = [lens._gradient(t, None, -1).target for t in range(5)]
     calls, pull = [], FrozenTransformer.pull
     monkeypatch.setattr(
         FrozenTransformer, "pull", lambda *args: calls.append(len(args[1])) or pull(*args)
@@ -258,7 +254,7 @@ def test_every_layers_loadings_sum_to_the_effect(case, gate):
 def test_loadings_are_what_zeroing_a_heads_values_for_this_state_takes():
     """A head's loading is the part of the effect that goes once the state no longer enters it."""
     lens = lens_of(FIRST)
-    op, u = lens.operator, lens._sweep(3, 4, -1).target.covector
+    op, u = lens.operator, lens._gradient(3, 4, -1).target.covector
     a = lens.loadings(2, 3, 4)
     x = torch.zeros_like(lens.embedding)
     x[:, 2] = lens.embedding[:, 2]

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, GATED, HOOKED, HookedTransformer, build_hooked, lens_of, quiet, tokens
+from models import (
+    HOOKED,
+    SHAPES,
+    HookedTransformer,
+    build_hooked,
+    every_convention,
+    lens_of,
+    quiet,
+    tokens,
+)
 from oracles import FrozenModel, written
 
 import tensorlens_tl
@@ -19,17 +28,13 @@ from tensorlens_tl.operator.frozen_transformer import FrozenTransformer
 pytestmark = pytest.mark.algebra
 
 DIRECT = [by for by in BY if by != "edge"]
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
-CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
-every_convention = pytest.mark.parametrize(
-    ("case", "gate"), CONVENTIONS, ids=[f"{c}-{g}" for c, g in CONVENTIONS]
-)
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 
 
 def value(lens, target=3, versus=4, pos=-1):
     """The target by the operator: T·X + bias, read out with the run's own soft-cap ratios."""
     y = (lens.operator @ lens.embedding + lens.operator.bias)[:, pos]
-    sweep = lens._sweep(target, versus, pos)
+    sweep = lens._gradient(target, versus, pos)
     return (y * sweep.target.covector).sum(-1) + sweep.target.constant
 
 
@@ -117,7 +122,7 @@ def test_totals_are_what_injecting_a_writers_output_into_the_real_model_changes(
     """The real model, frozen by hooks: without a node's output, all later sites change as predicted."""
     lens, frozen = lens_of(case), FrozenModel(case.model(), tokens())
     op, tol = lens.operator, 1e-6 if case.float32_norms else 1e-10
-    u = lens._sweep(3, 4, -1).target.covector
+    u = lens._gradient(3, 4, -1).target.covector
     totals = rows(lens.attribute(3, 4, by="component", effect="total"))
     with torch.no_grad():
         y, base = frozen(lens.embedding)
@@ -172,7 +177,7 @@ def test_a_layers_total_is_the_change_over_it(case):
     op, blocks = lens.operator, lens.capture.blocks
     states = [*(block.resid_pre for block in blocks), lens.capture.resid_final]
     u = torch.zeros_like(lens.embedding)
-    u[:, -1] = lens._sweep(3, 4, -1).target.covector
+    u[:, -1] = lens._gradient(3, 4, -1).target.covector
     layers = lens.attribute(3, 4, by="layer", effect="total")
     for layer in range(2):
         c = op.between(f"blocks.{layer}.hook_resid_post", op.sites[-1]).T @ u  # no sweep of ours
@@ -216,7 +221,7 @@ def test_edges_the_slow_way(case, gate):
     lens = lens_of(case, gate=gate)
     op, edges = lens.operator, lens.attribute(3, 4, by="edge")
     found = {s.node: edges.values[:, i] for i, s in enumerate(edges.sources)}
-    covectors = lens._sweep(3, 4, -1).trace.covectors
+    covectors = lens._gradient(3, 4, -1).trace.covectors
     outputs = {Node(name): e for name, e in lens.capture.embeddings.items()}
     slow = {}
     for step, c in zip(op.steps, covectors[1:], strict=False):
@@ -266,7 +271,7 @@ def test_orders_are_the_powers_of_the_branches(case, gate):
     op, capture = lens.operator, lens.capture
     a = lens.attribute(3, 4, by="order")
     assert [str(s.node) for s in a.sources] == [f"order {n}" for n in range(len(op.steps) + 1)]
-    sweep = lens._sweep(3, 4, -1)
+    sweep = lens._gradient(3, 4, -1)
     for t in (0.0, 0.5, -1.0, 2.0):
         x = sum(capture.embeddings.values())
         for step in op.steps:
@@ -286,8 +291,8 @@ def test_orders_are_the_powers_of_the_branches(case, gate):
 
 def test_several_splits_of_one_target_sweep_once(monkeypatch):
     monkeypatch.setattr("models._LENSES", {})  # none that was swept before
-    lens = lens_of(ALL[0])
-    calls, model = [], ALL[0].model()
+    lens = lens_of(SHAPES[0])
+    calls, model = [], SHAPES[0].model()
     monkeypatch.setattr(type(model), "forward", lambda *_: pytest.fail("the model ran again"))
     pull = FrozenTransformer.pull
     monkeypatch.setattr(FrozenTransformer, "pull", lambda *args: calls.append(args) or pull(*args))
@@ -310,7 +315,7 @@ def test_several_splits_of_one_target_sweep_once(monkeypatch):
 @pytest.mark.parametrize("by", DIRECT)
 def test_no_split_has_a_remainder(by):
     """With patterns replaced by zeros every sum breaks: nothing is "target − the rest"."""
-    for case in ALL:
+    for case in SHAPES:
         lens = lens_of(case)
         blocks = tuple(
             replace(
@@ -332,7 +337,7 @@ def test_no_split_has_a_remainder(by):
 
 
 def test_refusals():
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     with pytest.raises(ValueError, match=r"by to be one of token, constant, .*order, got 'heads'"):
         lens.attribute(by="heads")
     with pytest.raises(ValueError, match="effect to be direct or total, got 'indirect'"):
@@ -363,7 +368,7 @@ def test_edges_do_not_depend_on_how_positions_and_readers_are_cut(case, few_read
 def test_factored_vectors_are_what_a_branch_writes_and_reads(case):
     """At a span, in total, with and without a place to write to, against the part's own map."""
     lens = lens_of(case)
-    sweep = lens._sweep(3, 4, -1)
+    sweep = lens._gradient(3, 4, -1)
     for step, pulls in zip(lens.operator.steps, sweep.trace.pulls, strict=True):
         for branch, pull in zip(step.branches, pulls, strict=True):
             writes, reads = branch.writes(step.state), branch.readers(pull)[0]

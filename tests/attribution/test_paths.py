@@ -10,11 +10,11 @@ import pytest
 import torch
 from comparisons import assert_close
 from models import (
-    ALL,
     BRIDGE,
     CASES,
     HOOKED,
     SEQ,
+    SHAPES,
     SHARED,
     HookedTransformer,
     build_bridge,
@@ -26,14 +26,15 @@ from models import (
 )
 
 import tensorlens_tl
-from tensorlens_tl.attribution.path_bounds import Energy, Stage, energies_of
+from tensorlens_tl.attribution.path_bounds import PathBound, StepParts, bounds_by_site
 from tensorlens_tl.attribution.paths import Path, Paths
+from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.graph.nodes import Node
 from tensorlens_tl.lens.tensor_lens import TensorLens
 
 pytestmark = pytest.mark.algebra
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 STORIES = SHARED / "stories260K"
 EVERYTHING = 10**9
 
@@ -139,9 +140,7 @@ def brute_force(lens, target=None, pos=-1, only=None, by_position=False):
 
 
 def goal_of(lens, target=None, pos=-1):
-    from tensorlens_tl.lens import tensor_lens as module
-
-    return module.resolve_target(lens.capture, target, pos)
+    return resolve_target(lens.capture, target, pos)
 
 
 def key_of(path):
@@ -200,7 +199,7 @@ def test_paths_from_a_token_sum_to_its_attribution(case):
 
 
 def test_nothing_is_a_remainder():
-    lens = lens_of(ALL[0])[0]
+    lens = lens_of(SHAPES[0])[0]
     blocks = tuple(
         replace(
             b,
@@ -382,9 +381,9 @@ def test_energies_are_upper_bounds_of_all_states(run):
     gemma = CASES.get("hooked-gemma2") or CASES["bridge-gemma2"]
     lens = edited() if run == "edited" else lens_of(gemma)[0]
     steps, capture = lens.operator.steps, lens.capture
-    stages = [Stage.of(step) for step in steps]
+    stages = [StepParts.of(step) for step in steps]
     for by_position in (False, True):
-        energies = energies_of(stages, capture.embeddings, True, by_position, 2**30)
+        energies = bounds_by_site(stages, capture.embeddings, True, by_position, 2**30)
         for site, energy in enumerate(energies[: 3 if by_position else 5]):
             below = pushed(steps[:site], *sources(capture), by_position)
             states = torch.cat([s[:, 0] for _, s in below.values()])
@@ -393,7 +392,7 @@ def test_energies_are_upper_bounds_of_all_states(run):
             if by_position:
                 assert_close(energy.whole, C, 1e-12)
             for rank in (1, 4, 16):
-                sketch = Energy.of(energy.whole, rank)
+                sketch = PathBound.of(energy.whole, rank)
                 v = randn_like(states[:9], site)
                 assert (sketch.bound(v) >= energy.bound(v)).all()
                 bound = sketch.U @ sketch.U.mT + sketch.floor[:, None, None] * torch.eye(32)
@@ -401,7 +400,7 @@ def test_energies_are_upper_bounds_of_all_states(run):
 
 
 def test_a_budget_stops_the_search_and_says_so():
-    lens = lens_of(ALL[0])[0]
+    lens = lens_of(SHAPES[0])[0]
     brute = brute_force(lens, 3)
     exact = lens.paths(3, 100)
     for budget in (1, 5, 20):
@@ -450,7 +449,7 @@ def test_runs_edited_by_the_users_own_hooks():
 
 
 def test_results():
-    lens = lens_of(ALL[0])[0]
+    lens = lens_of(SHAPES[0])[0]
     paths = lens.paths(3, 5, versus=4)
     assert isinstance(paths, Paths) and len(paths) == 5 and paths.target == "'3' − '4'"
     assert len(paths[:2]) == 2 and paths[0] is next(iter(paths)) and paths[0] in paths
@@ -501,10 +500,10 @@ def test_by_hand():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"k": 0}, "expected k as an integer ≥ 1, got 0"),
-        ({"k": 2.5}, "expected k as an integer ≥ 1, got 2.5"),
-        ({"k": True}, "expected k as an integer ≥ 1, got True"),
-        ({"max_expansions": 0}, "expected max_expansions as an integer ≥ 1, got 0"),
+        ({"k": 0}, "k=0 is not an integer ≥ 1"),
+        ({"k": 2.5}, "k=2.5 is not an integer ≥ 1"),
+        ({"k": True}, "k=True is not an integer ≥ 1"),
+        ({"max_expansions": 0}, "max_expansions=0 is not an integer ≥ 1"),
         ({"from_token": SEQ}, rf"position {SEQ} is outside prompt 0: expected -{SEQ} to {SEQ - 1}"),
         ({"from_token": "Mary"}, "expected a position as an integer, got 'Mary'"),
         ({"pos": 99}, "position 99 is outside prompt 0"),
@@ -514,9 +513,9 @@ def test_by_hand():
 )
 def test_bad_input_is_refused_with_the_remedy(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        lens_of(ALL[0])[0].paths(**kwargs)
+        lens_of(SHAPES[0])[0].paths(**kwargs)
 
 
 def test_several_prompts_are_refused():
     with pytest.raises(ValueError, match=r"one prompt, got 2: take one with lens\[i\]"):
-        lens_of(ALL[0]).paths(3)
+        lens_of(SHAPES[0]).paths(3)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from models import ALL, CASES, quiet, tokens
+from models import CASES, SHAPES, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
@@ -18,7 +18,9 @@ except ImportError:  # before transformer_lens 4
     peer = None
 
 FOLDED = [
-    c for c in ALL if c.name in ("hooked-gpt2-folded", "hooked-llama-folded", "bridge-gpt2-compat")
+    c
+    for c in SHAPES
+    if c.name in ("hooked-gpt2-folded", "hooked-llama-folded", "bridge-gpt2-compat")
 ]
 
 

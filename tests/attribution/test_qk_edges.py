@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, GATED, lens_of, quiet, tokens
+from models import SHAPES, every_convention, lens_of, quiet, tokens
 from oracles import FrozenModel, written
 
 import tensorlens_tl
@@ -14,11 +14,7 @@ from tensorlens_tl.attribution.edges import Writers
 from tensorlens_tl.operator import query_key
 from tensorlens_tl.operator.capture import CaptureMismatchError
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
-CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
-every_convention = pytest.mark.parametrize(
-    ("case", "gate"), CONVENTIONS, ids=[f"{c}-{g}" for c, g in CONVENTIONS]
-)
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 
 
 class LiveScores(FrozenModel):
@@ -74,7 +70,7 @@ class LiveScores(FrozenModel):
 @every_convention
 def test_query_and_key_edges_are_gradients_of_the_real_model(case, gate):
     lens = lens_of(case, gate=gate)
-    op, sweep = lens.operator, lens._sweep(3, 4, -1)
+    op, sweep = lens.operator, lens._gradient(3, 4, -1)
     edges = lens.attribute(3, 4, by="edge", qk=True)
     found = {s.node: edges.values[:, i] for i, s in enumerate(edges.sources)}
     writers = Writers.of(op, lens.capture, sweep.target.query)
@@ -130,7 +126,7 @@ def test_differences_of_runs_are_read_by_one_runs_queries_and_keys(case):
     ours, theirs = edges_of(clean), edges_of(corrupted)
     at_clean = edges_of(clean, baseline=corrupted)
     writers = [
-        Writers.of(lens.operator, lens.capture, lens._sweep(3, 4, -1).target.query)
+        Writers.of(lens.operator, lens.capture, lens._gradient(3, 4, -1).target.query)
         for lens in (clean, corrupted)
     ]
     assert {e for e in at_clean if not e.conserved} == {e for e in ours if not e.conserved}
@@ -225,7 +221,7 @@ def test_a_wrong_layout_is_found_by_the_runs_own_pattern(case):
 
 def test_edits_of_scores_and_patterns():
     """Scores that a hook masked are a softmax still; queries or patterns that it changed are not."""
-    case = ALL[0]
+    case = SHAPES[0]
     model = case.model()
 
     def run(name, hook):
@@ -253,7 +249,7 @@ def test_edits_of_scores_and_patterns():
 
 
 def test_refusals(tmp_path):
-    case = ALL[0]
+    case = SHAPES[0]
     lens = lens_of(case)
     with pytest.raises(ValueError, match=r"by='edge' with qk=True, got by='head'"):
         lens.attribute(by="head", qk=True)
@@ -269,7 +265,7 @@ def test_refusals(tmp_path):
 
 
 def test_writing_to_query_weights_makes_the_lens_refuse():
-    model = ALL[0].build(torch.float64)
+    model = SHAPES[0].build(torch.float64)
     with quiet(), torch.no_grad():
         _, lens = tensorlens_tl.capture(model, tokens())
     attn = model.blocks[0].attn

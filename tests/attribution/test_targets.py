@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, D_VOCAB, lens_of, quiet, tokens
+from models import D_VOCAB, SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl.attribution.splits import BY
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 
 
 @every_case
@@ -32,7 +32,7 @@ def test_a_target_less_an_equal_one_is_exactly_0(case):
 
 
 def test_integers_of_every_kind():
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     expected = lens.attribute(3, pos=2).values
     for target in (np.int64(3), np.array(3), torch.tensor(3)):
         assert torch.equal(lens.attribute(target, pos=2).values, expected)
@@ -55,12 +55,12 @@ def test_integers_of_every_kind():
 )
 def test_refusals(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        lens_of(ALL[0]).attribute(**kwargs)
+        lens_of(SHAPES[0]).attribute(**kwargs)
 
 
 @pytest.mark.wrong_types
 def test_numpy_positions():
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     assert torch.equal(lens.attribute(3, pos=np.int64(2)).values, lens.attribute(3, pos=2).values)
     assert len(lens.attribute_many(pos=np.arange(3))) == 3
     a, b = (lens.loadings(p, 3) for p in (np.int64(2), 2))
@@ -81,7 +81,7 @@ def test_many_targets_against_others(case):
 
 @pytest.mark.wrong_types
 def test_many_targets_refused():
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     with pytest.raises(ValueError, match="a list of targets, got 'Mary': put it in a list"):
         lens.attribute_many("Mary")
     with pytest.raises(ValueError, match="got 2 and 2, and 1 versus"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, quiet, tokens
+from models import SHAPES, quiet, tokens
 from test_interventions import CLEAN, CORRUPTED, ONE_OF_EACH, universe_of
 
 from tensorlens_tl import Edge, Node
@@ -68,7 +68,7 @@ def test_eap_ig_is_the_mean_slope_along_the_embeddings(case):
 
 
 def test_scores_are_means_whatever_the_batch_and_leave_no_gradient():
-    model = ALL[0].model()
+    model = SHAPES[0].model()
     with quiet():
         whole = score_edges(model, CLEAN, CORRUPTED, target=3)
         each = [
@@ -83,7 +83,7 @@ def test_scores_are_means_whatever_the_batch_and_leave_no_gradient():
 
 
 def test_direct_effects_rank_by_the_weaker_end():
-    model = ALL[0].model()
+    model = SHAPES[0].model()
     with quiet():
         eap = score_edges(model, CLEAN, CORRUPTED, target=3)
         direct = score_edges(model, CLEAN, CORRUPTED, "direct", target=3)
@@ -111,7 +111,7 @@ def test_random_circuits_are_connected(case):
 
 
 def test_the_full_ranking_ends_at_the_full_model():
-    model = ALL[0].model()
+    model = SHAPES[0].model()
     with quiet():
         for method in EDGE_METHODS:
             scores = score_edges(model, CLEAN, CORRUPTED, method, target=3)
@@ -120,13 +120,13 @@ def test_the_full_ranking_ends_at_the_full_model():
 
 
 def test_bad_calls_are_refused():
-    model = ALL[0].model()
+    model = SHAPES[0].model()
     with quiet():
         with pytest.raises(
             ValueError, match="expected method to be one of eap, eap_ig, direct, random"
         ):
             score_edges(model, CLEAN, CORRUPTED, "ig")
-        with pytest.raises(ValueError, match="steps as an integer ≥ 1, got 0"):
+        with pytest.raises(ValueError, match="steps=0 is not an integer ≥ 1"):
             score_edges(model, CLEAN, CORRUPTED, "eap_ig", steps=0)
         with pytest.raises(ValueError, match="prompt 0 has 7 tokens and its corrupted one 6"):
             score_edges(model, CLEAN, tokens(3, 6))

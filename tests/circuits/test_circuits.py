@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, GATED, lens_of, quiet, randn_like, tokens
+from models import SHAPES, every_convention, lens_of, quiet, randn_like, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Circuit, Edge, Node, demo, dot_test
@@ -20,11 +20,7 @@ from tensorlens_tl.circuits.model_id import ModelInfo
 from tensorlens_tl.graph.selection import METHODS, connected, influences, ranked_by, select
 from tensorlens_tl.graph.wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
-CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
-every_convention = pytest.mark.parametrize(
-    ("case", "gate"), CONVENTIONS, ids=[f"{c}-{g}" for c, g in CONVENTIONS]
-)
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 DIRECT = ("embed→logits", "pos_embed→logits")
 
 
@@ -174,7 +170,7 @@ def test_a_subgraphs_logits_share_and_attribution(case, gate):
     edges = some_edges(lens.operator.wiring, 3, 0.6)
     sub = lens.circuit(edges)
     final = slowly(lens, edges)
-    u = lens._sweep(3, 4, -1).target
+    u = lens._gradient(3, 4, -1).target
     value = (final[:, -1] * u.covector).sum(-1) + u.constant
     assert_close(sub.final, final, 1e-10)
     assert_close(sub.logits, lens.readout(final), 1e-10)
@@ -406,7 +402,7 @@ def test_discovered_circuits(case):
 
 @pytest.mark.wrong_types
 def test_numbers_of_edges_by_numpy():
-    lens = lens_of(ALL[0])[0]
+    lens = lens_of(SHAPES[0])[0]
     assert lens.discover(3, n_edges=np.int64(9)) == lens.discover(3, n_edges=9)
 
 
@@ -519,7 +515,7 @@ def test_graphs():
 
 @pytest.mark.wrong_types
 def test_refused_nodes_and_edges():
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     for wrong, match in (
         (
             ["L1H0→L0H1.v"],
@@ -546,7 +542,7 @@ def test_refused_nodes_and_edges():
 
 @pytest.mark.wrong_types
 def test_refused_sizes_and_runs():
-    case = ALL[0]
+    case = SHAPES[0]
     lens = lens_of(case)
     total = len(lens.operator.wiring.edges())
     for kwargs, match in (
@@ -573,15 +569,15 @@ def test_refused_sizes_and_runs():
 
 
 def test_circuits_of_other_models():
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     circuit = lens.discover(3, n_edges=8)
-    other = next(c for c in ALL if lens_of(c).operator.wiring != circuit.model.wiring)
+    other = next(c for c in SHAPES if lens_of(c).operator.wiring != circuit.model.wiring)
     with pytest.raises(
         ValueError, match=r"expected a circuit of this model .*got one of.*find it anew"
     ):
         lens_of(other).circuit(circuit)
     with quiet():
-        model = ALL[0].build(torch.float64)
+        model = SHAPES[0].build(torch.float64)
     with torch.no_grad():
         W_O = tensorlens_tl.hosts.bridge.adapt(model).weights.blocks[1].attn.W_O
         W_O[0, 0, 0] += 1.0
@@ -590,7 +586,7 @@ def test_circuits_of_other_models():
         edited.circuit(circuit)
     for dtype in (torch.float32, torch.bfloat16):  # the same model all the same
         with quiet(), torch.no_grad():
-            _, same = tensorlens_tl.capture(ALL[0].build(torch.float64).to(dtype), tokens())
+            _, same = tensorlens_tl.capture(SHAPES[0].build(torch.float64).to(dtype), tokens())
         assert len(same.circuit(circuit).circuit) == len(circuit)
     with pytest.raises(ValueError, match="has no scores, its edges were named: discover one"):
         lens.circuit(["L0H1"]).circuit.resized(n_edges=3)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, quiet
+from models import SHAPES, quiet
 
 import tensorlens_tl
 from tensorlens_tl import Circuit, demo
@@ -43,7 +43,7 @@ def one_by_one(model, rows, **kwargs):
     return total
 
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 
 
 def vector(scores):
@@ -85,7 +85,7 @@ def test_ids_of_several_lengths_own_predictions_and_one_target_for_all(case):
 
 
 def test_a_corrupted_run_is_asked_about_the_clean_ones_prediction():
-    case, generator = ALL[0], torch.Generator().manual_seed(1)
+    case, generator = SHAPES[0], torch.Generator().manual_seed(1)
     ids = torch.randint(0, 50, (2, 3, 7), generator=generator)
     with quiet(), torch.no_grad():
         found = tensorlens_tl.discover(
@@ -219,11 +219,11 @@ def test_refusals(model, tmp_path):
         (([],), {}, "expected a list of prompts, got"),
         ((rows[0], rows[1][:2]), {}, "a corrupted prompt for every prompt, 3, got 2"),
         ((rows[0], rows[1][0]), {}, "a corrupted prompt for every prompt, 3, got 1"),
-        ((rows[0], None, ["Mary"]), {}, "one of targets per prompt, 3, or one for all, got 1"),
+        ((rows[0], None, ["Mary"]), {}, "targets has 1 entries for 3 prompts"),
         (rows, {"n_edges": 10**6}, "n_edges as an integer from 1 to 479, .*got 1000000"),
         (rows, {"n_edges": None}, "expected n_edges or threshold, got neither"),
         (rows, {"method": "luck"}, "method to be one of greedy"),
-        (rows, {"batch_size": 0}, "batch_size as an integer ≥ 1, got 0"),
+        (rows, {"batch_size": 0}, "batch_size=0 is not an integer ≥ 1"),
         (rows, {"target": "Mary"}, "no argument target, here or in the model's forward pass"),
         (
             (model.to_tokens(["The capital", *rows[0]]),),
@@ -236,7 +236,7 @@ def test_refusals(model, tmp_path):
             r"prompt 0 as a string or token ids.*list its 3 prompts",
         ),
         (rows, {"sample": 4}, "sample of at most 3, the prompts, got 4"),
-        (rows, {"sample": 0}, "sample as an integer ≥ 1, got 0"),
+        (rows, {"sample": 0}, "sample=0 is not an integer ≥ 1"),
         (
             (rows[0],),
             {"at": "corrupted"},

@@ -22,7 +22,7 @@ from tensorlens_tl.evaluation.scoring import score
 from tensorlens_tl.evaluation.significance import rank_correlation
 
 PROMPTS = (PROMPT, "The capital of France is", "The keys near the cabinet")
-ALL = tuple(PROTOCOLS)
+SHAPES = tuple(PROTOCOLS)
 
 
 def run(prompts=PROMPTS, *args, **kwargs):
@@ -32,7 +32,9 @@ def run(prompts=PROMPTS, *args, **kwargs):
 
 @cache
 def found():
-    return run(PROMPTS, ("in_out", "rollout", "random"), ALL, ("delete", "token", "mean"), beam=1)
+    return run(
+        PROMPTS, ("in_out", "rollout", "random"), SHAPES, ("delete", "token", "mean"), beam=1
+    )
 
 
 def probability(ids, target):
@@ -137,8 +139,8 @@ def test_bos_is_never_masked_and_the_last_token_on_request():
 
 def test_batches_and_company_change_nothing():
     whole = found()
-    alone = [run([text], "in_out", ALL, beam=1) for text in PROMPTS]
-    small = run(PROMPTS, "in_out", ALL, batch_size=3, beam=1)
+    alone = [run([text], "in_out", SHAPES, beam=1) for text in PROMPTS]
+    small = run(PROMPTS, "in_out", SHAPES, batch_size=3, beam=1)
     for measure in dict.fromkeys(row.measure for row in whole.rows):
         values = whole.row("in_out", measure, "delete").values
         assert small.row("in_out", measure).values == pytest.approx(values, abs=1e-4)

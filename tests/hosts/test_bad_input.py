@@ -3,11 +3,11 @@
 import pytest
 import torch
 from models import (
-    ALL,
     BRIDGE,
     CASES,
     D_VOCAB,
     N_CTX,
+    SHAPES,
     HookedTransformer,
     build_hf,
     build_hooked,
@@ -22,7 +22,7 @@ import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError, UnsupportedArchitectureError, demo
 
 every_host = pytest.mark.parametrize("case", [
-    next(c for c in ALL if c.host == host) for host in sorted({c.host for c in ALL})
+    next(c for c in SHAPES if c.host == host) for host in sorted({c.host for c in SHAPES})
 ], ids=str)  # fmt: skip
 
 
@@ -175,14 +175,14 @@ def test_no_transformer_lens_model():
         "expected a HookedTransformer or a TransformerBridge, got Linear",
     )
     with pytest.raises(ValueError, match="tokenizer is for Hugging Face models only"):
-        tensorlens_tl.capture(ALL[0].model(), tokens(), tokenizer=object())
+        tensorlens_tl.capture(SHAPES[0].model(), tokens(), tokenizer=object())
 
 
 # --- Targets, positions, sites
 
 
 def test_targets():
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     for target, match in (
         (D_VOCAB, rf"target id {D_VOCAB} is outside the vocabulary: expected 0 to {D_VOCAB - 1}"),
         (" Mary", "no tokenizer to read the target ' Mary' with: pass a token id"),
@@ -198,7 +198,7 @@ def test_targets():
 
 
 def test_sites():
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     with pytest.raises(
         ValueError, match=r"no residual site 'blocks\.9\.hook_resid_pre'; there are blocks\.0"
     ):
@@ -212,7 +212,7 @@ def test_sites():
 @pytest.mark.wrong_types
 def test_sites_that_are_no_names():
     with pytest.raises(ValueError, match=r"no residual site 1; there are blocks\.0"):
-        lens_of(ALL[0]).token_matrix("norm", layers=(1, 2))
+        lens_of(SHAPES[0]).token_matrix("norm", layers=(1, 2))
 
 
 # --- Refused by name

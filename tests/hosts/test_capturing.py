@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import ALL, CASES, lens_of, quiet, tokens
+from models import CASES, SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
@@ -12,7 +12,7 @@ from tensorlens_tl.hosts.entry import adapt
 from tensorlens_tl.hosts.run import record
 from tensorlens_tl.operator.capture import Convention
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 
 
 def snapshot(model):
@@ -210,7 +210,7 @@ class Traits:
 
 PAIRS = [
     (case, mistake, where)
-    for case in ALL
+    for case in SHAPES
     for traits in [Traits(case)]
     for mistake, where, applies in MISTAKES
     if applies(traits)
@@ -248,7 +248,7 @@ def test_every_product_is_checked(case):
 
 def test_probe_products_follow_the_weights():
     """A weight edited in place is read anew: no stale product refuses, or passes, a capture."""
-    case = ALL[0]
+    case = SHAPES[0]
     model = case.build(torch.float64)
     with torch.no_grad(), quiet():
         tensorlens_tl.capture(model, tokens())
@@ -265,7 +265,7 @@ def test_convention_is_checked():
     with pytest.raises(ValueError, match="expected gate to be one of gate, up, half, got 'down'"):
         Convention("down")
     with pytest.raises(ValueError, match=r"expected dtype float32 or float64, got torch\.bfloat16"):
-        record(adapt(ALL[0].model()), tokens(), dtype=torch.bfloat16)
+        record(adapt(SHAPES[0].model()), tokens(), dtype=torch.bfloat16)
 
 
 def test_there_is_a_case_of_every_kind():

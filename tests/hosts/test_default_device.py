@@ -3,14 +3,14 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, CASES, lens_of, quiet
+from models import CASES, SHAPES, lens_of, quiet
 
 from tensorlens_tl.evaluation.significance import compare, estimate, rank_correlation
 from tensorlens_tl.methods.operator_matrices import orthogonal_probes
 from tensorlens_tl.sublayers.linear_map import dot_test
 
 pytestmark = pytest.mark.algebra
-CHOSEN = [CASES.get("hooked-gpt2") or ALL[0], CASES.get("bridge-llama") or ALL[-1]]
+CHOSEN = [CASES.get("hooked-gpt2") or SHAPES[0], CASES.get("bridge-llama") or SHAPES[-1]]
 ASKED = {
     **{f"attribute {by}": lambda lens, by=by: lens.attribute(3, 4, by=by).values
        for by in ("token", "component", "head", "layer", "edge")},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, lens_of, quiet, tokens
+from models import SHAPES, lens_of, quiet, tokens
 from oracles import attends_apart
 
 import tensorlens_tl
@@ -70,7 +70,7 @@ def discards_patterns(case):
     return attends_apart(case.model())
 
 
-PAIRS = [(case, name) for case in ALL for name in STAGES if has(case, name)]
+PAIRS = [(case, name) for case in SHAPES for name in STAGES if has(case, name)]
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS, ids=[f"{c}-{n}" for c, n in PAIRS])
@@ -109,7 +109,7 @@ def test_an_edited_run_is_reproduced(case, name):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_every_other_point_that_is_served(case):
     model = case.model()
     names = dict.fromkeys(f"blocks.1.{name}" for names in _EDITS.values() for name in names)
@@ -125,7 +125,7 @@ def test_every_other_point_that_is_served(case):
             assert any("[user]" in constant for constant in lens.operator.constants()), name
 
 
-@pytest.mark.parametrize("case", ALL[:1] + [c for c in ALL if discards_patterns(c)], ids=str)
+@pytest.mark.parametrize("case", SHAPES[:1] + [c for c in SHAPES if discards_patterns(c)], ids=str)
 def test_an_edit_that_the_host_discards_is_refused(case):
     model = case.model()
     with quiet(), model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", add_noise)]):
@@ -136,7 +136,7 @@ def test_an_edit_that_the_host_discards_is_refused(case):
             tensorlens_tl.capture(model, tokens())
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_edited_logits_are_refused(case):
     model = case.model()
     if "unembed.hook_out" in model.hook_dict:
@@ -147,7 +147,7 @@ def test_edited_logits_are_refused(case):
             tensorlens_tl.capture(model, tokens())
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_an_edited_final_residual_in_every_split_path_and_file(case, tmp_path):
     model, name = case.model(), "unembed.hook_in"
     if name not in model.hook_dict:
@@ -170,7 +170,7 @@ def test_an_edited_final_residual_in_every_split_path_and_file(case, tmp_path):
     assert_close(lens.operator.bias - shift, lens_of(case).operator.bias, 10 * case.tol())
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_an_edit_is_nothing_at_padding(case):
     model, mask = case.model(torch.float32), torch.ones(2, 7).long()
     mask[1, 4:] = 0
@@ -181,7 +181,7 @@ def test_an_edit_is_nothing_at_padding(case):
     assert lens.operator.constants()["L1.hook_resid_post[user]"][1, 4:].abs().max() == 0
 
 
-@pytest.mark.parametrize("case", ALL[:3] + ALL[-3:], ids=str)
+@pytest.mark.parametrize("case", SHAPES[:3] + SHAPES[-3:], ids=str)
 def test_a_hook_that_only_looks_leaves_no_source(case):
     model, seen = case.model(), set()
     names = [name for name in STAGES if has(case, name)]
@@ -193,7 +193,7 @@ def test_a_hook_that_only_looks_leaves_no_source(case):
     assert_close(lens.operator.bias, lens_of(case).operator.bias, 1e-10)
 
 
-@pytest.mark.parametrize("case", ALL[:3] + ALL[-3:], ids=str)
+@pytest.mark.parametrize("case", SHAPES[:3] + SHAPES[-3:], ids=str)
 def test_several_edits_and_one_prompt_of_a_batch(case):
     model = case.model()
     names = [n for n in STAGES if has(case, n) and n not in ("blocks.1.attn.hook_attn_scores",)]
@@ -206,7 +206,7 @@ def test_several_edits_and_one_prompt_of_a_batch(case):
     assert lens[1].completeness_error <= case.tol()
 
 
-@pytest.mark.parametrize("case", ALL[:1] + ALL[-1:], ids=str)
+@pytest.mark.parametrize("case", SHAPES[:1] + SHAPES[-1:], ids=str)
 def test_hooks_added_for_good(case):
     model = case.build(torch.float64)
     model.add_hook("blocks.1.attn.hook_z", ablate)

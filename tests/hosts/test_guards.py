@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import (
-    ALL,
+    SHAPES,
     SHARED,
     HookedTransformer,
     build_bridge_from_module,
@@ -17,11 +17,11 @@ from models import (
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError, demo
 
-FIRST = ALL[0]
+FIRST = SHAPES[0]
 every_host = pytest.mark.parametrize(
-    "case", list({c.host: c for c in reversed(ALL)}.values()), ids=str
+    "case", list({c.host: c for c in reversed(SHAPES)}.values()), ids=str
 )
-capped = pytest.mark.parametrize("case", [c for c in ALL if "gemma2" in c.name][:2], ids=str)
+capped = pytest.mark.parametrize("case", [c for c in SHAPES if "gemma2" in c.name][:2], ids=str)
 
 
 def capture(model, inputs, **kwargs):

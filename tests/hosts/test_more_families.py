@@ -21,6 +21,7 @@ import test_secant
 import torch
 from comparisons import assert_close
 from models import (
+    DRESSED,
     MORE,
     MORE_BRIDGE,
     HookedTransformer,
@@ -140,8 +141,8 @@ def family(case):
 
 HELD = [
     (case, law)
-    for case in MORE
-    for law in (OF_THE_HOST if family(case) in BRIEF else LAWS)
+    for case in [*DRESSED, *MORE]
+    for law in (OF_THE_HOST if family(case) in BRIEF or case in DRESSED else LAWS)
     if not (family(case) == "olmo" and law in HOLD_NORMS)
 ]
 

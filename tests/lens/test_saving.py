@@ -11,7 +11,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from models import ALL
+from models import SHAPES
 from safetensors.torch import save_file
 
 import tensorlens_tl
@@ -20,8 +20,8 @@ from tensorlens_tl.lens import saved_file as saving
 from tensorlens_tl.lens import saved_tree as headers
 from tensorlens_tl.lens.tensor_lens import TensorLens
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
-FIRST = ALL[0]
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+FIRST = SHAPES[0]
 NEEDS_MODEL = re.escape("pass model= to tensorlens_tl.load")
 
 
@@ -123,7 +123,7 @@ def test_float32(path):
 
 def _bfloat16_lenses():
     # Random weights this large amplify bfloat16's rounding: some captures are refused.
-    for case in ALL:
+    for case in SHAPES:
         with contextlib.suppress(CaptureMismatchError):
             yield models.lens_of(case, torch.bfloat16), case.model(torch.bfloat16)
 
@@ -294,7 +294,7 @@ def test_another_architecture_and_another_dtype_are_refused(lens, path):
     lens.save(path)
     with pytest.raises(ValueError, match=r"is float32 \[.*\], expected float64"):
         tensorlens_tl.load(path, model=FIRST.model(torch.float32))
-    others = [case for case in ALL[1:] if case.host == FIRST.host]
+    others = [case for case in SHAPES[1:] if case.host == FIRST.host]
     refused = 0
     for case in others:
         with pytest.raises(ValueError, match="is not the one the lens was made with"):

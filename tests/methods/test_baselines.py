@@ -10,7 +10,7 @@ from models import CASES, lens_of, quiet, tokens
 
 from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.methods.attention_maps import FLOW_UNIT, halved, mean_patterns
-from tensorlens_tl.methods.baselines import token_matrix, token_scores
+from tensorlens_tl.methods.baselines import baseline_matrix, baseline_scores
 from tensorlens_tl.methods.value_vectors import (
     alti_layers,
     cosine_distance,
@@ -44,13 +44,13 @@ STOCHASTIC = ("mean_attention", "last_layer_attention", "rollout", "norm_attenti
 
 def matrix(name, lens, model=None, **options):
     with quiet():
-        return token_matrix(name, lens.capture, model, **options)
+        return baseline_matrix(name, lens.capture, model, **options)
 
 
 def scores(name, lens, model=None, target=3, pos=-1, **options):
     with quiet():
         goal = resolve_target(lens.capture, target, pos)
-        return token_scores(name, lens.capture, goal, model, **options)
+        return baseline_scores(name, lens.capture, goal, model, **options)
 
 
 # --- Two tokens by hand --------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_attention_alone_by_hand():
     assert_close(matrix("last_layer_attention", lens), t(A2), 1e-15)
     assert_close(matrix("rollout", lens), t([[1, 0], [11 / 32, 21 / 32]]), 1e-15)
     assert_close(matrix("attention_flow", lens), t([[1, 0], [3 / 8, 3 / 4]]), 1e-15)
-    one = token_scores("attention_flow", lens.capture, resolve_target(lens.capture, 0, 0))
+    one = baseline_scores("attention_flow", lens.capture, resolve_target(lens.capture, 0, 0))
     assert_close(one, t([1, 0]), 1e-15)
 
 

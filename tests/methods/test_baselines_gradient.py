@@ -26,7 +26,7 @@ from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.hosts.entry import adapt
 from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
 from tensorlens_tl.methods import gradients as gradient
-from tensorlens_tl.methods.baselines import BASELINES, token_scores
+from tensorlens_tl.methods.baselines import BASELINES, baseline_scores
 
 MODELS = [name for name, baseline in BASELINES.items() if baseline.needs_model]
 every_method = pytest.mark.parametrize("name", list(BASELINES))
@@ -324,7 +324,7 @@ def test_padding_changes_nothing_and_gets_nothing(case, name):
     model, lens, options = case.model(dtype), ragged(case, "right", dtype), QUICK.get(name, {})
     goal = resolve_target(lens.capture, None)
     with quiet():
-        found = token_scores(name, lens.capture, goal, model, **options)
+        found = baseline_scores(name, lens.capture, goal, model, **options)
     whole = matrix(name, lens, model, **options)
     for prompt, (start, stop) in enumerate(lens.capture.frame.spans[:2]):
         one = matrix(name, lens[prompt], model, **options)
@@ -439,7 +439,7 @@ def test_refusals(monkeypatch):
         scores("integrated_gradients", lens, model, baseline="noise")
     with pytest.raises(ValueError, match="no beginning-of-sequence token"):
         scores("integrated_gradients", lens, model, baseline="bos")
-    with pytest.raises(ValueError, match="steps as an integer ≥ 1, got 0"):
+    with pytest.raises(ValueError, match="steps=0 is not an integer ≥ 1"):
         scores("integrated_gradients", lens, model, steps=0)
     monkeypatch.setitem(sys.modules, "networkx", None)
     monkeypatch.setitem(sys.modules, "captum.attr", None)

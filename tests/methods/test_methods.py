@@ -9,7 +9,7 @@ from test_baselines_gradient import QUICK, ragged
 from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.methods import baselines
 from tensorlens_tl.methods.baselines import BASELINES
-from tensorlens_tl.methods.operator_matrices import KINDS
+from tensorlens_tl.methods.operator_matrices import OPERATOR_METHODS
 from tensorlens_tl.methods.registry import METHODS
 
 FEW = [c for c in CASES.values() if c.name.split("-", 1)[1] in ("gpt2", "llama")]
@@ -32,7 +32,7 @@ def test_one_call_serves_every_method(case, name):
     if name in BASELINES:
         goal = resolve_target(lens.capture, 3).minus(resolve_target(lens.capture, 5))
         with quiet():
-            ours = baselines.token_scores(name, lens.capture, goal, model, **options)
+            ours = baselines.baseline_scores(name, lens.capture, goal, model, **options)
         assert torch.equal(scores.values, ours)
 
 
@@ -43,7 +43,7 @@ def test_a_row_is_the_matrix_s(case, pos):
     dtype = torch.float32 if case.float32_norms else torch.float64
     lens, tol = ragged(case, "left", dtype), 1e-4 if case.float32_norms else 1e-12
     query = lens.capture.frame.index(pos)
-    for name in KINDS:
+    for name in OPERATOR_METHODS:
         target = 3 if name in ("out", "in_out") else None
         rows = lens.token_matrix(name, target).values[torch.arange(3), query]
         assert_close(lens.token_scores(name, 3, pos=pos).values, rows, tol, name)

@@ -9,14 +9,14 @@ import test_granularity
 import test_operator
 import test_paths
 import torch
-from models import ALL, lens_of
+from models import SHAPES, lens_of
 
 from tensorlens_tl.operator.frozen_transformer import FrozenTransformer
 from tensorlens_tl.operator.residual_stream import Pull, Trace
 
 pytestmark = pytest.mark.algebra
 
-CASE = next(case for case in ALL if case.name in ("hooked-gpt2", "bridge-gpt2"))
+CASE = next(case for case in SHAPES if case.name in ("hooked-gpt2", "bridge-gpt2"))
 
 
 def final(operator):

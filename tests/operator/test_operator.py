@@ -3,21 +3,17 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, GATED, lens_of, quiet, randn_like, tokens
+from models import SHAPES, every_convention, lens_of, quiet, randn_like, tokens
 from oracles import FrozenModel
 
 import tensorlens_tl
 from tensorlens_tl import dot_test
 
-CONVENTIONS = [(case, "gate") for case in ALL] + [(c, g) for c in GATED for g in ("up", "half")]
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
-every_convention = pytest.mark.parametrize(
-    ("case", "gate"), CONVENTIONS, ids=[f"{c}-{g}" for c, g in CONVENTIONS]
-)
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 
 
 def test_both_classes_where_the_host_has_them():
-    hosts = {case.host for case in ALL}
+    hosts = {case.host for case in SHAPES}
     assert hosts and hosts <= {"hooked", "bridge"}
 
 
@@ -168,7 +164,7 @@ def test_dense_block_and_scipy(case):
 def test_svds_of_the_matrix_free_operator():
     from scipy.sparse.linalg import svds
 
-    lens = lens_of(ALL[0])[0]
+    lens = lens_of(SHAPES[0])[0]
     dense = lens.operator.to_dense()[0].flatten(2).flatten(0, 1)
     found = torch.as_tensor(sorted(svds(lens.operator.to_scipy(), k=3)[1], reverse=True).copy())
     assert_close(found, torch.linalg.svdvals(dense)[:3], 1e-8)
@@ -189,7 +185,7 @@ def test_one_prompt_of_a_batch(case):
         assert one.completeness_error <= case.tol()
 
 
-@pytest.mark.parametrize("case", [c for c in ALL if c.gated], ids=str)
+@pytest.mark.parametrize("case", [c for c in SHAPES if c.gated], ids=str)
 def test_conventions_differ_but_agree_on_the_run(case):
     lens = lens_of(case)
     others = {gate: lens.with_convention(gate) for gate in ("gate", "up", "half")}
@@ -203,7 +199,7 @@ def test_conventions_differ_but_agree_on_the_run(case):
         assert_close(other.operator @ x, fresh.operator @ x, 1e-12, gate)
 
 
-if len({case.host for case in ALL}) == 2:  # transformer_lens 3 has both classes
+if len({case.host for case in SHAPES}) == 2:  # transformer_lens 3 has both classes
 
     @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "neox", "qwen2", "qwen3"])
     def test_same_weights_as_either_class(name, tmp_path):

@@ -135,9 +135,9 @@ else:
 
 def test_the_sweep_finds_a_wrong_operator():
     """The comparison can fail: halving the bias is noticed."""
-    from models import ALL, lens_of
+    from models import SHAPES, lens_of
 
-    lens = lens_of(ALL[0])
+    lens = lens_of(SHAPES[0])
     wrong = lens.readout(lens.operator @ lens.embedding + lens.operator.bias / 2)
     with pytest.raises(AssertionError, match="off by"):
         assert_close(wrong, lens.logits, 1e-12)

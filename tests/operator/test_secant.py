@@ -7,7 +7,7 @@ import torch
 from comparisons import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ALL, HookedTransformer, build_hooked, lens_of, quiet, tokens
+from models import SHAPES, HookedTransformer, build_hooked, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Edge
@@ -18,8 +18,8 @@ from tensorlens_tl.sublayers.activations import RATIOS, gating_ratio
 from tensorlens_tl.sublayers.factored import Factored
 from tensorlens_tl.sublayers.weights import NormWeights
 
-SOLU = [case for case in ALL if "solu" in str(case)]
-CASES = [case for case in ALL if case not in SOLU]
+SOLU = [case for case in SHAPES if "solu" in str(case)]
+CASES = [case for case in SHAPES if case not in SOLU]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 CAPPED = ("gemma2", "vaultgemma")
 
@@ -200,7 +200,7 @@ def test_between_equal_runs_it_is_the_models_gradient(case):
         rates = (logits / below).detach()  # a readout's cap is held: the target is its ratio's
         values = (below * rates)[:, 3] - (below * rates)[:, 4]
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    sweeps = [one._sweep(3, 4, -1) for one in (lens, twin)]
+    sweeps = [one._gradient(3, 4, -1) for one in (lens, twin)]
     u = torch.zeros_like(lens.embedding)
     u[:, -1] = sweeps[0].target.covector
     runs = [(one.capture, one.operator) for one in (lens, twin)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import assert_close
-from models import ALL, SHARED, lens_of, quiet, randn_like, tokens, uniform_attention
+from models import SHAPES, SHARED, lens_of, quiet, randn_like, tokens, uniform_attention
 from oracles import FrozenModel
 
 import tensorlens_tl
@@ -19,9 +19,9 @@ from tensorlens_tl.relations.statements import state
 
 FILES = SHARED / "text" / "relations"
 LAYERS, POS = (0, 1), 2
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 few = pytest.mark.parametrize(
-    "case", [c for c in ALL if c.name.split("-", 1)[1] in ("gpt2", "gemma2", "neox", "no-norm")], ids=str
+    "case", [c for c in SHAPES if c.name.split("-", 1)[1] in ("gpt2", "gemma2", "neox", "no-norm")], ids=str
 )  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from comparisons import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
-    ALL,
     N_CTX,
     NATIVE,
+    SHAPES,
     HookedTransformer,
     build_hooked,
     build_native,
@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorlens_tl
 from tensorlens_tl import dot_test
-from tensorlens_tl.hosts.attention_reading import NotRecomputableError, Queries, alibi_slopes
+from tensorlens_tl.hosts.attention_reading import NotRecomputableError
+from tensorlens_tl.hosts.bridge import alibi_slopes
 from tensorlens_tl.hosts.entry import adapt
 from tensorlens_tl.methods import baselines
 from tensorlens_tl.operator.capture import CaptureMismatchError
@@ -35,8 +36,8 @@ from tensorlens_tl.sublayers.batch_layout import Frame
 from tensorlens_tl.sublayers.primitives import Mix
 from tensorlens_tl.sublayers.recomputed_pattern import RecomputedMix
 
-every_case = pytest.mark.parametrize("case", ALL, ids=str)
-HOSTS = [case for case in ALL if case.name in ("hooked-gpt2", "bridge-gpt2", "native-gpt2")]
+every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+HOSTS = [case for case in SHAPES if case.name in ("hooked-gpt2", "bridge-gpt2", "native-gpt2")]
 every_host = pytest.mark.parametrize("case", HOSTS, ids=str)
 needs_hooked = pytest.mark.offered(HookedTransformer is not None)
 
@@ -114,7 +115,7 @@ def test_whatever_asks_for_the_pattern(case):
     same(lambda lens: lens[1].operator.to_dense(), "dense")
     same(lambda lens: lens[1].loadings(2, 3).values, "loadings")
     for name in ("rollout", "alti"):
-        same(lambda lens, name=name: baselines.token_matrix(name, lens[0].capture), name)
+        same(lambda lens, name=name: baselines.baseline_matrix(name, lens[0].capture), name)
     if case.name in ("hooked-gpt2", "hooked-gemma2", "bridge-llama"):
         same(
             lambda lens: torch.tensor([p.contribution for p in lens[0].paths(3, k=4)]).double(),
@@ -449,12 +450,12 @@ class Unheard:
 
 @every_host
 def test_what_cannot_be_recomputed_is_refused(case):
-    with pytest.raises(ValueError, match=r'expected pattern="stored" or "recomputed", got .flash'):
+    with pytest.raises(ValueError, match=r'pattern=.flash. is not known. Give pattern="stored" or'):
         capture(case.model(), tokens(), pattern="flash")
     adapter, block = adapt(case.model()), SimpleNamespace(attn=Unheard())
     adapter.model = SimpleNamespace(blocks=[block])
     with pytest.raises(NotRecomputableError, match=r'the attention Unheard.*pattern="stored"'):
-        Queries.of(adapter)
+        adapter.recomputed_reading()
 
 
 @needs_hooked
