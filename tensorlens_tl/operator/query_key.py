@@ -34,7 +34,7 @@ from ..sublayers import (
     NormWeights,
     Rotation,
     ScoreWeights,
-    leaning_,
+    add_alibi_bias_,
 )
 from .capture import CaptureMismatchError
 
@@ -106,8 +106,8 @@ class QueryKey:
             queries = q.rotated[:, own]
             S = queries @ keys.mT * w.scale
             S = S if w.soft_cap is None else w.soft_cap * torch.tanh(S / w.soft_cap)
-            leaning = lean(S, w.slopes, own)
-            check_pattern(self.attn, A, leaning.masked_fill(A <= 0, -torch.inf), self.model_dtype)
+            biased = with_alibi_bias(S, w.slopes, own)
+            check_pattern(self.attn, A, biased.masked_fill(A <= 0, -torch.inf), self.model_dtype)
             dA = z[:, own] @ v[:, kv].repeat_interleave(each, 1).mT
             dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
             dP = dP if w.soft_cap is None else dP * (1 - (S / w.soft_cap) ** 2)
@@ -115,11 +115,11 @@ class QueryKey:
         return q.pull(at_q, self.norm), k.pull(at_k, self.norm)
 
 
-def lean(S: Tensor, slopes: tuple[float, ...] | None, heads: slice) -> Tensor:
+def with_alibi_bias(S: Tensor, slopes: tuple[float, ...] | None, heads: slice) -> Tensor:
     """Scores [batch, head, query_pos, key_pos] of some heads, less ALiBi's slope · distance."""
     if slopes is None:
         return S
-    return leaning_(S.clone(), S.new_tensor(slopes[heads])[:, None, None], 0, False)
+    return add_alibi_bias_(S.clone(), S.new_tensor(slopes[heads])[:, None, None], 0, False)
 
 
 def check_pattern(

@@ -47,7 +47,7 @@ from ..sublayers import (
 )
 from .capture import Capture, CaptureMismatchError
 from .frozen_transformer import FrozenTransformer
-from .query_key import CELLS, Projection, check_pattern, lean, tolerated
+from .query_key import CELLS, Projection, check_pattern, tolerated, with_alibi_bias
 from .residual_stream import Branch, Readers
 
 INSTEAD = "pass at='clean' or at='corrupted'"
@@ -242,7 +242,7 @@ def _attention(
             S = [cap * torch.tanh(P / cap) for P in products]
             least = torch.finfo(v.dtype).eps ** 0.5
             slope = _slope(S[0] - S[1], products[0] - products[1], 1 - (S[0] / cap) ** 2, least)
-        S = [lean(scores, w.slopes, own).masked_fill(hidden, -torch.inf) for scores in S]
+        S = [with_alibi_bias(scores, w.slopes, own).masked_fill(hidden, -torch.inf) for scores in S]
         for run, pattern, scores, capture in zip(runs, A, S, captures, strict=True):
             check_pattern(run, pattern, scores, capture.logits.dtype, INSTEAD, b)
         mean, L = softmax_secant(*S)
@@ -367,7 +367,7 @@ class SecantOperator:
         return self._sweep[0]
 
     def readers(self, below: tuple[int, ...], qk: bool) -> Iterator[Readers]:
-        """Every reader, for :func:`tensorlens_tl.attribution.edges.edge_scores`.
+        """Every reader, for :func:`tensorlens_tl.attribution.edges.edge_products`.
 
         Args:
             below: How many writers there are before each step, and in all.

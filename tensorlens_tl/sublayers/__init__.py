@@ -8,7 +8,7 @@ Key concepts:
 
 from .activations import gating_ratio, soft_cap_ratio
 from .attention import Attention
-from .attention_kernel import Scores, leaning_
+from .attention_kernel import Scores, add_alibi_bias_
 from .batch_layout import HALF, Frame, version
 from .factored import Factored
 from .linear_map import DENSE_LIMIT, Chain, LinearMap, Residual, Sum, Transposed, dot_test
@@ -67,9 +67,9 @@ __all__ = [
     "Transposed",
     "Unembed",
     "UnembedWeights",
+    "add_alibi_bias_",
     "dot_test",
     "gating_ratio",
-    "leaning_",
     "put_effects",
     "put_row",
     "soft_cap_ratio",

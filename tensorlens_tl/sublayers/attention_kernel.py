@@ -73,7 +73,7 @@ class Scores:
         far = self.window - 1
         return near.tril_(offset + far) if pull else near.triu_(offset - far)
 
-    def lean(self, like: Tensor, kv_heads: int) -> Tensor | None:
+    def slopes_in_bits(self, like: Tensor, kv_heads: int) -> Tensor | None:
         """The slopes in bits, [repeat, kv_head, 1, 1], in ``like``'s dtype; None for none."""
         if self.slopes is None:
             return None
@@ -93,14 +93,14 @@ def _block_sizes(like: Tensor, heads: int, length: int, width: int) -> tuple[int
     return max(1, min(heads, cells // max(rows * columns, length * width))), rows, columns
 
 
-def leaning_(block: Tensor, lean: Tensor, offset: int, pull: bool) -> Tensor:
+def add_alibi_bias_(block: Tensor, slopes: Tensor, offset: int, pull: bool) -> Tensor:
     """ALiBi: scores less slope · (query − key), in their unit, in place; ``offset`` as in ``mask_``."""
     rows, columns = (torch.arange(n, dtype=block.dtype, device=block.device)
                      for n in block.shape[-2:])  # fmt: skip
-    return block.addcmul_(lean, rows[:, None] + offset - columns, value=1 if pull else -1)
+    return block.addcmul_(slopes, rows[:, None] + offset - columns, value=1 if pull else -1)
 
 
-def mix_blocks(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores, lean: Tensor | None,
+def mix_blocks(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores, slopes: Tensor | None,
          pull: bool) -> None:  # fmt: skip
     """Writes out_i = Σ_r Σ_j A_r[i, j] values_j, or with A_r[j, i] (pull), in one prompt.
 
@@ -110,7 +110,7 @@ def mix_blocks(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores
         values: [repeat, many, head, pos, width].
         out: [many, head, pos, width].
         scores: Soft cap and mask.
-        lean: Slopes in bits, [repeat, head, 1, 1], or None.
+        slopes: Slopes in bits, [repeat, head, 1, 1], or None.
         pull: Whether rows are keys.
     """
     width = slice(None) if scores.soft_cap is None else slice(-1)
@@ -136,15 +136,15 @@ def mix_blocks(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores
                 if scores.soft_cap is not None:
                     lse = q[r, h, -1, j].unsqueeze(1) if pull else q[r, h, -1, i].unsqueeze(2)
                     capped_(block, scores).add_(lse)
-                if lean is not None:
-                    leaning_(block, lean[r, h], start - at, pull)
+                if slopes is not None:
+                    add_alibi_bias_(block, slopes[r, h], start - at, pull)
                 scores.mask_(block.exp2_(), start - at, pull)
                 sums[:c, i].baddbmm_(block, v[:, j], beta=0 if at == left and r == 0 else 1)
         if r == repeat - 1:
             out[:, h] = sums[:c].unflatten(2, (many, d)).permute(2, 0, 1, 3)
 
 
-def log_sum_exp(q: Tensor, k: Tensor, scores: Scores, lean: Tensor | None) -> Tensor:
+def log_sum_exp(q: Tensor, k: Tensor, scores: Scores, slopes: Tensor | None) -> Tensor:
     """The scores' log-sum-exp per query, [head, pos], block by block; natural, from scores in bits."""
     n_heads, _, length = q.shape
     n, height, broad = _block_sizes(q, n_heads, length, 1)
@@ -157,7 +157,7 @@ def log_sum_exp(q: Tensor, k: Tensor, scores: Scores, lean: Tensor | None) -> Te
             for at in range(left, right, broad):
                 j = slice(at, min(at + broad, right))
                 s = capped_(q[h, :-1, i].mT @ k[h, :-1, j], scores)
-                s = s if lean is None else leaning_(s, lean[h], start - at, False)
+                s = s if slopes is None else add_alibi_bias_(s, slopes[h], start - at, False)
                 s.mul_(LN2)
                 seen = scores.mask_(torch.ones_like(s[0], dtype=torch.bool), start - at, False)
                 s.masked_fill_(~seen, -math.inf)

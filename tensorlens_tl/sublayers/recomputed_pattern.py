@@ -6,7 +6,7 @@ bits (divided by ln 2), so that A = 2^(s − lse): on a CPU torch's ``exp`` took
 ``exp2``, and 17 times where A underflows (as ``benchmarks/recomputed.py`` prints).
 
 1. Keep q' = [q · scale / ln 2, −lse] and k' = [k, 1], positions last. One product q'ᵀ k' gives s − lse.
-   Under a soft cap the scores are capped first, and −lse is added after; ALiBi's lean is added to
+   Under a soft cap the scores are capped first, and −lse is added after; ALiBi's bias is added to
    the product, as distances would lose digits in it.
 2. lse comes from one pass over blocks of queries, once per capture.
 3. A block of A, rows × columns, is one product into a buffer, a power of 2 in place, and zeros
@@ -108,10 +108,10 @@ class RecomputedMix(LinearMap):
         mix = cls(frame, queries.contiguous(), keys.contiguous(), scores, d_head)
         with torch.no_grad():
             beside = None if sinks is None else sinks.to(q).view(mix.kv_heads, -1, 1)
-            lean = scores.lean(q, mix.kv_heads)
+            slopes = scores.slopes_in_bits(q, mix.kv_heads)
             for _, _, heads, keys in mix._prompts():
                 for r, queries in enumerate(heads):
-                    lse = log_sum_exp(queries, keys, scores, None if lean is None else lean[r])
+                    lse = log_sum_exp(queries, keys, scores, None if slopes is None else slopes[r])
                     lse = lse if beside is None else torch.logaddexp(lse, beside[:, r])
                     queries[:, -1] = -lse / LN2
         return mix
@@ -169,16 +169,16 @@ class RecomputedMix(LinearMap):
         whole = all(span == (0, self.frame.n_pos) for span in self.frame.spans)
         out = (many.new_empty if whole else many.new_zeros)(*many.shape[:-1], *size)
         target = out.permute(1, 4, 0, 3, 2, 5)
-        lean = self.scores.lean(x, self.kv_heads)
+        slopes = self.scores.slopes_in_bits(x, self.kv_heads)
         for prompt, pos, q, k in self._prompts():
             values, sums = source[prompt, ..., pos, :], target[prompt, ..., pos, :]
             values = values.expand(self._repeat, *values.shape[1:])
             if not to_heads:
-                mix_blocks(q, k, values, sums[0], self.scores, lean, pull)
+                mix_blocks(q, k, values, sums[0], self.scores, slopes, pull)
                 continue
             for r in range(self._repeat):
                 own = slice(r, r + 1)
-                only = None if lean is None else lean[own]
+                only = None if slopes is None else slopes[own]
                 mix_blocks(q[own], k, values[own], sums[r], self.scores, only, pull)
         return out.reshape(*x.shape[:-1], math.prod(size))
 
@@ -219,9 +219,9 @@ class RecomputedMix(LinearMap):
     def tiles(self, prompt: int) -> Tiles:
         """One prompt's pattern on its real tokens, to be made tile by tile."""
         _, _, queries, keys = list(self._prompts())[prompt]
-        lean = self.scores.lean(queries, self.kv_heads)
-        lean = None if lean is None else lean.transpose(0, 1)
-        return Tiles(queries.transpose(0, 1), keys[:, None], self.scores, lean)
+        slopes = self.scores.slopes_in_bits(queries, self.kv_heads)
+        slopes = None if slopes is None else slopes.transpose(0, 1)
+        return Tiles(queries.transpose(0, 1), keys[:, None], self.scores, slopes)
 
     def looks_ahead(self, prompt: int) -> bool:
         """Whether a query sees a later key."""
@@ -267,7 +267,7 @@ class Tiles:
         queries: As ``RecomputedMix`` keeps them, by key/value head.
         keys: Likewise.
         scores: Soft cap and mask.
-        lean: Slopes in bits, or None.
+        slopes: Slopes in bits, or None.
         query_gain: Numbers that multiply the rows of queries, or None.
         key_gain: Numbers that multiply the columns of keys, or None.
         flip: "" , "pull" or "push".
@@ -277,7 +277,7 @@ class Tiles:
     queries: Float[Tensor, "group repeat d_score pos"]
     keys: Float[Tensor, "group 1 d_score pos"]
     scores: Scores
-    lean: Float[Tensor, "group repeat 1 1"] | None = None
+    slopes: Float[Tensor, "group repeat 1 1"] | None = None
     query_gain: Float[Tensor, " pos"] | None = None
     key_gain: Float[Tensor, " pos"] | None = None
     flip: str = ""
@@ -302,8 +302,8 @@ class Tiles:
         if scores.causal:
             pos = torch.arange(rows.shape[-1], device=rows.device)
             behind = pos[j] - pos[i][:, None] if self.flip else pos[i][:, None] - pos[j]
-            if self.lean is not None:
-                block.addcmul_(self.lean, behind.to(block), value=-1)
+            if self.slopes is not None:
+                block.addcmul_(self.slopes, behind.to(block), value=-1)
             hidden = behind < 0
             hidden = hidden if scores.window is None else hidden | (behind >= scores.window)
             block.masked_fill_(hidden, -math.inf)
