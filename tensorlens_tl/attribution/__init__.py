@@ -2,18 +2,19 @@
 
 Key concepts:
     Target: A linear functional u · y + c of the final normalized residual at one position.
-    Sweep: One target pulled back to every residual site; every split reads it.
+    TargetGradient: One target pulled back to every residual site; every split reads it.
     Attribution: A table of contributions that prints, sums, sorts and saves itself.
 """
 
 from .averages import MeanAttribution, mean_attribution
-from .contrast import AT, check_comparable, difference, fixed_baseline, mean_embedding
+from .contrast import check_comparable, difference, fixed_baseline, mean_embedding
 from .head_loadings import loadings
 from .html import strip_html
-from .paths import MAX_EXPANSIONS, Paths, find_paths
+from .paths import Paths, find_paths
 from .splits import attribute, attribute_many
-from .sweep import B_U, Rows, Sweep, result
 from .table import Attribution, Source
+from .table_builder import TableBuilder
+from .target_gradient import GradientCache, TargetGradient
 from .targets import (
     Target,
     TargetLike,
@@ -28,16 +29,14 @@ from .targets import (
 )
 
 __all__ = [
-    "AT",
     "Attribution",
-    "B_U",
-    "MAX_EXPANSIONS",
+    "GradientCache",
     "MeanAttribution",
     "Paths",
-    "Rows",
     "Source",
-    "Sweep",
+    "TableBuilder",
     "Target",
+    "TargetGradient",
     "TargetLike",
     "attribute",
     "attribute_many",
@@ -55,7 +54,6 @@ __all__ = [
     "resolve_each",
     "resolve_target",
     "resolve_token",
-    "result",
     "strip_html",
     "token_id",
 ]

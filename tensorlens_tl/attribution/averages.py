@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import at_least_one, one_each
+from ..checks import at_least_one, need, one_each
 from ..graph import Edge, Node
 from ..hosts import each_prompt, freeze, hosted
 from ..operator import Capture, FrozenTransformer
 from .html import table_html
 from .splits import attribute
-from .sweep import Sweep
 from .table import Attribution
+from .target_gradient import TargetGradient
 from .targets import TargetLike, resolve
 
 if TYPE_CHECKING:
@@ -78,12 +78,7 @@ class MeanAttribution:
         Raises:
             ValueError: If pandas is missing.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise ValueError(
-                "to_dataframe needs pandas: pip install 'tensorlens-tl[pandas]'"
-            ) from None
+        pandas = need("pandas", "pandas", "to_dataframe")
         columns = {
             "node": list(map(str, self.nodes)),
             "mean": self.mean.tolist(),
@@ -169,7 +164,7 @@ def mean_attribution(
             with torch.no_grad():
                 goal = resolve(captured, goals[0][n], goals[1][n], pos)
                 operator = FrozenTransformer.of(captured)
-                one = attribute(Sweep(captured, operator, goal), by, effect, qk)
+                one = attribute(TargetGradient(captured, operator, goal), by, effect, qk)
             if path is not None:
                 file.write(one.to_json() + "\n")
             error = one.completeness_error

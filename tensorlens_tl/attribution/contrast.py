@@ -31,11 +31,12 @@ from ..operator import Capture, FrozenTransformer, SecantOperator
 from ..sublayers import EmbedWeights
 from .edges import Writers
 from .splits import by_edge, check_qk, edge_result, top_covector, written_at
-from .sweep import Rows, Sweep, result
 from .table import Attribution
+from .table_builder import TableBuilder
+from .target_gradient import TargetGradient
 
 BY = ("token", "component", "edge")
-AT = ("clean", "corrupted", "secant")
+AT_OPERATORS = ("clean", "corrupted", "secant")
 
 
 def check_comparable(clean: Capture, corrupted: Capture) -> None:
@@ -74,11 +75,13 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return alike and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
-def fixed_baseline(sweep: Sweep, baseline: str | Float[Tensor, "*shape"]) -> Sweep:
+def fixed_baseline(
+    gradient: TargetGradient, baseline: str | Float[Tensor, "*shape"]
+) -> TargetGradient:
     """The same operator on other embeddings: what a baseline that is no run would have.
 
     Args:
-        sweep: The target.
+        gradient: The target, pulled to every site.
         baseline: "zero", "mean", or an embedding [d_model] or [batch, pos, d_model].
 
     Returns:
@@ -87,7 +90,7 @@ def fixed_baseline(sweep: Sweep, baseline: str | Float[Tensor, "*shape"]) -> Swe
     Raises:
         ValueError: If the baseline is none of these, or the mean is not known.
     """
-    capture, operator = sweep.capture, sweep.operator
+    capture, operator = gradient.capture, gradient.operator
     pos = capture.pos_embed
     if isinstance(baseline, str) and baseline == "zero":
         embed, pos = torch.zeros_like(capture.embed), None if pos is None else torch.zeros_like(pos)
@@ -103,9 +106,9 @@ def fixed_baseline(sweep: Sweep, baseline: str | Float[Tensor, "*shape"]) -> Swe
         0 if operator.edit is None else operator.edit.constant
     )
     prompts = torch.arange(len(y), device=y.device)
-    target = sweep.target
+    target = gradient.target
     value = (y[prompts, target.query] * target.covector).sum(-1) + target.constant
-    return Sweep(capture, operator, replace(target, value=value))
+    return TargetGradient(capture, operator, replace(target, value=value))
 
 
 def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
@@ -147,7 +150,7 @@ def mean_embedding(
     """
     # float16 has no room for sums of squares.
     exact = torch.promote_types(seen.dtype, torch.float32)
-    row, wanted = weights.rows(token, exact), seen.to(exact)
+    row, wanted = weights.table(token, exact), seen.to(exact)
     scale = (wanted @ row) / (row @ row)
     if not (wanted - scale * row).abs().max() <= 1e-2 * wanted.abs().max():
         raise ValueError(
@@ -158,7 +161,11 @@ def mean_embedding(
 
 
 def difference(
-    clean: Sweep, baseline: Sweep, by: str = "token", at: str = "clean", qk: bool = False
+    clean: TargetGradient,
+    baseline: TargetGradient,
+    by: str = "token",
+    at: str = "clean",
+    qk: bool = False,
 ) -> Attribution:
     """Split the difference of one target between two runs.
 
@@ -179,8 +186,8 @@ def difference(
     """
     if by not in BY:
         raise ValueError(f"expected by to be one of {', '.join(BY)} with a baseline, got {by!r}")
-    if at not in AT:
-        raise ValueError(f"expected at to be one of {', '.join(AT)}, got {at!r}")
+    if at not in AT_OPERATORS:
+        raise ValueError(f"expected at to be one of {', '.join(AT_OPERATORS)}, got {at!r}")
     check_qk(by, qk)
     if at == "secant":
         return _between(clean, baseline, by, qk)
@@ -192,19 +199,19 @@ def difference(
         found = by_edge(reads, ours.minus(theirs), own=False, qk=qk)
         return replace(found, target=_names(clean),
                        target_value=clean.target.value - baseline.target.value)  # fmt: skip
-    rows = Rows()
+    table = TableBuilder(clean.capture, clean.target)
     split = _by_token if by == "token" else _by_component
-    change = split(rows, clean, baseline, at == "clean")
+    change = split(table, clean, baseline, at == "clean")
     if baseline.operator.ln_final is not clean.operator.ln_final:  # another run
         name = "operator change" if by == "token" else "readout change"
         change = change + clean.target.constant - baseline.target.constant
-        rows.add([Node("change", name=name)], change[:, None])
-    found = result(clean, rows, by)
+        table.add([Node("change", name=name)], change[:, None])
+    found = table.to_attribution(by)
     value = clean.target.value - baseline.target.value
     return replace(found, target=_names(clean), target_value=value)
 
 
-def _between(clean: Sweep, other: Sweep, by: str, qk: bool) -> Attribution:
+def _between(clean: TargetGradient, other: TargetGradient, by: str, qk: bool) -> Attribution:
     """The difference by the operator between the two runs."""
     if other.operator is not clean.operator and other.operator.ln_final is clean.operator.ln_final:
         raise ValueError(
@@ -216,7 +223,7 @@ def _between(clean: Sweep, other: Sweep, by: str, qk: bool) -> Attribution:
     prompts = torch.arange(len(query), device=query.device)
     u[prompts, query] = (ours.covector + theirs.covector) / 2
     runs = (clean.capture, clean.operator), (other.capture, other.operator)
-    secant, rows = SecantOperator(*runs, u), Rows()
+    secant, table = SecantOperator(*runs, u), TableBuilder(clean.capture, clean.target)
     if by == "edge":
         writers = Writers.of(clean.operator, clean.capture, query)
         writers = writers.minus(Writers.of(other.operator, other.capture, query))
@@ -224,35 +231,40 @@ def _between(clean: Sweep, other: Sweep, by: str, qk: bool) -> Attribution:
     elif by == "token":
         c = secant.covectors[0]
         for name, (x_c, x_k) in _aligned(clean.capture.embeddings, other.capture.embeddings):
-            rows.spread(Node.parse(name), (c * (x_c - x_k)).sum(-1))
+            table.spread(Node.parse(name), (c * (x_c - x_k)).sum(-1))
     else:
         c = secant.top[prompts, query]
         for node, (a_c, a_k) in _aligned(*map(_written, (clean, other))):
             if node.kind != "constant" or not torch.equal(a_c, a_k):  # a post-norm scales b_O
-                rows.add([node], ((a_c - a_k) * c).sum(-1, keepdim=True))
+                table.add([node], ((a_c - a_k) * c).sum(-1, keepdim=True))
     if by != "edge":
         if clean.capture.unembed.weights.soft_cap is not None:  # each run's is a slope of its own
-            y = sum(sweep.capture.unembed.final[prompts, query] for sweep in (clean, other)) / 2
+            y = (
+                sum(gradient.capture.unembed.final[prompts, query] for gradient in (clean, other))
+                / 2
+            )
             change = (
                 ((ours.covector - theirs.covector) * y).sum(-1) + ours.constant - theirs.constant
             )
-            rows.add([Node("change", name="readout change")], change[:, None])
-        found = result(clean, rows, by)
+            table.add([Node("change", name="readout change")], change[:, None])
+        found = table.to_attribution(by)
     return replace(found, target=_names(clean), target_value=ours.value - theirs.value)
 
 
-def _written(sweep: Sweep) -> dict[Node, Float[Tensor, "batch d_model"]]:
+def _written(gradient: TargetGradient) -> dict[Node, Float[Tensor, "batch d_model"]]:
     return {
-        node: v for nodes, vectors in written_at(sweep)
+        node: v for nodes, vectors in written_at(gradient)
         for node, v in zip(nodes, vectors.unbind(1), strict=True)
     }  # fmt: skip
 
 
-def _names(clean: Sweep) -> tuple[str, ...]:
+def _names(clean: TargetGradient) -> tuple[str, ...]:
     return tuple(f"{name}, less the baseline's" for name in clean.target.name)
 
 
-def _by_token(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:
+def _by_token(
+    table: TableBuilder, clean: TargetGradient, other: TargetGradient, at_clean: bool
+) -> Tensor:
     """Each embedding's difference, read by one operator; returns what the operators change."""
     same = other.operator.ln_final is clean.operator.ln_final
     c = clean.trace.covectors[0]
@@ -261,7 +273,7 @@ def _by_token(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:
     change = torch.zeros_like(clean.target.value)
     for name, ours in _aligned(clean.capture.embeddings, theirs):
         x_c, x_k = ours
-        rows.spread(Node.parse(name), ((c if at_clean else k) * (x_c - x_k)).sum(-1))
+        table.spread(Node.parse(name), ((c if at_clean else k) * (x_c - x_k)).sum(-1))
         change = change + ((c - k) * (x_k if at_clean else x_c)).sum((-2, -1))
     if not same:
         for _, (e_c, e_k) in _aligned(clean.trace.effects, other.trace.effects):
@@ -269,14 +281,16 @@ def _by_token(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:
     return change
 
 
-def _by_component(rows: Rows, clean: Sweep, other: Sweep, at_clean: bool) -> Tensor:
+def _by_component(
+    table: TableBuilder, clean: TargetGradient, other: TargetGradient, at_clean: bool
+) -> Tensor:
     """Each writer's difference, read by one readout; returns what the readouts change."""
     (u_c, top_c), (u_k, top_k) = top_covector(clean), top_covector(other)
     written = map(_written, (clean, other))
     change = torch.zeros_like(clean.target.value)
     for node, (a_c, a_k) in _aligned(*written):
         read = u_c if at_clean else u_k
-        rows.add([node], ((a_c - a_k) * read[:, 0]).sum(-1, keepdim=True))
+        table.add([node], ((a_c - a_k) * read[:, 0]).sum(-1, keepdim=True))
         change = change + ((a_k if at_clean else a_c) * (u_c - u_k)[:, 0]).sum(-1)
     for _, (e_c, e_k) in _aligned(top_c, top_k):
         change = change + (e_c - e_k).sum(-1)

@@ -126,7 +126,7 @@ class Writers:
         return tuple(found), which
 
 
-def edge_scores(
+def edge_products(
     writers: Writers, readers: Iterable[Readers], n_pos: int
 ) -> tuple[tuple[Source, ...], tuple[str, ...], Float[Tensor, "batch edge"]]:
     """All edges of one target, and every reader's own constants.

@@ -19,15 +19,16 @@ from torch import Tensor
 
 from ..graph import Edge, Node
 from ..operator import Step
-from .sweep import Rows, Sweep, result
 from .table import Attribution
+from .table_builder import TableBuilder
+from .target_gradient import TargetGradient
 
 
-def loadings(sweep: Sweep, source: int | Node | Edge) -> Attribution:
+def loadings(gradient: TargetGradient, source: int | Node | Edge) -> Attribution:
     """How much of a source's effect on the target each head carries.
 
     Args:
-        sweep: The target.
+        gradient: The target, pulled to every site.
         source: A position among the real tokens (the token's and the position's embedding), a head
             or an MLP (what it writes, everywhere), or an edge between two (what the reader makes of
             the writer's output).
@@ -39,10 +40,10 @@ def loadings(sweep: Sweep, source: int | Node | Edge) -> Attribution:
     Raises:
         ValueError: If there is no such position, node or edge, or no layer above it.
     """
-    state, first = _start(sweep, source)
-    steps, trace = sweep.operator.steps, sweep.trace
+    state, first = _start(gradient, source)
+    steps, trace = gradient.operator.steps, gradient.trace
     effect = _dot(state, trace.covectors[first])
-    rows = Rows()
+    table = TableBuilder(gradient.capture, gradient.target)
     for i in range(first, len(steps)):
         step, after = steps[i], trace.covectors[i + 1]
         past = _dot(state, after)
@@ -52,19 +53,19 @@ def loadings(sweep: Sweep, source: int | Node | Edge) -> Attribution:
         ]  # fmt: skip
         for branch, pull in heads:
             covectors = branch.readers(pull)[0].wide()
-            rows.add(branch.body.nodes(), torch.einsum("bpd,nbpd->bn", state, covectors))
+            table.add(branch.body.nodes(), torch.einsum("bpd,nbpd->bn", state, covectors))
         for branch, pull in zip(step.branches, trace.pulls[i], strict=True):
             if heads and branch.body.nodes()[0].kind != "head":  # a parallel MLP is past the heads
                 past = past + _dot(state, pull.covector)
         if heads:
-            rows.add([Node("constant", step.layer, name="past")], past[:, None])
+            table.add([Node("constant", step.layer, name="past")], past[:, None])
         state = state + sum(branch.map.apply(state) for branch in step.branches)
-    if not rows.sources:
+    if not table.sources:
         raise ValueError(f"no layer with heads is above {source}: take a source further below")
     name = str(source) if isinstance(source, Node | Edge) else f"position {source}"
     return replace(
-        result(sweep, rows, "loading"),
-        target=tuple(f"{target} from {name}" for target in sweep.target.name),
+        table.to_attribution("loading"),
+        target=tuple(f"{target} from {name}" for target in gradient.target.name),
         target_value=effect,
         sums_to_target=False,
     )
@@ -74,23 +75,23 @@ def _dot(state: Tensor, covector: Tensor) -> Float[Tensor, " batch"]:
     return (state * covector).sum((-2, -1))
 
 
-def _start(sweep: Sweep, source: int | Node | Edge) -> tuple[Tensor, int]:
+def _start(gradient: TargetGradient, source: int | Node | Edge) -> tuple[Tensor, int]:
     """The state a source makes, and the step from which on it is carried."""
-    steps = sweep.operator.steps
+    steps = gradient.operator.steps
     if not isinstance(source, Node | Edge):
-        index = sweep.capture.frame.index(source)
+        index = gradient.capture.frame.index(source)
         prompts = torch.arange(len(index), device=index.device)
         x = torch.zeros_like(steps[0].state)
         x[prompts, index] = steps[0].state[prompts, index]
         return x, 0
     if isinstance(source, Node):
-        return _written(sweep, source)
+        return _written(gradient, source)
     if source.dest.kind == "logits":
         raise ValueError(f"{source} goes straight to the logits: no head carries it")
     if source.dest.name not in ("", "v"):
         raise ValueError(f"{source} has no place in the operator, whose patterns are frozen: take "
                          f"{source.src}→{replace(source.dest, name='v')}")  # fmt: skip
-    x, first = _written(sweep, source.src)
+    x, first = _written(gradient, source.src)
     node = replace(source.dest, name="")
     i, branch = _find(steps, node)
     if i < first:
@@ -99,11 +100,11 @@ def _start(sweep: Sweep, source: int | Node | Edge) -> tuple[Tensor, int]:
     return (x if branch.post is None else branch.post.apply(x)), i + 1
 
 
-def _written(sweep: Sweep, node: Node) -> tuple[Tensor, int]:
-    if str(node) in sweep.capture.embeddings:
-        return sweep.capture.embeddings[str(node)], 0
-    i, branch = _find(sweep.operator.steps, node)
-    state = sweep.operator.steps[i].state
+def _written(gradient: TargetGradient, node: Node) -> tuple[Tensor, int]:
+    if str(node) in gradient.capture.embeddings:
+        return gradient.capture.embeddings[str(node)], 0
+    i, branch = _find(gradient.operator.steps, node)
+    state = gradient.operator.steps[i].state
     return branch.outputs(state)[:, branch.body.nodes().index(node)], i + 1
 
 

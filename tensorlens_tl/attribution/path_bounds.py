@@ -30,7 +30,7 @@ from ..sublayers import AnyMix, Chain, LinearMap, Sublayer
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
+class NodeMap:
     """A node with its norms, residual to residual, and what its own constants make it write."""
 
     node: Node
@@ -39,31 +39,33 @@ class Way:
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class StepParts:
     """A step of the residual stream: its nodes, and the constants it writes that no node holds."""
 
-    ways: tuple[Way, ...]
+    node_maps: tuple[NodeMap, ...]
     outside: dict[str, Tensor]
 
     @classmethod
-    def of(cls, step: Step) -> Stage:
+    def of(cls, step: Step) -> StepParts:
         """The same step, taken apart."""
-        ways, outside = [], {edit.name: edit.constant for edit in step.edits}
+        node_maps, outside = [], {edit.name: edit.constant for edit in step.edits}
         for branch in step.branches:
             for node in branch.body.nodes():
                 inside = tuple(m for m in (branch.pre, branch.body.part(node)) if m is not None)
                 whole = Chain(inside if branch.post is None else (*inside, branch.post))
                 own, carried = Chain(inside).constants(), whole.constants()
-                ways.append(Way(node, whole, {n: carried[n] for n in own if carried[n].any()}))
+                node_maps.append(
+                    NodeMap(node, whole, {n: carried[n] for n in own if carried[n].any()})
+                )
             outside |= branch.outside()
-        return cls(tuple(ways), {name: c for name, c in outside.items() if c.any()})
+        return cls(tuple(node_maps), {name: c for name, c in outside.items() if c.any()})
 
 
 # --- Energies ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Energy:
+class PathBound:
     """An upper bound of C at one site, U Uᵀ + λ I per position; the whole C where U is None."""
 
     whole: Float[Tensor, "pos d d"] | None
@@ -71,7 +73,7 @@ class Energy:
     floor: Float[Tensor, " pos"] | None = None
 
     @classmethod
-    def of(cls, C: Float[Tensor, "pos d d"], rank: int | None) -> Energy:
+    def of(cls, C: Float[Tensor, "pos d d"], rank: int | None) -> PathBound:
         """Keep C, or at most ``rank`` of its directions and a λ that covers the others."""
         # Any U gives C = U Uᵀ + E ⪯ U Uᵀ + ‖E‖ I; this one is a Nyström sketch.
         trace = C.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -107,10 +109,12 @@ def _flat(map_: LinearMap) -> Iterator[LinearMap]:
         yield inner
 
 
-def _push(way: Way, C: Float[Tensor, "pos d d"], by_position: bool) -> Float[Tensor, "pos d d"]:
+def _push(
+    node_map: NodeMap, C: Float[Tensor, "pos d d"], by_position: bool
+) -> Float[Tensor, "pos d d"]:
     """F C Fᵀ of a node: through each run of maps between which nothing mixes positions at once."""
     run: list[LinearMap] = []
-    for map_ in _flat(way.map):
+    for map_ in _flat(node_map.map):
         if not isinstance(map_, AnyMix):
             run.append(map_)
             continue
@@ -134,16 +138,16 @@ def _sandwich(run: list[LinearMap], C: Tensor) -> Tensor:
     return F.mT @ C @ F
 
 
-def energies_of(
-    stages: Sequence[Stage],
+def bounds_by_site(
+    steps: Sequence[StepParts],
     sources: dict[str, Tensor],
     constants: bool,
     by_position: bool,
     memory_limit: int,
-) -> list[Energy]:
+) -> list[PathBound]:
     """An upper bound of C at every site but the last norm's."""
     n_pos, width = next(iter(sources.values())).shape[1:]
-    one, sites = 8 * n_pos * width**2, len(stages) + 1
+    one, sites = 8 * n_pos * width**2, len(steps) + 1
     rank = None
     if (sites + 5) * one > memory_limit:  # five more are at work in a step
         rank = (memory_limit - 5 * one) // (8 * n_pos * width * sites)
@@ -160,12 +164,15 @@ def energies_of(
         return states.mT @ states
 
     C = outer(list(sources.values()))
-    found = [Energy.of(C, rank)]
-    for stage in stages:
+    found = [PathBound.of(C, rank)]
+    for parts in steps:
         added = torch.zeros_like(C)
-        for way in stage.ways:
-            added += _push(way, C, by_position)
-        written = [*stage.outside.values(), *(c for w in stage.ways for c in w.constants.values())]
+        for node_map in parts.node_maps:
+            added += _push(node_map, C, by_position)
+        written = [
+            *parts.outside.values(),
+            *(c for w in parts.node_maps for c in w.constants.values()),
+        ]
         C = C + added + (outer(written) if constants and written else 0)
-        found.append(Energy.of(C, rank))
+        found.append(PathBound.of(C, rank))
     return found

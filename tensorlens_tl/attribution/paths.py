@@ -29,19 +29,17 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from ..checks import at_least_one
+from ..checks import at_least_one, need
 from ..graph import Node
 from ..operator import Capture, Convention, FrozenTransformer
 from ..sublayers import DENSE_LIMIT
-from .path_bounds import Stage, Way, energies_of
+from .path_bounds import NodeMap, StepParts, bounds_by_site
 from .targets import Target
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT = "tensorlens_tl paths 1"
-MAX_EXPANSIONS = 10_000
-"""Partial paths that a search extends unless the caller allows more."""
 
 
 # --- Results -------------------------------------------------------------------------------------
@@ -131,12 +129,7 @@ class Paths(Sequence[Path]):
         Raises:
             ValueError: If pandas is missing.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise ValueError(
-                "to_dataframe needs pandas: pip install 'tensorlens-tl[pandas]'"
-            ) from None
+        pandas = need("pandas", "pandas", "to_dataframe")
         rows = [{"path": path.name, **_plain(path)} for path in self]
         columns = ["path", "start", "pos", "nodes", "positions", "contribution", "label"]
         return pandas.DataFrame(rows, columns=columns)
@@ -166,10 +159,10 @@ class _Partial:
 
     site: int
     pos: int | None = None
-    ways: tuple[Way, ...] = ()
+    ways: tuple[NodeMap, ...] = ()
     positions: tuple[int, ...] = ()
 
-    def through(self, way: Way | None) -> tuple[tuple[Way, ...], tuple[int, ...]]:
+    def through(self, way: NodeMap | None) -> tuple[tuple[NodeMap, ...], tuple[int, ...]]:
         """Its nodes and their positions after taking one more, or going straight on."""
         if way is None:
             return self.ways, self.positions
@@ -222,7 +215,7 @@ def find_paths(
     from_token: int | None = None,
     by_position: bool = False,
     constants: bool = True,
-    max_expansions: int = MAX_EXPANSIONS,
+    max_expansions: int = 10_000,
     memory_limit: int = DENSE_LIMIT,
 ) -> Paths:
     """The k paths of the largest |contribution| from a source to a target, found exactly.
@@ -266,8 +259,8 @@ def find_paths(
         sources = {"embed": torch.zeros_like(capture.embed)}
         sources["embed"][:, only] = capture.embed[:, only]
         constants = False
-    stages = [Stage.of(step) for step in operator.steps]
-    energies = energies_of(stages, sources, constants, by_position, memory_limit)
+    steps = [StepParts.of(step) for step in operator.steps]
+    bounds_at = bounds_by_site(steps, sources, constants, by_position, memory_limit)
     best = _Best(k)
 
     u = frame.zeros(operator.out_dim)
@@ -279,13 +272,13 @@ def find_paths(
         for name, constant in ln_final.constants().items():
             best.offer(float((u * constant).sum()), name, at, ((), ()))
     root = ln_final.apply_t(u)
-    heap = [(-float(energies[-1].bound(root).sum()), next(best.ticks), _Partial(len(stages), at))]
+    heap = [(-float(bounds_at[-1].bound(root).sum()), next(best.ticks), _Partial(len(steps), at))]
 
     expansions = 0
     while heap and -heap[0][0] > best.threshold and expansions < budget:
         partial = heapq.heappop(heap)[-1]
         expansions += 1
-        site, stage, v = partial.site - 1, stages[partial.site - 1], partial.covector(root)
+        site, stage, v = partial.site - 1, steps[partial.site - 1], partial.covector(root)
         if constants:
             written = [(None, stage.outside), *((way, way.constants) for way in stage.ways)]
             for way, by_name in written:
@@ -300,7 +293,7 @@ def find_paths(
                 for i, pos in best.wanted(values.abs()):
                     best.offer(float(values[i, pos]), name, pos, partial.through(ways[i]))
             continue
-        bounds = energies[site].bound(pulled)
+        bounds = bounds_at[site].bound(pulled)
         bounds = bounds if by_position else bounds.sum(-1, keepdim=True)
         for i, pos in best.wanted(bounds):
             child = _Partial(site, pos if by_position else None, *partial.through(ways[i]))

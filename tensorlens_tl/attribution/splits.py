@@ -25,9 +25,10 @@ from torch import Tensor
 from ..graph import Node
 from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, Step
 from ..sublayers import Attention, take_row
-from .edges import Writers, edge_scores, frozen_readers
-from .sweep import B_U, Effects, Rows, Sweep, _dot, _has_b_U, result
+from .edges import Writers, edge_products, frozen_readers
 from .table import Attribution
+from .table_builder import TableBuilder
+from .target_gradient import Effects, TargetGradient, dot
 from .targets import Target
 
 BY = (
@@ -41,12 +42,12 @@ SWEEP_LIMIT = 512 * 2**20
 
 
 def attribute(
-    sweep: Sweep, by: str = "token", effect: str = "direct", qk: bool = False
+    gradient: TargetGradient, by: str = "token", effect: str = "direct", qk: bool = False
 ) -> Attribution:
     """Split a target by source.
 
     Args:
-        sweep: The target.
+        gradient: The target, pulled to every site.
         by: See :meth:`TensorLens.attribute`.
         effect: "direct" or "total".
         qk: Whether queries and keys are readers, too; by edge only.
@@ -68,25 +69,27 @@ def attribute(
             f"{', '.join(TOTALS)}: leave effect out"
         )
     check_qk(by, qk)
-    rows = Rows()
-    if (effect, by) in (("total", "mlp"), ("total", "neuron")) and _attention_only(sweep):
+    table = TableBuilder(gradient.capture, gradient.target)
+    if (effect, by) in (("total", "mlp"), ("total", "neuron")) and _attention_only(gradient):
         raise ValueError(
             f"this model has no MLPs, expected by to be layer, component or head: got {by!r}"
         )
     if effect == "total":
-        (_total_by_layer if by == "layer" else _total)(sweep, rows, by)
+        (_total_by_layer if by == "layer" else _total)(gradient, table, by)
     elif by in ("token", "constant"):
-        _embedded(sweep, rows, by)
+        _embedded(gradient, table, by)
     elif by == "order":
-        _orders(sweep, rows)
+        _orders(gradient, table)
     elif by == "edge":
-        return by_edge(sweep, Writers.of(sweep.operator, sweep.capture, sweep.target.query), qk=qk)
+        return by_edge(
+            gradient, Writers.of(gradient.operator, gradient.capture, gradient.target.query), qk=qk
+        )
     else:
-        _direct(sweep, rows, "component" if by == "layer" else by)
+        _direct(gradient, table, "component" if by == "layer" else by)
     whole = effect == "direct" and by != "order"
-    if (whole or (effect, by) == ("total", "component")) and _has_b_U(sweep.capture):
-        rows.add([B_U], sweep.target.constant[:, None])
-    found = result(sweep, rows, by, effect)
+    if whole or (effect, by) == ("total", "component"):
+        table.add_b_U()
+    found = table.to_attribution(by, effect)
     return found.sum("layer") if by == "layer" and effect == "direct" else found
 
 
@@ -100,11 +103,13 @@ def check_qk(by: str, qk: bool) -> None:
         raise ValueError(f"expected by='edge' with qk=True, got by={by!r}: only edges have readers")
 
 
-def by_edge(sweep: Sweep, writers: Writers, own: bool = True, qk: bool = False) -> Attribution:
+def by_edge(
+    gradient: TargetGradient, writers: Writers, own: bool = True, qk: bool = False
+) -> Attribution:
     """What readers make of what writers add.
 
     Args:
-        sweep: The target, whose readers they are.
+        gradient: The target whose readers read.
         writers: What is written: in this run, or the difference to another.
         own: Whether the readers' own constants are rows, too.
         qk: Whether queries and keys are readers, too.
@@ -116,21 +121,24 @@ def by_edge(sweep: Sweep, writers: Writers, own: bool = True, qk: bool = False) 
         ValueError: With ``qk``, if the weights of queries and keys are not known, or do not give
             the run's pattern.
     """
-    target, constants = sweep.target, None
+    target, constants = gradient.target, None
     if own:
-        constants = {name: effect.sum(-1) for name, effect in sweep.trace.top.items()}
-        constants |= {"b_U": target.constant} if _has_b_U(sweep.capture) else {}
-    scores_of = _queries_and_keys(sweep.capture) if qk else None
-    readers = frozen_readers(sweep.operator, writers.below, sweep.trace, constants, scores_of)
-    return edge_result(sweep, writers, readers)
+        constants = {name: effect.sum(-1) for name, effect in gradient.trace.top.items()}
+        if gradient.capture.unembed.weights.b_U is not None:
+            constants["b_U"] = target.constant
+    scores_of = _queries_and_keys(gradient.capture) if qk else None
+    readers = frozen_readers(gradient.operator, writers.below, gradient.trace, constants, scores_of)
+    return edge_result(gradient, writers, readers)
 
 
-def edge_result(sweep: Sweep, writers: Writers, readers: Iterable[Readers]) -> Attribution:
+def edge_result(
+    gradient: TargetGradient, writers: Writers, readers: Iterable[Readers]
+) -> Attribution:
     """Edges as an attribution of a target."""
-    sources, names, values = edge_scores(writers, readers, sweep.operator.frame.n_pos)
-    rows = Rows()
-    rows.sources, rows.values = list(sources), [values]
-    return result(sweep, rows, "edge", labels=(names,) * len(sweep.target.query))
+    sources, names, values = edge_products(writers, readers, gradient.operator.frame.n_pos)
+    table = TableBuilder(gradient.capture, gradient.target)
+    table.sources, table.values = list(sources), [values]
+    return table.to_attribution("edge", labels=(names,) * len(gradient.target.query))
 
 
 def _queries_and_keys(capture: Capture) -> Callable[[Branch], QueryKey]:
@@ -175,63 +183,65 @@ def attribute_many(
     each = 4 * (len(operator.steps) + 1) * capture.embed.numel() * capture.frame.dtype.itemsize
     chunk = max(1, memory_limit // each)
     for start in range(0, len(targets), chunk):
-        sweeps = [Sweep(capture, operator, target) for target in targets[start : start + chunk]]
-        if effect == "total" or by in ("token", "constant", "edge"):  # the others need no sweep
-            Sweep.all(sweeps)
-        for sweep in sweeps:
-            yield attribute(sweep, by, effect, qk)
+        some = targets[start : start + chunk]
+        if effect == "total" or by in ("token", "constant", "edge"):
+            gradients = TargetGradient.many(capture, operator, some)
+        else:  # what is written at the target's own position needs no sweep
+            gradients = tuple(TargetGradient(capture, operator, target) for target in some)
+        for gradient in gradients:
+            yield attribute(gradient, by, effect, qk)
 
 
-def _attention_only(sweep: Sweep) -> bool:
-    return all(block.mlp is None for block in sweep.capture.blocks)
+def _attention_only(gradient: TargetGradient) -> bool:
+    return all(block.mlp is None for block in gradient.capture.blocks)
 
 
 # --- The splits ----------------------------------------------------------------------------------
 
 
-def _embedded(sweep: Sweep, rows: Rows, by: str) -> None:
+def _embedded(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
     """Embeddings and all constants, each apart; one of the two kinds per position."""
-    for name, embedding in sweep.capture.embeddings.items():
-        shares = _dot(sweep.trace.covectors[0], embedding)
+    for name, embedding in gradient.capture.embeddings.items():
+        shares = dot(gradient.trace.covectors[0], embedding)
         if by == "token":
-            rows.spread(Node.parse(name), shares)
+            table.spread(Node.parse(name), shares)
         else:
-            rows.add([Node.parse(name)], shares.sum(-1, keepdim=True))
-    for name, effect in reversed(sweep.trace.effects.items()):
+            table.add([Node.parse(name)], shares.sum(-1, keepdim=True))
+    for name, effect in reversed(gradient.trace.effects.items()):
         node = Node.parse(name)
         if by == "token" or node.layer is None:
-            rows.add([node], effect.sum(-1, keepdim=True))
+            table.add([node], effect.sum(-1, keepdim=True))
         else:
-            rows.spread(node, effect)
+            table.spread(node, effect)
 
 
-def top_covector(sweep: Sweep) -> tuple[Float[Tensor, "batch 1 d_model"], Effects]:
+def top_covector(gradient: TargetGradient) -> tuple[Float[Tensor, "batch 1 d_model"], Effects]:
     """The target's covector below the final norm, at its position, and the constants above."""
-    capture, query = sweep.capture, sweep.target.query
-    u, effects = sweep.target.covector[:, None], {}
+    capture, query = gradient.capture, gradient.target.query
+    u, effects = gradient.target.covector[:, None], {}
     if (edit := capture.final_edit) is not None:
-        effects[edit.name] = _dot(u, take_row(edit.constant, query))
+        effects[edit.name] = dot(u, take_row(edit.constant, query))
     if capture.ln_final is not None:
         u = capture.ln_final.row(query).apply_t(u, effects)
     return u, effects
 
 
 def written_at(
-    sweep: Sweep, without: str = ""
+    gradient: TargetGradient, without: str = ""
 ) -> Iterator[tuple[Sequence[Node], Float[Tensor, "batch node d_model"]]]:
     """What every writer adds to the residual at the target's position.
 
     Args:
-        sweep: The target.
+        gradient: The target, pulled to every site.
         without: A kind of node to leave out.
 
     Yields:
         Nodes, and one vector for each.
     """
-    query = sweep.target.query
-    for name, embedding in sweep.capture.embeddings.items():
+    query = gradient.target.query
+    for name, embedding in gradient.capture.embeddings.items():
         yield (Node.parse(name),), take_row(embedding, query)
-    for step in sweep.operator.steps:
+    for step in gradient.operator.steps:
         for branch in step.branches:
             nodes = branch.body.nodes()
             if nodes[0].kind != without:
@@ -240,27 +250,27 @@ def written_at(
             yield (Node.parse(name),), take_row(constant, query)
 
 
-def _direct(sweep: Sweep, rows: Rows, by: str) -> None:
+def _direct(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
     """What every writer adds at the target's position, read by the final norm and the target."""
-    u, effects = top_covector(sweep)
+    u, effects = top_covector(gradient)
     split = {"head": "head", "neuron": "mlp"}.get(by, "")
-    for step in sweep.operator.steps:
+    for step in gradient.operator.steps:
         for branch in step.branches:
             if branch.body.nodes()[0].kind == split:
-                _refine(branch, step.state, sweep.target, u, rows)
+                _refine(branch, step.state, gradient.target, u, table)
     by_dimension = torch.zeros_like(u[:, 0])
-    for nodes, vectors in written_at(sweep, split):
+    for nodes, vectors in written_at(gradient, split):
         if by == "dimension":
             by_dimension += (vectors * u).sum(1)
         else:
-            rows.add(nodes, _dot(vectors, u))
+            table.add(nodes, dot(vectors, u))
     if by == "dimension":
-        rows.add([Node("dimension", index=i) for i in range(u.shape[-1])], by_dimension)
+        table.add([Node("dimension", index=i) for i in range(u.shape[-1])], by_dimension)
     for name, effect in effects.items():
-        rows.add([Node.parse(name)], effect)
+        table.add([Node.parse(name)], effect)
 
 
-def _refine(branch: Branch, state: Tensor, target: Target, u: Tensor, rows: Rows) -> None:
+def _refine(branch: Branch, state: Tensor, target: Target, u: Tensor, table: TableBuilder) -> None:
     """A branch's direct effect by what it consists of: heads by position read, MLPs by neuron."""
     x, body = branch.read(state), branch.body
     y = u if branch.post is None else branch.post.row(target.query).apply_t(u)
@@ -269,10 +279,10 @@ def _refine(branch: Branch, state: Tensor, target: Target, u: Tensor, rows: Rows
         for node, shares in zip(
             nodes, body.read_at(x, target.query, y[:, 0]).unbind(1), strict=True
         ):
-            rows.spread(node, shares)
+            table.spread(node, shares)
     else:
         shares = body.hidden_at(x, target.query) * body.output.apply_t(y)[:, 0]
-        rows.add(_neurons(nodes[0], shares.shape[-1]), shares)
+        table.add(_neurons(nodes[0], shares.shape[-1]), shares)
 
 
 def _neurons(mlp: Node, width: int) -> list[Node]:
@@ -287,12 +297,12 @@ def _outside(step: Step) -> Iterator[tuple[str, Tensor]]:
         yield edit.name, edit.constant
 
 
-def _total(sweep: Sweep, rows: Rows, by: str) -> None:
+def _total(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
     """⟨output, covector where it is written⟩ of every writer, at every position."""
-    covectors, steps = sweep.trace.covectors, sweep.operator.steps
+    covectors, steps = gradient.trace.covectors, gradient.operator.steps
     if by == "component":
-        for name, embedding in sweep.capture.embeddings.items():
-            rows.spread(Node.parse(name), _dot(embedding, covectors[0]))
+        for name, embedding in gradient.capture.embeddings.items():
+            table.spread(Node.parse(name), dot(embedding, covectors[0]))
     for step, c in zip(steps, covectors[1:], strict=False):
         for branch in step.branches:
             body = branch.body
@@ -302,25 +312,25 @@ def _total(sweep: Sweep, rows: Rows, by: str) -> None:
             y = c if branch.post is None else branch.post.apply_t(c)
             shares = body.hidden_in_run(branch.read(step.state)) * body.output.apply_t(y)
             if by == "neuron":  # per position there would be millions
-                rows.add(_neurons(nodes[0], shares.shape[-1]), shares.sum(1))
+                table.add(_neurons(nodes[0], shares.shape[-1]), shares.sum(1))
             else:
                 by_node = body.by_node(shares).sum(-1)
                 for node, own in zip(nodes, by_node.unbind(-1), strict=True):
-                    rows.spread(node, own)
+                    table.spread(node, own)
         if by == "component":
             for name, constant in _outside(step):
-                rows.spread(Node.parse(name), _dot(constant, c))
+                table.spread(Node.parse(name), dot(constant, c))
     if by == "component":
-        for name in sweep.trace.effects:
+        for name in gradient.trace.effects:
             if (node := Node.parse(name)).layer is None:
-                rows.add([node], sweep.trace.effects[name].sum(-1, keepdim=True))
+                table.add([node], gradient.trace.effects[name].sum(-1, keepdim=True))
 
 
-def _total_by_layer(sweep: Sweep, rows: Rows, by: str) -> None:
+def _total_by_layer(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
     """⟨all that a layer adds, covector after it⟩."""
-    steps = enumerate(sweep.operator.steps)
+    steps = enumerate(gradient.operator.steps)
     for layer, own in groupby(steps, key=lambda item: item[1].layer):
-        added, after = torch.zeros_like(sweep.capture.embed), 0
+        added, after = torch.zeros_like(gradient.capture.embed), 0
         for i, step in own:
             added, after = (
                 added + sum(b.map.apply(step.state) + b.map.bias for b in step.branches),
@@ -328,18 +338,18 @@ def _total_by_layer(sweep: Sweep, rows: Rows, by: str) -> None:
             )
             for edit in step.edits:
                 added = added + edit.constant
-        rows.spread(Node("layer", layer), _dot(added, sweep.trace.covectors[after + 1]))
+        table.spread(Node("layer", layer), dot(added, gradient.trace.covectors[after + 1]))
 
 
-def _orders(sweep: Sweep, rows: Rows) -> None:
+def _orders(gradient: TargetGradient, table: TableBuilder) -> None:
     """One state per order: how many heads and MLPs were passed since the source.
 
     A node's own constants have passed it: order 1. Constants that no node holds are order 0.
     """
     states = torch.stack(
-        [sum(sweep.capture.embeddings.values(), torch.zeros_like(sweep.capture.embed))]
+        [sum(gradient.capture.embeddings.values(), torch.zeros_like(gradient.capture.embed))]
     )
-    for step in sweep.operator.steps:
+    for step in gradient.operator.steps:
         grown = torch.cat([states, torch.zeros_like(states[:1])])
         for branch in step.branches:
             grown[1:] += branch.map.apply(states)
@@ -349,11 +359,8 @@ def _orders(sweep: Sweep, rows: Rows) -> None:
         for edit in step.edits:
             grown[0] += edit.constant
         states = grown
-    u, effects = top_covector(sweep)
+    u, effects = top_covector(gradient)
     prompts = torch.arange(u.shape[0], device=u.device)
-    shares = _dot(states[:, prompts, sweep.target.query], u[:, 0]).T
-    shares[:, 0] += sweep.target.constant + sum(effect.sum(-1) for effect in effects.values())
-    rows.add([Node("order", index=n) for n in range(shares.shape[1])], shares)
-
-
-# --- Labels --------------------------------------------------------------------------------------
+    shares = dot(states[:, prompts, gradient.target.query], u[:, 0]).T
+    shares[:, 0] += gradient.target.constant + sum(effect.sum(-1) for effect in effects.values())
+    table.add([Node("order", index=n) for n in range(shares.shape[1])], shares)

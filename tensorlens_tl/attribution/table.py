@@ -1,4 +1,8 @@
-"""Results: a target split by source, as a small table that prints, sorts, sums and saves itself."""
+"""The result of a split: a table of contributions that prints, sorts, sums and saves itself.
+
+A row is a source: a node or an edge, with or without a position. A column of ``values`` holds what
+that source adds to the target, one number per prompt.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 import math
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -21,14 +25,19 @@ if TYPE_CHECKING:
     import pandas
 
 FORMAT = "tensorlens_tl attribution 2"
-_BEFORE = "tensorlens_tl attribution 1"  # it had no effect: all were direct
 
 AXES = ("pos", "node", "layer", "src", "dest")
+"""What :meth:`Attribution.sum` can sum over."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One row of an attribution: a node or an edge, at a position where it has one (a tensor index)."""
+    """What one row of an attribution stands for.
+
+    Attributes:
+        node: The node or edge that contributes.
+        pos: The position, as a tensor index that counts padding; None where positions are summed.
+    """
 
     node: Node | Edge
     pos: int | None = None
@@ -39,17 +48,25 @@ class Attribution:
     """A target split by source, one row per source, for every prompt of the batch.
 
     Attributes:
-        values: Contributions [prompt, source], in units of the target (logits).
-        sources: What the columns are; positions outside a prompt's real tokens contribute 0.
-        labels: Their names, per prompt.
-        by: What it was split by.
-        target: The target's name, per prompt.
-        target_value: Its value in the model's own run [prompt].
+        values: Contributions in units of the target, usually logits [prompt, source].
+        sources: What the rows stand for. Positions outside a prompt's real tokens contribute 0.
+        labels: The names of the rows, one tuple per prompt.
+        by: The kind of source that the target was split by, such as "token".
+        target: The target's name, one per prompt.
+        target_value: The target in the model's own run, in logits [prompt].
         sums_to_target: Whether the contributions add up to the target.
-        completeness_error: max over prompts of |Σ − target| / Σ|contributions|, where they do.
         convention: The choices under which the operator is unique.
-        spans: Each prompt's (start, stop) of real tokens.
-        effect: "direct" or "total".
+        spans: The real tokens of each prompt, as (start, stop).
+        effect: "direct" for what the logits read at once, "total" for influence along all paths.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+        >>> found = lens.attribute("Paris", by="component")
+        >>> [(label, round(value, 1)) for label, value in found.top(2)]
+        []
+        >>> found.sums_to_target, found.completeness_error < 1e-5
+        (True, True)
     """
 
     values: Float[Tensor, "prompt source"]
@@ -67,9 +84,9 @@ class Attribution:
         return self.values.shape[0]
 
     def __getitem__(self, prompt: int) -> Attribution:
-        """One prompt's attribution, without its padding."""
+        """Take one prompt's attribution, without its padding."""
         if not -len(self) <= prompt < len(self):
-            raise IndexError(f"prompt {prompt} does not exist; there are {len(self)}")
+            raise IndexError(f"There is no prompt {prompt}. The number of prompts is {len(self)}.")
         prompt %= len(self)
         start, stop = self.spans[prompt]
         keep = [i for i, s in enumerate(self.sources) if s.pos is None or start <= s.pos < stop]
@@ -86,7 +103,10 @@ class Attribution:
 
     @property
     def completeness_error(self) -> float | None:
-        """Max over prompts of |Σ − target| / Σ|contributions|; None where they do not sum to it."""
+        """How far the sum is off: max over prompts of |Σ − target| / Σ|contributions|.
+
+        It is None where the contributions do not sum to the target.
+        """
         if not self.sums_to_target:
             return None
         off = (self.values.double().sum(1) - self.target_value).abs()
@@ -94,12 +114,13 @@ class Attribution:
         return float((off / size).max())
 
     def sum(self, axis: str) -> Attribution:
-        """Add rows up along an axis; rows that do not have it stay as they are.
+        """Sum rows along an axis. Rows that do not have the axis stay as they are.
 
         Args:
-            axis: "pos": over positions, one row per node. "node": over nodes, one row per position.
-                "layer": over the nodes of a layer. "src" and "dest", of a split by edge: over the
-                writers into each reader, and over the readers of each writer.
+            axis: What to sum over. "pos" leaves one row per node. "node" leaves one row per
+                position. "layer" sums the nodes of each layer. "src" and "dest" are for a split by
+                edge: "src" sums over the writers into each reader, "dest" over the readers of each
+                writer.
 
         Returns:
             The shorter table, in order of first appearance.
@@ -108,7 +129,7 @@ class Attribution:
             ValueError: If there is no such axis.
         """
         if axis not in AXES:
-            raise ValueError(f"expected an axis of {', '.join(AXES)}, got {axis!r}")
+            raise ValueError(f"There is no axis {axis!r}. Use one of {', '.join(AXES)}.")
         groups: dict[Source, int] = {}
         column = [groups.setdefault(_merged(s, axis), len(groups)) for s in self.sources]
         zeros = self.values.new_zeros(len(self), len(groups))
@@ -127,24 +148,25 @@ class Attribution:
         return replace(self, values=values, sources=tuple(groups), labels=labels)
 
     def select(self, src: str | Node | None = None, dest: str | Node | None = None) -> Attribution:
-        """The edges out of a writer, into a reader, or both, of a split by edge.
+        """Select edges of a split by edge: out of a writer, into a reader, or both.
 
         Args:
-            src: A writer, such as "L0H3".
-            dest: A reader, such as "L2H1.v". All edges into one reader sum to what is read there;
-                into "logits", to the target.
+            src: A writer, such as "L0H3"; None for every writer.
+            dest: A reader, such as "L2H1.v"; None for every reader. All edges into one reader sum
+                to the reader's total effect, and all edges into "logits" sum to the target.
 
         Returns:
-            Those rows.
+            The rows of the selected edges.
 
         Raises:
-            ValueError: If this is no split by edge, or has no such writer or reader; the message
-                names some that it has.
+            ValueError: If this is no split by edge, or if there is no such writer or reader. The
+                message names those that there are.
         """
         edges = [source.node for source in self.sources if isinstance(source.node, Edge)]
         if not edges:
             raise ValueError(
-                f"expected a split by edge, got one by {self.by}: attribute(by='edge')"
+                f"select needs a split by edge, but this one is by {self.by}. Call "
+                "attribute(by='edge')."
             )
         keep = range(len(self.sources))
         for end, wanted in (("src", src), ("dest", dest)):
@@ -153,7 +175,7 @@ class Attribution:
             node = Node.parse(wanted) if isinstance(wanted, str) else wanted
             there = dict.fromkeys(str(getattr(edge, end)) for edge in edges)
             if str(node) not in there:
-                raise ValueError(f"no edge has {end} {node}; there are {', '.join(there)}")
+                raise ValueError(f"No edge has {end} {node}. Use one of {', '.join(there)}.")
             keep = [i for i in keep if getattr(self.sources[i].node, end, None) == node]
         return replace(
             self,
@@ -164,30 +186,34 @@ class Attribution:
         )
 
     def top(self, k: int = 10) -> list[tuple[str, float]]:
-        """The k largest contributions by absolute value, as (label, value).
+        """The k largest contributions by absolute value.
+
+        Args:
+            k: How many rows to give.
 
         Returns:
-            At most k pairs, largest first.
+            At most k pairs (label, value), largest first, in units of the target.
 
         Raises:
-            ValueError: If k < 1 or there are several prompts.
+            ValueError: If k is below 1 or there are several prompts.
         """
         if len(self) != 1:
             raise ValueError(
-                f"top expects one prompt, got {len(self)}: take one with attribution[i]"
+                f"top needs one prompt, but there are {len(self)}. Take one with attribution[i]."
             )
         k = at_least_one(k, "k")
         order = self.values[0].abs().argsort(descending=True)[:k].tolist()
         return [(self.labels[0][i], float(self.values[0, i])) for i in order]
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """The rows as a table: prompt, label, node, pos (among the real tokens), value.
+        """The rows as a pandas table.
 
         Returns:
-            One row per prompt and source.
+            One row per prompt and source, with columns prompt, label, node, pos and value. Here
+            pos counts real tokens only.
 
         Raises:
-            ValueError: If pandas is missing.
+            ValueError: If pandas is not installed.
         """
         pandas = need("pandas", "pandas", "to_dataframe")
         rows = []
@@ -201,7 +227,7 @@ class Attribution:
         return pandas.DataFrame(rows, columns=["prompt", "label", "node", "pos", "value"])
 
     def to_json(self) -> str:
-        """The attribution as JSON; :meth:`from_json` gives the same numbers back, to the bit."""
+        """Write the attribution as JSON. :meth:`from_json` gives the same numbers back."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data |= {"format": FORMAT, "dtype": str(self.values.dtype).removeprefix("torch.")}
         data["values"] = [[_number(x) for x in row] for row in self.values.tolist()]
@@ -211,10 +237,10 @@ class Attribution:
 
     @classmethod
     def from_json(cls, text: str) -> Attribution:
-        """Read what :meth:`to_json` wrote.
+        """Read an attribution that :meth:`to_json` wrote.
 
         Args:
-            text: JSON.
+            text: The JSON text.
 
         Returns:
             The attribution, on the CPU.
@@ -224,7 +250,7 @@ class Attribution:
         """
         try:
             data = json.loads(text)
-            if data.pop("format") not in (FORMAT, _BEFORE):
+            if data.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             dtype = {"float32": torch.float32, "float64": torch.float64}[data.pop("dtype")]
             for name in ("values", "target_value"):
@@ -249,8 +275,7 @@ class Attribution:
                 raise ValueError(f"values, sources, labels and target do not fit {list(shape)}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"expected an attribution that to_json wrote, got something else ({error}): write "
-                "it again"
+                f"The text is not an attribution as to_json writes it ({error}). Write it again."
             ) from None
         return found
 
@@ -274,43 +299,52 @@ class Attribution:
             beside = [(s.node, v) for s, _, v in pairs if s.pos is None]
             return strip_html(tokens, [value for _, value in shown]) + _beside(beside, "constants")
         heads = self.sum("pos")
-        at = {(s.node.layer, s.node.index): float(heads.values[0, i])
-              for i, s in enumerate(heads.sources)
-              if isinstance(s.node, Node) and s.node.kind == "head"}  # fmt: skip
+        pairs = [(s.node, float(heads.values[0, i])) for i, s in enumerate(heads.sources)]
+        at = {(node.layer, node.index): value for node, value in pairs if _is_head(node)}
         if self.by in ("head", "loading") and at:
             layers, width = (1 + max(key[axis] or 0 for key in at) for axis in (0, 1))
             grid = grid_html([[at.get((a, h), 0.0) for h in range(width)] for a in range(layers)])
-            beside = [(s.node, float(heads.values[0, i])) for i, s in enumerate(heads.sources)
-                      if not (isinstance(s.node, Node) and s.node.kind == "head")]  # fmt: skip
+            beside = [(node, value) for node, value in pairs if not _is_head(node)]
             return grid + _beside(beside if self.sums_to_target else [], "other components")
         return table_html(self.top(20))
 
     def __repr__(self) -> str:
-        total = " (total effect)" if self.effect == "total" else ""
-        head = f"Attribution by {self.by}{total} of {', '.join(self.target[:3])}"
+        effect = " (total effect)" if self.effect == "total" else ""
+        head = f"Attribution by {self.by}{effect} of {', '.join(self.target[:3])}"
         if len(self) > 1:
-            return f"{head}{', …' if len(self) > 3 else ''}: {len(self)} prompts × {len(self.sources)} rows"
+            dots = ", …" if len(self) > 3 else ""
+            return f"{head}{dots}: {len(self)} prompts × {len(self.sources)} rows"
+        values, size = self.values[0], self.values[0].abs().sum().clamp_min(1e-30)
         error = self.completeness_error
-        total = f" = {float(self.target_value[0]):.4g}"
-        nothing = error is None or not bool(self.values.any())  # 0/0 tells nothing
+        nothing = error is None or not bool(values.any())  # 0/0 tells nothing
         exact = "" if nothing else f" (sum off by {error:.0e} of Σ|·|)"
         shown = [(label, value) for label, value in self.top(10) if value != 0]
-        rows = "".join(f"\n  {value:+9.4f}  {label}" for label, value in shown)
-        zeros = int((self.values[0] == 0).sum())
+        lines = [f"{head} = {float(self.target_value[0]):.4g}{exact}"]
+        lines += [f"  {value:+9.4f}  {label}" for label, value in shown]
+        zeros = int((values == 0).sum())
         counts = {"more": len(self.sources) - len(shown) - zeros, "exactly 0": zeros}
         left = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
-        end = f"\n  … {left}" if left else ""
-        for i, source in enumerate(self.sources):
-            if isinstance(source.node, Node) and source.node.kind == "change":
-                part = float(self.values[0, i].abs() / self.values[0].abs().sum().clamp_min(1e-30))
-                end += f"\n  {source.node}: {float(self.values[0, i]):+.4f}, {part:.0%} of Σ|·|"
-        return f"{head}{total}{exact}{rows}{end}"
+        lines += [f"  … {left}"] if left else []
+        for source, value in zip(self.sources, values.tolist(), strict=True):
+            if _is_change(source.node):  # always shown: it qualifies all other rows
+                lines.append(
+                    f"  {source.node}: {value:+.4f}, {float(abs(value) / size):.0%} of Σ|·|"
+                )
+        return "\n".join(lines)
+
+
+def _is_head(node: Node | Edge) -> TypeGuard[Node]:
+    return isinstance(node, Node) and node.kind == "head"
+
+
+def _is_change(node: Node | Edge) -> bool:
+    return isinstance(node, Node) and node.kind == "change"
 
 
 def _beside(rows: list[tuple[Node | Edge, float]], name: str) -> str:
     """What a picture of positions or heads has no place for: changes apart, the rest summed."""
-    changes = [(str(n), v) for n, v in rows if isinstance(n, Node) and n.kind == "change"]
-    rest = [v for n, v in rows if not (isinstance(n, Node) and n.kind == "change")]
+    changes = [(str(node), value) for node, value in rows if _is_change(node)]
+    rest = [value for node, value in rows if not _is_change(node)]
     sums = ([(name, math.fsum(rest))] if rest else []) + changes
     return f"<div>{' · '.join(f'{escape(n)} {v:+.4g}' for n, v in sums)}</div>" if sums else ""
 
@@ -330,6 +364,7 @@ def _node(parts: list[Any]) -> Node | Edge:
 
 
 def _merged(source: Source, axis: str) -> Source:
+    """The row that a source is summed into."""
     node, pos = source.node, source.pos
     if axis == "pos":
         return Source(node)

@@ -1,4 +1,14 @@
-"""Targets: what a user may ask about, as linear functionals of the final normalized residual."""
+"""Targets: what a user may ask about, as linear functionals of the final normalized residual.
+
+A target is u · y + constant, with y the final normalized residual at one position of each prompt:
+
+    a token            u is the token's column of W_U, the constant its entry of b_U
+    a logit direction  u = W_U w, the constant b_U · w, for weights w [d_vocab]
+    a residual one     u is the direction itself, the constant 0
+    a difference       the first functional minus the second
+
+A soft cap of the logits is frozen: column and bias are multiplied by the cap's ratio in this run.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +33,11 @@ class Target:
     """A linear functional of the final normalized residual at one position per prompt.
 
     Attributes:
-        name: For people, one per prompt.
-        query: Position [batch], as tensor index.
-        covector: u [batch, d_model], so that target = u · y + constant.
-        constant: What b_U contributes [batch].
-        value: The run's own value [batch]: from the model's logits, not from the operator.
+        name: What people call the target, one string per prompt.
+        query: The position in each prompt, as a tensor index that counts padding [batch].
+        covector: The direction u, so that target = u · y + constant [batch, d_model].
+        constant: What b_U adds to the target, in logits [batch].
+        value: The target in the model's own logits, not in the operator's [batch].
     """
 
     name: tuple[str, ...]
@@ -36,70 +46,75 @@ class Target:
     constant: Float[Tensor, " batch"]
     value: Float[Tensor, " batch"]
 
-    def same(self, other: Target) -> bool:
-        """Whether it is the same functional under the same name."""
+    def same(self, target: Target) -> bool:
+        """Tell whether another target is the same functional under the same name."""
         tensors = ("query", "covector", "constant", "value")
-        return self.name == other.name and all(
-            torch.equal(getattr(self, n), getattr(other, n)) for n in tensors
+        return self.name == target.name and all(
+            torch.equal(getattr(self, n), getattr(target, n)) for n in tensors
         )
 
     def row(self, prompt: int) -> Target:
-        """One prompt's."""
+        """Take the target of one prompt of the batch."""
         one = slice(prompt, prompt + 1)
         parts = (self.query, self.covector, self.constant, self.value)
         return Target(self.name[one], *(part[one] for part in parts))
 
     @classmethod
     def stack(cls, targets: Sequence[Target]) -> Target:
-        """One target of prompts that each have their own."""
+        """Put targets of single prompts together into one target of the batch."""
         names = tuple(name for target in targets for name in target.name)
         parts = ("query", "covector", "constant", "value")
         return cls(names, *(torch.cat([getattr(t, part) for t in targets]) for part in parts))
 
-    def minus(self, other: Target) -> Target:
-        """This target's advantage over another at the same position.
+    def minus(self, versus: Target) -> Target:
+        """Subtract another target at the same position.
 
-        Of two functionals that are equal up to rounding it is exactly 0: what their covectors leave,
-        at most 10 eps (‖a‖ + ‖b‖), says nothing.
+        Two functionals that are equal up to rounding give exactly 0. A covector below
+        10 eps (‖a‖ + ‖b‖) is all rounding, and a split of it would say nothing.
 
         Args:
-            other: What is subtracted.
+            versus: The target that is subtracted.
 
         Returns:
-            The difference.
+            The advantage of this target over ``versus``.
         """
-        names = (f"{a} − {b}" for a, b in zip(self.name, other.name, strict=True))
-        covector, constant = self.covector - other.covector, self.constant - other.constant
+        names = (f"{a} − {b}" for a, b in zip(self.name, versus.name, strict=True))
+        covector, constant = self.covector - versus.covector, self.constant - versus.constant
         eps = 10 * torch.finfo(covector.dtype).eps
-        size = self.covector.norm(dim=-1) + other.covector.norm(dim=-1)
+        size = self.covector.norm(dim=-1) + versus.covector.norm(dim=-1)
         equal = covector.norm(dim=-1) <= eps * size
-        nothing = equal & (constant.abs() <= eps * (self.constant.abs() + other.constant.abs()))
+        nothing = equal & (constant.abs() <= eps * (self.constant.abs() + versus.constant.abs()))
         return Target(
             tuple(names),
             self.query,
             covector.masked_fill(equal[:, None], 0),
             constant.masked_fill(nothing, 0),
-            (self.value - other.value).masked_fill(nothing, 0),
+            (self.value - versus.value).masked_fill(nothing, 0),
         )
 
 
+# --- Tokens --------------------------------------------------------------------------------------
+
+
 def token_id(capture: Any, text: str) -> int:
-    """The id of a one-token string: as given, else without its leading space.
+    """Find the id of a one-token string: as given, or else without its leading space.
 
     Args:
-        capture: A run, or anything else with a ``tokenizer``.
-        text: The token.
+        capture: A captured run, or anything else with a ``tokenizer``.
+        text: The token as a string, such as " Mary".
 
     Returns:
-        The id.
+        The id of the token.
 
     Raises:
-        ValueError: If there is no tokenizer, the string is not one token (the message shows its
-            pieces), or the tokenizer does not know it.
+        ValueError: If there is no tokenizer, if the string is not one token (the message shows the
+            pieces), or if the tokenizer does not know the string.
     """
     tokenizer = capture.tokenizer
     if tokenizer is None:
-        raise ValueError(f"no tokenizer to read the target {text!r} with: pass a token id")
+        raise ValueError(
+            f"Target {text!r} is a string, but the model has no tokenizer. Pass a token id."
+        )
     unknown = getattr(tokenizer, "unk_token_id", None)
     pieces: list[int] = []
     for attempt in dict.fromkeys((text, text.removeprefix(" "))):
@@ -108,45 +123,83 @@ def token_id(capture: Any, text: str) -> int:
             return ids[0]
         pieces = pieces or ids
     if len(pieces) == 1 or all(piece == unknown for piece in pieces):
-        raise ValueError(f"the tokenizer does not know the target {text!r}: expected a known token")
+        raise ValueError(
+            f"The tokenizer does not know the target {text!r}. Pass a known token, or a token id."
+        )
     shown = ", ".join(f"{tokenizer.decode([piece])!r} #{piece}" for piece in pieces)
     raise ValueError(
-        f"the target {text!r} is {len(pieces)} tokens ({shown}), expected one: take one of them, or "
-        "pass a token id"
+        f"Target {text!r} is {len(pieces)} tokens: {shown}. Pass one of them, or a token id."
     )
 
 
 def own_prediction(capture: Capture, pos: int = -1) -> Int[Tensor, " batch"]:
-    """The token that each prompt's logits rank first."""
+    """The id of the token that each prompt's logits rank first."""
     query = capture.frame.index(pos)
     return capture.logits[torch.arange(len(query), device=query.device), query].argmax(-1)
 
 
+def likeliest_others(
+    capture: Capture, ids: Int[Tensor, " batch"], pos: int = -1
+) -> Int[Tensor, " batch"]:
+    """The id of the likeliest token except a given one, for each prompt."""
+    return _without(capture, ids, pos).argmax(-1)
+
+
 def is_token(target: TargetLike) -> bool:
-    """Whether a target is one token, or the own prediction: no direction."""
+    """Tell whether a target is one token, or the own prediction, and not a direction."""
     return isinstance(target, str | int | None) or getattr(target, "ndim", None) == 0
 
 
-def resolve_each(
-    capture: Capture, targets: Sequence[TargetLike], pos: int, predicted: Int[Tensor, " batch"]
-) -> Target:
-    """A target for each prompt: see :func:`resolve_target`.
+def resolve_token(capture: Capture, target: TargetLike) -> int:
+    """Find the id that a token string or an id stands for.
 
     Args:
-        capture: The run.
-        targets: One per prompt.
-        pos: Position among the real tokens.
-        predicted: What stands for the model's own predictions.
+        capture: The captured run, for its tokenizer and its vocabulary.
+        target: A token as a string, or a token id.
 
     Returns:
-        The functional.
+        The id of the token.
+
+    Raises:
+        ValueError: If there is no such token in the vocabulary.
     """
-    if not all(map(is_token, targets)):
-        goals = (resolve_target(capture, target, pos, predicted) for target in targets)
-        return Target.stack([goal.row(prompt) for prompt, goal in enumerate(goals)])
-    ids = [own if target is None else resolve_token(capture, target)
-           for target, own in zip(targets, predicted.tolist(), strict=True)]  # fmt: skip
-    return resolve_target(capture, None, pos, torch.tensor(ids, device=predicted.device))
+    index = token_id(capture, target) if isinstance(target, str) else _as_id(target)
+    d_vocab = capture.logits.shape[-1]
+    if not 0 <= index < d_vocab:
+        raise ValueError(
+            f"Target id {index} is outside the vocabulary. Pass an id from 0 to {d_vocab - 1}."
+        )
+    return index
+
+
+# --- Functionals ---------------------------------------------------------------------------------
+
+
+def resolve(
+    capture: Capture,
+    target: TargetLike = None,
+    versus: TargetLike = None,
+    pos: int = -1,
+    predicted: Int[Tensor, " batch"] | None = None,
+) -> Target:
+    """Turn a target, or a difference of two, into a functional of the final normalized residual.
+
+    Args:
+        capture: The captured run.
+        target: As in :func:`resolve_target`.
+        versus: A target that is subtracted, or None.
+        pos: Position of the prediction among the real tokens; −1 is the last.
+        predicted: Ids that stand for the model's own prediction [batch]; None to read the
+            prediction from this run's logits.
+
+    Returns:
+        The functional, for every prompt.
+
+    Raises:
+        ValueError: If a target or the position does not exist.
+    """
+    goal = resolve_target(capture, target, pos, predicted)
+    return goal if versus is None else goal.minus(resolve_target(capture, versus, pos))
 
 
 def resolve_target(
@@ -158,11 +211,12 @@ def resolve_target(
     """Turn what a user names into a functional of the final normalized residual.
 
     Args:
-        capture: The run.
+        capture: The captured run.
         target: A token string, a token id, a direction in logits [d_vocab] or in the final
             normalized residual [d_model], or None for the model's own prediction.
-        pos: Position among the real tokens; −1 is the last.
-        predicted: What stands for the model's own prediction; by default, this run's.
+        pos: Position of the prediction among the real tokens; −1 is the last.
+        predicted: Ids that stand for the model's own prediction [batch]; None to read the
+            prediction from this run's logits.
 
     Returns:
         The functional, for every prompt.
@@ -181,104 +235,115 @@ def resolve_target(
         ids = torch.full_like(query, resolve_token(capture, target))
     covector = frame.cast(unembed.W_U[:, ids].T)
     constant = torch.zeros_like(y[:, 0]) if unembed.b_U is None else frame.cast(unembed.b_U[ids])
-    if unembed.soft_cap is not None:
+    if unembed.soft_cap is not None:  # c · tanh(l / c) = ratio · l, with the ratio held
         ratio = soft_cap_ratio((covector * y).sum(-1) + constant, unembed.soft_cap)
         covector, constant = covector * ratio[:, None], constant * ratio
     names = tuple(repr(_decode(capture, int(i))) for i in ids)
     return Target(names, query, covector, constant, logits[prompts, ids])
 
 
-def resolve(
-    capture: Capture,
-    target: TargetLike = None,
-    versus: TargetLike = None,
-    pos: int = -1,
-    predicted: Int[Tensor, " batch"] | None = None,
+def resolve_each(
+    capture: Capture, targets: Sequence[TargetLike], pos: int, predicted: Int[Tensor, " batch"]
 ) -> Target:
-    """A target, or the difference of two, as a functional of the final normalized residual.
+    """Turn one target per prompt into one functional per prompt.
 
     Args:
-        capture: The run.
-        target: As in :func:`resolve_target`.
-        versus: A target that is subtracted, or None.
-        pos: Position among the real tokens; −1 is the last.
-        predicted: Ids [batch] that stand for the model's own prediction; by default, this run's.
+        capture: The captured run.
+        targets: One target per prompt, each as in :func:`resolve_target`.
+        pos: Position of the prediction among the real tokens; −1 is the last.
+        predicted: Ids that stand for the model's own predictions [batch].
 
     Returns:
-        The functional, for every prompt.
-
-    Raises:
-        ValueError: If a target or the position does not exist.
+        The functional of each prompt's own target.
     """
-    goal = resolve_target(capture, target, pos, predicted)
-    return goal if versus is None else goal.minus(resolve_target(capture, versus, pos))
-
-
-def likeliest_others(
-    capture: Capture, ids: Int[Tensor, " batch"], pos: int = -1
-) -> Int[Tensor, " batch"]:
-    """The token that each prompt's logits rank first beside a given one: the runner-up."""
-    return _without(capture, ids, pos).argmax(-1)
+    if not all(map(is_token, targets)):
+        goals = (resolve_target(capture, target, pos, predicted) for target in targets)
+        return Target.stack([goal.row(prompt) for prompt, goal in enumerate(goals)])
+    ids = [
+        own if target is None else resolve_token(capture, target)
+        for target, own in zip(targets, predicted.tolist(), strict=True)
+    ]
+    return resolve_target(capture, None, pos, torch.tensor(ids, device=predicted.device))
 
 
 def expected_others(capture: Capture, ids: Int[Tensor, " batch"], pos: int = -1) -> Target:
-    """The mean logit of all tokens but a given one, weighted by their probabilities at this run.
+    """The mean logit of all tokens except a given one, weighted by their probabilities.
 
-    A token's log-odds are log p/(1 − p) = logit − log Σ_others exp(logit). Their gradient is that of the
-    logit less this mean: ``target.minus(expected_others(...))`` is what log-odds are linear in.
+    A token's log-odds are log p/(1 − p) = logit − log Σ_others exp(logit). Their gradient is that
+    of the logit minus this mean. So ``target.minus(expected_others(...))`` is what the log-odds are
+    linear in at this run.
 
     Args:
-        capture: The run.
-        ids: The token, per prompt.
-        pos: Position among the real tokens.
+        capture: The captured run.
+        ids: The token that is left out, one id per prompt [batch].
+        pos: Position of the prediction among the real tokens; −1 is the last.
 
     Returns:
-        The functional.
+        The functional of the weighted mean, for every prompt.
     """
-    frame, unembed = capture.frame, capture.unembed
+    frame = capture.frame
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
     p = _without(capture, ids, pos).softmax(-1)
-    ratio = unembed.ratio
-    weights = p * (take_row(ratio, query)[:, 0] if isinstance(ratio, Tensor) else ratio)
-    covector = weights @ frame.cast(unembed.weights.W_U).T
-    b_U = unembed.weights.b_U
-    constant = torch.zeros_like(covector[:, 0]) if b_U is None else weights @ frame.cast(b_U)
-    logits = frame.cast(capture.logits[prompts, query])
-    value = (p * logits).sum(-1)
+    covector, constant = _weighted(capture, p, query)
+    value = (p * frame.cast(capture.logits[prompts, query])).sum(-1)
     return Target(("the others",) * frame.batch, query, covector, constant, value)
 
 
+def _direction(
+    capture: Capture, direction: Any, query: Tensor, y: Tensor, logits: Tensor
+) -> Target:
+    """A direction in the logits [d_vocab] or in the residual [d_model], told apart by its width."""
+    frame = capture.frame
+    d_model, d_vocab = capture.unembed.weights.W_U.shape
+    try:
+        u = torch.as_tensor(direction)
+    except (TypeError, ValueError, RuntimeError):
+        raise _no_target(direction) from None
+    if u.ndim == 0:
+        raise _no_target(direction)
+    if u.ndim != 1 or u.shape[0] not in (d_model, d_vocab):
+        raise ValueError(
+            f"A target of shape {list(u.shape)} is no direction of this model. Pass a direction in "
+            f"logits [{d_vocab}] or in the final residual [{d_model}]."
+        )
+    if d_model == d_vocab:
+        raise ValueError(
+            f"A direction [{d_model}] has two meanings, as d_model = d_vocab. Pass a token."
+        )
+    if u.is_complex() or not u.isfinite().all():
+        what = "complex numbers" if u.is_complex() else "nan or inf"
+        raise ValueError(f"The direction holds {what}. Pass finite real numbers.")
+    u = u.detach().to(y)
+    if u.shape[0] == d_model:
+        covector, zeros = u.expand(frame.batch, -1), torch.zeros_like(y[:, 0])
+        return Target(("residual direction",) * frame.batch, query, covector, zeros, y @ u)
+    covector, constant = _weighted(capture, u.expand(frame.batch, -1), query)
+    return Target(("logit direction",) * frame.batch, query, covector, constant, logits @ u)
+
+
+def _weighted(
+    capture: Capture, weights: Float[Tensor, "batch d_vocab"], query: Tensor
+) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:
+    """The covector and the constant of a weighted sum of logits, a soft cap's ratio held."""
+    frame, unembed = capture.frame, capture.unembed
+    ratio = unembed.ratio
+    weights = weights * (take_row(ratio, query)[:, 0] if isinstance(ratio, Tensor) else ratio)
+    covector = weights @ frame.cast(unembed.weights.W_U).T
+    b_U = unembed.weights.b_U
+    constant = torch.zeros_like(covector[:, 0]) if b_U is None else weights @ frame.cast(b_U)
+    return covector, constant
+
+
 def _without(capture: Capture, ids: Tensor, pos: int) -> Float[Tensor, "batch d_vocab"]:
+    """The logits at a position, with one token's set to −inf."""
     frame = capture.frame
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
     return frame.cast(capture.logits[prompts, query]).scatter(1, ids[:, None], -torch.inf)
 
 
-def resolve_token(capture: Capture, target: TargetLike) -> int:
-    """The id of a token string or of an id.
-
-    Args:
-        capture: The run.
-        target: The string or id.
-
-    Returns:
-        The id.
-
-    Raises:
-        ValueError: If it is no token of the vocabulary.
-    """
-    index = token_id(capture, target) if isinstance(target, str) else _as_id(target)
-    d_vocab = capture.logits.shape[-1]
-    if not 0 <= index < d_vocab:
-        raise ValueError(
-            f"target id {index} is outside the vocabulary: expected 0 to {d_vocab - 1}"
-        )
-    return index
-
-
 def _as_id(target: Any) -> int:
     try:
-        if isinstance(target, bool):
+        if isinstance(target, bool):  # True is an int to Python, but no token id
             raise TypeError
         return operator_index(target)
     except TypeError:
@@ -287,41 +352,9 @@ def _as_id(target: Any) -> int:
 
 def _no_target(target: Any) -> ValueError:
     return ValueError(
-        f"expected a target token, id or direction, got {target!r} of {type(target).__name__}: pass "
-        "a string, an integer or a one-dimensional tensor"
+        f"Target {target!r} of type {type(target).__name__} is no token and no direction. Pass a "
+        "string, an integer or a one-dimensional tensor."
     )
-
-
-def _direction(
-    capture: Capture, direction: Any, query: Tensor, y: Tensor, logits: Tensor
-) -> Target:
-    frame, unembed = capture.frame, capture.unembed
-    d_model, d_vocab = unembed.weights.W_U.shape
-    try:
-        u = torch.as_tensor(direction)
-    except (TypeError, ValueError, RuntimeError):
-        raise _no_target(direction) from None
-    if u.ndim == 0:
-        raise _no_target(direction)
-    if u.ndim != 1 or u.shape[0] not in (d_model, d_vocab) or d_model == d_vocab:
-        raise ValueError(
-            f"expected a direction in logits [{d_vocab}] or in the final residual [{d_model}], got "
-            f"shape {list(u.shape)}" + (" (the two widths are equal)" if d_model == d_vocab else "")
-        )
-    if u.is_complex() or not u.isfinite().all():
-        what = "complex numbers" if u.is_complex() else "nan or inf in it"
-        raise ValueError(f"expected a direction of finite real numbers, got {what}")
-    u = u.detach().to(y)
-    if u.shape[0] == d_model:
-        covector, zeros = u.expand(frame.batch, -1), torch.zeros_like(y[:, 0])
-        return Target(("residual direction",) * frame.batch, query, covector, zeros, y @ u)
-    ratio = unembed.ratio
-    weighted = u * (take_row(ratio, query)[:, 0] if isinstance(ratio, Tensor) else ratio)
-    weighted = weighted.expand(frame.batch, -1)
-    b_U = unembed.weights.b_U
-    constant = torch.zeros_like(y[:, 0]) if b_U is None else weighted @ frame.cast(b_U)
-    covector = weighted @ frame.cast(unembed.weights.W_U).T
-    return Target(("logit direction",) * frame.batch, query, covector, constant, logits @ u)
 
 
 def _decode(capture: Capture, token: int) -> str:

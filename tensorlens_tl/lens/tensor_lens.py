@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..attribution import (
-    MAX_EXPANSIONS,
     Attribution,
+    GradientCache,
     Paths,
-    Sweep,
+    TargetGradient,
     TargetLike,
     attribute,
     attribute_many,
@@ -28,16 +28,27 @@ from ..attribution import (
     own_prediction,
     resolve,
 )
-from ..circuits import Circuit, ModelInfo, Subgraph, edge_scores, find, named
+from ..circuits import (
+    Circuit,
+    ModelInfo,
+    Subgraph,
+    circuit_from_names,
+    edge_scores,
+    select_circuit,
+)
 from ..graph import Edge, Node
-from ..methods import KINDS, TokenMatrix, TokenScores, plan_token_matrix, token_matrix, token_scores
+from ..methods import (
+    OPERATOR_METHODS,
+    TokenMatrix,
+    TokenScores,
+    plan_token_matrix,
+    token_matrix,
+    token_scores,
+)
 from ..operator import PLANNED, Plan
 from ..sublayers import DENSE_LIMIT
 from .frozen_run import FrozenRun
 from .saved_file import load_capture, save_capture
-
-KEPT_SWEEPS = 2
-"""Targets whose covectors a lens keeps: about two residual streams of floats each."""
 
 
 class TensorLens(FrozenRun):
@@ -113,20 +124,20 @@ class TensorLens(FrozenRun):
             ValueError: If the target, the position, ``by`` or ``effect`` does not exist, or the
                 baseline is of another length or model.
         """
-        sweep = self._sweep(target, versus, pos)
+        gradient = self._gradient(target, versus, pos)
         if baseline is None:
             if at != "clean":
                 raise ValueError(
                     f"expected a baseline to go with at={at!r}, got none: leave at out"
                 )
-            return attribute(sweep, by, effect, qk)
+            return attribute(gradient, by, effect, qk)
         if effect != "direct":
             raise ValueError(f"expected effect to be direct with a baseline, got {effect!r}")
         if not isinstance(baseline, TensorLens):
-            return difference(sweep, fixed_baseline(sweep, baseline), by, at, qk)
+            return difference(gradient, fixed_baseline(gradient, baseline), by, at, qk)
         check_comparable(self.capture, baseline.capture)
         predicted = own_prediction(self.capture, pos)  # one target for both runs
-        return difference(sweep, baseline._sweep(target, versus, pos, predicted), by, at, qk)
+        return difference(gradient, baseline._gradient(target, versus, pos, predicted), by, at, qk)
 
     def attribute_many(
         self,
@@ -155,7 +166,7 @@ class TensorLens(FrozenRun):
         Raises:
             ValueError: If there are none, or not as many targets as positions.
         """
-        self._check_unchanged()
+        self._check_ready()
         if isinstance(targets, str):
             raise ValueError(f"expected a list of targets, got {targets!r}: put it in a list")
         one = isinstance(pos, Integral)
@@ -194,7 +205,7 @@ class TensorLens(FrozenRun):
             ValueError: If there is no such node or edge, or the circuit is of another model.
         """
         operator = self.operator
-        return Subgraph(self.capture, operator, named(self.capture, nodes_or_edges))
+        return Subgraph(self.capture, operator, circuit_from_names(self.capture, nodes_or_edges))
 
     def discover(
         self,
@@ -204,7 +215,7 @@ class TensorLens(FrozenRun):
         *,
         n_edges: int | None = None,
         threshold: float | None = None,
-        method: str = "greedy",
+        selection: str = "greedy",
         qk: bool = True,
         corrupted: TensorLens | None = None,
         at: str | None = None,
@@ -220,7 +231,7 @@ class TensorLens(FrozenRun):
             pos: Position of the prediction among the real tokens.
             n_edges: So many edges; or
             threshold: the smallest number an edge is ranked by.
-            method: "greedy" grows from the logits down by |score|; "absolute" and "signed" take the
+            selection: "greedy" grows from the logits down by |score|; "absolute" and "signed" take the
                 largest |score| or score; "influence" what shares of |score| carry to the logits.
             qk: Whether queries and keys are readers, too (first-order, but for "secant").
             corrupted: The lens of a corrupted prompt of equal length, or None.
@@ -235,10 +246,10 @@ class TensorLens(FrozenRun):
         """
         at = at or ("secant" if isinstance(corrupted, TensorLens) else "clean")
         found = self.attribute(target, versus, pos, "edge", baseline=corrupted, at=at, qk=qk)
-        names = list(dict.fromkeys(self._sweep(target, versus, pos).target.name))
-        return find(
+        names = list(dict.fromkeys(self._gradient(target, versus, pos).target.name))
+        return select_circuit(
             ModelInfo.of_capture(self.capture), edge_scores(self.operator.wiring, found),
-            n_edges, threshold, method,
+            n_edges, threshold, selection,
             target=", ".join(names[:3]) + (", …" if len(names) > 3 else ""),
             n_prompts=len(self), corrupted=corrupted is not None, convention=self.convention,
         )  # fmt: skip
@@ -268,28 +279,22 @@ class TensorLens(FrozenRun):
         """
         if isinstance(source, str):
             source = Edge.parse(source) if "→" in source or "->" in source else Node.parse(source)
-        return loadings(self._sweep(target, versus, pos), source)
+        return loadings(self._gradient(target, versus, pos), source)
 
-    def _sweep(
+    def _gradient(
         self,
         target: TargetLike,
         versus: TargetLike,
         pos: int,
         predicted: Int[Tensor, " batch"] | None = None,
-    ) -> Sweep:
-        """The sweep of a target: kept for the latest few, so that asking again costs none."""
-        self._check_unchanged()
+    ) -> TargetGradient:
+        self._check_ready()
         goal = resolve(self.capture, target, versus, pos, predicted)
-        for sweep in self._sweeps:
-            if sweep.target.same(goal):
-                return sweep
-        self._sweeps.append(Sweep(self.capture, self.operator, goal))
-        del self._sweeps[:-KEPT_SWEEPS]
-        return self._sweeps[-1]
+        return self._gradients.gradient(goal)
 
     @cached_property
-    def _sweeps(self) -> list[Sweep]:
-        return []
+    def _gradients(self) -> GradientCache:
+        return GradientCache(self.capture, self.operator)
 
     def paths(
         self,
@@ -300,7 +305,7 @@ class TensorLens(FrozenRun):
         from_token: int | None = None,
         by_position: bool = False,
         constants: bool = True,
-        max_expansions: int = MAX_EXPANSIONS,
+        max_expansions: int = 10_000,
         memory_limit: int = DENSE_LIMIT,
     ) -> Paths:
         """The k paths, from a source through heads and MLPs to a logit, that contribute the most.
@@ -327,7 +332,7 @@ class TensorLens(FrozenRun):
             ValueError: If the lens holds several prompts, the target, the position or the token
                 does not exist, or k < 1.
         """
-        self._check_unchanged()
+        self._check_ready()
         goal = resolve(self.capture, target, versus, pos)
         return find_paths(
             self.capture, self.operator, goal, k, from_token, by_position, constants,
@@ -417,9 +422,11 @@ class TensorLens(FrozenRun):
         """
         if what in PLANNED:
             return self.operator.plan(what, **arguments)
-        if what not in KINDS:
-            raise ValueError(f"expected one of {', '.join((*KINDS, *PLANNED))}, got {what!r}")
-        return plan_token_matrix(self.capture, self.operator, what, **arguments)
+        if what not in OPERATOR_METHODS:
+            raise ValueError(
+                f"expected one of {', '.join((*OPERATOR_METHODS, *PLANNED))}, got {what!r}"
+            )
+        return plan_token_matrix(what, self.capture, self.operator, **arguments)
 
     # --- In a file
 

@@ -146,14 +146,6 @@ def test_every_kind_of_row_survives_json():
         assert again.sources == a.sources and again.labels == a.labels and again.effect == a.effect
 
 
-def test_an_attribution_saved_before_there_were_total_effects_is_read():
-    a = lens_of(FIRST).attribute(3)
-    data = json.loads(a.to_json())
-    data["format"] = "tensorlens_tl attribution 1"
-    del data["effect"]
-    assert Attribution.from_json(json.dumps(data)).effect == "direct"
-
-
 def test_a_notebook_shows_tokens_heads_and_tables():
     lens = lens_of(FIRST)
     strip = lens.attribute(3, 4)._repr_html_()

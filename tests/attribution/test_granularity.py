@@ -253,11 +253,11 @@ def test_edge_names_and_selection(case):
     assert all(Edge.parse(name) == s.node for name, s in zip(names, edges.sources, strict=True))
     both = edges.select("L0H3", "L1H1.v")
     assert both.labels[0] == ("L0H3→L1H1.v",) and not both.sums_to_target
-    with pytest.raises(ValueError, match=r"no edge has dest L9MLP; there are L0H0\.v, .*logits"):
+    with pytest.raises(ValueError, match=r"No edge has dest L9MLP. Use one of L0H0\.v, .*logits"):
         edges.select(dest="L9MLP")
-    with pytest.raises(ValueError, match=r"no edge has src L9H0; there are embed"):
+    with pytest.raises(ValueError, match=r"No edge has src L9H0. Use one of embed"):
         edges.select("L9H0")
-    with pytest.raises(ValueError, match=r"expected a split by edge, got one by token"):
+    with pytest.raises(ValueError, match=r"select needs a split by edge, but this one is by token"):
         lens.attribute(3).select("L0H3")
 
 

@@ -43,10 +43,10 @@ def test_integers_of_every_kind():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"target": torch.full((D_VOCAB,), torch.nan)}, "finite real numbers, got nan or inf"),
-        ({"target": torch.zeros(D_VOCAB, dtype=torch.complex64)}, "real numbers, got complex"),
-        ({"target": 3.0}, "a target token, id or direction, got 3.0 of float: pass a string"),
-        ({"target": [3, 4]}, r"a direction in logits \[50\] .*got shape \[2\]"),
+        ({"target": torch.full((D_VOCAB,), torch.nan)}, "holds nan or inf. Pass finite real"),
+        ({"target": torch.zeros(D_VOCAB, dtype=torch.complex64)}, "direction holds complex numbers"),
+        ({"target": 3.0}, "Target 3.0 of type float is no token and no direction"),
+        ({"target": [3, 4]}, r"shape \[2\] is no direction .* direction in logits \[50\]"),
         ({"pos": 1.5}, "a position as an integer, got 1.5"),
         ({"at": "corrupted"}, "a baseline to go with at='corrupted', got none: leave at out"),
         ({"by": "expert"}, "got 'expert': no model with experts can be frozen yet"),

@@ -184,11 +184,11 @@ def test_no_transformer_lens_model():
 def test_targets():
     lens = lens_of(SHAPES[0])
     for target, match in (
-        (D_VOCAB, rf"target id {D_VOCAB} is outside the vocabulary: expected 0 to {D_VOCAB - 1}"),
-        (" Mary", "no tokenizer to read the target ' Mary' with: pass a token id"),
+        (D_VOCAB, rf"Target id {D_VOCAB} is outside .*an id from 0 to {D_VOCAB - 1}"),
+        (" Mary", "Target ' Mary' is a string, but the model has no tokenizer. Pass a token id"),
         (
             torch.zeros(5),
-            r"direction in logits \[50\] or in the final residual \[32\], got shape \[5\]",
+            r"shape \[5\] is no direction .* in logits \[50\] or in the final residual \[32\]",
         ),
     ):
         with pytest.raises(ValueError, match=match):

@@ -202,7 +202,7 @@ def test_the_models_tokenizer_is_attached_and_none_is_saved(lens, path):
 
     model = FIRST.model()
     TensorLens(replace(lens.capture, tokenizer=Tokenizer())).save(path, weights=True)
-    with pytest.raises(ValueError, match="no tokenizer to read the target 'x'"):
+    with pytest.raises(ValueError, match="Target 'x' is a string, but the model has no tokenizer"):
         tensorlens_tl.load(path).attribute("x")
     before, model.tokenizer = model.tokenizer, Tokenizer()
     try:
@@ -674,11 +674,11 @@ def test_odd_labels_and_numbers_survive_json(lens):
 )
 def test_other_json_is_no_attribution(lens, change):
     data = json.loads(lens.attribute(3).to_json()) | change
-    with pytest.raises(ValueError, match="expected an attribution that to_json wrote"):
+    with pytest.raises(ValueError, match="The text is not an attribution as to_json writes it"):
         Attribution.from_json(json.dumps(data))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", "null", "[" * 100_000])
 def test_other_text_is_no_attribution(text):
-    with pytest.raises(ValueError, match="expected an attribution that to_json wrote"):
+    with pytest.raises(ValueError, match="The text is not an attribution as to_json writes it"):
         Attribution.from_json(text)

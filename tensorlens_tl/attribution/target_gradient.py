@@ -1,0 +1,106 @@
+"""One target of a run, and its gradient at every site of the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..operator import Capture, FrozenTransformer, Trace
+from .targets import Target
+
+Effects = dict[str, Float[Tensor, "batch pos"]]
+"""What constants add to a target, by the constant's name, in units of the target."""
+
+
+@dataclass(frozen=True, eq=False)
+class TargetGradient:
+    """One target of a run, pulled back to every residual site.
+
+    Attributes:
+        capture: The captured run.
+        operator: The operator of that run.
+        target: The linear functional that is split.
+        pulled: The trace, where a batched sweep has made it already; None to make it on first use.
+    """
+
+    capture: Capture
+    operator: FrozenTransformer
+    target: Target
+    pulled: Trace | None = None
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The target's covector at every site, and every constant's share ⟨covector, constant⟩."""
+        if self.pulled is not None:
+            return self.pulled
+        u = _at_query(self.operator, [self.target])[0]
+        return self.operator.pull(u, self.target.query)
+
+    @classmethod
+    def many(
+        cls, capture: Capture, operator: FrozenTransformer, targets: Sequence[Target]
+    ) -> tuple[TargetGradient, ...]:
+        """Pull several targets of one run at once.
+
+        Args:
+            capture: The captured run.
+            operator: The operator of that run.
+            targets: The targets, at least one.
+
+        Returns:
+            One gradient per target, in the order of ``targets``.
+        """
+        query = targets[0].query
+        # With one common position the sweep may drop all later positions.
+        same = all(torch.equal(target.query, query) for target in targets)
+        trace = operator.pull(_at_query(operator, targets), query if same else None)
+        return tuple(cls(capture, operator, target, trace[i]) for i, target in enumerate(targets))
+
+
+class GradientCache:
+    """The gradients of the latest few targets of one run, so that asking again costs nothing.
+
+    Each one holds about two residual streams of numbers, hence only a few are kept.
+    """
+
+    def __init__(self, capture: Capture, operator: FrozenTransformer, size: int = 2):
+        self.capture, self.operator, self.size = capture, operator, size
+        self.latest: list[TargetGradient] = []
+
+    def gradient(self, target: Target) -> TargetGradient:
+        """The gradient of a target: a kept one where the same target was asked for lately.
+
+        Args:
+            target: The linear functional.
+
+        Returns:
+            The gradient. Its trace is made on first use.
+        """
+        for kept in self.latest:
+            if kept.target.same(target):
+                return kept
+        found = TargetGradient(self.capture, self.operator, target)
+        self.latest = [*self.latest, found][-self.size :]
+        return found
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ over the last axis; the others broadcast."""
+    return (a * b).sum(-1)
+
+
+def _at_query(
+    operator: FrozenTransformer, targets: Sequence[Target]
+) -> Float[Tensor, "many batch pos d_model"]:
+    """The targets' covectors, each at the target's position, zero elsewhere."""
+    frame = operator.frame
+    u = frame.zeros(operator.out_dim, len(targets))
+    prompts = torch.arange(frame.batch, device=frame.device)
+    for i, target in enumerate(targets):
+        u[i, prompts, target.query] = target.covector
+    return u
