@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import at_least_one
 from ..hosts import Adapter, adapt
-from ..methods import METHODS, check
+from ..methods import METHODS, check_method
 from .masking import METRICS, MaskedRuns, Masking
 from .protocols import BEAM, Measure, as_set, measures
 from .report import Evaluation, Row
@@ -111,7 +111,7 @@ def evaluate(
     else:
         names = _names(methods, own)
         for name in names:
-            check(name, dict((options or {}).get(name, {})))
+            check_method(name, dict((options or {}).get(name, {})))
         if absent := [name for name in options or {} if name not in names]:
             raise ValueError(
                 f"expected options of {', '.join(names)}, got some of {', '.join(absent)}: name the "

@@ -6,16 +6,16 @@ Key concepts:
     TokenScores: How much of a target is due to every token.
 """
 
-from .operator_matrices import KINDS, plan_token_matrix
-from .registry import METHODS, check, token_matrix, token_scores
+from .operator_matrices import OPERATOR_METHODS, plan_token_matrix
+from .registry import METHODS, check_method, token_matrix, token_scores
 from .tables import TokenMatrix, TokenScores
 
 __all__ = [
-    "KINDS",
+    "OPERATOR_METHODS",
     "METHODS",
     "TokenMatrix",
     "TokenScores",
-    "check",
+    "check_method",
     "plan_token_matrix",
     "token_matrix",
     "token_scores",

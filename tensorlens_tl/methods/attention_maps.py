@@ -1,8 +1,8 @@
-"""Earlier token-by-token maps made of a captured run's attention patterns alone.
+"""Earlier token-by-token maps, made of attention patterns alone.
 
-Each function returns [batch, query_pos, key_pos], destination first; padding is 0. L is the number
-of tokens. Rows of a matrix per layer are normalized and the layers multiplied, as rollout does, so
-that rows sum to one.
+Every function returns [batch, query_pos, key_pos], destination first; padding is 0. L is the number
+of tokens. Maps of single layers are combined as attention rollout does: rows are normalized, then
+the layers are multiplied, so that rows sum to one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..operator import Capture
 Matrix = Float[Tensor, "batch query_pos key_pos"]
 
 FLOW_UNIT = 2**52
-"""Capacities are integers in units of 2⁻⁵²: exact sums, and flow algorithms that surely end."""
+"""Capacities are integers in units of 2⁻⁵², so that sums are exact and flow algorithms end."""
 
 
 # --- Rows and layers -----------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def identity(capture: Capture) -> Matrix:
 
 
 def rows(capture: Capture, matrix: Matrix) -> Matrix:
-    """Rows over real tokens, each divided by its sum; where nothing mixes in, a token keeps itself."""
+    """Divide every row by its sum over real tokens; a row of zeros becomes the identity's."""
     real = capture.frame.real
     matrix = torch.where(real[:, :, None] & real[:, None, :], matrix, 0)
     total = matrix.sum(-1, keepdim=True)
@@ -40,7 +40,7 @@ def rows(capture: Capture, matrix: Matrix) -> Matrix:
 
 
 def product(capture: Capture, layers: list[Matrix]) -> Matrix:
-    """Layers multiplied, the last one's rows first."""
+    """Multiply the layers' matrices, the last layer leftmost."""
     return reduce(lambda below, layer: layer @ below, layers, identity(capture))
 
 
@@ -60,36 +60,40 @@ def halved(capture: Capture, matrix: Matrix) -> Matrix:
 
 
 def mean_attention(capture: Capture) -> Matrix:
-    """The mean of A over layers and heads. Cost: nothing beyond the capture.
+    """Mean attention: the pattern A averaged over layers and heads.
+
+    Cost: nothing beyond the capture.
 
     Args:
-        capture: The run.
+        capture: The captured run.
 
     Returns:
-        The matrix; its rows sum to one where the patterns' do.
+        The matrix. Its rows sum to one where the patterns' rows do.
     """
     return torch.stack(mean_patterns(capture)).mean(0)
 
 
 def last_layer_attention(capture: Capture) -> Matrix:
-    """The mean of A over the last layer's heads. Cost: nothing beyond the capture.
+    """Last-layer attention: the pattern A averaged over the last layer's heads.
+
+    Cost: nothing beyond the capture.
 
     Args:
-        capture: The run.
+        capture: The captured run.
 
     Returns:
-        The matrix; its rows sum to one where the pattern's do.
+        The matrix. Its rows sum to one where the pattern's rows do.
     """
     return mean_patterns(capture)[-1]
 
 
 def rollout(capture: Capture) -> Matrix:
-    """Attention rollout, Π_l (½ mean_h A_l + ½ I), rows renormalized (Abnar & Zuidema 2020).
+    """Attention rollout (Abnar & Zuidema 2020): Π_l (½ mean_h A_l + ½ I), rows renormalized.
 
     Cost: L³ per layer.
 
     Args:
-        capture: The run.
+        capture: The captured run.
 
     Returns:
         The matrix; its rows sum to one.
@@ -98,18 +102,18 @@ def rollout(capture: Capture) -> Matrix:
 
 
 def attention_flow(capture: Capture, query: Int[Tensor, " batch"] | None = None) -> Matrix:
-    """Attention flow: the maximum flow from an output token to an input (Abnar & Zuidema 2020).
+    """Attention flow (Abnar & Zuidema 2020): the maximum flow from an output to an input token.
 
     The graph has a node per layer and token, and an edge (l + 1, i) → (l, j) of capacity
-    (½ mean_h A_l + ½ I)[i, j]. Cost: one maximum flow per pair of tokens, L² / 2 for a causal
-    matrix, L for one row (about 0.3 s for 32 tokens in 6 layers).
+    (½ mean_h A_l + ½ I)[i, j]. Cost: one maximum flow per pair of tokens. That is L² / 2 for a
+    causal matrix and L for one row (about 0.3 s for 32 tokens in 6 layers).
 
     Args:
-        capture: The run.
-        query: Only these rows, one per prompt, are computed where given.
+        capture: The captured run.
+        query: Position of the one row to compute, per prompt [batch]. None computes all rows.
 
     Returns:
-        Flows, in units of one token's outgoing capacity; not normalized.
+        The flows, in units of one token's outgoing capacity. They are not normalized.
 
     Raises:
         ValueError: If networkx is missing.
@@ -126,6 +130,7 @@ def attention_flow(capture: Capture, query: Int[Tensor, " batch"] | None = None)
             for i, j in layer[prompt].nonzero().tolist():
                 capacity = round(capacities[i][j] * FLOW_UNIT)
                 graph.add_edge((level + 1, i), (level, j), capacity=capacity)
+        # One residual network serves every pair of ends.
         residual = algorithms.build_residual_network(graph, "capacity")
         wanted = range(start, stop) if query is None else [int(query[prompt])]
         for i in wanted:
@@ -140,15 +145,15 @@ def attention_flow(capture: Capture, query: Int[Tensor, " batch"] | None = None)
 
 
 def random(capture: Capture, seed: int = 0) -> Matrix:
-    """Uniform random numbers wherever attention can carry a token: the floor of every table.
+    """Random scores: uniform numbers wherever attention can carry a token. The floor of a table.
 
     Args:
-        capture: The run.
-        seed: Together with a prompt's own tokens it settles that prompt's numbers, whatever else
-            is in the batch.
+        capture: The captured run.
+        seed: Seed of the numbers. Seed and tokens together decide a prompt's numbers, whatever
+            else is in the batch.
 
     Returns:
-        Numbers in [0, 1); 0 where the run's attention cannot carry source to destination.
+        Numbers in [0, 1); 0 where attention cannot carry the source to the destination.
     """
     numbers = torch.zeros_like(identity(capture))
     for prompt, (start, stop) in enumerate(capture.frame.spans):

@@ -1,16 +1,16 @@
-"""Earlier ways to say which tokens a prediction comes from, all behind one call.
+"""Earlier ways to say which tokens a prediction comes from: their list, and one call for all.
 
-:func:`token_matrix` asks how much of token j is in position i, :func:`token_scores` how much of a
-target is due to each token. A method is one function and one row of :data:`BASELINES`; its formula
-and what its numbers mean are told by the function. What it needs is told by its parameters' names:
+:func:`baseline_matrix` asks how much of token j is in position i. :func:`baseline_scores` asks how
+much of a target is due to every token. A method is one function and one row of :data:`BASELINES`.
+Its formula stands in the function's docstring. The names of its parameters say what it needs:
 
-    capture          the run; the function returns a matrix, and the row at a target's position is
-                     taken for its scores
-    live             the real model, to be run once more; the function returns scores, and a matrix
-                     has one row per position, each for the model's own prediction there
+    capture          the captured run. The function returns a matrix; a target's scores are the row
+                     at its position
+    live             the real model, to be run again. The function returns scores; a matrix has one
+                     row per position, each for the model's own prediction there
     query, covector  a target's positions and its u; a function of a capture may do without
 
-Whatever other parameters there are, all with defaults, are the method's options. Padding is 0.
+Every other parameter has a default and is an option of the method. Padding is 0.
 """
 
 from __future__ import annotations
@@ -30,26 +30,21 @@ from ..operator import Capture
 from ..sublayers import soft_cap_ratio
 from .attention_maps import attention_flow, last_layer_attention, mean_attention, random, rollout
 from .attnlrp import attnlrp
+from .decompx import decompx
 from .gradients import chefer, grad_x_input, integrated_gradients
-from .value_vectors import (
-    alti,
-    decompx,
-    globenc,
-    norm_attention,
-    norm_attention_resln,
-    value_zeroing,
-)
+from .value_vectors import alti, globenc, norm_attention, norm_attention_resln
+from .value_zeroing import value_zeroing
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One method.
+    """One earlier method.
 
     Attributes:
-        name: What a user types.
-        function: What computes it.
-        cost: What a target's scores take beyond the capture, about, in passes of the model.
-        source: Where it was published.
+        name: Name by which a user calls the method.
+        function: Function that computes the matrix or the scores.
+        cost: About what a target's scores cost beyond the capture, in passes of the model.
+        source: Paper that published the method.
     """
 
     name: str
@@ -64,11 +59,11 @@ class Baseline:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its options and their defaults."""
+        """The method's options and their defaults."""
         return {name: p.default for name, p in self._parameters.items() if name not in _GIVEN}
 
     def given(self, **known: Any) -> dict[str, Any]:
-        """Those of some arguments that the function takes."""
+        """The arguments among ``known`` that the function takes."""
         return {name: value for name, value in known.items() if name in self._parameters}
 
     @property
@@ -88,39 +83,44 @@ _ROWS = (
     Baseline("alti", alti, "1 forward", "Ferrando et al. 2022"),
     Baseline("value_zeroing", value_zeroing, "pos forwards", "Mohebbi et al. 2023"),
     Baseline("grad_x_input", grad_x_input, "1 forward, 1 backward", "Shrikumar et al. 2016"),
-    Baseline("integrated_gradients", integrated_gradients,
-             "steps + 1 forwards, steps backwards", "Sundararajan et al. 2017"),
+    Baseline(
+        "integrated_gradients",
+        integrated_gradients,
+        "steps + 1 forwards, steps backwards",
+        "Sundararajan et al. 2017",
+    ),
     Baseline("chefer", chefer, "1 forward, 1 backward", "Chefer et al. 2021"),
     Baseline("attnlrp", attnlrp, "1 forward, 1 backward", "Achtibat et al. 2024"),
     Baseline("decompx", decompx, "pos forwards", "Modarressi et al. 2023"),
     Baseline("random", random, "none", "–"),
-)  # fmt: skip
+)
 
 BASELINES: dict[str, Baseline] = {row.name: row for row in _ROWS}
-"""Every method by name."""
+"""Every earlier method by name."""
 
 
-def token_matrix(
+def baseline_matrix(
     name: str, capture: Capture, model: Any = None, **options: Any
 ) -> Float[Tensor, "batch query_pos key_pos"]:
-    """How much of every token is in every position, by one of :data:`BASELINES`.
+    """Compute how much of every token is in every position, by one of :data:`BASELINES`.
 
     Args:
-        name: The method.
-        capture: The run.
-        model: The host it came from; only methods that differentiate it ask for it.
-        **options: The method's own, such as ``steps`` or ``seed``.
+        name: Name of the method.
+        capture: The captured run.
+        model: The host model of the run; only methods that differentiate the model ask for one.
+        **options: Options of the method, such as ``steps`` or ``seed``.
 
     Returns:
-        The matrix, destination first. A method that differentiates the model gives each row for the
-        model's own prediction at that position, at a backward pass per position.
+        The matrix [batch, query_pos, key_pos]. A method that differentiates the model gives each
+        row for the model's own prediction at that position, at one backward pass per position.
 
     Raises:
         ValueError: If the method or an option does not exist, or the model is missing.
     """
-    baseline = _checked(name, model, options)
+    baseline = _checked_method(name, model, options)
     if not baseline.needs_model:
         return baseline.function(capture, **options)
+    # One row per position: each asks the real model about its own prediction there.
     frame, u = capture.frame, _predictions(capture)
     with live_models(capture, model) as lives:
         matrix = frame.zeros(frame.n_pos)
@@ -133,26 +133,26 @@ def token_matrix(
     return matrix
 
 
-def token_scores(
+def baseline_scores(
     name: str, capture: Capture, goal: Target, model: Any = None, **options: Any
 ) -> Float[Tensor, "batch pos"]:
-    """How much of a target is due to every token, by one of :data:`BASELINES`.
+    """Compute how much of a target is due to every token, by one of :data:`BASELINES`.
 
     Args:
-        name: The method.
-        capture: The run.
-        goal: From :func:`tensorlens_tl.attribution.targets.resolve_target`. Methods that know no target give
-            their matrix's row at its position.
-        model: The host the run came from; only methods that differentiate it ask for it.
-        **options: The method's own, such as ``steps`` or ``seed``.
+        name: Name of the method.
+        capture: The captured run.
+        goal: The target. A method that knows no target gives its matrix's row at the target's
+            position.
+        model: The host model of the run; only methods that differentiate the model ask for one.
+        **options: Options of the method, such as ``steps`` or ``seed``.
 
     Returns:
-        The scores; signed where the method's are.
+        A score for every token [batch, pos]; signed where the method's scores are.
 
     Raises:
         ValueError: If the method or an option does not exist, or the model is missing.
     """
-    baseline, frame = _checked(name, model, options), capture.frame
+    baseline, frame = _checked_method(name, model, options), capture.frame
     if not baseline.needs_model:
         given = baseline.given(query=goal.query, covector=goal.covector)
         found = baseline.function(capture, **given, **options)
@@ -162,26 +162,28 @@ def token_scores(
         found = frame.zeros(1)[..., 0]
         for live in lives:
             prompts, columns = live.place
-            query = goal.query[prompts] - columns[:, 0]
+            query = goal.query[prompts] - columns[:, 0]  # counted without the padding
             scores = baseline.function(live, query, goal.covector[prompts], **options)
             found[prompts[:, None], columns] = frame.cast(scores)
     return found
 
 
-def _checked(name: str, model: Any, options: dict[str, Any]) -> Baseline:
+def _checked_method(name: str, model: Any, options: dict[str, Any]) -> Baseline:
     if name not in BASELINES:
-        raise ValueError(f"no method {name!r}; expected one of {', '.join(BASELINES)}")
+        raise ValueError(f"There is no method {name!r}. Choose one of {', '.join(BASELINES)}.")
     baseline = BASELINES[name]
     if wrong := options.keys() - baseline.options.keys():
         known = ", ".join(f"{k}={v!r}" for k, v in baseline.options.items()) or "none"
-        raise ValueError(f"{name} has no option {', '.join(sorted(wrong))}; its options: {known}")
+        raise ValueError(
+            f"{name} has no option {', '.join(sorted(wrong))}. Its options are {known}."
+        )
     if baseline.needs_model and model is None:
-        raise ValueError(f"{name} differentiates the model: pass model=, the one that was captured")
+        raise ValueError(f"{name} runs the model again. Pass the captured model as model=.")
     return baseline
 
 
 def _predictions(capture: Capture) -> Float[Tensor, "batch pos d_model"]:
-    """The covector of the model's own prediction at every position."""
+    """The covector of the model's own prediction at every position; a soft cap's ratio is held."""
     frame, w = capture.frame, capture.unembed.weights
     ids = capture.logits.argmax(-1)
     u = frame.cast(w.W_U.T[ids])

@@ -1,10 +1,10 @@
-"""Earlier attributions that differentiate the real model: each runs it once more, through hooks.
+"""Earlier attributions that differentiate the real model: each runs the model once more.
 
-A :class:`LiveModel` is the host itself on unpadded prompts of one length, as a differentiable
-function of X, the residual that enters the first block: X → y, the final normalized residual. The
-target is u · y, as everywhere in this library; a logit soft cap's ratio is held inside u. Hooks are
-taken off after every run, also after an error, and gradients are asked of activations only, so that
-weights, their ``grad``, flags and mode stay as they were.
+A :class:`LiveModel` is the host on unpadded prompts of one length. It is a differentiable function
+from X, the residual that enters the first block, to y, the final normalized residual. The target is
+u · y, as everywhere in this library; the ratio of a logit soft cap is held inside u. Hooks are
+taken off after every run, also after an error. Gradients are asked of activations only, so weights,
+their ``grad``, flags and mode stay as they were.
 
 Every method is a function (live, query, covector) → scores of the prompts' tokens [prompt, pos].
 """
@@ -24,17 +24,17 @@ from ..hosts import LiveModel, Scores, UnsupportedArchitectureError, hooked, tar
 def grad_x_input(
     live: LiveModel, query: Int[Tensor, " prompt"], covector: Float[Tensor, "prompt d_model"]
 ) -> Scores:
-    """Gradient × input, x_j · ∂(u · y)/∂x_j, summed over the width; signed.
+    """Gradient × input (Shrikumar et al. 2016, arXiv 1605.01713): x_j · ∂(u · y)/∂x_j; signed.
 
-    Source: Shrikumar et al. 2016 (arXiv 1605.01713). Cost: a forward and a backward pass.
+    The product is summed over the width. Cost: a forward and a backward pass.
 
     Args:
-        live: The model.
-        query: The target's positions.
-        covector: u.
+        live: The real model on prompts of one length.
+        query: Position of the target, per prompt [prompt].
+        covector: Covector u of the target [prompt, d_model].
 
     Returns:
-        The scores.
+        A score for every token [prompt, pos], in the target's units.
     """
     y, _ = live.plain
     target = target_of(y, query, covector).sum()
@@ -49,22 +49,23 @@ def integrated_gradients(
     baseline: str = "zero",
     steps: int = 50,
 ) -> Scores:
-    """Integrated gradients, (x_j − x′_j) · ∫₀¹ ∂(u · y)/∂x_j at x′ + α (x − x′) dα; signed.
+    """Integrated gradients (Sundararajan et al. 2017): the mean gradient on the way from x′ to x.
 
-    They sum to the target's difference between x and x′, up to the quadrature's error. Source:
-    Sundararajan et al. 2017; computed by captum (Gauss–Legendre, weights in float32). Cost:
-    ``steps`` forward and backward passes.
+    A token's score is (x_j − x′_j) · ∫₀¹ ∂(u · y)/∂x_j dα, taken at x′ + α (x − x′); signed. The
+    scores sum to the target's difference between x and x′, up to the error of the quadrature. It is
+    computed by captum (Gauss–Legendre, weights in float32). Cost: ``steps`` forward and backward
+    passes.
 
     Args:
-        live: The model.
-        query: The target's positions.
-        covector: u.
-        baseline: x′: "zero", "mean" (the mean of the prompt's own embedded tokens) or "bos" (the
-            beginning-of-sequence token at every position).
-        steps: Points of the quadrature.
+        live: The real model on prompts of one length.
+        query: Position of the target, per prompt [prompt].
+        covector: Covector u of the target [prompt, d_model].
+        baseline: Reference input x′. "zero" is 0, "mean" the mean of the prompt's own embedded
+            tokens, "bos" the beginning-of-sequence token at every position.
+        steps: Number of points of the quadrature.
 
     Returns:
-        The scores.
+        A score for every token [prompt, pos], in the target's units.
 
     Raises:
         ValueError: If captum is missing, or the baseline does not exist.
@@ -87,14 +88,14 @@ def integrated_gradients(
 
 
 def reference(live: LiveModel, baseline: str) -> Float[Tensor, "prompt pos d_model"]:
-    """The input x′ that integrated gradients start from.
+    """Make the input x′ that integrated gradients start from.
 
     Args:
-        live: The model.
-        baseline: "zero", "mean" or "bos".
+        live: The real model on prompts of one length.
+        baseline: Name of the reference: "zero", "mean" or "bos".
 
     Returns:
-        x′.
+        The reference input x′ [prompt, pos, d_model], in the model's dtype.
 
     Raises:
         ValueError: If there is no such baseline, or no beginning-of-sequence token.
@@ -105,11 +106,12 @@ def reference(live: LiveModel, baseline: str) -> Float[Tensor, "prompt pos d_mod
     if baseline == "mean":
         return x.mean(1, keepdim=True).expand_as(x).contiguous()
     if baseline != "bos":
-        raise ValueError(f"expected baseline to be one of zero, mean, bos, got {baseline!r}")
+        raise ValueError(f"baseline={baseline!r} does not exist. Choose 'zero', 'mean' or 'bos'.")
     bos = getattr(live.adapter.tokenizer, "bos_token_id", None)
     if bos is None:
         raise ValueError(
-            "the model has no beginning-of-sequence token: use baseline='zero' or 'mean'"
+            "The model's tokenizer has no beginning-of-sequence token. "
+            "Use baseline='zero' or baseline='mean'."
         )
     embedded: list[Tensor] = []
     entry = live.adapter.points()[0, "resid_pre"]
@@ -122,18 +124,19 @@ def reference(live: LiveModel, baseline: str) -> Float[Tensor, "prompt pos d_mod
 def chefer(
     live: LiveModel, query: Int[Tensor, " prompt"], covector: Float[Tensor, "prompt d_model"]
 ) -> Scores:
-    """Chefer's rule: relevance R ← R + Ē R from R = I, with Ē = mean_h (∇A ⊙ A)⁺; the row R[query].
+    """Chefer's relevance rule (Chefer et al. 2021, ICCV): R ← R + Ē R, from R = I, layer by layer.
 
-    ∇A is the target's gradient at the layer's pattern, with everything behind it live. Source:
-    Chefer et al. 2021 (ICCV, bimodal transformers). Cost: a forward and a backward pass.
+    Ē = mean_h (∇A ⊙ A)⁺, and ∇A is the target's gradient at the layer's pattern, with everything
+    behind it live. The scores are the row R[query]. Cost: a forward and a backward pass.
 
     Args:
-        live: The model.
-        query: The target's positions.
-        covector: u.
+        live: The real model on prompts of one length.
+        query: Position of the target, per prompt [prompt].
+        covector: Covector u of the target [prompt, d_model].
 
     Returns:
-        The scores, none negative; the query's own begins at 1, the identity's.
+        A score for every token [prompt, pos], none negative. The target's own position starts
+        at 1, from the identity.
 
     Raises:
         UnsupportedArchitectureError: If the pattern that can be read is not the one that acts.
@@ -153,7 +156,7 @@ def _gradients(live: LiveModel, target: Tensor, patterns: list[Tensor]) -> list[
         found = torch.autograd.grad(target, patterns, retain_graph=True, allow_unused=True)
     if any(gradient is None for gradient in found):
         raise UnsupportedArchitectureError(
-            f"chefer needs gradients of attention patterns, but the patterns that {live.adapter.name} "
-            "shows are not those it computes with: use a HookedTransformer, or another method"
+            f"chefer needs gradients of attention patterns, but {live.adapter.name} shows patterns "
+            "that it does not compute with. Use a HookedTransformer, or another method."
         )
     return [gradient for gradient in found if gradient is not None]

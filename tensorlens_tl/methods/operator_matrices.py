@@ -1,26 +1,32 @@
 """Token-by-token matrices of the operator: how much of token j is in the output at i.
 
-    norm     ‖T_ij‖_F               D pulls per destination, or a few random ones
-    in       ‖T_ij x_j‖             one push per source
-    out      ‖T_ijᵀ u_i‖            one pull per destination
-    in_out   u_iᵀ T_ij x_j          one pull per destination; signed: a row and its constants' share
-                                    sum to the target
+    norm     ‖T_ij‖_F          d_model pulls per destination, or a few random ones
+    in       ‖T_ij x_j‖        one push per source
+    out      ‖T_ijᵀ u_i‖       one pull per destination
+    in_out   u_iᵀ T_ij x_j     one pull per destination; signed
 
-x_j is the state that enters, u_i a covector at destination i. All are sweeps (``contraction``).
+A push applies T, a pull its transpose. x_j is the state that enters at source j, and u_i a covector
+at destination i (Atad et al. 2026). A row of "in_out" and the constants' share sum to the target.
+
+1. Check the question, and find the part of the operator that it is about.
+2. For every prompt, prepare one batched sweep: what starts it, and how its results are reduced.
+3. Run the sweep, and turn what it found into entries [destination, source].
+4. For "in_out", add up what the constants contribute to every destination.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import Target, TargetLike, resolve_target
-from ..checks import whole
+from ..checks import is_int
 from ..graph import FINAL_SITE
 from ..operator import (
     BatchedSweep,
@@ -34,33 +40,73 @@ from ..operator import (
     memory_budget,
     squares,
 )
-from ..sublayers import HOST, RecomputedMix
+from ..sublayers import HOST, TINY, RecomputedMix
 from .tables import TokenMatrix
 
-KINDS = ("norm", "in", "out", "in_out")
+OPERATOR_METHODS = ("norm", "in", "out", "in_out")
+"""The operator's own methods, by name."""
 PRECISIONS = {None: None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class MatrixOptions:
+    """Options of the operator's own methods. Users type them by the names of these fields.
+
+    Attributes:
+        probes: Number of random vectors per destination that estimate "norm", from 2 to d_model.
+            None computes it exactly.
+        seed: Seed of the random vectors.
+        precision: "bfloat16" multiplies in that precision. None keeps the operator's dtype.
+        memory_limit: Most working memory in bytes. None allows half of what is free.
+    """
+
+    probes: int | None = None
+    seed: int = 0
+    precision: str | None = None
+    memory_limit: int | None = None
+
+
+def matrix_options(name: str, given: Mapping[str, Any]) -> MatrixOptions:
+    """Options of one of the operator's own methods, as a user gave them.
+
+    Args:
+        name: One of :data:`OPERATOR_METHODS`.
+        given: Values by the names of :class:`MatrixOptions`.
+
+    Returns:
+        The options, with defaults where nothing was given.
+
+    Raises:
+        ValueError: If there is no such option.
+    """
+    known = [field.name for field in fields(MatrixOptions)]
+    if wrong := sorted(given.keys() - set(known)):
+        raise ValueError(
+            f"{name} has no option {', '.join(wrong)}. Its options are {', '.join(known)}."
+        )
+    return MatrixOptions(**given)
 
 
 # --- Random probes -------------------------------------------------------------------------------
 
 
 def orthogonal_probes(n: int, k: int, d: int, generator: torch.Generator) -> Float[Tensor, "n k d"]:
-    """Random orthogonal vectors of length 1, k for each of n positions.
+    """Draw k random orthogonal vectors of length 1 for each of n positions.
 
-    Rows of H ⊗ Q with random signs of coordinates and a random choice of rows, where H is the
-    Hadamard matrix of the largest power of two in d and Q the cosine basis of the rest: all
-    coordinates are about equally large, so the diagonal of TᵀT adds no variance.
+    They are rows of H ⊗ Q, chosen at random, with random signs of coordinates. H is the Hadamard
+    matrix of the largest power of two in d, and Q the cosine basis of the rest. All coordinates are
+    about equally large, so the diagonal of TᵀT adds no variance to the estimate.
 
     Args:
-        n: Positions.
-        k: Vectors each, at most d.
-        d: Width.
+        n: Number of positions.
+        k: Number of vectors per position, at most d.
+        d: Width of a vector.
         generator: Source of randomness.
 
     Returns:
-        Probes g with E[g gᵀ] = 1 / d.
+        Vectors g [n, k, d] in float64, with E[g gᵀ] = 1 / d.
     """
-    power = d & -d
+    power = d & -d  # the largest power of two that divides d
     basis = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(basis) < power:
         basis = torch.cat([torch.cat([basis, basis], 1), torch.cat([basis, -basis], 1)])
@@ -73,12 +119,12 @@ def orthogonal_probes(n: int, k: int, d: int, generator: torch.Generator) -> Flo
     return basis[chosen] * signs
 
 
-# --- The four matrices ---------------------------------------------------------------------------
+# --- The question --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class _Sweep:
-    """One prompt's sweep, what starts it, and how its result becomes a matrix."""
+class _PromptSweep:
+    """One prompt's batched sweep, as the arguments of its ``carry`` and ``shape``."""
 
     sweep: BatchedSweep
     many: int
@@ -86,258 +132,274 @@ class _Sweep:
     reduce: Reduction
 
 
-def token_matrix(
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """What is asked of the operator, the same for every prompt of a batch."""
+
+    name: str
+    capture: Capture
+    operator: FrozenTransformer
+    part: Segment
+    sites: tuple[str, str]
+    target: TargetLike
+    options: MatrixOptions
+    limit: int
+
+    def state(self, site: str) -> Float[Tensor, "batch pos d_model"]:
+        """The run's own state at a residual site, the final normalized residual included."""
+        index = self.operator.site_index(site)
+        if index < len(self.operator.steps):
+            return self.operator.steps[index].state
+        last = len(self.operator.steps)
+        return self.capture.resid_final if index == last else self.capture.unembed.final
+
+    def covectors(self, prompt: int) -> tuple[Tensor, Tensor | float, Tensor]:
+        """u_i [pos, d_model] of one prompt, what b_U adds [pos], and the target's value [pos]."""
+        start, stop = self.capture.frame.spans[prompt]
+        if self.target is None:  # the output's own direction: u_i · y_i = ‖y_i‖
+            y = self.state(self.sites[1])[prompt, start:stop]
+            size = y.norm(dim=-1)
+            return y / size[:, None].clamp_min(TINY), 0.0, size
+        one = self.capture.prompt(prompt)
+        predicted = isinstance(self.target, str) and self.target == "prediction"
+        goal = None if predicted else self.target
+        found = [resolve_target(one, goal, pos) for pos in range(stop - start)]
+        return (
+            torch.cat([t.covector for t in found]),
+            torch.cat([t.constant for t in found]),
+            torch.cat([t.value for t in found]),
+        )
+
+    def sweep(self, prompt: int, u: Tensor | None = None) -> _PromptSweep:
+        """Prepare one prompt's sweep; ``u`` [pos or 1, d_model] replaces the target's covectors."""
+        options, d_model = self.options, self.part.out_dim
+        start, stop = self.capture.frame.spans[prompt]
+        precision = PRECISIONS[options.precision]
+        sweep = BatchedSweep(self.part.map, prompt, self.name != "in", precision)
+        if self.name == "norm" and options.probes is None:
+            # ‖T_ij‖²_F is the sum over all unit vectors e of ‖T_ijᵀ e‖².
+            eye = self.capture.frame.eye(d_model)
+            return _PromptSweep(
+                sweep, d_model, lambda index, part: eye[part].expand(len(index), -1, -1), squares()
+            )
+        if self.name == "norm" and options.probes is not None:
+            generator = torch.Generator().manual_seed(options.seed + prompt)
+            g = orthogonal_probes(stop - start, options.probes, d_model, generator)
+            g = g.to(self.capture.embed)
+            return _PromptSweep(
+                sweep, options.probes, lambda index, part: g[index][:, part], squares()
+            )
+        if self.name == "in":
+            x = self.state(self.sites[0])[prompt, start:stop]
+            return _PromptSweep(sweep, 1, lambda index, part: x[index][:, None], squares())
+        u = self.covectors(prompt)[0] if u is None else u
+        reduce = squares()
+        if self.name == "in_out":
+            reduce = dots(self.state(self.sites[0])[prompt, start:stop])
+        return _PromptSweep(sweep, 1, lambda index, part: u[index][:, None], reduce)
+
+    def entries(self, found: Tensor) -> Float[Tensor, "query_pos key_pos"]:
+        """Turn what a sweep found into entries [destination, source]."""
+        if self.name == "in_out":
+            return found[:, 0]
+        if self.name == "in":  # a push starts at sources
+            return found[:, 0].sqrt().T
+        if self.options.probes is not None:  # E ‖Tᵀ g‖² = ‖T‖²_F / d
+            return (found * self.part.out_dim).mean(1).sqrt()
+        return found.sum(1).sqrt()
+
+    def standard_error(self, found: Tensor) -> Float[Tensor, "query_pos key_pos"]:
+        """The standard error of an estimated norm, from the spread over its probes."""
+        k, d_model = found.shape[1], self.part.out_dim
+        samples = found * d_model
+        # Drawn without replacement from d orthogonal vectors, so k = d leaves no error.
+        of_square = samples.std(1) * math.sqrt((1 - k / d_model) / k)
+        return of_square / (2 * samples.mean(1).sqrt()).clamp_min(TINY)  # d√s = ds / 2√s
+
+
+def _ask(
+    name: str,
     capture: Capture,
     operator: FrozenTransformer,
-    kind: str,
+    target: TargetLike,
+    layers: tuple[str, str] | None,
+    options: MatrixOptions,
+) -> _Question:
+    """Step 1: check every argument, and find the part of the operator."""
+    if options.precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be 'bfloat16' or None, not {options.precision!r}. "
+            "None keeps the operator's own dtype."
+        )
+    if target is not None and name in ("norm", "in"):
+        raise ValueError(f"{name!r} takes no target. Drop target=, or ask for 'out' or 'in_out'.")
+    if options.probes is not None and name != "norm":
+        raise ValueError(
+            f"probes= estimates 'norm' only, but the method is {name!r}. Drop probes=."
+        )
+    layers = (operator.sites[0], FINAL_SITE) if layers is None else layers
+    if isinstance(layers, str) or not (isinstance(layers, Sequence) and len(layers) == 2):
+        raise ValueError(
+            f"layers must be a pair of residual sites, not {layers!r}. "
+            f"Choose two of {', '.join(operator.sites)}."
+        )
+    part, sites = operator.between(*layers), (str(layers[0]), str(layers[1]))
+    probes = options.probes
+    if probes is not None and (not is_int(probes) or not 2 <= probes <= part.out_dim):
+        raise ValueError(
+            f"probes must be an integer from 2 to d_model = {part.out_dim}, not {probes!r}. "
+            "Two are the least that tell their own error; drop probes= for exact norms."
+        )
+    if target is not None and operator.site_index(sites[1]) != len(operator.sites) - 1:
+        raise ValueError(
+            f"A target in logits needs layers up to {FINAL_SITE!r}, not up to {sites[1]!r}. "
+            "Drop target=, or end layers there."
+        )
+    limit = memory_budget(options.memory_limit, capture.frame.device)
+    return _Question(name, capture, operator, part, sites, target, options, limit)
+
+
+# --- The answers ---------------------------------------------------------------------------------
+
+
+def operator_matrix(
+    name: str,
+    capture: Capture,
+    operator: FrozenTransformer,
     target: TargetLike = None,
     layers: tuple[str, str] | None = None,
-    probes: int | None = None,
-    seed: int = 0,
-    precision: str | None = None,
-    memory_limit: int | None = None,
+    options: MatrixOptions | None = None,
 ) -> TokenMatrix:
-    """Collapse the operator to a token-by-token matrix.
-
-    "norm" ‖T_ij‖_F, "in" ‖T_ij x_j‖, "out" ‖T_ijᵀ u_i‖, "in_out" u_iᵀ T_ij x_j (Atad et al. 2026).
+    """Collapse the operator to a token-by-token matrix (Atad et al. 2026).
 
     Args:
-        capture: The run.
-        operator: Its operator.
-        kind: "norm", "in", "out" or "in_out".
-        target: What u_i is, for "out" and "in_out": None is y_i / ‖y_i‖, the output's own direction;
-            "prediction" the logit of each position's own prediction; a token, id or direction is
-            taken at every position.
-        layers: A pair of residual sites: that part of the operator only.
-        probes: For "norm": how many random vectors per destination, at least 2; None is exact.
-        seed: Of the probes.
-        precision: "bfloat16" for products in that precision; None is the operator's own.
-        memory_limit: Bytes; by default half of what is free.
+        name: One of :data:`OPERATOR_METHODS`.
+        capture: The captured run.
+        operator: The operator of that run.
+        target: What u_i reads, for "out" and "in_out". None is the output's own direction
+            y_i / ‖y_i‖, and "prediction" the logit of each position's own prediction. A token, id
+            or direction is read at every position.
+        layers: A pair of residual sites, for that part of the operator only. None is all of it.
+        options: Options of the method.
 
     Returns:
         The matrix of every prompt.
 
     Raises:
-        ValueError: If an argument is none of these, or the work does not fit ``memory_limit``.
+        ValueError: If an argument does not fit the method, or the work the memory limit.
     """
-    part, sites = _segment(operator, layers)
-    frame = capture.frame
+    # 1. The question.
+    question = _ask(name, capture, operator, target, layers, options or MatrixOptions())
+    frame, probes = capture.frame, question.options.probes
     values = frame.zeros(frame.n_pos)
     error = None if probes is None else frame.zeros(frame.n_pos)
-    constants = values_of = None
-    if kind == "in_out":
-        constants, values_of = frame.zeros(1)[..., 0], frame.zeros(1)[..., 0]
-    limit = memory_budget(memory_limit, frame.device)
-    bias = part.bias if kind == "in_out" else None
-    for prompt, (start, stop) in enumerate(frame.spans):
-        job = _prepare(
-            capture, operator, part, sites, kind, target, probes, seed, precision, prompt
-        )
-        here = slice(start, stop)
-        every = torch.arange(stop - start, device=frame.device)
-        found = job.sweep.carry(every, job.vectors, job.many, job.reduce, limit).to(frame.dtype)
-        values[prompt, here, here] = _entries(kind, found, part.out_dim, probes)
-        if error is not None and probes is not None:
-            samples, k = found * part.out_dim, probes
-            deviation = samples.std(1) * math.sqrt((1 - k / part.out_dim) / k)
-            error[prompt, here, here] = deviation / (2 * samples.mean(1).sqrt()).clamp_min(1e-30)
-        if (
-            kind == "in_out"
-            and bias is not None
-            and constants is not None
-            and values_of is not None
-        ):
-            u, beside, value = _covectors(capture, operator, sites, target, prompt)
+    # 2. and 3. One sweep per prompt.
+    for prompt, (here, found) in enumerate(_carried(question)):
+        values[prompt, here, here] = question.entries(found)
+        if error is not None:
+            error[prompt, here, here] = question.standard_error(found)
+    # 4. The constants' share.
+    constants = totals = None
+    if name == "in_out":
+        constants, totals = frame.zeros(1)[..., 0], frame.zeros(1)[..., 0]
+        bias = question.part.bias
+        for prompt, (start, stop) in enumerate(frame.spans):
+            here = slice(start, stop)
+            u, beside, totals[prompt, here] = question.covectors(prompt)
             constants[prompt, here] = (u * bias[prompt, here]).sum(-1) + beside
-            values_of[prompt, here] = value
     return TokenMatrix(
-        kind, values, capture.prompts.strings, frame.spans, capture.convention, sites,
-        constants, values_of, error, probes,
-    )  # fmt: skip
+        kind=name,
+        values=values,
+        labels=capture.prompts.strings,
+        spans=frame.spans,
+        convention=capture.convention,
+        layers=question.sites,
+        constants=constants,
+        target_value=totals,
+        standard_error=error,
+        probes=probes,
+    )
 
 
-def _entries(kind: str, found: Tensor, d_model: int, probes: int | None) -> Tensor:
-    """What a sweep found, as entries [destination, source]."""
-    if kind == "in_out":
-        return found[:, 0]
-    if kind == "in":
-        return found[:, 0].sqrt().T
-    if probes is not None:
-        return (found * d_model).mean(1).sqrt()  # E ‖Tᵀ g‖² = ‖T‖²_F / d
-    return found.sum(1).sqrt()
+def _carried(question: _Question) -> Iterator[tuple[slice, Tensor]]:
+    """Where each prompt's tokens are, and what the sweep from all of its positions found."""
+    frame = question.capture.frame
+    for prompt, (start, stop) in enumerate(frame.spans):
+        job = question.sweep(prompt)
+        every = torch.arange(stop - start, device=frame.device)
+        found = job.sweep.carry(every, job.vectors, job.many, job.reduce, question.limit)
+        yield slice(start, stop), found.to(frame.dtype)
 
 
-def token_row(
+def operator_row(
+    name: str,
     capture: Capture,
     operator: FrozenTransformer,
-    kind: str,
     goal: Target,
-    probes: int | None = None,
-    seed: int = 0,
-    precision: str | None = None,
-    memory_limit: int | None = None,
+    options: MatrixOptions | None = None,
 ) -> Float[Tensor, "batch pos"]:
-    """One row of :func:`token_matrix`, at what one row costs: the output at a target's position.
+    """Compute the one row of :func:`operator_matrix` at a target's position, at a row's cost.
 
     Args:
-        capture: The run.
-        operator: Its operator.
-        kind: "norm" and "in" know no target but its position; "out" and "in_out" read by its u, so
-            that the row of "in_out" and the constants' share sum to it.
-        goal: The target.
-        probes: As in :func:`token_matrix`.
-        seed: Of the probes.
-        precision: As in :func:`token_matrix`.
-        memory_limit: Bytes; by default half of what is free.
+        name: One of :data:`OPERATOR_METHODS`. "norm" and "in" know only the target's position.
+            "out" and "in_out" read by the target's own covector, so that the row of "in_out" and
+            the constants' share sum to the target.
+        capture: The captured run.
+        operator: The operator of that run.
+        goal: The target whose position is read.
+        options: Options of the method.
 
     Returns:
-        An entry for every token; 0 at padding.
+        An entry for every token [batch, pos]; 0 at padding.
 
     Raises:
-        ValueError: If an argument is none of these, or the work does not fit ``memory_limit``.
+        ValueError: If an option does not fit the method, or the work the memory limit.
     """
-    part, sites = _segment(operator, None)
-    frame, limit = capture.frame, memory_budget(memory_limit, capture.frame.device)
+    question = _ask(name, capture, operator, None, None, options or MatrixOptions())
+    frame = capture.frame
     values = frame.zeros(1)[..., 0]
     for prompt, (start, stop) in enumerate(frame.spans):
-        u = goal.covector[prompt : prompt + 1]
-        job = _prepare(
-            capture, operator, part, sites, kind, None, probes, seed, precision, prompt, u
-        )
+        job = question.sweep(prompt, goal.covector[prompt : prompt + 1])
         query = goal.query[prompt : prompt + 1] - start
-        at = torch.arange(stop - start, device=frame.device) if kind == "in" else query
-        found = job.sweep.carry(at, job.vectors, job.many, job.reduce, limit).to(frame.dtype)
-        entries = _entries(kind, found, part.out_dim, probes)
-        values[prompt, start:stop] = entries[query[0] if kind == "in" else 0]
+        # A pull starts at the destination alone; pushes are needed from every source.
+        at = torch.arange(stop - start, device=frame.device) if name == "in" else query
+        found = job.sweep.carry(at, job.vectors, job.many, job.reduce, question.limit)
+        entries = question.entries(found.to(frame.dtype))
+        values[prompt, start:stop] = entries[query[0] if name == "in" else 0]
     return values
 
 
 def plan_token_matrix(
+    name: str,
     capture: Capture,
     operator: FrozenTransformer,
-    kind: str,
     target: TargetLike = None,
     layers: tuple[str, str] | None = None,
-    probes: int | None = None,
-    seed: int = 0,
-    precision: str | None = None,
-    memory_limit: int | None = None,
+    **options: Any,
 ) -> Plan:
-    """What :func:`token_matrix` would cost, with the same arguments; only rates are measured.
+    """Tell what :func:`operator_matrix` would cost, with the same arguments.
+
+    Args:
+        name: One of :data:`OPERATOR_METHODS`.
+        capture: The captured run.
+        operator: The operator of that run.
+        target: The target, as for the matrix.
+        layers: A pair of residual sites, or None.
+        **options: Options of the method, by the names of :class:`MatrixOptions`.
 
     Returns:
-        The plan.
+        The plan. Only the machine's rates are measured; no sweep runs.
 
     Raises:
-        ValueError: As :func:`token_matrix` would.
+        ValueError: If the call itself would be refused.
     """
-    part, sites = _segment(operator, layers)
+    question = _ask(name, capture, operator, target, layers, matrix_options(name, options))
     frame, jobs, dtype = capture.frame, [], capture.frame.dtype
     for prompt, (start, stop) in enumerate(frame.spans):
-        job = _prepare(
-            capture, operator, part, sites, kind, target, probes, seed, precision, prompt
-        )
+        job = question.sweep(prompt)
         every = torch.arange(stop - start, device=frame.device)
         jobs.append(job.sweep.shape(every, job.many, job.reduce))
         dtype = job.sweep.dtype
-    limit = memory_budget(memory_limit, frame.device)
     notes = (HOST,) if isinstance(capture.blocks[0].attn.mix, RecomputedMix) else ()
-    return make_plan(f'token_matrix("{kind}")', jobs, limit, dtype, frame.device, notes)
-
-
-def _segment(
-    operator: FrozenTransformer, layers: tuple[str, str] | None
-) -> tuple[Segment, tuple[str, str]]:
-    if layers is None:
-        layers = operator.sites[0], FINAL_SITE
-    if not (isinstance(layers, Sequence) and len(layers) == 2) or isinstance(layers, str):
-        raise ValueError(
-            f"expected layers as a pair of residual sites, got {layers!r}; there are "
-            f"{', '.join(operator.sites)}"
-        )
-    return operator.between(*layers), (str(layers[0]), str(layers[1]))
-
-
-def _prepare(
-    capture: Capture,
-    operator: FrozenTransformer,
-    part: Segment,
-    sites: tuple[str, str],
-    kind: str,
-    target: TargetLike,
-    probes: int | None,
-    seed: int,
-    precision: str | None,
-    prompt: int,
-    u: Tensor | None = None,
-) -> _Sweep:
-    if kind not in KINDS:
-        raise ValueError(f"expected kind to be one of {', '.join(KINDS)}, got {kind!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"expected precision 'bfloat16' or None, got {precision!r}")
-    if target is not None and kind in ("norm", "in"):
-        raise ValueError(f"{kind!r} has no target: leave it out, or ask for 'out' or 'in_out'")
-    if probes is not None and kind != "norm":
-        raise ValueError(f"probes are for 'norm', got {probes!r} for {kind!r}: leave them out")
-    start, stop = capture.frame.spans[prompt]
-    sweep = BatchedSweep(part.map, prompt, kind != "in", PRECISIONS[precision])
-    d = part.out_dim
-    if kind == "norm" and probes is None:
-        eye = capture.frame.eye(d)
-        return _Sweep(sweep, d, lambda i, p: eye[p].expand(len(i), -1, -1), squares())
-    if kind == "norm":
-        if not whole(probes) or not 2 <= probes <= d:
-            raise ValueError(
-                f"expected 2 ≤ probes ≤ {d} (d_model), got {probes!r}: two samples are the least "
-                "that tell their error; None is exact"
-            )
-        generator = torch.Generator().manual_seed(seed + prompt)
-        g = orthogonal_probes(stop - start, probes, d, generator).to(capture.embed)
-        return _Sweep(sweep, probes, lambda i, p: g[i][:, p], squares())
-    if kind == "in":
-        x = state_at(capture, operator, sites[0])[prompt, start:stop]
-        return _Sweep(sweep, 1, lambda i, p: x[i][:, None], squares())
-    if u is None:
-        u = _covectors(capture, operator, sites, target, prompt)[0]
-    reduce = squares()
-    if kind == "in_out":
-        reduce = dots(state_at(capture, operator, sites[0])[prompt, start:stop])
-    return _Sweep(sweep, 1, lambda i, p: u[i][:, None], reduce)
-
-
-def state_at(
-    capture: Capture, operator: FrozenTransformer, site: str
-) -> Float[Tensor, "batch pos d_model"]:
-    """The run's own state at a residual site, the final normalized residual included."""
-    index = operator.site_index(site)
-    if index < len(operator.steps):
-        return operator.steps[index].state
-    return capture.resid_final if index == len(operator.steps) else capture.unembed.final
-
-
-def _covectors(
-    capture: Capture,
-    operator: FrozenTransformer,
-    sites: tuple[str, str],
-    target: TargetLike,
-    prompt: int,
-) -> tuple[Tensor, Tensor | float, Tensor]:
-    """For every position u_i [pos, d_model], what b_U adds, and the run's own value of the target."""
-    start, stop = capture.frame.spans[prompt]
-    if target is None:
-        y = state_at(capture, operator, sites[1])[prompt, start:stop]
-        size = y.norm(dim=-1)
-        return y / size[:, None].clamp_min(1e-30), 0.0, size
-    if operator.site_index(sites[1]) != len(operator.sites) - 1:
-        raise ValueError(
-            f"a target in logits is read at {FINAL_SITE!r}, got layers up to {sites[1]!r}: leave the "
-            "target out, or end there"
-        )
-    one = capture.prompt(prompt)
-    goal = None if isinstance(target, str) and target == "prediction" else target
-    found = [resolve_target(one, goal, pos) for pos in range(stop - start)]
-    return (
-        torch.cat([t.covector for t in found]),
-        torch.cat([t.constant for t in found]),
-        torch.cat([t.value for t in found]),
-    )
+    what = f'token_matrix("{name}")'
+    return make_plan(what, jobs, question.limit, dtype, frame.device, notes)

@@ -1,23 +1,22 @@
-"""Every way to say which tokens an output is made of, the operator's and earlier ones, by one call.
+"""Every way to say which tokens an output is made of, by one call.
 
-The operator's collapses (``collapse``: norm, in, out, in_out) and the baselines have the same names
-and arguments everywhere: :func:`token_matrix` is how much of every token is in every position,
-:func:`token_scores` how much of one target is due to each. :data:`METHODS` tells what each costs.
+The operator's own methods ("norm", "in", "out", "in_out") and the earlier ones have the same names
+and arguments everywhere. :func:`token_matrix` tells how much of every token is in every position.
+:func:`token_scores` tells how much of one target is due to every token. :data:`METHODS` says what
+each method costs.
 """
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..attribution import Target, TargetLike
 from ..graph import FINAL_SITE
 from ..operator import Capture, FrozenTransformer
-from . import baselines
-from .baselines import BASELINES
-from .operator_matrices import KINDS, token_row
-from .operator_matrices import token_matrix as collapse
+from .baselines import BASELINES, baseline_matrix, baseline_scores
+from .operator_matrices import OPERATOR_METHODS, matrix_options, operator_matrix, operator_row
 from .tables import TokenMatrix, TokenScores
 
 
@@ -26,9 +25,9 @@ class Method:
     """What is known of a method before it runs.
 
     Attributes:
-        name: What a user types.
-        cost: What a target's scores take beyond the capture, about, in passes of the model.
-        source: Where it was published.
+        name: Name by which a user calls the method.
+        cost: About what a target's scores cost beyond the capture, in passes of the model.
+        source: Paper that published the method.
         needs_model: Whether the real model must be run again.
     """
 
@@ -38,11 +37,15 @@ class Method:
     needs_model: bool = False
 
 
-_OPERATOR = {"norm": "d_model backwards of one position (or probes=k)", "in": "pos forwards",
-             "out": "1 backward", "in_out": "1 backward"}  # fmt: skip
+_OPERATOR_COSTS = {
+    "norm": "d_model backwards of one position (or probes=k)",
+    "in": "pos forwards",
+    "out": "1 backward",
+    "in_out": "1 backward",
+}
 
 METHODS: dict[str, Method] = {
-    name: Method(name, cost, "Atad et al. 2026") for name, cost in _OPERATOR.items()
+    name: Method(name, cost, "Atad et al. 2026") for name, cost in _OPERATOR_COSTS.items()
 } | {
     row.name: Method(row.name, row.cost, row.source, row.needs_model) for row in BASELINES.values()
 }
@@ -58,36 +61,42 @@ def token_matrix(
     model: Any = None,
     **options: Any,
 ) -> TokenMatrix:
-    """How much of token j is in the output at i, by one of :data:`METHODS`.
+    """Compute how much of token j is in the output at position i, by one of :data:`METHODS`.
 
     Args:
-        name: The method.
-        capture: The run.
-        operator: Its operator.
-        target: For "out" and "in_out"; see :func:`collapse.token_matrix`.
-        layers: For the operator's own: a part of it.
-        model: The host the run came from, for methods that run it again; those give each row for
+        name: Name of the method.
+        capture: The captured run.
+        operator: The operator of that run.
+        target: What the output is read by, for "out" and "in_out"; see :func:`operator_matrix`.
+        layers: A pair of residual sites, for the operator's own methods on a part of the model.
+        model: The host model of the run, for methods that run it again. Each row of theirs is for
             the model's own prediction at that position.
-        **options: The method's own.
+        **options: Options of the method.
 
     Returns:
-        The matrices.
+        The matrix of every prompt.
 
     Raises:
         ValueError: If there is no such method or option, or the model is missing.
     """
-    if check(name, options) in KINDS:
-        return collapse(capture, operator, name, target, layers, **options)
+    check_method(name, options)
+    if name in OPERATOR_METHODS:
+        own = matrix_options(name, options)
+        return operator_matrix(name, capture, operator, target, layers, own)
     if target is not None or layers is not None:
-        what = "layers" if target is None else "target"
+        wrong = "layers" if target is None else "target"
+        more = "" if target is None else ", or ask for token_scores, which takes one"
         raise ValueError(
-            f"{what} is for {', '.join(KINDS)}, got {what}={target if layers is None else layers!r} for "
-            f"{name!r}: leave it out" + (", or ask for token_scores" if target is not None else "")
+            f"{wrong}= is for {', '.join(OPERATOR_METHODS)}, not for {name!r}. Drop {wrong}={more}."
         )
-    values = baselines.token_matrix(name, capture, model, **options)
     sites = (str(operator.sites[0]), FINAL_SITE)
     return TokenMatrix(
-        name, values, capture.prompts.strings, capture.frame.spans, capture.convention, sites
+        kind=name,
+        values=baseline_matrix(name, capture, model, **options),
+        labels=capture.prompts.strings,
+        spans=capture.frame.spans,
+        convention=capture.convention,
+        layers=sites,
     )
 
 
@@ -99,53 +108,49 @@ def token_scores(
     model: Any = None,
     **options: Any,
 ) -> TokenScores:
-    """How much of a target is due to every token, by one of :data:`METHODS`.
+    """Compute how much of a target is due to every token, by one of :data:`METHODS`.
 
     Args:
-        name: The method. Those that know no target give their matrix's row at its position; "out" is
-            ‖T_jᵀ u‖ and "in_out" uᵀ T_j x_j with the target's own u.
-        capture: The run.
-        operator: Its operator.
-        goal: From :func:`tensorlens_tl.attribution.targets.resolve_target`.
-        model: The host the run came from, for methods that run it again.
-        **options: The method's own.
+        name: Name of the method. A method that knows no target gives its matrix's row at the
+            target's position. "out" gives ‖T_jᵀ u‖, and "in_out" uᵀ T_j x_j, with the target's u.
+        capture: The captured run.
+        operator: The operator of that run.
+        goal: The target, as ``attribution.resolve_target`` gives one.
+        model: The host model of the run, for methods that run it again.
+        **options: Options of the method.
 
     Returns:
-        The scores; signed where the method's are.
+        A score for every token; signed where the method's scores are.
 
     Raises:
         ValueError: If there is no such method or option, or the model is missing.
     """
-    if check(name, options) in KINDS:
-        values = token_row(capture, operator, name, goal, **options)
+    check_method(name, options)
+    if name in OPERATOR_METHODS:
+        values = operator_row(name, capture, operator, goal, matrix_options(name, options))
     else:
-        values = baselines.token_scores(name, capture, goal, model, **options)
+        values = baseline_scores(name, capture, goal, model, **options)
     return TokenScores(
-        name, values, capture.prompts.strings, capture.frame.spans, goal.name, capture.convention
+        method=name,
+        values=values,
+        labels=capture.prompts.strings,
+        spans=capture.frame.spans,
+        target=goal.name,
+        convention=capture.convention,
     )
 
 
-def check(name: str, options: dict[str, Any] | None = None) -> str:
-    """Refuse a method or an option that does not exist.
+def check_method(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Refuse a method, or an option of the operator's own methods, that does not exist.
 
     Args:
-        name: The method.
-        options: Its options.
-
-    Returns:
-        The name.
+        name: Name of the method.
+        options: Options of the method, by name.
 
     Raises:
-        ValueError: If there is none, with a list of all.
+        ValueError: If there is no such method or option.
     """
     if name not in METHODS:
-        raise ValueError(f"no method {name!r}; expected one of {', '.join(METHODS)}")
-    wrong = set(options or ()) - set(_ROW_OPTIONS)
-    if name in KINDS and wrong:
-        raise ValueError(
-            f"{name} has no option {', '.join(sorted(wrong))}; its options: {', '.join(_ROW_OPTIONS)}"
-        )
-    return name
-
-
-_ROW_OPTIONS = tuple(inspect.signature(token_row).parameters)[4:]
+        raise ValueError(f"There is no method {name!r}. Choose one of {', '.join(METHODS)}.")
+    if name in OPERATOR_METHODS:
+        matrix_options(name, options or {})

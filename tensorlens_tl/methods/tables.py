@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import strip_html
-from ..checks import at_least_one
+from ..checks import at_least_one, need
 from ..operator import Convention
+from ..sublayers import TINY
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -21,16 +22,20 @@ class TokenMatrix:
     """A token-by-token matrix [query_pos, key_pos] for every prompt of a batch.
 
     Attributes:
-        kind: Which.
-        values: [batch, query_pos, key_pos]; 0 where there is padding.
-        labels: Every prompt's tokens.
-        spans: Where in ``values`` each prompt's tokens are.
-        constants: "in_out": the constants' share of every destination's target [batch, query_pos].
-        target_value: "in_out": the targets, from the run itself [batch, query_pos].
-        standard_error: "norm" with probes: of every entry.
-        probes: How many, or None where exact.
-        convention: The choice made for gated MLPs.
-        layers: The sites between which.
+        kind: Name of the method that made the matrix.
+        values: How much of token key_pos is in position query_pos [batch, query_pos, key_pos];
+            0 where there is padding.
+        labels: Strings of every prompt's tokens.
+        spans: Start and stop of every prompt's tokens along the axes of ``values``.
+        convention: Choice made for gated MLPs.
+        layers: Names of the two residual sites that the matrix spans.
+        constants: For "in_out", what constants add to every destination's target
+            [batch, query_pos], in the target's units. None for other methods.
+        target_value: For "in_out", every destination's target as the run had it
+            [batch, query_pos]. None for other methods.
+        standard_error: For an estimated "norm", the standard error of every entry
+            [batch, query_pos, key_pos]. None for exact matrices.
+        probes: Number of random vectors that estimated the entries. None for exact matrices.
     """
 
     kind: str
@@ -60,57 +65,66 @@ class TokenMatrix:
 
     @property
     def completeness_error(self) -> float | None:
-        """Largest |row sum + constants − target| / max |target| of "in_out"; None for other kinds."""
+        """Largest |row sum + constants − target| / max |target| of "in_out"; else None."""
         if self.constants is None or self.target_value is None:
             return None
         off = (self.values.sum(-1) + self.constants - self.target_value).abs().max()
-        return float(off / self.target_value.abs().max().clamp_min(1e-30))
+        return float(off / self.target_value.abs().max().clamp_min(TINY))
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """A confidence interval of every estimated entry: t on the logarithm of the mean square.
+        """Compute a confidence interval of every estimated entry.
+
+        The interval is Student's t on the logarithm of the norm, so that both bounds are positive.
 
         Args:
-            level: Its coverage.
+            level: Coverage of the interval, between 0 and 1.
 
         Returns:
-            Lower and upper bounds, [batch, query_pos, key_pos] each.
+            Lower and upper bounds, each [batch, query_pos, key_pos].
 
         Raises:
-            ValueError: If the matrix is exact, or the level is no share.
+            ValueError: If the matrix is exact, or the level is not between 0 and 1.
         """
         if self.standard_error is None or self.probes is None:
-            raise ValueError("this matrix is exact: expected a norm estimated with probes=k")
+            raise ValueError(
+                "This matrix is exact and has no interval. Ask for token_matrix('norm', probes=k)."
+            )
         if not 0 < level < 1:
-            raise ValueError(f"expected a level between 0 and 1, got {level}")
+            raise ValueError(f"level={level} is not between 0 and 1. Pass a share such as 0.95.")
         # d log(norm) = d norm / norm
         spread = student_t((1 + level) / 2, self.probes - 1) * self.standard_error
-        factor = torch.exp(spread / self.values.clamp_min(1e-30))
+        factor = torch.exp(spread / self.values.clamp_min(TINY))
         return self.values / factor, self.values * factor
 
     def to_dataframe(self, prompt: int = 0) -> Any:
-        """One prompt's matrix as a pandas DataFrame, tokens on both sides.
+        """Give one prompt's matrix as a pandas DataFrame, with its tokens on both sides.
+
+        Args:
+            prompt: Index of the prompt in the batch.
 
         Returns:
-            The frame.
+            The DataFrame; rows are destinations, columns sources.
 
         Raises:
             ValueError: If pandas is missing.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise ValueError("to_dataframe needs pandas: pip install pandas") from None
+        pandas = need("pandas", "pandas", "to_dataframe")
         names = [f"{token}@{i}" for i, token in enumerate(self.labels[prompt])]
         return pandas.DataFrame(self[prompt].cpu().numpy(), index=names, columns=names)
 
 
 def student_t(p: float, freedom: int) -> float:
-    """A quantile of Student's t: closed for 1 and 2 degrees of freedom, else expanded around z.
+    """Compute a quantile of Student's t distribution.
 
-    Source: Cornish-Fisher expansion, Abramowitz & Stegun 26.7.5.
+    The form is closed for 1 and 2 degrees of freedom. Otherwise it is the Cornish-Fisher expansion
+    around the normal quantile z (Abramowitz & Stegun 26.7.5).
+
+    Args:
+        p: Probability below the quantile.
+        freedom: Degrees of freedom, at least 1.
 
     Returns:
-        The quantile.
+        The quantile t with P(T ≤ t) = p.
     """
     if freedom == 1:
         return math.tan(math.pi * (p - 0.5))
@@ -131,12 +145,12 @@ class TokenScores:
     """How much of a target is due to every token, for every prompt of a batch.
 
     Attributes:
-        method: Which.
-        values: [batch, pos]; 0 where there is padding.
-        labels: Every prompt's tokens.
-        spans: Where in ``values`` each prompt's tokens are.
-        target: The target's name, per prompt.
-        convention: The choice made for gated MLPs.
+        method: Name of the method that gave the scores.
+        values: Score of every token [batch, pos]; 0 where there is padding.
+        labels: Strings of every prompt's tokens.
+        spans: Start and stop of every prompt's tokens along the positions of ``values``.
+        target: Name of the target, per prompt.
+        convention: Choice made for gated MLPs.
     """
 
     method: str
@@ -154,10 +168,14 @@ class TokenScores:
         return self.values[prompt, slice(*self.spans[prompt])]
 
     def top(self, k: int = 10, prompt: int = 0) -> list[tuple[str, float]]:
-        """The k tokens of the largest scores by absolute value, as (token@position, score).
+        """Give the k tokens with the largest scores by absolute value.
+
+        Args:
+            k: Number of tokens.
+            prompt: Index of the prompt in the batch.
 
         Returns:
-            At most k pairs, largest first.
+            At most k pairs ('"token"@position', score), largest first.
 
         Raises:
             ValueError: If k < 1.
@@ -173,6 +191,9 @@ class TokenScores:
 
     def _repr_html_(self) -> str:
         rows = zip(self.target, self.labels, range(len(self)), strict=True)
-        strips = (f"<div><b>{self.method}</b> of {escape(target)}</div>"
-                  + strip_html(tokens, self[i].tolist()) for target, tokens, i in rows)  # fmt: skip
+        strips = (
+            f"<div><b>{self.method}</b> of {escape(target)}</div>"
+            + strip_html(tokens, self[i].tolist())
+            for target, tokens, i in rows
+        )
         return "".join(strips)

@@ -11,14 +11,9 @@ from models import CASES, lens_of, quiet, tokens
 from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.methods.attention_maps import FLOW_UNIT, halved, mean_patterns
 from tensorlens_tl.methods.baselines import baseline_matrix, baseline_scores
-from tensorlens_tl.methods.value_vectors import (
-    alti_layers,
-    cosine_distance,
-    decompx_vectors,
-    normed,
-    splits,
-    value_zeroing_layers,
-)
+from tensorlens_tl.methods.decompx import decompx_vectors
+from tensorlens_tl.methods.value_vectors import alti_layers, normed, splits
+from tensorlens_tl.methods.value_zeroing import cosine_distance, value_zeroing_layers
 from tensorlens_tl.operator.capture import Capture, Convention, FrozenBlock, Prompts
 from tensorlens_tl.sublayers.attention import Attention
 from tensorlens_tl.sublayers.batch_layout import Frame

@@ -426,18 +426,18 @@ def test_refusals(monkeypatch):
     case = FEW[0]
     lens, model = lens_of(case), case.model()
     with pytest.raises(
-        ValueError, match=r"no method 'roll'; expected one of mean_attention, .*random"
+        ValueError, match=r"no method 'roll'. Choose one of mean_attention, .*random"
     ):
         matrix("roll", lens)
-    with pytest.raises(ValueError, match="chefer differentiates the model: pass model="):
+    with pytest.raises(ValueError, match=r"chefer runs the model again. Pass the captured model"):
         scores("chefer", lens)
-    with pytest.raises(ValueError, match="random has no option sed; its options: seed=0"):
+    with pytest.raises(ValueError, match=r"random has no option sed. Its options are seed=0"):
         matrix("random", lens, sed=1)
-    with pytest.raises(ValueError, match="rollout has no option query; its options: none"):
+    with pytest.raises(ValueError, match=r"rollout has no option query. Its options are none"):
         matrix("rollout", lens, query=None)
-    with pytest.raises(ValueError, match="one of zero, mean, bos, got 'noise'"):
+    with pytest.raises(ValueError, match=r"baseline='noise' does not exist. Choose 'zero'"):
         scores("integrated_gradients", lens, model, baseline="noise")
-    with pytest.raises(ValueError, match="no beginning-of-sequence token"):
+    with pytest.raises(ValueError, match=r"no beginning-of-sequence token. Use baseline="):
         scores("integrated_gradients", lens, model, baseline="bos")
     with pytest.raises(ValueError, match="steps=0 is not an integer ≥ 1"):
         scores("integrated_gradients", lens, model, steps=0)

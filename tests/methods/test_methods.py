@@ -89,19 +89,21 @@ def test_what_it_looks_like():
 def test_refusals():
     lens = lens_of(FEW[0])
     for call in (lens.token_matrix, lens.token_scores):
-        with pytest.raises(ValueError, match=r"no method 'roll'; expected one of norm, .*random"):
+        with pytest.raises(ValueError, match=r"no method 'roll'. Choose one of norm, .*random"):
             call("roll")
         with pytest.raises(
-            ValueError, match="in_out has no option steps; its options: probes, seed"
+            ValueError, match=r"in_out has no option steps. Its options are probes, seed"
         ):
             call("in_out", steps=3)
-        with pytest.raises(ValueError, match="rollout has no option probes; its options: none"):
+        with pytest.raises(ValueError, match=r"rollout has no option probes. Its options are none"):
             call("rollout", probes=3)
-        with pytest.raises(ValueError, match="chefer differentiates the model: pass model="):
+        with pytest.raises(
+            ValueError, match=r"chefer runs the model again. Pass the captured model as model="
+        ):
             call("chefer")
-    with pytest.raises(ValueError, match=r"leave it out, or ask for token_scores"):
+    with pytest.raises(ValueError, match=r"Drop target=, or ask for token_scores"):
         lens.token_matrix("rollout", 3)
-    with pytest.raises(ValueError, match="layers is for norm"):
+    with pytest.raises(ValueError, match="layers= is for norm"):
         lens.token_matrix("rollout", layers=("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"))
-    with pytest.raises(ValueError, match="probes are for 'norm'"):
+    with pytest.raises(ValueError, match="probes= estimates 'norm' only"):
         lens.token_scores("out", probes=3)

@@ -454,15 +454,15 @@ def test_flops_of_a_pull_are_the_formula():
     ("arguments", "message"),
     [
         ({"name": "rollout?"}, "one of norm, in, out, in_out"),
-        ({"name": "norm", "probes": 1}, "expected 2 ≤ probes ≤ 32"),
-        ({"name": "norm", "probes": 33}, "expected 2 ≤ probes ≤ 32"),
-        ({"name": "out", "probes": 4}, "probes are for 'norm'"),
-        ({"name": "in", "target": 3}, "has no target"),
-        ({"name": "norm", "precision": "int8"}, "expected precision 'bfloat16' or None"),
-        ({"name": "norm", "layers": "blocks.1.hook_resid_pre"}, "expected layers as a pair"),
+        ({"name": "norm", "probes": 1}, "probes must be an integer from 2 to d_model = 32"),
+        ({"name": "norm", "probes": 33}, "probes must be an integer from 2 to d_model = 32"),
+        ({"name": "out", "probes": 4}, "probes= estimates 'norm' only"),
+        ({"name": "in", "target": 3}, "takes no target"),
+        ({"name": "norm", "precision": "int8"}, "precision must be 'bfloat16' or None"),
+        ({"name": "norm", "layers": "blocks.1.hook_resid_pre"}, "layers must be a pair"),
         ({"name": "norm", "layers": SITE[::-1]}, "expected a site at or after"),
         ({"name": "norm", "layers": ("blocks.9.hook_resid_pre", SITE[1])}, "no residual site"),
-        ({"name": "in_out", "target": 3, "layers": SITE}, "a target in logits is read at"),
+        ({"name": "in_out", "target": 3, "layers": SITE}, "A target in logits needs layers up to"),
         ({"name": "norm", "memory_limit": 1000}, "the smallest chunk .* raise memory_limit"),
         ({"name": "norm", "memory_limit": -1}, "expected memory_limit as a positive whole number"),
     ],
@@ -522,9 +522,9 @@ def test_bad_blocks_are_refused():
                 ask(memory_limit=limit)
     with pytest.raises(ValueError, match="raise memory_limit"):
         op.block(None, None, memory_limit=1000)
-    with pytest.raises(ValueError, match="this matrix is exact"):
+    with pytest.raises(ValueError, match="This matrix is exact"):
         lens_of(case).token_matrix("norm").interval()
-    with pytest.raises(ValueError, match="expected a level between 0 and 1"):
+    with pytest.raises(ValueError, match="level=95 is not between 0 and 1"):
         lens_of(case).token_matrix("norm", probes=4).interval(95)
     with pytest.raises(ValueError, match="expected an operator, or what"):
         BatchedSweep(lens_of(case).capture.unembed, 0, True).shape(torch.arange(2), 1, squares())

@@ -1,0 +1,69 @@
+"""Value zeroing (Mohebbi et al. 2023): what a layer loses without one token's value vectors.
+
+1. Split every layer's attention step by source token.
+2. Take one token's part out, and run what follows in the block anew: norms and MLP, no pattern.
+3. Measure the cosine distance between the block's output with and without it.
+4. Normalize rows, and multiply the layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..operator import Capture
+from ..sublayers import FeedForward, Norm
+from .attention_maps import Matrix, product, rows
+from .value_vectors import Split, normed, splits
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Compute 1 − cos(a, b) as ½‖a/‖a‖ − b/‖b‖‖², which is exact where the two nearly agree."""
+    unit = torch.nn.functional.normalize
+    return 0.5 * (unit(a, dim=-1) - unit(b, dim=-1)).square().sum(-1)
+
+
+def _rerun(norm: Norm | None, was: Tensor, x: Tensor) -> Tensor:
+    """A norm as the model would run it on x, where the run had the input ``was``."""
+    return x if norm is None else normed(norm.moved(was, x), x)
+
+
+def _zeroed(s: Split, key: int) -> Tensor:
+    """The block's output with one token's value vectors at zero, everything behind them live."""
+    block, mid, mlp = s.block, s.block.resid_mid, s.block.mlp
+    attn = _rerun(block.ln1_post, s.out, s.out - s.part(key))
+    change = attn - normed(block.ln1_post, s.out)
+    if mid is None or not isinstance(mlp, FeedForward):  # no MLP reads what attention wrote
+        return s.resid_post + change
+    was, x = normed(block.ln2, mid), _rerun(block.ln2, mid, mid + change)
+    moved = mlp.moved(x - was)
+    raw_was, raw = mlp.apply(was) + mlp.bias, moved.apply(x) + moved.bias
+    added = _rerun(block.ln2_post, raw_was, raw) - normed(block.ln2_post, raw_was)
+    return s.resid_post + change + added
+
+
+def value_zeroing_layers(capture: Capture) -> list[Matrix]:
+    """Value zeroing (Mohebbi et al. 2023), layer by layer: distances in [0, 2], not normalized."""
+
+    def measure(s: Split, key: int) -> Tensor:
+        distance = cosine_distance(s.resid_post, _zeroed(s, key))
+        # Rows that the token does not reach differ by rounding at most.
+        return torch.where((s.part(key) != 0).any(-1), distance, 0)
+
+    return [s.matrix(lambda key, s=s: measure(s, key)) for s in splits(capture)]
+
+
+def value_zeroing(capture: Capture) -> Matrix:
+    """Value zeroing (Mohebbi et al. 2023): what outputs lose without a token's values, rolled out.
+
+    A layer's matrix is the cosine distance between the block's output at i and the same output
+    with v_j = 0. Patterns are kept; norms and MLP run anew. Rows are normalized, and the layers
+    multiplied. Cost: L runs of every block. The real model is not needed: a norm's scale tells ε.
+
+    Args:
+        capture: The captured run.
+
+    Returns:
+        The matrix; its rows sum to one.
+    """
+    return product(capture, [rows(capture, layer) for layer in value_zeroing_layers(capture)])
