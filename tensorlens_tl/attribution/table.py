@@ -19,6 +19,7 @@ from torch import Tensor
 from ..checks import at_least_one, need
 from ..graph import Edge, Node
 from ..operator import Convention
+from ..sublayers import TINY
 from .html import grid_html, strip_html, table_html
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ class Attribution:
         if len(self) > 1:
             dots = ", …" if len(self) > 3 else ""
             return f"{head}{dots}: {len(self)} prompts × {len(self.sources)} rows"
-        values, size = self.values[0], self.values[0].abs().sum().clamp_min(1e-30)
+        values, size = self.values[0], self.values[0].abs().sum().clamp_min(TINY)
         error = self.completeness_error
         nothing = error is None or not bool(values.any())  # 0/0 tells nothing
         exact = "" if nothing else f" (sum off by {error:.0e} of Σ|·|)"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..operator import CaptureMismatchError
-from ..sublayers import AnyMix, AttentionWeights, Frame, Norm, NormWeights, version
+from ..sublayers import TINY, AnyMix, AttentionWeights, Frame, Norm, NormWeights, version
 
 
 def not_finite(name: str) -> str:
@@ -38,7 +38,6 @@ float32 inside float64 models, which alone costs 1e-7."""
 _SAMPLE = 16
 """Positions at which an activation is compared: it is the same function everywhere."""
 
-_TINY = 1e-30
 Suspect = tuple[str, Tensor, Callable[[], Tensor]]
 
 _products: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
@@ -179,7 +178,7 @@ class SelfCheck:
         if not self._names:  # a block whose every product the user edited
             return
         sizes = torch.stack(self._sizes)  # [product, batch, pos]
-        sizes = sizes + 0.01 * sizes.amax((1, 2), keepdim=True) + _TINY
+        sizes = sizes + 0.01 * sizes.amax((1, 2), keepdim=True) + TINY
         errors = torch.where(self.real, torch.stack(self._errors) / sizes, 0)
         errors = errors.flatten(1).amax(-1).tolist()
         names, suspects = self._names, self._suspects

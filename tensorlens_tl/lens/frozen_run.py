@@ -10,8 +10,9 @@ from typing import TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import no_autocast
 from ..operator import Capture, Convention, FrozenTransformer
-from ..sublayers import LinearMap, version
+from ..sublayers import TINY, LinearMap, version
 from .missing_weights import require_weights
 
 Run = TypeVar("Run", bound="FrozenRun")
@@ -59,12 +60,17 @@ class FrozenRun:
     @property
     def operator(self) -> FrozenTransformer:
         """T and its bias: X [batch, pos, d_model] → the final normalized residual y."""
-        self._check_unchanged()
+        self._check_ready()
         return self._operator
 
     @cached_property
     def _operator(self) -> FrozenTransformer:
         return FrozenTransformer.of(require_weights(self.capture))
+
+    def _check_ready(self) -> None:
+        """Refuse to compute under torch.autocast, or once the run is not the model's any more."""
+        no_autocast(self.capture.frame.device.type)
+        self._check_unchanged()
 
     def _check_unchanged(self) -> None:
         for tensor, seen in self.versions:
@@ -110,7 +116,7 @@ class FrozenRun:
         self, y: Float[Tensor, "*many batch pos d_model"]
     ) -> Float[Tensor, "*many batch pos d_vocab"]:
         """Logits of a final normalized residual; a soft cap's ratio is frozen."""
-        self._check_unchanged()
+        self._check_ready()
         return self.capture.unembed @ y + self.capture.unembed.bias
 
     def between(self, start: str, stop: str) -> LinearMap:
@@ -172,4 +178,4 @@ class FrozenRun:
         real = self.capture.frame.real
         ours = self.readout(self.operator.apply(self.embedding) + self.operator.bias)[real]
         logits = self.capture.frame.cast(self.capture.logits)[real]
-        return float((ours - logits).abs().max() / logits.abs().max().clamp_min(1e-30))
+        return float((ours - logits).abs().max() / logits.abs().max().clamp_min(TINY))

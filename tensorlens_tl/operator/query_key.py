@@ -1,19 +1,21 @@
-"""What a target makes of queries and keys: first-order, since the operator's patterns are frozen.
+"""The gradient of a target at queries and keys. First-order, as the operator's patterns are frozen.
 
-With z the covector at a head's mixed values and v its values, the target's sensitivity is
+Let z be the covector at a head's mixed values and v the values. The target's sensitivity is
 
     to the pattern   dA[q, k] = ⟨z_q, v_k⟩
     to the scores    dS[q, k] = A[q, k] (dA[q, k] − Σ_k' A[q, k'] dA[q, k'])      the softmax's Jacobian
     to the products  dP[q, k] = dS[q, k] · (1 − (S[q, k] / cap)²) · scale          the soft cap's slope
     to queries       Σ_k dP[q, k] k_k,     to keys  Σ_q dP[q, k] q_q
 
-and from there linear maps lead to the residual: the rotation undone, the norms of queries and keys
-with their scales frozen, W_Q or W_K, ln1 with its scale frozen. An edge is ⟨what a writer adds, that
-covector⟩: the sensitivity to the scores times the scores' part that the writer makes, linear in
-queries with keys held and in keys with queries held. Masked entries have A = 0 and drop out.
+From there linear maps lead to the residual: the inverse rotation, the norms of queries and keys with
+their scales frozen, W_Q or W_K, and ln1 with its scale frozen. An edge is ⟨what a writer adds, that
+covector⟩. It is the sensitivity to the scores, times the part of the scores that the writer makes:
+linear in queries while keys are held, and in keys while queries are held. Masked entries have A = 0
+and drop out.
 
-Queries and keys are recomputed from the run's residual; the softmax of their scores must be the
-pattern that the run had, or the weights are not what they are taken for.
+Queries and keys are recomputed from the run's residual. The softmax of their scores must be the
+pattern that the run had. Otherwise the weights are not what they are taken for, and the run is
+refused.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from torch import Tensor
 from ..graph import Node
 from ..sublayers import (
     HALF,
+    TINY,
+    TINY,
     Attention,
     Factored,
     Frame,
@@ -39,23 +43,23 @@ from ..sublayers import (
 from .capture import CaptureMismatchError
 
 CELLS = 2**24
-"""Entries of patterns held at a time: with more heads than that, some key/value heads at once."""
+"""Entries of patterns that are held at a time. More heads are served a few at a time."""
 
 
 def tolerated(model_dtype: torch.dtype) -> float:
-    """How far what is recomputed from a run's residual may be from the run: a relative error."""
+    """The largest relative error allowed of what is recomputed from a run's residual."""
     return 0.2 if model_dtype in HALF else 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class QueryKey:
-    """The queries and keys of one attention sublayer at this run.
+    """The queries and keys of one attention sublayer in the captured run.
 
     Attributes:
-        norm: What it reads the residual through, or None.
+        norm: The norm that attention reads the residual through, or None.
         attn: The frozen attention.
-        weights: What its scores are made of.
-        model_dtype: The host's own, in which the pattern was computed.
+        weights: The weights that its scores are made of: W_Q, W_K, norms, rotation.
+        model_dtype: The model's dtype, in which the pattern was computed.
     """
 
     norm: Norm | None
@@ -64,7 +68,7 @@ class QueryKey:
     model_dtype: torch.dtype
 
     def reads(self) -> tuple[Node, ...]:
-        """Every query head's query input, then every query head's key input."""
+        """The reader nodes: every query head's query input, then every query head's key input."""
         nodes = self.attn.nodes()
         return tuple(replace(node, name=name) for name in ("q", "k") for node in nodes)
 
@@ -76,15 +80,17 @@ class QueryKey:
         """The covector of every query input, and of every key input, at the residual.
 
         Args:
-            z: The target's covector at the mixed values, heads side by side.
-            state: The residual it reads in the run.
+            z: The target's covector at the mixed values, heads side by side [batch, pos, z].
+            state: The residual that attention reads in the run [batch, pos, d_model].
 
         Returns:
-            Them, in the order of :meth:`reads`.
+            The covectors of the query inputs and of the key inputs, in the order of :meth:`reads`,
+            each [head, batch, pos, d_model].
 
         Raises:
             CaptureMismatchError: If the recomputed pattern is not the run's.
         """
+        # 1. The run's queries, keys and values, from its residual.
         w, frame, heads = self.weights, self.attn.frame, len(self.attn.nodes())
         kv_heads, n_pos = w.W_K.shape[0], frame.n_pos
         x = state if self.norm is None else self.norm.apply(state) + self.norm.bias
@@ -95,6 +101,7 @@ class QueryKey:
             values = values + self.attn.v_edit.constant
         v = values.unflatten(-1, (kv_heads, -1)).transpose(1, 2)
         z = z.unflatten(-1, (heads, -1)).transpose(1, 2)
+        # 2. The covectors at queries and keys, as many key/value heads at a time as CELLS allows.
         each = heads // kv_heads
         at_q, at_k = torch.empty_like(q.rotated), torch.empty_like(q.rotated)
         step = max(1, CELLS // (frame.batch * each * n_pos**2))
@@ -112,61 +119,73 @@ class QueryKey:
             dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
             dP = dP if w.soft_cap is None else dP * (1 - (S / w.soft_cap) ** 2)
             at_q[:, own], at_k[:, own] = dP @ keys, dP.mT @ queries
+        # 3. From queries and keys to the residual.
         return q.pull(at_q, self.norm), k.pull(at_k, self.norm)
 
 
 def with_alibi_bias(S: Tensor, slopes: tuple[float, ...] | None, heads: slice) -> Tensor:
-    """Scores [batch, head, query_pos, key_pos] of some heads, less ALiBi's slope · distance."""
+    """Scores [batch, head, query_pos, key_pos] of some heads, less ALiBi's slope · distance.
+
+    Args:
+        S: The scores of these heads, before ALiBi.
+        slopes: The slope of every head of the layer, or None in a model without ALiBi.
+        heads: The heads of ``S`` among all heads of the layer.
+
+    Returns:
+        The scores after ALiBi.
+    """
     if slopes is None:
         return S
     return add_alibi_bias_(S.clone(), S.new_tensor(slopes[heads])[:, None, None], 0, False)
 
 
 def check_pattern(
-    attn: Attention, A: Tensor, S: Tensor, model_dtype: torch.dtype,
-    instead: str = "v, MLP and logits edges need none of them: leave qk out",
+    attn: Attention,
+    A: Tensor,
+    S: Tensor,
+    model_dtype: torch.dtype,
+    remedy: str = "Use qk=False; edges into values, MLPs and logits do not need the scores.",
     prompts: slice = slice(None),
-) -> None:  # fmt: skip
+) -> None:
     """Compare a pattern with the softmax of scores.
 
     Args:
         attn: The sublayer, for its name and its real tokens.
-        A: Its pattern, [batch, head, query_pos, key_pos].
-        S: The scores, −∞ where nothing is attended to.
-        model_dtype: The host's own.
-        instead: What to do without.
-        prompts: Which of the prompts these are.
+        A: The pattern of the run [batch, head, query_pos, key_pos].
+        S: The recomputed scores, −∞ where nothing is attended to.
+        model_dtype: The model's dtype.
+        remedy: Last sentence of the message: what to do instead.
+        prompts: The prompts of the batch that ``A`` and ``S`` belong to.
 
     Raises:
-        CaptureMismatchError: If they differ by more than rounding.
+        CaptureMismatchError: If the two differ by more than rounding.
     """
     softmax = S.softmax(-1).nan_to_num(0.0)
     real = attn.frame.real[prompts, None, :, None]
     size = (A * real).square().sum((-2, -1)).sqrt()
     off = ((softmax - A) * real).square().sum((-2, -1)).sqrt()
-    error = float((off / size.clamp_min(1e-30)).max())
+    error = float((off / size.clamp_min(TINY)).max())
     expected = tolerated(model_dtype)
     if not error <= expected:
         raise CaptureMismatchError(
-            f"L{attn.layer}: the pattern recomputed from W_Q and W_K differs from the run's by "
-            f"{error:.1e} (relative; expected at most {expected:.0e}): a hook of your own edited "
-            "queries, keys or the pattern, or the weights are laid out in a way that is not known "
-            f"here; {instead}"
+            f"The pattern recomputed from W_Q and W_K in layer {attn.layer} differs from the run's: "
+            f"relative error {error:.1e}, at most {expected:.0e} is allowed. Either your own hook "
+            f"edited queries, keys or the pattern, or the layout of the weights is not known. {remedy}"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """Queries or keys of a run, as the scores are the products of them, and the way back.
+    """The queries (or keys) of a run, and the way back from them to the residual.
 
     Attributes:
-        frame: The run's.
-        raw: Them, as W_Q or W_K gives them.
-        rotated: Them, normalized and rotated.
-        W: W_Q or W_K.
-        norm: Their own norm, or None.
-        scale: What it divided by in the run, or None.
-        rotation: Their rotation, or None.
+        frame: Spans of real tokens, number of positions, dtype and device.
+        raw: Queries as W_Q gives them [batch, head, pos, d_query].
+        rotated: Queries after their norm and rotation. Scores are products of these.
+        W: The weights W_Q (or W_K) [head, d_model, d_query].
+        norm: The norm of queries (or keys), or None.
+        scale: The divisor of that norm in the run [batch, head, pos, 1], or None.
+        rotation: The rotary embedding, or None.
     """
 
     frame: Frame
@@ -179,10 +198,15 @@ class Projection:
 
     @classmethod
     def of(
-        cls, frame: Frame, x: Tensor, w: ScoreWeights, W: Tensor, b: Tensor | None,
+        cls,
+        frame: Frame,
+        x: Tensor,
+        w: ScoreWeights,
+        W: Tensor,
+        b: Tensor | None,
         norm: NormWeights | None,
-    ) -> Projection:  # fmt: skip
-        """Project what W reads in a run."""
+    ) -> Projection:
+        """Project the normalized residual x [batch, pos, d_model] to queries or keys."""
         y, scale = x[:, None] @ frame.cast(W), None
         y = y if b is None else y + frame.cast(b)[:, None]
         raw = y
@@ -196,7 +220,7 @@ class Projection:
         return cls(frame, raw, y, W, norm, scale, w.rotation)
 
     def pull(self, y: Float[Tensor, "batch head pos d_query"], before: Norm | None) -> Factored:
-        """From covectors of every query head's queries or keys to those of the residual."""
+        """Pull covectors at every query head's queries or keys back to the residual before ``before``."""
         y = self.unrotated(y)
         if self.norm is not None and self.scale is not None:
             y = y.unflatten(1, (self.W.shape[0], -1))  # [batch, any_head, repeat, …]
@@ -207,16 +231,16 @@ class Projection:
         return found if before is None else found.then(before.scale, before.unscaled_t_)
 
     def unrotated(self, y: Float[Tensor, "batch head pos d_query"]) -> Tensor:
-        """Covectors pulled back through the rotation."""
+        """Pull covectors back through the rotation."""
         return y if self.rotation is None else _turned(y, self.rotation, back=True)
 
     def through(self, y: Float[Tensor, "batch head pos d_query"]) -> Factored:
-        """And through W_Q or W_K."""
+        """Pull covectors back through W_Q or W_K."""
         return Factored(y.transpose(0, 1), lambda: self.frame.cast(self.W).mT)
 
 
 def _turned(y: Float[Tensor, "batch head pos d"], rotation: Rotation, back: bool = False) -> Tensor:
-    """Rotated, or pulled back through the rotation."""
+    """Rotate vectors, or pull covectors back through the rotation."""
     cos, sin = (t[: y.shape[-2]].to(y) for t in (rotation.cos, rotation.sin))
     x, rest = y[..., : cos.shape[-1]], y[..., cos.shape[-1] :]
     quarter = -_quarter(x * sin, rotation) if back else _quarter(x, rotation) * sin

@@ -37,6 +37,7 @@ from torch import Tensor
 from ..graph import LOGITS, Node
 from ..sublayers import (
     MLP,
+    TINY,
     Attention,
     Factored,
     GatedMLP,
@@ -85,7 +86,7 @@ def _slope(change: Tensor, of: Tensor, derivative: Tensor, least: float) -> Tens
 def log_mean_exp(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> Tensor:
     """(e^a − e^b) / (a − b), and e^a where they are equal."""
     x = (a - b).abs()
-    slope = torch.where(x < 1e-4, 1 - x / 2 + x * x / 6, -torch.expm1(-x) / x.clamp_min(1e-30))
+    slope = torch.where(x < 1e-4, 1 - x / 2 + x * x / 6, -torch.expm1(-x) / x.clamp_min(TINY))
     return torch.maximum(a, b).exp() * slope
 
 
@@ -184,16 +185,14 @@ def _pull(
 def _mlp(ours: object, theirs: object, c: Tensor) -> Tensor:
     """Back through W_out, the secant of what is between, and W_in."""
     if isinstance(ours, MLP) and isinstance(theirs, MLP) and ours.weights.act != "solu":
-        w, cast_ = ours.weights, ours.frame.cast
-        h = ours.output.apply_t(c) * act_secant(w.act, ours.pre, theirs.pre)
-        return h @ cast_(w.W_in).T
+        slopes = act_secant(ours.weights.act, ours.pre, theirs.pre)
+        return ours.with_slopes(slopes).apply_t(c)
     if isinstance(ours, GatedMLP) and isinstance(theirs, GatedMLP):
-        w, cast_ = ours.weights, ours.frame.cast
-        h = ours.output.apply_t(c)
-        act = sum(gating_ratio(w.act, b.pre) * b.pre for b in (ours, theirs)) / 2
+        name = ours.weights.act
+        posts = [gating_ratio(name, b.pre) * b.pre for b in (ours, theirs)]
+        act = (posts[0] + posts[1]) / 2
         up = (ours.pre_linear + theirs.pre_linear) / 2
-        gate = h * up * act_secant(w.act, ours.pre, theirs.pre)
-        return (h * act) @ cast_(w.W_in).T + gate @ cast_(w.W_gate).T
+        return ours.with_slopes(act, up * act_secant(name, ours.pre, theirs.pre)).apply_t(c)
     raise ValueError(
         "expected MLPs with an elementwise activation for at='secant', got SoLU: " + INSTEAD
     )
@@ -293,7 +292,7 @@ def _check(site: str, capture: Capture, *sites: tuple[Tensor, Tensor]) -> None:
     """Refuse a step after a site across which ⟨covector, Δstate⟩ changes."""
     values = [(c * x).sum((-2, -1)) for c, x in sites]
     sizes = [c.flatten(1).norm(dim=-1) * x.flatten(1).norm(dim=-1) for c, x in sites]
-    off = (values[0] - values[1]).abs() / (sizes[0] + sizes[1]).clamp_min(1e-30)
+    off = (values[0] - values[1]).abs() / (sizes[0] + sizes[1]).clamp_min(TINY)
     error = float(off.max())
     expected = tolerated(capture.logits.dtype)
     if not error <= expected:

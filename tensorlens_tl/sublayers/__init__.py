@@ -9,13 +9,13 @@ Key concepts:
 from .activations import gating_ratio, soft_cap_ratio
 from .attention import Attention
 from .attention_kernel import Scores, add_alibi_bias_
-from .batch_layout import HALF, Frame, version
+from .batch_layout import HALF, TINY, Frame, version
 from .factored import Factored
 from .linear_map import DENSE_LIMIT, Chain, LinearMap, Residual, Sum, Transposed, dot_test
 from .mlp import MLP, FeedForward, GatedMLP
 from .primitives import Gate, Identity, Linear, Mix, Norm, Shift, put_effects, put_row, take_row
 from .recomputed_pattern import HOST, AnyMix, RecomputedMix, Tiles
-from .sublayer import Sublayer
+from .sublayer import Mapped, Sublayer
 from .unembed import Unembed
 from .weights import (
     AttentionWeights,
@@ -51,6 +51,7 @@ __all__ = [
     "LinearMap",
     "MLP",
     "MLPWeights",
+    "Mapped",
     "Mix",
     "ModelWeights",
     "Norm",
@@ -63,6 +64,7 @@ __all__ = [
     "Shift",
     "Sublayer",
     "Sum",
+    "TINY",
     "Tiles",
     "Transposed",
     "Unembed",

@@ -8,10 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import is_int, no_autocast
+from ..checks import is_int
 
 HALF = (torch.bfloat16, torch.float16)
 """Precisions that a model may have and the operator never has."""
+
+TINY = 1e-30
+"""Least denominator of a quotient: 0 / 0 is then 0, and no size that occurs is changed."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,6 @@ class Frame:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """The tensor, detached, in the compute dtype (no copy where it already is)."""
-        no_autocast(self.device.type)  # here, as every product has a factor that is cast
         return tensor.detach().to(self.dtype)
 
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import need
+from ..checks import need, no_autocast
 from .batch_layout import Frame
 
 DENSE_LIMIT = 2 * 2**30  # bytes that a dense form may fill unless the caller allows more
@@ -98,6 +98,7 @@ class LinearMap(ABC):
                 f"expected a tensor or another map, got {type(other).__name__}: pass a torch tensor "
                 "like lens.embedding"
             )
+        no_autocast(self.frame.device.type)
         frame, expected = self.frame, (self.frame.batch, self.frame.n_pos, self.in_dim)
         found = other.shape[-3:], other.dtype, other.device
         if found != (expected, frame.dtype, frame.device):
@@ -124,6 +125,7 @@ class LinearMap(ABC):
         Raises:
             ValueError: If a prompt has no such position.
         """
+        no_autocast(self.frame.device.type)
         prompts = torch.arange(self.frame.batch, device=self.frame.device)
         query, key = self.frame.index(query_pos), self.frame.index(key_pos)
         u = self.frame.zeros(self.out_dim, self.out_dim)
@@ -145,6 +147,7 @@ class LinearMap(ABC):
             ValueError: If the result would be larger; the message says how large.
         """
         batch, pos = self.frame.batch, self.frame.n_pos
+        no_autocast(self.frame.device.type)
         self._check_dense(memory_limit)
         dense = (
             self.frame.zeros(pos * self.in_dim, self.out_dim)
@@ -228,6 +231,7 @@ def dot_test(op: LinearMap, seed: int = 0) -> float:
     Returns:
         A relative error; rounding in float64 is about 1e-16.
     """
+    no_autocast(op.frame.device.type)
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn(op.frame.zeros(op.in_dim).shape, generator=generator, device="cpu").to(
         op.frame.zeros(0)

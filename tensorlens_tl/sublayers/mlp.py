@@ -40,6 +40,10 @@ class FeedForward(Sublayer):
     def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
         """The sublayer at one position per prompt."""
 
+    @abstractmethod
+    def moved(self, change: Float[Tensor, "batch pos d_model"]) -> FeedForward:
+        """The sublayer as the model would run it on an input moved by ``change``: ratios anew."""
+
     def nodes(self) -> tuple[Node, ...]:
         return (Node("mlp", self.layer),)
 
@@ -90,22 +94,24 @@ class MLP(FeedForward):
     pre_edit: Shift | None = None
     post_edit: Shift | None = None
 
+    @property
+    def ln(self) -> Norm | None:
+        """SoLU's norm between gate and W_out."""
+        if self.weights.ln is None or self.ln_scale is None:
+            return None
+        name = f"L{self.layer}.mlp.ln"
+        return Norm(self.frame, name, self.ln_scale, self.weights.ln, self.pre.shape[-1])
+
     @cached_property
     def map(self) -> Chain:
-        w, name, ln = self.weights, f"L{self.layer}", None
-        if w.ln is not None and self.ln_scale is not None:
-            width = self.pre.shape[-1]
-            ln = Norm(self.frame, f"{name}.mlp.ln", self.ln_scale, w.ln, width)
-        return _chain(
-            (
-                Linear(self.frame, w.W_in, w.b_in, f"{name}.b_in"),
-                self.pre_edit,
-                Gate(self.frame, gating_ratio(w.act, self.pre)),
-                ln,
-                self.post_edit,
-                self.output,
-            )
-        )
+        return self.with_slopes(gating_ratio(self.weights.act, self.pre))
+
+    def with_slopes(self, slopes: Float[Tensor, "batch pos d_mlp"]) -> Chain:
+        """The MLP with its activation replaced by one factor per neuron: (x W_in ⊙ slopes) W_out."""
+        w = self.weights
+        into = Linear(self.frame, w.W_in, w.b_in, f"L{self.layer}.b_in")
+        gate = Gate(self.frame, slopes)
+        return _chain((into, self.pre_edit, gate, self.ln, self.post_edit, self.output))
 
     @property
     def posts(self):
@@ -119,6 +125,13 @@ class MLP(FeedForward):
         scale = None if self.ln_scale is None else take_row(self.ln_scale, query)
         pre = take_row(self.pre, query)
         return replace(self, frame=self.frame.row, pre=pre, ln_scale=scale)
+
+    def moved(self, change) -> MLP:
+        pre, ln = self.pre + change @ self.frame.cast(self.weights.W_in), self.ln
+        if ln is None:
+            return replace(self, pre=pre)
+        posts = (gating_ratio(self.weights.act, z) * z for z in (self.pre, pre))
+        return replace(self, pre=pre, ln_scale=ln.moved(*posts).scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,23 +157,39 @@ class GatedMLP(FeedForward):
 
     @cached_property
     def map(self) -> Chain:
-        w, name, frame = self.weights, f"L{self.layer}", self.frame
         share = 0.5 if self.convention == "half" else 1.0
-        ratio = gating_ratio(w.act, self.pre) * share
+        ratio = gating_ratio(self.weights.act, self.pre) * share
+        on_up = None if self.convention == "up" else ratio * self.pre
+        on_gate = None if self.convention == "gate" else ratio * self.pre_linear
+        return self.with_slopes(on_up, on_gate)
+
+    def with_slopes(
+        self,
+        on_up: Float[Tensor, "batch pos d_mlp"] | None,
+        on_gate: Float[Tensor, "batch pos d_mlp"] | None,
+    ) -> Chain:
+        """The MLP with its product replaced by factors of each half: on_up ⊙ u + on_gate ⊙ g, W_out.
+
+        Args:
+            on_up: Factor of u = x W_in + b_in, or None to leave this half out.
+            on_gate: Factor of g = x W_gate + b_gate, or None to leave this half out.
+
+        Returns:
+            The map from the MLP's input to what it adds.
+        """
+        w, name, frame = self.weights, f"L{self.layer}", self.frame
         branches: list[LinearMap] = []
-        if self.convention in ("gate", "half"):
+        if on_up is not None:
             up = Linear(frame, w.W_in, w.b_in, f"{name}.b_in")
-            gate = Gate(frame, ratio * self.pre)
-            branches.append(_chain((up, self.pre_linear_edit, gate)))
-        if self.convention in ("up", "half"):
+            branches.append(_chain((up, self.pre_linear_edit, Gate(frame, on_up))))
+        if on_gate is not None:
             into = Linear(frame, w.W_gate, w.b_gate, f"{name}.b_gate")
-            gate = Gate(frame, ratio * self.pre_linear)
-            branches.append(_chain((into, self.pre_edit, gate)))
+            branches.append(_chain((into, self.pre_edit, Gate(frame, on_gate))))
         offset = None
         if w.b_post is not None:  # HookedTransformer adds b_in after gating
-            offset = Gate(frame, torch.ones_like(ratio), w.b_post, f"{name}.b_in")
-        whole = Sum(tuple(branches)) if len(branches) > 1 else branches[0]
-        return _chain((whole, offset, self.post_edit, self.output))
+            offset = Gate(frame, torch.ones_like(self.pre), w.b_post, f"{name}.b_in")
+        product = Sum(tuple(branches)) if len(branches) > 1 else branches[0]
+        return _chain((product, offset, self.post_edit, self.output))
 
     @property
     def posts(self):
@@ -179,3 +208,8 @@ class GatedMLP(FeedForward):
     def row(self, query) -> GatedMLP:
         pre, up = take_row(self.pre, query), take_row(self.pre_linear, query)
         return replace(self, frame=self.frame.row, pre=pre, pre_linear=up)
+
+    def moved(self, change) -> GatedMLP:
+        cast, w = self.frame.cast, self.weights
+        pre, up = self.pre + change @ cast(w.W_gate), self.pre_linear + change @ cast(w.W_in)
+        return replace(self, pre=pre, pre_linear=up)

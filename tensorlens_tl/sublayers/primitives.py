@@ -21,11 +21,6 @@ from .batch_layout import Frame
 from .linear_map import LinearMap
 from .weights import NormWeights
 
-# --- Gating ratios -------------------------------------------------------------------------------
-
-
-# --- Primitive maps ------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, eq=False)
 class Linear(LinearMap):
@@ -288,6 +283,17 @@ class Norm(LinearMap):
             y *= self.frame.cast(self.weights.gain)
         if self.weights.center:
             y -= y.mean(-1, keepdim=True)
+
+    def moved(self, was: Float[Tensor, "batch pos d"], x: Float[Tensor, "batch pos d"]) -> Norm:
+        """The norm as the model would run it on x, with the scale of x; ``was`` is the run's input."""
+
+        def variance(t: Tensor) -> Tensor:
+            t = t - t.mean(-1, keepdim=True) if self.weights.center else t
+            return t.square().mean(-1, keepdim=True)
+
+        # s² = var + ε, so the scale at x is √(s² + var(x) − var(was)): ε is not needed.
+        squared = self.scale.square() + variance(x) - variance(was)
+        return replace(self, scale=squared.clamp_min(torch.finfo(x.dtype).tiny).sqrt())
 
     def row(self, query: Tensor) -> Norm:
         """The norm at one position per prompt, [batch] indices."""

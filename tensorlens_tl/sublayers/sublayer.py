@@ -15,16 +15,41 @@ from .linear_map import Chain, LinearMap
 from .primitives import Linear, Shift
 
 
-class Sublayer(LinearMap):
-    """A frozen sublayer: a chain of primitive maps whose width-preserving parts are nodes.
-
-    Subclasses give ``map``, :meth:`nodes` and :meth:`part`.
-    """
+class Mapped(LinearMap):
+    """A map that is given as an expression of other maps."""
 
     @property
     @abstractmethod
     def map(self) -> LinearMap:
-        """The sublayer as an expression of primitive maps."""
+        """The expression."""
+
+    @property
+    def in_dim(self) -> int:
+        return self.map.in_dim
+
+    @property
+    def out_dim(self) -> int:
+        return self.map.out_dim
+
+    def apply(self, x):
+        return self.map.apply(x)
+
+    def apply_t(self, y, effects=None):
+        return self.map.apply_t(y, effects)
+
+    @property
+    def bias(self):
+        return self.map.bias
+
+    def constants(self):
+        return self.map.constants()
+
+
+class Sublayer(Mapped):
+    """A frozen sublayer: a chain of primitive maps whose width-preserving parts are nodes.
+
+    Subclasses give ``map``, :meth:`nodes` and :meth:`part`.
+    """
 
     @abstractmethod
     def nodes(self) -> tuple[Node, ...]:
@@ -192,27 +217,6 @@ class Sublayer(LinearMap):
             carried = self.map.constants()
             found |= {edit.name: carried[edit.name] for edit in self.edits.values()}
         return found
-
-    @property
-    def in_dim(self) -> int:
-        return self.map.in_dim
-
-    @property
-    def out_dim(self) -> int:
-        return self.map.out_dim
-
-    def apply(self, x):
-        return self.map.apply(x)
-
-    def apply_t(self, y, effects=None):
-        return self.map.apply_t(y, effects)
-
-    @property
-    def bias(self):
-        return self.map.bias
-
-    def constants(self):
-        return self.map.constants()
 
 
 def _chain(maps: tuple[LinearMap | None, ...]) -> Chain:
