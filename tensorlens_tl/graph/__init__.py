@@ -8,7 +8,7 @@ Key concepts:
 No torch in this room.
 """
 
-from .nodes import FINAL_SITE, Edge, Node, resid_site, score_sites
+from .nodes import FINAL_SITE, Edge, Node, resid_site, site_parts
 from .selection import connected, select
 from .wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
@@ -23,6 +23,6 @@ __all__ = [
     "connected",
     "owner",
     "resid_site",
-    "score_sites",
     "select",
+    "site_parts",
 ]

@@ -29,21 +29,22 @@ def resid_site(layer: int, where: str) -> str:
     return f"blocks.{layer}.hook_resid_{where}"
 
 
-def score_sites(layer: int) -> dict[str, str]:
-    """TransformerLens's names of what only a block's pattern depends on, where a model has it.
+def site_parts(site: str) -> tuple[int, str]:
+    """Split the name that :func:`resid_site` gives into the block and the place.
 
     Args:
-        layer: Block, from 0.
+        site: Name of a residual site.
 
     Returns:
-        Names by what passes there: attention scores, the scales of the norms of queries and keys.
+        The block, from 0, and "pre", "mid" or "post". For any other text −1 and "".
 
-    >>> score_sites(2)["scores"]
-    'blocks.2.attn.hook_attn_scores'
+    >>> site_parts("blocks.2.hook_resid_pre")
+    (2, 'pre')
     """
-    attn = f"blocks.{layer}.attn"
-    scales = {f"{norm}.scale": f"{attn}.{norm}.hook_scale" for norm in ("q_norm", "k_norm")}
-    return {"scores": f"{attn}.hook_attn_scores", **scales}
+    start, _, where = site.partition(".hook_resid_")
+    layer = start.removeprefix("blocks.")
+    named = layer.isdecimal() and resid_site(int(layer), where) == site
+    return (int(layer), where) if named else (-1, "")
 
 
 @dataclass(frozen=True)

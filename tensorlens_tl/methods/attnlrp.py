@@ -1,4 +1,10 @@
-"""AttnLRP: attributions by layer-wise relevance propagation through attention."""
+"""AttnLRP (Achtibat et al. 2024): layer-wise relevance propagation through attention.
+
+1. Put every rule on the real model as a hook that changes gradients and no value.
+2. Run the model once under these hooks; its output must still be the captured one.
+3. Differentiate the target. The scores are gradient × input.
+4. Refuse the result if the gradient passed by one of the hooks.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph import score_sites
 from ..hosts import Adapter, Edit, LiveModel, Read, Scores, UnsupportedArchitectureError, target_of
 from ..sublayers import gating_ratio, soft_cap_ratio
 
@@ -17,10 +22,10 @@ from ..sublayers import gating_ratio, soft_cap_ratio
 def attnlrp(
     live: LiveModel, query: Int[Tensor, " prompt"], covector: Float[Tensor, "prompt d_model"]
 ) -> Scores:
-    """AttnLRP: layer-wise relevance propagation with rules for attention; signed.
+    """AttnLRP (Achtibat et al. 2024, arXiv 2402.05602): relevance rules for attention; signed.
 
-    Rules of Achtibat et al. 2024 (arXiv 2402.05602), with ε → 0, and what each is as a gradient.
-    Write every relevance as R_x = x ⊙ g; g of the target is u, and a rule is what g becomes:
+    The rules are taken with ε → 0, and each is written as a gradient. Let every relevance be
+    R_x = x ⊙ g. The g of the target is u, and a rule says what g becomes:
 
     - linear map and sum (ε-rule): R_i = x_i Σ_j w_ij R_j / y_j, so g_x = W g_y: the gradient.
       A bias keeps its share b ⊙ g_y.
@@ -37,37 +42,40 @@ def attnlrp(
     biases, which keep theirs. Cost: a forward and a backward pass.
 
     Args:
-        live: The model.
-        query: The target's positions.
-        covector: u.
+        live: The real model on prompts of one length.
+        query: Position of the target, per prompt [prompt].
+        covector: Covector u of the target [prompt, d_model].
 
     Returns:
-        The scores.
+        A score for every token [prompt, pos], in the target's units.
 
     Raises:
-        UnsupportedArchitectureError: If the model has SoLU activations, for which there is no rule, or
-            the host does not let a rule act.
+        UnsupportedArchitectureError: If the model has SoLU activations, for which there is no rule,
+            or the host does not let a rule act.
     """
+    # 1. and 2. One run under the rules serves all rows of a matrix.
     y, rules, met = _run(live)
+    # 3. Scores.
     target = target_of(y, query, covector).sum()
     (gradient,) = torch.autograd.grad(target, live.x, retain_graph=True)
+    # 4. Every rule must have met the gradient.
     if unmet := rules - met:
         where = ", ".join(
             f"{key} of {f'L{i}' if i is not None else 'the model'}" for i, key in unmet
         )
         raise UnsupportedArchitectureError(
-            f"attnlrp's rules cannot act in {live.adapter.name}: the gradient does not pass its hook "
-            f"points for {where}. Use a HookedTransformer, or another method"
+            f"The rules of attnlrp cannot act in {live.adapter.name}, whose gradient does not pass "
+            f"the hook points of {where}. Use a HookedTransformer, or another method."
         )
     return (gradient * live.x).sum(-1)
 
 
 _RUNS: WeakKeyDictionary[LiveModel, tuple[Tensor, set[Read], set[Read]]] = WeakKeyDictionary()
-"""One run per live model, as all rows of a matrix need it; it goes with the live model."""
+"""One run per live model, for all rows of a matrix. It is dropped with the live model."""
 
 
 def _run(live: LiveModel) -> tuple[Tensor, set[Read], set[Read]]:
-    """The final y under the rules, the rules, and those that a gradient has met so far."""
+    """The final y under the rules, all rules, and the rules that a gradient has met so far."""
     if live not in _RUNS:
         edits, rules, met = _attnlrp_edits(live.adapter)
         _RUNS[live] = live.checked(live.run(live.x, edits)), rules, met
@@ -75,24 +83,34 @@ def _run(live: LiveModel) -> tuple[Tensor, set[Read], set[Read]]:
 
 
 def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
-    """AttnLRP's rules as hooks that change gradients and no value; what they are for; what they met."""
+    """AttnLRP's rules as hooks that change gradients and no value.
+
+    Args:
+        adapter: Adapter of the host model.
+
+    Returns:
+        The hooks, the activations that have a rule, and a set that fills with those whose hook a
+        gradient has met.
+
+    Raises:
+        UnsupportedArchitectureError: If the model has SoLU activations.
+    """
     cap = adapter.soft_cap("attn_scores_soft_cap")
+    # A·V halves both factors; Q·Kᵀ halves again, once at the pattern, as softmax is linear in g.
     factors: dict[str, Callable[[Tensor], Tensor | float]] = {
         "pattern": lambda _: 0.25,
         "v": lambda _: 0.5,
     }
     if cap is not None:
         factors["scores"] = lambda scores: _cap_factor(scores, cap, adapter.name)
-    points = adapter.points()
+    points = adapter.points() | adapter.score_points()
     acts: dict[int | None, str] = {}
     for layer, block in enumerate(adapter.weights.blocks):
         acts[layer] = block.mlp.act if block.mlp is not None else ""
-        sites = {key: adapter.hooks.get(name) for key, name in score_sites(layer).items()}
-        points |= {(layer, key): point for key, point in sites.items() if point is not None}
         if acts[layer] == "solu":
             raise UnsupportedArchitectureError(
-                f"attnlrp has no rule for SoLU, x ⊙ softmax(x), which {adapter.name} uses: take "
-                "another method"
+                f"{adapter.name} uses SoLU, x ⊙ softmax(x), for which attnlrp has no rule. "
+                "Use another method."
             )
     met: set[Read] = set()
     kept: dict[Read, Tensor] = {}
@@ -115,7 +133,7 @@ def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
 def _rescaled(
     read: Read, factor: Callable[[Tensor], Tensor | float], met: set[Read]
 ) -> Callable[[Tensor], Tensor | None]:
-    """Multiply the gradient that comes to an activation."""
+    """Multiply the gradient that reaches an activation by a factor of that activation."""
 
     def edit(tensor: Tensor) -> Tensor | None:
         # A Bridge shows views of values, and scales computed beside the run, but uses what a hook
@@ -135,12 +153,14 @@ def _rescaled(
 
 
 def _cap_factor(scores: Tensor, cap: float, name: str) -> Tensor:
-    # With t = tanh(l / cap): the ratio t / atanh(t) over the derivative 1 − t². Masked scores stay.
+    # Rows that sum to 1 are patterns: without the true scores the rule would be wrong in silence.
     if bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() < 0.01).all()):
         raise UnsupportedArchitectureError(
-            f"attnlrp needs attention scores before the softmax, as {name} caps them, but it shows "
-            "patterns in their place: use a HookedTransformer, or another method"
+            f"attnlrp needs attention scores before the softmax, because {name} caps them, but the "
+            "host shows patterns instead. Use a HookedTransformer, or another method."
         )
+    # Of t = tanh(l / cap): the ratio t / atanh(t) over the derivative 1 − t² that autograd applies.
+    # Masked scores are no tanh; their gradient stays as it is.
     t = scores / cap
     t = torch.where(t.abs() < 1, t, 0)
     return soft_cap_ratio(torch.atanh(t) * cap, cap) / (1 - t.square())
@@ -157,7 +177,7 @@ def _surrogate(
         linear = ratio * z
         if up is not None:
             linear = 0.5 * ratio * (z.detach() * up + up.detach() * z)
-        result = post.detach() + (linear - linear.detach())
+        result = post.detach() + (linear - linear.detach())  # post's value, linear's gradient
         result.register_hook(lambda gradient: met.add(read))
         return result
 
