@@ -1,4 +1,10 @@
-"""Attributions over many prompts: captured in batches, averaged as they come, streamed to disk."""
+"""Attributions averaged over many prompts.
+
+1. Prompts are captured in batches: strings padded together, ids of one length stacked.
+2. Every prompt's target is resolved and split on its own, without padding.
+3. The split is written to a file, if one is given, and positions are summed.
+4. Means and squared deviations grow by one prompt at a time, so one batch is held at most.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +27,7 @@ from ..hosts import each_prompt, freeze, hosted
 from ..operator import Capture, FrozenTransformer
 from .html import table_html
 from .splits import attribute
-from .table import Attribution
+from .table import Source
 from .target_gradient import TargetGradient
 from .targets import TargetLike, resolve
 
@@ -34,17 +40,25 @@ FORMAT = "tensorlens_tl mean attribution 1"
 
 @dataclass(frozen=True, eq=False)
 class MeanAttribution:
-    """Attributions of many prompts, averaged row by row.
+    """Attributions of many prompts, averaged row by row. Positions are summed.
 
     Attributes:
-        mean: Mean contribution [row].
-        sem: Its standard error over prompts, s / √n [row]; nan for one prompt.
-        nodes: What the rows are; positions are summed.
-        by: What the targets were split by.
-        effect: "direct" or "total".
-        n: How many prompts.
-        target_mean: The targets' mean value.
-        completeness_error: The largest of all prompts, or None where rows do not sum.
+        mean: Mean contribution of each row, in units of the target, usually logits [row].
+        sem: Standard error of each mean over prompts, s / √n [row]; nan for one prompt.
+        nodes: The node or edge of each row.
+        by: The kind of source that the targets were split by.
+        effect: "direct" or "total", as in :meth:`TensorLens.attribute`.
+        n: The number of prompts.
+        target_mean: The mean of the targets in the model's own runs, in logits.
+        completeness_error: The largest one of all prompts; None where rows do not sum.
+
+    Example:
+        >>> from tensorlens_tl import demo, mean_attribution
+        >>> pairs = demo.prompts("ioi", 4)
+        >>> prompts, answers = [p.clean for p in pairs], [p.answer for p in pairs]
+        >>> means = mean_attribution(demo.load_model(), prompts, answers)
+        >>> [(name, round(mean, 1)) for name, mean, sem in means.top(2)]
+        []
     """
 
     mean: Float[Tensor, " row"]
@@ -57,26 +71,29 @@ class MeanAttribution:
     completeness_error: float | None
 
     def top(self, k: int = 10) -> list[tuple[str, float, float]]:
-        """The k largest means by absolute value, as (name, mean, standard error).
+        """The k largest means by absolute value.
+
+        Args:
+            k: How many rows to give.
 
         Returns:
-            At most k triples, largest first.
+            At most k triples (name, mean, standard error), largest first.
 
         Raises:
-            ValueError: If k < 1.
+            ValueError: If k is below 1.
         """
         k = at_least_one(k, "k")
         order = self.mean.abs().argsort(descending=True)[:k].tolist()
         return [(str(self.nodes[i]), float(self.mean[i]), float(self.sem[i])) for i in order]
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """The rows as a table: node, mean, sem.
+        """The rows as a pandas table.
 
         Returns:
-            One row per node.
+            One row per node, with columns node, mean and sem.
 
         Raises:
-            ValueError: If pandas is missing.
+            ValueError: If pandas is not installed.
         """
         pandas = need("pandas", "pandas", "to_dataframe")
         columns = {
@@ -87,7 +104,7 @@ class MeanAttribution:
         return pandas.DataFrame(columns)
 
     def to_json(self) -> str:
-        """The means as JSON, with all that is needed to read them; nan is null."""
+        """Write the means as JSON, with all that is needed to read them. nan becomes null."""
         rows = [
             {"node": str(n), "mean": _finite(m), "sem": _finite(s)}
             for n, m, s in zip(self.nodes, self.mean.tolist(), self.sem.tolist(), strict=True)
@@ -111,7 +128,7 @@ class MeanAttribution:
 def mean_attribution(
     model: Any,
     prompts: Sequence[Any],
-    targets: TargetLike | Sequence[TargetLike] = None,
+    target: TargetLike | Sequence[TargetLike] = None,
     versus: TargetLike | Sequence[TargetLike] = None,
     pos: int = -1,
     by: str = "component",
@@ -123,66 +140,106 @@ def mean_attribution(
     progress: bool = False,
     **kwargs: Any,
 ) -> MeanAttribution:
-    """Split one target of each of many prompts, and average: Σ over prompts / n, row by row.
+    """Split a target of each of many prompts, and average the splits row by row.
 
-    Only one batch of captures is held at a time.
+    The mean of a row is Σ over prompts / n. Only one batch of captures is held at a time.
 
     Args:
-        model: As for :func:`tensorlens_tl.capture`.
+        model: The model, as for :func:`tensorlens_tl.capture`.
         prompts: Strings, or token ids [pos], one sequence per prompt.
-        targets: A target for all, a list with one for each prompt, or None for each prompt's own
-            prediction.
-        versus: Subtracted from the target; for all, one for each prompt, or None.
-        pos: Position of the prediction among the real tokens.
-        by: As in :meth:`TensorLens.attribute`.
-        effect: As in :meth:`TensorLens.attribute`.
-        qk: As in :meth:`TensorLens.attribute`.
-        batch_size: Prompts captured at once; strings are padded, ids are captured one by one where
-            their lengths differ.
-        path: A file to which every prompt's attribution is written as one line of JSON
-            (:meth:`Attribution.from_json` reads a line back).
-        progress: Whether to count prompts on standard error.
-        **kwargs: For the capture: ``gate``, ``dtype``, the model's own arguments.
+        target: One target for all prompts, a list with one for each, or None for each prompt's own
+            prediction. Each is as in :meth:`TensorLens.attribute`.
+        versus: What is subtracted from the target: one for all prompts, a list with one for each,
+            or None.
+        pos: Position of the prediction among the real tokens; −1 is the last.
+        by: The kind of source to split by, as in :meth:`TensorLens.attribute`.
+        effect: "direct" or "total", as in :meth:`TensorLens.attribute`.
+        qk: Whether queries and keys are readers, too; only with ``by="edge"``.
+        batch_size: How many prompts to capture at once. Strings are padded to one length; ids of
+            unequal lengths are captured one by one.
+        path: A file to which every prompt's attribution is written as one line of JSON, which
+            :meth:`Attribution.from_json` reads back. None writes no file.
+        progress: Whether to show a progress bar on standard error.
+        **kwargs: Arguments of the capture (``gate``, ``dtype``) and of the model itself.
 
     Returns:
         Means and standard errors over the prompts, positions summed.
 
     Raises:
-        ValueError: If there are no prompts, not as many targets as prompts, or a batch size below 1.
+        ValueError: If there are no prompts, if a list of targets has another length than
+            ``prompts``, or if ``batch_size`` is below 1.
+
+    Example:
+        >>> from tensorlens_tl import demo, mean_attribution
+        >>> pairs = demo.prompts("ioi", 4)
+        >>> prompts, answers = [p.clean for p in pairs], [p.answer for p in pairs]
+        >>> foils = [p.foil for p in pairs]
+        >>> mean_attribution(demo.load_model(), prompts, answers, versus=foils, by="layer").n
+        4
     """
     if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"expected a list of prompts, got {prompts!r}: put a single one in a list")
+        raise ValueError(
+            f"prompts={prompts!r} is not a list of prompts. Put the prompts in a list."
+        )
     masked = "attention_mask" in kwargs
     prompts = each_prompt(prompts, getattr(model, "tokenizer", None), masked)
     batch_size = at_least_one(batch_size, "batch_size")
-    goals = one_each(targets, len(prompts), "targets"), one_each(versus, len(prompts), "versus")
-    total, squares, sums, n, worst = None, None, 0.0, 0, None
-    found: Attribution | None = None
+    targets = one_each(target, len(prompts), "target")
+    foils = one_each(versus, len(prompts), "versus")
+    means, target_sum = _Means(), 0.0
+    errors: list[float | None] = []
+    sources: tuple[Source, ...] = ()
     with open(os.devnull if path is None else Path(path), "w", encoding="utf-8") as file:
-        captures = _captures(model, prompts, batch_size, kwargs)
-        for captured in tqdm(captures, "prompts", len(prompts), disable=not progress):
+        # 1. Capture.
+        captures = tqdm(
+            _captures(model, prompts, batch_size, kwargs),
+            "prompts",
+            len(prompts),
+            disable=not progress,
+        )
+        for capture, goal, foil in zip(captures, targets, foils, strict=True):
+            # 2. Split.
             with torch.no_grad():
-                goal = resolve(captured, goals[0][n], goals[1][n], pos)
-                operator = FrozenTransformer.of(captured)
-                one = attribute(TargetGradient(captured, operator, goal), by, effect, qk)
+                resolved = resolve(capture, goal, foil, pos)
+                operator = FrozenTransformer.of(capture)
+                one = attribute(TargetGradient(capture, operator, resolved), by, effect, qk)
+            # 3. Write.
             if path is not None:
                 file.write(one.to_json() + "\n")
-            error = one.completeness_error
-            worst = error if worst is None or error is None else max(worst, error)
-            one, n = one.sum("pos"), n + 1
-            sums, found = sums + float(one.target_value[0]), one
-            values = one.values[0].double()
-            # Welford: means and squared deviations in one pass, without cancellation.
-            total = torch.zeros_like(values) if total is None else total
-            squares = torch.zeros_like(values) if squares is None else squares
-            step = values - total
-            total = total + step / n
-            squares = squares + step * (values - total)
-    if found is None or total is None or squares is None:
-        raise ValueError("expected at least one prompt, got none")
-    sem = (squares / (n - 1) / n).sqrt() if n > 1 else torch.full_like(squares, math.nan)
-    nodes = tuple(source.node for source in found.sources)
-    return MeanAttribution(total, sem, nodes, by, effect, n, sums / n, worst)
+            # 4. Average.
+            errors.append(one.completeness_error)
+            target_sum += float(one.target_value[0])
+            one = one.sum("pos")
+            means.add(one.values[0].double())
+            sources = one.sources
+    nodes = tuple(source.node for source in sources)
+    known = [error for error in errors if error is not None]
+    worst = max(known) if len(known) == len(errors) else None
+    return MeanAttribution(
+        means.mean, means.sem, nodes, by, effect, means.n, target_sum / means.n, worst
+    )
+
+
+class _Means:
+    """Mean and standard error of each row, updated by one prompt at a time.
+
+    This is Welford's update: one pass, and no cancellation of large sums of squares.
+    """
+
+    def __init__(self):
+        self.n, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, values: Float[Tensor, " row"]) -> None:
+        step = values - self.mean
+        self.n += 1
+        self.mean = self.mean + step / self.n
+        self.squares = self.squares + step * (values - self.mean)
+
+    @property
+    def sem(self) -> Float[Tensor, " row"]:
+        if self.n == 1:
+            return torch.full_like(self.squares, math.nan)
+        return (self.squares / (self.n - 1) / self.n).sqrt()
 
 
 def _finite(x: float) -> float | None:
@@ -192,7 +249,7 @@ def _finite(x: float) -> float | None:
 def _captures(
     model: Any, prompts: Sequence[Any], size: int, kwargs: dict[str, Any]
 ) -> Iterator[Capture]:
-    """One capture per prompt; prompts that can be are run together."""
+    """One capture per prompt. Strings run together, and so do ids of one length."""
     model = hosted(model, kwargs.pop("tokenizer", None))
     for start in range(0, len(prompts), size):
         batch = list(prompts[start : start + size])

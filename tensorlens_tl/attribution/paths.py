@@ -1,20 +1,19 @@
-"""The k largest paths from a source to a target: exact best-first search under an energy bound.
+"""The k largest paths from a source to a target: exact best-first search under a bound.
 
-A path starts at a source (a token's embedding, a position's, a constant), passes through heads and
-MLPs, at most one in each step x → x + Σ nodes(x) of the residual stream, and ends at the target.
-Expanding every step's "either straight on or through one node" writes the target as the sum over
-all paths, of which there are too many to look at, and whose products of norms prune nothing. So:
+A path starts at a source: a token's embedding, a position's embedding, or a constant. It passes
+heads and MLPs, at most one in each step x → x + Σ nodes(x) of the residual stream, and ends at the
+target. The target is the sum over all paths. There are too many to look at, and products of norms
+prune nothing, so the search needs a better bound:
 
-1. A partial path is grown from the target backwards; it is a covector v at a residual site.
-2. Forwards, once: C = Σ s sᵀ over the states s of all ways to get from any source to a site.
-   It starts at Σ x xᵀ; a step adds F C Fᵀ for each of its nodes and c cᵀ for each constant it writes.
-   C is kept per position p; see energies.py.
-3. No completion of v contributes more than Σ_p √(v_pᵀ C_p v_p), since C_p has its own s_p s_pᵀ in it.
-4. Always extend the partial path of the largest bound (a heap). When that bound does not exceed the
-   k-th largest whole path any more, the k found are the k largest.
+1. Build the bounds, once, from below: C = Σ s sᵀ over the states s of all ways from any source to a
+   site, per position p. See path_bounds.py.
+2. Grow partial paths from the target backwards. A partial path is a covector v at a site.
+3. No completion of v contributes more than Σ_p √(v_pᵀ C_p v_p), since C_p holds its own s_p s_pᵀ.
+   Always extend the partial path with the largest bound; a heap keeps them in order.
+4. Stop when that bound does not exceed the k-th largest whole path. The k found are the k largest.
 
-With ``by_position`` a path is a sequence of nodes at given positions: a state lives at one position,
-a head's weights enter squared, and the bound √(vᵀ C_p v) is the exact energy.
+With ``by_position`` a path is a sequence of nodes at given positions. A state then lives at one
+position, the weights of a head enter squared, and vᵀ C_p v is exactly Σ (v · s_p)² over the ways.
 """
 
 from __future__ import annotations
@@ -47,15 +46,16 @@ FORMAT = "tensorlens_tl paths 1"
 
 @dataclass(frozen=True, repr=False)
 class Path:
-    """One path to the target and what it contributes: a signed summand, never a share of the target.
+    """One path to the target, and what it contributes: a signed summand, never a share.
 
     Attributes:
         start: The source: "embed", "pos_embed" or a constant.
-        pos: Its position among the real tokens; None for a constant summed over positions.
-        nodes: The heads and MLPs passed, in the order of the run.
-        positions: Where each node writes, if the paths were asked for by position.
-        contribution: In units of the target.
-        label: The source's name, for people.
+        pos: The source's position among the real tokens; None for a constant summed over positions.
+        nodes: The heads and MLPs that the path passes, in the order of the run.
+        positions: The position at which each node writes, among the real tokens; None where
+            positions inside are summed.
+        contribution: The summand, in units of the target, usually logits.
+        label: What people call the source, such as ``"Mary"@3``.
     """
 
     start: Node
@@ -67,7 +67,7 @@ class Path:
 
     @property
     def name(self) -> str:
-        """The path without its number, such as ``"Mary"@3 → L2H1 → L3MLP → logits``."""
+        """The path in words, without its number, such as ``"Mary"@3 → L2H1 → L3MLP → logits``."""
         names = [str(node) for node in self.nodes]
         if self.positions is not None:
             names = [f"{name}@{p}" for name, p in zip(names, self.positions, strict=True)]
@@ -81,17 +81,26 @@ class Path:
 class Paths(Sequence[Path]):
     """The largest paths to a target, largest |contribution| first.
 
-    Signed paths cancel: the sum over *all* paths is the target, but no path, and no sum of a few,
-    is a share of it.
+    Signed paths cancel. The sum over *all* paths is the target, but no path, and no sum of a few,
+    is a share of the target.
 
     Attributes:
-        paths: The paths; those that contribute exactly 0 are left out.
-        target: The target's name.
-        target_value: Its value in the model's own run.
-        exact: Whether no other path is larger; False if the search was stopped by its budget.
-        largest_unexplored: No path that is not listed contributes more than this, in absolute value.
-        expansions: Partial paths that were extended.
+        paths: The paths found. Those that contribute exactly 0 are left out.
+        target: The name of the target.
+        target_value: The target in the model's own run, in logits.
+        exact: Whether no other path is larger; False if the search stopped at its budget.
+        largest_unexplored: No path that is not listed contributes more than this in absolute value.
+        expansions: How many partial paths were extended.
         convention: The choices under which the operator is unique.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+        >>> paths = lens.paths("Paris", k=3)
+        >>> paths[0].name, round(paths[0].contribution, 1)
+        ()
+        >>> paths.exact
+        True
     """
 
     paths: tuple[Path, ...]
@@ -121,13 +130,13 @@ class Paths(Sequence[Path]):
         return "\n".join((head, *(f"  {path.contribution:+9.4f}  {path.name}" for path in self)))
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """The paths as a table: path, start, pos, nodes, positions, contribution.
+        """The paths as a pandas table.
 
         Returns:
-            One row per path.
+            One row per path, with columns path, start, pos, nodes, positions, contribution, label.
 
         Raises:
-            ValueError: If pandas is missing.
+            ValueError: If pandas is not installed.
         """
         pandas = need("pandas", "pandas", "to_dataframe")
         rows = [{"path": path.name, **_plain(path)} for path in self]
@@ -135,7 +144,7 @@ class Paths(Sequence[Path]):
         return pandas.DataFrame(rows, columns=columns)
 
     def to_json(self) -> str:
-        """The paths as JSON, with all that is needed to read them."""
+        """Write the paths as JSON, with all that is needed to read them."""
         names = ("target", "target_value", "exact", "largest_unexplored", "expansions")
         data: dict[str, Any] = {"format": FORMAT} | {name: getattr(self, name) for name in names}
         data |= {"convention": asdict(self.convention), "paths": [_plain(path) for path in self]}
@@ -152,29 +161,29 @@ def _plain(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Partial:
-    """A path from a site to the target: its nodes, where they write, and where it now reads.
+    """A path from a site to the target: the nodes passed, where they write, and where it now reads.
 
-    Its covector is pulled anew when it is its turn: a heap of covectors would fill the memory.
+    The covector is pulled anew when the path's turn comes: a heap of covectors needs much memory.
     """
 
     site: int
     pos: int | None = None
-    ways: tuple[NodeMap, ...] = ()
+    passed: tuple[NodeMap, ...] = ()
     positions: tuple[int, ...] = ()
 
-    def through(self, way: NodeMap | None) -> tuple[tuple[NodeMap, ...], tuple[int, ...]]:
-        """Its nodes and their positions after taking one more, or going straight on."""
-        if way is None:
-            return self.ways, self.positions
+    def through(self, node_map: NodeMap | None) -> tuple[tuple[NodeMap, ...], tuple[int, ...]]:
+        """Nodes and positions after passing one more node, or after going straight on (None)."""
+        if node_map is None:
+            return self.passed, self.positions
         here = () if self.pos is None else (self.pos,)
-        return (way, *self.ways), (*here, *self.positions)
+        return (node_map, *self.passed), (*here, *self.positions)
 
     def covector(self, v: Tensor) -> Tensor:
-        """The target's covector [1, pos, d] at the last site, pulled along the path."""
-        read_at = (self.pos, *(self.positions or [None] * len(self.ways)))
-        for way, at in zip(reversed(self.ways), reversed(read_at[:-1]), strict=True):
-            v = way.map.apply_t(v)
-            if at is not None:
+        """The target's covector [1, pos, d_model] at the last site, pulled along the path."""
+        read_at = (self.pos, *(self.positions or [None] * len(self.passed)))
+        for node_map, at in zip(reversed(self.passed), reversed(read_at[:-1]), strict=True):
+            v = node_map.map.apply_t(v)
+            if at is not None:  # by position, the path goes through this position alone
                 row = v[:, at]
                 v = torch.zeros_like(v)
                 v[:, at] = row
@@ -182,7 +191,7 @@ class _Partial:
 
 
 class _Best:
-    """The k largest whole paths so far, and the largest thing that was let go."""
+    """The k largest whole paths so far, and the largest size that was let go."""
 
     def __init__(self, k: int):
         self.k, self.left_out, self.ticks = k, 0.0, count()
@@ -193,12 +202,13 @@ class _Best:
         return self.heap[0][0] if len(self.heap) == self.k else 0.0
 
     def wanted(self, sizes: Tensor) -> list[list[int]]:
-        """Where sizes (bounds, or contributions' absolute values) may still matter."""
+        """The indices at which sizes (bounds or |contributions|) may still matter."""
         keep = sizes > self.threshold
         self.left_out = max(self.left_out, float(torch.where(keep, 0, sizes).max()))
         return keep.nonzero().tolist()
 
     def offer(self, value: float, name: str, pos: int | None, path: tuple) -> None:
+        """Take in a whole path, if it is among the k largest so far."""
         if abs(value) <= self.threshold:
             self.left_out = max(self.left_out, abs(value))
             return
@@ -218,108 +228,118 @@ def find_paths(
     max_expansions: int = 10_000,
     memory_limit: int = DENSE_LIMIT,
 ) -> Paths:
-    """The k paths of the largest |contribution| from a source to a target, found exactly.
+    """Find the k paths of the largest |contribution| from a source to a target, exactly.
 
-    Formula: a path's contribution is u · F_m … F_1 s, with s the source's vector, F_i the frozen
-    linear map of its i-th node (norms included) and u the target's covector pulled through the
-    final norm. Over all paths from all sources these sum to the target.
+    A path's contribution is u · F_m … F_1 s. Here s is the vector of the source, F_i the frozen
+    linear map of the i-th node (norms included), and u the target's covector, pulled through the
+    final norm. Over all paths from all sources the contributions sum to the target.
 
-    Sources are every token's embedding, every position's embedding and every constant (b_V, ln1.b
-    and the like start at the node that holds them, b_O and the like in the residual stream).
+    Sources are every token's embedding, every position's embedding and every constant. b_V, ln1.b
+    and the like start at the node that holds them; b_O and the like start in the residual stream.
 
     Args:
-        capture: The run, of one prompt.
-        operator: Its operator.
-        target: From :func:`resolve_target`.
-        k: How many.
-        from_token: Only paths that start at this token's embedding (Python counting over the real
-            tokens); None for all sources.
+        capture: The captured run, of one prompt.
+        operator: The operator of that run.
+        target: The functional, from :func:`resolve_target`.
+        k: How many paths to find.
+        from_token: Position of a token among the real ones: only paths that start at the embedding
+            of this token. None for all sources.
         by_position: Whether paths at different positions inside are apart, not summed.
         constants: Whether constants are sources, too.
-        max_expansions: Partial paths to extend before the search gives up being exact.
-        memory_limit: Bytes for the energies, (2 n_layers + 1) · pos · d_model² numbers; when they
-            need more, low-rank upper bounds of them serve (the search is as exact, but longer).
+        max_expansions: How many partial paths to extend before the search stops, no longer exact.
+        memory_limit: Bytes that the bounds may take. Whole bounds are (2 n_layers + 1) · pos ·
+            d_model² numbers of 8 bytes. Where that is more, low-rank bounds serve: the search
+            stays exact but takes longer.
 
     Returns:
-        At most k paths; ``exact`` and ``largest_unexplored`` say what is known of the others.
+        At most k paths. ``exact`` and ``largest_unexplored`` tell what is known of the others.
 
     Raises:
-        ValueError: If there are several prompts, no such token, k or max_expansions is less than 1,
-            or the memory does not suffice.
+        ValueError: If there are several prompts, if there is no such token, if ``k`` or
+            ``max_expansions`` is below 1, or if the bounds do not fit in memory.
 
     Source: best-first (A*) search with an admissible bound, Hart, Nilsson & Raphael (1968).
     """
     k, budget = at_least_one(k, "k"), at_least_one(max_expansions, "max_expansions")
     frame, ln_final = capture.frame, operator.map.maps[-1]
     if frame.batch != 1:
-        raise ValueError(f"paths expects one prompt, got {frame.batch}: take one with lens[i]")
+        raise ValueError(
+            f"paths needs one prompt, but the lens has {frame.batch}. Take one with lens[i]."
+        )
     sources = capture.embeddings
     if from_token is not None:
         only = int(frame.index(from_token))
         sources = {"embed": torch.zeros_like(capture.embed)}
         sources["embed"][:, only] = capture.embed[:, only]
         constants = False
-    steps = [StepParts.of(step) for step in operator.steps]
-    bounds_at = bounds_by_site(steps, sources, constants, by_position, memory_limit)
-    best = _Best(k)
 
+    # 1. The bounds.
+    steps = [StepParts.of(step) for step in operator.steps]
+    bounds = bounds_by_site(steps, sources, constants, by_position, memory_limit)
+
+    # 2. The empty path: the target's covector below the final norm.
+    best = _Best(k)
     u = frame.zeros(operator.out_dim)
     u[:, target.query] = target.covector
     at = int(target.query) if by_position else None
-    if constants:
+    if constants:  # those above the last site
         if capture.unembed.weights.b_U is not None:
             best.offer(float(target.constant), "b_U", None, ((), ()))
         for name, constant in ln_final.constants().items():
             best.offer(float((u * constant).sum()), name, at, ((), ()))
     root = ln_final.apply_t(u)
-    heap = [(-float(bounds_at[-1].bound(root).sum()), next(best.ticks), _Partial(len(steps), at))]
+    heap = [(-float(bounds[-1].bound(root).sum()), next(best.ticks), _Partial(len(steps), at))]
 
+    # 3. Extend the partial path with the largest bound: straight on, or through one node.
     expansions = 0
     while heap and -heap[0][0] > best.threshold and expansions < budget:
         partial = heapq.heappop(heap)[-1]
         expansions += 1
-        site, stage, v = partial.site - 1, steps[partial.site - 1], partial.covector(root)
-        if constants:
-            written = [(None, stage.outside), *((way, way.constants) for way in stage.ways)]
-            for way, by_name in written:
+        site = partial.site - 1
+        step, v = steps[site], partial.covector(root)
+        if constants:  # a path may start at any constant of this step
+            written = [(None, step.outside), *((m, m.constants) for m in step.node_maps)]
+            for node_map, by_name in written:
                 for name, constant in by_name.items():
                     value = float((v * constant).sum())
-                    best.offer(value, name, partial.pos, partial.through(way))
-        ways = (None, *stage.ways)
-        pulled = torch.cat([v, *(way.map.apply_t(v) for way in stage.ways)])
+                    best.offer(value, name, partial.pos, partial.through(node_map))
+        choices = (None, *step.node_maps)
+        pulled = torch.cat([v, *(node_map.map.apply_t(v) for node_map in step.node_maps)])
         if site == 0:  # what is left of these paths is their source
             for name, x in sources.items():
                 values = (pulled * x).sum(-1)
                 for i, pos in best.wanted(values.abs()):
-                    best.offer(float(values[i, pos]), name, pos, partial.through(ways[i]))
+                    best.offer(float(values[i, pos]), name, pos, partial.through(choices[i]))
             continue
-        bounds = bounds_at[site].bound(pulled)
-        bounds = bounds if by_position else bounds.sum(-1, keepdim=True)
-        for i, pos in best.wanted(bounds):
-            child = _Partial(site, pos if by_position else None, *partial.through(ways[i]))
-            heapq.heappush(heap, (-float(bounds[i, pos]), next(best.ticks), child))
+        sizes = bounds[site].bound(pulled)
+        sizes = sizes if by_position else sizes.sum(-1, keepdim=True)
+        for i, pos in best.wanted(sizes):
+            child = _Partial(site, pos if by_position else None, *partial.through(choices[i]))
+            heapq.heappush(heap, (-float(sizes[i, pos]), next(best.ticks), child))
 
+    # 4. The k largest, and what is known of all others.
     left = max(best.left_out, -heap[0][0] if heap else 0.0)
-    exact = not heap or -heap[0][0] <= best.threshold
     rows = sorted(best.heap, key=lambda row: (-row[0], -row[1]))
     return Paths(
-        tuple(_path(capture, by_position, *row[2:]) for row in rows),
-        target.name[0],
-        float(target.value),
-        exact,
-        left,
-        expansions,
-        capture.convention,
+        paths=tuple(_path(capture, by_position, *row[2:]) for row in rows),
+        target=target.name[0],
+        target_value=float(target.value),
+        exact=not heap or -heap[0][0] <= best.threshold,
+        largest_unexplored=left,
+        expansions=expansions,
+        convention=capture.convention,
     )
 
 
 def _path(
     capture: Capture, by_position: bool, value: float, name: str, at: int | None, path: tuple
 ) -> Path:
-    start, (ways, positions) = capture.frame.spans[0][0], path
+    start, (passed, positions) = capture.frame.spans[0][0], path
     pos, label = (None, name) if at is None else (at - start, f"{name}@{at - start}")
     if name == "embed" and pos is not None:
         text = str(capture.prompts.strings[0][pos]).replace("\n", "\\n")
         label = f'"{text}"@{pos}'
     where = tuple(p - start for p in positions) if by_position else None
-    return Path(Node.parse(name), pos, tuple(way.node for way in ways), where, value, label)
+    return Path(
+        Node.parse(name), pos, tuple(node_map.node for node_map in passed), where, value, label
+    )

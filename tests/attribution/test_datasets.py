@@ -11,7 +11,7 @@ from models import SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Attribution, Node, demo
-from tensorlens_tl.attribution import html as heat
+from tensorlens_tl.attribution.html import grid_html, strip_html, table_html
 
 pytestmark = pytest.mark.algebra
 
@@ -98,9 +98,9 @@ def test_ids_as_the_host_gives_them():
 def test_refusals():
     model = FIRST.model()
     for wrong in ([], "a prompt"):
-        with pytest.raises(ValueError, match="expected a list of prompts, got"):
+        with pytest.raises(ValueError, match="is not a list of prompts. Put the"):
             tensorlens_tl.attribute(model, wrong)
-    with pytest.raises(ValueError, match="targets has 2 entries for 5 prompts"):
+    with pytest.raises(ValueError, match="target has 2 entries for 5 prompts"):
         tensorlens_tl.attribute(model, prompts(), [1, 2])
     with pytest.raises(ValueError, match="versus has 1 entries for 5 prompts"):
         tensorlens_tl.attribute(model, prompts(), 1, [2])
@@ -179,9 +179,9 @@ def test_pictures_tell_what_they_have_no_place_for():
 
 
 def test_pictures_escape_what_they_show():
-    text = heat.strip(['<b>"&', " x"], [1.0, -2.0])
+    text = strip_html(['<b>"&', " x"], [1.0, -2.0])
     assert "<b>" not in text and "&lt;b&gt;" in text and "rgba(67, 147, 195, 1.00)" in text
-    assert heat.strip(["a"], [0.0]).count("0.00)") == 1
-    assert "nan" in heat.table([("x", math.nan), ("y", 1.0)])
-    assert re.findall(r">([+-][\d.]+)<", heat.grid([[0.5, -1.0]])) == ["+0.50", "-1.00"]
+    assert strip_html(["a"], [0.0]).count("0.00)") == 1
+    assert "nan" in table_html([("x", math.nan), ("y", 1.0)])
+    assert re.findall(r">([+-][\d.]+)<", grid_html([[0.5, -1.0]])) == ["+0.50", "-1.00"]
     assert Node.parse("L3") == Node("layer", 3)
