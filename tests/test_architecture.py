@@ -139,6 +139,12 @@ def host_names(package: Path) -> list[str]:
             for node in ast.walk(tree)
             if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
         }
+        docs |= {  # the names that a door hands out: classes of the library itself
+            id(name)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            for name in ast.walk(node.value)
+        }
         for node in ast.walk(tree):
             if (
                 isinstance(node, ast.Constant)
