@@ -416,7 +416,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 ABOUT = {
     "model dtype": "float32",
     "ablation": "resample",
-    "pattern": "live",
+    "attention": "live",
     "selection": "greedy, connected",
     "measure": "answer − foil; stories260K: own prediction − runner-up",
     "interval": "bootstrap over test prompts, 95 %",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .attribution import Attribution, MeanAttribution, Paths, mean_attribution
     from .attribution import mean_attribution as attribute
     from .circuits import (
+        AblationOptions,
         Circuit,
         Faithfulness,
         FaithfulnessCurve,
@@ -41,8 +42,8 @@ __version__ = "0.1.0"
 _ROOMS = {
     "attribution": ("Attribution", "MeanAttribution", "Paths", "mean_attribution"),
     "circuits": (
-        "Circuit", "Faithfulness", "FaithfulnessCurve", "discover", "faithfulness",
-        "faithfulness_curve", "faithfulness_of_many", "score_edges",
+        "AblationOptions", "Circuit", "Faithfulness", "FaithfulnessCurve", "discover",
+        "faithfulness", "faithfulness_curve", "faithfulness_of_many", "score_edges",
     ),
     "graph": ("Edge", "Node"),
     "hosts": ("UnsupportedArchitectureError", "load_model", "wrap"),

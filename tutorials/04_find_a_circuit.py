@@ -127,6 +127,6 @@ assert found["the circuit"].share > max(found["eap"].share, found["random"].shar
 # told beside: here it is most of it, since *where* to copy from is all that the corrupted prompt lost.
 
 # %%
-frozen = faithfulness(model, clean[24:], circuit.edges, pattern="frozen", **test)
+frozen = faithfulness(model, clean[24:], circuit, attention="frozen", **test)
 print(frozen)
 assert frozen.empty_share > 0.5

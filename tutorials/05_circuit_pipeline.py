@@ -69,10 +69,10 @@ except ValueError as error:
 # Every edge's score is kept, so another size or another way to choose needs no run.
 
 # %%
-for method in ("greedy", "absolute", "influence"):
-    sizes = [circuit.resized(n_edges=n, method=method) for n in (10, 20, 40)]
+for selection in ("greedy", "absolute", "influence"):
+    sizes = [circuit.resized(n_edges=n, selection=selection) for n in (10, 20, 40)]
     heads = [node for node in map(str, sizes[-1].nodes) if "H" in node]
-    print(f"{method}: {len(sizes[-1].nodes)} nodes, heads {', '.join(heads)}")
+    print(f"{selection}: {len(sizes[-1].nodes)} nodes, heads {', '.join(heads)}")
     assert all(one.is_connected for one in sizes)
 
 # %% [markdown]

@@ -1,13 +1,14 @@
 """Edges that make a behaviour: found, kept in files, proved in the real model.
 
 Key concepts:
-    Circuit: Edges with scores, and the model they are of.
-    Faithfulness: What the real model does with every other edge ablated.
-    discover: The search for a circuit over many prompts.
+    Circuit: Some edges of a model, with their scores; saved as JSON.
+    discover: Finds a circuit over many prompts.
+    faithfulness: Tests a circuit in the real model, with every other edge ablated.
+    AblationOptions: How edges are ablated, and what is measured.
 """
 
-from .ablation import faithfulness, faithfulness_curve, faithfulness_of_many
-from .circuit import Circuit, find, named
+from .ablation import AblationOptions, faithfulness, faithfulness_curve, faithfulness_of_many
+from .circuit import Circuit, circuit_from_names, select_circuit
 from .discovery import discover
 from .edge_averages import edge_scores
 from .edge_baselines import score_edges
@@ -16,17 +17,18 @@ from .model_id import ModelInfo
 from .subgraph import Subgraph
 
 __all__ = [
+    "AblationOptions",
     "Circuit",
     "Faithfulness",
     "FaithfulnessCurve",
     "ModelInfo",
     "Subgraph",
+    "circuit_from_names",
     "discover",
     "edge_scores",
     "faithfulness",
     "faithfulness_curve",
     "faithfulness_of_many",
-    "find",
-    "named",
     "score_edges",
+    "select_circuit",
 ]

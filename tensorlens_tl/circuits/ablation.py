@@ -1,25 +1,39 @@
-"""Is it the model? Circuits proved by running the real model with every other edge ablated.
+"""Circuits proved in the real model: every edge outside the circuit is ablated, and the rest runs.
 
     share(C) = (m(C) − m(∅)) / (m(N) − m(∅))
 
-m is a measure of the logits, averaged over prompts; N the model as it is, C the model with every edge
-outside the circuit ablated, ∅ with every edge ablated (for ``resample``: the corrupted run itself).
-What stands in for an ablated writer: its output in the run of the prompt's corrupted twin
-(``resample``), its mean at each position over prompts (``mean``), or nothing (``zero``); constants stay.
+m is a metric of the logits, averaged over prompts. N is the model as it is. C is the model with every
+edge outside the circuit ablated, and ∅ the model with every edge ablated (for ``resample``: the run of
+the corrupted prompt itself). What replaces the output of an ablated writer is
 
-``pattern="live"``: query and key edges are edges like all others, patched unless in the circuit.
-``pattern="frozen"``: the clean run's patterns are held, also in the corrupted twin's run, so they are no
-edges; the full circuit's share is 1, and the empty one's, which is what the patterns alone carry, is
-reported beside. ∅ is without them, as with live ones.
+    resample  its output in the run of the corrupted prompt
+    mean      its mean output at each position, over prompts
+    zero      nothing
+
+Constants (biases that no node holds) stay in every run.
+
+    attention="live"    query and key edges are edges like all others: ablated unless in the circuit
+    attention="frozen"  the patterns of the clean run are held in every run, so they are no edges. The
+                        full circuit's share is 1. The share of the empty circuit, which is what the
+                        patterns alone carry, is reported beside. ∅ is run with live patterns.
+
+A study takes four steps:
+
+1. Open the model edge by edge, and turn circuits into masks of edges.
+2. Pair every prompt with its corrupted prompt, those of one length together.
+3. Run each batch: clean, with every edge ablated, and once per circuit.
+4. Measure the logits of every run, prompt by prompt.
 
 Sources: Conmy et al. 2023 (arXiv 2304.14997), Hanna et al. 2024 (2403.17806), Mueller et al. 2025 (MIB,
-2504.13151), whose sizes, CPR and CMD :func:`faithfulness_curve` has.
+2504.13151). The sizes of :func:`faithfulness_curve`, CPR and CMD are those of MIB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,16 +42,91 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import at_least_one
-from ..graph import INPUT, Edge, Node
-from .edge_masks import EdgeUniverse
+from ..graph import Edge, Node
+from .edge_averages import first_edges, ranked_scores
 from .edge_patching import EdgeModel, Writes, edge_model
-from .faithfulness_result import Faithfulness, FaithfulnessCurve, Prompt
-from .prompt_pairs import Measure, Metric, Pairs, paired
+from .faithfulness_result import Faithfulness, FaithfulnessCurve
+from .model_id import ModelInfo
+from .prompt_pairs import LogitMetric, Metric, Pairs, paired
 
 ABLATIONS = ("resample", "mean", "zero")
-PATTERNS = ("live", "frozen")
+ATTENTION = ("live", "frozen")
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Circuit sizes as shares of all edges (MIB)."""
+
+
+@dataclass(frozen=True, eq=False)
+class AblationOptions:
+    """How edges are ablated, and what is measured of the runs.
+
+    Every function that takes ``options`` also takes these fields as keyword arguments of its own:
+    ``faithfulness(…, ablation="zero")`` is ``faithfulness(…, options=AblationOptions(ablation="zero"))``.
+
+    Attributes:
+        ablation: What replaces the output of an ablated writer: "resample" (its output in the run of
+            the corrupted prompt), "mean" (its mean at each position over prompts) or "zero".
+        attention: "live" for patterns that follow from the queries and keys of the ablated run,
+            "frozen" for those of the clean run.
+        metric: A function measured in place of target − versus: (logits at ``pos``
+            [prompt, d_vocab], indices of these prompts [prompt]) → one number per prompt [prompt].
+        pos: Position of the prediction. Negative positions count from the end, as in Python.
+        mean_over: Prompts to average over for ablation="mean", all of the length of the tested
+            prompts. By default, the tested prompts themselves.
+        seed: Seed of the bootstrap over prompts.
+        batch_size: Number of sequences run at once. By default, as many as write 256 MiB.
+        progress: Whether to show a progress bar on standard error.
+
+    Example:
+        >>> from tensorlens_tl import AblationOptions
+        >>> AblationOptions(ablation="zero").attention
+        'live'
+    """
+
+    ablation: str = "resample"
+    attention: str = "live"
+    metric: Metric | None = None
+    pos: int = -1
+    mean_over: Any = None
+    seed: int = 0
+    batch_size: int | None = None
+    progress: bool = False
+
+    def __post_init__(self):
+        for name, known in (("ablation", ABLATIONS), ("attention", ATTENTION)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r} does not exist. Use one of {', '.join(known)}.")
+        if self.mean_over is not None and self.ablation != "mean":
+            raise ValueError(
+                f"mean_over= is used by ablation='mean' only, not by ablation={self.ablation!r}. Drop "
+                "mean_over=, or pass ablation='mean'."
+            )
+        if self.batch_size is not None:
+            at_least_one(self.batch_size, "batch_size")
+
+    @classmethod
+    def of(cls, options: AblationOptions, changes: Mapping[str, Any]) -> AblationOptions:
+        """Options with some fields replaced.
+
+        Args:
+            options: The options to start from.
+            changes: New values by field name.
+
+        Returns:
+            The options with the new values.
+
+        Raises:
+            ValueError: If there is no field of a name, or a value is not allowed.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in changes:
+            if name not in names:
+                close = get_close_matches(name, names, 1)
+                remedy = f"Did you mean {close[0]}=?" if close else f"Use {', '.join(names)}."
+                raise ValueError(f"There is no option {name}=. {remedy}")
+        return replace(options, **changes) if changes else options
+
+
+DEFAULTS = AblationOptions()
 
 
 # --- What a user calls -----------------------------------------------------------------------------
@@ -46,52 +135,49 @@ SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 def faithfulness(
     model: Any,
     prompts: Any,
-    edges: Iterable[Edge | Node | str],
+    circuit_or_edges: Iterable[Edge | Node | str],
     corrupted: Any = None,
-    ablation: str = "resample",
-    pattern: str = "live",
     target: Any = None,
     versus: Any = None,
-    *,
-    metric: Metric | None = None,
-    pos: int = -1,
-    mean_over: Any = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: bool = False,
+    options: AblationOptions = DEFAULTS,
+    **changes: Any,
 ) -> Faithfulness:
-    """Run the model itself with every edge outside a circuit ablated.
+    """Run the real model with every edge outside a circuit ablated.
 
     Args:
-        model: A ``HookedTransformer`` or a ``TransformerBridge``; left as it was.
-        prompts: Strings or token ids; those of one length are run together.
-        edges: The circuit, as edges or their names, or as nodes, between which all edges are kept.
-            Constants are kept in any case.
-        corrupted: Each prompt's twin, of as many tokens; needed to ``resample``.
-        ablation: "resample", "mean" or "zero".
-        pattern: "live" or "frozen".
-        target: What is measured: the logit of a token (string or id), for all prompts or one for each;
-            None for what the clean run predicts.
-        versus: Whose logit is subtracted.
-        metric: Another measure: (logits at ``pos`` [prompt, d_vocab], indices of these prompts) → [prompt].
-        pos: Where the prediction is made, counted as in Python.
-        mean_over: For "mean", the prompts to average over, of one length with all others; by default
-            the prompts themselves.
-        seed: Of the bootstrap.
-        batch_size: Sequences run at once; by default, as many as a quarter GiB holds.
-        progress: Whether to count prompts on standard error.
+        model: A ``HookedTransformer`` or a ``TransformerBridge``. The call leaves the model unchanged.
+        prompts: Strings, or token ids. Prompts of one length are run together.
+        circuit_or_edges: A :class:`Circuit`, or edges or their names, or nodes (then all edges between
+            them are kept). Constants are kept in any case.
+        corrupted: One corrupted prompt per prompt, of the same number of tokens. Needed for
+            ablation="resample".
+        target: Token whose logit is measured, as a string or an id: one for all prompts, or a list
+            with one per prompt. None for the token that the clean run predicts.
+        versus: Token whose logit is subtracted, in the same forms. None for no subtraction.
+        options: How edges are ablated and what is measured.
+        **changes: Fields of :class:`AblationOptions` that differ from ``options``, such as
+            ``ablation="zero"``, ``attention="frozen"`` or ``batch_size=8``.
 
     Returns:
-        The measures, prompt by prompt, and the share recovered.
+        The metric of every prompt in the full, the ablated and the circuit's run, and the share
+        that the circuit recovers.
 
     Raises:
-        ValueError: If an edge, a prompt or an option is not one; the message says which, and what to do.
+        ValueError: If an edge, a prompt or an option does not exist, or the circuit is of another
+            model. The message says which, and what to do.
+
+    Example:
+        >>> from tensorlens_tl import demo, faithfulness
+        >>> model = demo.load_model()
+        >>> pair = demo.prompts("ioi", 1)[0]
+        >>> found = faithfulness(model, [pair.clean], ["L0H0", "L1H1"], [pair.corrupted])
+        >>> 0 < found.share < 1
+        True
     """
-    found = faithfulness_of_many(
-        model, prompts, {"": edges}, corrupted, ablation, pattern, target, versus, metric=metric,
-        pos=pos, mean_over=mean_over, seed=seed, batch_size=batch_size, progress=progress,
-    )  # fmt: skip
-    return found[""]
+    many = faithfulness_of_many(
+        model, prompts, {"": circuit_or_edges}, corrupted, target, versus, options, **changes
+    )
+    return many[""]
 
 
 def faithfulness_of_many(
@@ -99,267 +185,233 @@ def faithfulness_of_many(
     prompts: Any,
     circuits: Mapping[str, Iterable[Edge | Node | str]],
     corrupted: Any = None,
-    ablation: str = "resample",
-    pattern: str = "live",
     target: Any = None,
     versus: Any = None,
-    *,
-    metric: Metric | None = None,
-    pos: int = -1,
-    mean_over: Any = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: bool = False,
+    options: AblationOptions = DEFAULTS,
+    **changes: Any,
 ) -> dict[str, Faithfulness]:
-    """:func:`faithfulness` of several circuits on the same prompts, run together.
+    """Measure the :func:`faithfulness` of several circuits on the same prompts, run together.
 
     Args:
-        model: As for :func:`faithfulness`, like all that is not told here.
-        prompts: Prompts.
-        circuits: Edges by name.
-        corrupted: Twins.
-        ablation: "resample", "mean" or "zero".
-        pattern: "live" or "frozen".
-        target: Token.
-        versus: Token.
-        metric: Measure.
-        pos: Position.
-        mean_over: Prompts.
-        seed: Of the bootstrap.
-        batch_size: Sequences run at once.
-        progress: Whether to count prompts on standard error.
+        model: As for :func:`faithfulness`.
+        prompts: As for :func:`faithfulness`.
+        circuits: Circuits, edges or nodes by a name of your choice.
+        corrupted: As for :func:`faithfulness`.
+        target: As for :func:`faithfulness`.
+        versus: As for :func:`faithfulness`.
+        options: As for :func:`faithfulness`.
+        **changes: As for :func:`faithfulness`.
 
     Returns:
-        The results by name; :func:`tensorlens_tl.circuits.faithfulness_result.share_difference` compares two.
+        One result per circuit, by name.
 
     Raises:
-        ValueError: As :func:`faithfulness`.
+        ValueError: As for :func:`faithfulness`.
+
+    Example:
+        >>> from tensorlens_tl import demo, faithfulness_of_many
+        >>> pair = demo.prompts("ioi", 1)[0]
+        >>> circuits = {"none": [], "two heads": ["L0H0", "L1H1"]}
+        >>> found = faithfulness_of_many(
+        ...     demo.load_model(), [pair.clean], circuits, [pair.corrupted]
+        ... )
+        >>> abs(found["none"].share) < 0.01
+        True
     """
+    options = AblationOptions.of(options, changes)
     with edge_model(model) as edged, torch.no_grad():
-        wanted = {name: edged.universe.named(edges) for name, edges in circuits.items()}
-        keeps = [edged.universe.keep(edges) for edges in ([], *wanted.values())]
-        setup = _Setup.of(edged, prompts, corrupted, ablation, pattern, mean_over, batch_size)
-        measure = Measure.of(edged.adapter, setup.n, target, versus, metric, pos)
-        full, ablated, found = setup.measured(torch.stack(keeps), measure, progress)
-        empty, total = found[0] if setup.frozen else ablated, len(edged.universe.edges)
+        for circuit in circuits.values():
+            _check_model(edged, circuit)
+        kept = {name: edged.universe.named(given) for name, given in circuits.items()}
+        study = _Study.of(edged, prompts, corrupted, target, versus, options)
+        masks = [edged.universe.keep(edges) for edges in ([], *kept.values())]
+        full, ablated, found = study.run(torch.stack(masks))
+        empty, total = found[0] if study.frozen else ablated, len(edged.universe.edges)
+        about = options.ablation, options.attention
         return {
             name: Faithfulness(
-                full, ablated, empty, values, ablation, pattern, len(edges), total, seed
+                full, ablated, empty, values, *about, len(edges), total, options.seed
             )
-            for (name, edges), values in zip(wanted.items(), found[1:], strict=True)
+            for (name, edges), values in zip(kept.items(), found[1:], strict=True)
         }
 
 
 def faithfulness_curve(
     model: Any,
     prompts: Any,
-    ranking: Mapping[Edge, float] | Sequence[Edge | str],
+    ranking: Mapping[Edge, float] | Iterable[Edge | str],
     corrupted: Any = None,
-    ablation: str = "resample",
-    pattern: str = "live",
     target: Any = None,
     versus: Any = None,
+    options: AblationOptions = DEFAULTS,
     *,
     sizes: Sequence[float] = SIZES,
-    metric: Metric | None = None,
-    pos: int = -1,
-    mean_over: Any = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: bool = False,
+    **changes: Any,
 ) -> FaithfulnessCurve:
-    """Faithfulness of a ranking's first edges at growing sizes, and the areas CPR and CMD.
+    """Measure the faithfulness of a ranking's first edges at growing sizes, and the areas CPR and CMD.
 
     Args:
-        model: As for :func:`faithfulness`, like all that is not told here.
-        prompts: Prompts.
-        ranking: Every edge's score (an edge without one has 0), or edges, best first.
-        corrupted: Twins.
-        ablation: "resample", "mean" or "zero".
-        pattern: "live" or "frozen".
-        target: Token.
-        versus: Token.
-        sizes: Shares of all edges, increasing.
-        metric: Measure.
-        pos: Position.
-        mean_over: Prompts.
-        seed: Of the bootstrap.
-        batch_size: Sequences run at once.
-        progress: Whether to count prompts on standard error.
+        model: As for :func:`faithfulness`.
+        prompts: As for :func:`faithfulness`.
+        ranking: Scores by edge (an edge without a score has 0), a :class:`Circuit` with scores, or a
+            list of edges, best first.
+        corrupted: As for :func:`faithfulness`.
+        target: As for :func:`faithfulness`.
+        versus: As for :func:`faithfulness`.
+        options: As for :func:`faithfulness`.
+        sizes: Circuit sizes as increasing shares of all edges, from 0 to 1.
+        **changes: As for :func:`faithfulness`.
 
     Returns:
-        The curve.
+        The share recovered at every size, by signed and by absolute scores.
 
     Raises:
-        ValueError: As :func:`faithfulness`, or if the sizes are not increasing shares.
+        ValueError: As for :func:`faithfulness`, or if the sizes are not increasing shares, or the
+            circuit has no scores.
+
+    Example:
+        >>> from tensorlens_tl import demo, faithfulness_curve, score_edges
+        >>> model, pair = demo.load_model(), demo.prompts("ioi", 1)[0]
+        >>> runs = [pair.clean], [pair.corrupted]
+        >>> scores = score_edges(model, *runs)
+        >>> curve = faithfulness_curve(model, runs[0], scores, runs[1], sizes=(0.1, 1.0))
+        >>> round(float(curve.shares[-1]), 3)
+        1.0
     """
-    given = list(sizes) if isinstance(sizes, Iterable) else []
-    if not given or not all(0 <= size <= 1 for size in given) or sorted(set(given)) != given:
-        raise ValueError(f"expected sizes as increasing shares of all edges, 0 to 1, got {sizes!r}")
+    options = AblationOptions.of(options, changes)
+    shares = list(sizes) if isinstance(sizes, Iterable) else []
+    if not shares or not all(0 <= s <= 1 for s in shares) or sorted(set(shares)) != shares:
+        raise ValueError(
+            f"sizes={sizes!r} are not increasing shares of all edges. Pass numbers from 0 to 1, "
+            "smallest first."
+        )
     with edge_model(model) as edged, torch.no_grad():
-        universe = edged.universe
-        setup = _Setup.of(edged, prompts, corrupted, ablation, pattern, mean_over, batch_size)
-        measure = Measure.of(edged.adapter, setup.n, target, versus, metric, pos)
-        scores = _scores(universe, ranking)
+        _check_model(edged, ranking)
+        universe, scores = edged.universe, ranked_scores(edged.universe, ranking)
+        study = _Study.of(edged, prompts, corrupted, target, versus, options)
         total = len(universe.edges)
-        counts = tuple(max(1, round(size * total)) if size else 0 for size in sizes)
-        keeps = [
+        counts = tuple(max(1, round(size * total)) if size else 0 for size in shares)
+        masks = [
             universe.keep(first_edges(universe, scores, n, absolute))
             for absolute in (False, True)
             for n in counts
         ]
-        full, ablated, found = setup.measured(torch.stack(keeps), measure, progress)
+        full, ablated, found = study.run(torch.stack(masks))
         signed, absolute = found.split(len(counts))
-        return FaithfulnessCurve(tuple(sizes), counts, full, ablated, signed, absolute, ablation,
-                                 pattern, total, seed)  # fmt: skip
-
-
-def first_edges(
-    universe: EdgeUniverse, scores: Mapping[Edge, float], n: int, absolute: bool = True
-) -> list[Edge]:
-    """The n edges of the highest scores, connected or not.
-
-    Args:
-        universe: The model's edges.
-        scores: By edge; 0 where there is none.
-        n: How many.
-        absolute: Whether by absolute value.
-
-    Returns:
-        The circuit; of equal scores, the lower edges.
-    """
-
-    def rank(edge: Edge) -> float:
-        score = scores.get(edge, 0.0)
-        return -abs(score) if absolute else -score
-
-    return sorted(universe.edges, key=rank)[:n]
-
-
-def _scores(
-    universe: EdgeUniverse, ranking: Mapping[Edge, float] | Sequence[Edge | str]
-) -> dict[Edge, float]:
-    """Scores by edge; of the input's two embeddings, their sum."""
-    scores = ranking if isinstance(ranking, Mapping) else dict.fromkeys(ranking, 0.0)
-    found: dict[Edge, float] = {}
-    for edge, score in scores.items():
-        edge = Edge.parse(edge) if isinstance(edge, str) else edge
-        if edge.src.kind in ("embed", "pos_embed"):
-            edge = Edge(INPUT, edge.dest)
-        found[edge] = found.get(edge, 0.0) + score
-    universe.wiring.check(found)
-    if ranking is scores:
-        return found
-    return {edge: float(len(found) - i) for i, edge in enumerate(found)}
+        about = options.ablation, options.attention, total, options.seed
+        return FaithfulnessCurve(tuple(shares), counts, full, ablated, signed, absolute, *about)
 
 
 # --- Running it -------------------------------------------------------------------------------------
 
 
+def _check_model(edged: EdgeModel, given: Any) -> None:
+    """Refuse a circuit of another model. Edges, names and scores do not say which model they are of."""
+    if isinstance(info := getattr(given, "model", None), ModelInfo):
+        info.check(ModelInfo.of(edged.adapter.name, edged.adapter.weights))
+
+
 @dataclass(frozen=True, eq=False)
-class _Setup:
-    """Prompts, what stands in for what is ablated, and how much is run at once."""
+class _Study:
+    """Prompts and options of one call, checked and ready to run."""
 
     model: EdgeModel
     groups: list[Pairs]
-    ablation: str
-    frozen: bool
-    mean_over: Any
-    batch_size: int | None
+    mean_over: list[Pairs]
+    metric: LogitMetric
+    options: AblationOptions
 
     @classmethod
-    def of(cls, model: EdgeModel, prompts: Any, corrupted: Any, ablation: str, pattern: str,
-           mean_over: Any, batch_size: int | None) -> _Setup:  # fmt: skip
-        if ablation not in ABLATIONS:
+    def of(cls, model: EdgeModel, prompts: Any, corrupted: Any, target: Any, versus: Any,
+           options: AblationOptions) -> _Study:  # fmt: skip
+        # 2. Pair prompts, those of one length together.
+        kind = options.ablation
+        if kind == "resample" and corrupted is None:
             raise ValueError(
-                f"expected ablation to be one of {', '.join(ABLATIONS)}, got {ablation!r}"
+                "ablation='resample' needs corrupted=, one prompt of equal length for each prompt. Pass "
+                "corrupted=, or use ablation='mean' or 'zero'."
             )
-        if pattern not in PATTERNS:
+        if kind != "resample" and corrupted is not None:
             raise ValueError(
-                f"expected pattern to be one of {', '.join(PATTERNS)}, got {pattern!r}"
+                f"corrupted= is used by ablation='resample' only, not by ablation={kind!r}. Drop "
+                "corrupted=; for means over those prompts, pass ablation='mean' and mean_over=."
             )
-        if ablation == "resample" and corrupted is None:
-            raise ValueError(
-                "ablation='resample' takes every ablated output from a corrupted prompt, got none: pass "
-                "corrupted=, one of equal length for each prompt, or use ablation='mean' or 'zero'"
-            )
-        if ablation != "resample" and corrupted is not None:
-            raise ValueError(
-                f"corrupted is for ablation='resample', got {ablation!r}: leave it out, or pass "
-                "mean_over=corrupted with ablation='mean' to take means over the twins"
-            )
-        if mean_over is not None and ablation != "mean":
-            raise ValueError(f"mean_over is for ablation='mean', got {ablation!r}: leave it out")
-        batch_size = None if batch_size is None else at_least_one(batch_size, "batch_size")
         groups = paired(model.adapter, prompts, corrupted)
-        if ablation == "mean":
-            lengths = [group.ids.shape[1] for group in groups]
-            if mean_over is not None:
-                mean_over = paired(model.adapter, mean_over)
-                lengths += [group.ids.shape[1] for group in mean_over]
+        mean_over = groups
+        if options.mean_over is not None:
+            mean_over = paired(model.adapter, options.mean_over)
+        if kind == "mean":
+            lengths = [group.ids.shape[1] for group in (*groups, *mean_over)]
             if len(set(lengths)) > 1:
                 raise ValueError(
-                    f"ablation='mean' averages position by position, expected prompts of one length, got "
-                    f"{min(lengths)} to {max(lengths)} tokens: measure each length apart, or use 'resample'"
+                    "ablation='mean' needs prompts of one length, as it averages position by position. "
+                    f"These have {min(lengths)} to {max(lengths)} tokens: measure each length apart, or "
+                    "use 'resample'."
                 )
-            if sum(len(group.ids) for group in mean_over or groups) < 2:
+            if sum(len(group.ids) for group in mean_over) < 2:
                 raise ValueError(
-                    "ablation='mean' over one prompt replaces nothing, expected more: pass mean_over="
+                    "ablation='mean' over one prompt changes nothing. Pass more prompts by mean_over=."
                 )
-        return cls(model, groups, ablation, pattern == "frozen", mean_over, batch_size)
+        n = sum(len(group.ids) for group in groups)
+        metric = LogitMetric.of(model.adapter, n, target, versus, options.metric, options.pos)
+        return cls(model, groups, mean_over, metric, options)
 
     @property
-    def n(self) -> int:
-        """How many prompts there are."""
-        return sum(len(group.ids) for group in self.groups)
+    def frozen(self) -> bool:
+        return self.options.attention == "frozen"
 
     def at_once(self, n_pos: int) -> int:
-        """How many sequences are run at once."""
-        return self.batch_size or self.model.at_once(n_pos)
+        """Number of sequences of one length that are run together."""
+        return self.options.batch_size or self.model.at_once(n_pos)
 
     def mean(self) -> Writes:
-        """Every writer's mean at every position."""
-        total, n = None, 0
-        for group in self.mean_over or self.groups:
-            for piece in group.split(self.at_once(group.ids.shape[1])):
-                writes = self.model.run(piece.ids).writes[0].sum(1, keepdim=True)
-                total, n = writes if total is None else total + writes, n + len(piece.ids)
-        if total is None:
-            raise ValueError("expected at least one prompt, got none")
-        return total / n
+        """Mean output of every writer at every position [writer, 1, pos, d_model]."""
+        pieces = (p for g in self.mean_over for p in g.split(self.at_once(g.ids.shape[1])))
+        sums = (self.model.run(piece.ids).writes[0].sum(1, keepdim=True) for piece in pieces)
+        total = next(sums)
+        for other in sums:
+            total = total + other
+        return total / sum(len(group.ids) for group in self.mean_over)
 
-    def measured(
-        self, keeps: Bool[Tensor, "circuit reader writer"], measure: Measure, progress: bool
-    ) -> tuple[Prompt, Prompt, Float[Tensor, "circuit prompt"]]:
-        """The measure of the model as it is, with everything ablated, and of several circuits."""
-        n = self.n
-        full, ablated = torch.zeros(2, n, dtype=torch.float64, device="cpu")
-        found = torch.zeros(len(keeps), n, dtype=torch.float64, device="cpu")
+    def run(
+        self, masks: Bool[Tensor, "circuit reader writer"]
+    ) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"], Float[Tensor, "circuit prompt"]]:
+        """The metric of the model as it is, with every edge ablated, and of every circuit."""
+        n = sum(len(group.ids) for group in self.groups)
         # Equal circuits (small sizes, rankings without negative scores) are run once.
-        keeps, which = torch.unique(keeps, dim=0, return_inverse=True)
-        none = torch.zeros_like(keeps[:1])
-        mean = self.mean() if self.ablation == "mean" else None
-        with tqdm(desc="prompts", total=n, disable=not progress) as bar:
+        masks, which = torch.unique(masks, dim=0, return_inverse=True)
+        values = torch.zeros(2 + len(masks), n, dtype=torch.float64, device="cpu")
+        mean = self.mean() if self.options.ablation == "mean" else None
+        with tqdm(desc="prompts", total=n, disable=not self.options.progress) as bar:
             for group in self.groups:
                 size = self.at_once(group.ids.shape[1])
-                circuits = min(len(keeps), size)
+                circuits = min(len(masks), size)
                 for piece in group.split(max(1, size // circuits)):
-                    clean = self.model.run(piece.ids)
-                    other = mean if mean is None else mean.expand(-1, len(piece.ids), -1, -1)
-                    held = [p[0] for p in clean.patterns] if self.frozen else None
-                    if piece.twins is not None:
-                        twin = self.model.run(piece.twins)
-                        nothing = twin.logits
-                        if held is not None:
-                            twin = self.model.run(piece.twins, patterns=held)
-                        other = twin.writes[0]
-                    else:
-                        nothing = self.model.run(piece.ids, none, other).logits
-                    runs = (self.model.run(piece.ids, part, other, held).logits
-                            for part in keeps.split(circuits))  # fmt: skip
-                    take = lambda logits: measure.values(logits, clean.logits[0], piece.index)  # noqa: B023, E731
-                    full[piece.index] = take(clean.logits)[0].double().cpu()
-                    ablated[piece.index] = take(nothing)[0].double().cpu()
-                    found[:, piece.index] = torch.cat([take(r) for r in runs])[which].double().cpu()
+                    runs = self._runs(piece, masks.split(circuits), mean)
+                    values[:, piece.index] = torch.cat(list(runs))
                     bar.update(len(piece.ids))
-        return full, ablated, found
+        return values[0], values[1], values[2:][which]
+
+    def _runs(
+        self, piece: Pairs, masks: Sequence[Tensor], mean: Writes | None
+    ) -> Iterator[Float[Tensor, "circuit prompt"]]:
+        """The metric of the clean run, the run with every edge ablated, then of the circuits' runs."""
+        # 3a. The clean run, and its patterns where attention is frozen.
+        clean = self.model.run(piece.ids)
+        held = [pattern[0] for pattern in clean.patterns] if self.frozen else None
+        # 3b. What replaces an ablated writer, and the run with every edge ablated (live patterns).
+        if piece.corrupted is None:
+            replacement = None if mean is None else mean.expand(-1, len(piece.ids), -1, -1)
+            none = torch.zeros_like(masks[0][:1])
+            ablated = self.model.run(piece.ids, none, replacement).logits
+        else:
+            corrupted = self.model.run(piece.corrupted)
+            ablated = corrupted.logits
+            if held is not None:
+                corrupted = self.model.run(piece.corrupted, patterns=held)
+            replacement = corrupted.writes[0]
+        # 3c. Every circuit's run, some circuits at once.
+        circuits = (self.model.run(piece.ids, part, replacement, held).logits for part in masks)
+        # 4. Measure.
+        for logits in chain((clean.logits, ablated), circuits):
+            yield self.metric.values(logits, clean.logits[0], piece.index).double().cpu()

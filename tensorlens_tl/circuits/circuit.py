@@ -1,11 +1,11 @@
 """Circuits: some of a model's edges, with the scores they were chosen by, and their files.
 
-An edge's score is what a reader makes of what a writer adds (``edges``), summed over positions and
-averaged over prompts; with a corrupted run, of what it adds here and not there. The input stands
-for both embeddings. Constants write, too, but are always kept and not counted.
+The score of an edge is what a reader makes of what a writer adds, summed over positions and averaged
+over prompts; with corrupted prompts, of what the writer adds there less. The input is one writer: it
+stands for token and position embeddings. Constants write, too, but are always kept and not counted.
 
-A circuit's JSON is the edge list of EAP-IG and MIB, which both evaluate as it is, with an entry of
-our own beside: Hanna, Pezzelle, Belinkov (arXiv 2403.17806); Mueller et al. (arXiv 2504.13151).
+The JSON of a circuit is the edge list that EAP-IG and MIB evaluate, with an entry of this library
+beside: Hanna, Pezzelle, Belinkov (arXiv 2403.17806); Mueller et al. (arXiv 2504.13151).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..checks import need
 from ..graph import INPUT, LOGITS, Edge, Node, Wiring, as_edges, connected, owner, select
 from ..operator import Capture, Convention
-from .ablation import faithfulness, faithfulness_curve
+from .ablation import DEFAULTS, AblationOptions, faithfulness, faithfulness_curve
 from .eap_names import eap_name, parse_eap
-from .edge_patching import edge_model
+from .edge_averages import NO_SCORES
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
 
@@ -29,24 +30,32 @@ FORMAT = "tensorlens_tl circuit 1"
 
 @dataclass(frozen=True)
 class Circuit:
-    """Some edges of a model.
+    """Some edges of a model, with the scores they were selected by.
 
     Attributes:
-        edges: The kept ones, reader by reader from below.
-        scores: Of all edges that were ranked, kept or not; empty where the edges were named.
-        model: Which model it is of.
-        target: What the scores are of, for people; "" where there are none.
-        method: How the edges were chosen: "greedy", "absolute", "signed", "influence" or "named".
-        n_prompts: Over how many prompts the scores are means.
-        corrupted: Whether they compare each with a corrupted one.
+        edges: The edges in the circuit, reader by reader from below.
+        scores: Score of every edge that was ranked, in the circuit or not; empty where a user named
+            the edges.
+        model: Identity of the model that the circuit is of.
+        target: Description of what the scores are of; "" where there are none.
+        selection: How the edges were selected: "greedy", "absolute", "signed", "influence" or "named".
+        n_prompts: Number of prompts that the scores are means over.
+        corrupted: Whether the scores compare each prompt with a corrupted one.
         convention: How gated MLPs were made linear.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+        >>> circuit = lens.discover("Paris", n_edges=20)
+        >>> len(circuit), circuit.is_connected
+        (20, True)
     """
 
     edges: tuple[Edge, ...]
     scores: Mapping[Edge, float] = field(repr=False)
     model: ModelInfo
     target: str = ""
-    method: str = "named"
+    selection: str = "named"
     n_prompts: int = 0
     corrupted: bool = False
     convention: Convention = field(default_factory=Convention)
@@ -73,7 +82,7 @@ class Circuit:
         against = " against corrupted ones" if self.corrupted else ""
         head = (
             f"Circuit{about} in {self.model.name}: {len(self)} of {total} edges "
-            f"({len(self) / total:.1%}), {len(self.nodes)} nodes, {self.method}{means}{against}"
+            f"({len(self) / total:.1%}), {len(self.nodes)} nodes, {self.selection}{means}{against}"
         )
         order = sorted(self.edges, key=lambda edge: -abs(self.scores.get(edge, 0.0)))
         rows = [
@@ -85,7 +94,7 @@ class Circuit:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """What the edges join, from below: the input, heads, MLPs, the logits."""
+        """Nodes that the edges join, from below: the input, heads, MLPs, the logits."""
         found = {edge.src for edge in self.edges} | {owner(edge.dest) for edge in self.edges}
         return tuple(node for node in (*self.model.wiring.writers(), LOGITS) if node in found)
 
@@ -98,26 +107,27 @@ class Circuit:
         self,
         n_edges: int | None = None,
         threshold: float | None = None,
-        method: str | None = None,
+        selection: str | None = None,
     ) -> Circuit:
-        """Another circuit by the same scores; nothing is run.
+        """Select another circuit by the same scores; nothing is run.
 
         Args:
-            n_edges: So many edges; or
-            threshold: the smallest number a method may rank an edge by.
-            method: As in :func:`tensorlens_tl.discover`; by default, this circuit's.
+            n_edges: Number of edges to select. Give either this or ``threshold``.
+            threshold: Smallest number an edge may be ranked by.
+            selection: How edges are selected, as in :func:`tensorlens_tl.discover`. By default, the
+                selection of this circuit.
 
         Returns:
-            The circuit.
+            The circuit of the new size.
 
         Raises:
-            ValueError: If there are no scores, or the arguments make no sense.
+            ValueError: If this circuit has no scores, or an argument is not allowed.
         """
         if not self.scores:
-            raise ValueError("this circuit has no scores, its edges were named: discover one")
-        method = self.method if method is None else method
-        edges = select(self.scores, self.model.wiring, n_edges, threshold, method)
-        return replace(self, edges=edges, method=method)
+            raise ValueError(NO_SCORES)
+        selection = self.selection if selection is None else selection
+        edges = select(self.scores, self.model.wiring, n_edges, threshold, selection)
+        return replace(self, edges=edges, selection=selection)
 
     # --- In the real model
 
@@ -126,110 +136,99 @@ class Circuit:
         model: Any,
         prompts: Any,
         corrupted: Any = None,
-        ablation: str = "resample",
-        pattern: str = "live",
         target: Any = None,
         versus: Any = None,
-        **options: Any,
+        options: AblationOptions = DEFAULTS,
+        **changes: Any,
     ) -> Faithfulness:
-        """How much of a behaviour the model itself keeps with every other edge ablated.
+        """Measure how much of a behaviour the model keeps with every other edge ablated.
 
         Args:
-            model: The model that the circuit is of; left as it was.
-            prompts: See :func:`tensorlens_tl.faithfulness`, also for all that follows.
-            corrupted: Each prompt's twin; needed to ``resample``.
-            ablation: "resample", "mean" or "zero".
-            pattern: "live" or "frozen".
-            target: What is measured.
-            versus: What is subtracted.
-            **options: ``metric``, ``pos``, ``mean_over``, ``seed``, ``batch_size``, ``progress``.
+            model: The model that the circuit is of. The call leaves the model unchanged.
+            prompts: As for :func:`tensorlens_tl.faithfulness`.
+            corrupted: One corrupted prompt per prompt; needed for ablation="resample".
+            target: Token whose logit is measured: a string or an id, or one per prompt.
+            versus: Token whose logit is subtracted, in the same forms.
+            options: How edges are ablated and what is measured.
+            **changes: Fields of :class:`AblationOptions` that differ from ``options``.
 
         Returns:
             The share recovered, with its bootstrap interval.
 
         Raises:
-            ValueError: If the circuit is of another model, or an argument makes no sense.
+            ValueError: If the circuit is of another model, or an argument is not allowed.
         """
-        self._check_model(model)
-        return faithfulness(
-            model, prompts, self.edges, corrupted, ablation, pattern, target, versus, **options
-        )
+        return faithfulness(model, prompts, self, corrupted, target, versus, options, **changes)
 
     def faithfulness_curve(
         self,
         model: Any,
         prompts: Any,
         corrupted: Any = None,
-        ablation: str = "resample",
-        pattern: str = "live",
         target: Any = None,
         versus: Any = None,
-        **options: Any,
+        options: AblationOptions = DEFAULTS,
+        **changes: Any,
     ) -> FaithfulnessCurve:
-        """The same for the first edges by score at growing sizes, with the areas CPR and CMD.
+        """Measure the faithfulness of the first edges by score at growing sizes, and CPR and CMD.
 
         Args:
             model: As for :meth:`faithfulness`.
-            prompts: Prompts.
-            corrupted: Twins.
-            ablation: "resample", "mean" or "zero".
-            pattern: "live" or "frozen".
-            target: Token.
-            versus: Token.
-            **options: ``sizes`` and those of :meth:`faithfulness`.
+            prompts: As for :meth:`faithfulness`.
+            corrupted: As for :meth:`faithfulness`.
+            target: As for :meth:`faithfulness`.
+            versus: As for :meth:`faithfulness`.
+            options: As for :meth:`faithfulness`.
+            **changes: As for :meth:`faithfulness`, or ``sizes``, the sizes as shares of all edges.
 
         Returns:
-            The curve.
+            The share recovered at every size.
 
         Raises:
-            ValueError: If the circuit has no scores, is of another model, or an argument makes no sense.
+            ValueError: If the circuit has no scores, is of another model, or an argument is not
+                allowed.
         """
-        self._check_model(model)
-        if not self.scores:
-            raise ValueError("this circuit has no scores, its edges were named: discover one")
         return faithfulness_curve(
-            model, prompts, self.scores, corrupted, ablation, pattern, target, versus, **options
+            model, prompts, self, corrupted, target, versus, options, **changes
         )
-
-    def _check_model(self, model: Any) -> None:
-        with edge_model(model) as edged:
-            self.model.check(ModelInfo.of(edged.adapter.name, edged.adapter.weights))
 
     # --- In other forms
 
     def to_networkx(self) -> Any:
-        """The circuit as a ``networkx.MultiDiGraph``: an edge per reader, "q", "k" or "v" of a head.
+        """Turn the circuit into a ``networkx.MultiDiGraph``, with one edge per reader of a node.
 
         Returns:
-            The graph; nodes have a layer, edges a reader and, where there are some, a score.
+            The graph. Nodes have a layer; edges have a reader and, where there are scores, a score.
 
         Raises:
             ValueError: If networkx is missing.
         """
-        networkx = _networkx()
+        networkx = need("networkx", "circuits", "to_networkx")
         graph = networkx.MultiDiGraph(model=self.model.name, target=self.target)
         for node in self.nodes:
             layer = self.model.wiring.n_layers if node == LOGITS else node.layer
             graph.add_node(str(node), kind=node.kind, layer=-1 if layer is None else layer)
         for edge in self.edges:
+            # The q, k and v inputs of a head are one node with three edges.
             reader = edge.dest.name or edge.dest.kind
             score = {"score": self.scores[edge]} if edge in self.scores else {}
             graph.add_edge(str(edge.src), str(owner(edge.dest)), key=reader, reader=reader, **score)
         return graph
 
     def to_graphml(self) -> str:
-        """The circuit as GraphML, which graph programs read.
+        """Write the circuit as GraphML, which graph programs read.
 
         Returns:
-            The XML.
+            The XML text of the graph.
 
         Raises:
             ValueError: If networkx is missing.
         """
-        return "\n".join(_networkx().generate_graphml(self.to_networkx(), named_key_ids=True))
+        networkx = need("networkx", "circuits", "to_graphml")
+        return "\n".join(networkx.generate_graphml(self.to_networkx(), named_key_ids=True))
 
     def to_dot(self) -> str:
-        """The circuit in Graphviz's language; what raises the target is blue, what lowers it red."""
+        """Write the circuit for Graphviz: edges that raise the target are blue, others red."""
         largest = max((abs(self.scores.get(e, 0.0)) for e in self.edges), default=0.0)
         lines = ["digraph circuit {", "  rankdir=BT; node [shape=box, style=rounded];"]
         lines += [f"  {_quoted(str(node))};" for node in self.nodes]
@@ -244,34 +243,35 @@ class Circuit:
         return "\n".join([*lines, "}"])
 
     def to_json(self) -> str:
-        """The circuit as the edge list that EAP-IG and MIB read: every ranked edge, and if it is in.
-
-        Kept edges without a score are written with 0. :meth:`from_json` gives the circuit back.
+        """Write the circuit as an edge list that EAP-IG and MIB read; :meth:`from_json` reads it back.
 
         Returns:
-            The JSON.
+            JSON with every ranked edge, its score, and whether it is in the circuit. Edges without
+            a score are written with 0.
         """
         wiring, kept, nodes = self.model.wiring, set(self.edges), set(self.nodes)
-        listed = [edge for edge in wiring.edges() if edge in kept or edge in self.scores]
-        data = {
-            "cfg": {
-                "n_layers": wiring.n_layers, "n_heads": wiring.n_heads,
-                "parallel_attn_mlp": wiring.parallel, "d_model": self.model.d_model,
-            },
-            "nodes": {
-                eap_name(node): {"in_graph": node in nodes or node in (INPUT, LOGITS)}
-                for node in (*wiring.writers(), LOGITS)
-            },
-            "edges": {
-                eap_name(e): {"score": self.scores.get(e, 0.0), "in_graph": e in kept} for e in listed
-            },
-            "tensorlens_tl": {
-                "format": FORMAT, "model": self.model.name, "fingerprint": self.model.fingerprint,
-                "attn_only": wiring.attn_only, "scored": bool(self.scores), "target": self.target,
-                "method": self.method, "n_prompts": self.n_prompts, "corrupted": self.corrupted,
-                "convention": asdict(self.convention),
-            },
-        }  # fmt: skip
+        cfg = {"n_layers": wiring.n_layers, "n_heads": wiring.n_heads,
+               "parallel_attn_mlp": wiring.parallel, "d_model": self.model.d_model}  # fmt: skip
+        # 1. Their part. The input and the logits are in every graph of theirs.
+        named = {
+            eap_name(node): {"in_graph": node in nodes or node in (INPUT, LOGITS)}
+            for node in (*wiring.writers(), LOGITS)
+        }
+        edges = {
+            eap_name(edge): {"score": self.scores.get(edge, 0.0), "in_graph": edge in kept}
+            for edge in wiring.edges()
+            if edge in kept or edge in self.scores
+        }
+        # 2. What only this library knows.
+        about = {name: getattr(self, name) for name in ABOUT} | {
+            "format": FORMAT,
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "attn_only": wiring.attn_only,
+            "scored": bool(self.scores),
+            "convention": asdict(self.convention),
+        }
+        data = {"cfg": cfg, "nodes": named, "edges": edges, "tensorlens_tl": about}
         return json.dumps(data, ensure_ascii=False)
 
     @classmethod
@@ -279,56 +279,65 @@ class Circuit:
         """Read a circuit from :meth:`to_json`, or from EAP-IG or MIB.
 
         Args:
-            text: The JSON.
+            text: JSON of an edge list.
 
         Returns:
-            The circuit; one of theirs does not know its model's weights.
+            The circuit. One of EAP-IG or MIB does not know the weights of its model.
 
         Raises:
-            ValueError: If the text is no circuit.
+            ValueError: If the text is not a circuit.
         """
         try:
             data = json.loads(text)
             cfg, about = data["cfg"], data.get("tensorlens_tl", {})
             if about and about["format"] != FORMAT:
-                raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
+                raise ValueError(
+                    f"format {about['format']!r} is not {FORMAT!r}. Save the circuit again."
+                )
+            # 1. The model's shape, which says what edges there are.
             layers, heads, width = (_size(cfg[n]) for n in ("n_layers", "n_heads", "d_model"))
-            wiring = Wiring(
-                layers, heads, bool(cfg["parallel_attn_mlp"]), bool(about.get("attn_only"))
-            )
+            parallel, attn_only = bool(cfg["parallel_attn_mlp"]), bool(about.get("attn_only"))
+            wiring = Wiring(layers, heads, parallel, attn_only)
+            name = str(about.get("model", "a model of EAP-IG's"))
+            model = ModelInfo(name, wiring, width, str(about.get("fingerprint", "")))
+            # 2. Edges and scores, in the order of the model.
             rows = {parse_eap(name): row for name, row in data["edges"].items()}
             wiring.check(rows)
             scores = {edge: float(row["score"]) for edge, row in rows.items()}
             if wrong := [edge for edge, score in scores.items() if not math.isfinite(score)]:
-                raise ValueError(f"the score of {wrong[0]} is no finite number")
+                raise ValueError(f"The score of {wrong[0]} is not finite. Use numbers.")
             order = [edge for edge in wiring.edges() if edge in rows]
+            kept = tuple(edge for edge in order if _truth(rows[edge]["in_graph"]))
+            ranked = {edge: scores[edge] for edge in order} if about.get("scored", True) else {}
+            # 3. What else is known of them.
             return cls(
-                tuple(edge for edge in order if _truth(rows[edge]["in_graph"])),
-                {e: scores[e] for e in order} if about.get("scored", True) else {},
-                ModelInfo(str(about.get("model", "a model of EAP-IG's")), wiring, width,
-                          str(about.get("fingerprint", ""))),
+                kept, ranked, model,
                 str(about.get("target", "")),
-                str(about.get("method", "greedy")),
+                str(about.get("selection", "greedy")),
                 int(about.get("n_prompts", 0)),
                 bool(about.get("corrupted", False)),
                 Convention(**about.get("convention", {})),
             )  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"expected a circuit that to_json wrote, or an edge list of EAP-IG, got something else "
-                f"({error}): write it again"
+                "This text is not a circuit of to_json, nor an edge list of EAP-IG. Write the file "
+                f"again; the fault was: {error}."
             ) from None
+
+
+ABOUT = ("target", "selection", "n_prompts", "corrupted")
+"""Fields of a circuit that its JSON keeps as they are."""
 
 
 def _size(number: Any) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 10**6:
-        raise ValueError(f"expected a size, got {number!r}")
+        raise ValueError(f"{number!r} is not a size of a model. Use an integer ≥ 1.")
     return number
 
 
 def _truth(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"expected in_graph to be true or false, got {value!r}")
+        raise ValueError(f"in_graph={value!r} is not a truth value. Use true or false.")
     return value
 
 
@@ -336,31 +345,21 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _networkx() -> Any:
-    try:
-        import networkx
-    except ImportError:
-        raise ValueError(
-            "graphs need networkx: pip install 'tensorlens-tl[circuits]', or take to_dot or to_json"
-        ) from None
-    return networkx
+# --- From scores, or from names ---------------------------------------------------------------------
 
 
-# --- From an attribution, or from names ----------------------------------------------------------
-
-
-def named(capture: Capture, given: Circuit | Iterable[Edge | Node | str]) -> Circuit:
-    """The circuit of edges or nodes that a user named, or one that was found in the same model.
+def circuit_from_names(capture: Capture, given: Circuit | Iterable[Edge | Node | str]) -> Circuit:
+    """Make the circuit of edges or nodes that a user named; pass a circuit of the same model on.
 
     Args:
         capture: A run of the model.
-        given: A circuit, edges, or nodes, between which all edges are kept.
+        given: A circuit, or edges, or nodes (then all edges between them are kept).
 
     Returns:
-        The circuit.
+        The circuit, without scores where edges or nodes were named.
 
     Raises:
-        ValueError: If there is no such node or edge, or the circuit is of another model.
+        ValueError: If the model has no such node or edge, or the circuit is of another model.
     """
     model = ModelInfo.of_capture(capture)
     if isinstance(given, Circuit):
@@ -370,29 +369,29 @@ def named(capture: Capture, given: Circuit | Iterable[Edge | Node | str]) -> Cir
     return Circuit(edges, {}, model, convention=capture.convention)
 
 
-def find(
+def select_circuit(
     model: ModelInfo,
     scores: Mapping[Edge, float],
     n_edges: int | None,
     threshold: float | None,
-    method: str,
+    selection: str,
     **about: Any,
 ) -> Circuit:
-    """The circuit that scores tell.
+    """Select a circuit by the scores of its edges.
 
     Args:
-        model: Whose edges they are.
-        scores: Every edge's.
-        n_edges: See :func:`selection.select`.
-        threshold: See there.
-        method: See there.
-        **about: The circuit's other attributes.
+        model: Identity of the model that the edges are of.
+        scores: Score of every edge.
+        n_edges: Number of edges to select, or None.
+        threshold: Smallest number an edge may be ranked by, or None.
+        selection: How edges are selected, as in :func:`tensorlens_tl.discover`.
+        **about: Other attributes of the circuit, such as ``target``.
 
     Returns:
-        The circuit.
+        The circuit, with all scores.
 
     Raises:
-        ValueError: If the arguments make no sense.
+        ValueError: If an argument is not allowed.
     """
-    edges = select(scores, model.wiring, n_edges, threshold, method)
-    return Circuit(edges, scores, model, method=method, **about)
+    edges = select(scores, model.wiring, n_edges, threshold, selection)
+    return Circuit(edges, scores, model, selection=selection, **about)

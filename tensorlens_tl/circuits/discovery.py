@@ -1,4 +1,13 @@
-"""Circuits of many prompts: scores averaged batch by batch, kept in a file, gone on with later."""
+"""Find a circuit over many prompts: scores averaged batch by batch, kept in a file, resumable.
+
+A search takes five steps:
+
+1. Read the model, and each prompt's own tokens.
+2. Check the question, and sort the prompts so that a batch has little padding.
+3. Resume from the file, where there is one of the same question.
+4. Capture batch by batch, score every edge, and average; write the file from time to time.
+5. Select the edges of the circuit by their mean scores.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +15,8 @@ import hashlib
 import json
 import os
 import random
-import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +26,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..attribution import (
-    AT,
-    Sweep,
     Target,
+    TargetGradient,
     TargetLike,
     attribute,
     check_comparable,
@@ -28,11 +35,11 @@ from ..attribution import (
     own_prediction,
     resolve_each,
 )
-from ..checks import as_list, at_least_one, one_each
+from ..checks import as_list, at_least_one, one_each, write_whole
 from ..graph import Edge
-from ..hosts import adapt, each_prompt, freeze, hosted, mask_spans
+from ..hosts import Adapter, adapt, each_prompt, freeze, hosted, mask_spans
 from ..operator import Capture, Convention, FrozenTransformer
-from .circuit import Circuit, find
+from .circuit import Circuit, select_circuit
 from .edge_averages import edge_columns, edge_sums
 from .model_id import ModelInfo
 
@@ -43,19 +50,20 @@ WINDOW = 128
 """Prompts that are sorted by length, so that little of a batch is padding."""
 
 _Row = tuple[Any, Any, Any, Any]  # prompt, corrupted prompt, target, versus
+_Means = Float[Tensor, " edge"]
 
 
 def discover(
     model: Any,
     prompts: Sequence[Any],
     corrupted: Sequence[Any] | None = None,
-    targets: TargetLike | Sequence[TargetLike] = None,
+    target: TargetLike | Sequence[TargetLike] = None,
     versus: TargetLike | Sequence[TargetLike] = None,
     pos: int = -1,
     *,
     n_edges: int | None = None,
     threshold: float | None = None,
-    method: str = "greedy",
+    selection: str = "greedy",
     qk: bool = True,
     at: str | None = None,
     batch_size: int = 8,
@@ -65,130 +73,152 @@ def discover(
     progress: bool = False,
     **kwargs: Any,
 ) -> Circuit:
-    """The edges that make a target, over many prompts: mean scores, then :meth:`TensorLens.discover`.
+    """Find the edges that make a target, over many prompts: average their scores, then select.
 
-    Only one batch of captures is held at a time. With ``path``, the circuit of what is done so far
-    is in that file, whatever happens: the same call goes on from there, and gives the same numbers.
+    Only one batch of captures is held in memory. With ``path``, the circuit of what is done so far
+    is always in that file: the same call resumes from it, and gives the same numbers.
 
     Args:
         model: As for :func:`tensorlens_tl.capture`.
         prompts: Strings, or token ids [pos], one sequence per prompt.
-        corrupted: For every prompt another one of as many tokens, or None: an edge's score is then
-            what the reader makes of what the writer adds in the first and not in the second.
-        targets: A target for all, a list with one for each prompt, or None for each prompt's own
-            prediction.
-        versus: Subtracted from the target; for all, one for each prompt, or None.
+        corrupted: One corrupted prompt per prompt, of the same number of tokens, or None. With
+            corrupted prompts, the score of an edge is what the reader makes of what the writer adds
+            in the prompt and not in the corrupted prompt.
+        target: Token or direction to explain: one for all prompts, a list with one per prompt, or
+            None for what the model predicts for each prompt.
+        versus: Subtracted from the target, in the same forms; None for no subtraction.
         pos: Position of the prediction among the real tokens.
-        n_edges: So many edges; or
-        threshold: the smallest number an edge is ranked by.
-        method: "greedy", "absolute", "signed" or "influence"; see :meth:`TensorLens.discover`.
-        qk: Whether queries and keys are readers, too.
-        at: With corrupted prompts, whose covectors read the difference: by default "secant", those
-            of the operator between the two runs, which is exact on it; or "clean", "corrupted".
-        batch_size: Prompts captured at once, padded where their lengths differ.
-        sample: How many of the prompts to take, drawn by ``seed``; None for all. They are taken by length,
-            within 128 at a time.
-        seed: Of the draw.
-        path: A file for the circuit, and to go on from: a circuit's JSON with an entry of progress.
-        progress: Whether to count prompts on standard error.
-        **kwargs: For the capture: ``gate``, ``dtype``, the model's own arguments.
+        n_edges: Number of edges in the circuit. Give either this or ``threshold``.
+        threshold: Keep every edge ranked at or above this value, plus the edges needed to connect it.
+        selection: How edges are selected by their scores: "greedy" grows from the logits down by
+            |score|; "absolute" and "signed" take the largest |score| or score; "influence" takes
+            what shares of |score| carry to the logits.
+        qk: Whether the queries and keys of heads are readers, too.
+        at: With corrupted prompts, whose covectors read the difference: "secant" (the default),
+            those of the operator between the two runs, which is exact on the difference; "clean"
+            or "corrupted", those of one run.
+        batch_size: Number of prompts captured at once, padded where their lengths differ.
+        sample: Number of prompts to draw at random by ``seed``; None to use all of them.
+        seed: Seed of the draw.
+        path: File for the circuit, and to resume from: the circuit's JSON with an entry of progress.
+        progress: Whether to show a progress bar on standard error.
+        **kwargs: Arguments of the capture: ``gate``, ``dtype``, and the model's own arguments.
 
     Returns:
-        The circuit, with every edge's mean score.
+        The circuit, with the mean score of every edge.
 
     Raises:
-        ValueError: If an argument makes no sense, a corrupted prompt has another length, or the file
-            holds another search; or if there is no operator between the two runs of this model
-            (SoLU, runs that hooks edited): take ``at="clean"``.
+        ValueError: If an argument is not allowed, a corrupted prompt has another length, the file
+            holds another search, or there is no operator between the two runs of this model (SoLU,
+            runs that hooks edited). In the last case, use ``at="clean"``.
+
+    Example:
+        >>> from tensorlens_tl import demo, discover
+        >>> pairs = demo.prompts("ioi", 2)
+        >>> texts, corrupted = [p.clean for p in pairs], [p.corrupted for p in pairs]
+        >>> circuit = discover(demo.load_model(), texts, corrupted, n_edges=24)
+        >>> len(circuit), circuit.n_prompts
+        (24, 2)
     """
-    model = hosted(model, kwargs.pop("tokenizer", None))
-    adapter = adapt(model)
+    # 1. The model, and each prompt's own tokens.
+    adapter = adapt(hosted(model, kwargs.pop("tokenizer", None)))
     info = ModelInfo.of(adapter.name, adapter.weights)
     mask = kwargs.pop("attention_mask", None)
-    if not isinstance(prompts, str):
-        prompts = _unpadded(each_prompt(prompts, adapter.tokenizer, mask is not None), mask)
-    if corrupted is not None and not isinstance(corrupted, str):
-        corrupted = _unpadded(each_prompt(corrupted, adapter.tokenizer, mask is not None), mask)
+    prompts = _own_tokens(adapter, prompts, mask)
+    if corrupted is not None:
+        corrupted = _own_tokens(adapter, corrupted, mask)
+    # 2. The question.
     at = at or ("clean" if corrupted is None else "secant")
     edges = info.wiring.edges(qk)
-    work = _Work(prompts, corrupted, targets, versus, pos, qk, at, sample, seed, kwargs, edges)
+    work = _Work(prompts, corrupted, target, versus, pos, qk, at, sample, seed, kwargs, edges)
     batch_size = at_least_one(batch_size, "batch_size")
 
-    def circuit(scores: Mapping[Edge, float], n: int) -> Circuit:
-        return find(
-            info, scores, n_edges, threshold, method,
+    def circuit(means: _Means, n: int) -> Circuit:
+        scores = dict(zip(edges, means.tolist(), strict=True))
+        return select_circuit(
+            info, scores, n_edges, threshold, selection,
             target=work.target, n_prompts=n, corrupted=corrupted is not None,
             convention=Convention(kwargs.get("gate", "gate")),
         )  # fmt: skip
 
-    circuit(dict.fromkeys(edges, 0.0), 0)  # refuses bad arguments before the work
-    file = (
-        None if path is None else _File(Path(os.path.realpath(path)), work.digest(info), len(work))
-    )
-    scores, n = ({}, 0) if file is None else file.read(info)
-    means = torch.tensor([scores.get(edge, 0.0) for edge in edges], dtype=torch.double)
+    means, n = torch.zeros(len(edges), dtype=torch.double), 0
+    circuit(means, n)  # refuses a bad size or selection before anything is run
+    # 3. What is done already.
+    file = None
+    if path is not None:
+        file = _File(Path(os.path.realpath(path)), work.digest(info), len(work))
+        scores, n = file.read(info)
+        means = torch.tensor([scores.get(edge, 0.0) for edge in edges], dtype=torch.double)
+    # 4. The rest, and 5. the circuit.
+    return circuit(*_average(work, adapter, batch_size, means, n, file, circuit, progress))
+
+
+def _average(
+    work: _Work,
+    adapter: Adapter,
+    batch_size: int,
+    means: _Means,
+    n: int,
+    file: _File | None,
+    circuit: Callable[[_Means, int], Circuit],
+    progress: bool,
+) -> tuple[_Means, int]:
+    """Mean scores over all prompts, from the means over the first n; the file is kept up to date."""
     written, last = n, time.monotonic()
-
-    def named() -> dict[Edge, float]:
-        return dict(zip(edges, means.tolist(), strict=True))
-
     try:
         with tqdm(desc="prompts", total=len(work), initial=n, disable=not progress) as bar:
             for start in range(n, len(work), batch_size):
                 with torch.no_grad():
                     found = work.scores(adapter, start, start + batch_size)
                 both = n + len(found)
-                means, n = (
-                    means + (found - means).sum(0) / both,
-                    both,
-                )  # together: one may interrupt
+                # One assignment: an interruption must not part the means from their number.
+                means, n = means + (found - means).sum(0) / both, both
                 if file is not None and time.monotonic() - last > WRITE_EVERY:
-                    file.write(circuit(named(), n), n)
+                    file.write(circuit(means, n), n)
                     written, last = n, time.monotonic()
                 bar.update(len(found))
     finally:  # an interruption keeps what is done
         if file is not None and n > written:
-            file.write(circuit(named(), n), n)
-    return circuit(named(), n)
+            file.write(circuit(means, n), n)
+    return means, n
 
 
 class _Work:
-    """What is to be done: prompts, targets, and how they are scored."""
+    """The question: prompts, targets, and how edges are scored."""
 
-    def __init__(self, prompts: Sequence[Any], corrupted: Sequence[Any] | None, targets: Any,
+    def __init__(self, prompts: Sequence[Any], corrupted: Sequence[Any] | None, target: Any,
                  versus: Any, pos: int, qk: bool, at: str, sample: int | None, seed: int,
                  kwargs: dict[str, Any], edges: tuple[Edge, ...]):  # fmt: skip
-        if isinstance(prompts, str) or len(prompts) == 0:
-            raise ValueError(
-                f"expected a list of prompts, got {prompts!r}: put a single one in a list"
-            )
-        if corrupted is not None and (isinstance(corrupted, str) or len(corrupted) != len(prompts)):
-            raise ValueError(
-                f"expected a corrupted prompt for every prompt, {len(prompts)}, got "
-                f"{1 if isinstance(corrupted, str) else len(corrupted)}"
-            )
-        if at not in AT or (at != "clean" and corrupted is None):
-            raise ValueError(
-                f"expected at to be clean, or corrupted or secant with corrupted prompts, got {at!r}"
-            )
-        for i, (ours, theirs) in enumerate(zip(prompts, corrupted or (), strict=False)):
-            if (
-                not isinstance(ours, str)
-                and not isinstance(theirs, str)
-                and len(ours) != len(theirs)
-            ):
-                raise ValueError(
-                    f"expected corrupted prompt {i} of as many tokens as its prompt, {len(ours)}, got "
-                    f"{len(theirs)}: pad or reword the corrupted prompt"
-                )
         n = len(prompts)
-        self.target = _in_words(targets) + ("" if versus is None else f" − {_in_words(versus)}")
-        goals = one_each(targets, n, "targets"), one_each(versus, n, "versus")
+        if isinstance(prompts, str) or n == 0:
+            raise ValueError(
+                f"prompts={prompts!r} is not a non-empty list. Put a single prompt in a list."
+            )
+        if corrupted is not None and (isinstance(corrupted, str) or len(corrupted) != n):
+            count = 1 if isinstance(corrupted, str) else len(corrupted)
+            raise ValueError(
+                f"There are {n} prompts but {count} corrupted prompts. Pass a list with one for each."
+            )
+        known = ("clean",) if corrupted is None else ("clean", "corrupted", "secant")
+        if at not in known:
+            given = "without" if corrupted is None else "with"
+            raise ValueError(
+                f"at={at!r} is not allowed {given} corrupted prompts. Use {', '.join(known)}."
+            )
+        for i, (prompt, other) in enumerate(zip(prompts, corrupted or (), strict=False)):
+            texts = isinstance(prompt, str) or isinstance(other, str)
+            if not texts and len(prompt) != len(other):
+                raise ValueError(
+                    f"Prompt {i} has {len(prompt)} tokens, its corrupted prompt {len(other)}. Pad or "
+                    "reword the corrupted prompt."
+                )
+        self.target = _in_words(target) + ("" if versus is None else f" − {_in_words(versus)}")
+        goals = one_each(target, n, "target"), one_each(versus, n, "versus")
         others = [None] * n if corrupted is None else list(corrupted)
         rows = list(zip(prompts, others, *goals, strict=True))
         if sample is not None:
             if at_least_one(sample, "sample") > n:
-                raise ValueError(f"expected sample of at most {n}, the prompts, got {sample}")
+                raise ValueError(f"sample={sample} is more than the {n} prompts. Pass at most {n}.")
             rows = [rows[i] for i in sorted(random.Random(seed).sample(range(n), sample))]
         self.rows = _by_length(rows)
         self.pos, self.qk, self.at, self.kwargs = pos, qk, at, kwargs
@@ -209,54 +239,61 @@ class _Work:
         return digest.hexdigest()[:32]
 
     def scores(self, model: Any, start: int, stop: int) -> Float[Tensor, "prompt edge"]:
-        """Every edge's score in some prompts, in the order of :attr:`edges`."""
+        """Score every edge in some prompts, in the order of :attr:`edges`."""
         found = [self._scores(model, rows) for rows in _alike(self.rows[start:stop])]
         return torch.cat(found)
 
     def _scores(self, model: Any, rows: list[_Row]) -> Float[Tensor, "prompt edge"]:
-        clean, corrupted, targets, versus = zip(*rows, strict=True)
-        run = self.run(model, clean)
-        own = own_prediction(run, self.pos)
-        ours = self.sweep(run, targets, versus, own)
+        prompts, corrupted, targets, versus = zip(*rows, strict=True)
+        clean = self.run(model, prompts)
+        # Both runs are asked for what the clean one predicts.
+        predicted = own_prediction(clean, self.pos)
+        gradient = self.gradient(clean, targets, versus, predicted)
         if corrupted[0] is None:
-            split = attribute(ours, "edge", qk=self.qk)
+            split = attribute(gradient, "edge", qk=self.qk)
         else:
-            other = self.run(model, corrupted)
-            check_comparable(run, other)
-            theirs = self.sweep(other, targets, versus, own)
-            split = difference(ours, theirs, "edge", self.at, self.qk)
+            run = self.run(model, corrupted)
+            check_comparable(clean, run)
+            baseline = self.gradient(run, targets, versus, predicted)
+            split = difference(gradient, baseline, "edge", self.at, self.qk)
         if split.labels[0] != self._names:  # the same for all prompts of a model, and thousands
             self._names, self._columns = split.labels[0], edge_columns(self.edges, split.sources)
         return edge_sums(split.values, self._columns, len(self.edges)).cpu()
 
     def run(self, model: Any, prompts: Sequence[Any]) -> Capture:
-        """The capture of some prompts; ids of several lengths are padded."""
+        """Capture some prompts; ids of several lengths are padded."""
         if isinstance(prompts[0], str):
             return freeze(model, list(prompts), **self.kwargs)[1]
         ids = [torch.as_tensor(p) for p in prompts]
         lengths, padding = torch.tensor([len(p) for p in ids]), {}
         if (lengths != lengths[0]).any():
-            padding = {
-                "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-            }
+            real = torch.arange(int(lengths.max())) < lengths[:, None]
+            padding = {"attention_mask": real.long()}
         rows = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         return freeze(model, rows, **padding, **self.kwargs)[1]
 
-    def sweep(
-        self, run: Capture, targets: Sequence[Any], versus: Sequence[Any], own: Tensor
-    ) -> Sweep:
-        """Every prompt's own target."""
-        goal = resolve_each(run, targets, self.pos, own)
+    def gradient(
+        self, run: Capture, targets: Sequence[Any], versus: Sequence[Any], predicted: Tensor
+    ) -> TargetGradient:
+        """The gradient of every prompt's own target."""
+        goal = resolve_each(run, targets, self.pos, predicted)
         if any(other is not None for other in versus):
-            both = goal.minus(resolve_each(run, versus, self.pos, own))
+            both = goal.minus(resolve_each(run, versus, self.pos, predicted))
             goal = Target.stack([
                 (goal if other is None else both).row(i) for i, other in enumerate(versus)
             ])  # fmt: skip
-        return Sweep(run, FrozenTransformer.of(run), goal)
+        return TargetGradient(run, FrozenTransformer.of(run), goal)
+
+
+def _own_tokens(adapter: Adapter, prompts: Any, mask: Any) -> Any:
+    """Each prompt as a string, or as its own ids without padding."""
+    if isinstance(prompts, str):
+        return prompts  # refused with the question
+    return _unpadded(each_prompt(prompts, adapter.tokenizer, mask is not None), mask)
 
 
 def _by_length(rows: Sequence[_Row]) -> list[_Row]:
-    """Ids of about one length side by side, within windows: a part of the work is of all lengths."""
+    """Sort ids by length within windows, so that every part of the work has prompts of all lengths."""
     parts = (rows[i : i + WINDOW] for i in range(0, len(rows), WINDOW))
     return [row for part in parts for row in sorted(part, key=_length)]
 
@@ -280,12 +317,14 @@ def _unpadded(prompts: list[Any], mask: Any) -> list[Any]:
     if mask is None:
         return prompts
     if any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("attention_mask is for token ids, got strings: leave it out")
+        raise ValueError(
+            "attention_mask= is for token ids, but these prompts are strings. Drop attention_mask=."
+        )
     rows = [torch.as_tensor(prompt) for prompt in prompts]
     if len({len(row) for row in rows}) > 1:
         raise ValueError(
-            "attention_mask is for ids padded to one length, got several: leave it out, each prompt's ids "
-            "are its own"
+            "attention_mask= is for ids padded to one length, but these have several lengths. Drop "
+            "attention_mask=: each prompt is then taken without padding."
         )
     ids = torch.stack(rows)
     spans = mask_spans(torch.as_tensor(mask), ids, None)
@@ -309,11 +348,13 @@ class _File:
 
     def __init__(self, path: Path, digest: str, total: int):
         if not path.parent.is_dir() or path.is_dir():
-            raise ValueError(f"expected the path of a file to write, got {path}")
+            raise ValueError(
+                f"path={str(path)!r} cannot be written. Pass a file in a known folder."
+            )
         self.path, self.digest, self.total = path, digest, total
 
     def read(self, model: ModelInfo) -> tuple[dict[Edge, float], int]:
-        """The scores so far, and over how many prompts they are means."""
+        """The scores so far, and the number of prompts that they are means over."""
         if not self.path.exists():
             return {}, 0
         try:
@@ -322,16 +363,18 @@ class _File:
             question, n = about["question"], about["done"]
             own = question == self.digest
             if own and (isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= self.total):
-                raise ValueError(f"expected from 1 to {self.total} prompts done, got {n!r}")
+                raise ValueError(
+                    f"It says {n!r} prompts are done. It should say 1 to {self.total}."
+                )
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise ValueError(
-                f"expected {self.path} to hold a search for a circuit, got something else ({error}): "
-                "pass another path, or delete it"
+                f"{self.path} does not hold a search for a circuit. Pass another path=, or delete the "
+                f"file; the fault was: {error}."
             ) from None
         if not own:
             raise ValueError(
-                f"{self.path} holds another search (other prompts, targets, options or weights): pass "
-                "another path, or delete it"
+                f"{self.path} holds another search (other prompts, targets, options or weights). Pass "
+                "another path=, or delete the file."
             )
         found.model.check(model)
         return dict(found.scores), n
@@ -340,9 +383,5 @@ class _File:
         """Write the file, whole or not at all."""
         data = json.loads(circuit.to_json())
         data["progress"] = {"question": self.digest, "done": n, "of": self.total}
-        unfinished = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            unfinished.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
-            os.replace(unfinished, self.path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        text = json.dumps(data, ensure_ascii=False)
+        write_whole(self.path, lambda file: file.write_text(text, encoding="utf-8"))

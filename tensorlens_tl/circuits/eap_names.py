@@ -7,10 +7,11 @@ import re
 from ..graph import Edge, Node
 
 _EAP = re.compile(r"input|logits|a(\d+)\.h(\d+)(?:<([qkv])>)?|m(\d+)")
+WRONG = "{!r} is not the name of an edge. Use names such as 'a0.h1->a1.h2<q>'."
 
 
 def eap_name(node: Node | Edge) -> str:
-    """The name in the files of EAP-IG and MIB: "a0.h1", "m0", "a0.h1->a1.h2<q>"."""
+    """Name a node or edge as the files of EAP-IG and MIB do: "a0.h1", "m0", "a0.h1->a1.h2<q>"."""
     if isinstance(node, Edge):
         return f"{eap_name(node.src)}->{eap_name(node.dest)}"
     if node.kind == "head":
@@ -19,13 +20,13 @@ def eap_name(node: Node | Edge) -> str:
 
 
 def parse_eap(text: str) -> Edge:
-    """The edge of a name in the files of EAP-IG and MIB.
+    """Read the name of an edge in the files of EAP-IG and MIB.
 
     Returns:
-        The edge.
+        The edge of that name.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the text is not the name of an edge.
 
     >>> str(parse_eap("a0.h1->a1.h2<q>"))
     'L0H1→L1H2.q'
@@ -33,12 +34,12 @@ def parse_eap(text: str) -> Edge:
     ends = []
     for part in text.split("->"):
         if not (found := _EAP.fullmatch(part)):
-            raise ValueError(f"{text!r} is no edge; expected a name such as 'a0.h1->a1.h2<q>'")
+            raise ValueError(WRONG.format(text))
         layer, head, name, mlp = found.groups()
         if head is not None:
             ends.append(Node("head", int(layer), int(head), name or ""))
         else:
             ends.append(Node(part) if mlp is None else Node("mlp", int(mlp)))
     if len(ends) != 2 or ends[0].name:
-        raise ValueError(f"{text!r} is no edge; expected a name such as 'a0.h1->a1.h2<q>'")
+        raise ValueError(WRONG.format(text))
     return Edge(*ends)

@@ -1,8 +1,9 @@
-"""Scores of edges, summed over positions and averaged over prompts."""
+"""Scores of edges: summed over positions, averaged over prompts, ranked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,18 +11,24 @@ from torch import Tensor
 
 from ..attribution import Attribution, Source
 from ..graph import INPUT, Edge, Wiring
+from .edge_masks import EdgeUniverse
+
+NO_SCORES = (
+    "This circuit has no scores: its edges were named. Use a circuit that discover returned, or pass "
+    "scores by edge."
+)
 
 
 def edge_columns(edges: Sequence[Edge], sources: Sequence[Source]) -> list[int]:
-    """Where in a list of the model's edges every source of a split by edge belongs.
+    """Find the edge of every source of a split by edge.
 
     Args:
-        edges: The list.
-        sources: The split's.
+        edges: Edges of the model.
+        sources: Sources of the split.
 
     Returns:
-        For every source its edge's place (token and position embeddings have the input's), or −1 for
-        a constant's.
+        For every source the index of its edge in ``edges``, or −1 for a constant. Token and position
+        embeddings both belong to the edge of the input.
     """
     place, columns = {edge: i for i, edge in enumerate(edges)}, []
     for source in sources:
@@ -35,15 +42,15 @@ def edge_columns(edges: Sequence[Edge], sources: Sequence[Source]) -> list[int]:
 def edge_sums(
     values: Float[Tensor, "batch source"], columns: Sequence[int], n_edges: int
 ) -> Float[Tensor, "batch edge"]:
-    """Every edge's score in double precision, constants left out.
+    """Sum a split by edge over positions, in double precision; constants are left out.
 
     Args:
-        values: A split by edge.
-        columns: From :func:`edge_columns`.
-        n_edges: How many edges there are.
+        values: Contributions of a split by edge.
+        columns: The edge of every source, from :func:`edge_columns`.
+        n_edges: Number of edges of the model.
 
     Returns:
-        A row per prompt.
+        The score of every edge [batch, edge], in float64.
     """
     place = torch.tensor(columns, device=values.device)
     kept = (place >= 0).nonzero()[:, 0]
@@ -52,11 +59,11 @@ def edge_sums(
 
 
 def edge_scores(wiring: Wiring, found: Attribution) -> dict[Edge, float]:
-    """Every edge's score: a split by edge, averaged over its prompts, constants left out.
+    """Average a split by edge over its prompts; constants are left out.
 
     Args:
-        wiring: The model's.
-        found: The split; token and position embeddings are summed to the input's.
+        wiring: The edges that the model has.
+        found: The split by edge. Token and position embeddings are summed to the input.
 
     Returns:
         Scores by edge, reader by reader from below.
@@ -65,3 +72,58 @@ def edge_scores(wiring: Wiring, found: Attribution) -> dict[Edge, float]:
     columns = edge_columns(edges, found.sources)
     sums, there = edge_sums(found.values, columns, len(edges)).mean(0).tolist(), set(columns)
     return {edge: sums[i] for i, edge in enumerate(edges) if i in there}
+
+
+def ranked_scores(
+    universe: EdgeUniverse, ranking: Mapping[Edge, float] | Iterable[Edge | str]
+) -> dict[Edge, float]:
+    """Turn what a user ranks edges by into scores by edge.
+
+    Args:
+        universe: All edges of the model.
+        ranking: Scores by edge, a circuit with scores, or edges, best first.
+
+    Returns:
+        Scores by edge. Token and position embeddings are one input, whose score is their sum. Edges
+        of a list get falling whole numbers.
+
+    Raises:
+        ValueError: If a circuit has no scores, or the model has no such edge.
+    """
+    given = getattr(ranking, "scores", ranking)  # of a circuit, its scores
+    if given is not ranking and not given:
+        raise ValueError(NO_SCORES)
+    ranked = isinstance(given, Mapping)
+    scores: Mapping[Any, float] = given if ranked else dict.fromkeys(given, 0.0)
+    found: dict[Edge, float] = {}
+    for edge, score in scores.items():
+        edge = Edge.parse(edge) if isinstance(edge, str) else edge
+        if edge.src.kind in ("embed", "pos_embed"):
+            edge = Edge(INPUT, edge.dest)
+        found[edge] = found.get(edge, 0.0) + score
+    universe.wiring.check(found)
+    if ranked:
+        return found
+    return {edge: float(len(found) - i) for i, edge in enumerate(found)}
+
+
+def first_edges(
+    universe: EdgeUniverse, scores: Mapping[Edge, float], n: int, absolute: bool = True
+) -> list[Edge]:
+    """The n edges of the highest scores, connected or not.
+
+    Args:
+        universe: All edges of the model.
+        scores: Scores by edge. An edge without a score has 0.
+        n: Number of edges to take.
+        absolute: Whether to rank by the absolute value of the score.
+
+    Returns:
+        The edges, best first. Edges with equal scores keep the order of the model.
+    """
+
+    def rank(edge: Edge) -> float:
+        score = scores.get(edge, 0.0)
+        return -abs(score) if absolute else -score
+
+    return sorted(universe.edges, key=rank)[:n]

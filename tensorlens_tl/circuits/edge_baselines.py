@@ -1,8 +1,8 @@
-"""Earlier ways to rank a model's edges, on the same edges and by the real model: see :data:`EDGE_METHODS`.
+"""Earlier ways to score a model's edges, by the real model: see :data:`EDGE_METHODS`.
 
-A score is what the measure owes to the edge: positive where ablating it (the writer's output in the
-corrupted prompt's run in its place) would lower the measure. With a_w and a′_w what writer w adds in
-the clean and in the corrupted run, and x_r reader r's input,
+The score of an edge is what the metric owes to it. It is positive where ablating the edge (the output
+of its writer in the corrupted run in its place) would lower the metric. With a_w and a′_w what writer w
+adds in the clean and in the corrupted run, and x_r the input of reader r,
 
     eap     (a_w − a′_w) · ∂m/∂x_r, at the clean run
     eap_ig  (a_w − a′_w) · mean over k = 1 … steps of ∂m/∂x_r, at the run whose embeddings are
@@ -10,7 +10,11 @@ the clean and in the corrupted run, and x_r reader r's input,
     direct  the smaller of the two ends' direct effects, |(a_w − a′_w) · ∂m/∂x_logits|
     random  edges in the order in which random walks from the logits down to the input meet them
 
-All are means over the prompts and sums over positions.
+All are means over the prompts and sums over positions. :func:`score_edges` takes three steps:
+
+1. Open the model edge by edge, and pair prompts of one length.
+2. Run each batch forward and backward, and sum the gradients of all edges.
+3. Divide by the number of prompts, and name the edges.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from ..checks import at_least_one
 from ..graph import LOGITS, Edge, Node, owner
 from .edge_masks import EdgeUniverse
 from .edge_patching import EdgeModel, edge_model
-from .prompt_pairs import Measure, Metric, Pairs, paired
+from .prompt_pairs import LogitMetric, Metric, Pairs, paired
 
 EDGE_METHODS: dict[str, str] = {
     "eap": "Nanda 2023; Syed et al. 2023 (arXiv 2310.10348); 3 forwards, 1 backward",
@@ -36,7 +40,7 @@ EDGE_METHODS: dict[str, str] = {
     "direct": "the final norm's gradient; 3 forwards, 1 backward",
     "random": "connected circuits; none",
 }
-"""Every method's source, and its cost in passes of the model."""
+"""The source of every method, and its cost in passes of the model."""
 
 
 def score_edges(
@@ -54,86 +58,101 @@ def score_edges(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> dict[Edge, float]:
-    """Score every edge of the model by an earlier method; for :func:`faithfulness_curve`.
+    """Score every edge of the model by an earlier method, e.g. for :func:`faithfulness_curve`.
 
     Args:
-        model: A ``HookedTransformer`` or a ``TransformerBridge``; left as it was.
-        prompts: Strings or token ids; those of one length are run together.
-        corrupted: Each prompt's twin, of as many tokens.
-        method: One of :data:`EDGE_METHODS`.
-        target: What is measured: as for :func:`faithfulness`.
-        versus: Whose logit is subtracted.
-        steps: Points of "eap_ig".
-        metric: Another measure, differentiable.
-        pos: Where the prediction is made.
-        seed: Of "random".
-        batch_size: Sequences run at once.
-        progress: Whether to count prompts on standard error.
+        model: A ``HookedTransformer`` or a ``TransformerBridge``. The call leaves the model unchanged.
+        prompts: Strings, or token ids. Prompts of one length are run together.
+        corrupted: One corrupted prompt per prompt, of the same number of tokens.
+        method: How edges are scored, one of :data:`EDGE_METHODS`: "eap", "eap_ig", "direct" or
+            "random".
+        target: Token whose logit is measured, as for :func:`faithfulness`.
+        versus: Token whose logit is subtracted, in the same forms.
+        steps: Number of points on the way from the corrupted to the clean embeddings, for "eap_ig".
+        metric: Function measured in place of target − versus; differentiable.
+        pos: Position of the prediction. Negative positions count from the end, as in Python.
+        seed: Seed of the walks of "random".
+        batch_size: Number of sequences run at once.
+        progress: Whether to show a progress bar on standard error.
 
     Returns:
-        Every edge's score.
+        The score of every edge, in the unit of the metric (logits by default).
 
     Raises:
-        ValueError: If the method does not exist, or a prompt or target is not one.
+        ValueError: If the method, a prompt or a target does not exist.
+
+    Example:
+        >>> from tensorlens_tl import demo, score_edges
+        >>> pair = demo.prompts("ioi", 1)[0]
+        >>> scores = score_edges(demo.load_model(), [pair.clean], [pair.corrupted])
+        >>> len(scores)
+        479
     """
     if method not in EDGE_METHODS:
-        raise ValueError(f"expected method to be one of {', '.join(EDGE_METHODS)}, got {method!r}")
+        raise ValueError(f"method={method!r} does not exist. Use one of {', '.join(EDGE_METHODS)}.")
     at_least_one(steps, "steps")
+    # 1. The model and the prompts.
     with edge_model(model) as edged:
         universe = edged.universe
         if method == "random":
             return random_scores(universe, seed)
         groups = paired(edged.adapter, prompts, corrupted)
         n = sum(len(group.ids) for group in groups)
-        measure = Measure.of(edged.adapter, n, target, versus, metric, pos)
+        measured = LogitMetric.of(edged.adapter, n, target, versus, metric, pos)
+        # 2. Gradients of all edges.
         total = torch.zeros(len(universe.readers), len(universe.writers), dtype=edged.dtype)
         with tqdm(desc="prompts", total=n, disable=not progress) as bar:
             for group in groups:
-                size = batch_size or max(1, edged.at_once(group.ids.shape[1]) // 4)  # with a graph
+                # A backward pass keeps the graph: about four times the memory.
+                size = batch_size or max(1, edged.at_once(group.ids.shape[1]) // 4)
                 for piece in group.split(size):
                     points = steps if method == "eap_ig" else 1
-                    total += edge_gradients(edged, piece, measure, points).to(total)
+                    total += edge_gradients(edged, piece, measured, points).to(total)
                     bar.update(len(piece.ids))
+    # 3. Means, by edge.
     scores = _as_scores(universe, total / n)
     return _direct(universe, scores) if method == "direct" else scores
 
 
 def edge_gradients(
-    model: EdgeModel, pairs: Pairs, measure: Measure, steps: int = 1
+    model: EdgeModel, pairs: Pairs, metric: LogitMetric, steps: int = 1
 ) -> Float[Tensor, "reader writer"]:
-    """First-order effects of all edges, summed over some prompts: one backward pass a step.
+    """First-order effects of all edges, summed over some prompts: one backward pass per step.
 
-    Every edge is given the writer's difference a_w − a′_w times 0; the gradient of the measure with
-    respect to that 0 is the edge's effect.
+    Every edge is given the difference a_w − a′_w of its writer times 0. The gradient of the metric
+    with respect to that 0 is the effect of the edge.
 
     Args:
-        model: The model.
-        pairs: Prompts of one length and their twins.
-        measure: What is measured.
-        steps: Points on the way from the corrupted embeddings to the clean ones; 1 is the clean run.
+        model: The model, opened edge by edge.
+        pairs: Prompts of one length with their corrupted prompts.
+        metric: What is measured of the logits.
+        steps: Number of points on the way from the corrupted to the clean embeddings; with 1, only
+            the clean run.
 
     Returns:
-        The effects; 0 where there is no edge.
+        The effects [reader, writer]; 0 where there is no edge.
 
     Raises:
-        ValueError: If the measure is not differentiable.
+        ValueError: If there are no corrupted prompts, or the metric is not differentiable.
     """
-    if pairs.twins is None:
-        raise ValueError(
-            "attribution patching compares two runs, got no corrupted prompts: pass them"
-        )
+    if pairs.corrupted is None:
+        raise ValueError("corrupted=None, but this method compares two runs. Pass corrupted=.")
     with torch.no_grad():
         run = model.run(pairs.ids)
-        clean, twin = run.writes[0], model.run(pairs.twins).writes[0]
+        clean, corrupted = run.writes[0], model.run(pairs.corrupted).writes[0]
     found = clean.new_zeros(len(model.universe.readers), len(model.universe.writers))
     with torch.enable_grad():
         for step in range(1, steps + 1):
             nudge = torch.zeros_like(found).requires_grad_()
-            at = twin[0] + step / steps * (clean[0] - twin[0])
-            passed = model.run(pairs.ids, nudge=nudge, direction=clean - twin, embeddings=at)
-            value = measure.values(passed.logits, run.logits[0], pairs.index).sum()
+            # Writer 0 is the input: the embeddings of this point on the way.
+            at = corrupted[0] + step / steps * (clean[0] - corrupted[0])
+            passed = model.run(pairs.ids, nudge=nudge, direction=clean - corrupted, embeddings=at)
+            value = metric.values(passed.logits, run.logits[0], pairs.index).sum()
             if not value.requires_grad:
-                raise ValueError("expected a differentiable metric, got one without a gradient")
+                raise ValueError(
+                    "metric returned numbers without a gradient. Compute them from the logits without "
+                    "detach() or item()."
+                )
             found += torch.autograd.grad(value, nudge)[0] / steps
     return found
 
@@ -151,15 +170,15 @@ def _direct(universe: EdgeUniverse, scores: dict[Edge, float]) -> dict[Edge, flo
 
 
 def random_scores(universe: EdgeUniverse, seed: int = 0) -> dict[Edge, float]:
-    """Random connected circuits of every size: each first so many edges lie on walks from logits to input.
+    """Random connected circuits of every size: the first k edges lie on walks from logits to input.
 
-    A walk goes from the logits to a writer drawn from all they see, from a head to one of its q, k and v
-    inputs, and on to the input. Edges that no walk has met after as many walks as there are edges come
-    last, in random order.
+    A walk goes from the logits to a writer drawn from all that the reader can see, from a head to one
+    of its q, k and v inputs, and on to the input. Edges that no walk has met after as many walks as
+    there are edges come last, in random order.
 
     Args:
-        universe: The model's edges.
-        seed: The same seed gives the same order.
+        universe: All edges of the model.
+        seed: Seed of the walks; the same seed gives the same order.
 
     Returns:
         Scores that fall in the order of the edges.
@@ -180,7 +199,7 @@ def random_scores(universe: EdgeUniverse, seed: int = 0) -> dict[Edge, float]:
 
 
 def _reader_of(writer: Node, draw: Callable[[int], int]) -> Node | None:
-    """One of a node's inputs; None for the input itself."""
+    """One of the inputs of a node; None for the input of the model itself."""
     if writer.kind == "head":
         return Node("head", writer.layer, writer.index, "qkv"[draw(3)])
     return writer if writer.kind == "mlp" else None

@@ -1,4 +1,4 @@
-"""A model's edges as masks: which of the writers each reader is given live."""
+"""A model's edges as masks: which writers each reader is given live."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..sublayers import ModelWeights
 
 
 def wiring_of(weights: ModelWeights) -> Wiring:
-    """Which edges a model has.
+    """Tell which edges a model has.
 
     Args:
-        weights: The model's.
+        weights: All weights of the model.
 
     Returns:
-        Its shape.
+        The shape of the model's graph.
     """
     blocks = weights.blocks
     return Wiring(
@@ -37,8 +37,8 @@ class EdgeUniverse:
     """All writers and readers of a model, from below; see :class:`Wiring`.
 
     Attributes:
-        wiring: Which edges there are.
-        positions: Whether the input is token and position embeddings.
+        wiring: The edges that the model has.
+        positions: Whether the input is the sum of token and position embeddings.
     """
 
     wiring: Wiring
@@ -46,12 +46,12 @@ class EdgeUniverse:
 
     @cached_property
     def writers(self) -> tuple[Node, ...]:
-        """Nodes that add to the residual."""
+        """Nodes that add to the residual stream."""
         return self.wiring.writers()
 
     @cached_property
     def readers(self) -> tuple[Node, ...]:
-        """Nodes that read it."""
+        """Inputs of nodes that read the residual stream."""
         return self.wiring.readers()
 
     @property
@@ -61,7 +61,7 @@ class EdgeUniverse:
 
     @cached_property
     def below(self) -> tuple[int, ...]:
-        """How many writers each reader sees: the first so many."""
+        """Number of writers that each reader sees; these are the first ``below[reader]`` writers."""
         found = dict.fromkeys(self.readers, 0)
         for edge in self.edges:
             found[edge.dest] += 1
@@ -76,25 +76,25 @@ class EdgeUniverse:
         return {node: i for i, node in enumerate(self.readers)}
 
     def place(self, edge: Edge) -> tuple[int, int]:
-        """Where one of :attr:`edges` stands: (reader, writer)."""
+        """Indices (reader, writer) of one of :attr:`edges` in a mask."""
         return self._reader[edge.dest], self._writer[edge.src]
 
     def named(self, given: Iterable[Edge | Node | str]) -> tuple[Edge, ...]:
-        """The edges that a user named, or all between the nodes that a user named.
+        """The edges that a user named, or all edges between the nodes that a user named.
 
         Args:
-            given: See :func:`tensorlens_tl.graph.wiring.as_edges`.
+            given: Edges, nodes, or names of one kind; see :func:`tensorlens_tl.graph.wiring.as_edges`.
 
         Returns:
             The edges, each once, from below.
 
         Raises:
-            ValueError: If this model does not have them.
+            ValueError: If this model does not have such an edge or node.
         """
         return as_edges(self.wiring, given, self.positions)
 
     def keep(self, edges: Iterable[Edge]) -> Bool[Tensor, "reader writer"]:
-        """A circuit as a mask: true where an edge is in it."""
+        """A circuit as a mask [reader, writer]: true where an edge is in the circuit."""
         mask = torch.zeros(len(self.readers), len(self.writers), dtype=torch.bool)
         for place in map(self.place, edges):
             mask[place] = True

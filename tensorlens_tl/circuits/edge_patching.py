@@ -1,19 +1,27 @@
-"""The real model with every reader's input rebuilt, edge by edge.
+"""The real model with the input of every reader rebuilt, edge by edge.
 
-A reader r (a query head's q, k or v input, an MLP, the final norm) is given, in place of the residual,
+A reader r (the q, k or v input of a query head, an MLP, the final norm) is given, in place of the
+residual,
 
-    x_r = Σ_w  keep[r, w] · out_w  +  (1 − keep[r, w]) · other_w  +  constants
+    x_r = Σ_w  keep[r, w] · out_w  +  (1 − keep[r, w]) · replacement_w  +  constants
 
-with out_w what writer w adds in this very pass, other_w what stands in for it (what it adds in a
+with out_w what writer w adds in this very pass, replacement_w what replaces it (its output in a
 corrupted run, a mean, 0), and constants what no writer holds (b_O, b_out, through the live post-norm).
 The host computes all that is not linear in x_r: its own norm modules run on x_r; its own attention
-rotates, normalizes, caps and masks the q and k that it is handed; its own MLP and final norm run on
-theirs. Only W_Q, W_K, W_V, W_O and W_out are applied here. The residual the host itself carries along
-is read by nobody.
+rotates, normalizes, caps and masks the q and k that it is given; its own MLP and final norm run on
+their rebuilt inputs. Only W_Q, W_K, W_V, W_O and W_out are applied here. Nobody reads the residual
+that the host itself carries along.
 
 Values are per query head: z_h = A_h v_h with v_h = N(x_{h.v}) W_V^{kv(h)} overwrites the host's z. Where
-g query heads share a key, the batch is run in g copies: copy i carries, for every key head, the key of
-its i-th query head, and of each copy's patterns those of its own query heads are taken.
+g query heads share a key, the batch is run in g copies. Copy i carries, for every key head, the key of
+its i-th query head; of its patterns, those of these query heads are taken.
+
+One pass (:meth:`EdgeModel.run`) takes four steps, in every layer from below:
+
+1. Readers: rebuild q, k, v and MLP inputs from what was written so far.
+2. The host runs its norms, attention and MLP on them.
+3. Writers: hooks on z and post give what each head and MLP adds, kept apart from the constants.
+4. The final norm and the unembedding run on the rebuilt input of the logits.
 """
 
 from __future__ import annotations
@@ -33,30 +41,29 @@ from ..checks import no_autocast
 from ..hosts import (
     Adapter,
     Edit,
-    Layout,
+    QueryKeyWeights,
     Read,
     UnsupportedArchitectureError,
     adapt,
     hooked,
-    query_key_weights,
+    unsplit,
 )
 from ..sublayers import NormWeights
 from .edge_masks import EdgeUniverse, wiring_of
 
 Writes = Float[Tensor, "writer prompt pos d_model"]
 CHUNK = 2**28
-"""Bytes that the writers' outputs of one pass may take, about."""
-_FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
+"""Bytes that the outputs of all writers in one pass may take, about."""
 
 
 @dataclass(frozen=True, eq=False)
 class EdgeRun:
-    """What one pass left.
+    """Result of one pass.
 
     Attributes:
-        logits: The host's, by circuit.
-        writes: What every writer added, by circuit.
-        patterns: Every layer's attention pattern, by circuit.
+        logits: Logits of the host [circuit, prompt, pos, d_vocab].
+        writes: Output of every writer [circuit, writer, prompt, pos, d_model].
+        patterns: Attention pattern of every layer [circuit, prompt, head, query_pos, key_pos].
     """
 
     logits: Float[Tensor, "circuit prompt pos d_vocab"]
@@ -66,129 +73,123 @@ class EdgeRun:
 
 @dataclass(frozen=True, eq=False)
 class EdgeModel:
-    """A host model to be run edge by edge; see :func:`edge_model`.
+    """A host model that is run edge by edge; see :func:`edge_model`.
 
     Attributes:
-        adapter: The host's.
-        universe: Its edges.
+        adapter: Adapter of the host model.
+        universe: All edges of the model.
         query_keys: W_Q, b_Q, W_K and b_K of every block.
-        points: Hook points by what passes there.
+        points: Hook points by layer and by what passes there.
     """
 
     adapter: Adapter
     universe: EdgeUniverse
-    query_keys: tuple[Layout, ...]
+    query_keys: tuple[QueryKeyWeights, ...]
     points: dict[Read, nn.Module]
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What sums over writers are computed in: the model's dtype, float32 at least."""
+        """The dtype of sums over writers: the dtype of the model, at least float32."""
         return torch.promote_types(self.adapter.dtype, torch.float32)
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """The device of the model."""
         return self.adapter.weights.unembed.W_U.device
 
     def group(self) -> int:
-        """How many query heads share a key."""
+        """Number of query heads that share a key head."""
         w = self.adapter.weights.blocks[0].attn
         return w.W_O.shape[0] // w.W_V.shape[0]
 
     def at_once(self, n_pos: int) -> int:
-        """How many sequences of a length are run at once, so that :data:`CHUNK` holds what they write."""
+        """Number of sequences of ``n_pos`` tokens run at once: as many as write :data:`CHUNK` bytes."""
         weights = self.adapter.weights
         heads, width = weights.blocks[0].attn.W_O.shape[0], weights.unembed.W_U.shape[0]
-        cells = width * (4 * len(self.universe.writers) + 12 * heads) + int(
-            self.adapter.cfg.d_vocab
-        )
-        cells = n_pos * (cells + len(weights.blocks) * heads * n_pos)
+        # Per position: about 4 copies of all writes, 12 of one layer's heads, logits, patterns.
+        cells = width * (4 * len(self.universe.writers) + 12 * heads)
+        cells += int(self.adapter.cfg.d_vocab) + len(weights.blocks) * heads * n_pos
+        cells *= n_pos
         return max(1, CHUNK // (cells * self.dtype.itemsize * self.group()))
 
     def run(
         self,
         ids: Int[Tensor, "prompt pos"],
         keep: Shaped[Tensor, "circuit reader writer"] | None = None,
-        other: Writes | None = None,
+        replacement: Writes | None = None,
         patterns: Sequence[Float[Tensor, "prompt head query_pos key_pos"]] | None = None,
         nudge: Float[Tensor, "reader writer"] | None = None,
         direction: Writes | None = None,
         embeddings: Float[Tensor, "prompt pos d_model"] | None = None,
     ) -> EdgeRun:
-        """One forward pass, of several circuits at once. Without circuits it is the host's own.
+        """Run one forward pass of several circuits at once; without circuits, the host's own pass.
 
         Args:
-            ids: Tokens of prompts of one length.
-            keep: 1 where an edge is live, 0 where it is replaced, and anything between.
-            other: What stands in for each writer; zero if there is none.
-            patterns: Attention patterns to hold; by default they are the pass's own.
-            nudge: How much of ``direction`` is added on each edge: zeros that require a gradient
-                make the metric's gradient the first-order effect of every edge.
-            direction: What is added, writer by writer.
-            embeddings: What stands in for the input's own output: token and position embeddings.
+            ids: Token ids of prompts of one length [prompt, pos].
+            keep: Mask of the circuits [circuit, reader, writer]: 1 where an edge is live, 0 where it
+                is replaced, or anything between. None for the whole model.
+            replacement: What replaces the output of a writer on an edge that is not live; None for
+                zero.
+            patterns: Attention patterns to hold, one per layer; None for those of this pass.
+            nudge: How much of ``direction`` is added on each edge [reader, writer]. With zeros that
+                require a gradient, the gradient of a metric is the first-order effect of each edge.
+            direction: What is added on an edge, by writer [writer, prompt, pos, d_model].
+            embeddings: Replaces the output of the input, token and position embeddings
+                [prompt, pos, d_model].
 
         Returns:
-            Logits, what was written, patterns.
+            Logits, outputs of the writers, and patterns.
         """
         own = keep is None and nudge is None and patterns is None and embeddings is None
-        flow = _Flow(self, ids, keep, other, patterns, nudge, direction, embeddings, not own)
+        flow = _Flow(self, ids, keep, replacement, patterns, nudge, direction, embeddings, not own)
         tokens = ids.repeat(flow.copies * flow.circuits, 1)
-        kwargs = {}
-        if self.adapter.mask(tokens, {}) is not None:  # a host that would mask pad ids
-            kwargs["attention_mask"] = torch.ones_like(tokens)
         with ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a Bridge says how it computes norms
             for module, replace in flow.modules():
                 stack.callback(_before(module, replace).remove)
             stack.enter_context(hooked(flow.edits()))
-            logits = self.adapter.run(tokens, kwargs)
+            logits = self.adapter.run(tokens, self.adapter.all_real(tokens))
         return EdgeRun(flow.cells(logits), flow.written(), tuple(flow.patterns))
 
 
 @contextmanager
 def edge_model(model: Any) -> Iterator[EdgeModel]:
-    """A host model to be run edge by edge; its flags are set for that, and restored.
+    """Open a host model to be run edge by edge; flags that are changed are restored at the end.
 
     Args:
         model: A ``HookedTransformer`` or a ``TransformerBridge``.
 
     Yields:
-        The model.
+        The model with its adapter, edges and hook points.
 
     Raises:
-        ValueError: If it carries hooks of the user's own, or autocast is on.
-        UnsupportedArchitectureError: If it cannot be served.
+        ValueError: If the model carries hooks of the user's own, or autocast is on.
+        UnsupportedArchitectureError: If the architecture cannot be run edge by edge.
     """
-    flags = [flag for flag in _FLAGS if getattr(getattr(model, "cfg", None), flag, False)]
-    try:
-        for flag in flags:
-            getattr(model, f"set_{flag}")(False)
+    with unsplit(model):
         adapter = adapt(model)
         if adapter.attends_apart:
             raise UnsupportedArchitectureError(
-                f"{adapter.name} cannot be run edge by edge: its host shows a layer's attention pattern "
-                "only when the layer is done with it; rank edges by the operator, "
-                "lens.discover(..., qk=False), or use a HookedTransformer"
+                f"{adapter.name} cannot be run edge by edge, as its host shows an attention pattern only "
+                "after the layer has used it. Rank edges with lens.discover(..., qk=False), or load the "
+                "model as a HookedTransformer."
             )
         if hooks := adapter.foreign_hooks():
             raise ValueError(
-                f"the model carries hooks of your own at {', '.join(hooks[:3])}, expected none: an "
-                "ablation rebuilds what they would edit. Take them off first (model.reset_hooks(), or remove() "
-                "of torch's own)"
+                f"The model carries hooks of your own at {', '.join(hooks[:3])}, and an ablation rebuilds "
+                "what they would edit. Remove them first: model.reset_hooks(), or remove() of torch's "
+                "own handles."
             )
         no_autocast(adapter.weights.unembed.W_U.device.type)
         points = adapter.points(("q", "k", "pattern"))
         universe = EdgeUniverse(wiring_of(adapter.weights), (None, "pos_embed") in points)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            yield EdgeModel(adapter, universe, query_key_weights(adapter), points)
-    finally:
-        for flag in flags:
-            getattr(model, f"set_{flag}")(True)
+            yield EdgeModel(adapter, universe, adapter.query_key_weights(), points)
 
 
 def _before(module: nn.Module, replace: Callable[[], Tensor]) -> Any:
-    """A hook that gives a module another input."""
+    """Add a hook that gives a module another input."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -199,7 +200,7 @@ def _before(module: nn.Module, replace: Callable[[], Tensor]) -> Any:
 
 
 def _scaled(w: NormWeights | None, scale: Tensor | None, x: Tensor, b: bool = False) -> Tensor:
-    """A part of what a post-norm normed: its live scale on x; the norm's own b, if asked for."""
+    """Apply a post-norm to one part x of its input, at the scale of the whole; add the norm's b if asked."""
     if w is None or scale is None:
         return x
     x = x - x.mean(-1, keepdim=True) if w.center else x
@@ -211,12 +212,12 @@ def _scaled(w: NormWeights | None, scale: Tensor | None, x: Tensor, b: bool = Fa
 class _Flow:
     """One pass under way: what was written so far, and what each reader is given of it."""
 
-    def __init__(self, model: EdgeModel, ids: Tensor, keep: Tensor | None, other: Tensor | None,
+    def __init__(self, model: EdgeModel, ids: Tensor, keep: Tensor | None, replacement: Tensor | None,
                  held: Sequence[Tensor] | None, nudge: Tensor | None, direction: Tensor | None,
                  embeddings: Tensor | None, rebuilt: bool):  # fmt: skip
         self.model, self.universe, self.rebuilt = model, model.universe, rebuilt
         self.keep = None if keep is None else keep.to(model.device, model.dtype)
-        self.other, self.held, self.embeddings = other, held, embeddings
+        self.replacement, self.held, self.embeddings = replacement, held, embeddings
         self.nudge, self.direction = nudge, direction
         self.circuits, self.prompts = 1 if keep is None else len(keep), len(ids)
         self.copies = model.group() if rebuilt and held is None else 1
@@ -347,8 +348,8 @@ class _Flow:
         else:
             keep = self.keep[:, rows, :below]
             x = keep @ live.flatten(2)
-            if self.other is not None:
-                x = x + (1 - keep) @ self.other[:below].to(x).flatten(1)
+            if self.replacement is not None:
+                x = x + (1 - keep) @ self.replacement[:below].to(x).flatten(1)
             x = x.unflatten(2, shape)
         if self.nudge is not None and self.direction is not None:
             added = self.nudge[rows, :below].to(x) @ self.direction[:below].to(x).flatten(1)

@@ -1,4 +1,4 @@
-"""What a faithfulness run leaves: measures prompt by prompt, shares of their means, bootstrap intervals."""
+"""What a faithfulness run leaves: numbers prompt by prompt, shares of their means, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ class Faithfulness:
     """How much of a behaviour a circuit keeps when everything else of the real model is ablated.
 
     Attributes:
-        full: The measure of the model as it is, prompt by prompt.
-        ablated: With every edge ablated, m(∅).
-        empty: The empty circuit's: ``ablated``, unless patterns are frozen.
-        circuit: The circuit's.
-        ablation: "resample", "mean" or "zero".
-        pattern: "live" or "frozen".
-        n_edges: The circuit's size, the input counted once.
-        n_total: All edges.
-        seed: Of the bootstrap.
+        full: Metric of the model as it is [prompt], in the unit of the metric (logits by default).
+        ablated: Metric with every edge ablated, m(∅) [prompt].
+        empty: Metric of the empty circuit [prompt]: ``ablated``, unless attention is frozen.
+        circuit: Metric of the circuit [prompt].
+        ablation: What replaced ablated outputs: "resample", "mean" or "zero".
+        attention: "live" or "frozen" patterns.
+        n_edges: Number of edges in the circuit; token and position embeddings are one input.
+        n_total: Number of edges in the model.
+        seed: Seed of the bootstrap.
+
+    Example:
+        >>> from tensorlens_tl import demo, faithfulness
+        >>> pair = demo.prompts("ioi", 1)[0]
+        >>> found = faithfulness(demo.load_model(), [pair.clean], [], [pair.corrupted])
+        >>> abs(found.share) < 0.01, found.n_edges
+        (True, 0)
     """
 
     full: Prompt
@@ -36,52 +43,46 @@ class Faithfulness:
     empty: Prompt
     circuit: Prompt
     ablation: str
-    pattern: str
+    attention: str
     n_edges: int
     n_total: int
     seed: int = 0
 
     @property
     def share(self) -> float:
-        """The share recovered, of the means; nan where ablating everything changes nothing."""
+        """Share of the mean metric that the circuit recovers: (m(C) − m(∅)) / (m(N) − m(∅)).
+
+        nan where ablating everything changes nothing.
+        """
         return float(_share(self.full, self.ablated, self.circuit[None])[0])
 
     @property
     def empty_share(self) -> float:
-        """The empty circuit's share: 0 with live patterns."""
+        """Share of the empty circuit: 0 with live attention, what patterns alone carry with frozen."""
         return float(_share(self.full, self.ablated, self.empty[None])[0])
 
     @property
     def interval(self) -> Interval:
-        """The share's bootstrap interval over prompts, 95 %; nan for one prompt."""
+        """95 % bootstrap interval of the share over prompts; nan for one prompt."""
         shares = _resampled(self.full, self.ablated, self.circuit[None], self.seed)
         return _quantiles(shares[:, 0], len(self.full))
 
     def to_json(self) -> str:
-        """All of it as JSON; nan is null."""
-        values = {
-            name: getattr(self, name).tolist() for name in ("full", "ablated", "empty", "circuit")
-        }
-        names = (
-            "ablation",
-            "pattern",
-            "n_edges",
-            "n_total",
-            "seed",
-            "share",
-            "empty_share",
-            "interval",
-        )
+        """Write all numbers as JSON; nan is null."""
+        tensors = ("full", "ablated", "empty", "circuit")
+        names = ("ablation", "attention", "n_edges", "n_total", "seed")
+        names += ("share", "empty_share", "interval")
         data = {"format": "tensorlens_tl faithfulness 1"} | {n: getattr(self, n) for n in names}
-        return json.dumps(_finite(data | values))
+        return json.dumps(_finite(data | {n: getattr(self, n).tolist() for n in tensors}))
 
     def __repr__(self) -> str:
         low, high = self.interval
-        beside = f", empty circuit {self.empty_share:.3f}" if self.pattern == "frozen" else ""
+        beside = f", empty circuit {self.empty_share:.3f}" if self.attention == "frozen" else ""
         means = (float(x.mean()) for x in (self.full, self.ablated, self.circuit))
         return (
             f"Faithfulness({self.share:.3f} [{low:.3f}, {high:.3f}]{beside}: {self.n_edges} of "
-            f"{self.n_total} edges, {self.ablation}, {self.pattern} patterns, {len(self.full)} prompts; "
+            f"{self.n_total} edges, {self.ablation}, {self.attention} attention, "
+            f"{len(self.full)} prompts; "
             "full {:.4g}, ablated {:.4g}, circuit {:.4g})".format(*means)
         )
 
@@ -91,16 +92,24 @@ class FaithfulnessCurve:
     """Faithfulness of a ranking's first edges, at growing sizes.
 
     Attributes:
-        sizes: Shares of all edges.
-        n_edges: The same in edges.
-        full: As in :class:`Faithfulness`.
-        ablated: As in :class:`Faithfulness`.
-        signed: The measure of the circuits of the highest scores [size, prompt].
-        absolute: Of the highest absolute scores [size, prompt].
-        ablation: "resample", "mean" or "zero".
-        pattern: "live" or "frozen".
-        n_total: All edges.
-        seed: Of the bootstrap.
+        sizes: Circuit sizes as shares of all edges.
+        n_edges: Circuit sizes as numbers of edges.
+        full: Metric of the model as it is [prompt].
+        ablated: Metric with every edge ablated [prompt].
+        signed: Metric of the circuits of the highest scores [size, prompt].
+        absolute: Metric of the circuits of the highest absolute scores [size, prompt].
+        ablation: What replaced ablated outputs: "resample", "mean" or "zero".
+        attention: "live" or "frozen" patterns.
+        n_total: Number of edges in the model.
+        seed: Seed of the bootstrap.
+
+    Example:
+        >>> from tensorlens_tl import demo, faithfulness_curve, score_edges
+        >>> model, pair = demo.load_model(), demo.prompts("ioi", 1)[0]
+        >>> scores = score_edges(model, [pair.clean], [pair.corrupted])
+        >>> curve = faithfulness_curve(model, [pair.clean], scores, [pair.corrupted], sizes=(0, 1))
+        >>> [abs(round(float(share), 2)) for share in curve.shares]
+        [0.0, 1.0]
     """
 
     sizes: tuple[float, ...]
@@ -110,39 +119,39 @@ class FaithfulnessCurve:
     signed: Float[Tensor, "size prompt"]
     absolute: Float[Tensor, "size prompt"]
     ablation: str
-    pattern: str
+    attention: str
     n_total: int
     seed: int = 0
 
     @property
     def shares(self) -> Float[Tensor, " size"]:
-        """f(C_k) of the signed ranking."""
+        """Share f(C_k) recovered by the highest scores, at every size k."""
         return _share(self.full, self.ablated, self.signed)
 
     @property
     def absolute_shares(self) -> Float[Tensor, " size"]:
-        """f(C_k) of the absolute ranking."""
+        """Share f(C_k) recovered by the highest absolute scores, at every size k."""
         return _share(self.full, self.ablated, self.absolute)
 
     @property
     def cpr(self) -> float:
-        """∫ f dk of the signed ranking, trapezoids over linear k; more is better."""
+        """Circuit performance ratio ∫ f dk of the signed ranking (trapezoids over k); more is better."""
         return float(self._area(self.shares))
 
     @property
     def cmd(self) -> float:
-        """∫ |1 − f| dk of the absolute ranking, trapezoids over linear k; less is better."""
+        """Circuit-model distance ∫ |1 − f| dk of the absolute ranking (trapezoids); less is better."""
         return float(self._area((1 - self.absolute_shares).abs()))
 
     @property
     def cpr_interval(self) -> Interval:
-        """Its bootstrap interval over prompts, 95 %."""
+        """95 % bootstrap interval of :attr:`cpr` over prompts."""
         shares = _resampled(self.full, self.ablated, self.signed, self.seed)
         return _quantiles(self._area(shares), len(self.full))
 
     @property
     def cmd_interval(self) -> Interval:
-        """Its bootstrap interval over prompts, 95 %."""
+        """95 % bootstrap interval of :attr:`cmd` over prompts."""
         shares = _resampled(self.full, self.ablated, self.absolute, self.seed)
         return _quantiles(self._area((1 - shares).abs()), len(self.full))
 
@@ -150,55 +159,56 @@ class FaithfulnessCurve:
         return torch.trapezoid(f, f.new_tensor(self.sizes), dim=-1)
 
     def to_json(self) -> str:
-        """All of it as JSON; nan is null."""
-        names = ("full", "ablated", "signed", "absolute", "shares", "absolute_shares")
-        values = {name: getattr(self, name).tolist() for name in names}
-        names = ("sizes", "n_edges", "ablation", "pattern", "n_total", "seed")
+        """Write all numbers as JSON; nan is null."""
+        tensors = ("full", "ablated", "signed", "absolute", "shares", "absolute_shares")
+        names = ("sizes", "n_edges", "ablation", "attention", "n_total", "seed")
         names += ("cpr", "cpr_interval", "cmd", "cmd_interval")
-        data = {"format": "tensorlens_tl faithfulness curve 1"} | {
-            n: getattr(self, n) for n in names
-        }
-        return json.dumps(_finite(data | values))
+        data = {"format": "tensorlens_tl faithfulness curve 1"}
+        data |= {n: getattr(self, n) for n in names}
+        return json.dumps(_finite(data | {n: getattr(self, n).tolist() for n in tensors}))
 
     def __repr__(self) -> str:
         cpr, cmd = self.cpr_interval, self.cmd_interval
         head = (
             f"FaithfulnessCurve(CPR {self.cpr:.3f} [{cpr[0]:.3f}, {cpr[1]:.3f}], CMD {self.cmd:.3f} "
-            f"[{cmd[0]:.3f}, {cmd[1]:.3f}]: {self.n_total} edges, {self.ablation}, {self.pattern} "
-            f"patterns, {len(self.full)} prompts)"
+            f"[{cmd[0]:.3f}, {cmd[1]:.3f}]: {self.n_total} edges, {self.ablation}, "
+            f"{self.attention} attention, {len(self.full)} prompts)"
         )
-        rows = zip(self.sizes, self.n_edges, self.shares, self.absolute_shares, strict=True)
-        return "\n".join([head, "   size  edges  signed  absolute"] + [
-            f"  {size:5.1%}  {n:5d}  {float(f):6.3f}  {float(g):8.3f}" for size, n, f, g in rows
-        ])  # fmt: skip
+        columns = zip(self.sizes, self.n_edges, self.shares, self.absolute_shares, strict=True)
+        rows = (f"  {k:5.1%}  {n:5d}  {float(f):6.3f}  {float(g):8.3f}" for k, n, f, g in columns)
+        return "\n".join([head, "   size  edges  signed  absolute", *rows])
 
 
-def share_difference(ours: Faithfulness, other: Faithfulness) -> tuple[float, Interval]:
-    """How much larger one circuit's share is than another's, and the bootstrap interval of that.
+def share_difference(first: Faithfulness, second: Faithfulness) -> tuple[float, Interval]:
+    """How much larger one circuit's share is than another's, with a paired bootstrap interval.
 
     Args:
-        ours: One.
-        other: The other, on the same prompts.
+        first: Result of one circuit.
+        second: Result of the other circuit, on the same prompts and ablation.
 
     Returns:
-        The difference of the shares, and its interval over prompts, 95 %.
+        The first share less the second, and the 95 % interval of that difference over prompts.
 
     Raises:
-        ValueError: If the prompts or the ablations are not the same.
+        ValueError: If the prompts or the ablations differ.
     """
-    if not (torch.equal(ours.full, other.full) and torch.equal(ours.ablated, other.ablated)):
+    same = zip((first.full, first.ablated), (second.full, second.ablated), strict=True)
+    if not all(torch.equal(a, b) for a, b in same):
         raise ValueError(
-            "expected two circuits on the same prompts and ablation, got others: run both"
+            "first and second were not run on the same prompts and ablation. Run both with one call "
+            "of faithfulness_of_many."
         )
-    both = torch.stack([ours.circuit, other.circuit])
-    drawn = _resampled(ours.full, ours.ablated, both, ours.seed)
-    return ours.share - other.share, _quantiles(drawn[:, 0] - drawn[:, 1], len(ours.full))
+    both = torch.stack([first.circuit, second.circuit])
+    drawn = _resampled(first.full, first.ablated, both, first.seed)
+    interval = _quantiles(drawn[:, 0] - drawn[:, 1], len(first.full))
+    return first.share - second.share, interval
 
 
 # --- Shares and their intervals ---------------------------------------------------------------------
 
 
 def _share(full: Tensor, ablated: Tensor, circuits: Float[Tensor, "many prompt"]) -> Tensor:
+    # A share of means, not a mean of shares: a single prompt's gap may be near 0.
     gap = full.mean() - ablated.mean()
     if not bool(gap):
         return torch.full_like(circuits[:, 0], math.nan)
@@ -212,23 +222,23 @@ def _resampled(
     seed: int,
     times: int = 1000,
 ) -> Float[Tensor, "times many"]:
-    """Shares over prompts drawn with replacement."""
-    n = len(full)
-    drawn = torch.randint(
-        n, (times, n), generator=torch.Generator().manual_seed(seed), device="cpu"
-    )
+    """Shares over prompts drawn with replacement; full, ablated and circuits share each draw."""
+    n, generator = len(full), torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n, (times, n), generator=generator, device="cpu")
     low = ablated[drawn].mean(-1)
     return (circuits[:, drawn].mean(-1) - low).T / (full[drawn].mean(-1) - low)[:, None]
 
 
 def _quantiles(values: Float[Tensor, " times"], n: int) -> Interval:
-    if n < 2 or not bool(values.isfinite().all()):  # a draw in which ablating changes nothing
+    # A draw in which ablating everything changes nothing has no share, so there is no interval.
+    if n < 2 or not bool(values.isfinite().all()):
         return math.nan, math.nan
     low, high = values.quantile(values.new_tensor([0.025, 0.975])).tolist()
     return low, high
 
 
 def _finite(data: Any) -> Any:
+    """Data for JSON, which has no nan and no infinity: both are null."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, dict):

@@ -17,13 +17,14 @@ from .edge_masks import wiring_of
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which model a circuit is of.
+    """Identity of the model that a circuit is of.
 
     Attributes:
-        name: For people.
-        wiring: Which edges it has.
-        d_model: Width of its residual.
-        fingerprint: Of some of its weights: tells models apart and proves nothing; "" if not known.
+        name: Name of the model, for people.
+        wiring: The edges that the model has.
+        d_model: Width of the residual stream.
+        fingerprint: Hash of a few of the weights; "" if not known. A fingerprint tells models apart;
+            equal ones prove nothing.
     """
 
     name: str
@@ -33,55 +34,61 @@ class ModelInfo:
 
     @classmethod
     def of(cls, name: str, weights: ModelWeights) -> ModelInfo:
-        """Of a model's weights, as an adapter has them.
+        """Identify a model by its weights.
 
         Args:
-            name: The model's.
-            weights: All of them.
+            name: Name of the model.
+            weights: All weights, as an adapter has them.
 
         Returns:
-            What tells it from others.
+            The identity of the model.
         """
         blocks = weights.blocks
         outputs = [block.attn.W_O for block in blocks]
-        return cls(name, wiring_of(weights), blocks[0].attn.W_O.shape[-1],
-                   fingerprint([*outputs, weights.unembed.W_U]))  # fmt: skip
+        marked = fingerprint([*outputs, weights.unembed.W_U])
+        return cls(name, wiring_of(weights), blocks[0].attn.W_O.shape[-1], marked)
 
     @classmethod
     def of_capture(cls, capture: Capture) -> ModelInfo:
-        """Of the model that a capture ran."""
+        """Identify the model that a capture ran."""
+        no_norms = (None,) * 4  # norms do not count
         blocks = tuple(
             BlockWeights(
-                b.attn.weights, getattr(b.mlp, "weights", None), None, None, None, None,
+                b.attn.weights,
+                getattr(b.mlp, "weights", None),
+                *no_norms,
                 parallel=b.resid_mid is None,
             )
             for b in capture.blocks
-        )  # fmt: skip
+        )
         return cls.of(capture.model_name, ModelWeights(blocks, None, capture.unembed.weights))
 
     def check(self, other: ModelInfo) -> None:
-        """Refuse another model than this.
+        """Refuse to use a circuit of this model in another model.
+
+        Args:
+            other: Identity of the model that the circuit is used in.
 
         Raises:
-            ValueError: If its shape or its weights are other ones.
+            ValueError: If the shape or the weights of the two models differ.
         """
         if self.wiring != other.wiring or self.d_model != other.d_model:
             raise ValueError(
-                f"expected a circuit of this model ({other.name}: {other.wiring}), got one of "
-                f"{self.name} ({self.wiring}): find it anew"
+                f"The circuit is of {self.name} ({self.wiring}), not of this model ({other.name}: "
+                f"{other.wiring}). Discover a circuit of this model."
             )
         if self.fingerprint and other.fingerprint and self.fingerprint != other.fingerprint:
             raise ValueError(
-                f"expected a circuit of this model ({other.name}), got one of {self.name} with other "
-                "weights: take that model, loaded and processed in the same way, or find it anew"
+                f"The circuit is of {self.name}, and this model ({other.name}) has other weights. Load "
+                "and process the model as it was, or discover the circuit again."
             )
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A short hash of a few numbers of every weight, the same for every dtype down to bfloat16.
+    """Hash a few numbers of every weight; the hash is the same for every dtype down to bfloat16.
 
     Args:
-        tensors: Weights.
+        tensors: Weights of the model.
 
     Returns:
         16 hexadecimal digits.

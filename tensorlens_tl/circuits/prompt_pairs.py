@@ -1,11 +1,10 @@
-"""Prompts beside their corrupted twins, those of one length together; what is measured at their ends."""
+"""Prompts beside their corrupted prompts, those of one length together, and what is measured."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,56 +12,58 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..attribution import token_id
+from ..checks import is_int
 from ..hosts import Adapter, each_prompt, is_text
 
 Metric = Callable[
     [Float[Tensor, "prompt d_vocab"], Int[Tensor, " prompt"]], Float[Tensor, " prompt"]
 ]
-"""(logits where the prediction is made, which of the prompts these are) → one number a prompt."""
+"""(logits where the prediction is made, indices of these prompts) → one number per prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Prompts of one length, and their corrupted twins where there are any.
+    """Prompts of one length, and their corrupted prompts where there are any.
 
     Attributes:
-        index: Which of all prompts these are.
-        ids: Their tokens.
-        twins: The corrupted prompts' tokens, or None.
+        index: Index of each prompt among all prompts of the call [prompt].
+        ids: Token ids of the prompts [prompt, pos].
+        corrupted: Token ids of the corrupted prompts [prompt, pos], or None.
     """
 
     index: Int[Tensor, " prompt"]
     ids: Int[Tensor, "prompt pos"]
-    twins: Int[Tensor, "prompt pos"] | None = None
+    corrupted: Int[Tensor, "prompt pos"] | None = None
 
     def split(self, size: int) -> list[Pairs]:
-        """Pieces of at most so many prompts."""
-        twins = [None] * len(self.ids) if self.twins is None else self.twins.split(size)
-        pieces = zip(self.index.split(size), self.ids.split(size), twins, strict=False)
+        """Split into pieces of at most ``size`` prompts."""
+        none = [None] * len(self.ids)
+        corrupted = none if self.corrupted is None else self.corrupted.split(size)
+        pieces = zip(self.index.split(size), self.ids.split(size), corrupted, strict=False)
         return [Pairs(*piece) for piece in pieces]
 
 
 def token_rows(adapter: Adapter, prompts: Any, name: str = "prompts") -> list[Int[Tensor, " pos"]]:
-    """Each prompt's own tokens, without padding.
+    """Turn prompts into token ids, each without padding.
 
     Args:
-        adapter: The model's.
+        adapter: Adapter of the model that reads the prompts.
         prompts: Strings, or token ids [prompt, pos], or a list of ids [pos] of any lengths.
-        name: What they are called in an error.
+        name: Name of the argument in error messages.
 
     Returns:
-        One row of ids per prompt.
+        One row of ids [pos] per prompt.
 
     Raises:
-        ValueError: If there are none, or they are no prompts.
+        ValueError: If the list is empty, or something in it is not a prompt.
     """
     if isinstance(prompts, str) or not hasattr(prompts, "__len__") or len(prompts) == 0:
         raise ValueError(
-            f"expected {name} as a non-empty list, got {prompts!r}: put a single one in a list"
+            f"{name}={prompts!r} is not a non-empty list. Put a single prompt in a list."
         )
     if isinstance(prompts, Tensor) and prompts.ndim == 1:
         raise ValueError(
-            f"expected {name} as token ids [prompt, pos], got one dimension: add [None]"
+            f"{name} are token ids of one dimension, not [prompt, pos]. Add one with ids[None]."
         )
     prompts = each_prompt(prompts, adapter.tokenizer)
     if is_text(prompts):
@@ -73,54 +74,49 @@ def token_rows(adapter: Adapter, prompts: Any, name: str = "prompts") -> list[In
 
 
 def paired(adapter: Adapter, prompts: Any, corrupted: Any = None) -> list[Pairs]:
-    """Prompts and their corrupted twins, in groups of one length.
+    """Pair prompts with their corrupted prompts, and group them by length.
 
     Args:
-        adapter: The model's.
+        adapter: Adapter of the model that reads the prompts.
         prompts: As for :func:`token_rows`.
-        corrupted: As many, each of as many tokens as its prompt; or None.
+        corrupted: One corrupted prompt per prompt, of the same number of tokens; or None.
 
     Returns:
-        The groups, shortest first.
+        The groups, shortest prompts first.
 
     Raises:
-        ValueError: If a prompt and its twin have unequal lengths, or there are not as many of both.
+        ValueError: If a prompt and its corrupted prompt have unequal lengths, or the lists have.
     """
     rows = token_rows(adapter, prompts)
-    twins = None if corrupted is None else token_rows(adapter, corrupted, "corrupted")
-    if twins is not None and len(twins) != len(rows):
+    others = None if corrupted is None else token_rows(adapter, corrupted, "corrupted")
+    if others is not None and len(others) != len(rows):
         raise ValueError(
-            f"expected one corrupted prompt per prompt, {len(rows)}, got {len(twins)}: pair them"
+            f"There are {len(rows)} prompts but {len(others)} corrupted prompts. Pass one for each."
         )
-    for i, (row, twin) in enumerate(zip(rows, twins or rows, strict=True)):
-        if len(row) != len(twin):
+    for i, (row, other) in enumerate(zip(rows, others or rows, strict=True)):
+        if len(row) != len(other):
             raise ValueError(
-                f"prompt {i} has {len(row)} tokens and its corrupted one {len(twin)}, expected equal "
-                "lengths, as they are compared position by position: change one token for another"
+                f"Prompt {i} has {len(row)} tokens, its corrupted prompt {len(other)}. They are "
+                "compared position by position: change one token for another."
             )
     found = []
     for length in sorted({len(row) for row in rows}):
         these = [i for i, row in enumerate(rows) if len(row) == length]
         ids = torch.stack([rows[i] for i in these])
-        found.append(
-            Pairs(
-                torch.tensor(these),
-                ids,
-                None if twins is None else torch.stack([twins[i] for i in these]),
-            )
-        )
+        bad = None if others is None else torch.stack([others[i] for i in these])
+        found.append(Pairs(torch.tensor(these), ids, bad))
     return found
 
 
 @dataclass(frozen=True, eq=False)
-class Measure:
+class LogitMetric:
     """One number per prompt, read off the logits at one position.
 
     Attributes:
-        target: Every prompt's token, or None for what the clean run itself predicts.
-        versus: The token whose logit is subtracted; None for nothing.
-        metric: Something else to measure in their place.
-        pos: The position of the prediction, counted as in Python.
+        target: Token id measured for every prompt [prompt], or None for what the clean run predicts.
+        versus: Token id whose logit is subtracted [prompt], or None for no subtraction.
+        metric: Function measured in place of target − versus, or None.
+        pos: Position of the prediction. Negative positions count from the end, as in Python.
     """
 
     target: Int[Tensor, " prompt"] | None
@@ -131,35 +127,35 @@ class Measure:
     @classmethod
     def of(
         cls, adapter: Adapter, n: int, target: Any, versus: Any, metric: Metric | None, pos: int
-    ) -> Measure:
-        """Turn what a user names into a measure.
+    ) -> LogitMetric:
+        """Turn what a user names into a metric.
 
         Args:
-            adapter: The model's.
-            n: How many prompts there are.
-            target: A token string or id for all, one for each, or None.
-            versus: The same.
-            metric: A function of logits, or None.
-            pos: Position.
+            adapter: Adapter of the model, which knows its tokens.
+            n: Number of prompts.
+            target: Token string or id for all prompts, a list with one per prompt, or None.
+            versus: Token whose logit is subtracted, in the same forms.
+            metric: Function of logits and indices, or None.
+            pos: Position of the prediction.
 
         Returns:
-            The measure.
+            The metric of these prompts.
 
         Raises:
-            ValueError: If a token does not exist, the number is wrong, or both a metric and a target
-                are given.
+            ValueError: If a token does not exist, a list has another length than n, a metric is not a
+                function, or both a metric and a target are given.
         """
         if metric is not None and not callable(metric):
             raise ValueError(
-                f"expected metric as a function of logits and indices, got {metric!r}: pass one, or "
-                "target and versus"
+                f"metric={metric!r} is not a function. Pass a function of logits and indices, or use "
+                "target= and versus=."
             )
+        if not is_int(pos):
+            raise ValueError(f"pos={pos!r} is not an integer. The last position is -1.")
         if metric is not None and (target is not None or versus is not None):
             raise ValueError(
-                "expected either a metric or target and versus, got both: leave one out"
+                "metric= and target= (or versus=) are both given, but only one is measured. Drop one."
             )
-        if not isinstance(pos, Integral):
-            raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
         tokens = _ids(adapter, target, n, "target"), _ids(adapter, versus, n, "versus")
         return cls(*tokens, metric, pos)
 
@@ -169,32 +165,31 @@ class Measure:
         clean: Float[Tensor, "prompt pos d_vocab"],
         index: Int[Tensor, " prompt"],
     ) -> Float[Tensor, "circuit prompt"]:
-        """The measure of several runs of the same prompts; differentiable.
+        """Measure several runs of the same prompts; differentiable.
 
         Args:
-            logits: The runs'.
-            clean: The clean run's, for its own prediction.
-            index: Which prompts these are.
+            logits: Logits of the runs.
+            clean: Logits of the clean run, whose prediction is measured where no target is given.
+            index: Index of each of these prompts among all prompts of the call.
 
         Returns:
             One number per run and prompt.
 
         Raises:
-            ValueError: If the position does not exist, or the metric gives something else.
+            ValueError: If the position does not exist, or the metric returns another shape.
         """
         n_pos = logits.shape[2]
         if not -n_pos <= self.pos < n_pos:
             raise ValueError(
-                f"position {self.pos} does not exist in a prompt of {n_pos} tokens: expected "
-                f"{-n_pos} to {n_pos - 1}"
+                f"pos={self.pos} is outside a prompt of {n_pos} tokens. Use {-n_pos} to {n_pos - 1}."
             )
         at = logits[:, :, self.pos]
         if self.metric is not None:
             found = [self.metric(one, index) for one in at]
             if any(getattr(one, "shape", ()) != (len(index),) for one in found):
                 raise ValueError(
-                    f"expected metric to give one number a prompt, [{len(index)}], got "
-                    f"{list(getattr(found[0], 'shape', ()))}"
+                    f"metric returned shape {list(getattr(found[0], 'shape', ()))} for {len(index)} "
+                    f"prompts. Return one number per prompt, [{len(index)}]."
                 )
             return torch.stack(found)
         target = clean[:, self.pos].argmax(-1) if self.target is None else self.target[index]
@@ -212,22 +207,25 @@ def _id(given: Any, name: str) -> int:
         return operator.index(given)
     except TypeError:
         raise ValueError(
-            f"expected {name} as a token string or an id, got {given!r} of {type(given).__name__}: pass "
-            "one of these, or measure something else by metric="
+            f"{name}={given!r} ({type(given).__name__}) is not a token. Pass a token string or an id, "
+            "or measure something else with metric=."
         ) from None
 
 
 def _ids(adapter: Adapter, given: Any, n: int, name: str) -> Tensor | None:
+    """The token id of every prompt, from one for all or a list with one per prompt."""
     if given is None:
         return None
     each = given.tolist() if isinstance(given, Tensor) else given
     each = list(each) if isinstance(each, Sequence) and not isinstance(each, str) else [each] * n
     if len(each) != n:
-        raise ValueError(f"expected one {name} per prompt, {n}, or one for all, got {len(each)}")
+        raise ValueError(
+            f"{name} has {len(each)} entries for {n} prompts. Pass one for each, or one for all."
+        )
     ids = [token_id(adapter, one) if isinstance(one, str) else _id(one, name) for one in each]
     d_vocab = int(adapter.cfg.d_vocab)
     if wrong := [i for i in ids if not 0 <= i < d_vocab]:
         raise ValueError(
-            f"{name} id {wrong[0]} is outside the vocabulary: expected 0 to {d_vocab - 1}"
+            f"{name} id {wrong[0]} is outside the vocabulary. Use ids from 0 to {d_vocab - 1}."
         )
     return torch.tensor(ids)

@@ -26,7 +26,7 @@ from ..checks import is_int
 from .nodes import Edge, Node
 from .wiring import INPUT, LOGITS, Wiring, owner
 
-METHODS = ("greedy", "absolute", "signed", "influence")
+SELECTIONS = ("greedy", "absolute", "signed", "influence")
 
 
 def connected(edges: Iterable[Edge]) -> frozenset[Edge]:
@@ -78,28 +78,30 @@ def influences(scores: Mapping[Edge, float], wiring: Wiring) -> dict[Edge, float
     return found
 
 
-def ranked_by(scores: Mapping[Edge, float], wiring: Wiring, method: str) -> dict[Edge, float]:
-    """The number that a method ranks every edge by, the larger the better.
+def ranked_by(scores: Mapping[Edge, float], wiring: Wiring, selection: str) -> dict[Edge, float]:
+    """The number that a selection ranks every edge by, the larger the better.
 
     Args:
         scores: Every edge's.
         wiring: The model's.
-        method: One of :data:`METHODS`.
+        selection: One of :data:`SELECTIONS`.
 
     Returns:
         Numbers by edge, in the order of ``scores``.
 
     Raises:
-        ValueError: If there is no such method, or a score is no number.
+        ValueError: If there is no such selection, or a score is no number.
     """
-    if method not in METHODS:
-        raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
+    if selection not in SELECTIONS:
+        raise ValueError(
+            f"selection={selection!r} does not exist. Use one of {', '.join(SELECTIONS)}."
+        )
     if wrong := [edge for edge, score in scores.items() if not math.isfinite(score)]:
         raise ValueError(f"the score of {wrong[0]} is {scores[wrong[0]]}, expected a finite number")
-    if method == "influence":
+    if selection == "influence":
         found = influences(scores, wiring)
         return {edge: found[edge] for edge in scores}
-    return {edge: score if method == "signed" else abs(score) for edge, score in scores.items()}
+    return {edge: score if selection == "signed" else abs(score) for edge, score in scores.items()}
 
 
 def select(
@@ -107,7 +109,7 @@ def select(
     wiring: Wiring,
     n_edges: int | None = None,
     threshold: float | None = None,
-    method: str = "greedy",
+    selection: str = "greedy",
 ) -> tuple[Edge, ...]:
     """A circuit's edges.
 
@@ -115,8 +117,8 @@ def select(
         scores: Every edge's.
         wiring: The model's.
         n_edges: So many, or
-        threshold: all that the method ranks by at least this, with what connects them.
-        method: One of :data:`METHODS`.
+        threshold: all edges that are ranked by at least this, with what connects them.
+        selection: One of :data:`SELECTIONS`.
 
     Returns:
         The edges, in the order of ``scores``: all on paths from the input to the logits.
@@ -124,7 +126,7 @@ def select(
     Raises:
         ValueError: If not one of ``n_edges`` and ``threshold`` is given, or it makes no sense.
     """
-    values = ranked_by(scores, wiring, method)
+    values = ranked_by(scores, wiring, selection)
     if (n_edges is None) == (threshold is None):
         given = "both" if n_edges is not None else "neither"
         raise ValueError(f"expected n_edges or threshold, got {given}: give one of them")
@@ -136,7 +138,7 @@ def select(
     else:
         least = threshold
     growth = _Growth(values, size)
-    if method == "greedy":
+    if selection == "greedy":
         growth.from_the_logits(least)
     else:
         for edge in sorted(values, key=lambda e: -values[e]):

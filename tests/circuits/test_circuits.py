@@ -17,7 +17,7 @@ from tensorlens_tl import Circuit, Edge, Node, demo, dot_test
 from tensorlens_tl.circuits.eap_names import eap_name, parse_eap
 from tensorlens_tl.circuits.edge_averages import edge_scores
 from tensorlens_tl.circuits.model_id import ModelInfo
-from tensorlens_tl.graph.selection import METHODS, connected, influences, ranked_by, select
+from tensorlens_tl.graph.selection import SELECTIONS, connected, influences, ranked_by, select
 from tensorlens_tl.graph.wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -268,7 +268,7 @@ def test_names_of_other_tools():
     assert [parse_eap(name) for name in names] == list(wiring.edges())
     assert {"input->a0.h2<q>", "m0->a1.h0<k>", "a1.h1->m1", "m1->logits"} <= set(names)
     for text in ("a0.h1", "a0.h1->m1->logits", "a0.h1<q>->m1", "b0->m1", ""):
-        with pytest.raises(ValueError, match="is no edge; expected a name such as"):
+        with pytest.raises(ValueError, match=r"is not the name of an edge. Use names such as"):
             parse_eap(text)
 
 
@@ -327,22 +327,22 @@ def grown(scores, wiring, n, method, least=-math.inf):
     return edges
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_selection_is_what_its_definition_says(method, seed):
+def test_a_selection_is_what_its_definition_says(selection, seed):
     wiring = Wiring(2, 2, parallel=seed == 1, attn_only=seed == 2)
     scores = random_scores(wiring, seed)
     for n in (1, 2, 3, 8, 15, len(scores)):
-        kept = select(scores, wiring, n, method=method)
-        assert set(kept) == grown(scores, wiring, n, method) and len(kept) <= n
+        kept = select(scores, wiring, n, selection=selection)
+        assert set(kept) == grown(scores, wiring, n, selection) and len(kept) <= n
         assert connected(kept) == set(kept) and list(kept) == [e for e in scores if e in set(kept)]
     assert set(kept) == set(scores)
-    values = ranked_by(scores, wiring, method)
+    values = ranked_by(scores, wiring, selection)
     bar = sorted(values.values())[len(values) // 2]
-    kept = select(scores, wiring, threshold=bar, method=method)
-    assert set(kept) == grown(scores, wiring, len(scores), method, bar)
+    kept = select(scores, wiring, threshold=bar, selection=selection)
+    assert set(kept) == grown(scores, wiring, len(scores), selection, bar)
     assert connected(kept) == set(kept)
-    if method != "greedy":
+    if selection != "greedy":
         assert set(kept) >= {e for e, v in values.items() if v >= bar}
 
 
@@ -380,16 +380,16 @@ def corrupted_of(case):
 def test_discovered_circuits(case):
     lens, corrupted = lens_of(case), corrupted_of(case)
     total = len(lens.operator.wiring.edges())
-    for method in METHODS:
-        circuit = lens.discover(3, 4, n_edges=15, method=method)
-        assert circuit.is_connected and len(circuit) <= 15 and circuit.method == method
+    for selection in SELECTIONS:
+        circuit = lens.discover(3, 4, n_edges=15, selection=selection)
+        assert circuit.is_connected and len(circuit) <= 15 and circuit.selection == selection
         assert circuit.n_prompts == 2 and not circuit.corrupted and len(circuit.scores) == total
         assert set(circuit.edges) == set(
-            select(circuit.scores, lens.operator.wiring, 15, method=method)
+            select(circuit.scores, lens.operator.wiring, 15, selection=selection)
         )
         assert Circuit.from_json(circuit.to_json()) == circuit
     assert len(lens.discover(3, n_edges=total)) == total
-    plain = lens.discover(3, 4, threshold=0.0, method="absolute", qk=False)
+    plain = lens.discover(3, 4, threshold=0.0, selection="absolute", qk=False)
     assert all(edge.conserved for edge in plain.edges)
     a = lens.attribute(3, 4, by="edge", qk=True, baseline=corrupted, at="corrupted")
     against = lens.discover(3, 4, n_edges=15, corrupted=corrupted, at="corrupted")
@@ -420,12 +420,12 @@ def test_the_circuit_of_a_trained_model():
     assert "L0H2" in circuit and "input→L0H2.v" in circuit and "L2H0→logits" not in circuit
     small = circuit.resized(n_edges=10)
     assert set(small.edges) <= set(circuit.edges) and len(small) <= 10
-    assert circuit.resized(threshold=1.0, method="signed").method == "signed"
+    assert circuit.resized(threshold=1.0, selection="signed").selection == "signed"
 
 
 # At the clean run the induction heads' patterns are nearly one-hot, and little is first-order there.
 @pytest.mark.parametrize(
-    ("at", "method"),
+    ("at", "selection"),
     [
         ("secant", "greedy"),
         ("corrupted", "greedy"),
@@ -433,7 +433,7 @@ def test_the_circuit_of_a_trained_model():
         ("clean", "influence"),
     ],
 )
-def test_an_induction_circuit_is_found_by_its_keys(at, method):
+def test_an_induction_circuit_is_found_by_its_keys(at, selection):
     """The previous-token head L0H0 is read by the induction heads' keys: T alone cannot see it."""
     model, clean, corrupted, answers = demo.load_model(), [], [], []
     for drawn in demo.unseen("induction", 20, seed=1):
@@ -444,7 +444,7 @@ def test_an_induction_circuit_is_found_by_its_keys(at, method):
         corrupted.append(demo.text(other))
         answers.append(words[first + 1])
     run = partial(
-        tensorlens_tl.discover, model, clean, corrupted, answers, at=at, method=method,
+        tensorlens_tl.discover, model, clean, corrupted, answers, at=at, selection=selection,
         n_edges=479 // 20,
     )  # fmt: skip
     found = run()
@@ -553,7 +553,10 @@ def test_refused_sizes_and_runs():
         ({}, "expected n_edges or threshold, got neither: give one"),
         ({"n_edges": 3, "threshold": 0.1}, "expected n_edges or threshold, got both: give one"),
         ({"threshold": math.nan}, "threshold as a finite number, got nan"),
-        ({"n_edges": 3, "method": "best"}, "method to be one of greedy, absolute, .*got 'best'"),
+        (
+            {"n_edges": 3, "selection": "best"},
+            "selection='best' does not exist. Use one of greedy, absolute",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             lens.discover(3, **kwargs)
@@ -573,7 +576,8 @@ def test_circuits_of_other_models():
     circuit = lens.discover(3, n_edges=8)
     other = next(c for c in SHAPES if lens_of(c).operator.wiring != circuit.model.wiring)
     with pytest.raises(
-        ValueError, match=r"expected a circuit of this model .*got one of.*find it anew"
+        ValueError,
+        match=r"The circuit is of .* not of this model .*Discover a circuit of this model",
     ):
         lens_of(other).circuit(circuit)
     with quiet():
@@ -582,13 +586,18 @@ def test_circuits_of_other_models():
         W_O = tensorlens_tl.hosts.bridge.adapt(model).weights.blocks[1].attn.W_O
         W_O[0, 0, 0] += 1.0
         _, edited = tensorlens_tl.capture(model, tokens())
-    with pytest.raises(ValueError, match="with other weights: take that model"):
+    with pytest.raises(
+        ValueError, match=r"has other weights. Load and process the model as it was"
+    ):
         edited.circuit(circuit)
     for dtype in (torch.float32, torch.bfloat16):  # the same model all the same
         with quiet(), torch.no_grad():
             _, same = tensorlens_tl.capture(SHAPES[0].build(torch.float64).to(dtype), tokens())
         assert len(same.circuit(circuit).circuit) == len(circuit)
-    with pytest.raises(ValueError, match="has no scores, its edges were named: discover one"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no scores: its edges were named. Use a circuit that discover returned",
+    ):
         lens.circuit(["L0H1"]).circuit.resized(n_edges=3)
     backwards = Edge(Node("head", 1, 0), Node("head", 0, 1, "v"))
     with pytest.raises(ValueError, match="expected an edge along the order of layers"):
@@ -615,6 +624,6 @@ def test_damaged_files():
         changed(tensorlens_tl={**good["tensorlens_tl"], "n_prompts": "many"}),
     ):  # fmt: skip
         with pytest.raises(
-            ValueError, match="expected a circuit that to_json wrote, or an edge list"
+            ValueError, match="not a circuit of to_json, nor an edge list of EAP-IG"
         ):
             Circuit.from_json(text)

@@ -215,16 +215,16 @@ def test_padded_ids_with_their_mask_are_the_prompts(model, batch_size):
 def test_refusals(model, tmp_path):
     rows, path = task(3), tmp_path / "circuit.json"
     for args, kwargs, match in (
-        (("one prompt",), {}, "expected a list of prompts, got 'one prompt': put"),
-        (([],), {}, "expected a list of prompts, got"),
-        ((rows[0], rows[1][:2]), {}, "a corrupted prompt for every prompt, 3, got 2"),
-        ((rows[0], rows[1][0]), {}, "a corrupted prompt for every prompt, 3, got 1"),
-        ((rows[0], None, ["Mary"]), {}, "targets has 1 entries for 3 prompts"),
+        (("one prompt",), {}, "prompts='one prompt' is not a non-empty list. Put"),
+        (([],), {}, r"prompts=\[\] is not a non-empty list"),
+        ((rows[0], rows[1][:2]), {}, "3 prompts but 2 corrupted prompts"),
+        ((rows[0], rows[1][0]), {}, "3 prompts but 1 corrupted prompts"),
+        ((rows[0], None, ["Mary"]), {}, "target has 1 entries for 3 prompts"),
         (rows, {"n_edges": 10**6}, "n_edges as an integer from 1 to 479, .*got 1000000"),
         (rows, {"n_edges": None}, "expected n_edges or threshold, got neither"),
-        (rows, {"method": "luck"}, "method to be one of greedy"),
+        (rows, {"selection": "luck"}, "selection='luck' does not exist. Use one of greedy"),
         (rows, {"batch_size": 0}, "batch_size=0 is not an integer ≥ 1"),
-        (rows, {"target": "Mary"}, "no argument target, here or in the model's forward pass"),
+        (rows, {"targets": "Mary"}, "no argument targets, here or in the model's forward pass"),
         (
             (model.to_tokens(["The capital", *rows[0]]),),
             {},
@@ -235,17 +235,17 @@ def test_refusals(model, tmp_path):
             {},
             r"prompt 0 as a string or token ids.*list its 3 prompts",
         ),
-        (rows, {"sample": 4}, "sample of at most 3, the prompts, got 4"),
+        (rows, {"sample": 4}, "sample=4 is more than the 3 prompts"),
         (rows, {"sample": 0}, "sample=0 is not an integer ≥ 1"),
         (
             (rows[0],),
             {"at": "corrupted"},
-            "at to be clean, or corrupted or secant with corrupted prompts",
+            "at='corrupted' is not allowed without corrupted prompts. Use clean",
         ),
         (
             rows,
             {"at": "both"},
-            "at to be clean, or corrupted or secant with corrupted prompts, got 'both'",
+            "at='both' is not allowed with corrupted prompts. Use clean, corrupted, secant",
         ),
         (
             (rows[0], [p + " a" for p in rows[1]]),
@@ -255,37 +255,39 @@ def test_refusals(model, tmp_path):
         (
             ([torch.tensor([1, 5, 6])] * 2, [torch.tensor([1, 5, 6]), torch.tensor([1, 5])]),
             {},
-            r"corrupted prompt 1 of as many tokens as its prompt, 3, got 2: pad or reword",
+            r"Prompt 1 has 3 tokens, its corrupted prompt 2. Pad or reword",
         ),
         (
             rows,
             {"attention_mask": torch.ones(3, 9)},
-            "attention_mask is for token ids, got strings",
+            "attention_mask= is for token ids, but these prompts are strings",
         ),
         (
             ([torch.tensor([1, 5, 6]), torch.tensor([1, 5])],),
             {"attention_mask": torch.ones(2, 3).long()},
-            "attention_mask is for ids padded to one length, got several: leave it out",
+            "attention_mask= is for ids padded to one length, but",
         ),
         (
             ([torch.tensor([1, 5, 6])] * 2,),
             {"attention_mask": torch.ones(2, 3)},
             r"attention_mask of booleans or integers, got real numbers: pass mask.long\(\)",
         ),
-        (rows, {"path": tmp_path / "no" / "file"}, "expected the path of a file to write"),
+        (
+            rows,
+            {"path": tmp_path / "no" / "file"},
+            "cannot be written. Pass a file in a known folder",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             tensorlens_tl.discover(model, *args, **{"n_edges": 5, **kwargs})
     path.write_text("{}")
-    with pytest.raises(
-        ValueError, match=r"to hold a search for a circuit, got something else.*delete"
-    ):
+    with pytest.raises(ValueError, match=r"does not hold a search for a circuit.*delete the file"):
         tensorlens_tl.discover(model, *rows, n_edges=5, path=path)
     path.unlink()
     tensorlens_tl.discover(model, *rows, n_edges=5, path=path)
     for other in ({"pos": -2}, {"qk": False}, {"at": "corrupted"}, {"sample": 2}, {"gate": "half"}):
         with pytest.raises(
-            ValueError, match=r"holds another search .*pass another path, or delete"
+            ValueError, match=r"holds another search .*Pass another path=, or delete"
         ):
             tensorlens_tl.discover(model, *rows, n_edges=5, path=path, **other)
     with pytest.raises(ValueError, match="holds another search"):
@@ -293,5 +295,5 @@ def test_refusals(model, tmp_path):
     data = json.loads(path.read_text())
     for done in (0, 9, "3", True):
         path.write_text(json.dumps({**data, "progress": {**data["progress"], "done": done}}))
-        with pytest.raises(ValueError, match="from 1 to 3 prompts done, got"):
+        with pytest.raises(ValueError, match=r"prompts are done. It should say 1 to 3"):
             tensorlens_tl.discover(model, *rows, n_edges=5, path=path)

@@ -10,13 +10,15 @@ from models import CASES, D_VOCAB, SHAPES, HookedTransformer, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import demo
+from tensorlens_tl.circuits import edge_patching
 from tensorlens_tl.circuits.ablation import (
     SIZES,
+    AblationOptions,
     faithfulness,
     faithfulness_curve,
     faithfulness_of_many,
-    first_edges,
 )
+from tensorlens_tl.circuits.edge_averages import first_edges
 from tensorlens_tl.circuits.edge_patching import edge_model
 from tensorlens_tl.circuits.faithfulness_result import (
     Faithfulness,
@@ -25,8 +27,8 @@ from tensorlens_tl.circuits.faithfulness_result import (
 )
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
-SHAPES = ("gpt2", "gpt2-compat", "llama", "neox", "gemma2", "gemma2-compat")
-ONE_OF_EACH = [case for case in SHAPES if case.name.partition("-")[2] in SHAPES]
+_EACH = ("gpt2", "gpt2-compat", "llama", "neox", "gemma2", "gemma2-compat")
+ONE_OF_EACH = [case for case in CASES.values() if case.name.partition("-")[2] in _EACH]
 CLEAN, CORRUPTED = tokens(3), tokens(3, seed=5)
 FIRST = SHAPES[0]
 
@@ -229,7 +231,9 @@ def test_full_and_empty_circuits(case):
     with quiet(), torch.no_grad():
         full = faithfulness(model, clean, edges, **goal)
         empty = faithfulness(model, clean, [], **goal)
-        frozen = faithfulness(model, clean, [str(edge) for edge in edges], pattern="frozen", **goal)
+        frozen = faithfulness(
+            model, clean, [str(edge) for edge in edges], attention="frozen", **goal
+        )
         logits = [model(ids)[:, -1] for ids in (clean, corrupted)]
     rows = torch.arange(3)
     own, twin = (one[:, 3] - one[rows, torch.tensor([4, 5, 6])] for one in logits)
@@ -247,7 +251,7 @@ def test_frozen_patterns_are_no_edges():
     model, clean, corrupted = runs(FIRST)
     values = [edge for edge in universe_of(model).edges if edge.dest.name not in ("q", "k")]
     with quiet():
-        found = {p: faithfulness(model, clean, values, corrupted, pattern=p, target=3).share
+        found = {p: faithfulness(model, clean, values, corrupted, attention=p, target=3).share
                  for p in ("live", "frozen")}  # fmt: skip
     assert abs(found["frozen"] - 1) <= 1e-10 and abs(found["live"] - 1) > 1e-3
 
@@ -279,13 +283,13 @@ def test_means_are_over_the_prompts_given():
 def test_prompts_of_several_lengths_come_back_in_order_whatever_the_batch():
     model = FIRST.model()
     rows = [tokens(1, n, seed=n)[0] for n in (5, 7, 4, 7, 5)]
-    twins = [tokens(1, n, seed=n + 9)[0] for n in (5, 7, 4, 7, 5)]
+    corrupted = [tokens(1, n, seed=n + 9)[0] for n in (5, 7, 4, 7, 5)]
     edges = some_edges(model)
     with quiet():
-        many = faithfulness(model, rows, edges, twins, target=[1, 2, 3, 4, 5])
-        small = faithfulness(model, rows, edges, twins, target=[1, 2, 3, 4, 5], batch_size=1)
+        many = faithfulness(model, rows, edges, corrupted, target=[1, 2, 3, 4, 5])
+        small = faithfulness(model, rows, edges, corrupted, target=[1, 2, 3, 4, 5], batch_size=1)
         each = [faithfulness(model, [row], edges, [twin], target=i)
-                for i, (row, twin) in enumerate(zip(rows, twins, strict=True), 1)]  # fmt: skip
+                for i, (row, twin) in enumerate(zip(rows, corrupted, strict=True), 1)]  # fmt: skip
     for name in ("full", "ablated", "circuit"):
         assert_close(getattr(many, name), torch.cat([getattr(one, name) for one in each]), 1e-12)
         assert_close(getattr(small, name), getattr(many, name), 1e-12)
@@ -331,7 +335,7 @@ def test_the_empty_frozen_circuit_is_the_corrupted_run_under_clean_patterns(case
         _, cache = model.run_with_cache(clean, return_cache_object=False)
         held = [(name, lambda t, hook, name=name: cache[name].clone()) for name in names]
         logits = model.run_with_hooks(corrupted, fwd_hooks=held)[:, -1, 3]
-        found = faithfulness(model, clean, [], corrupted, pattern="frozen", target=3)
+        found = faithfulness(model, clean, [], corrupted, attention="frozen", target=3)
     assert_close(found.empty, logits, 1e-6 if case.float32_norms else 1e-10)
     assert_close(found.circuit, found.empty, 1e-12)
 
@@ -379,10 +383,12 @@ def test_circuits_of_other_models_and_without_scores_are_refused():
     with quiet(), torch.no_grad():
         lens = tensorlens_tl.capture(model, clean)[1]
         circuit = lens.discover(3, n_edges=20)
-        with pytest.raises(ValueError, match="expected a circuit of this model"):
+        with pytest.raises(ValueError, match=r"The circuit is of .* this model"):
             circuit.faithfulness(other, clean, corrupted)
+        with pytest.raises(ValueError, match="The circuit is of"):
+            faithfulness(other, clean, circuit, corrupted)
         named = lens.circuit(["L0H1"]).circuit
-        with pytest.raises(ValueError, match="this circuit has no scores, its edges were named"):
+        with pytest.raises(ValueError, match="This circuit has no scores: its edges were named"):
             named.faithfulness_curve(model, clean, corrupted)
 
 
@@ -420,23 +426,51 @@ def test_share_differences_are_paired():
     assert (
         value == pytest.approx(0.25) and low == pytest.approx(0.25) and high == pytest.approx(0.25)
     )
-    with pytest.raises(ValueError, match="expected two circuits on the same prompts"):
+    with pytest.raises(ValueError, match="not run on the same prompts and ablation"):
         share_difference(ours, Faithfulness(full + 1, ablated, ablated, full, "zero", "live", 1, 2))
 
 
 def test_many_circuits_are_each_as_alone():
     model, clean, corrupted = runs(FIRST)
     circuits = {str(seed): some_edges(model, seed=seed) for seed in range(3)}
-    for pattern in ("live", "frozen"):
+    for attention in ("live", "frozen"):
         with quiet():
             many = faithfulness_of_many(
-                model, clean, circuits, corrupted, pattern=pattern, target=3
+                model, clean, circuits, corrupted, attention=attention, target=3
             )
-            one = faithfulness(model, clean, circuits["1"], corrupted, pattern=pattern, target=3)
+            one = faithfulness(
+                model, clean, circuits["1"], corrupted, attention=attention, target=3
+            )
         assert list(many) == ["0", "1", "2"] and many["0"].n_edges != many["1"].n_edges
         assert_close(many["1"].circuit, one.circuit, 1e-12)
         assert_close(many["1"].empty, one.empty, 1e-12)
         assert many["1"].n_edges == one.n_edges
+
+
+def test_options_are_their_fields_as_keywords():
+    """One object for several calls, and a keyword that overrides one of its fields."""
+    model, clean, corrupted = runs(FIRST)
+    edges, options = some_edges(model), AblationOptions(attention="frozen", batch_size=2)
+    with quiet():
+        one = faithfulness(model, clean, edges, corrupted, 3, None, options)
+        same = faithfulness(
+            model, clean, edges, corrupted, 3, attention="frozen", batch_size=2, progress=True
+        )
+        live = faithfulness(model, clean, edges, corrupted, 3, None, options, attention="live")
+    assert torch.equal(one.circuit, same.circuit) and one.attention == same.attention == "frozen"
+    assert live.attention == "live" and not torch.equal(one.circuit, live.circuit)
+    assert AblationOptions.of(options, {}) is options
+
+
+def test_a_circuit_opens_the_model_once(monkeypatch):
+    model, clean, corrupted = runs(FIRST)
+    opened, adapt = [], edge_patching.adapt
+    monkeypatch.setattr(edge_patching, "adapt", lambda model: opened.append(1) or adapt(model))
+    with quiet(), torch.no_grad():
+        circuit = tensorlens_tl.capture(model, clean)[1].discover(3, n_edges=20)
+        circuit.faithfulness(model, clean, corrupted, 3)
+        circuit.faithfulness_curve(model, clean, corrupted, 3, sizes=(0.5,))
+    assert len(opened) == 2
 
 
 def test_areas_by_hand():
@@ -559,33 +593,74 @@ def test_edges_that_are_not_there(edge):
 
 
 BAD_CALLS = {
-    "needs corrupted": (
-        {}, "ablation='resample' takes every ablated output from a corrupted prompt, got none: pass"),
+    "needs corrupted": ({}, "ablation='resample' needs corrupted=, one prompt of equal length"),
     "lengths": (
-        {"corrupted": tokens(3, 6)}, "prompt 0 has 7 tokens and its corrupted one 6, expected equal"),
-    "counts": ({"corrupted": tokens(2)}, "expected one corrupted prompt per prompt, 3, got 2"),
-    "ablation": ({"ablation": "noise"}, "expected ablation to be one of resample, mean, zero, got 'no"),
-    "pattern": ({"corrupted": CORRUPTED, "pattern": "dead"}, "expected pattern to be one of live, fro"),
-    "mean_over": ({"corrupted": CORRUPTED, "mean_over": CLEAN}, "mean_over is for ablation='mean'"),
-    "twins of means": ({"corrupted": CORRUPTED, "ablation": "mean"}, "corrupted is for ablation='resample'"),
+        {"corrupted": tokens(3, 6)},
+        "Prompt 0 has 7 tokens, its corrupted prompt 6. They are",
+    ),
+    "counts": ({"corrupted": tokens(2)}, "There are 3 prompts but 2 corrupted prompts"),
+    "ablation": (
+        {"ablation": "noise"},
+        "ablation='noise' does not exist. Use one of resample, mean, zero",
+    ),
+    "attention": (
+        {"corrupted": CORRUPTED, "attention": "dead"},
+        "attention='dead' does not exist. Use one of live",
+    ),
+    "a misspelt option": (
+        {"corrupted": CORRUPTED, "ablations": "zero"},
+        "no option ablations=. Did you mean ablation=",
+    ),
+    "an unknown option": (
+        {"corrupted": CORRUPTED, "zzz": "live"},
+        "no option zzz=. Use ablation, attention",
+    ),
+    "mean_over": (
+        {"corrupted": CORRUPTED, "mean_over": CLEAN},
+        "mean_over= is used by ablation='mean' only",
+    ),
+    "corrupted of means": (
+        {"corrupted": CORRUPTED, "ablation": "mean"},
+        "corrupted= is used by ablation='resample' only",
+    ),
     "lengths of means": (
-        {"ablation": "mean", "mean_over": tokens(3, 5)}, r"expected prompts of one length, got 5 to 7"),
+        {"ablation": "mean", "mean_over": tokens(3, 5)},
+        r"needs prompts of one length, .* 5 to 7 tokens",
+    ),
     "one prompt's mean": (
-        {"ablation": "mean", "mean_over": tokens(1)}, "over one prompt replaces nothing"),
+        {"ablation": "mean", "mean_over": tokens(1)},
+        "over one prompt changes nothing",
+    ),
     "target and metric": (
-        {"corrupted": CORRUPTED, "target": 3, "metric": max}, "either a metric or target and versus"),
-    "targets": ({"corrupted": CORRUPTED, "target": [1, 2]}, "expected one target per prompt, 3, or one"),
-    "a number": ({"corrupted": CORRUPTED, "target": 3.7}, "target as a token string or an id, got 3.7"),
-    "a truth": ({"corrupted": CORRUPTED, "versus": True}, "versus as a token string or an id, got True"),
-    "nothing": ({"corrupted": CORRUPTED, "target": [3, None, 3]}, "or an id, got None of NoneType: pas"),
-    "vocabulary": ({"corrupted": CORRUPTED, "target": D_VOCAB}, "target id 50 is outside the vocabulary"),
-    "pos": ({"corrupted": CORRUPTED, "pos": 7}, "position 7 does not exist in a prompt of 7 tokens"),
+        {"corrupted": CORRUPTED, "target": 3, "metric": max},
+        "metric= and target= .* only one is measured",
+    ),
+    "targets": ({"corrupted": CORRUPTED, "target": [1, 2]}, "target has 2 entries for 3 prompts"),
+    "a number": ({"corrupted": CORRUPTED, "target": 3.7}, "target=3.7 .float. is not a token"),
+    "a truth": ({"corrupted": CORRUPTED, "versus": True}, "versus=True .bool. is not a token"),
+    "nothing": (
+        {"corrupted": CORRUPTED, "target": [3, None, 3]},
+        "target=None .NoneType. is not a token",
+    ),
+    "vocabulary": (
+        {"corrupted": CORRUPTED, "target": D_VOCAB},
+        "target id 50 is outside the vocabulary",
+    ),
+    "pos": ({"corrupted": CORRUPTED, "pos": 7}, "pos=7 is outside a prompt of 7 tokens"),
     "batch": ({"corrupted": CORRUPTED, "batch_size": 0}, "batch_size=0 is not an integer ≥ 1"),
     "a metric's number": (
-        {"corrupted": CORRUPTED, "metric": lambda logits, index: 1.0}, r"one number a prompt, \[3\], got \[\]"),
-    "metric": ({"corrupted": CORRUPTED, "metric": lambda logits, index: logits}, "one number a prompt"),
-    "text": ({"corrupted": CORRUPTED, "target": "Mary"}, "no tokenizer to read the target"),
-}  # fmt: skip
+        {"corrupted": CORRUPTED, "metric": lambda logits, index: 1.0},
+        r"metric returned shape \[\] for 3 prompts",
+    ),
+    "metric": (
+        {"corrupted": CORRUPTED, "metric": lambda logits, index: logits},
+        "Return one number per prompt",
+    ),
+    "text": (
+        {"corrupted": CORRUPTED, "target": "Mary"},
+        "is a string, but the model has no tokenizer",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BAD_CALLS)
@@ -597,7 +672,7 @@ def test_bad_calls_are_refused(what):
 
 @pytest.mark.parametrize("sizes", [(), (0.5, 0.1), (0.1, 2.0)])
 def test_bad_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match="expected sizes as increasing shares of all edges"):
+    with pytest.raises(ValueError, match="are not increasing shares of all edges"):
         faithfulness_curve(FIRST.model(), CLEAN, [], CORRUPTED, target=3, sizes=sizes)
 
 
@@ -605,23 +680,25 @@ def test_bad_sizes_are_refused(sizes):
 def test_bad_prompts_are_refused(prompts):
     with (
         quiet(),
-        pytest.raises(ValueError, match=r"expected prompts as (a non-empty list|token ids)"),
+        pytest.raises(
+            ValueError, match=r"prompts(=.* is not a non-empty list| are token ids of one)"
+        ),
     ):
         faithfulness(FIRST.model(), prompts, [], ablation="zero")
 
 
 @pytest.mark.wrong_types
 def test_a_position_and_sizes_of_wrong_types_are_refused():
-    with quiet(), pytest.raises(ValueError, match=r"expected a position as an integer, got 1\.5"):
+    with quiet(), pytest.raises(ValueError, match=r"pos=1\.5 is not an integer"):
         faithfulness(FIRST.model(), CLEAN, [], CORRUPTED, pos=1.5)
-    with pytest.raises(ValueError, match="expected sizes as increasing shares of all edges"):
+    with pytest.raises(ValueError, match="are not increasing shares of all edges"):
         faithfulness_curve(FIRST.model(), CLEAN, [], CORRUPTED, sizes=0.1)
 
 
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("what", ["kl", 3])
 def test_a_metric_that_is_no_function_is_refused(what):
-    with quiet(), pytest.raises(ValueError, match="expected metric as a function of logits"):
+    with quiet(), pytest.raises(ValueError, match=r"metric=.* is not a function"):
         faithfulness(FIRST.model(), CLEAN, [], CORRUPTED, metric=what)
 
 
@@ -642,7 +719,7 @@ def test_padded_ids_are_refused():
 @pytest.mark.parametrize("case", {case.host: case for case in SHAPES}.values(), ids=str)
 def test_autocast_is_refused(case):
     model, clean, corrupted = runs(case)
-    refused = pytest.raises(ValueError, match="torch.autocast is on")
+    refused = pytest.raises(ValueError, match=r"torch.autocast is on")
     with quiet(), torch.autocast("cpu", torch.bfloat16), refused:
         faithfulness(model, clean, [], corrupted, target=3)
 
@@ -663,7 +740,7 @@ def test_hooks_of_torch_s_own_are_refused_too(case):
         model(clean)  # a host may set hooks of its own in its first run
         for add in ("register_forward_hook", "register_forward_pre_hook"):
             handle = getattr(model.blocks[1].mlp, add)(lambda *args: None)
-            with pytest.raises(ValueError, match=r"hooks of your own at .*mlp, expected"):
+            with pytest.raises(ValueError, match=r"hooks of your own at .*mlp, and"):
                 faithfulness(model, clean, [], corrupted, target=3)
             handle.remove()
         assert faithfulness(model, clean, [], corrupted, target=3).share == pytest.approx(
