@@ -1,8 +1,8 @@
-"""One run composed into T: apply, transpose, blocks, singular vectors, restrictions, and what they cost.
+"""Compose one run into the operator T, apply it, take it apart, and tell what that costs.
 
 Key concepts:
-    Capture: What one run left: frozen sublayers, residual states, logits. No host, no hooks.
-    FrozenTransformer: T and its bias, X ↦ the final normalized residual y.
+    Capture: What one run left (frozen sublayers, residual states, logits), without the model.
+    FrozenTransformer: The operator T and its bias, from X to the final normalized residual y.
     SecantOperator: The operator between two runs, exact on their difference.
 """
 

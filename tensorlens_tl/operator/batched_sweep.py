@@ -1,23 +1,25 @@
-"""Many vectors of the operator at once: sweeps.
+"""Carry many vectors through the operator at once.
 
-A sweep carries P vectors from each of N positions through the operator: a pull (Tᵀ) from destinations
-to sources, a push (T) from sources to destinations. In its causal coordinates (positions for a pull,
-reversed positions for a push) a vector at t reaches positions ≤ t only. D = d_model, L positions,
-m = d_mlp, H heads.
+A sweep carries P vectors from each of N positions: a pull (Tᵀ) from destinations to sources, or a
+push (T) from sources to destinations. It works in causal coordinates, which are the positions for a
+pull and the reversed positions for a push. There a vector that starts at t reaches positions ≤ t
+only. D is d_model, L the number of positions, m is d_mlp, H the number of heads.
 
-1. Row phase. Until the first attention a vector stays where it is: the top layer's MLP is done on
-   N · P rows, not on N · P · L.                                          4 m D flops a row
-2. Spread. The first attention leaves one row per head, R_h = z_h W_V^h, and spreads it in one
-   product [L, H] × [H, P · D] per position.                             2 D² + 2 H t D flops a vector
-3. Full phase. Vectors of neighbouring positions form blocks [t ≤ last, P · n, D], position first, no
-   row above the diagonal but for the block's own triangle.    4 D² + 4 m D + 2 t D flops a row and layer
+1. Rows. Until the first attention every vector stays at its own position, so the MLP that comes
+   before it is done on N · P rows, not on N · P · L.                     4 m D flops a row
+2. Spread. The first attention makes one row per head, R_h = z_h W_V^h, and spreads it by one
+   product [L, H] × [H, P · D] per position.                           2 D² + 2 H t D flops a vector
+3. Full. Vectors that start at neighbouring positions form blocks [t ≤ last, P · n, D], with the
+   position first. No row lies above the diagonal, but for the block's own triangle.
+                                                         4 D² + 4 m D + 2 t D flops a row and layer
 4. Where enough vectors share a position, its MLP becomes one map I + W_in diag(r) W_out, computed
-   once for all blocks (2 m D² flops): 2 D² a row instead of 4 m D. See :func:`planning.folds_below`.
-5. What is asked for is reduced block by block: ⟨vector, x⟩, ‖vector‖² or the vectors themselves.
-   For ⟨vector, x⟩ the last attention's final product is not made: z is met with x W_V.
+   once for all blocks (2 m D² flops). A row then costs 2 D² instead of 4 m D. The rule is
+   :func:`~tensorlens_tl.operator.cost_model.folds_below`.
+5. Reduce, block by block: ⟨vector, x⟩, ‖vector‖² or the vector itself. For ⟨vector, x⟩ the last
+   attention's final product is left out: z is multiplied with x W_V instead.
 
-The state is 4 D P Σ t bytes over the positions t carried together; ``planning`` cuts the work so that
-it fits. No autograd graph anywhere.
+The state takes 4 D P Σ t bytes, over the positions t that are carried together. ``cost_model`` cuts
+the work so that it fits. There is no autograd graph anywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..sublayers import LinearMap, Tiles
+from ..sublayers import LinearMap
 from .cost_model import (
     CAUSAL_TILE,
     ROWS,
@@ -48,6 +50,7 @@ from .folding import (
     FoldedStep,
     Mixing,
     Positionwise,
+    Stage,
     fold,
     mixes_in,
     shape_of,
@@ -56,15 +59,47 @@ from .folding import (
 
 
 @dataclass(frozen=True, eq=False)
+class Reduction:
+    """What to return of every vector at every position: a number, or the vector itself.
+
+    Attributes:
+        block: Turns the state of a block [pos, rows, d_model] into [pos, rows] or
+            [pos, rows, kept]. Not used where ``with_x`` is given.
+        with_x: Vectors [pos, d_model]. When given, the result is ⟨vector at t, x_t⟩.
+        kept: How many numbers per vector and position the result has.
+    """
+
+    block: Callable[[Tensor], Tensor]
+    with_x: Float[Tensor, "pos d_model"] | None = None
+    kept: int = 1
+
+
+def dots(x: Float[Tensor, "pos d_model"]) -> Reduction:
+    """Ask for ⟨vector at t, x_t⟩."""
+    return Reduction(_wide, with_x=x)
+
+
+def squares() -> Reduction:
+    """Ask for ‖vector at t‖²."""
+    return Reduction(lambda state: _wide(state).square().sum(-1))
+
+
+def states(d_model: int) -> Reduction:
+    """Ask for the vectors themselves."""
+    return Reduction(_wide, kept=d_model)
+
+
+@dataclass(frozen=True, eq=False)
 class BatchedSweep:
     """A sweep of one prompt, ready to carry vectors.
 
     Attributes:
-        op: The operator, or a part of it that ``between`` gives.
-        prompt: Which prompt of the batch; positions below count its real tokens.
-        transposed: Pull (Tᵀ) instead of push.
-        precision: Dtype of matrices and vectors; sums are float32 at least.
-        folding: Whether maps are folded per position: None decides by cost.
+        op: The chain of an operator, or of a part of it that ``between`` gives.
+        prompt: Index of the prompt in the batch. Positions below count its real tokens.
+        transposed: Whether to pull (Tᵀ) instead of push (T).
+        precision: Dtype of matrices and vectors, or None for the operator's. Sums are float32 at
+            least.
+        folding: Whether to fold MLPs into one map per position. None decides by cost.
     """
 
     op: LinearMap
@@ -75,23 +110,42 @@ class BatchedSweep:
 
     @property
     def n_pos(self) -> int:
-        """Real tokens of the prompt."""
+        """Number of real tokens of the prompt."""
         start, stop = self.op.frame.spans[self.prompt]
         return stop - start
 
     @property
-    def stages(self) -> tuple[LinearMap, ...]:
-        """Steps and norms in the order in which the sweep meets them."""
+    def stages(self) -> tuple[Stage, ...]:
+        """Residual steps and norms, in the order in which the sweep comes to them."""
         stages = tuple(stages_of(self.op))
         return stages[::-1] if self.transposed else stages
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of matrices and vectors."""
+        """Dtype of matrices and vectors."""
         return self.precision or self.op.frame.dtype
 
+    @cached_property
+    def causal(self) -> bool:
+        """Whether no pattern looks ahead. A pattern from a user's hook may."""
+        mixes = (m for stage in self.stages for m in mixes_in(stage))
+        return not any(m.looks_ahead(self.prompt) for m in mixes)
+
+    def coordinate(self, pos: Tensor) -> Tensor:
+        """Positions as causal coordinates; the same function leads back."""
+        return pos if self.transposed else self.n_pos - 1 - pos
+
     def shape(self, at: Tensor, many: int, reduce: Reduction) -> SweepShape:
-        """The sweep's shape, from which its cost is known."""
+        """The numbers that the cost of a sweep depends on.
+
+        Args:
+            at: Positions [n] that vectors start from.
+            many: Number of vectors per position.
+            reduce: What to return of every vector.
+
+        Returns:
+            The shape of the sweep. It predicts the cost and cuts the work.
+        """
         return SweepShape(
             tuple(shape_of(stage, self.transposed) for stage in self.stages),
             self.op.in_dim,
@@ -114,14 +168,15 @@ class BatchedSweep:
         reduce: Reduction,
         memory_limit: int | None = None,
     ) -> Float[Tensor, "n many pos ..."]:
-        """Carry ``many`` vectors from each of some positions; in chunks that fit the memory.
+        """Carry ``many`` vectors from each of some positions, in chunks that fit the memory.
 
         Args:
-            at: Positions, counted over the prompt's real tokens.
-            vectors: Gives vectors ``part`` of those at positions ``at[index]``, for (index, part).
-            many: Vectors per position.
-            reduce: What is asked for.
-            memory_limit: Bytes; by default half of what is free on the device.
+            at: Positions [n] among the prompt's real tokens.
+            vectors: Called with indices into ``at`` and a slice of range(many). Gives the vectors
+                that start there [n, part, d_model].
+            many: Number of vectors per position.
+            reduce: What to return of every vector.
+            memory_limit: Most memory in bytes. None is half of what is free on the device.
 
         Returns:
             The reductions [n, many, pos] (or [n, many, pos, d_model]), in the order of ``at``.
@@ -136,22 +191,11 @@ class BatchedSweep:
         kind = torch.promote_types(self.dtype, torch.float32)
         found = torch.zeros(size, dtype=kind, device=device)
         for part, blocks in tqdm(chunks, desc="sweep", delay=2, leave=False):
-            index = order[blocks[0].first : blocks[-1].first + blocks[-1].n]
-            spans = [
-                slice(b.first - blocks[0].first, b.first - blocks[0].first + b.n) for b in blocks
-            ]
+            first = blocks[0].first
+            index = order[first : blocks[-1].first + blocks[-1].n]
+            spans = [slice(b.first - first, b.first - first + b.n) for b in blocks]
             found[index, part] = self.run(at[index], vectors(index, part), reduce, spans)
         return found
-
-    @cached_property
-    def causal(self) -> bool:
-        """Whether no pattern looks ahead; a user's own pattern may."""
-        found = (m for stage in self.stages for m in mixes_in(stage))
-        return not any(m.looks_ahead(self.prompt) for m in found)
-
-    def coordinate(self, pos: Tensor) -> Tensor:
-        """Causal coordinates of positions, and back."""
-        return pos if self.transposed else self.n_pos - 1 - pos
 
     def run(
         self,
@@ -163,49 +207,47 @@ class BatchedSweep:
         """Carry vectors from some positions, all blocks together through one stage after another.
 
         Args:
-            at: Positions, ascending in causal coordinates.
-            vectors: What starts there.
-            reduce: What is asked for.
-            spans: Which of them go side by side, in order.
+            at: Positions [n], ascending in causal coordinates.
+            vectors: The vectors that start there.
+            reduce: What to return of every vector.
+            spans: Slices of ``at`` that form a block each, in order.
 
         Returns:
-            The reductions, [n, many, pos, …] in the prompt's positions.
+            The reductions [n, many, pos, …], at the prompt's positions.
         """
         t, rows = self.coordinate(at), self._cast(vectors)
-        causal, last = self.causal, None
-        states: list[Tensor] | None = None
-        stages = list(self.stages)
-        for i, stage in enumerate(stages):
+        last: list[tuple[Mixing, list[Tensor]]] = []
+        blocks: list[Tensor] | None = None
+        for i, stage in enumerate(self.stages):
             folded = fold(stage, self.prompt, self.transposed)
-            if isinstance(folded, FoldedStep):
-                folded = self._cast_step(folded)
-            if states is None:
-                if isinstance(folded, FoldedNorm) or not folded.mixes:
+            folded = folded if self.precision is None else folded.cast(self.precision)
+            if blocks is None:
+                if isinstance(folded, FoldedNorm) or not folded.mixing:  # 1. Rows
                     rows = self._rows(folded, rows, t)
                     continue
-                ends = [int(t[s][-1]) + 1 if causal else self.n_pos for s in spans]
-                states = self._spread(folded, rows, t, spans, ends)
-            elif i == len(stages) - 1 and reduce.with_x is not None:
-                last = self._step(folded, states, causal, finish=False)
+                ends = [int(t[s][-1]) + 1 if self.causal else self.n_pos for s in spans]
+                blocks = self._spread(folded, rows, t, spans, ends)  # 2. Spread
+            elif i == len(self.stages) - 1 and reduce.with_x is not None:
+                last = self._step(folded, blocks, finish=False)  # 3. and 5.
             else:
-                self._step(folded, states, causal)
-        if states is None:
-            ends = [int(t[s][-1]) + 1 for s in spans]
-            states = [_placed(rows[s], t[s], end) for s, end in zip(spans, ends, strict=True)]
-        return self._collect(reduce, states, last, spans, rows.shape[1])
+                self._step(folded, blocks)  # 3. Full, with 4. inside
+        if blocks is None:  # no attention: every vector is where it started
+            blocks = [_placed(rows[s], t[s], int(t[s][-1]) + 1) for s in spans]
+        return self._reduced(reduce, blocks, last, spans, rows.shape[1])
 
-    # --- Phases
+    # --- 1. Rows
 
     def _rows(self, folded: Folded, rows: Tensor, t: Tensor) -> Tensor:
         if isinstance(folded, FoldedNorm):
             return folded.rows(rows, t).to(rows.dtype)
-        for branch in folded.branches:
-            if isinstance(branch, Positionwise):
-                states = [rows.clone()]
-                at = Positionwise(branch.into, branch.out, branch.ratio[t])
-                self._positionwise(at, states, [rows.shape[1]] * len(rows))
-                rows = states[0]
+        for branch in folded.positionwise:
+            state = rows.clone()
+            here = Positionwise(branch.into, branch.out, branch.ratio[t])
+            self._positionwise(here, [state], [rows.shape[1]] * len(rows))
+            rows = state
         return rows
+
+    # --- 2. Spread
 
     def _spread(
         self,
@@ -215,41 +257,75 @@ class BatchedSweep:
         spans: Sequence[slice],
         ends: list[int],
     ) -> list[Tensor]:
-        own = self._rows(FoldedStep(tuple(b for b in step.branches if isinstance(b, Positionwise))),
-                         rows, t)  # fmt: skip
-        states = []
+        own = self._rows(FoldedStep((), step.positionwise), rows, t)
+        blocks = []
         for span, end in zip(spans, ends, strict=True):
             state = _placed(own[span], t[span], end)
-            for branch in step.branches:
-                if isinstance(branch, Mixing):
-                    _spread_one(branch, rows[span], t[span], state)
-            states.append(state)
-        return states
+            for branch in step.mixing:
+                _spread_one(branch, rows[span], t[span], state)
+            blocks.append(state)
+        return blocks
+
+    # --- 3. Full
 
     def _step(
-        self, step: Folded, states: list[Tensor], causal: bool, finish: bool = True
-    ) -> list[tuple[Mixing, list[Tensor]]] | None:
-        """One stage on all blocks, in place; without ``finish`` its mixing branches stay halfway."""
+        self, step: Folded, blocks: list[Tensor], finish: bool = True
+    ) -> list[tuple[Mixing, list[Tensor]]]:
+        """One stage on all blocks, in place.
+
+        Args:
+            step: The folded stage.
+            blocks: States [pos, rows, d_model], that are changed.
+            finish: Whether to apply the second matrices of the mixing branches, too.
+
+        Returns:
+            Without ``finish``, the mixing branches and what they read mixed; else nothing.
+        """
         if isinstance(step, FoldedNorm):
-            for state in states:
+            for state in blocks:
                 state.copy_(step.rows(state, slice(0, len(state))))
-            return None
-        mixing = [b for b in step.branches if isinstance(b, Mixing)]
-        wise = [b for b in step.branches if isinstance(b, Positionwise)]
-        together = len(mixing) + len(wise) > 1 or not finish
-        half = [(b, [_mid(b, s, causal) for s in states]) for b in mixing] if together else []
-        for branch in wise:
-            self._positionwise(branch, states, carried_by([(len(s), s.shape[1]) for s in states]))
+            return []
+        # Branches side by side read the same state: mix before any of them writes to it. A branch
+        # alone is mixed and written block by block, which needs memory for one block only.
+        together = len(step.mixing) + len(step.positionwise) > 1 or not finish
+        half = [(b, [self._mid(b, s) for s in blocks]) for b in step.mixing] if together else []
+        for branch in step.positionwise:
+            self._positionwise(branch, blocks, carried_by([(len(s), s.shape[1]) for s in blocks]))
         if not finish:
             return half
-        for k, state in reversed(list(enumerate(states))):
-            mids = [(b, m[k]) for b, m in half] or [(b, _mid(b, state, causal)) for b in mixing]
+        for k, state in reversed(list(enumerate(blocks))):
+            mids = [(b, m[k]) for b, m in half] or [(b, self._mid(b, state)) for b in step.mixing]
             for branch, mid in mids:
                 state.flatten(0, 1).addmm_(mid.flatten(0, 1), branch.out)
-        return None
+        return []
 
-    def _positionwise(self, b: Positionwise, states: list[Tensor], carried: list[int]) -> None:
-        """S += ((S · into) ⊙ ratio) · out, in place, by folded maps where they pay."""
+    def _mid(self, b: Mixing, state: Tensor) -> Tensor:
+        """Σ_from A[to, from] (state · into), before ``out``: [pos, rows, width]."""
+        n, rows, _ = state.shape
+        groups, repeats = b.groups
+        z = state.flatten(0, 1) @ b.into
+        inner = (groups, repeats, -1) if b.gathers else (groups, 1, -1)
+        z = z.view(n, rows, *inner).permute(2, 3, 0, 1, 4).flatten(3)  # [group, repeat, from, …]
+        mixed = z.new_empty(groups, 1 if b.gathers else repeats, n, z.shape[-1])
+        size = CAUSAL_TILE if self.causal or b.recomputed else n
+        for first in range(0, n, size):
+            # A causal tile skips what is below its first position, where the pattern is zero.
+            to = slice(first, min(first + size, n))
+            source = slice(first if self.causal else 0, n)
+            pattern = b.tiles[to, source]
+            if not b.gathers:
+                torch.matmul(pattern, z[:, :, source], out=mixed[:, :, to])
+                continue
+            out = torch.bmm(pattern[:, 0], z[:, 0, source])
+            for r in range(1, repeats):
+                out.baddbmm_(pattern[:, r], z[:, r, source])
+            mixed[:, 0, to] = out
+        return mixed.unflatten(3, (rows, -1)).permute(2, 3, 0, 1, 4).flatten(2)
+
+    # --- 4. MLPs
+
+    def _positionwise(self, b: Positionwise, blocks: list[Tensor], carried: list[int]) -> None:
+        """S += ((S · into) ⊙ ratio) · out, in place, by one map per position where that pays."""
         d_model, width = b.into.shape
         below = folds_below(width, d_model, carried, self.folding)
         group = min(fold_group(width, d_model), max(1, below))
@@ -257,10 +333,10 @@ class BatchedSweep:
         for first in range(0, below, group):
             pos = slice(first, min(first + group, below))
             maps = torch.matmul(b.into * b.ratio[pos, None], b.out).add_(eye)
-            for state in reversed(states):  # the largest first: what it frees, the others fit
+            for state in reversed(blocks):  # the largest first: the others fit into what it frees
                 if len(part := state[pos]):
                     part.copy_(torch.bmm(part, maps[: len(part)]))
-        for state in reversed(states):
+        for state in reversed(blocks):
             many = state.shape[1]
             size = max(1, ROWS // many)
             for first in range(below, len(state), size):
@@ -269,20 +345,25 @@ class BatchedSweep:
                 hidden.unflatten(0, (-1, many)).mul_(b.ratio[first : first + len(part), None])
                 part.flatten(0, 1).addmm_(hidden, b.out)
 
-    def _collect(
+    # --- 5. Reduce
+
+    def _reduced(
         self,
         reduce: Reduction,
-        states: list[Tensor],
-        last: list[tuple[Mixing, list[Tensor]]] | None,
+        blocks: list[Tensor],
+        last: list[tuple[Mixing, list[Tensor]]],
         spans: Sequence[slice],
         many: int,
     ) -> Tensor:
         x = None if reduce.with_x is None else self._cast(self._flip(reduce.with_x))
         found = []
-        for k, (state, span) in enumerate(zip(states, spans, strict=True)):
-            part = reduce.block(state, x)
-            for branch, mids in last or ():
-                part = part + _dot(mids[k], _given(x) @ branch.out.T)
+        for k, (state, span) in enumerate(zip(blocks, spans, strict=True)):
+            if x is None:
+                part = reduce.block(state)
+            else:
+                part = _dot(state, x)
+                for branch, mids in last:  # ⟨mid · out, x⟩ = ⟨mid, x · outᵀ⟩, for one product less
+                    part = part + _dot(mids[k], x @ branch.out.T)
             part = part.unflatten(1, (span.stop - span.start, many))
             whole = part.new_zeros(self.n_pos, *part.shape[1:])
             whole[: len(part)] = part
@@ -290,81 +371,18 @@ class BatchedSweep:
         return torch.cat(found)
 
     def _flip(self, x: Tensor) -> Tensor:
+        """Positions [pos, …] to causal coordinates, and back."""
         return x if self.transposed else x.flip(0)
 
     def _cast(self, x: Tensor) -> Tensor:
         return x if self.precision is None else x.to(self.precision)
 
-    def _cast_step(self, folded: FoldedStep) -> FoldedStep:
-        if self.precision is None:
-            return folded
-        kind = self.precision
-
-        def cast(b: Positionwise | Mixing) -> Positionwise | Mixing:
-            if isinstance(b, Mixing):
-                return b.cast(kind)
-            return Positionwise(b.into.to(kind), b.out.to(kind), b.ratio.to(kind))
-
-        return FoldedStep(tuple(cast(b) for b in folded.branches))
-
-
-@dataclass(frozen=True, eq=False)
-class Reduction:
-    """What a sweep is asked for: one number per vector and position, or the vectors themselves.
-
-    Attributes:
-        block: Reduces a block's state [pos, rows, d_model] to [pos, rows, …].
-        with_x: Vectors [pos, d_model] that every state is met with, or None.
-        kept: Numbers per vector and position in the result.
-    """
-
-    block: Callable[[Tensor, Tensor | None], Tensor]
-    with_x: Float[Tensor, "pos d_model"] | None = None
-    kept: int = 1
-
-
-def dots(x: Float[Tensor, "pos d_model"]) -> Reduction:
-    """⟨vector at t, x_t⟩."""
-    return Reduction(lambda state, x: _dot(state, _given(x)), x)
-
-
-def squares() -> Reduction:
-    """‖vector at t‖²."""
-    return Reduction(lambda state, _: _wide(state).square().sum(-1))
-
-
-def states(d_model: int) -> Reduction:
-    """The vectors themselves."""
-    return Reduction(lambda state, _: _wide(state), kept=d_model)
-
 
 # --- One block -----------------------------------------------------------------------------------
 
 
-def _mid(b: Mixing, state: Tensor, causal: bool) -> Tensor:
-    """Σ_from A[to, from] (state · into), before ``out``: [pos, rows, width]."""
-    n, rows, _ = state.shape
-    groups, repeats = b.groups
-    z = state.flatten(0, 1) @ b.into
-    inner = (groups, repeats, -1) if b.gathers else (groups, 1, -1)
-    z = z.view(n, rows, *inner).permute(2, 3, 0, 1, 4).flatten(3)  # [group, repeat, from, rows · e]
-    mixed = z.new_empty(groups, 1 if b.gathers else repeats, n, z.shape[-1])
-    tile = CAUSAL_TILE if causal or isinstance(b.pattern, Tiles) else n
-    for first in range(0, n, tile):
-        to, source = slice(first, min(first + tile, n)), slice(first if causal else 0, n)
-        pattern = b.tile(to, source)
-        if not b.gathers:
-            torch.matmul(pattern, z[:, :, source], out=mixed[:, :, to])
-            continue
-        out = torch.bmm(pattern[:, 0], z[:, 0, source])
-        for r in range(1, repeats):
-            out.baddbmm_(pattern[:, r], z[:, r, source])
-        mixed[:, 0, to] = out
-    return mixed.unflatten(3, (rows, -1)).permute(2, 3, 0, 1, 4).flatten(2)
-
-
 def _spread_one(b: Mixing, rows: Tensor, t: Tensor, state: Tensor) -> None:
-    """Add what one attention makes of rows [n, many, d_model] at t to an empty block."""
+    """Add what one attention makes of rows [n, many, d_model] at t to a block that holds them."""
     n, many, d_model = rows.shape
     groups, repeats = b.groups
     z = rows.flatten(0, 1) @ b.into
@@ -375,7 +393,7 @@ def _spread_one(b: Mixing, rows: Tensor, t: Tensor, state: Tensor) -> None:
         z = z.view(n * many, groups, 1, -1).permute(1, 2, 0, 3)
         heads = torch.matmul(z, b.out.view(groups, repeats, -1, d_model))
     heads = heads.view(groups * repeats, n, many * d_model).transpose(0, 1)
-    pattern = b.tile(slice(len(state)), t).flatten(0, 1).permute(2, 1, 0)  # [n, to, head]
+    pattern = b.tiles[slice(len(state)), t].flatten(0, 1).permute(2, 1, 0)  # [n, to, head]
     spread = torch.bmm(pattern, heads).unflatten(2, (many, d_model))
     state.unflatten(1, (n, many)).add_(spread.transpose(0, 1))
 
@@ -389,14 +407,10 @@ def _placed(rows: Tensor, t: Tensor, end: int) -> Tensor:
 
 
 def _dot(state: Tensor, x: Tensor) -> Tensor:
+    """⟨row, x_t⟩ for the rows [pos, rows, d] of a block: [pos, rows]."""
     return torch.bmm(_wide(state), _wide(x[: len(state), :, None])).squeeze(-1)
 
 
 def _wide(x: Tensor) -> Tensor:
+    """Half precision as float32, so that sums keep their digits."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _given(x: Tensor | None) -> Tensor:
-    if x is None:
-        raise ValueError("expected vectors to meet the states with, got none")
-    return x

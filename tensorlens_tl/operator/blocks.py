@@ -1,8 +1,8 @@
 """Blocks, norms and singular vectors of an operator, without its dense form.
 
 ``T[query, key]`` is a d_model × d_model block. A row of blocks is d_model pulls from its query, a
-column d_model pushes from its key, all in one sweep (``contraction``); singular vectors take pushes
-and pulls of single vectors only.
+column of blocks is d_model pushes from its key, and all of them are one batched sweep. Singular
+vectors need pushes and pulls of single vectors only.
 """
 
 from __future__ import annotations
@@ -15,46 +15,58 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import is_int
-from ..sublayers import DENSE_LIMIT, LinearMap
+from ..checks import is_int, no_autocast
+from ..sublayers import DENSE_LIMIT, Chain, Mapped
 from .batched_sweep import BatchedSweep, Reduction, squares, states
 from .cost_model import Plan, make_plan, memory_budget
 from .svd import SVD, SVDProblem
 
 PLANNED = ("block", "to_dense", "frobenius_norm", "svd", "spectral_norm")
+"""The methods of an operator whose cost ``plan`` predicts."""
 
 Positions = int | slice | None
 """A position among the real tokens (−1 is the last), a slice of them, or None for all."""
 
 
-class Contractible(LinearMap):
-    """An operator whose blocks can be contracted by sweeps: its ``map`` is a chain of steps."""
+class StepChain(Mapped):
+    """An operator that is a chain of residual steps and norms.
+
+    Such a chain can be folded, so that many vectors go through it as a batched sweep. That is why
+    blocks, norms and the dense form are computed here by sweeps, where any other
+    :class:`LinearMap` pulls vector by vector. Subclasses give ``chain``.
+    """
 
     @property
     @abstractmethod
-    def map(self) -> LinearMap:
-        """The chain of residual steps and norms."""
+    def chain(self) -> Chain:
+        """The residual steps and norms, composed once."""
+
+    @property
+    def map(self) -> Chain:
+        """The residual steps and norms. torch.autocast must be off."""
+        no_autocast(self.frame.device.type)  # every product of the operator starts here
+        return self.chain
 
     def block(
         self, query_pos: Positions, key_pos: Positions, memory_limit: int | None = None
     ) -> Tensor:
         """Blocks T[query_pos, key_pos]: how tokens at key_pos enter the output at query_pos.
 
-        A block multiplies a column; for a row vector use ``x @ block.mT``. Rows of blocks cost
-        d_model pulls a query, columns d_model pushes a key; the fewer of the two are made.
+        A block multiplies a column. For a row vector use ``x @ block.mT``. A row of blocks costs
+        d_model pulls, a column d_model pushes. The cheaper of the two ways is taken.
 
         Args:
             query_pos: Destination: a position, a slice of positions, or None for all.
-            key_pos: Source, likewise.
-            memory_limit: Bytes; by default half of what is free.
+            key_pos: Source: a position, a slice of positions, or None for all.
+            memory_limit: Most memory in bytes. None is half of what is free.
 
         Returns:
-            [batch, (query_pos,) d_out, (key_pos,) d_in]: a position that is one number has no axis,
-            so ``block(-1, None)`` is the last token's row [batch, d_out, pos, d_in].
+            The blocks [batch, query_pos, d_out, key_pos, d_in]. A position given as one number has
+            no axis: ``block(-1, None)`` is the last token's row [batch, d_out, pos, d_in].
 
         Raises:
-            ValueError: If a prompt has no such position, a range is empty, the prompts differ in
-                how many positions a slice takes, or the result does not fit.
+            ValueError: If a prompt has no such position, a slice is empty, a slice selects
+                different numbers of positions in different prompts, or the result does not fit.
         """
         places = self._places(query_pos, key_pos)
         found = [self._blocks(i, *place, memory_limit) for i, place in enumerate(places)]
@@ -63,15 +75,16 @@ class Contractible(LinearMap):
         return blocks.squeeze(1) if is_int(query_pos) else blocks
 
     def to_dense(self, memory_limit: int = DENSE_LIMIT) -> Tensor:
-        """The whole tensor [batch, query_pos, d_out, key_pos, d_in], for small models and tests.
+        """The whole tensor T, for small models and tests. Entries of padding are zero.
 
-        Padding is 0 in it. See :meth:`block`.
+        Args:
+            memory_limit: Largest result in bytes.
 
         Returns:
-            The tensor.
+            The tensor [batch, query_pos, d_out, key_pos, d_in].
 
         Raises:
-            ValueError: If it would be larger than ``memory_limit`` bytes; says how large.
+            ValueError: If the tensor is larger than ``memory_limit``. The message says how large.
         """
         frame = self.frame
         self._check_dense(memory_budget(memory_limit, frame.device))
@@ -84,7 +97,7 @@ class Contractible(LinearMap):
         return dense
 
     def frobenius_norm(self, memory_limit: int | None = None) -> Float[Tensor, " batch"]:
-        """‖T‖_F of every prompt: d_model pulls per position."""
+        """‖T‖_F of every prompt [batch], for d_model pulls per position."""
         found = []
         for prompt, (start, stop) in enumerate(self.frame.spans):
             total = self._every(prompt, list(range(stop - start)), True, squares(), memory_limit)
@@ -92,49 +105,53 @@ class Contractible(LinearMap):
         return torch.stack(found)
 
     def plan(self, what: str = "block", **arguments: Any) -> Plan:
-        """What a call of this operator would cost.
+        """Predict what a call of this operator costs.
 
         Args:
             what: "block", "to_dense", "frobenius_norm", "svd" or "spectral_norm".
-            **arguments: As the call would be given them.
+            **arguments: The arguments of that call.
 
         Returns:
-            The plan; nothing has run but products that measure the machine.
+            The plan. Nothing has run but products that measure the machine.
 
         Raises:
-            ValueError: If the call itself would be refused, or there is no such call.
+            ValueError: If the call itself would be refused, or ``what`` has another value.
         """
         if what not in PLANNED:
-            raise ValueError(f"expected one of {', '.join(PLANNED)}, got {what!r}")
+            raise ValueError(f"what={what!r} cannot be planned. Pass one of {', '.join(PLANNED)}.")
         try:
             given = signature(getattr(self, what)).bind(**arguments)
         except TypeError as error:
             expected = ", ".join(signature(getattr(self, what)).parameters)
-            raise ValueError(f"expected the arguments of {what}: {expected}; {error}") from None
+            raise ValueError(
+                f"These arguments do not fit {what}: {error}. Pass those of {what}: {expected}."
+            ) from None
         given.apply_defaults()
         given, frame = given.arguments, self.frame
         limit = memory_budget(given.pop("memory_limit"), frame.device)
+        # 1. Singular vectors: pushes and pulls of single vectors, a run for every prompt asked for.
         if what in ("svd", "spectral_norm"):
             each = [{"k": 1, "prompt": i} for i in range(frame.batch)]
-            asked = [self._triples(**one) for one in ([given] if what == "svd" else each)]
-            plans = [triples.plan(what, limit, self.map) for triples in asked]
+            problems = [self._svd_problem(**one) for one in ([given] if what == "svd" else each)]
+            plans = [problem.plan(what, limit, self.map) for problem in problems]
             flops, seconds = sum(p.flops for p in plans), sum(p.seconds for p in plans)
             peak = max(p.peak_bytes for p in plans)
             return Plan(what, flops, seconds, peak, limit, len(plans), plans[0].notes)
+        # 2. Everything else: a batched sweep for every prompt.
         if what == "to_dense":  # its limit is the result's
             self._check_dense(limit)
             limit = memory_budget(None, frame.device)
-        jobs, places = [], self._places(**given, alike=what == "block")
+        shapes, places = [], self._places(**given, alike=what == "block")
         for i, (query, key) in enumerate(places):
             pull = len(query) <= len(key) or what == "frobenius_norm"
             dim, wide = (self.out_dim, self.in_dim) if pull else (self.in_dim, self.out_dim)
             reduce = squares() if what == "frobenius_norm" else states(wide)
             at = torch.tensor(query if pull else key, device=frame.device)
-            jobs.append(BatchedSweep(self.map, i, pull).shape(at, dim, reduce))
-        return make_plan(what, jobs, limit, frame.dtype, frame.device)
+            shapes.append(BatchedSweep(self.map, i, pull).shape(at, dim, reduce))
+        return make_plan(what, shapes, limit, frame.dtype, frame.device)
 
     def spectral_norm(self, memory_limit: int | None = None) -> Float[Tensor, " batch"]:
-        """The largest singular value of every prompt's operator; see :meth:`svd`."""
+        """The largest singular value of every prompt's operator [batch]; see :meth:`svd`."""
         prompts = range(self.frame.batch)
         return torch.stack([self.svd(1, prompt=i, memory_limit=memory_limit).S[0] for i in prompts])
 
@@ -149,32 +166,32 @@ class Contractible(LinearMap):
     ) -> SVD:
         """The k largest singular triples of the operator, or of its blocks [query_pos, key_pos].
 
-        Matrix-free: ARPACK on pushes and pulls of single vectors (scipy), or the dense block where
-        it is one block (``singular``). A step runs the whole batch: of many prompts take one, with
-        ``lens[i]``.
+        One block is decomposed as a dense matrix. Anything larger is never built: ARPACK (scipy)
+        needs pushes and pulls of single vectors only. Each of them runs the whole batch, so take
+        one of many prompts with ``lens[i]``.
 
         Args:
-            k: How many.
-            query_pos: Destinations; None is all.
-            key_pos: Sources; None is all.
-            prompt: Which prompt of the batch.
-            seed: Of the first vector.
-            memory_limit: Bytes; by default half of what is free.
+            k: Number of triples.
+            query_pos: Destinations: a position, a slice of positions, or None for all.
+            key_pos: Sources: a position, a slice of positions, or None for all.
+            prompt: Index of the prompt in the batch.
+            seed: Seed of ARPACK's first vector.
+            memory_limit: Most memory in bytes. None is half of what is free.
 
         Returns:
             Singular values and vectors, largest first.
 
         Raises:
-            ValueError: If k does not fit, there is no such prompt or position, it takes more memory,
-                or scipy is missing.
+            ValueError: If there are fewer than k triples, there is no such prompt or position, the
+                memory does not suffice, or scipy is missing.
         """
-        triples = self._triples(k, query_pos, key_pos, prompt, seed)
-        triples.check(memory_budget(memory_limit, self.frame.device), self.map)
-        if triples.dense:
-            return triples.of_dense(self._blocks(prompt, triples.query, triples.key, memory_limit))
-        return triples.by_steps()
+        problem = self._svd_problem(k, query_pos, key_pos, prompt, seed)
+        problem.check(memory_budget(memory_limit, self.frame.device), self.map)
+        if problem.dense:
+            return problem.of_dense(self._blocks(prompt, problem.query, problem.key, memory_limit))
+        return problem.by_steps()
 
-    def _triples(
+    def _svd_problem(
         self,
         k: int,
         query_pos: Positions = None,
@@ -183,7 +200,10 @@ class Contractible(LinearMap):
         seed: int = 0,
     ) -> SVDProblem:
         if not is_int(prompt) or not 0 <= prompt < self.frame.batch:
-            raise ValueError(f"expected a prompt from 0 to {self.frame.batch - 1}, got {prompt!r}")
+            raise ValueError(
+                f"prompt={prompt!r} is not in this batch. "
+                f"Pass an index from 0 to {self.frame.batch - 1}."
+            )
         start, stop = self.frame.spans[prompt]
         query = _positions(query_pos, stop - start, "query_pos", prompt)
         key = _positions(key_pos, stop - start, "key_pos", prompt)
@@ -192,15 +212,27 @@ class Contractible(LinearMap):
     def _places(
         self, query_pos: Positions = None, key_pos: Positions = None, alike: bool = True
     ) -> list[tuple[list[int], list[int]]]:
-        """Every prompt's destinations and sources; where ``alike``, refused unless equally many."""
+        """Every prompt's destinations and sources, as lists of positions.
+
+        Args:
+            query_pos: Destinations as the user gave them.
+            key_pos: Sources as the user gave them.
+            alike: Whether all prompts must have the same number of each.
+
+        Returns:
+            For every prompt, its destinations and its sources.
+
+        Raises:
+            ValueError: If positions do not exist, or their numbers differ where they must not.
+        """
         found = []
         for prompt, (start, stop) in enumerate(self.frame.spans):
             query = _positions(query_pos, stop - start, "query_pos", prompt)
             found.append((query, _positions(key_pos, stop - start, "key_pos", prompt)))
         if alike and len({(len(query), len(key)) for query, key in found}) > 1:
             raise ValueError(
-                "the prompts differ in how many positions that takes, expected equally many: take "
-                "one prompt with lens[i]"
+                "query_pos and key_pos select different numbers of positions in different prompts. "
+                "Take one prompt with lens[i]."
             )
         return found
 
@@ -216,10 +248,14 @@ class Contractible(LinearMap):
         return rows if pull else rows.permute(2, 3, 0, 1)
 
     def _every(
-        self, prompt: int, at: list[int], pull: bool, reduce: Reduction,
+        self,
+        prompt: int,
+        at: list[int],
+        pull: bool,
+        reduce: Reduction,
         memory_limit: int | None = None,
-    ) -> Tensor:  # fmt: skip
-        """A sweep of all unit vectors from some positions."""
+    ) -> Tensor:
+        """Sweep all unit vectors from some positions."""
         dim = self.out_dim if pull else self.in_dim
         eye = self.frame.eye(dim)
         return BatchedSweep(self.map, prompt, transposed=pull).carry(
@@ -237,12 +273,15 @@ def _in_a_row(pos: list[int]) -> bool:
 
 def _positions(pos: Positions, length: int, name: str, prompt: int) -> list[int]:
     """Positions as a list of indices among a prompt's real tokens."""
-    wrong = f"expected {name} as a position, a slice or None, got {pos!r}: −1 is the last token"
+    wrong = (
+        f"{name}={pos!r} is not a position. "
+        "Pass an integer (−1 is the last token), a slice of integers, or None for all."
+    )
     if is_int(pos):
         if not -length <= pos < length:
             raise ValueError(
-                f"{name} {pos} is outside prompt {prompt}: expected {-length} to {length - 1} "
-                f"(it has {length} tokens, −1 is the last)"
+                f"{name}={pos} is outside prompt {prompt}, which has {length} tokens. "
+                f"Pass a position from {-length} to {length - 1}."
             )
         return [int(pos) % length]
     if not isinstance(pos, slice | None):
@@ -253,7 +292,7 @@ def _positions(pos: Positions, length: int, name: str, prompt: int) -> list[int]
         raise ValueError(wrong) from None
     if not found:
         raise ValueError(
-            f"{name} {pos} takes none of the {length} tokens of prompt {prompt}: expected a range "
-            "that is not empty, start before stop"
+            f"{name}={pos} selects none of the {length} tokens of prompt {prompt}. "
+            "Pass a slice whose start comes before its stop."
         )
     return found

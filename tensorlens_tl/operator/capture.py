@@ -1,8 +1,8 @@
-"""What one run leaves when it is frozen: a framework-free, immutable ``Capture``."""
+"""What one run leaves when it is frozen: an immutable ``Capture`` that knows no host model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -26,30 +26,54 @@ from ..sublayers import (
 )
 
 GATES = ("gate", "up", "half")
+"""Values of ``Convention.gate``: what a gated MLP keeps fixed of its product act(g) ⊙ u."""
 
 
 @dataclass(frozen=True)
 class Convention:
-    """Choices under which the operator is unique; recorded in every result.
+    """The choices that make the operator unique. Every result records them.
+
+    A gated MLP multiplies two linear maps of its input, act(g) ⊙ u. A linear form of that product
+    has to hold a factor fixed. All choices reproduce the run, but they attribute it differently.
 
     Attributes:
-        gate: How the product act(g) ⊙ u of a gated MLP is made linear: "gate" freezes act(g) and is
-            linear in u, "up" freezes u and is linear in g, "half" takes half of each.
+        gate: The fixed factor. "gate" fixes act(g) and is linear in u. "up" fixes u and act(g)/g
+            and is linear in g. "half" takes half of each.
+
+    Raises:
+        ValueError: If ``gate`` has another value.
+
+    Example:
+        >>> from tensorlens_tl import Convention
+        >>> Convention()
+        Convention(gate='gate')
+        >>> Convention(gate="half").gate
+        'half'
     """
 
     gate: str = "gate"
 
     def __post_init__(self):
         if self.gate not in GATES:
-            raise ValueError(f"expected gate to be one of {', '.join(GATES)}, got {self.gate!r}")
+            raise ValueError(f"gate={self.gate!r} is not known. Pass one of {', '.join(GATES)}.")
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenBlock:
-    """A block's frozen sublayers, and the residual states that the run had before each.
+    """One transformer block of the run: frozen sublayers and the residual states before each.
 
-    There is no ``resid_mid`` in a parallel or attention-only block. The edits are what the user's
-    own hooks added to the residual after attention and after the block.
+    Attributes:
+        resid_pre: The residual before the block [batch, pos, d_model].
+        resid_mid: The residual between attention and MLP [batch, pos, d_model]. None in blocks
+            that have no such place: parallel ones, and those with attention only.
+        attn: The frozen attention.
+        mlp: The frozen MLP, or None in an attention-only block.
+        ln1: The norm that attention reads through, or None.
+        ln2: The norm that the MLP reads through, or None.
+        ln1_post: The norm after attention (as in Gemma-2), or None.
+        ln2_post: The norm after the MLP, or None.
+        mid_edits: What the user's hooks added to the residual after attention.
+        post_edits: What the user's hooks added to the residual after the block.
     """
 
     resid_pre: Float[Tensor, "batch pos d_model"]
@@ -63,35 +87,50 @@ class FrozenBlock:
     mid_edits: tuple[Shift, ...] = ()
     post_edits: tuple[Shift, ...] = ()
 
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The norms that the block has."""
+        norms = (self.ln1, self.ln2, self.ln1_post, self.ln2_post)
+        return tuple(norm for norm in norms if norm is not None)
 
-_CUT = (FrozenBlock, Attention, Mix, RecomputedMix, MLP, GatedMLP, Norm, Shift, Unembed)
+
+_OF_THE_RUN = (FrozenBlock, Attention, Mix, RecomputedMix, MLP, GatedMLP, Norm, Shift, Unembed)
+"""Classes whose tensors, apart from ``weights``, have the axes batch and pos of a run."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Capture:
-    """Everything one run left: frozen sublayers, residual states, logits. No host, no hooks.
+    """Everything that one run left: frozen sublayers, residual states and logits.
 
     Attributes:
-        model_name: For people.
-        frame: Prompts, positions, dtype, device.
-        prompts: Tokens, spans, strings.
-        embed: Token embeddings [batch, pos, d_model], as they entered the residual.
-        pos_embed: Position embeddings, or None.
-        blocks: The frozen blocks.
-        resid_final: The residual after the last block.
+        model_name: The model's name, for display.
+        frame: Spans of real tokens, number of positions, compute dtype and device.
+        prompts: Token ids and token strings.
+        embed: Token embeddings as they entered the residual [batch, pos, d_model].
+        pos_embed: Position embeddings [batch, pos, d_model], or None where the model adds none.
+        blocks: The frozen blocks, first to last.
+        resid_final: The residual after the last block [batch, pos, d_model].
         ln_final: The final norm, or None.
-        unembed: The readout.
-        logits: The model's own logits, in its own dtype.
-        convention: The choices made.
-        checks: Relative error of every checked product, by name.
-        tokenizer: The host's, or None.
-        edit: What the user's own hooks added to the first residual, or None.
-        final_edit: What they added to the final normalized residual, or None.
-        noise_floor: max |Δ logits| / max |logits| against a float32 copy of the model, where it
-            was asked for: the model's own rounding.
-        embed_weights: The embedding matrix and its norm, where the host gave it; not saved.
-        score_weights: What every block's attention scores are made of, where that is known; not
-            saved, but attached again where a lens is loaded with its model.
+        unembed: The frozen readout, from the final normalized residual to logits.
+        logits: The model's own logits [batch, pos, d_vocab], in the model's dtype.
+        convention: The choices under which the run was made linear.
+        checks: Relative error of every product that was checked during the run, by name.
+        tokenizer: The host's tokenizer, or None.
+        edit: What the user's hooks added to the first residual, or None.
+        final_edit: What the user's hooks added to the final normalized residual, or None.
+        noise_floor: The model's own rounding, max |Δ logits| / max |logits| against a float32 copy
+            of the model. None where it was not measured.
+        embed_weights: The embedding matrix and its norm, where the host gave them. They are not
+            saved with a lens.
+        score_weights: For every block, the weights that its attention scores are made of. None
+            where they are not known. They are not saved, but a lens that is loaded with its model
+            has them again.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+        >>> lens.capture.n_heads, tuple(lens.capture.embeddings)
+        (4, ('embed', 'pos_embed'))
     """
 
     model_name: str
@@ -119,7 +158,7 @@ class Capture:
 
     @property
     def embeddings(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """What the first residual is the sum of, by source."""
+        """The parts that sum to the first residual, by source."""
         parts = {"embed": self.embed, "pos_embed": self.pos_embed}
         if self.edit is not None:
             parts[self.edit.name] = self.edit.constant
@@ -127,113 +166,115 @@ class Capture:
 
     @property
     def check(self) -> float:
-        """The largest relative error of the self-check."""
+        """The largest relative error among :attr:`checks`."""
         return max(self.checks.values())
 
     @property
     def n_heads(self) -> int:
-        """Query heads per layer."""
+        """Number of query heads per layer."""
         return self.blocks[0].attn.mix.heads
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what the capture alone keeps alive: no weights, no logits."""
+        """Memory in bytes that the capture alone keeps alive: no weights and no logits."""
         tensors = [self.embed, self.pos_embed, self.resid_final, self.unembed.final]
         tensors += [] if self.ln_final is None else [self.ln_final.scale]
         for block in self.blocks:
-            norms = (block.ln1, block.ln2, block.ln1_post, block.ln2_post)
             tensors += [block.resid_pre, block.resid_mid, *block.attn.mix.frozen]
-            tensors += [norm.scale for norm in norms if norm is not None]
-            for name in ("pre", "pre_linear", "ln_scale"):
-                tensors.append(getattr(block.mlp, name, None))
+            tensors += [norm.scale for norm in block.norms]
+            tensors += [
+                getattr(block.mlp, name, None) for name in ("pre", "pre_linear", "ln_scale")
+            ]
+        # Views of one storage count once.
         storages = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None}
         return sum(t.untyped_storage().nbytes() for t in storages.values())
 
     def versions(self, scores: bool = True) -> tuple[tuple[Tensor, int], ...]:
-        """The tensors that others may write to (logits, weights), with their versions now.
+        """The tensors that others could write to, logits and weights, each with its version now.
 
         Args:
-            scores: Whether with the weights of queries and keys, which only some lenses have.
+            scores: Whether to include the weights of queries and keys, which only some lenses have.
 
         Returns:
-            Tensors and versions.
+            Pairs of a tensor and how often it was written to.
         """
-        found = [self.logits]
-
-        def walk(value: Any) -> None:
-            if isinstance(value, Tensor):
-                found.append(value)
-            elif is_dataclass(value):
-                for f in fields(value):
-                    walk(getattr(value, f.name))
-
-        walk(self.unembed.weights)
-        for weights in (self.score_weights or ()) if scores else ():
-            walk(weights)
+        weights: list[Any] = [self.unembed.weights, *((self.score_weights or ()) if scores else ())]
         for block in self.blocks:
-            for part in (
-                block.attn,
-                block.mlp,
-                block.ln1,
-                block.ln2,
-                block.ln1_post,
-                block.ln2_post,
-            ):
-                walk(getattr(part, "weights", None))
-        walk(getattr(self.ln_final, "weights", None))
-        return tuple((tensor, version(tensor)) for tensor in found)
+            parts = (block.attn, block.mlp, *block.norms)
+            weights += [getattr(part, "weights", None) for part in parts]
+        weights.append(getattr(self.ln_final, "weights", None))
+        tensors = (self.logits, *(tensor for owner in weights for tensor in _tensors(owner)))
+        return tuple((tensor, version(tensor)) for tensor in tensors)
 
     def prompt(self, index: int) -> Capture:
-        """One prompt of the batch, its padding left out: exact, as real tokens never read padding."""
+        """One prompt of the batch without its padding. Exact, as real tokens never read padding.
+
+        Args:
+            index: The prompt's index in the batch.
+
+        Returns:
+            A capture of batch size 1, whose tensors are views of this one's.
+        """
         start, stop = self.frame.spans[index]
-        frame = replace(self.frame, spans=((0, stop - start),), n_pos=stop - start)
         one, pos = slice(index, index + 1), slice(start, stop)
-        prompts = Prompts(
-            self.prompts.tokens[one, pos], frame.spans, (self.prompts.strings[index],)
-        )
+        frame = replace(self.frame, spans=((0, stop - start),), n_pos=stop - start)
+        tokens, strings = self.prompts.tokens[one, pos], self.prompts.strings[index]
 
         def cut(value: Any, name: str = "") -> Any:
             if isinstance(value, Frame):
                 return frame
+            if isinstance(value, tuple):
+                return tuple(cut(part) for part in value)
             if isinstance(value, Tensor):
-                if name in ("queries", "keys"):
+                # Most tensors are [batch, pos, …]; those of attention have heads in between.
+                if name == "pattern":  # [batch, head, query_pos, key_pos]
+                    return value[one, :, pos, pos]
+                if name in ("queries", "keys"):  # [batch, head, d_score, pos]
                     return value[one, ..., pos]
-                return value[one, :, pos, pos] if name == "pattern" else value[one, pos]
-            if isinstance(value, _CUT):
-                parts = {
-                    f.name: getattr(value, f.name) for f in fields(value) if f.name != "weights"
-                }
-                return replace(value, **{name: cut(part, name) for name, part in parts.items()})
-            return tuple(cut(v) for v in value) if isinstance(value, tuple) else value
+                return value[one, pos]
+            if value is self or isinstance(value, _OF_THE_RUN):
+                names = [f.name for f in fields(value) if f.name != "weights"]
+                return replace(value, **{name: cut(getattr(value, name), name) for name in names})
+            return value
 
-        names = (
-            "embed",
-            "pos_embed",
-            "blocks",
-            "resid_final",
-            "ln_final",
-            "unembed",
-            "logits",
-            "edit",
-            "final_edit",
-        )
-        pieces = {name: cut(getattr(self, name)) for name in names}
-        return replace(self, frame=frame, prompts=prompts, **pieces)
+        return replace(cut(self), prompts=Prompts(tokens, frame.spans, (strings,)))
 
     def with_convention(self, convention: Convention) -> Capture:
-        """The same run under another convention; nothing is run again."""
-        blocks = tuple(
-            replace(block, mlp=replace(block.mlp, convention=convention.gate))
-            if isinstance(block.mlp, GatedMLP)
-            else block
-            for block in self.blocks
-        )
-        return replace(self, blocks=blocks, convention=convention)
+        """The same run under another convention. Nothing is run again.
+
+        Args:
+            convention: The new choices.
+
+        Returns:
+            A capture that shares every tensor with this one.
+        """
+
+        def converted(block: FrozenBlock) -> FrozenBlock:
+            if not isinstance(block.mlp, GatedMLP):
+                return block
+            return replace(block, mlp=replace(block.mlp, convention=convention.gate))
+
+        return replace(self, blocks=tuple(map(converted, self.blocks)), convention=convention)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a dataclass of weights, nested ones included."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for f in fields(value):
+            yield from _tensors(getattr(value, f.name))
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Token ids [batch, pos], each prompt's (start, stop) of real tokens, and their strings."""
+    """The captured prompts as tokens.
+
+    Attributes:
+        tokens: Token ids [batch, pos], padding included.
+        spans: For every prompt, the (start, stop) of its real tokens.
+        strings: For every prompt, the strings of its real tokens.
+    """
 
     tokens: Int[Tensor, "batch pos"]
     spans: tuple[tuple[int, int], ...]
@@ -241,4 +282,17 @@ class Prompts:
 
 
 class CaptureMismatchError(ValueError):
-    """What the operator would compute is not what the run computed; the message names where."""
+    """The operator would compute something else than the run did. The message says where.
+
+    Example:
+        >>> from tensorlens_tl import CaptureMismatchError, demo
+        >>> model = demo.load_model()
+        >>> swap_heads = lambda pattern, hook: pattern.flip(1)
+        >>> with model.hooks([("blocks.1.attn.hook_pattern", swap_heads)]):
+        ...     _, lens = model.run_with_tensorlens("The capital of France is")
+        >>> try:  # query and key edges need the pattern that W_Q and W_K give
+        ...     lens.attribute("Paris", by="edge", qk=True)
+        ... except CaptureMismatchError:
+        ...     print("refused")
+        refused
+    """

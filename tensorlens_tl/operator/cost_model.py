@@ -1,8 +1,8 @@
-"""What a sweep will cost, before it runs: operations, memory, seconds, and how it is cut.
+"""Predict what a sweep costs (operations, memory, seconds), and cut it so that it fits the memory.
 
-Everything here is arithmetic on shapes. The formulas are those of ``contraction``, block by block and
-stage by stage; only the rates at which this machine multiplies are measured (``rates``), by products of
-the same shapes that take a fraction of a second.
+Everything here is arithmetic on shapes. The formulas are those of ``batched_sweep``, block by block
+and stage by stage. Only the rates at which this machine multiplies are measured, in
+``machine_rates``, by products of the same shapes that take a fraction of a second.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from itertools import accumulate
 import torch
 
 from ..checks import is_int
-from .machine_rates import Cost, Rates, rates
+from .machine_rates import Cost, ProductShape, Rates, rates
 
 BLOCK_ROWS, FOLDED_BLOCK_ROWS = 8, 32
-"""Vectors that a block carries side by side, without and with folded maps."""
+"""Number of vectors that a block carries side by side, without and with folded maps."""
 
 CAUSAL_TILE = 64
-"""Positions of a pattern's tile: products skip what is above the diagonal, tile by tile."""
+"""Positions in a tile of a pattern. Products skip the tiles above the diagonal."""
 
 ROWS = 2048
-"""Rows of one product with an MLP's matrices: enough to fill the units, few enough for the cache."""
+"""Rows of one product with an MLP's matrices: enough to keep all units busy, few enough for the
+cache."""
 
 HEAP, KEPT = 1.35, 2**24
-"""Bytes that a process grows by for a byte of tensors, and the most that it keeps beside: an allocator
-holds freed blocks that no later tensor fits; ``benchmarks/contraction.py`` compares plans with what it
-takes."""
+"""An allocator holds freed blocks that no later tensor fits. HEAP is how many bytes a process grows
+by for a byte of tensors, KEPT the most that stays besides. ``benchmarks/contraction.py`` compares
+plans with the memory that is taken."""
 
 HALF_BYTES, HALF_SECONDS = 145 * 2**20, 0.1
-"""What a CPU's bfloat16 products take beside, whatever their size: kernels compiled for every shape."""
+"""Memory in bytes, and time in seconds, that bfloat16 products take on a CPU whatever their size:
+kernels are compiled for every shape."""
 
 SHARE = 0.5
-"""Share of the free memory that heavy work may take unless told otherwise."""
+"""Fraction of the free memory that a sweep may take where no limit is given."""
 
 
 def half_bytes(dtype: torch.dtype, device: torch.device) -> int:
@@ -44,7 +46,7 @@ def half_bytes(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -56,29 +58,38 @@ def free_memory(device: torch.device) -> int:
 
 
 def memory_budget(limit: int | None, device: torch.device) -> int:
-    """The caller's limit in bytes, or a safe share of what is free.
+    """The memory that a call may take.
+
+    Args:
+        limit: The caller's ``memory_limit`` in bytes, or None for half of the free memory.
+        device: The device that the sweep runs on.
 
     Returns:
-        Bytes.
+        Most memory in bytes.
 
     Raises:
-        ValueError: If the limit is no positive number.
+        ValueError: If the limit is not a positive integer.
     """
     if limit is None:
         return int(SHARE * free_memory(device))
     if not is_int(limit) or limit <= 0:
         raise ValueError(
-            f"expected memory_limit as a positive whole number of bytes, got {limit!r}"
+            f"memory_limit={limit!r} is not a positive whole number of bytes. "
+            "Pass one, or None for half of the free memory."
         )
     return int(limit)
 
 
 @dataclass(frozen=True)
 class BranchShape:
-    """Widths of a branch in the direction of the sweep; no heads where positions stay apart.
+    """The widths of a branch, in the direction of the sweep.
 
-    ``score`` is the width of the queries and keys from which the pattern is recomputed, tile by
-    tile; 0 where it is stored.
+    Attributes:
+        width_in: Width of what its first matrix gives.
+        width_out: Width of what its second matrix reads.
+        heads: Number of query heads, or 0 where positions stay apart (an MLP).
+        score: Width of the queries and keys from which a pattern is recomputed, or 0 where the
+            pattern is stored.
     """
 
     width_in: int
@@ -88,12 +99,18 @@ class BranchShape:
 
 
 StageShape = tuple[BranchShape, ...]
-"""A step's branches; a norm has none."""
+"""The branches of a step. A norm has none."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Vectors carried side by side: ``n`` start positions, positions up to ``end``."""
+    """Vectors that are carried side by side, because they start at neighbouring positions.
+
+    Attributes:
+        first: Index of the first start position.
+        n: Number of start positions.
+        end: Number of positions that the block's state has.
+    """
 
     first: int
     n: int
@@ -101,16 +118,17 @@ class Block:
 
 
 def folds_below(width: int, d_model: int, carried: Sequence[int], folding: bool | None) -> int:
-    """Below which causal coordinate an MLP is folded into one map per position.
+    """The causal coordinate below which an MLP is folded into one map per position.
 
-    A map costs 2 m D² flops, a row 2 D² through it and 4 m D without: it pays from
-    m D / (2 m − D) rows, 4 D / 7 where m = 4 D; a twentieth more, as small products run slower.
+    A map costs 2 m D² flops. A row costs 2 D² through the map and 4 m D without it. So a map pays
+    from m D / (2 m − D) rows on, which is 4 D / 7 where m = 4 D. The rule asks for a twentieth
+    more, as small products run slower.
 
     Args:
-        width: The MLP's width m.
-        d_model: D.
-        carried: How many rows stand at each coordinate; never increasing, or all alike.
-        folding: True or False override the rule.
+        width: Width m of the MLP.
+        d_model: Width D of the residual.
+        carried: Number of rows at each coordinate, never increasing or all equal.
+        folding: True or False to override the rule.
 
     Returns:
         The number of leading coordinates with folded maps.
@@ -124,7 +142,7 @@ def folds_below(width: int, d_model: int, carried: Sequence[int], folding: bool 
 
 
 def carried_by(blocks: Sequence[tuple[int, int]]) -> list[int]:
-    """How many rows blocks of (end, rows) hold together at each coordinate."""
+    """Number of rows at each coordinate, of blocks (end, rows) together."""
     ending = [0] * max(end for end, _ in blocks)
     for end, rows in blocks:
         ending[end - 1] += rows
@@ -132,26 +150,27 @@ def carried_by(blocks: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def fold_group(width: int, d_model: int) -> int:
-    """How many positions' maps are made at once."""
+    """Number of positions whose folded maps are made at once."""
     return max(1, ROWS * 512 // (d_model * width))
 
 
 @dataclass(frozen=True)
 class SweepShape:
-    """One sweep's shape.
+    """The numbers that the cost of a sweep depends on.
 
     Attributes:
-        stages: In the order of the sweep.
-        d_model: D.
-        n_pos: Real tokens of the prompt.
+        stages: Branch widths of every stage, in the order of the sweep.
+        d_model: Width D of the residual.
+        n_pos: Number of real tokens of the prompt.
         starts: Causal coordinates that vectors start from, ascending.
-        many: Vectors per start.
-        kept: Numbers that the result has per vector and position.
-        itemsize: Bytes of a number.
-        half: Whether the last attention is left halfway (``contraction``, point 5).
+        many: Number of vectors per start.
+        kept: How many numbers the result has per vector and position.
+        itemsize: Size of one number in bytes.
+        half: Whether the last attention leaves out its second matrix (step 5 of
+            ``batched_sweep``).
         causal: Whether no pattern looks ahead.
-        folding: See :func:`folds_below`.
-        beside: Bytes that are taken whatever the size.
+        folding: True or False to override :func:`folds_below`.
+        beside: Memory in bytes that is taken whatever the size.
     """
 
     stages: tuple[StageShape, ...]
@@ -167,7 +186,7 @@ class SweepShape:
     beside: int = 0
 
     def blocks(self, many: int) -> list[Block]:
-        """Starts that go side by side, ``many`` vectors each."""
+        """Cut the starts into blocks that are carried side by side, ``many`` vectors each."""
         width = max((b.width_in for s in self.stages for b in s if not b.heads), default=0)
         average = [many * (len(self.starts) + 1) // 2]
         folded = bool(width and folds_below(width, self.d_model, average, self.folding))
@@ -180,21 +199,23 @@ class SweepShape:
         return found
 
     def chunks(self, limit: int) -> list[tuple[slice, list[Block]]]:
-        """Cut the work: which vectors of each start, and which blocks, go together.
+        """Cut the work into chunks that fit the memory.
 
         Args:
-            limit: Bytes that a chunk may take, the result included.
+            limit: Most memory of a chunk in bytes, the result included.
 
         Returns:
-            Chunks, in order.
+            The chunks in order: a slice of the vectors of each start, and the blocks that are
+            carried together.
 
         Raises:
-            ValueError: If not even one vector fits.
+            ValueError: If not even one vector from one position fits.
         """
 
         def worst(many: int) -> int:
             return max(self.peak([block], many) for block in self.blocks(many))
 
+        # 1. As many vectors of each start as fit into one block.
         many = self.many
         while many > 1 and worst(many) > limit:
             many = -(-many // 2)
@@ -202,9 +223,10 @@ class SweepShape:
         if (least := worst(many)) > limit:
             raise ValueError(
                 f"memory_limit is {limit / 2**20:.1f} MiB, but the smallest chunk (one vector from "
-                f"one position) with its result takes {least / 2**20:.1f} MiB: raise memory_limit, "
-                "or ask for fewer positions"
+                f"one position) and the result take {least / 2**20:.1f} MiB. Raise memory_limit, "
+                "or ask for fewer positions."
             )
+        # 2. As many blocks together as fit: they share folded maps and large products.
         groups: list[list[Block]] = []
         for block in blocks:
             if groups and self.peak([*groups[-1], block], many) <= limit:
@@ -216,16 +238,18 @@ class SweepShape:
 
     @property
     def result_bytes(self) -> int:
-        """Bytes of the finished result."""
+        """Size of the finished result in bytes."""
         return self.itemsize * len(self.starts) * self.many * self.n_pos * self.kept
 
     def peak(self, blocks: Sequence[Block], many: int) -> int:
-        """Bytes in use at the worst moment of a chunk, the finished result included."""
+        """Most memory in bytes that a chunk uses at any moment, the finished result included."""
         D, L = self.d_model, self.n_pos
         rows = sum(b.n for b in blocks) * many
         area = sum(b.n * b.end for b in blocks) * many
         worst = max(b.n * b.end for b in blocks) * many
         parts = rows * L * self.kept
+        # Numbers (not bytes) at the worst stage: the state, folded weights, frozen quantities and
+        # what the products need. Before the first attention (met) the state is one row a vector.
         spread, most, met = True, 3 * rows * D, False
         for i, stage in enumerate(self.stages):
             mixes = any(b.heads for b in stage)
@@ -234,7 +258,7 @@ class SweepShape:
                 if not b.heads:
                     frozen = 2 * L * b.width_in
                     use = min(area if met else rows, max(ROWS, many)) * b.width_in
-                    if self._folded(b, blocks, many, met):
+                    if self.folded(b, blocks, many, met):
                         use = max(use, min(L, fold_group(b.width_in, D)) * D * (b.width_in + D))
                 elif spread:
                     n = max(block.n for block in blocks)
@@ -253,18 +277,19 @@ class SweepShape:
         return heap + self.beside + self.result_bytes
 
     def _pattern(self, b: BranchShape, tile: int) -> int:
-        """Numbers: a stored pattern folded twice, or queries, keys and a tile made and copied."""
+        """Numbers of a stored pattern, folded twice; or of queries, keys, a tile and its copy."""
         if not b.score:
             return 2 * b.heads * self.n_pos**2
         return b.heads * self.n_pos * (2 * b.score + 2 * tile)
 
-    def _folded(self, b: BranchShape, blocks: Sequence[Block], many: int, met: bool) -> int:
+    def folded(self, b: BranchShape, blocks: Sequence[Block], many: int, met: bool) -> int:
+        """Number of positions at which an MLP is folded; ``met`` if attention came before."""
         together = carried_by([(x.end, x.n * many) for x in blocks])
         carried = together if met else [many] * sum(x.n for x in blocks)
         return folds_below(b.width_in, self.d_model, carried, self.folding)
 
     def cost(self, blocks: Sequence[Block], many: int) -> Cost:
-        """What a chunk computes and moves."""
+        """The operations of a chunk, and the numbers that it moves."""
         D, cost, met = self.d_model, Cost(), False
         starts = sum(b.n for b in blocks)
         area = sum(b.n * b.end for b in blocks) * many
@@ -307,7 +332,7 @@ class SweepShape:
         self, cost: Cost, b: BranchShape, blocks: Sequence[Block], many: int, met: bool
     ) -> None:
         D, m = self.d_model, b.width_in
-        below = self._folded(b, blocks, many, met)
+        below = self.folded(b, blocks, many, met)
         ends = [(x.end, x.n * many) for x in blocks] if met else [(sum(x.n for x in blocks), many)]
         cost.making += 2 * m * D * D * below
         cost.moved += 2 * D * (m + D) * below
@@ -325,16 +350,16 @@ class SweepShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a contraction will take.
+    """The predicted cost of a call.
 
     Attributes:
-        what: What was asked for.
-        flops: Floating-point operations.
-        seconds: Predicted time on this machine, from rates measured just before.
-        peak_bytes: Predicted memory beyond what is in use now, the result included.
-        memory_limit: What it may take.
-        chunks: Pieces that the work is cut into.
-        notes: What else it will do.
+        what: Name of what was planned.
+        flops: Number of floating-point operations.
+        seconds: Predicted time on this machine in seconds, from rates measured just before.
+        peak_bytes: Predicted memory in bytes beyond what is in use now, the result included.
+        memory_limit: Most memory in bytes that the call may take.
+        chunks: Number of pieces that the work is cut into.
+        notes: What else the call will do, as sentences for the reader.
     """
 
     what: str
@@ -355,49 +380,58 @@ class Plan:
         return text + "".join(f"; {note}" for note in self.notes) + ")"
 
 
-def rates_of(stages: Sequence[StageShape], d_model: int, n_pos: int, rows: int,
-             dtype: torch.dtype, device: torch.device) -> Rates:  # fmt: skip
-    """This machine's rates for products of the widest stage's shapes; see :func:`rates`."""
+def rates_of(
+    stages: Sequence[StageShape],
+    d_model: int,
+    n_pos: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Rates:
+    """This machine's rates for products as large as the widest stage's; see :func:`rates`."""
     branches = [b for stage in stages for b in stage]
     width = max((b.width_in for b in branches if not b.heads), default=d_model)
     heads = max((b.heads for b in branches), default=0) or 1
     d_head = max((b.width_in for b in branches if b.heads), default=d_model) // heads
-    return rates(d_model, width, heads, max(1, d_head), n_pos, rows, CAUSAL_TILE, dtype, device,
-                 torch.get_num_threads())  # fmt: skip
+    shape = ProductShape(d_model, width, heads, max(1, d_head), n_pos, rows, CAUSAL_TILE)
+    return rates(shape, dtype, device)
 
 
-def make_plan(what: str, jobs: Sequence[SweepShape], limit: int, dtype: torch.dtype,
-              device: torch.device, notes: Sequence[str] = ()) -> Plan:  # fmt: skip
-    """Add up several sweeps, run one after another.
+def make_plan(
+    what: str,
+    shapes: Sequence[SweepShape],
+    limit: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Predict the cost of several sweeps that run one after another.
 
     Args:
-        what: For people.
-        jobs: Their shapes.
-        limit: Bytes.
-        dtype: Of the vectors.
-        device: Where.
-        notes: Kept.
+        what: Name of what is planned, for display.
+        shapes: The shapes of the sweeps.
+        limit: Most memory in bytes.
+        dtype: Dtype of the vectors.
+        device: Device that the sweeps run on.
+        notes: Sentences to show with the plan.
 
     Returns:
-        The plan; nothing has run but the calibration.
+        The plan. Nothing has run but products that measure the machine.
     """
-    flops, seconds, peak, count, held = 0.0, 0.0, 0, 0, 0
-    folded = 0
-    for job in jobs:
-        chunks = job.chunks(limit - held)
-        wise = [b for s in job.stages for b in s if not b.heads]
-        rows = max(b.n for _, blocks in chunks for b in blocks) * (chunks[0][0].stop)
-        measured = rates_of(job.stages, job.d_model, job.n_pos, rows, dtype, device)
+    flops, seconds, peak, count, held, folded = 0.0, 0.0, 0, 0, 0, 0
+    for shape in shapes:
+        chunks = shape.chunks(limit - held)
+        mlps = [b for stage in shape.stages for b in stage if not b.heads]
+        rows = max(b.n for _, blocks in chunks for b in blocks) * chunks[0][0].stop
+        measured = rates_of(shape.stages, shape.d_model, shape.n_pos, rows, dtype, device)
         for part, blocks in chunks:
             many = part.stop - part.start
-            cost = job.cost(blocks, many)
+            cost = shape.cost(blocks, many)
             flops, seconds, count = flops + cost.flops, seconds + measured.seconds(cost), count + 1
-            peak = max(peak, held + job.peak(blocks, many))
-            folded = (
-                max(folded, *(job._folded(b, blocks, many, True) for b in wise), 0) if wise else 0
-            )
-        held += job.result_bytes
-        seconds += HALF_SECONDS if job.beside else 0.0
+            peak = max(peak, held + shape.peak(blocks, many))
+            folded = max([folded, *(shape.folded(b, blocks, many, True) for b in mlps)])
+        held += shape.result_bytes  # the results of earlier sweeps stay in memory
+        seconds += HALF_SECONDS if shape.beside else 0.0
     if folded:
         notes = (*notes, f"MLPs folded into one map at {folded} positions")
     return Plan(what, flops, seconds, peak, limit, count, tuple(notes))

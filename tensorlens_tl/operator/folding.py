@@ -1,22 +1,23 @@
-"""Maps of the operator, folded for many vectors at once: two matrices a branch, and a middle.
+"""Fold a branch of the residual stream into two matrices and a middle, for many vectors at once.
 
-A branch of the residual stream is a chain of primitives, and every such chain has one normal form,
+A branch is a chain of primitive maps. Every such chain has one normal form,
 
     branch(x) = middle(x · into) · out,      middle = ⊙ ratio[pos]  or  Σ_k A_h[q, k] (per head),
 
-because a norm with a frozen scale is a fixed matrix (centre, times w) and one number per position:
-the matrix goes into its neighbour's weights, the number into the ratio or the pattern. So a sweep of
-many vectors meets two matrix products a branch and one pass over the middle, whatever the
-architecture. Constants play no part: they are carried by ``apply`` and ``apply_t``.
+because a norm with a frozen scale is a fixed matrix (subtract the mean, multiply by w) and one
+number per position. The matrix goes into the weights beside it, the number into the ratio or the
+pattern. So many vectors cost two matrix products a branch and one pass over the middle, whatever
+the architecture. Constants are not folded: ``apply`` and ``apply_t`` carry them.
 
-Folding a branch makes copies of its two matrices; a sweep folds a step when it comes to it and
-drops it after.
+Folding copies the two matrices of a branch. A sweep folds a step when it gets there and drops the
+copy afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import singledispatchmethod
 
 import torch
 from jaxtyping import Float
@@ -43,83 +44,129 @@ from .cost_model import BranchShape, StageShape
 
 @dataclass(frozen=True, eq=False)
 class Positionwise:
-    """A branch that keeps positions apart: x → ((x · into) ⊙ ratio) · out, for one prompt."""
+    """A branch that keeps positions apart: x → ((x · into) ⊙ ratio) · out, for one prompt.
+
+    Attributes:
+        into: First matrix, norms before it included [d_in, width].
+        out: Second matrix, norms after it included [width, d_out].
+        ratio: Gating ratio over the scales of the norms [pos, width].
+    """
 
     into: Float[Tensor, "d_in width"]
     out: Float[Tensor, "width d_out"]
     ratio: Float[Tensor, "pos width"]
 
     def flipped(self, transposed: bool) -> Positionwise:
-        """In causal coordinates; see :func:`fold`."""
+        """The branch in causal coordinates; see :func:`fold`."""
         if transposed:
             return Positionwise(self.out.T, self.into.T, self.ratio)
         return Positionwise(self.into, self.out, self.ratio.flip(0))
+
+    def cast(self, dtype: torch.dtype) -> Positionwise:
+        """The branch in another precision."""
+        return Positionwise(self.into.to(dtype), self.out.to(dtype), self.ratio.to(dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTiles:
+    """A stored pattern of one prompt that is used like :class:`~tensorlens_tl.sublayers.Tiles`.
+
+    Attributes:
+        pattern: Attention [group, repeat, to, from], where a group shares a key/value head.
+    """
+
+    pattern: Float[Tensor, "group repeat to from"]
+
+    def __getitem__(
+        self, at: tuple[slice, slice | Tensor]
+    ) -> Float[Tensor, "group repeat to source"]:
+        return self.pattern[:, :, at[0], at[1]]
+
+    def times(
+        self, query_gain: Tensor | None = None, key_gain: Tensor | None = None
+    ) -> StoredTiles:
+        """The pattern with rows of queries or columns of keys multiplied by numbers [pos]."""
+        A = self.pattern if query_gain is None else self.pattern * query_gain[:, None]
+        return StoredTiles(A if key_gain is None else A * key_gain)
+
+    def flipped(self, transposed: bool) -> StoredTiles:
+        """The pattern in the causal coordinates of a pull (transposed) or of a push."""
+        return StoredTiles(
+            self.pattern.mT.contiguous() if transposed else self.pattern.flip(-2, -1)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Mixing:
     """A branch that mixes positions: x → Σ_h A_h (x · into_{g(h)}) · out_h, for one prompt.
 
-    ``pattern[g, r]`` belongs to query head g · repeats + r, which reads group g of ``into`` (one
-    group per key/value head). In causal coordinates ``gathers`` tells a pull, whose repeats are
-    summed into one group, from a push, which copies one group to its repeats.
+    Attributes:
+        into: First matrix [d_in, width_in]: W_V for a push, W_Oᵀ for a pull.
+        out: Second matrix [width_out, d_out].
+        tiles: The pattern. ``tiles[to, from]`` is a part of it [group, repeat, to, from], stored or
+            made when it is asked for. Query head g · repeats + r is ``[g, r]``.
+        groups: Number of key/value heads, and of the query heads that share each.
+        gathers: Whether the repeats of a group are summed, as in a pull. A push copies one group to
+            its repeats.
     """
 
     into: Float[Tensor, "d_in width_in"]
     out: Float[Tensor, "width_out d_out"]
-    pattern: Float[Tensor, "group repeat to from"] | Tiles
+    tiles: StoredTiles | Tiles
+    groups: tuple[int, int]
     gathers: bool = False
 
     @property
-    def groups(self) -> tuple[int, int]:
-        """Groups of query heads, and heads in each."""
-        heads = self.pattern.queries if isinstance(self.pattern, Tiles) else self.pattern
-        return heads.shape[0], heads.shape[1]
-
-    def tile(self, to: slice, source: slice | Tensor) -> Float[Tensor, "group repeat to from"]:
-        """A part of the pattern; made now where it is recomputed."""
-        if isinstance(self.pattern, Tiles):
-            return self.pattern[to, source]
-        return self.pattern[:, :, to, source]
-
-    def cast(self, kind: torch.dtype) -> Mixing:
-        """In another precision; scores are recomputed in their own."""
-        tiles = self.pattern
-        tiles = replace(tiles, dtype=kind) if isinstance(tiles, Tiles) else tiles.to(kind)
-        return Mixing(self.into.to(kind), self.out.to(kind), tiles, self.gathers)
+    def recomputed(self) -> bool:
+        """Whether tiles of the pattern are made when they are asked for."""
+        return isinstance(self.tiles, Tiles)
 
     def flipped(self, transposed: bool) -> Mixing:
-        """In causal coordinates; see :func:`fold`."""
-        A = self.pattern
-        if transposed:
-            A = A.flipped(True) if isinstance(A, Tiles) else A.mT.contiguous()
-            return Mixing(self.out.T, self.into.T, A, gathers=True)
-        A = A.flipped(False) if isinstance(A, Tiles) else A.flip(-2, -1)
-        return Mixing(self.into, self.out, A)
+        """The branch in causal coordinates; see :func:`fold`."""
+        into, out = (self.out.T, self.into.T) if transposed else (self.into, self.out)
+        return Mixing(into, out, self.tiles.flipped(transposed), self.groups, gathers=transposed)
+
+    def cast(self, dtype: torch.dtype) -> Mixing:
+        """The branch in another precision; scores are recomputed in their own."""
+        A = self.tiles
+        A = replace(A, dtype=dtype) if isinstance(A, Tiles) else StoredTiles(A.pattern.to(dtype))
+        return replace(self, into=self.into.to(dtype), out=self.out.to(dtype), tiles=A)
 
 
 @dataclass(frozen=True, eq=False)
 class FoldedStep:
-    """x → x + Σ branches(x)."""
+    """A step of the residual stream: x → x + Σ branches(x).
 
-    branches: tuple[Positionwise | Mixing, ...]
+    Attributes:
+        mixing: The branches that mix positions.
+        positionwise: The branches that keep positions apart.
+    """
 
-    @property
-    def mixes(self) -> bool:
-        """Whether positions meet in it."""
-        return any(isinstance(b, Mixing) for b in self.branches)
+    mixing: tuple[Mixing, ...]
+    positionwise: tuple[Positionwise, ...]
+
+    def cast(self, dtype: torch.dtype) -> FoldedStep:
+        """The step in another precision."""
+        mixing = tuple(b.cast(dtype) for b in self.mixing)
+        return FoldedStep(mixing, tuple(b.cast(dtype) for b in self.positionwise))
 
 
 @dataclass(frozen=True, eq=False)
 class FoldedNorm:
-    """A norm on the stream itself: x → (x · C diag(w)) / s, or its transpose."""
+    """A norm on the residual stream itself: x → (x · C diag(w)) / s, or its transpose.
+
+    Attributes:
+        norm: The frozen norm; C subtracts the mean, for a LayerNorm.
+        inverse: 1/s of one prompt, in causal coordinates [pos, 1].
+        transposed: Whether the norm is applied as its adjoint.
+    """
 
     norm: Norm
     inverse: Float[Tensor, "pos 1"]
     transposed: bool
 
     def rows(self, x: Tensor, at: Tensor | slice) -> Tensor:
-        """Applied to vectors [pos, many, d_model] at some positions."""
+        """Apply the norm to vectors [pos, many, d_model] that stand at the positions ``at``."""
         w, scale = self.norm.weights, self.inverse[at][:, None]
         gain = None if w.gain is None else self.norm.frame.cast(w.gain)
         if self.transposed:
@@ -128,21 +175,28 @@ class FoldedNorm:
         x = (x - x.mean(-1, keepdim=True) if w.center else x) * scale
         return x if gain is None else x * gain
 
+    def cast(self, dtype: torch.dtype) -> FoldedNorm:
+        """The norm as it is: norms are computed in the operator's own precision."""
+        return self
+
+
+Stage = Residual | Norm
+"""What an operator is a chain of: a residual step, or a norm on the stream itself."""
 
 Folded = FoldedStep | FoldedNorm
 
 
-def stages_of(op: LinearMap) -> Iterator[LinearMap]:
-    """The steps and norms an operator is a chain of, shifts and identities left out.
+def stages_of(op: LinearMap) -> Iterator[Stage]:
+    """The residual steps and norms that an operator is a chain of, without shifts and identities.
 
     Args:
-        op: The ``map`` of an operator, or of what ``between`` gives.
+        op: The ``map`` of an operator, or of a part of it that ``between`` gives.
 
     Yields:
-        Residual steps and norms, first to last.
+        The residual steps and norms, first to last.
 
     Raises:
-        ValueError: If the map is of another kind.
+        ValueError: If the map is something else.
     """
     if isinstance(op, Residual | Norm):
         yield op
@@ -151,127 +205,152 @@ def stages_of(op: LinearMap) -> Iterator[LinearMap]:
             yield from stages_of(part)
     elif not isinstance(op, Shift | Identity):
         raise ValueError(
-            f"expected an operator, or what lens.between gives, got a {type(op).__name__}"
+            f"The map {type(op).__name__} is not a chain of residual steps. "
+            "Pass the operator of a lens, or what lens.between gives."
         )
 
 
-def fold(stage: LinearMap, prompt: int, transposed: bool) -> Folded:
+def _branches(stage: Stage) -> tuple[LinearMap, ...]:
+    """The branches of a residual step; a norm has none."""
+    if isinstance(stage, Norm):
+        return ()
+    return stage.branch.maps if isinstance(stage.branch, Sum) else (stage.branch,)
+
+
+def fold(stage: Stage, prompt: int, transposed: bool) -> Folded:
     """Fold one stage of an operator for one prompt of the batch.
 
-    In the causal coordinates of a sweep a vector at position t reaches positions ≤ t only, in
-    either direction: a pull keeps positions and transposes, a push reverses positions.
+    In the causal coordinates of a sweep, a vector at position t reaches positions ≤ t only, in
+    either direction: a pull keeps the positions and transposes, a push reverses the positions.
 
     Args:
-        stage: One of :func:`stages_of`.
-        prompt: Which prompt.
-        transposed: Whether to fold the adjoint.
+        stage: A residual step or a norm, from :func:`stages_of`.
+        prompt: Index of the prompt in the batch.
+        transposed: Whether to fold the adjoint, for a pull.
 
     Returns:
-        The stage in normal form, on that prompt's real positions.
-
-    Raises:
-        ValueError: If the stage is neither a residual step nor a norm.
+        The stage in normal form, on the prompt's real positions.
     """
     start, stop = stage.frame.spans[prompt]
     real = slice(start, stop)
     if isinstance(stage, Norm):
         inverse = stage.scale[prompt, real].reciprocal()
         return FoldedNorm(stage, inverse if transposed else inverse.flip(0), transposed)
-    if not isinstance(stage, Residual):
-        raise ValueError(f"expected a residual step or a norm, got {type(stage).__name__}")
-    branches = stage.branch.maps if isinstance(stage.branch, Sum) else (stage.branch,)
-    folded = (_Folding(prompt, real).branch(b).flipped(transposed) for b in branches)
-    return FoldedStep(tuple(folded))
+    folded = [_Folding(prompt, real).branch(b).flipped(transposed) for b in _branches(stage)]
+    return FoldedStep(
+        tuple(b for b in folded if isinstance(b, Mixing)),
+        tuple(b for b in folded if isinstance(b, Positionwise)),
+    )
 
 
 class _Folding:
-    """Walks a branch's primitives, gathering the normal form."""
+    """Walks along a branch's primitive maps and gathers its normal form.
+
+    One method for each kind of primitive; what a norm leaves waits in ``norms`` and ``before``
+    until the matrix or the middle comes that it goes into.
+    """
 
     def __init__(self, prompt: int, real: slice):
         self.prompt, self.real = prompt, real
         self.into: Tensor | None = None
         self.out: Tensor | None = None
         self.ratio: Tensor | None = None
-        self.pattern: Tensor | Tiles | None = None
-        self.before: Tensor | None = None  # numbers per position that a norm before leaves
-        self.norms: list[Norm] = []  # norms not yet taken into the next matrix
-        self.tiles = 1
+        self.tiles: StoredTiles | Tiles | None = None
+        self.groups = (1, 1)
+        self.norms: list[Norm] = []  # their matrices go into the next one
+        self.before: Tensor | None = None  # 1/scale of norms [pos, 1], for the middle to come
+        self.halves = 1  # branches of a gated MLP side by side
 
     def branch(self, op: LinearMap) -> Positionwise | Mixing:
         """The normal form of a branch."""
         for part in _primitives(op):
             self.take(part)
-        into, out = _given(self.into), _given(self.out)
-        if self.pattern is not None:
-            return Mixing(into, out, self.pattern)
-        if self.tiles > 1:
-            out = out.repeat(self.tiles, 1)
-        return Positionwise(into, out, _given(self.ratio))
+        into, out = _found(self.into), _found(self.out)
+        if self.tiles is not None:
+            return Mixing(into, out, self.tiles, self.groups)
+        out = out.repeat(self.halves, 1) if self.halves > 1 else out
+        return Positionwise(into, out, _found(self.ratio))
+
+    @singledispatchmethod
+    def take(self, part: LinearMap) -> None:
+        """Take the next primitive map into the normal form."""
+        raise ValueError(
+            f"The map {type(part).__name__} cannot be folded. Build branches of primitive maps."
+        )
+
+    @take.register
+    def _shift(self, part: Shift) -> None:
+        """Constants have no place in the linear part."""
+
+    @take.register
+    def _norm(self, part: Norm) -> None:
+        if self.out is None:  # before the first matrix
+            self.norms.append(part)
+        else:  # after the second: y → (y C) ⊙ w / s
+            self.out = _centred(self.out, -1) if part.weights.center else self.out
+            if (gain := part.weights.gain) is not None:
+                self.out = self.out * part.frame.cast(gain)
+        self.scale(1 / self.cut(part.scale))
+
+    @take.register
+    def _linear(self, part: Linear) -> None:
+        W = part.frame.cast(part.W)
+        for norm in reversed(self.norms):  # x C diag(w) W: the norm's matrix from the left
+            gain = norm.weights.gain
+            W = W if gain is None else W * norm.frame.cast(gain)[:, None]
+            W = _centred(W, 0) if norm.weights.center else W
+        self.norms = []
+        if self.into is None:
+            self.into = W
+        else:
+            self.out = W
+
+    @take.register
+    def _gate(self, part: Gate) -> None:
+        ratio = self.cut(part.ratio).repeat(1, self.halves)
+        self.ratio = ratio if self.ratio is None else self.ratio * ratio
+        self.settle()
+
+    @take.register(Mix)
+    @take.register(RecomputedMix)
+    def _mix(self, part: AnyMix) -> None:
+        self.groups = (part.kv_heads, part.heads // part.kv_heads)
+        if isinstance(part, RecomputedMix):
+            self.tiles = part.tiles(self.prompt)
+        else:
+            pattern = part.pattern[self.prompt, :, self.real, self.real]
+            self.tiles = StoredTiles(pattern.unflatten(0, self.groups))
+        if self.before is not None:  # a norm before W_V scales what is read: the pattern's columns
+            self.tiles, self.before = self.tiles.times(key_gain=self.before[:, 0]), None
+
+    @take.register
+    def _sum(self, part: Sum) -> None:
+        """The two halves of a gated MLP, each Linear and Gate, become one twice as wide."""
+        halves = []
+        for half in part.maps:
+            folding = _Folding(self.prompt, self.real)
+            folding.norms, folding.before = list(self.norms), self.before
+            for primitive in _primitives(half):
+                folding.take(primitive)
+            halves.append(folding)
+        self.into = torch.cat([_found(half.into) for half in halves], -1)
+        self.ratio = torch.cat([_found(half.ratio) for half in halves], -1)
+        self.norms, self.before, self.halves = [], None, len(halves)
 
     def cut(self, tensor: Tensor) -> Tensor:
+        """The real positions of the prompt."""
         return tensor[self.prompt, self.real]
 
-    def take(self, part: LinearMap) -> None:
-        if isinstance(part, Shift):
-            return
-        if isinstance(part, Norm) and self.out is None:
-            self.norms.append(part)
-            self.scale(1 / self.cut(part.scale))
-        elif isinstance(part, Norm):  # after the sublayer: y → (y C) ⊙ w / s
-            self.out = _centred(_given(self.out), -1) if part.weights.center else self.out
-            if (gain := part.weights.gain) is not None:
-                self.out = _given(self.out) * part.frame.cast(gain)
-            self.scale(1 / self.cut(part.scale))
-        elif isinstance(part, Linear):
-            W = part.frame.cast(part.W)
-            for norm in reversed(self.norms):
-                gain = norm.weights.gain
-                W = W if gain is None else W * norm.frame.cast(gain)[:, None]
-                W = _centred(W, 0) if norm.weights.center else W
-            self.norms = []
-            if self.into is None:
-                self.into = W
-            else:
-                self.out = W
-        elif isinstance(part, Gate):
-            ratio = self.cut(part.ratio).repeat(1, self.tiles)
-            self.ratio = ratio if self.ratio is None else self.ratio * ratio
-            self.settle()
-        elif isinstance(part, RecomputedMix):
-            self.pattern = part.tiles(self.prompt)
-            if self.before is not None:
-                self.pattern = self.pattern.times(key_gain=self.before[:, 0])
-                self.before = None
-        elif isinstance(part, Mix):
-            pattern = part.pattern[self.prompt, :, self.real, self.real]
-            self.pattern = pattern.unflatten(0, (part.kv_heads, -1))
-            if self.before is not None:
-                self.pattern, self.before = self.pattern * self.before.T, None
-        elif isinstance(part, Sum):
-            halves = []
-            for half in part.maps:
-                folding = _Folding(self.prompt, self.real)
-                folding.norms, folding.before = list(self.norms), self.before
-                for primitive in _primitives(half):
-                    folding.take(primitive)
-                halves.append(folding)
-            self.into = torch.cat([_given(half.into) for half in halves], -1)
-            self.ratio = torch.cat([_given(half.ratio) for half in halves], -1)
-            self.norms, self.before, self.tiles = [], None, len(halves)
-        else:
-            raise ValueError(f"expected a primitive map, got {type(part).__name__}")
-
     def scale(self, numbers: Tensor) -> None:
-        """Take numbers per position [pos, 1] along, into the ratio or the pattern."""
-        if isinstance(self.pattern, Tiles):
-            self.pattern = self.pattern.times(query_gain=numbers[:, 0])
-        elif self.pattern is not None:
-            self.pattern = self.pattern * numbers
+        """Take a norm's 1/scale [pos, 1] into the ratio or the pattern."""
+        if self.tiles is not None:  # a norm after W_O scales what is written: the pattern's rows
+            self.tiles = self.tiles.times(query_gain=numbers[:, 0])
         else:
             self.before = numbers if self.before is None else self.before * numbers
             self.settle()
 
     def settle(self) -> None:
+        """Move what waits for a ratio into the ratio."""
         if self.ratio is not None and self.before is not None:
             self.ratio, self.before = self.ratio * self.before, None
 
@@ -290,35 +369,34 @@ def _centred(W: Tensor, dim: int) -> Tensor:
     return W - W.mean(dim, keepdim=True)
 
 
-def _given(tensor: Tensor | None) -> Tensor:
+def _found(tensor: Tensor | None) -> Tensor:
     if tensor is None:
-        raise ValueError("a branch has two matrices and a middle; this one lacks one")
+        raise ValueError(
+            "A branch lacks a matrix or its middle. Build it of Linear, Gate or Mix, and Linear."
+        )
     return tensor
 
 
-def mixes_in(stage: LinearMap) -> list[AnyMix]:
+def mixes_in(stage: Stage) -> list[AnyMix]:
     """The attention patterns of a stage."""
-    branch = stage.branch if isinstance(stage, Residual) else stage
-    maps = branch.maps if isinstance(branch, Sum) else (branch,)
-    return [part for m in maps for part in _primitives(m) if isinstance(part, AnyMix)]
+    parts = (part for branch in _branches(stage) for part in _primitives(branch))
+    return [part for part in parts if isinstance(part, AnyMix)]
 
 
-def shape_of(stage: LinearMap, transposed: bool) -> StageShape:
-    """Widths of a stage's branches in the direction of a sweep, without folding it."""
-    if isinstance(stage, Norm):
-        return ()
-    branch = stage.branch if isinstance(stage, Residual) else stage
-    shapes = []
-    for op in branch.maps if isinstance(branch, Sum) else (branch,):
-        parts = list(_primitives(op))
-        if mixes := [p for p in parts if isinstance(p, AnyMix)]:
-            mix = mixes[0].T if transposed else mixes[0]
-            score = mixes[0].keys.shape[2] if isinstance(mixes[0], RecomputedMix) else 0
-            shape = BranchShape(mix.in_dim, mix.out_dim, mixes[0].heads, score)
-        else:
-            halves = [list(_primitives(h)) for p in parts if isinstance(p, Sum) for h in p.maps]
-            firsts = [next(p for p in half if isinstance(p, Linear)) for half in halves or [parts]]
-            width = sum(linear.out_dim for linear in firsts)
-            shape = BranchShape(width, width)
-        shapes.append(shape)
-    return tuple(shapes)
+def shape_of(stage: Stage, transposed: bool) -> StageShape:
+    """Widths of a stage's branches in the direction of a sweep, without folding the stage."""
+    return tuple(_branch_shape(branch, transposed) for branch in _branches(stage))
+
+
+def _branch_shape(branch: LinearMap, transposed: bool) -> BranchShape:
+    parts = list(_primitives(branch))
+    for mix in parts:
+        if isinstance(mix, AnyMix):
+            score = mix.keys.shape[2] if isinstance(mix, RecomputedMix) else 0
+            widths = (mix.out_dim, mix.in_dim) if transposed else (mix.in_dim, mix.out_dim)
+            return BranchShape(*widths, mix.heads, score)
+    # An MLP is as wide as its first matrix, or as those of its halves together.
+    halves = [list(_primitives(half)) for p in parts if isinstance(p, Sum) for half in p.maps]
+    firsts = [next(p for p in half if isinstance(p, Linear)) for half in halves or [parts]]
+    width = sum(linear.out_dim for linear in firsts)
+    return BranchShape(width, width)

@@ -1,12 +1,12 @@
-"""The frozen sublayers, contracted: the whole transformer as one affine map X → y.
+"""Compose the frozen sublayers: the whole transformer as one affine map X → y.
 
-A block is one or two steps, and every block shape is an expression of the same kind,
+A block is one step or two, and every block shape is an expression of the same kind,
 
     step: x → x + Σ branches(x),     branch: post-norm ∘ sublayer ∘ pre-norm
 
-one branch a step in a sequential block, both in one step in a parallel block; absent norms are left
-out. The operator is the chain of all steps and the final norm; nothing of size (pos · d_model)² is
-ever built.
+A sequential block has two steps of one branch each. A parallel block has one step of two branches.
+A norm that a model lacks is left out. The operator is the chain of all steps and the final norm.
+Nothing of size (pos · d_model)² is ever built.
 """
 
 from __future__ import annotations
@@ -18,17 +18,23 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph import FINAL_SITE, Edge, Node, Wiring, as_edges, resid_site
+from ..graph import FINAL_SITE, Edge, Node, Wiring, as_edges, resid_site, site_parts
 from ..sublayers import Chain, Frame, Identity, LinearMap, Norm, Shift
-from .blocks import Contractible
+from .blocks import StepChain
 from .capture import Capture
 from .residual_stream import Branch, Step, Trace
 from .restricted_transformer import RestrictedTransformer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Segment(Contractible):
-    """The operator from one residual site to a later one."""
+class Segment(StepChain):
+    """The operator from one residual site to a later one.
+
+    Attributes:
+        frame: Spans of real tokens, number of positions, dtype and device.
+        width: Width of input and output, d_model.
+        steps: The residual steps in between, and the final norm where the segment includes it.
+    """
 
     frame: Frame
     width: int
@@ -39,38 +45,32 @@ class Segment(Contractible):
         return f"Segment({shape} → {shape}, {len(self.steps)} steps, {self.frame.dtype})"
 
     @cached_property
-    def map(self) -> Chain:
-        """The steps as one chain; an identity where there are none."""
+    def chain(self) -> Chain:
+        """The steps as one chain, or the identity where there are none."""
         return Chain(self.steps or (Identity(self.frame, self.width),))
-
-    @property
-    def in_dim(self) -> int:
-        return self.width
-
-    @property
-    def out_dim(self) -> int:
-        return self.width
-
-    def apply(self, x):
-        return self.map.apply(x)
-
-    def apply_t(self, y, effects=None):
-        return self.map.apply_t(y, effects)
-
-    @property
-    def bias(self):
-        return self.map.bias
-
-    def constants(self):
-        return self.map.constants()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FrozenTransformer(Contractible):
+class FrozenTransformer(StepChain):
     """The TensorLens operator: X [batch, pos, d_model] → y, the final normalized residual.
 
-    y = T · X + bias, where T is Atad et al. (2026, arXiv 2601.17958)'s tensor at this prompt.
-    ``edit`` is what the user's own hooks added to y.
+    y = T · X + bias, where T is the tensor of Atad et al. (2026, arXiv 2601.17958) at this prompt.
+
+    Attributes:
+        frame: Spans of real tokens, number of positions, dtype and device.
+        steps: The residual steps, first to last.
+        ln_final: The final norm, or the identity in a model without one.
+        edit: What the user's hooks added to y, or None.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+        >>> T = lens.operator
+        >>> y = T @ lens.embedding + T.bias
+        >>> bool((lens.readout(y) - lens.logits).abs().max() < 1e-3)
+        True
+        >>> T.block(query_pos=-1, key_pos=3).shape
+        torch.Size([1, 64, 64])
     """
 
     frame: Frame
@@ -79,18 +79,18 @@ class FrozenTransformer(Contractible):
     edit: Shift | None = None
 
     def __repr__(self) -> str:
-        shape = f"[{self.frame.batch}, {self.frame.n_pos}, {self.in_dim}]"
+        shape = f"[{self.frame.batch}, {self.frame.n_pos}, {self.ln_final.in_dim}]"
         return f"FrozenTransformer({shape} → {shape}, {len(self.steps)} steps, {self.frame.dtype})"
 
     @classmethod
     def of(cls, capture: Capture) -> FrozenTransformer:
-        """Compose a capture's sublayers."""
+        """Compose the sublayers of a capture."""
         steps = []
         for layer, block in enumerate(capture.blocks):
             attn = Branch(block.ln1, block.attn, block.ln1_post)
             mlp = () if block.mlp is None else (Branch(block.ln2, block.mlp, block.ln2_post),)
             pre = resid_site(layer, "pre")
-            if block.resid_mid is None:
+            if block.resid_mid is None:  # parallel, or attention only: one step
                 steps.append(Step(pre, (attn, *mlp), block.resid_pre, block.post_edits))
             else:
                 mid = resid_site(layer, "mid")
@@ -101,24 +101,10 @@ class FrozenTransformer(Contractible):
         return cls(capture.frame, tuple(steps), ln_final, capture.final_edit)
 
     @cached_property
-    def map(self) -> Chain:
-        """The whole chain."""
+    def chain(self) -> Chain:
+        """The chain of all steps, the final norm and the edit after it."""
         last = self.ln_final if self.edit is None else Chain((self.ln_final, self.edit))
         return Chain((*(step.map for step in self.steps), last))
-
-    @property
-    def in_dim(self) -> int:
-        return self.ln_final.in_dim
-
-    @property
-    def out_dim(self) -> int:
-        return self.ln_final.in_dim
-
-    def apply(self, x):
-        return self.map.apply(x)
-
-    def apply_t(self, y, effects=None):
-        return self.map.apply_t(y, effects)
 
     @cached_property
     def bias(self):
@@ -129,49 +115,53 @@ class FrozenTransformer(Contractible):
     @cached_property
     def sites(self) -> tuple[str, ...]:
         """The residual sites in order: before every step, after the last, and the final one."""
-        last = int(self.steps[-1].site.split(".")[1])
-        return (*(step.site for step in self.steps), resid_site(last, "post"), FINAL_SITE)
+        last = resid_site(self.steps[-1].layer, "post")
+        return (*(step.site for step in self.steps), last, FINAL_SITE)
 
     def site_index(self, site: str) -> int:
-        """Where a site stands in :attr:`sites`; a block's resid_post is the next one's resid_pre.
+        """The place of a site in :attr:`sites`.
+
+        Args:
+            site: Name of a residual site. A block's ``hook_resid_post`` is the same site as the
+                next block's ``hook_resid_pre``.
 
         Returns:
-            Its index.
+            The index of the site.
 
         Raises:
-            ValueError: If this model has no such site; lists those it has.
+            ValueError: If this model has no such site. The message lists those it has.
         """
-        name = site
-        if site not in self.sites and str(site).endswith("hook_resid_post"):
-            parts = site.split(".")
-            if len(parts) == 3 and parts[1].isdigit():
-                name = resid_site(int(parts[1]) + 1, "pre")
+        name, (layer, where) = site, site_parts(str(site))
+        if site not in self.sites and where == "post":
+            name = resid_site(layer + 1, "pre")
         if name not in self.sites:
-            raise ValueError(f"no residual site {site!r}; there are {', '.join(self.sites)}")
+            raise ValueError(
+                f"This model has no residual site {site!r}. Pass one of {', '.join(self.sites)}."
+            )
         return self.sites.index(name)
 
     def between(self, start: str, stop: str) -> Segment:
         """The operator from one residual site to a later one.
 
         Args:
-            start: For instance "blocks.2.hook_resid_pre".
-            stop: For instance "blocks.8.hook_resid_post"; "unembed.hook_in" is after the final
-                norm.
+            start: Site that the part starts from, such as "blocks.2.hook_resid_pre".
+            stop: Site that the part ends at, such as "blocks.8.hook_resid_post". "unembed.hook_in"
+                is the site after the final norm.
 
         Returns:
-            The map; the identity where start is stop.
+            The part of the operator. It is the identity where both sites are the same.
 
         Raises:
-            ValueError: If a site does not exist, or stop is before start.
+            ValueError: If a site does not exist, or ``stop`` comes before ``start``.
         """
         first, last = self.site_index(start), self.site_index(stop)
         if last < first:
-            raise ValueError(f"expected a site at or after {start!r}, got {stop!r}: swap them")
+            raise ValueError(f"The site {stop!r} comes before {start!r}. Swap the two sites.")
         return Segment(self.frame, self.in_dim, self.map.maps[first:last])
 
     @property
     def wiring(self) -> Wiring:
-        """Which edges there are."""
+        """The edges that the model has."""
         kinds = [{b.body.nodes()[0].kind for b in step.branches} for step in self.steps]
         heads = next(b for step in self.steps for b in step.branches if b.has_heads).body.nodes()
         return Wiring(
@@ -182,20 +172,21 @@ class FrozenTransformer(Contractible):
         )
 
     def restrict(self, edges: Iterable[Edge | Node | str]) -> RestrictedTransformer:
-        """The operator with some edges alone: every reader reads only what they bring it.
+        """The operator along some edges only: every reader reads what these edges bring it.
 
-        Constants that no node holds are read by all; a node's own stay where it has a kept path to
-        the logits. Query and key edges do nothing here: the patterns are frozen.
+        Constants that belong to no node are read by every reader. A node's own constants stay where
+        the node has a kept path to the logits. Query and key edges change nothing here, because the
+        patterns are frozen.
 
         Args:
-            edges: Edges, "L0H1→L1H2.v", or nodes, between which all edges are kept; input and
-                logits are always among the nodes.
+            edges: Edges such as "L0H1→L1H2.v", or nodes. Of nodes, all edges between them are kept;
+                the input and the logits are always among them.
 
         Returns:
-            The restricted map, from the same X to the final normalized residual.
+            The restricted operator, from the same X to the final normalized residual.
 
         Raises:
-            ValueError: If there is no such node or edge.
+            ValueError: If the model has no such node or edge.
         """
         kept = as_edges(self.wiring, edges)
         return RestrictedTransformer(self.frame, self.steps, self.map.maps[-1], frozenset(kept))
@@ -203,13 +194,13 @@ class FrozenTransformer(Contractible):
     def trace(
         self, x: Float[Tensor, "*many batch pos d_model"]
     ) -> dict[str, Float[Tensor, "*many batch pos d_model"]]:
-        """The linear part of the state at every site, pushed from x at the first.
+        """Push vectors through the linear part and keep the state at every site.
 
         Args:
-            x: Vectors at the first site.
+            x: Vectors at the first site [..., batch, pos, d_model].
 
         Returns:
-            States by site name, in order.
+            The states by site, in order.
         """
         states = [x]
         for map_ in self.map.maps:
@@ -221,14 +212,15 @@ class FrozenTransformer(Contractible):
         u: Float[Tensor, "*many batch pos d_model"],
         effects: dict[str, Float[Tensor, "*many batch pos"]] | None = None,
     ) -> dict[str, Float[Tensor, "*many batch pos d_model"]]:
-        """The covector at every site, pulled from u at the last.
+        """Pull covectors back and keep the covector at every site.
 
         Args:
-            u: Covectors at the final site.
-            effects: See :meth:`LinearMap.apply_t`.
+            u: Covectors at the final site [..., batch, pos, d_model].
+            effects: A dictionary that receives what each constant adds to ⟨u, y⟩, by name
+                [..., batch, pos]. See :meth:`LinearMap.apply_t`.
 
         Returns:
-            Covectors by site name, in order.
+            The covectors by site, in order.
         """
         trace = self.pull(u)
         if effects is not None:
@@ -243,36 +235,36 @@ class FrozenTransformer(Contractible):
         """One transposed sweep, with what each branch contributed to it.
 
         Args:
-            u: Covectors at the final site.
-            query: The one position per prompt where they are not zero, if there is only one: the
-                last MLP and the last W_O are then pulled back there alone.
+            u: Covectors at the final site [..., batch, pos, d_model].
+            query: For each prompt, the one position where ``u`` is not zero, if there is only one.
+                The last MLP and the last W_O are then pulled back at that position alone.
 
         Returns:
-            The sweep.
+            The covectors at every site and the effect of every constant.
         """
+        # 1. Above the last step: the final norm and the edit after it.
         top: dict[str, Tensor] = {}
         covectors = [u, self.map.maps[-1].apply_t(u, top)]
+        # 2. Step by step downwards. Edits come after a step, so their shares are read off first.
         kept, shares = [], []
         for step in reversed(self.steps):
             own = {}
             for edit in reversed(step.edits):
                 edit.apply_t(covectors[-1], own)
+            # Below the last layer, attention has spread the covector to other positions.
             c, at = covectors[-1], query if step.layer == self.steps[-1].layer else None
             found = [b.pull(c) if at is None else b.pull_at(c, at) for b in step.branches]
             covectors.append(sum((f.covector for f in found), covectors[-1]))
             kept.append(tuple(found))
             shares.append(own)
-        pulls = tuple(reversed(kept))
+        # 3. All constants' effects, in the order in which the sweep met them.
         effects = dict(top)
         for edits, found in zip(shares, kept, strict=True):
             effects |= edits
             for f in reversed(found):
                 effects |= f.effects
-        return Trace(tuple(reversed(covectors)), pulls, top, effects)
+        return Trace(tuple(reversed(covectors)), tuple(reversed(kept)), top, effects)
 
     def states(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """The states the run itself had at every site before the last block's output."""
+        """The run's own states at every site before the last block's output, by site."""
         return {step.site: step.state for step in self.steps}
-
-    def constants(self):
-        return self.map.constants()

@@ -1,18 +1,31 @@
-"""How fast this machine multiplies and moves numbers, measured; and what is counted in those terms."""
+"""Measure how fast this machine multiplies and moves numbers, and count work in those terms."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
+
+KEPT_SECONDS = 60
+"""How long measured rates are used again, in seconds. A machine may be busy now and idle a minute
+later, so they are not kept for ever. Plans that are made side by side need not measure each."""
 
 
 @dataclass
 class Cost:
-    """Flops by the kind of product, bytes moved beside, and calls."""
+    """The work of a sweep, by kind. Counted up while a plan goes through the stages.
+
+    Attributes:
+        product: Flops of products with weights.
+        mixing: Flops of products with patterns.
+        making: Flops of making one map per position.
+        folded: Flops of products with one map per position.
+        moved: Numbers that are read or written besides.
+        calls: Number of calls of torch.
+    """
 
     product: float = 0.0
     mixing: float = 0.0
@@ -29,7 +42,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """Flops a second by kind of product, numbers moved a second, seconds a call."""
+    """How much of each kind of work (see :class:`Cost`) this machine does in a second.
+
+    Attributes:
+        product: Flops a second of products with weights.
+        mixing: Flops a second of products with patterns.
+        making: Flops a second of making one map per position.
+        folded: Flops a second of products with one map per position.
+        moved: Numbers moved a second.
+        call: Seconds that a call of torch takes whatever its size.
+    """
 
     product: float
     mixing: float
@@ -39,14 +61,85 @@ class Rates:
     call: float
 
     def seconds(self, cost: Cost) -> float:
-        """How long a cost takes."""
-        return (
-            cost.product / self.product + cost.mixing / self.mixing + cost.making / self.making
-            + cost.folded / self.folded + cost.moved / self.moved + cost.calls * self.call
-        )  # fmt: skip
+        """The time in seconds that some work takes."""
+        products = cost.product / self.product + cost.mixing / self.mixing
+        maps = cost.making / self.making + cost.folded / self.folded
+        return products + maps + cost.moved / self.moved + cost.calls * self.call
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """How large the products are whose rates are measured.
+
+    Attributes:
+        d_model: Width of the residual.
+        width: Width of the MLP, or of the attention where there is no MLP.
+        heads: Number of heads of a layer.
+        d_head: Width of a head.
+        n_pos: Number of positions.
+        rows: Number of vectors side by side in a block.
+        tile: Positions in a tile of a pattern.
+    """
+
+    d_model: int
+    width: int
+    heads: int
+    d_head: int
+    n_pos: int
+    rows: int
+    tile: int
+
+
+def rates(shape: ProductShape, dtype: torch.dtype, device: torch.device) -> Rates:
+    """Measure products of some shapes, in under 0.3 s on one core.
+
+    Args:
+        shape: How large the products are.
+        dtype: Dtype of the numbers.
+        device: Device that multiplies.
+
+    Returns:
+        The rates, measured now or at most :data:`KEPT_SECONDS` ago.
+    """
+    period = int(time.monotonic() / KEPT_SECONDS)
+    return _measured(shape, dtype, device, torch.get_num_threads(), period)
+
+
+@lru_cache(maxsize=64)
+def _measured(
+    shape: ProductShape, dtype: torch.dtype, device: torch.device, threads: int, period: int
+) -> Rates:
+    """The rates; the number of threads and the minute are there to be told apart by the cache."""
+
+    def filled(*size: int) -> torch.Tensor:
+        return torch.full(size, 0.5, dtype=dtype, device=device)
+
+    D, width = shape.d_model, shape.width
+    # 1. Products with weights.
+    few = min(256, max(64, int(3e9 / (2 * D * width))))
+    x, W = filled(few, D), filled(D, width)
+    product = 2 * few * D * width / _timed(lambda: x @ W, device)
+    # 2. Products with a tile of the pattern, head by head.
+    end, side = min(shape.n_pos, 128), min(shape.rows * shape.d_head, 2048)
+    tile = min(shape.tile, end)
+    A, z = filled(shape.heads, tile, end), filled(shape.heads, end, side)
+    mixing = 2 * shape.heads * tile * end * side / _timed(lambda: torch.bmm(A, z), device)
+    # 3. One map per position: making two of them, and products with them.
+    slim = min(width, 1024)
+    V = filled(2, D, slim)
+    making = 2 * 2 * D**2 * slim / _timed(lambda: V @ V[0].T, device)
+    S, F = filled(2, min(shape.rows, 256), D), filled(2, D, D)
+    folded = 2 * 2 * S.shape[1] * D**2 / _timed(lambda: torch.bmm(S, F), device)
+    # 4. Moving numbers, and calls too small to cost anything else. Python around a call doubles it.
+    big, small = filled(2**21), filled(8)
+    moved = 2 * 2**21 / _timed(lambda: big.clone(), device)
+    call = _timed(lambda: [small + small for _ in range(50)], device) / 50
+    return Rates(product, mixing, making, folded, moved, 2 * call)
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of four runs, after one that warms up."""
+
     def once() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -58,53 +151,3 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 
     once()
     return min(once() for _ in range(4))  # a busy moment slows some of them
-
-
-@cache
-def rates(
-    d_model: int, width: int, heads: int, d_head: int, n_pos: int, rows: int,
-    tile: int,
-    dtype: torch.dtype, device: torch.device, threads: int,
-) -> Rates:  # fmt: skip
-    """Measure products of a job's shapes; under 0.3 s on one core.
-
-    Args:
-        d_model: D.
-        width: The MLP's width, or the attention's where there is none.
-        heads: Of one layer.
-        d_head: Of one head.
-        n_pos: Positions.
-        rows: Vectors side by side in a block.
-        tile: Positions of a pattern's tile.
-        dtype: Of the vectors.
-        device: Where.
-        threads: torch.get_num_threads(), so that another setting is measured anew.
-
-    Returns:
-        The rates.
-    """
-    few = min(256, max(64, int(3e9 / (2 * d_model * width))))
-    x, W = _filled(few, d_model, dtype, device), _filled(d_model, width, dtype, device)
-    product = 2 * few * d_model * width / _timed(lambda: x @ W, device)
-    end, side = min(n_pos, 128), min(rows * d_head, 2048)
-    tile = min(tile, end)
-    A, z = _filled(heads, tile, end, dtype, device), _filled(heads, end, side, dtype, device)
-    mixing = 2 * heads * tile * end * side / _timed(lambda: torch.bmm(A, z), device)
-    slim = min(width, 1024)
-    V = _filled(2, d_model, slim, dtype, device)
-    making = 2 * 2 * d_model**2 * slim / _timed(lambda: V @ V[0].T, device)
-    S, F = (
-        _filled(2, min(rows, 256), d_model, dtype, device),
-        _filled(2, d_model, d_model, dtype, device),
-    )
-    folded = 2 * 2 * S.shape[1] * d_model**2 / _timed(lambda: torch.bmm(S, F), device)
-    big = _filled(2**21, dtype, device)
-    moved = 2 * 2**21 / _timed(lambda: big.clone(), device)
-    small = _filled(8, dtype, device)
-    call = _timed(lambda: [small + small for _ in range(50)], device) / 50
-    return Rates(product, mixing, making, folded, moved, 2 * call)
-
-
-def _filled(*shape) -> torch.Tensor:
-    *size, dtype, device = shape
-    return torch.full(size, 0.5, dtype=dtype, device=device)

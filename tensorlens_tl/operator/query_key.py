@@ -3,15 +3,15 @@
 Let z be the covector at a head's mixed values and v the values. The target's sensitivity is
 
     to the pattern   dA[q, k] = ⟨z_q, v_k⟩
-    to the scores    dS[q, k] = A[q, k] (dA[q, k] − Σ_k' A[q, k'] dA[q, k'])      the softmax's Jacobian
-    to the products  dP[q, k] = dS[q, k] · (1 − (S[q, k] / cap)²) · scale          the soft cap's slope
+    to the scores    dS[q, k] = A[q, k] (dA[q, k] − Σ_k' A[q, k'] dA[q, k'])  the softmax's Jacobian
+    to the products  dP[q, k] = dS[q, k] · (1 − (S[q, k] / cap)²) · scale      the soft cap's slope
     to queries       Σ_k dP[q, k] k_k,     to keys  Σ_q dP[q, k] q_q
 
-From there linear maps lead to the residual: the inverse rotation, the norms of queries and keys with
-their scales frozen, W_Q or W_K, and ln1 with its scale frozen. An edge is ⟨what a writer adds, that
-covector⟩. It is the sensitivity to the scores, times the part of the scores that the writer makes:
-linear in queries while keys are held, and in keys while queries are held. Masked entries have A = 0
-and drop out.
+From there linear maps lead to the residual: the inverse rotation, the norms of queries and keys
+with their scales frozen, W_Q or W_K, and ln1 with its scale frozen. An edge is ⟨what a writer adds,
+that covector⟩. It is the sensitivity to the scores, times the part of the scores that the writer
+makes: linear in queries while keys are held, and in keys while queries are held. Masked entries
+have A = 0 and drop out.
 
 Queries and keys are recomputed from the run's residual. The softmax of their scores must be the
 pattern that the run had. Otherwise the weights are not what they are taken for, and the run is
@@ -29,7 +29,6 @@ from torch import Tensor
 from ..graph import Node
 from ..sublayers import (
     HALF,
-    TINY,
     TINY,
     Attention,
     Factored,
@@ -144,7 +143,7 @@ def check_pattern(
     A: Tensor,
     S: Tensor,
     model_dtype: torch.dtype,
-    remedy: str = "Use qk=False; edges into values, MLPs and logits do not need the scores.",
+    remedy: str = "Pass qk=False: edges into values, MLPs and logits do not need the scores.",
     prompts: slice = slice(None),
 ) -> None:
     """Compare a pattern with the softmax of scores.
@@ -168,9 +167,10 @@ def check_pattern(
     expected = tolerated(model_dtype)
     if not error <= expected:
         raise CaptureMismatchError(
-            f"The pattern recomputed from W_Q and W_K in layer {attn.layer} differs from the run's: "
-            f"relative error {error:.1e}, at most {expected:.0e} is allowed. Either your own hook "
-            f"edited queries, keys or the pattern, or the layout of the weights is not known. {remedy}"
+            f"L{attn.layer}: the pattern recomputed from W_Q and W_K differs from the run's "
+            f"(relative error {error:.1e}, at most {expected:.0e} is allowed). A hook of yours "
+            "edited queries, keys or the pattern, or the layout of the weights is not known. "
+            f"{remedy}"
         )
 
 
@@ -220,7 +220,7 @@ class Projection:
         return cls(frame, raw, y, W, norm, scale, w.rotation)
 
     def pull(self, y: Float[Tensor, "batch head pos d_query"], before: Norm | None) -> Factored:
-        """Pull covectors at every query head's queries or keys back to the residual before ``before``."""
+        """Pull covectors at every query head's queries or keys back to the residual."""
         y = self.unrotated(y)
         if self.norm is not None and self.scale is not None:
             y = y.unflatten(1, (self.W.shape[0], -1))  # [batch, any_head, repeat, …]

@@ -1,8 +1,9 @@
-"""What a block consists of: branches that write to the residual, and steps of one or two of them.
+"""The parts of a block: branches that write to the residual stream, and steps of one or two.
 
     step: x → x + Σ branches(x),     branch: post-norm ∘ sublayer ∘ pre-norm
 
-and what a transposed sweep leaves of them.
+A transposed sweep carries a covector, the gradient of a target at a site, down through the steps.
+``Pull`` and ``Trace`` hold what it finds on the way.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from ..sublayers import (
 
 @dataclass(frozen=True, eq=False)
 class Pull:
-    """What a transposed sweep leaves of one branch.
+    """The result of pulling a covector back through one branch.
 
     Attributes:
-        covector: What the branch adds to the covector of the residual it reads.
-        kept: What :meth:`Branch.readers` takes.
-        effects: Its constants' shares, per position, by name.
+        covector: What the branch adds to the covector at the residual that it reads
+            [..., batch, pos, d_model].
+        kept: The covector at the point where readers can still be told apart, the values of each
+            head. :meth:`Branch.readers` needs it.
+        effects: What each constant of the branch adds to the target, by name [..., batch, pos].
     """
 
     covector: Float[Tensor, "*many batch pos d_model"]
@@ -51,13 +54,14 @@ class Pull:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """A transposed sweep: covectors at every site, what every branch did, every constant's share.
+    """The result of a transposed sweep through the whole operator.
 
     Attributes:
-        covectors: Before every step, after the last, after the final norm.
-        pulls: By step and branch.
-        top: The shares of the constants of the final norm and after it.
-        effects: The shares of all constants, per position, by name.
+        covectors: The covector before every step, after the last step and after the final norm,
+            each [..., batch, pos, d_model].
+        pulls: For every step, the result of each of its branches.
+        top: What the constants of the final norm, and edits after it, add to the target, by name.
+        effects: What every constant adds to the target, by name [..., batch, pos].
     """
 
     covectors: tuple[Float[Tensor, "*many batch pos d_model"], ...]
@@ -66,7 +70,7 @@ class Trace:
     effects: dict[str, Float[Tensor, "*many batch pos"]]
 
     def __getitem__(self, index: int) -> Trace:
-        """One of many vectors' sweeps."""
+        """The sweep of one of the many vectors."""
         return Trace(
             tuple(c[index] for c in self.covectors),
             tuple(tuple(p[index] for p in pulls) for pulls in self.pulls),
@@ -76,7 +80,13 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One writer to the residual stream: post ∘ body ∘ pre."""
+    """One writer to the residual stream: post ∘ body ∘ pre.
+
+    Attributes:
+        pre: The norm that the sublayer reads the residual through, or None.
+        body: The sublayer, attention or an MLP.
+        post: The norm of what the sublayer writes, or None.
+    """
 
     pre: Norm | None
     body: Sublayer
@@ -88,24 +98,25 @@ class Branch:
         return Chain(tuple(m for m in (self.pre, self.body, self.post) if m is not None))
 
     def part(self, node: Node) -> Chain:
-        """One node's map from the residual it reads to what it writes, internal constants included.
+        """One node's map, from the residual that it reads to what it writes.
 
-        The parts, and what is :meth:`outside`, sum to the whole.
+        The map includes the node's internal constants. All nodes' maps and the constants of
+        :meth:`outside` sum to the whole branch.
 
         Args:
-            node: One of its body's.
+            node: A node of the sublayer.
 
         Returns:
-            The map.
+            The map of that node.
         """
         post = self.post
-        if post is not None:  # its b is nobody's
+        if post is not None:  # the b of a post-norm belongs to no node
             post = replace(post, weights=replace(post.weights, b=None))
         maps = (self.pre, self.body.part(node), post)
         return Chain(tuple(m for m in maps if m is not None))
 
     def read(self, state: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the body reads of a residual state."""
+        """What the sublayer reads of a residual state: the state after the pre-norm."""
         return state if self.pre is None else self.pre.apply(state) + self.pre.bias
 
     def writes(
@@ -114,11 +125,12 @@ class Branch:
         """What every node adds to the residual in the run, its internal constants included.
 
         Args:
-            state: The residual it reads in the run.
-            query: Where alone it is wanted, if not everywhere: elsewhere it is left zero.
+            state: The residual that the branch reads in the run [batch, pos, d_model].
+            query: For each prompt, the one position of interest. The result is zero elsewhere. None
+                is all positions.
 
         Returns:
-            One row per node.
+            One row per node [node, batch, pos, d_model], kept narrow.
         """
         x, post = self.read(state), self.post
         if query is None:
@@ -134,29 +146,29 @@ class Branch:
     def outputs(
         self, state: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch node pos d_model"]:
-        """The same, all of it: heads · pos · d_model numbers."""
+        """What :meth:`writes` gives, as one tensor of heads · pos · d_model numbers a prompt."""
         return self.writes(state).wide().transpose(0, 1)
 
     def outputs_at(
         self, state: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch node d_model"]:
-        """The same at one destination per prompt."""
+        """What every node adds at one position per prompt; see :meth:`writes`."""
         y = self.body.outputs_at(self.read(state), query)
         return y if self.post is None else self.post.row(query).apply(y)
 
     @property
     def has_heads(self) -> bool:
-        """Whether it is attention."""
+        """Whether the sublayer is attention."""
         return self.body.nodes()[0].kind == "head"
 
     def pull_to_hidden(
         self, c: Float[Tensor, "*many batch pos d_model"]
     ) -> Float[Tensor, "*many batch pos d_hidden"]:
-        """The covector of what the output matrix reads: z or post-activations."""
+        """The covector at what W_O or W_out reads: mixed values z, or post-activations."""
         return self.body.output.apply_t(c if self.post is None else self.post.apply_t(c))
 
     def pull(self, c: Float[Tensor, "*many batch pos d_model"]) -> Pull:
-        """The adjoint, with what it needs to tell readers and constants apart."""
+        """Pull covectors back, and keep what tells the readers and constants apart."""
         effects: dict[str, Tensor] = {}
         y = c if self.post is None else self.post.apply_t(c, effects)
         x, kept = self.body.pull(y, effects)
@@ -165,7 +177,7 @@ class Branch:
     def pull_at(
         self, c: Float[Tensor, "*many batch pos d_model"], query: Int[Tensor, " batch"]
     ) -> Pull:
-        """The same where c is zero but at one position per prompt: for a row's cost, up to W_V."""
+        """Pull covectors back that are zero but at one position per prompt: W_O costs one row."""
         if self.body.edits:
             return self.pull(c)
         y, own = take_row(c, query), {}
@@ -175,13 +187,14 @@ class Branch:
         return Pull(x if self.pre is None else self.pre.apply_t(x, effects), kept, effects)
 
     def readers(self, pull: Pull) -> tuple[Factored, dict[str, Float[Tensor, "reader batch"]]]:
-        """Every reader's covector at the residual, and the shares of its own constants.
+        """Every reader's covector at the residual, and what its own constants add to the target.
 
         Args:
-            pull: From :meth:`pull`.
+            pull: The result of :meth:`pull`.
 
         Returns:
-            The covectors, which sum to the adjoint, and shares by constant.
+            The covectors [reader, batch, pos, d_model], which sum to that of the whole branch, and
+            the constants' effects by name [reader, batch].
         """
         if isinstance(self.body, Attention):
             return self.body.readers(pull.kept, self.pre)
@@ -190,14 +203,14 @@ class Branch:
         return Factored(pull.covector[None]), shares
 
     def outside_names(self) -> tuple[str, ...]:
-        """The names of :meth:`outside`, in its order."""
+        """The names of the constants of :meth:`outside`, in the same order."""
         name, b = self.body.external
         names = () if b is None else (name,)
         names += tuple(edit.name for edit in self.body.edits.values())
         return names if self.post is None else (*names, *self.post.constants())
 
     def outside(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """What it adds to the residual that no node holds: b_O, b_out, a post-norm's b, edits."""
+        """The constants that belong to no node: b_O, b_out, the b of a post-norm, and edits."""
         found = self.body.outside()
         if self.post is not None:
             found = {name: self.post.apply(c) for name, c in found.items()}
@@ -207,9 +220,13 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step of the residual stream, x → x + Σ branches(x), and the site it starts from.
+    """A step of the residual stream, x → x + Σ branches(x).
 
-    ``edits`` are what the user's own hooks added to the residual after it.
+    Attributes:
+        site: Name of the residual site that the step starts from.
+        branches: The branches: one, or attention and MLP side by side.
+        state: The run's residual at that site [batch, pos, d_model].
+        edits: What the user's hooks added to the residual after the step.
     """
 
     site: str
@@ -219,7 +236,7 @@ class Step:
 
     @property
     def layer(self) -> int:
-        """The block it belongs to."""
+        """Index of the block that the step belongs to."""
         return self.branches[0].body.nodes()[0].layer or 0
 
     @cached_property
@@ -231,16 +248,18 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Readers:
-    """Readers that see the same writers.
+    """Readers that the same writers reach, such as the value inputs of one layer's heads.
 
     Attributes:
-        nodes: They.
-        below: How many writers they see.
-        covectors: Theirs, at the residual.
-        own: The shares of their own constants, by name.
+        nodes: The reader nodes.
+        n_writers: Number of writers that come before these readers.
+        covectors: Gradient of the target at the residual, through each reader alone
+            [reader, batch, pos, d_model].
+        own: What each reader's own constants (ln1.b, b_V, b_in) add to the target, by name
+            [reader, batch].
     """
 
     nodes: tuple[Node, ...]
-    below: int
+    n_writers: int
     covectors: Factored
     own: dict[str, Float[Tensor, "reader batch"]]

@@ -1,39 +1,42 @@
-"""The operator restricted to a subgraph: every reader reads what some edges alone bring it.
+"""The operator restricted to a subgraph: every reader reads what the kept edges bring it.
 
-With w → r the kept edges, y_w what a writer adds and k all constants that no node holds so far,
+Let w → r be the kept edges, y_w what a writer adds, and k the sum of the constants so far that
+belong to no node. Then
 
     x_r = Σ_{w → r} y_w + k,     y_n = F_n(x_n) for every node n with a kept path to the logits
 
-and the output is the final norm of x_logits. All edges give the unrestricted operator; input →
-logits alone gives the direct path. F_n are the frozen parts of the sublayers, so the restricted
-operator is affine, too; its adjoint carries covectors along the same edges backwards.
+and the output is the final norm of x_logits. All edges together give the unrestricted operator.
+The edge input → logits alone gives the direct path. F_n are frozen parts of the sublayers, so the
+restricted operator is affine, too. Its adjoint carries covectors along the same edges backwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..checks import no_autocast
 from ..graph import INPUT, LOGITS, Edge, Node, owner
 from ..sublayers import Chain, Frame, LinearMap
-from .residual_stream import Branch, Step
+from .residual_stream import Step
 
 Constants = Callable[[], dict[str, Tensor]]
+"""Gives the constants of a part by name [batch, pos, d_model]; called only if they are wanted."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RestrictedTransformer(LinearMap):
-    """X [batch, pos, d_model] → the final normalized residual, along some edges alone.
+    """X [batch, pos, d_model] → the final normalized residual, along some edges only.
 
     Attributes:
-        frame: Prompts, positions, dtype, device.
-        steps: The steps of the whole operator.
-        last: The final norm, with what the user's own hooks added after it.
-        edges: The kept edges; those into queries and keys have no place in the operator.
+        frame: Spans of real tokens, number of positions, dtype and device.
+        steps: The residual steps of the whole operator.
+        last: The final norm, and what the user's hooks added after it.
+        edges: The kept edges. Those into queries and keys have no place in the operator.
     """
 
     frame: Frame
@@ -56,7 +59,7 @@ class RestrictedTransformer(LinearMap):
 
     @cached_property
     def reads(self) -> dict[Node, tuple[Node, ...]]:
-        """What every node reads: values of a head, an MLP, or the logits."""
+        """For every reader (the values of a head, an MLP or the logits), the writers it reads."""
         found: dict[Node, tuple[Node, ...]] = {}
         for edge in sorted((e for e in self.edges if e.conserved), key=str):
             found[owner(edge.dest)] = (*found.get(owner(edge.dest), ()), edge.src)
@@ -72,23 +75,30 @@ class RestrictedTransformer(LinearMap):
             todo += new
         return frozenset(found - {INPUT})
 
-    def _parts(self, step: Step) -> Iterator[tuple[Node, Chain]]:
-        for branch in step.branches:
-            for node in branch.body.nodes():
-                if node in self.live:
-                    yield node, self._part(branch, node)
-
     @cached_property
-    def _known(self) -> dict[Node, Chain]:
-        return {}
-
-    def _part(self, branch: Branch, node: Node) -> Chain:
-        if node not in self._known:
-            self._known[node] = branch.part(node)
-        return self._known[node]
+    def _parts(self) -> tuple[tuple[tuple[Node, Chain], ...], ...]:
+        """For every step, its live nodes and their maps F_n."""
+        return tuple(
+            tuple(
+                (node, branch.part(node))
+                for branch in step.branches
+                for node in branch.body.nodes()
+                if node in self.live
+            )
+            for step in self.steps
+        )
 
     def _push(self, x: Tensor, constant: Callable[[Constants], Tensor | float]) -> Tensor:
-        """The state at the logits, from x at the input and what is chosen of the constants."""
+        """The output for x at the input.
+
+        Args:
+            x: Vectors at the input [..., batch, pos, d_model].
+            constant: Chooses what to add of the constants of a part.
+
+        Returns:
+            The final normalized residual [..., batch, pos, d_model].
+        """
+        no_autocast(self.frame.device.type)
         written: dict[Node, Tensor] = {INPUT: x}
         everywhere: Tensor | float = 0.0
 
@@ -96,11 +106,9 @@ class RestrictedTransformer(LinearMap):
             found = sum((written[src] for src in self.reads.get(node, ())), everywhere)
             return found if isinstance(found, Tensor) else torch.zeros_like(x)
 
-        for step in self.steps:
-            added = {}
-            for node, part in self._parts(step):
-                added[node] = part.apply(read(node)) + constant(part.constants)
-            written |= added
+        for step, parts in zip(self.steps, self._parts, strict=True):
+            # Nodes of one step run side by side: none reads what another of them writes.
+            written |= {n: part.apply(read(n)) + constant(part.constants) for n, part in parts}
             for branch in step.branches:
                 everywhere = everywhere + constant(branch.outside)
             for edit in step.edits:
@@ -111,10 +119,11 @@ class RestrictedTransformer(LinearMap):
         return self._push(x, lambda own: 0.0)
 
     def apply_t(self, y, effects=None):
+        no_autocast(self.frame.device.type)
         shares: dict[str, Tensor] = {} if effects is None else effects
         c = self.last.apply_t(y, shares)
-        covectors: dict[Node, Tensor] = {}  # of what a node writes
-        everywhere = c  # of what all readers above read
+        covectors: dict[Node, Tensor] = {}  # at what each node writes
+        everywhere = c  # at a constant that all readers above read
 
         def give(node: Node, c: Tensor) -> None:
             for src in self.reads.get(node, ()):
@@ -125,14 +134,14 @@ class RestrictedTransformer(LinearMap):
                 shares[name] = shares[name] + share if name in shares else share
 
         give(LOGITS, c)
-        for step in reversed(self.steps):
+        for step, parts in zip(reversed(self.steps), reversed(self._parts), strict=True):
             for edit in step.edits:
                 enter({edit.name: (everywhere * edit.constant).sum(-1)})
             for branch in step.branches:
                 outside = branch.outside()
                 enter({name: (everywhere * k).sum(-1) for name, k in outside.items()})
             pulled = []
-            for node, part in self._parts(step):
+            for node, part in parts:
                 own: dict[str, Tensor] = {}
                 pulled.append((node, part.apply_t(covectors[node], own)))
                 enter(own)

@@ -1,13 +1,14 @@
-"""The largest singular triples of an operator, or of some of its blocks, A = T[query_pos, key_pos].
+"""Find the largest singular triples of A = T[query_pos, key_pos], an operator or some blocks of it.
 
-1. One block, or so many of A's triples that ARPACK's basis would be all of it: the dense A and LAPACK.
-2. Otherwise ARPACK on AᵀA: a step pushes one vector and pulls it back, 20 steps (2k + 1 for more
-   triples) fill a basis, and each restart keeps k of them. How many restarts it takes is the spectrum's
-   to say: plans count 2 k / (k + 3), about what random and trained models took for k = 1 to 12;
-   ``benchmarks/contraction.py`` compares.
+1. Dense: one block is small enough to be built and given to LAPACK. So is an A with so few rows or
+   columns that ARPACK's basis would span it.
+2. By steps: otherwise ARPACK works on AᵀA. A step pushes one vector and pulls it back. 20 steps
+   (2k + 1 for more triples) fill a basis, and every restart keeps k of them. The number of restarts
+   depends on the spectrum. Plans count 2 k / (k + 3), about what random and trained models took for
+   k = 1 to 12; ``benchmarks/contraction.py`` compares.
 
-A step runs the whole batch through ``apply`` and ``apply_t``: 4 D (width_in + width_out) flops a
-position and branch, and the patterns. Memory: the basis, n (2k + 1) numbers for n columns.
+A step runs the whole batch through ``apply`` and ``apply_t``: 4 D (width_in + width_out) flops per
+position and branch, and the patterns. The basis takes n (2k + 1) numbers for n columns.
 
 Lehoucq, Sorensen, Yang, "ARPACK Users' Guide" (1998).
 """
@@ -36,11 +37,11 @@ class SVD:
     """The largest singular triples of an operator, or of some of its blocks: T ≈ Σ S_k U_k V_kᵀ.
 
     Attributes:
-        U: Left singular vectors, in the output: [k, query_pos, d_model].
-        S: Singular values, largest first: [k].
-        V: Right singular vectors, in the input: [k, key_pos, d_model].
-        query_pos: Positions of U, among the real tokens.
-        key_pos: Positions of V.
+        U: Left singular vectors, in the output space [k, query_pos, d_model].
+        S: Singular values, largest first [k].
+        V: Right singular vectors, in the input space [k, key_pos, d_model].
+        query_pos: Positions of ``U`` among the real tokens.
+        key_pos: Positions of ``V`` among the real tokens.
     """
 
     U: Float[Tensor, "k query_pos d_model"]
@@ -56,28 +57,30 @@ class SVD:
 
 
 LAPACK = 2.0
-"""How much longer a flop of LAPACK's decomposition takes than one of a large product, about; the blocks
-of ``benchmarks/contraction.py`` compare."""
-
+"""Time of a flop of LAPACK's decomposition over that of a flop of a large product. An estimate that
+``benchmarks/contraction.py`` compares with what blocks take."""
 
 BESIDE = 7 * 2**19
-"""Bytes that ARPACK took beside in ``benchmarks/contraction.py``, whatever the size."""
+"""Memory in bytes that ARPACK took in ``benchmarks/contraction.py``, whatever the size."""
 
 CALLS = 64
-"""Operations of torch that a push and a pull through one branch take: 47 to 72, by family."""
+"""Calls of torch in a push and a pull through one branch. Families need 47 to 72."""
 
 
 @dataclass(frozen=True, eq=False)
 class SVDProblem:
-    """What is asked for: the k largest triples of A, one prompt's blocks [query, key].
+    """The k largest singular triples of A, the blocks [query, key] of one prompt.
 
     Attributes:
-        op: The operator.
-        prompt: Which prompt of the batch.
-        query: Destinations, among its real tokens.
-        key: Sources.
-        k: How many triples.
-        seed: Of the first vector.
+        op: The operator T.
+        prompt: Index of the prompt in the batch.
+        query: Destinations among the prompt's real tokens.
+        key: Sources among the prompt's real tokens.
+        k: Number of triples.
+        seed: Seed of ARPACK's first vector.
+
+    Raises:
+        ValueError: If A has fewer than k triples, or the seed is not an integer ≥ 0.
     """
 
     op: LinearMap
@@ -90,9 +93,12 @@ class SVDProblem:
     def __post_init__(self):
         most = min(self.shape)
         if not is_int(self.k) or not 1 <= self.k <= most:
-            raise ValueError(f"expected an integer 1 ≤ k ≤ {most} singular triples, got {self.k!r}")
+            raise ValueError(
+                f"k={self.k!r} does not fit an operator that has {most} singular triples. "
+                f"Pass an integer from 1 to {most}."
+            )
         if not is_int(self.seed) or self.seed < 0:
-            raise ValueError(f"expected seed as an integer ≥ 0, got {self.seed!r}")
+            raise ValueError(f"seed={self.seed!r} is not an integer ≥ 0. Pass one, such as 0.")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,45 +107,45 @@ class SVDProblem:
 
     @property
     def dense(self) -> bool:
-        """Whether A itself is made."""
+        """Whether A itself is built."""
         return len(self.query) == len(self.key) == 1 or self.basis >= min(self.shape)
 
     @property
     def basis(self) -> int:
-        """Vectors that ARPACK keeps; it wants fewer than A has rows or columns."""
+        """Number of vectors that ARPACK keeps. It has to be less than A's rows and columns."""
         return max(2 * self.k + 1, 20)
 
     def check(self, limit: int, chain: LinearMap) -> None:
-        """Refuse what does not fit.
+        """Refuse a decomposition that does not fit into memory.
 
         Args:
-            limit: Bytes it may take.
+            limit: Most memory in bytes.
             chain: The operator as the chain of its steps.
 
         Raises:
-            ValueError: If it takes more.
+            ValueError: If the decomposition takes more than ``limit``.
         """
         if (peak := self._peak(chain)) > limit:
             rows, columns = self.shape
             raise ValueError(
                 f"memory_limit is {limit / 2**20:.1f} MiB, but {self.k} singular triples of a "
-                f"{rows} × {columns} operator take {peak / 2**20:.1f} MiB: raise memory_limit, or "
-                "ask for fewer triples or positions"
+                f"{rows} × {columns} operator take {peak / 2**20:.1f} MiB. Raise memory_limit, or "
+                "ask for fewer triples or positions."
             )
 
     def plan(self, what: str, limit: int, chain: LinearMap) -> Plan:
-        """What it costs, if ARPACK restarts as often as is usual.
+        """Predict the cost, for the usual number of ARPACK's restarts.
 
         Args:
-            what: For people.
-            limit: Bytes it may take.
+            what: Name of what is planned, for display.
+            limit: Most memory in bytes.
             chain: The operator as the chain of its steps.
 
         Returns:
-            The plan.
+            The predicted time and memory.
 
         Raises:
-            ValueError: If it does not fit.
+            ValueError: If the decomposition does not fit into memory.
         """
         self.check(limit, chain)
         frame, op, rows = self.op.frame, self.op, self._rows
@@ -153,19 +159,17 @@ class SVDProblem:
             seconds = steps * measured.seconds(cost)
             return Plan(what, steps * cost.flops, seconds, self._peak(chain), limit, 1, (note,))
         pull = len(self.query) <= len(self.key)
-        at, dim, kept = (
-            (self.query, op.out_dim, op.in_dim) if pull else (self.key, op.in_dim, op.out_dim)
-        )
-        at = torch.tensor(at, device=frame.device)
-        job = BatchedSweep(chain, self.prompt, pull).shape(at, dim, states(kept))
-        made = make_plan(what, [job], limit, frame.dtype, frame.device)
+        at = torch.tensor(self.query if pull else self.key, device=frame.device)
+        dim, kept = (op.out_dim, op.in_dim) if pull else (op.in_dim, op.out_dim)
+        sweep = BatchedSweep(chain, self.prompt, pull).shape(at, dim, states(kept))
+        built = make_plan(what, [sweep], limit, frame.dtype, frame.device)
         short, long = sorted(self.shape)
         flops = 6 * long * short**2 + 20 * short**3
         return replace(
-            made,
-            flops=made.flops + flops,
-            seconds=made.seconds + measured.seconds(Cost(product=LAPACK * flops)),
-            peak_bytes=max(made.peak_bytes, self._peak(chain)),
+            built,
+            flops=built.flops + flops,
+            seconds=built.seconds + measured.seconds(Cost(product=LAPACK * flops)),
+            peak_bytes=max(built.peak_bytes, self._peak(chain)),
         )
 
     @property
@@ -173,7 +177,7 @@ class SVDProblem:
         return self.op.frame.batch * self.op.frame.n_pos
 
     def _peak(self, chain: LinearMap) -> int:
-        """Bytes of the dense A and its factors, or of a product, the basis and the result."""
+        """Memory in bytes of the dense A and its factors, or of a product, basis and result."""
         (m, n), op = self.shape, self.op
         if self.dense:
             numbers = 3 * m * n + min(m, n) * (m + n)
@@ -186,7 +190,7 @@ class SVDProblem:
         return int(HEAP * taken + min(taken / 5, KEPT)) + (0 if self.dense else BESIDE)
 
     def _step(self, shapes: Sequence[StageShape]) -> Cost:
-        """One push and one pull of one vector, of all prompts."""
+        """The cost of one push and one pull of a vector, through all prompts."""
         frame, D, rows = self.op.frame, self.op.in_dim, self._rows
         cost = Cost(moved=2.0 * self.basis * min(self.shape))  # orthogonal to the basis, twice
         for b in (b for stage in shapes for b in stage):
@@ -200,15 +204,15 @@ class SVDProblem:
         return cost
 
     def of_dense(self, blocks: Float[Tensor, "query_pos d_out key_pos d_in"]) -> SVD:
-        """The triples from A itself."""
+        """The triples from A itself, by LAPACK."""
         U, S, Vh = torch.linalg.svd(blocks.reshape(self.shape), full_matrices=False)
         return self._result(U.mT[: self.k], S[: self.k], Vh[: self.k])
 
     def by_steps(self) -> SVD:
-        """The triples from pushes and pulls.
+        """The triples from pushes and pulls, by ARPACK.
 
         Returns:
-            The triples.
+            The k largest triples.
 
         Raises:
             ValueError: If scipy is missing.
@@ -220,6 +224,7 @@ class SVDProblem:
         start = frame.spans[self.prompt][0]
         steps = tqdm(desc="svd", unit=" products", delay=2, leave=False)
 
+        # ARPACK knows flat vectors of the entries at some positions; the operator knows batches.
         def act(at: Sequence[int], to: Sequence[int], dim: int, apply):
             def run(vector):
                 x = frame.zeros(dim)

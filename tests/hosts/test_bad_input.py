@@ -200,10 +200,10 @@ def test_targets():
 def test_sites():
     lens = lens_of(SHAPES[0])
     with pytest.raises(
-        ValueError, match=r"no residual site 'blocks\.9\.hook_resid_pre'; there are blocks\.0"
+        ValueError, match=r"no residual site 'blocks\.9\.hook_resid_pre'. Pass one of blocks\.0"
     ):
         lens.between("blocks.9.hook_resid_pre", "unembed.hook_in")
-    with pytest.raises(ValueError, match=r"expected a site at or after.*swap them"):
+    with pytest.raises(ValueError, match=r"comes before 'blocks.*Swap the two"):
         lens.between("unembed.hook_in", "blocks.0.hook_resid_pre")
     with pytest.raises(IndexError, match="prompt 2 does not exist; there are 2"):
         lens[2]
@@ -211,7 +211,7 @@ def test_sites():
 
 @pytest.mark.wrong_types
 def test_sites_that_are_no_names():
-    with pytest.raises(ValueError, match=r"no residual site 1; there are blocks\.0"):
+    with pytest.raises(ValueError, match=r"no residual site 1. Pass one of blocks\.0"):
         lens_of(SHAPES[0]).token_matrix("norm", layers=(1, 2))
 
 

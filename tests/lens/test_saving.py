@@ -502,7 +502,7 @@ HEADER_EDITS = {
     "no checks": (_set("capture", "checks", "items", []), "at least one block"),
     "text for a check": (_set("capture", "checks", "items", [["a", "b"]]), "expected <class 'float'>"),
     "list for a check": (_set("capture", "checks", "items", [[["a"], 1.0]]), "expected <class 'str'>"),
-    "gate": (_set("capture", "convention", "gate", "open"), "expected gate to be one of"),
+    "gate": (_set("capture", "convention", "gate", "open"), "is not known. Pass one of gate, up"),
     "class": (_set("capture", "convention", "$", "Popen"), "expected a part of a lens, got 'Popen'"),
     "library class": (_set("capture", "convention", "$", "TensorLens"), "expected a part of a lens"),
     "builder": (_set("capture", "convention", "$", "Builder"), "expected a part of a lens"),

@@ -102,13 +102,13 @@ def test_however_it_is_cut(case, many, limit, at, folding, pull):
     vectors = randn_like(torch.zeros(len(at), many, op.in_dim, dtype=torch.float64), many)
     sweep = BatchedSweep(op.map, 0, pull, folding=folding)
     reduce = states(op.in_dim)
-    job = sweep.shape(at, many, reduce)
+    shape = sweep.shape(at, many, reduce)
     try:
-        chunks = job.chunks(limit)
+        chunks = shape.chunks(limit)
     except ValueError as error:
-        assert "raise memory_limit" in str(error)
+        assert "Raise memory_limit" in str(error)
         return
-    assert all(job.peak(b, part.stop - part.start) <= limit for part, b in chunks)
+    assert all(shape.peak(b, part.stop - part.start) <= limit for part, b in chunks)
     whole = op.frame.zeros(op.in_dim, len(at), many)
     for k, pos in enumerate(at.tolist()):
         whole[k, :, 0, pos] = vectors[k]
@@ -120,9 +120,9 @@ def test_however_it_is_cut(case, many, limit, at, folding, pull):
 def test_work_is_cut_where_memory_is_short():
     op = lens_of(SHAPES[0]).operator
     at = torch.arange(7)
-    job = BatchedSweep(op.map, 0, True).shape(at, 32, squares())
-    assert len(job.chunks(10**9)) == 1
-    assert len(job.chunks(job.peak(job.blocks(32), 32) - 1)) > 1
+    shape = BatchedSweep(op.map, 0, True).shape(at, 32, squares())
+    assert len(shape.chunks(10**9)) == 1
+    assert len(shape.chunks(shape.peak(shape.blocks(32), 32) - 1)) > 1
 
 
 @pytest.mark.offered("hooked-gpt2" in CASES)
@@ -363,7 +363,7 @@ def test_a_plan_counts_the_kernels_that_bfloat16_is_compiled_to():
     plain, low = (lens.plan("norm", precision=p) for p in (None, "bfloat16"))
     assert low.peak_bytes - HALF_BYTES < plain.peak_bytes < low.peak_bytes
     assert half_bytes(torch.bfloat16, torch.device("meta")) == 0
-    with pytest.raises(ValueError, match=r"memory_limit is .* raise memory_limit"):
+    with pytest.raises(ValueError, match=r"memory_limit is .* Raise memory_limit"):
         lens.token_matrix("norm", precision="bfloat16", memory_limit=HALF_BYTES)
 
 
@@ -406,7 +406,7 @@ def test_singular_values_keep_to_their_plan(what, where):
         == (plan.flops, tight.memory_limit)
     )
     for ask in (call, partial(lens.plan, what)):
-        with pytest.raises(ValueError, match=r"memory_limit is .* raise memory_limit"):
+        with pytest.raises(ValueError, match=r"memory_limit is .* Raise memory_limit"):
             ask(**where, memory_limit=1000)
 
 
@@ -414,11 +414,11 @@ def test_flops_of_a_push_and_pull_are_the_formula():
     """4 · (2 D² for W_V and W_O + 2 m D), 4 · H e L for the pattern, every position and layer."""
     case = CASES.get("hooked-gpt2") or SHAPES[0]
     lens = lens_of(case)
-    op, triples = lens.operator, SVDProblem(lens.operator, 0, [*range(7)], [*range(7)], 1)
+    op, problem = lens.operator, SVDProblem(lens.operator, 0, [*range(7)], [*range(7)], 1)
     D, L, B, m = op.in_dim, 7, 2, lens.capture.blocks[0].mlp.pre.shape[-1]
     steps = round(20 + 0.5 * 19 + 0.5)
     one = 2 * B * L * (4 * (2 * D * D + 2 * m * D) + 4 * L * D)
-    assert triples.plan("svd", 2**30, op.map).flops == steps * one
+    assert problem.plan("svd", 2**30, op.map).flops == steps * one
 
 
 def dense_call(lens, what):
@@ -435,11 +435,11 @@ def test_flops_of_a_pull_are_the_formula():
     lens = lens_of(case)
     op = lens.operator
     D, L, m = op.in_dim, 7, lens.capture.blocks[0].mlp.pre.shape[-1]
-    job = BatchedSweep(op.map, 0, True, folding=False).shape(
+    shape = BatchedSweep(op.map, 0, True, folding=False).shape(
         torch.arange(L), 1, dots(lens.embedding[0])
     )
-    ((_, blocks),) = job.chunks(10**9)
-    cost = job.cost(blocks, 1)
+    ((_, blocks),) = shape.chunks(10**9)
+    cost = shape.cost(blocks, 1)
     rows = L * L  # one block of seven destinations, seven positions each
     top = L * (4 * m * D + 4 * D * D)
     bottom = rows * (4 * m * D + 2 * D * D)  # its W_V is not applied
@@ -460,11 +460,11 @@ def test_flops_of_a_pull_are_the_formula():
         ({"name": "in", "target": 3}, "takes no target"),
         ({"name": "norm", "precision": "int8"}, "precision must be 'bfloat16' or None"),
         ({"name": "norm", "layers": "blocks.1.hook_resid_pre"}, "layers must be a pair"),
-        ({"name": "norm", "layers": SITE[::-1]}, "expected a site at or after"),
+        ({"name": "norm", "layers": SITE[::-1]}, "comes before .*Swap"),
         ({"name": "norm", "layers": ("blocks.9.hook_resid_pre", SITE[1])}, "no residual site"),
         ({"name": "in_out", "target": 3, "layers": SITE}, "A target in logits needs layers up to"),
-        ({"name": "norm", "memory_limit": 1000}, "the smallest chunk .* raise memory_limit"),
-        ({"name": "norm", "memory_limit": -1}, "expected memory_limit as a positive whole number"),
+        ({"name": "norm", "memory_limit": 1000}, "the smallest chunk .* Raise memory_limit"),
+        ({"name": "norm", "memory_limit": -1}, "is not a positive whole number of bytes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -481,37 +481,40 @@ def test_bad_blocks_are_refused():
     case = SHAPES[0]
     op = lens_of(case).operator
     for query, message in (
-        (7, "query_pos 7 is outside prompt 0: expected -7 to 6"),
-        (slice(5, 2), "takes none of the 7 tokens"),
-        (slice(9, None), "takes none of the 7 tokens"),
-        (1.5, "expected query_pos as a position, a slice or None"),
+        (7, "query_pos=7 is outside prompt 0, .* Pass a position from -7 to 6"),
+        (slice(5, 2), "selects none of the 7 tokens"),
+        (slice(9, None), "selects none of the 7 tokens"),
+        (1.5, r"query_pos=.* is not a position\. Pass an integer"),
     ):
         with pytest.raises(ValueError, match=message):
             op.block(query, 0)
-    with pytest.raises(ValueError, match="the prompts differ"):
+    with pytest.raises(ValueError, match="different numbers of positions in different prompts"):
         ragged(case).operator.block(-1, None)
-    with pytest.raises(ValueError, match="the prompts differ"):
+    with pytest.raises(ValueError, match="different numbers of positions in different prompts"):
         ragged(case).plan("block", query_pos=-1, key_pos=None)
-    with pytest.raises(ValueError, match="expected an integer 1 ≤ k ≤ 32"):
+    with pytest.raises(ValueError, match=r"k=0 does not fit .* Pass an integer from 1 to 32"):
         op.svd(0, -1, 2)
     assert torch.equal(
         op.svd(np.int64(2), np.int64(-1)).S, op.svd(2, 6).S
     )  # NumPy's integers serve
-    with pytest.raises(ValueError, match="expected a prompt from 0 to 1, got 2"):
+    with pytest.raises(
+        ValueError, match=r"prompt=2 is not in this batch. Pass an index from 0 to 1"
+    ):
         op.svd(1, prompt=2)
     with pytest.raises(
-        ValueError, match=r"arguments of block: query_pos, key_pos, memory_limit; .*'k'"
+        ValueError,
+        match=r"do not fit block: .*'k'.* Pass those of block: query_pos, key_pos, memory",
     ):
         lens_of(case).plan("block", query_pos=-1, key_pos=0, k=3)
-    with pytest.raises(ValueError, match=r"arguments of block: .* missing"):
+    with pytest.raises(ValueError, match=r"do not fit block: missing"):
         lens_of(case).plan("block", query_pos=-1)
     for wrong, message in (
-        ({"seed": -1}, "expected seed as an integer ≥ 0, got -1"),
-        ({"k": True}, "expected an integer 1 ≤ k ≤ .* got True"),
-        ({"prompt": False}, "expected a prompt from 0 to 1, got False"),
-        ({"query_pos": slice("a", "b")}, "expected query_pos as a position, a slice or None"),
-        ({"key_pos": slice(None, None, 0)}, "expected key_pos as a position, a slice or None"),
-        ({"memory_limit": True}, "expected memory_limit as a positive whole number"),
+        ({"seed": -1}, "seed=-1 is not an integer ≥ 0"),
+        ({"k": True}, "k=True does not fit .* Pass an integer"),
+        ({"prompt": False}, "prompt=False is not in this batch"),
+        ({"query_pos": slice("a", "b")}, r"query_pos=.* is not a position\. Pass an integer"),
+        ({"key_pos": slice(None, None, 0)}, r"key_pos=.* is not a position\. Pass an integer"),
+        ({"memory_limit": True}, "is not a positive whole number of bytes"),
     ):
         for ask in (op.svd, partial(op.plan, "svd")):
             with pytest.raises(ValueError, match=message):
@@ -520,13 +523,13 @@ def test_bad_blocks_are_refused():
         for limit, message in ((1e9, "positive whole number"), (1000, "the dense form needs")):
             with pytest.raises(ValueError, match=message):
                 ask(memory_limit=limit)
-    with pytest.raises(ValueError, match="raise memory_limit"):
+    with pytest.raises(ValueError, match="Raise memory_limit"):
         op.block(None, None, memory_limit=1000)
     with pytest.raises(ValueError, match="This matrix is exact"):
         lens_of(case).token_matrix("norm").interval()
     with pytest.raises(ValueError, match="level=95 is not between 0 and 1"):
         lens_of(case).token_matrix("norm", probes=4).interval(95)
-    with pytest.raises(ValueError, match="expected an operator, or what"):
+    with pytest.raises(ValueError, match="Unembed is not a chain of residual steps"):
         BatchedSweep(lens_of(case).capture.unembed, 0, True).shape(torch.arange(2), 1, squares())
 
 

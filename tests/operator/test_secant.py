@@ -249,7 +249,7 @@ def test_runs_whose_patterns_were_edited_are_refused(case, what):
         edited = tensorlens_tl.capture(model, tokens())[1]
     for baseline in (lens_at(case, other_tokens()), lens_at(case, tokens())):
         for by in ("token", "edge"):
-            with pytest.raises(CaptureMismatchError, match="pass at='clean'"):
+            with pytest.raises(CaptureMismatchError, match="Pass at='clean'"):
                 edited.attribute(3, 4, by=by, baseline=baseline, at="secant")
 
 
@@ -260,7 +260,7 @@ def test_runs_whose_norms_were_edited_are_refused(name):
     model = case.model()
     with quiet(), torch.no_grad(), model.hooks(fwd_hooks=[(name, lambda t, hook: t * 1.5)]):
         edited = tensorlens_tl.capture(model, tokens())[1]
-    with pytest.raises(CaptureMismatchError, match=r"edited scores, patterns or norms.*pass at="):
+    with pytest.raises(CaptureMismatchError, match=r"edited scores, patterns or norms.*Pass at="):
         edited.attribute(3, 4, baseline=lens_at(case, other_tokens()), at="secant")
 
 
@@ -315,7 +315,7 @@ def test_a_corrupted_prompt_left_over_what_one_runs_operator_cannot_say():
 def test_solu_is_refused():
     for case in SOLU:
         clean, corrupted = pair(case)
-        with pytest.raises(ValueError, match=r"elementwise activation for at='secant', got SoLU"):
+        with pytest.raises(ValueError, match=r"needs an elementwise activation, which SoLU"):
             clean.attribute(3, 4, baseline=corrupted, at="secant")
 
 
@@ -324,14 +324,14 @@ def test_solu_without_its_norm_is_refused_too():
     with quiet(), torch.no_grad():
         model = build_hooked({"act_fn": "solu"}, torch.float64)
         clean, corrupted = (tensorlens_tl.capture(model, t)[1] for t in (tokens(), other_tokens()))
-    with pytest.raises(ValueError, match=r"elementwise activation for at='secant', got SoLU"):
+    with pytest.raises(ValueError, match=r"needs an elementwise activation, which SoLU"):
         clean.attribute(3, 4, baseline=corrupted, at="secant")
 
 
 def test_refusals(tmp_path):
     case = CASES[0]
     clean, corrupted = pair(case)
-    with pytest.raises(ValueError, match=r"expected a lens as baseline for at='secant'.*leave at"):
+    with pytest.raises(ValueError, match=r"at='secant' is between two runs.*or drop at="):
         clean.attribute(3, 4, baseline="zero", at="secant")
     with pytest.raises(ValueError, match="a baseline to go with at='secant', got none"):
         clean.attribute(3, 4, at="secant")
@@ -348,5 +348,5 @@ def test_refusals(tmp_path):
             _, lens = tensorlens_tl.capture(edited, tokens())
         finally:
             edited.reset_hooks()
-    with pytest.raises(ValueError, match=r"no hook of your own edited for at='secant': pass at="):
+    with pytest.raises(ValueError, match=r"needs two runs that no hook of yours edited. Pass at="):
         clean.attribute(3, 4, baseline=lens, at="secant")
