@@ -1,9 +1,9 @@
-"""A model as a graph: names of nodes, edges and residual sites, which edges there are, which to keep.
+"""A model as a graph: names of nodes, edges and sites, the edges that exist, the edges to keep.
 
 Key concepts:
-    Node: A place that writes to the residual stream or reads it: "embed", "L0H3", "L3MLP", "logits".
-    Edge: What one node writes, as another reads it: "L0H1→L2H3.v".
-    Wiring: Which edges a model has, in the order of the run.
+    Node: A writer to the residual stream, or a reader of it: "embed", "L0H3", "L3MLP", "logits".
+    Edge: What one node writes and another reads: "L0H1→L2H3.v".
+    Wiring: The edges that a model has, in the order of the run.
 
 No torch in this room.
 """

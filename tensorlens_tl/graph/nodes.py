@@ -1,4 +1,4 @@
-"""Names of the computational graph: nodes, and sites of the residual stream. No torch."""
+"""Names of nodes, edges and residual sites. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 FINAL_SITE = "unembed.hook_in"
-"""The final normalized residual: what the unembedding reads."""
+"""Site of the final normalized residual, which the unembedding reads."""
 
 _NODE = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|(MLP)|N(\d+)|\.(.+))?")
 _NUMBERED = {"dim": "dimension", "order ": "order"}
@@ -14,14 +14,14 @@ _CHANGES = ("operator change", "readout change")
 
 
 def resid_site(layer: int, where: str) -> str:
-    """TransformerLens's name of a residual site.
+    """Name a residual site as TransformerLens does.
 
     Args:
-        layer: Block, from 0.
-        where: "pre", "mid" or "post".
+        layer: Number of the block, from 0.
+        where: "pre", "mid" or "post": before the block, after attention, after the block.
 
     Returns:
-        The name.
+        The name of the site.
 
     >>> resid_site(2, "pre")
     'blocks.2.hook_resid_pre'
@@ -36,7 +36,7 @@ def site_parts(site: str) -> tuple[int, str]:
         site: Name of a residual site.
 
     Returns:
-        The block, from 0, and "pre", "mid" or "post". For any other text −1 and "".
+        Number of the block, from 0, and "pre", "mid" or "post". For any other text −1 and "".
 
     >>> site_parts("blocks.2.hook_resid_pre")
     (2, 'pre')
@@ -49,16 +49,25 @@ def site_parts(site: str) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Node:
-    """Something that writes to the residual stream, or reads from it.
+    """A place that writes to the residual stream, or reads from it.
 
     Attributes:
-        kind: "embed", "pos_embed", "input" (both: all that enters the first block), "head", "mlp",
-            "neuron", "constant" or "logits"; as rows of a
-            split also "layer", "dimension", "order" and "change".
-        layer: Block, from 0; None outside the blocks.
-        index: Head, neuron, dimension of the residual, or order.
-        name: A constant's own name, such as "b_O" or "ln_final.b"; which input of a head is read,
-            "v", "q" or "k"; empty for what a head writes.
+        kind: "embed", "pos_embed", "input" (the sum of these two, which enters the first block),
+            "head", "mlp", "neuron", "constant" or "logits". Rows of an attribution can also be
+            a "layer", "dimension", "order" or "change".
+        layer: Number of the block, from 0, or None outside the blocks.
+        index: Number of the head, the neuron, the dimension of the residual, or the order.
+        name: Name of a constant, such as "b_O" or "ln_final.b". For a reader, the input of the head
+            that is read, "v", "q" or "k". Empty for the head as a writer.
+
+    Example:
+        >>> from tensorlens_tl import Node
+        >>> Node("head", layer=3, index=7)
+        Node(kind='head', layer=3, index=7, name='')
+        >>> str(Node("head", layer=3, index=7))
+        'L3H7'
+        >>> Node.parse("L3MLP").kind
+        'mlp'
     """
 
     kind: str
@@ -89,15 +98,18 @@ class Node:
 
     @classmethod
     def parse(cls, text: str) -> Node:
-        """Read a node's name: "embed", "pos_embed", "input", "logits", "L3H7", "L3MLP", "L3N512", "L3.b_O".
+        """Read the name of a node.
 
-        Also a head's input, "L3H7.v", and the rows "L3" (a layer), "dim5" and "order 2".
+        Args:
+            text: One of "embed", "pos_embed", "input", "logits", a head "L3H7" or its input
+                "L3H7.v", an MLP "L3MLP", a neuron "L3N512", a constant "L3.b_O", or a row of an
+                attribution: "L3" (a layer), "dim5" or "order 2".
 
         Returns:
-            The node.
+            The node of this name.
 
         Raises:
-            ValueError: If the text is no node's name.
+            ValueError: If no node has this name.
 
         >>> Node.parse("L3H7")
         Node(kind='head', layer=3, index=7, name='')
@@ -113,8 +125,9 @@ class Node:
                 return cls(kind, index=int(text.removeprefix(start)))
         if not (found := _NODE.fullmatch(text)):
             raise ValueError(
-                f"{text!r} is no node; expected 'embed', 'pos_embed', 'input', 'logits', a head 'L3H7' or "
-                "its input 'L3H7.v', an MLP 'L3MLP', a neuron 'L3N512' or a constant 'L3.b_O'"
+                f"{text!r} is not a node. Name 'embed', 'pos_embed', 'input', 'logits', a head "
+                "'L3H7' or its input 'L3H7.v', an MLP 'L3MLP', a neuron 'L3N512' or a constant "
+                "'L3.b_O'."
             )
         layer, head, reads, mlp, neuron, constant = found.groups()
         if head is not None:
@@ -130,11 +143,19 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """From what one node writes to what another reads, straight along the residual stream.
+    """A direct connection along the residual stream, from a writer to a reader.
 
     Attributes:
-        src: A writer: embeddings, a head, an MLP, a constant.
-        dest: A reader: a head's value, query or key input ("L2H1.v"), an MLP, or "logits".
+        src: The writer: embeddings, a head, an MLP or a constant.
+        dest: The reader: the value, query or key input of a head ("L2H1.v"), an MLP, or the logits.
+
+    Example:
+        >>> from tensorlens_tl import Edge
+        >>> edge = Edge.parse("L0H3->L2H1.k")
+        >>> print(edge)
+        L0H3→L2H1.k
+        >>> edge.dest.name, edge.conserved
+        ('k', False)
     """
 
     src: Node
@@ -145,30 +166,36 @@ class Edge:
 
     @property
     def conserved(self) -> bool:
-        """Whether it is in a sum: what a query or key reads is first-order and in none."""
+        """Whether the edge is part of a sum that gives the target.
+
+        Scores of edges into queries and keys are first-order estimates, and part of no sum.
+        """
         return self.dest.name not in ("q", "k")
 
     @classmethod
     def parse(cls, text: str) -> Edge:
-        """Read an edge's name, "L0H3→L2H1.v"; "->" does as well as the arrow.
+        """Read the name of an edge.
+
+        Args:
+            text: A writer and a reader, such as "L0H3→L2H1.v" or "L0H3->L2H1.v".
 
         Returns:
-            The edge.
+            The edge of this name.
 
         Raises:
-            ValueError: If the text is no edge's name.
+            ValueError: If no edge has this name.
 
         >>> str(Edge.parse("L0H3->L2H1.v"))
         'L0H3→L2H1.v'
         """
         src, arrow, dest = text.replace("->", "→").partition("→")
         if not arrow:
-            raise ValueError(f"{text!r} is no edge; expected a writer and a reader, 'L0H3→L2H1.v'")
+            raise ValueError(f"{text!r} is not an edge. Name both ends, such as 'L0H3→L2H1.v'.")
         edge = cls(Node.parse(src.strip()), Node.parse(dest.strip()))
         reads = edge.dest.kind in ("mlp", "logits") or (edge.dest.kind == "head" and edge.dest.name)
         if not reads or edge.src.kind == "logits" or (edge.src.kind == "head" and edge.src.name):
             raise ValueError(
-                f"{text!r} is no edge; expected a writer ('embed', 'L0H3', 'L0MLP', 'L0.b_O') and a reader "
-                "('L2H1.v', 'L2MLP', 'logits')"
+                f"{text!r} is not an edge. Name a writer ('embed', 'L0H3', 'L0MLP', 'L0.b_O') "
+                "and a reader ('L2H1.v', 'L2MLP', 'logits')."
             )
         return edge

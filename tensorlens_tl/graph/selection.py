@@ -1,16 +1,19 @@
-"""Which edges make a circuit: ranked by their scores, cut to a size, connected. No torch.
+"""Select the edges of a circuit: rank them by score, cut to a size, keep them connected. No torch.
 
-    greedy      from the logits down: again and again the largest |score| into a node that is in
+    greedy      from the logits down: again and again the largest |score| into a selected node
     absolute    the largest |score|
     signed      the largest score
-    influence   what an edge carries to the logits: a node passes its influence down to the edges
-                into it in proportion to |score|, the logits have 1
+    influence   the largest part that reaches the logits: the logits have influence 1, and a node
+                passes its influence to the edges into it in proportion to |score|
 
-An edge that is on no path from the input to the logits carries nothing. So an edge comes with what
-connects it: the largest edge into its writer, into that one's writer and so on down to a node that
-is in, and likewise the largest out of its reader up. Where that passes the size asked for, the edge
-is passed over. (Cut at a size and pruned instead, a ranking may leave nothing: an induction
-circuit's first head reads the tokens by an edge that many are larger than.)
+1. Rank all edges by one of these rules.
+2. Take the best edge, with the edges that connect it. An edge on no path from the input to the
+   logits carries nothing. So add the largest edge into its writer, then into the writer of that
+   edge, down to a selected node; and likewise the largest edge out of its reader, up to one.
+3. Skip an edge whose connection does not fit the size. Repeat until the size is reached.
+
+Pruning after a plain cut may leave nothing instead: the first head of an induction circuit reads
+the tokens by an edge that many other edges exceed.
 
 Greedy growth: Hanna, Pezzelle, Belinkov, "Have faith in faithfulness" (arXiv 2403.17806).
 """
@@ -30,13 +33,13 @@ SELECTIONS = ("greedy", "absolute", "signed", "influence")
 
 
 def connected(edges: Iterable[Edge]) -> frozenset[Edge]:
-    """The edges on a path from the input to the logits.
+    """Keep the edges that lie on a path from the input to the logits.
 
     Args:
-        edges: Some edges.
+        edges: The edges to choose from.
 
     Returns:
-        Those of them.
+        The edges on such a path.
     """
     edges, up, down = list(edges), defaultdict(set), defaultdict(set)
     for edge in edges:
@@ -56,14 +59,14 @@ def _reach(start: Node, following: Mapping[Node, set[Node]]) -> set[Node]:
 
 
 def influences(scores: Mapping[Edge, float], wiring: Wiring) -> dict[Edge, float]:
-    """What every edge carries to the logits, by shares of |score|.
+    """The share of the logits that passes through every edge, split by |score|.
 
     Args:
-        scores: Every edge's.
-        wiring: The model's.
+        scores: Score of every edge.
+        wiring: Shape of the model.
 
     Returns:
-        Numbers from 0 to 1; those into the logits sum to 1.
+        Influence of every edge, from 0 to 1. The edges into the logits sum to 1.
     """
     into: dict[Node, list[Edge]] = defaultdict(list)
     for edge in scores:
@@ -79,25 +82,25 @@ def influences(scores: Mapping[Edge, float], wiring: Wiring) -> dict[Edge, float
 
 
 def ranked_by(scores: Mapping[Edge, float], wiring: Wiring, selection: str) -> dict[Edge, float]:
-    """The number that a selection ranks every edge by, the larger the better.
+    """Compute the number that a selection rule ranks every edge by. Larger is better.
 
     Args:
-        scores: Every edge's.
-        wiring: The model's.
-        selection: One of :data:`SELECTIONS`.
+        scores: Score of every edge.
+        wiring: Shape of the model.
+        selection: Ranking rule, one of :data:`SELECTIONS`.
 
     Returns:
-        Numbers by edge, in the order of ``scores``.
+        The number of every edge, in the order of ``scores``.
 
     Raises:
-        ValueError: If there is no such selection, or a score is no number.
+        ValueError: If ``selection`` does not exist, or a score is not finite.
     """
     if selection not in SELECTIONS:
         raise ValueError(
             f"selection={selection!r} does not exist. Use one of {', '.join(SELECTIONS)}."
         )
     if wrong := [edge for edge, score in scores.items() if not math.isfinite(score)]:
-        raise ValueError(f"the score of {wrong[0]} is {scores[wrong[0]]}, expected a finite number")
+        raise ValueError(f"The score of {wrong[0]} is {scores[wrong[0]]}. Scores must be finite.")
     if selection == "influence":
         found = influences(scores, wiring)
         return {edge: found[edge] for edge in scores}
@@ -111,30 +114,31 @@ def select(
     threshold: float | None = None,
     selection: str = "greedy",
 ) -> tuple[Edge, ...]:
-    """A circuit's edges.
+    """Select the edges of a circuit from their scores.
 
     Args:
-        scores: Every edge's.
-        wiring: The model's.
-        n_edges: So many, or
-        threshold: all edges that are ranked by at least this, with what connects them.
-        selection: One of :data:`SELECTIONS`.
+        scores: Score of every candidate edge.
+        wiring: Shape of the model.
+        n_edges: Largest size of the circuit. Give either this or ``threshold``.
+        threshold: Keep every edge ranked at or above this value, with the edges that connect it.
+        selection: Ranking rule, one of :data:`SELECTIONS`.
 
     Returns:
-        The edges, in the order of ``scores``: all on paths from the input to the logits.
+        The selected edges, in the order of ``scores``. All lie on paths from input to logits.
 
     Raises:
-        ValueError: If not one of ``n_edges`` and ``threshold`` is given, or it makes no sense.
+        ValueError: If both or neither of ``n_edges`` and ``threshold`` are given, or one is not a
+            usable number.
     """
     values = ranked_by(scores, wiring, selection)
     if (n_edges is None) == (threshold is None):
-        given = "both" if n_edges is not None else "neither"
-        raise ValueError(f"expected n_edges or threshold, got {given}: give one of them")
+        given = "Neither" if n_edges is None else "Each"
+        raise ValueError(f"{given} of n_edges and threshold was given. Give exactly one of them.")
     size, least = len(scores), -math.inf
     if threshold is None:
         size = _count(n_edges, len(scores))
     elif isinstance(threshold, bool) or not math.isfinite(threshold):
-        raise ValueError(f"expected threshold as a finite number, got {threshold!r}")
+        raise ValueError(f"threshold={threshold!r} is not finite. Pass a finite number.")
     else:
         least = threshold
     growth = _Growth(values, size)
@@ -151,8 +155,8 @@ def select(
 def _count(n_edges: object, total: int) -> int:
     if not is_int(n_edges) or not 1 <= n_edges <= total:
         raise ValueError(
-            f"expected n_edges as an integer from 1 to {total}, all the edges that were ranked, got "
-            f"{n_edges!r}"
+            f"n_edges={n_edges!r} is not an integer from 1 to {total}, the number of ranked edges. "
+            "Choose a size in this range."
         )
     return int(n_edges)
 
@@ -174,10 +178,10 @@ class _Growth:
                     best[node] = edge
 
     def add(self, edge: Edge) -> list[Node]:
-        """Add an edge and what connects it, if that fits.
+        """Add an edge with the edges that connect it, if they fit.
 
         Returns:
-            The nodes that are new.
+            The nodes that were not in the circuit before.
         """
         if edge in self.edges:
             return []
@@ -198,7 +202,7 @@ class _Growth:
         return sorted(new, key=str)
 
     def from_the_logits(self, least: float) -> None:
-        """Add the largest edge into a node that is in, as long as one fits."""
+        """Add the best edge into any selected node, again and again, while one fits."""
         order = {edge: i for i, edge in enumerate(self.values)}
         todo: list[tuple[float, int, Edge]] = []
 

@@ -1,9 +1,8 @@
-"""Which node may read which: the edges that a model of some shape has. No torch.
+"""The edges that a model of a given shape has. No torch.
 
-Writers are ``input`` (token and position embeddings: all that enters the first block), heads and
-MLPs; readers are every query head's queries, keys and values, MLPs and the logits. Constants write
-too, but are no part of a circuit: they are always there. GPT-2 small has 32,491 edges, 11,611 of
-them without queries and keys.
+Writers are ``input`` (the sum of token and position embeddings, which enters the first block),
+heads and MLPs. Readers are the queries, keys and values of every query head, the MLPs, and the
+logits. Constants write, too, but a circuit does not choose them: they are always kept.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ INPUT, LOGITS = Node("input"), Node("logits")
 
 
 def owner(reader: Node) -> Node:
-    """The node that a reader belongs to: of "L2H1.k" the head L2H1."""
+    """The node that a reader belongs to: the head L2H1 for its input "L2H1.k"."""
     return replace(reader, name="") if reader.kind == "head" else reader
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """A model's shape, as far as it tells which edges there are.
+    """The shape of a model, as far as it decides which edges exist.
 
     Attributes:
-        n_layers: Blocks.
-        n_heads: Query heads in each.
+        n_layers: Number of blocks.
+        n_heads: Number of query heads in each block.
         parallel: Whether attention and MLP of a block read the same residual.
-        attn_only: Whether there are no MLPs.
+        attn_only: Whether the model has no MLPs.
     """
 
     n_layers: int
@@ -39,7 +38,7 @@ class Wiring:
     attn_only: bool = False
 
     def writers(self) -> tuple[Node, ...]:
-        """All writers, from below."""
+        """All writers, first to last."""
         found = [INPUT]
         for layer in range(self.n_layers):
             found += [Node("head", layer, head) for head in range(self.n_heads)]
@@ -47,13 +46,13 @@ class Wiring:
         return tuple(found)
 
     def readers(self, qk: bool = True) -> tuple[Node, ...]:
-        """All readers, from below.
+        """All readers, first to last.
 
         Args:
-            qk: Whether queries and keys are among them.
+            qk: Whether to include queries and keys.
 
         Returns:
-            The readers.
+            The readers as nodes, the logits last.
         """
         found: list[Node] = []
         for layer in range(self.n_layers):
@@ -63,18 +62,18 @@ class Wiring:
         return (*found, LOGITS)
 
     def edges(self, qk: bool = True) -> tuple[Edge, ...]:
-        """All edges, reader by reader from below.
+        """All edges, grouped by reader, first reader first.
 
         Args:
             qk: Whether queries and keys are readers.
 
         Returns:
-            The edges.
+            The edges that this model has.
         """
         return _edges(self, qk)
 
     def has(self, edge: Edge) -> bool:
-        """Whether this model has an edge."""
+        """Whether this model has the edge."""
         return edge in _edge_set(self)
 
     def check(self, edges: Iterable[Edge]) -> None:
@@ -89,13 +88,16 @@ class Wiring:
             for node, known, role in ((edge.src, writers, "writes"), (edge.dest, readers, "reads")):
                 if node not in known:
                     raise ValueError(
-                        f"no edge {edge}: nothing called {node} {role} here; there are "
-                        f"{_some(known)}"
+                        f"The edge {edge} does not exist, because nothing called {node} {role} in "
+                        f"this model. Use one of {_some(known)}."
                     )
             raise ValueError(
-                f"no edge {edge}: {edge.dest} reads before {edge.src} writes; expected an edge along "
-                "the order of layers"
+                f"The edge {edge} does not exist, because {edge.dest} reads before {edge.src} "
+                "writes. Use an edge along the order of layers."
             )
+
+    # A half-step of the run each: 2l is before attention of block l, 2l + 1 after it and before the
+    # MLP, 2l + 2 after the MLP. A reader sees every writer whose half-step is not after its own.
 
     def _written(self, writer: Node) -> int:
         if writer.layer is None:
@@ -132,23 +134,23 @@ def _some(nodes: dict[Node, None]) -> str:
 def as_edges(
     wiring: Wiring, given: Iterable[Edge | Node | str], pos_embed: bool = False
 ) -> tuple[Edge, ...]:
-    """The edges that a user named, or all between the nodes that a user named.
+    """The edges that a user named, or all edges between the nodes that a user named.
 
     Args:
-        wiring: The model's.
-        given: Edges, "L0H1→L1H2.k", or nodes, "L0H1"; not both kinds. ``embed`` and ``pos_embed``
-            together stand for ``input``, and nodes are joined with each other, the input and the
-            logits.
-        pos_embed: Whether the model has position embeddings beside the tokens'.
+        wiring: Shape of the model.
+        given: Either edges such as "L0H1→L1H2.k", or nodes such as "L0H1". Nodes are joined with
+            each other, the input and the logits. ``embed`` and ``pos_embed`` together stand for
+            ``input``.
+        pos_embed: Whether the model adds position embeddings to the token embeddings.
 
     Returns:
-        The edges, each once, from below.
+        The edges without repeats, in the order of :meth:`Wiring.edges`.
 
     Raises:
-        ValueError: If they are both, or this model does not have them.
+        ValueError: If ``given`` mixes nodes and edges, or the model lacks one of them.
     """
     if isinstance(given, str | Node | Edge) or not isinstance(given, Iterable):
-        raise ValueError(f"expected a list of nodes or of edges, got {given!r}: put it in a list")
+        raise ValueError(f"{given!r} is not a list of nodes or edges. Put it in a list.")
     items = [
         (Edge if "→" in item or "->" in item else Node).parse(item)
         if isinstance(item, str)
@@ -156,18 +158,20 @@ def as_edges(
         for item in given
     ]
     if odd := [item for item in items if not isinstance(item, Edge | Node)]:
-        raise ValueError(f"expected nodes or edges, got {odd[0]!r}: pass names such as 'L0H1'")
+        raise ValueError(f"{odd[0]!r} is neither a node nor an edge. Pass names such as 'L0H1'.")
     if items and all(isinstance(item, Node) for item in items):
         nodes = {owner(_whole(node)) for node in items if isinstance(node, Node)}
         if unknown := nodes - set(wiring.writers()) - {LOGITS}:
             node = min(map(str, unknown))
-            raise ValueError(f"no node {node}; there are {_some(_members(wiring)[0])}")
+            raise ValueError(
+                f"The model has no node {node}. Use one of {_some(_members(wiring)[0])}."
+            )
         nodes |= {INPUT, LOGITS}
         return tuple(e for e in wiring.edges() if e.src in nodes and owner(e.dest) in nodes)
     if any(isinstance(item, Node) for item in items):
         raise ValueError(
-            "expected nodes or edges, got both: name all edges, or the nodes alone, whose edges are "
-            "then all kept"
+            "The list holds both nodes and edges. Name edges only, or nodes only: all edges "
+            "between the nodes are then kept."
         )
     edges = {item for item in items if isinstance(item, Edge)}
     _both_embeddings(edges, pos_embed)
@@ -186,12 +190,6 @@ def _both_embeddings(edges: set[Edge], pos_embed: bool) -> None:
     if one := pos - tokens if not pos_embed else pos ^ tokens:
         dest = min(map(str, one))
         raise ValueError(
-            f"expected embed→{dest} and pos_embed→{dest} together, got one of them: the operator acts "
-            f"on their sum, so name both, or input→{dest}"
+            f"Only one of embed→{dest} and pos_embed→{dest} was given, but the operator acts on "
+            f"their sum. Name both, or input→{dest}."
         )
-
-
-# --- The names of EAP-IG and MIB -----------------------------------------------------------------
-
-
-LOGITS = Node("logits")

@@ -519,20 +519,20 @@ def test_refused_nodes_and_edges():
     for wrong, match in (
         (
             ["L1H0→L0H1.v"],
-            r"no edge L1H0→L0H1.v: L0H1.v reads before L1H0 writes; expected .* order",
+            r"edge L1H0→L0H1.v does not exist, because L0H1.v reads before L1H0 writes",
         ),
         (["L0MLP→L0H1.q"], r"L0H1.q reads before L0MLP writes"),
-        (["L0H9→logits"], r"nothing called L0H9 writes here; there are input, L0H0, .*L1MLP"),
-        (["L0H1→L7MLP"], r"nothing called L7MLP reads here; there are L0H0.q"),
-        (["L0.b_O→L1MLP"], r"nothing called L0.b_O writes here"),
-        (["L7H1"], r"no node L7H1; there are input"),
-        (["L0H1", "L0H1→logits"], "expected nodes or edges, got both"),
-        (["embed→L0MLP"], "expected embed→L0MLP and pos_embed→L0MLP together, got one"),
-        (["pos_embed→L0MLP"], "expected embed→L0MLP and pos_embed→L0MLP together, got one"),
-        ("L0H1", "expected a list of nodes or of edges, got 'L0H1': put it in a list"),
-        (5, "expected a list of nodes or of edges, got 5: put it in a list"),
-        ([3], "expected nodes or edges, got 3: pass names"),
-        (["L0H1→L1H2"], "is no edge; expected a writer"),
+        (["L0H9→logits"], r"nothing called L0H9 writes in this model. Use one of input, L0H0, .*L1MLP"),
+        (["L0H1→L7MLP"], r"nothing called L7MLP reads in this model. Use one of L0H0.q"),
+        (["L0.b_O→L1MLP"], r"nothing called L0.b_O writes in this model"),
+        (["L7H1"], r"no node L7H1. Use one of input"),
+        (["L0H1", "L0H1→logits"], "holds both nodes and edges"),
+        (["embed→L0MLP"], "Only one of embed→L0MLP and pos_embed→L0MLP was given"),
+        (["pos_embed→L0MLP"], "Only one of embed→L0MLP and pos_embed→L0MLP was given"),
+        ("L0H1", "'L0H1' is not a list of nodes or edges. Put it in a list"),
+        (5, "5 is not a list of nodes or edges. Put it in a list"),
+        ([3], "3 is neither a node nor an edge. Pass names"),
+        (["L0H1→L1H2"], "is not an edge. Name a writer"),
     ):
         with pytest.raises(ValueError, match=match):
             lens.circuit(wrong)
@@ -546,13 +546,13 @@ def test_refused_sizes_and_runs():
     lens = lens_of(case)
     total = len(lens.operator.wiring.edges())
     for kwargs, match in (
-        ({"n_edges": total + 1}, rf"n_edges as an integer from 1 to {total}, .*got {total + 1}"),
-        ({"n_edges": 0}, "n_edges as an integer from 1"),
-        ({"n_edges": 2.5}, "n_edges as an integer from 1"),
-        ({"n_edges": True}, "n_edges as an integer from 1"),
-        ({}, "expected n_edges or threshold, got neither: give one"),
-        ({"n_edges": 3, "threshold": 0.1}, "expected n_edges or threshold, got both: give one"),
-        ({"threshold": math.nan}, "threshold as a finite number, got nan"),
+        ({"n_edges": total + 1}, rf"n_edges={total + 1} is not an integer from 1 to {total}"),
+        ({"n_edges": 0}, "n_edges=0 is not an integer from 1"),
+        ({"n_edges": 2.5}, "n_edges=2.5 is not an integer from 1"),
+        ({"n_edges": True}, "n_edges=True is not an integer from 1"),
+        ({}, "Neither of n_edges and threshold was given"),
+        ({"n_edges": 3, "threshold": 0.1}, "Each of n_edges and threshold was given"),
+        ({"threshold": math.nan}, "threshold=nan is not finite"),
         (
             {"n_edges": 3, "selection": "best"},
             "selection='best' does not exist. Use one of greedy, absolute",
@@ -562,11 +562,11 @@ def test_refused_sizes_and_runs():
             lens.discover(3, **kwargs)
     with quiet(), torch.no_grad():
         _, shorter = tensorlens_tl.capture(case.model(), tokens()[:, :5])
-    with pytest.raises(ValueError, match=r"as many tokens.*pad or reword the corrupted prompt"):
+    with pytest.raises(ValueError, match=r"prompt 0 has 7, its baseline 5. Reword the corrupted prompt"):
         lens.discover(3, n_edges=5, corrupted=shorter)
     scores = dict.fromkeys(lens.operator.wiring.edges(), math.nan)
     with pytest.raises(
-        ValueError, match=r"the score of input→L0H0\.q is nan, expected a finite number"
+        ValueError, match=r"The score of input→L0H0\.q is nan"
     ):
         select(scores, lens.operator.wiring, 5)
 

@@ -220,8 +220,8 @@ def test_refusals(model, tmp_path):
         ((rows[0], rows[1][:2]), {}, "3 prompts but 2 corrupted prompts"),
         ((rows[0], rows[1][0]), {}, "3 prompts but 1 corrupted prompts"),
         ((rows[0], None, ["Mary"]), {}, "target has 1 entries for 3 prompts"),
-        (rows, {"n_edges": 10**6}, "n_edges as an integer from 1 to 479, .*got 1000000"),
-        (rows, {"n_edges": None}, "expected n_edges or threshold, got neither"),
+        (rows, {"n_edges": 10**6}, "n_edges=1000000 is not an integer from 1 to 479"),
+        (rows, {"n_edges": None}, "Neither of n_edges and threshold was given"),
         (rows, {"selection": "luck"}, "selection='luck' does not exist. Use one of greedy"),
         (rows, {"batch_size": 0}, "batch_size=0 is not an integer ≥ 1"),
         (rows, {"targets": "Mary"}, "no argument targets, here or in the model's forward pass"),
@@ -250,7 +250,7 @@ def test_refusals(model, tmp_path):
         (
             (rows[0], [p + " a" for p in rows[1]]),
             {},
-            r"as many tokens.*pad or reword the corrupted",
+            "must have the same number of tokens: prompt 0",
         ),
         (
             ([torch.tensor([1, 5, 6])] * 2, [torch.tensor([1, 5, 6]), torch.tensor([1, 5])]),

@@ -578,10 +578,10 @@ def test_flags_that_change_a_host_s_shapes_change_nothing():
 BAD = {
     "L1H2→L0MLP": "L0MLP reads before L1H2 writes; expected an edge along the order of layers",
     "L0MLP→L0H1.v": "L0H1.v reads before L0MLP writes",
-    "L7H0→logits": "nothing called L7H0 writes here; there are input, L0H0",
-    "L0H0→L0H9.q": "nothing called L0H9.q reads here",
-    "L0.b_O→logits": "nothing called L0.b_O writes here",  # constants are always kept
-    "L0H0→L1N3": "is no edge; expected a writer",
+    "L7H0→logits": "nothing called L7H0 writes in this model. Use one of input, L0H0",
+    "L0H0→L0H9.q": "nothing called L0H9.q reads in this model",
+    "L0.b_O→logits": "nothing called L0.b_O writes in this model",  # constants are always kept
+    "L0H0→L1N3": "is not an edge. Name a writer",
 }
 
 
