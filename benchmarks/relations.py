@@ -28,8 +28,9 @@ from tensorlens_tl.demo.facts import RELATIONS
 from tensorlens_tl.evaluation.intervals import bootstrap
 from tensorlens_tl.hosts.loading import load_model
 from tensorlens_tl.relations.decoding_study import MEAN, VARIANTS, RelationStudy, decode
+from tensorlens_tl.relations.linear_relation import MAP_METHODS
 from tensorlens_tl.relations.statements import state
-from tensorlens_tl.relations.validity_study import METHODS, ValidityStudy, validity
+from tensorlens_tl.relations.validity_study import ValidityStudy, validity
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -90,7 +91,7 @@ def one_prompt(model, study):
     for name in study.accuracy:
         statements = state(model, demo.relation(name), 0, layers=[0])
         n, y = len(statements), statements.output
-        for method, beta in (*((method, 1.0) for method in METHODS), ("jacobian", tuned)):
+        for method, beta in (*((method, 1.0) for method in MAP_METHODS), ("jacobian", tuned)):
             maps = [statements.maps(method, i) for i in range(n)]
             W, b = torch.cat([m.W for m in maps]), torch.cat([m.b for m in maps])
             told = beta * torch.einsum("ijk,mk->imj", W, statements.hidden[:, 0]) + b[:, None]
@@ -146,12 +147,18 @@ def faithfulness(study):
 
 def causality(study):
     rows = []
-    sides = [f"{method}, β = 1" for method in METHODS]
+    sides = [f"{method}, β = 1" for method in MAP_METHODS]
     for n, name, cells, (_, key) in relation_rows(study, "causality", sides):
         most = [percent(study.estimate("ceiling", side, n, key)) for side in sides]
         gap = percent(study.difference("causality", *sides, n, key), signed=True)
         rows.append([n, name, *cells, gap, *most])
-    head = ["n", "relation", *METHODS, "difference", *(f"other's h there ({m})" for m in METHODS)]
+    head = [
+        "n",
+        "relation",
+        *MAP_METHODS,
+        "difference",
+        *(f"other's h there ({m})" for m in MAP_METHODS),
+    ]
     return table(head, rows)
 
 
@@ -213,7 +220,7 @@ def radii(study):
         crossing = study.crossing(kind)
         whole = statistics.median(row.whole for row in study.select(kind))
         rows.append([
-            kind, *(number(study.radius(kind, method)) for method in METHODS),
+            kind, *(number(study.radius(kind, method)) for method in MAP_METHODS),
             number(study.limit(kind)), f"{crossing:.2g}" if crossing else "–",
             "–" if kind == "random" else f"{whole:.2g}",
         ])  # fmt: skip
@@ -228,7 +235,7 @@ def errors(study):
     rows = [
         [kind, method, *(number(study.error(kind, method, size)) for size in sizes)]
         for kind in study.kinds
-        for method in METHODS
+        for method in MAP_METHODS
     ]
     return table(["direction", "method", *(f"{size:.2g}" for size in sizes)], rows)
 
@@ -379,7 +386,7 @@ def measure(quick):
 def measure_relations(quick):
     model = demo.load_model()
     relations = [demo.relation(name) for name in (RELATIONS[:2] if quick else RELATIONS)]
-    study = decode(model, relations, (3, 5), splits=2 if quick else 16)
+    study = decode(model, relations, (3, 5), splits=2 if quick else 16, progress=True)
     return {
         "relations": json.loads(study.to_json()),
         "own parts": own_parts(model, study),
@@ -395,7 +402,7 @@ def measure_validity(quick):
         kind = "sentences of the TinyStories sample"
         runs.append((stories, stories_prompts(10 if quick else 100), kind))
     return [
-        json.loads(validity(model, prompts, held=HELD).to_json()) | {"prompts": kind}
+        json.loads(validity(model, prompts, held=HELD, progress=True).to_json()) | {"prompts": kind}
         for model, prompts, kind in runs
     ]
 

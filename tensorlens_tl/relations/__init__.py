@@ -1,9 +1,9 @@
-"""Does the operator of one prompt hold for others: linear relations, and the radius of validity.
+"""Whether one prompt's operator holds for others: relations decoded linearly, and local validity.
 
 Key concepts:
     Relation: Prompt templates with subjects and objects, such as capitals of countries.
-    decode: A study of how well a map from one prompt decodes the objects of others.
-    validity: Errors of the operator and the Jacobian at a distance from their prompt.
+    decode: A study of how well linear maps from some prompts decode the objects of others.
+    validity: A study of how far from its prompt the operator holds, beside the Jacobian.
 """
 
 from .decoding_study import decode

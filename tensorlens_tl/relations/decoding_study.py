@@ -1,19 +1,18 @@
-"""How faithfully, and how causally, relations decode linearly: splits, methods, intervals.
+"""How faithfully, and how causally, linear maps decode relations: a study over many draws.
 
-:func:`decode` fits the maps of :mod:`relation_maps` on a few training subjects, again and again, and
-asks of all others
+1. Draw training subjects; test on the rest.
+2. Fit the linear maps of every method on the training subjects.
+3. Faithfulness: the share of test subjects that β W h + b decodes to the model's own next token.
+4. Causality: the share of edits after which the real model says the other subject's token. An edit
+   puts h + W†(y′ − y) in the place of h.
+5. Take means over draws, with intervals.
 
-    faithfulness   the share that β W h + b decodes to the model's own first token
-    causality      the share that the real model, run again with h + W†(y′ − y) in h's place,
-                   says the token of the subject it was edited into
-
-Layer, β and rank are chosen on the training subjects alone (``Statements.fit``). β has no part in
-edits: a method's are the same whether its β is tuned or not.
+Layer, β and rank are chosen on the training subjects alone (``Statements.fit``). Edits do not use
+β, so a method's edits are the same whether β is tuned or not.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,17 +23,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..evaluation import Estimate, bootstrap
-from .linear_relation import METHODS
+from .linear_relation import MAP_METHODS
 from .relation import Relation
 from .statements import RANKS, Statements, state
-
-__all__ = ["BETAS", "RANKS", "Decoding", "Relation", "RelationStudy", "decode", "state"]
+from .study_file import read_study, study_text
 
 BETAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
-FORMAT = "tensorlens_tl relation study 1"
-VARIANTS = tuple(f"{method}, β {how}" for method in METHODS for how in ("= 1", "tuned"))
+"""Values of β to choose from where β is tuned."""
+STUDY_FORMAT = "tensorlens_tl relation study 1"
+VARIANTS = tuple(f"{method}, β {how}" for method in MAP_METHODS for how in ("= 1", "tuned"))
 MEAN = "mean output"
-"""The variant that knows no subject: W = 0, b the training subjects' mean output."""
+"""The variant that knows no subject: W is 0, and b the training subjects' mean output."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,23 @@ class Decoding:
     """One way to fit one relation from one draw of training subjects, tested on the rest.
 
     Attributes:
-        relation: The relation's name.
-        template: What the subjects filled.
-        split: Which draw.
-        train: The training subjects.
-        n_test: How many others there were.
-        variant: One of :data:`VARIANTS`, or :data:`MEAN`.
-        layer: The layer chosen for decoding; None for the mean.
-        beta: β chosen for decoding, or None.
-        faithfulness: The share decoded as the model says.
-        missed: The test subjects that are not.
-        echoes: How many of these are decoded to a training subject's token.
-        edit_layer: The layer chosen for edits, or None.
-        rank: The rank chosen for edits, or None.
-        causality: The share of edits after which the real model says the other's token, or None.
-        ceiling: The same share with the other subject's own h put there, or None.
+        relation: Name of the relation.
+        template: Text that the subjects filled.
+        split: Number of the draw.
+        train: Texts of the training subjects.
+        n_test: Number of test subjects.
+        variant: Way of fitting, one of :data:`VARIANTS`, or :data:`MEAN`.
+        faithfulness: Share of test subjects decoded to the model's own next token.
+        missed: Texts of the test subjects decoded to another token.
+        echoes: Number of missed subjects that are decoded to a training subject's token.
+        layer: Layer chosen for decoding, or None for the mean.
+        beta: Value of β chosen for decoding, or None for the mean.
+        edit_layer: Layer chosen for edits, or None for the mean.
+        rank: Rank chosen for edits, or None for the mean.
+        causality: Share of edits after which the real model says the other subject's token, or
+            None for the mean.
+        ceiling: Share of runs with the other subject's own h in which the model says the other
+            subject's token, or None for the mean.
     """
 
     relation: str
@@ -78,16 +79,17 @@ class Decoding:
 
 @dataclass(frozen=True)
 class RelationStudy:
-    """Every decoding of some relations, and what they come to.
+    """Every decoding of some relations, and their means.
 
     Attributes:
-        model: The model's name.
-        dtype: Its dtype.
-        seed: Of the draws.
-        betas: β to choose from.
+        model: Name of the model.
+        dtype: Dtype of the model, such as "float32".
+        seed: Seed of the draws.
+        betas: Values of β to choose from.
         ranks: Ranks to choose from.
-        accuracy: How often the model's own first token begins the object, by relation.
-        rows: The decodings.
+        accuracy: Share of subjects whose object begins with the model's own next token, by
+            relation.
+        rows: All decodings of the study.
     """
 
     model: str
@@ -99,41 +101,43 @@ class RelationStudy:
     rows: tuple[Decoding, ...]
 
     def select(self, variant: str, n_train: int, relation: str | None = None) -> list[Decoding]:
-        """The decodings of a variant, in one order for all variants.
+        """Give the decodings of a variant, in the same order for all variants.
 
         Args:
-            variant: One of those in the rows.
-            n_train: From how many training subjects.
-            relation: Of one relation, or of all.
+            variant: Way of fitting, one of those in the rows.
+            n_train: Number of training subjects.
+            relation: Name of one relation. None is all of them.
 
         Returns:
-            The rows.
+            The rows of the variant.
 
         Raises:
-            ValueError: If there is none; says what there is.
+            ValueError: If there is none.
         """
         found = [
-            row for row in self.rows
-            if (row.variant, len(row.train)) == (variant, n_train) and relation in (None, row.relation)
-        ]  # fmt: skip
+            row
+            for row in self.rows
+            if (row.variant, len(row.train)) == (variant, n_train)
+            and relation in (None, row.relation)
+        ]
         if not found:
             kinds = sorted({f"{row.variant} (n = {len(row.train)})" for row in self.rows})
             raise ValueError(
-                f"no rows of {variant!r}, n = {n_train}, {relation or 'any relation'}; expected one of "
-                f"{', '.join(kinds)} of {', '.join(self.accuracy)}"
+                f"No rows are of {variant!r} with n = {n_train}, {relation or 'any relation'}. "
+                f"Choose one of {', '.join(kinds)}, of {', '.join(self.accuracy)}."
             )
         return found
 
     def estimate(
         self, what: str, variant: str, n_train: int, relation: str | None = None
     ) -> Estimate:
-        """The mean of a share over splits and, in each, relations; the bootstrap draws splits.
+        """Give the mean of a share over splits. The bootstrap of the interval draws splits.
 
         Args:
-            what: "faithfulness", "causality" or "ceiling".
-            variant: As in :meth:`select`.
-            n_train: Likewise.
-            relation: Likewise.
+            what: Name of the share: "faithfulness", "causality" or "ceiling".
+            variant: Way of fitting, one of those in the rows.
+            n_train: Number of training subjects.
+            relation: Name of one relation. None is the mean over all of them in each split.
 
         Returns:
             The mean and its 95 % interval.
@@ -145,21 +149,21 @@ class RelationStudy:
     def difference(
         self, what: str, variant: str, other: str, n_train: int, relation: str | None = None
     ) -> Estimate:
-        """The same of a variant minus another, split by split.
+        """Give the mean difference of a share between two variants, split by split.
 
         Args:
-            what: As in :meth:`estimate`.
-            variant: As in :meth:`select`.
-            other: What is subtracted.
-            n_train: As in :meth:`select`.
-            relation: Likewise.
+            what: Name of the share: "faithfulness", "causality" or "ceiling".
+            variant: Way of fitting, one of those in the rows.
+            other: Way of fitting whose share is subtracted.
+            n_train: Number of training subjects.
+            relation: Name of one relation. None is the mean over all of them in each split.
 
         Returns:
             The mean difference and its 95 % interval.
         """
-        ours, theirs = (self.select(name, n_train, relation) for name in (variant, other))
-        gaps = [getattr(a, what) - getattr(b, what) for a, b in zip(ours, theirs, strict=True)]
-        return _over_splits(ours, gaps)
+        rows, others = (self.select(name, n_train, relation) for name in (variant, other))
+        gaps = [getattr(a, what) - getattr(b, what) for a, b in zip(rows, others, strict=True)]
+        return _over_splits(rows, gaps)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -181,23 +185,21 @@ class RelationStudy:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Everything as JSON; :meth:`from_json` reads it."""
-        return json.dumps({"format": FORMAT} | asdict(self), ensure_ascii=False, indent=1)
+        """Write the study as JSON; :meth:`from_json` reads it."""
+        return study_text(asdict(self), STUDY_FORMAT, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> RelationStudy:
         """Read what :meth:`to_json` wrote.
 
-        Returns:
-            The study.
+        Args:
+            text: The JSON text.
 
-        Raises:
-            ValueError: If the text is something else.
+        Returns:
+            The study that was written.
         """
-        try:
-            data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise ValueError("it has another format")
+
+        def build(data: dict[str, Any]) -> RelationStudy:
             names = ("train", "missed")
             rows = (
                 Decoding(**row | {name: tuple(row[name]) for name in names})
@@ -205,10 +207,8 @@ class RelationStudy:
             )
             lists = {name: tuple(data.pop(name)) for name in ("betas", "ranks")}
             return cls(rows=tuple(rows), **lists, **data)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"expected JSON with the format {FORMAT!r}, as RelationStudy.to_json writes: {error}"
-            ) from None
+
+        return read_study(text, STUDY_FORMAT, build, "RelationStudy.to_json")
 
 
 def _over_splits(rows: Sequence[Decoding], values: Sequence[float]) -> Estimate:
@@ -228,49 +228,59 @@ def decode(
     layers: Sequence[int] | None = None,
     betas: Sequence[float] = BETAS,
     ranks: Sequence[int] = RANKS,
-    progress: bool = True,
+    progress: bool = False,
     **kwargs: Any,
 ) -> RelationStudy:
-    """Decode relations by the operator's and the Jacobian's maps, on subjects held out of the fit.
+    """Decode relations by linear maps of the operator and of the Jacobian, on held-out subjects.
 
-    Split i takes template i (in turn) and draws an order of the subjects; its first n train and those
-    after the largest n test, so that all n are tested on the same subjects. Every test subject is edited
-    into one of them with another object. Splits of one relation share subjects: their interval tells how
-    much the draw matters, not how another set of subjects would do.
+    Split i takes template i, in turn, and draws an order of the subjects. The first n subjects
+    train. Those after the largest n test, so that every n is tested on the same subjects. Every
+    test subject is edited into another test subject that has another object. Splits of one relation
+    share subjects. So an interval tells how much the draw matters, not how other subjects would do.
 
     Args:
-        model: As for :func:`tensorlens_tl.capture`.
-        relations: The relations.
-        n_train: Numbers of training subjects.
-        splits: How many draws a relation.
-        seed: Of the draws.
-        layers: Blocks before which h may be read; by default all.
-        betas: β to choose from where it is tuned.
+        model: The model, as for :func:`tensorlens_tl.capture`.
+        relations: Relations to decode, a list.
+        n_train: Numbers of training subjects, a list.
+        splits: Number of draws per relation.
+        seed: Seed of the draws.
+        layers: Indices of the blocks before which h may be read. None is all blocks.
+        betas: Values of β to choose from where β is tuned.
         ranks: Ranks of edits to choose from.
-        progress: Whether to show a bar, a step a draw.
-        **kwargs: For the capture.
+        progress: Whether to show a progress bar, one step per draw.
+        **kwargs: Arguments of :func:`tensorlens_tl.capture`.
 
     Returns:
-        The study.
+        The study: every decoding, and means with intervals.
 
     Raises:
         ValueError: If there is no relation or split, a training set has fewer than two subjects or
-            leaves fewer than two to test, or all objects are one.
+            leaves fewer than two to test, or all objects are the same.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> from tensorlens_tl.relations import Relation, decode
+        >>> whole = demo.relation("capital")
+        >>> few = Relation("capital", whole.templates[:1], whole.samples[:8])
+        >>> study = decode(demo.load_model(), [few], n_train=(3,), splits=1, ranks=(8,), layers=[1])
+        >>> study.select("operator, β = 1", n_train=3)[0].n_test
+        5
     """
     if isinstance(relations, Relation) or isinstance(n_train, int):
-        raise ValueError("expected lists of relations and of n_train, got one: put it in a list")
+        raise ValueError("relations and n_train must be lists. Put a single one into a list.")
     if not relations or splits < 1 or not n_train or not betas:
         raise ValueError(
-            f"expected at least one relation, split, number of training subjects and β, got "
-            f"{len(relations)}, {splits}, {len(n_train)} and {len(betas)}"
+            f"There are {len(relations)} relations, {splits} splits, {len(n_train)} numbers of "
+            f"training subjects and {len(betas)} β. Pass at least one of each."
         )
     if len({relation.name for relation in relations}) < len(relations):
-        raise ValueError("expected relations with different names: rename one of them")
+        raise ValueError("Two relations have the same name. Rename one of them.")
     for relation in relations:
         if min(n_train) < 2 or max(n_train) > len(relation.samples) - 2:
             raise ValueError(
-                f"expected 2 to {len(relation.samples) - 2} training subjects of {relation.name}, got "
-                f"{list(n_train)}: {len(relation.samples)} subjects leave two to test on at least"
+                f"n_train={list(n_train)} does not fit {relation.name}, which has "
+                f"{len(relation.samples)} subjects, of which at least two must be left to test. "
+                f"Pass numbers from 2 to {len(relation.samples) - 2}."
             )
     rows: list[Decoding] = []
     right: dict[str, list[float]] = {relation.name: [] for relation in relations}
@@ -285,15 +295,26 @@ def decode(
     rows.sort(key=lambda row: (list(right).index(row.relation), row.split))
     logits, name = statements.lenses[0].logits, statements.lenses[0].capture.model_name
     return RelationStudy(
-        name, str(logits.dtype).removeprefix("torch."), seed, tuple(betas), tuple(ranks),
-        {name: sum(shares) / len(shares) for name, shares in right.items()}, tuple(rows),
-    )  # fmt: skip
+        model=name,
+        dtype=str(logits.dtype).removeprefix("torch."),
+        seed=seed,
+        betas=tuple(betas),
+        ranks=tuple(ranks),
+        accuracy={relation: sum(shares) / len(shares) for relation, shares in right.items()},
+        rows=tuple(rows),
+    )
 
 
 def _decode(
-    statements: Statements, split: int, n_train: Sequence[int], seed: int,
-    betas: Sequence[float], ranks: Sequence[int],
-) -> list[Decoding]:  # fmt: skip
+    statements: Statements,
+    split: int,
+    n_train: Sequence[int],
+    seed: int,
+    betas: Sequence[float],
+    ranks: Sequence[int],
+) -> list[Decoding]:
+    """Decode one relation from one draw, by every method and number of training subjects."""
+    # 1. The draw.
     order, pairs = _draw(statements, min(n_train), max(n_train), seed + split)
     test, subjects, token = order[max(n_train) :], statements.relation.subjects, statements.first
     said = token[[to for _, to in pairs]]
@@ -304,22 +325,28 @@ def _decode(
         def row(variant: str, decoded: Tensor, train=train, **chosen: Any) -> Decoding:
             wrong = decoded != token[test]
             return Decoding(
-                relation=statements.relation.name, template=statements.template, split=split,
-                train=tuple(subjects[i] for i in train), n_test=len(test), variant=variant,
+                relation=statements.relation.name,
+                template=statements.template,
+                split=split,
+                train=tuple(subjects[i] for i in train),
+                n_test=len(test),
+                variant=variant,
                 faithfulness=_share(~wrong),
                 missed=tuple(subjects[i] for i, w in zip(test, wrong, strict=True) if w),
                 echoes=int(torch.isin(decoded[wrong], token[train]).sum()),
                 **chosen,
-            )  # fmt: skip
+            )
 
         mean = statements.logits(statements.output[train].mean(0)).argmax()
         rows.append(row(MEAN, mean.expand(len(test))))
-        for method in METHODS:
+        for method in MAP_METHODS:
+            # 4. Edits, which do not depend on β.
             edit, rank = statements.fit_causal(method, train, ranks)
             edited = statements.causal(edit, rank, pairs).argmax(-1) == said
             most = statements.substituted(edit.layer, pairs).argmax(-1) == said
             shares = {"causality": _share(edited), "ceiling": _share(most)}
             edits = {"edit_layer": edit.layer, "rank": rank, **shares}
+            # 2. and 3. The fit, and what it decodes.
             for how, grid in (("= 1", (1.0,)), ("tuned", betas)):
                 fitted = statements.fit(method, train, grid)
                 chosen = {"layer": fitted.layer, "beta": fitted.beta, **edits}
@@ -334,7 +361,20 @@ def _share(hits: Tensor) -> float:
 def _draw(
     statements: Statements, fewest: int, most: int, seed: int
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """An order of the subjects whose first ones have two objects at least, and the edits to test."""
+    """Draw an order in which training and test subjects have at least two objects each.
+
+    Args:
+        statements: The statements of all subjects.
+        fewest: Smallest number of training subjects, the first of the order.
+        most: Largest number of training subjects; the subjects after these test.
+        seed: Seed of the draw.
+
+    Returns:
+        The order, as indices, and the edits to test: pairs of test subjects with different objects.
+
+    Raises:
+        ValueError: If no such order was drawn.
+    """
     first = statements.first.tolist()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(1000):
@@ -344,14 +384,13 @@ def _draw(
             break
     else:
         raise ValueError(
-            f"expected {fewest} training subjects of {statements.relation.name} and the rest to have two "
-            f"objects at least by the model's own word, but it says {len(set(first))} of {len(first)} "
-            f"subjects after {statements.template!r}: take another template or more subjects"
+            f"After {statements.template!r} the model says {len(set(first))} different tokens for "
+            f"{len(first)} subjects of {statements.relation.name}, too few to give training and "
+            "test subjects two each. Use another template, or more subjects."
         )
     pairs = []
     for i in test:
         others = [j for j in test if first[j] != first[i]]
-        pairs.append(
-            (i, others[int(torch.randint(len(others), (), generator=generator, device="cpu"))])
-        )
+        chosen = int(torch.randint(len(others), (), generator=generator, device="cpu"))
+        pairs.append((i, others[chosen]))
     return order, pairs

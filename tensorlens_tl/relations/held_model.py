@@ -1,8 +1,12 @@
-"""The real model with some of what the operator freezes held by hooks, and the rest live.
+"""Run the real model with chosen quantities fixed at their values in the captured run.
 
-Held at their values in the captured run: "pattern", every attention pattern; "scale", every norm's
-scale; "ratio", every gating ratio (of a gated MLP its act(g)). With all three held the real model is
-the operator, so what is left live tells where the two part.
+Any of attention patterns ("pattern"), norm scales ("scale") and gating ratios ("ratio", of a gated
+MLP its act(g)) can be fixed. With all three fixed the real model equals the operator. Leaving one
+live shows how much of their difference that one accounts for.
+
+1. Run the model once and keep what is to be fixed.
+2. Make a hook for every kept activation, which puts the kept value back, or for post-activations
+   the value that follows from the kept ratio.
 """
 
 from __future__ import annotations
@@ -15,18 +19,20 @@ from torch import Tensor
 from ..hosts import Edit, LiveModel, Read, UnsupportedArchitectureError
 from ..sublayers import gating_ratio
 
-PARTS = ("pattern", "scale", "ratio")
+FREEZABLE = ("pattern", "scale", "ratio")
+"""What the operator freezes, by name."""
 
 
-def holding(live: LiveModel, parts: Sequence[str]) -> list[Edit]:
-    """Hooks under which a live model of one prompt holds some parts. Cost: a forward pass.
+def hold_frozen(live: LiveModel, parts: Sequence[str]) -> list[Edit]:
+    """Make hooks under which a live model of one prompt holds some frozen parts.
 
-    An MLP's post-activations become post₀ + r ⊙ (z − z₀), with r = act(z₀)/z₀ and, of a gated one,
-    r = act(g₀) and z the factor beside it; ₀ marks the captured run.
+    An MLP's post-activations become post₀ + r ⊙ (z − z₀), where ₀ marks the captured run. The ratio
+    is r = act(z₀)/z₀. For a gated MLP it is r = act(g₀), and z is the factor beside act(g). Cost: a
+    forward pass.
 
     Args:
-        live: The model.
-        parts: Of :data:`PARTS`.
+        live: The real model on one prompt.
+        parts: Names of what to hold, of :data:`FREEZABLE`.
 
     Returns:
         The hooks, for :meth:`LiveModel.run`.
@@ -36,40 +42,50 @@ def holding(live: LiveModel, parts: Sequence[str]) -> list[Edit]:
         UnsupportedArchitectureError: If ratios are to be held in a model with SoLU activations, or
             patterns where the host would discard them.
     """
-    if wrong := set(parts) - set(PARTS):
-        raise ValueError(
-            f"expected parts of {', '.join(PARTS)}, got {', '.join(sorted(wrong))}: name some of these"
-        )
-    if "pattern" in parts and live.adapter.attends_apart:
-        raise UnsupportedArchitectureError(
-            f"the patterns of {live.adapter.name} cannot be held by a hook: its host goes on with its own. "
-            "Hold scales or ratios, or use a HookedTransformer"
-        )
-    points, seen = live.adapter.points(), {}
+    _check_parts(live, parts)
     acts = [block.mlp.act if block.mlp is not None else "" for block in live.adapter.weights.blocks]
-    if "ratio" in parts and "solu" in acts:
-        raise UnsupportedArchitectureError(
-            f"the ratios of SoLU, x ⊙ softmax(x), cannot be held by a hook in {live.adapter.name}: hold "
-            "patterns or scales"
-        )
     keys = {"pattern": ("pattern",), "ratio": ("pre", "pre_linear", "post")}
 
     def part(read: Read) -> str:
+        # Every other read is named after the norm whose scale it is: "ln1.scale".
         return next((p for p, names in keys.items() if read[1] in names), read[1].split(".")[-1])
 
+    points = live.adapter.points()
     points = {read: point for read, point in points.items() if part(read) in parts}
+    # 1. Keep.
+    seen: dict[Read, Tensor] = {}
     with torch.no_grad():
         keep = {read: (lambda t, read=read: seen.__setitem__(read, t.detach())) for read in points}
         live.checked(live.run(live.x, [(point, keep[read]) for read, point in points.items()]))
+    # 2. Hold.
     now: dict[Read, Tensor] = {}
     return [(point, _held(read, acts, seen, now)) for read, point in points.items()]
+
+
+def _check_parts(live: LiveModel, parts: Sequence[str]) -> None:
+    name = live.adapter.name
+    if wrong := sorted(set(parts) - set(FREEZABLE)):
+        raise ValueError(
+            f"The operator freezes no {', '.join(wrong)}. Hold some of {', '.join(FREEZABLE)}."
+        )
+    if "pattern" in parts and live.adapter.attends_apart:
+        raise UnsupportedArchitectureError(
+            f"{name} computes on with its own patterns, so a hook cannot hold them. "
+            "Hold scales or ratios, or use a HookedTransformer."
+        )
+    acts = [block.mlp.act for block in live.adapter.weights.blocks if block.mlp is not None]
+    if "ratio" in parts and "solu" in acts:
+        raise UnsupportedArchitectureError(
+            f"{name} uses SoLU, x ⊙ softmax(x), whose ratio a hook cannot hold. "
+            "Hold patterns or scales."
+        )
 
 
 def _held(
     read: Read, acts: list[str], seen: dict[Read, Tensor], now: dict[Read, Tensor]
 ) -> Callable[[Tensor], Tensor | None]:
     layer, key = read
-    if key in ("pre", "pre_linear"):
+    if key in ("pre", "pre_linear"):  # stays live; the hook of post reads it
         return lambda t: now.__setitem__(read, t)
     if key != "post" or layer is None:
         return lambda t: _again(seen[read], t)

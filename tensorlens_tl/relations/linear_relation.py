@@ -1,22 +1,22 @@
 """Relations as linear maps: from a subject's hidden state to what the model says at the end.
 
-A relation is a template, "The capital of {} is", and its subjects. With h the residual before
-block l at the subject's last token and y the final normalized residual at the last position (what
-the unembedding reads, so that decoding is linear, too), both sides of
+A relation is a template such as "The capital of {} is", and subjects that fill the template. Let h
+be the residual before block l at the subject's last token. Let y be the final normalized residual
+at the last position. The unembedding reads y, so decoding y is linear, too. The map
 
     y ≈ β W h + b
 
-come from n training subjects: W and b are means over their prompts (Hernandez et al. 2024, "Linearity
-of relation decoding", arXiv 2308.09124). Two methods give them for one prompt:
+comes from n training subjects: W and b are means over their prompts (Hernandez et al. 2024,
+"Linearity of relation decoding", arXiv 2308.09124). Two methods give W and b for one prompt:
 
     operator   W is the frozen operator's block from the subject to the end, T[−1, subject] of
-               ``lens.between(site, "unembed.hook_in")``, and b what all other positions and every
-               bias add: the operator on the states with h taken out. On its own prompt W h + b = y
-               exactly, and nothing in it is a remainder
-    jacobian   W = ∂y/∂h of the real model, with patterns, scales and activations live, and b
-               the remainder y − W h, which is exact on its own prompt, too, but by its definition
+               ``lens.between(site, "unembed.hook_in")``. b is what all other positions and every
+               bias add: the operator on the states without h. On the prompt itself W h + b = y
+               exactly, and neither W nor b is a remainder
+    jacobian   W = ∂y/∂h of the real model, with patterns, scales and activations live. b is the
+               remainder y − W h, so that W h + b = y on the prompt itself by definition
 
-The site of y is not the last residual: the final norm is a part of the map (frozen, or derived).
+y is not read from the last residual: the final norm is part of the map (frozen, or differentiated).
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ from ..graph import FINAL_SITE, resid_site
 from ..hosts import live_models
 from ..lens import FrozenRun
 
-METHODS = ("operator", "jacobian")
+MAP_METHODS = ("operator", "jacobian")
+"""Two ways to get a linear map from one prompt."""
 ROWS = 256
-"""Rows of a Jacobian, and edited prompts, that run at once."""
+"""How many rows of a Jacobian, or edited prompts, run in one batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """W and b of one prompt, before every block asked for.
+    """W and b of one prompt, before each of some blocks.
 
     Attributes:
-        W: [layer, d_model, d_model]; multiplies a column.
-        b: [layer, d_model].
+        W: Map from h to y [layer, d_model, d_model]; multiplies a column.
+        b: Constant beside the map [layer, d_model].
     """
 
     W: Float[Tensor, "layer d_model d_model"]
@@ -53,19 +54,19 @@ class Maps:
 
 
 def operator_maps(lens: FrozenRun, pos: int, layers: Sequence[int]) -> Maps:
-    """The frozen operator's block from one position to the end, and the rest as b.
+    """Take the frozen operator's block from one position to the end as W, and the rest as b.
 
-    With S, s the operator from the residual before block l to the end, and H the run's states there:
-    W = S[−1, pos], b = (S H₀ + s)[−1] with H₀ = H but 0 at pos. So W h + b = (S H + s)[−1] = y.
-    Cost: d_model pulls and a push per layer.
+    Let S x + s be the operator from the residual before block l to the end, and H the run's states
+    there. Then W = S[−1, pos] and b = (S H₀ + s)[−1], where H₀ is H with 0 at ``pos``. It follows
+    that W h + b = (S H + s)[−1] = y. Cost: d_model pulls and a push per layer.
 
     Args:
-        lens: One prompt's.
-        pos: Position among its tokens.
+        lens: Lens of one prompt.
+        pos: Position of h among the prompt's tokens.
         layers: Blocks before which h is read.
 
     Returns:
-        The maps.
+        W and b before each of the blocks.
     """
     W, b = [], []
     for layer in layers:
@@ -78,19 +79,19 @@ def operator_maps(lens: FrozenRun, pos: int, layers: Sequence[int]) -> Maps:
 
 
 def jacobian_maps(lens: FrozenRun, pos: int, layers: Sequence[int], model: Any) -> Maps:
-    """The real model's Jacobian from one position to the end, and the remainder as b.
+    """Take the real model's Jacobian from one position to the end as W, and the remainder as b.
 
     W = ∂y[−1]/∂h and b = y[−1] − W h (Hernandez et al. 2024). Cost: d_model forward and backward
     passes in batches, for all layers together.
 
     Args:
-        lens: One prompt's.
-        pos: Position among its tokens.
+        lens: Lens of one prompt.
+        pos: Position of h among the prompt's tokens.
         layers: Blocks before which h is read.
-        model: The host it came from; left as it was.
+        model: The host model of the lens; left as it was.
 
     Returns:
-        The maps.
+        W and b before each of the blocks.
     """
     width, frame, W = lens.embedding.shape[-1], lens.capture.frame, []
     with live_models(lens.capture, model) as (live,):
@@ -118,7 +119,7 @@ def with_row(
     pos: int | Int[Tensor, " prompt"],
     row: Float[Tensor, "prompt d_model"],
 ) -> Float[Tensor, "prompt pos d_model"]:
-    """The states with one position per prompt replaced; a copy."""
+    """Copy the states with one position per prompt replaced by ``row``."""
     states = states.clone()
     states[torch.arange(len(states), device=states.device), pos] = row.to(states.dtype)
     return states
@@ -126,15 +127,15 @@ def with_row(
 
 @dataclass(frozen=True, eq=False)
 class LinearRelation:
-    """y ≈ β W h + b, from some training subjects.
+    """A relation's linear map y ≈ β W h + b, from some training subjects.
 
     Attributes:
-        method: One of :data:`METHODS`.
-        layer: The block before which h is read.
-        beta: β.
-        W: The mean over the training subjects' prompts [d_model, d_model].
-        b: Likewise [d_model].
-        subjects: The training subjects.
+        method: How W and b were had, one of :data:`MAP_METHODS`.
+        layer: Index of the block before which h is read.
+        beta: Factor β of the map.
+        W: Mean W over the training subjects' prompts [d_model, d_model].
+        b: Mean b over the training subjects' prompts [d_model].
+        subjects: Texts of the training subjects.
     """
 
     method: str
@@ -151,19 +152,20 @@ class LinearRelation:
         )
 
     def __call__(self, h: Float[Tensor, "*many d_model"]) -> Float[Tensor, "*many d_model"]:
-        """The final normalized residual it expects at the last position."""
+        """Predict the final normalized residual at the last position from h."""
         return self.beta * h @ self.W.mT + self.b
 
     def step(
         self, change: Float[Tensor, "*many d_model"], rank: int
     ) -> Float[Tensor, "*many d_model"]:
-        """What to add to h so that the output changes so: W† of a low rank, times the change.
+        """Compute what to add to h so that the output changes by ``change``.
 
-        β has no part in it: it stretches what is decoded, not what the real model answers a step with.
+        The step is W† ``change``, with W† the inverse of W on its largest singular values. β is
+        left out: β stretches what is decoded, not how the real model answers a step.
 
         Args:
-            change: Of the output.
-            rank: How many of the largest singular triples are inverted.
+            change: Wanted change of the output y.
+            rank: Number of the largest singular values that are inverted.
 
         Returns:
             The step Σ_{k ≤ rank} v_k (u_k · change) / s_k.
@@ -172,12 +174,13 @@ class LinearRelation:
             ValueError: If rank < 1.
         """
         if rank < 1:
-            raise ValueError(f"expected a rank of at least 1, got {rank}")
+            raise ValueError(f"rank={rank} is below 1. Pass a rank from 1 to d_model.")
         U, S, V = (part[..., :rank] for part in self._svd)
         return (change @ U) / S @ V.mT
 
     @cached_property
     def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular vectors and values of W, without those that are rounding."""
         U, S, Vh = torch.linalg.svd(self.W)
-        keep = S[0] * len(S) * torch.finfo(S.dtype).eps < S  # the rest is rounding
+        keep = S[0] * len(S) * torch.finfo(S.dtype).eps < S
         return U[:, keep], S[keep], Vh.mT[:, keep]

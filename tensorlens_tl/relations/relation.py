@@ -14,12 +14,12 @@ from ..hosts import adapt
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation between subjects and objects, and ways to ask for it.
+    """A relation between subjects and objects, and texts that ask for the object.
 
     Attributes:
-        name: For people.
-        templates: Texts with one ``{}`` each, where the subject goes; what follows is the object.
-        samples: Pairs of a subject and its object.
+        name: Name for people, such as "capital".
+        templates: Texts with one ``{}`` each, where the subject goes. The object follows the text.
+        samples: Pairs of a subject and the subject's object.
 
     Raises:
         ValueError: If there is no template or fewer than two subjects, a template has not exactly
@@ -31,10 +31,11 @@ class Relation:
     samples: tuple[tuple[str, str], ...]
 
     def __post_init__(self):
+        # The first fault that is found is told.
         refuse(not self.templates, self.name, "at least one template", "none")
         for template in self.templates:
             wrong = template.count("{}") != 1
-            refuse(wrong, self.name, "templates with one {} for the subject each", repr(template))
+            refuse(wrong, self.name, "one {} for the subject in each template", repr(template))
         for pair in self.samples:
             refuse(not all(pair), self.name, "a subject and an object that are not empty", pair)
         n = len(set(self.subjects))
@@ -54,36 +55,41 @@ class Relation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Relation:
-        """Read ``{"name": …, "prompt_templates": ["… {} …"], "samples": [{"subject": …, "object": …}]}``.
+        """Read a relation from a JSON file.
 
-        Other keys are passed over. Of samples with the same subject the first is taken. A few-shot
-        prompt is a template that begins with its shots.
+        The file holds ``{"name": "capital", "prompt_templates": ["The capital of {} is"],
+        "samples": [{"subject": "France", "object": "Paris"}]}``. Other keys are ignored. Of samples
+        with the same subject the first is taken. A few-shot prompt is a template that begins with
+        the examples.
 
         Args:
-            path: A JSON file.
+            path: Path of the file.
 
         Returns:
-            The relation.
+            The relation in the file.
 
         Raises:
-            ValueError: If the file is not there, is no JSON or has another shape; says where.
+            ValueError: If the file does not exist, is not JSON or has another shape.
         """
         try:
             with open(path, encoding="utf-8") as file:
                 data = json.load(file)
         except (OSError, ValueError) as error:
-            raise ValueError(f"expected a JSON file with a relation at {path}: {error}") from None
+            raise ValueError(
+                f"There is no JSON file with a relation at {path} ({error}). "
+                "Pass the path of a file with a name, prompt_templates and samples."
+            ) from None
         data = data if isinstance(data, dict) else {}
         texts, rows = data.get("prompt_templates"), data.get("samples")
-        refuse(not _all_are(str, texts), path, "prompt_templates to be a list of strings", texts)
-        refuse(not _all_are(dict, rows), path, "samples to be a list of objects", rows)
+        refuse(not _all_are(str, texts), path, "prompt_templates as a list of strings", texts)
+        refuse(not _all_are(dict, rows), path, "samples as a list of objects", rows)
         samples: dict[str, str] = {}
         for i, row in enumerate(rows or ()):
             pair = [row.get("subject"), row.get("object")]
-            refuse(not _all_are(str, pair), f"{path}, sample {i}", "a subject and an object", row)
+            refuse(not _all_are(str, pair), f"Sample {i} of {path}", "a subject and an object", row)
             samples.setdefault(*pair)
         name = data.get("name")
-        refuse(not isinstance(name, str), path, "a name", name)
+        refuse(not isinstance(name, str), path, "a string as name", name)
         return cls(str(name), tuple(texts or ()), tuple(samples.items()))
 
 
@@ -91,32 +97,39 @@ def _all_are(kind: type, values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
-def refuse(wrong: bool, where: Any, expected: str, got: Any) -> None:
-    """Say what a relation is, where something is not one.
+def refuse(wrong: bool, where: Any, needed: str, found: Any) -> None:
+    """Refuse what is not a relation, and tell what one is.
+
+    Args:
+        wrong: Whether the relation is wrong in this respect.
+        where: Name or path of the relation.
+        needed: Words that say what a relation must have.
+        found: What this one has instead.
 
     Raises:
-        ValueError: If it is wrong.
+        ValueError: If ``wrong`` is true.
     """
     if wrong:
-        shown = str(got) if len(str(got)) < 80 else f"{str(got)[:77]}…"
+        shown = str(found) if len(str(found)) < 80 else f"{str(found)[:77]}…"
         raise ValueError(
-            f"{where}: expected {expected}, got {shown}; a relation is a name, prompt_templates such as "
-            '"The capital of {} is" and samples {"subject": "France", "object": "Paris"}'
+            f"{where} must have {needed}, but has {shown}. A relation is a name, prompt_templates "
+            'such as "The capital of {} is", and samples such as '
+            '{"subject": "France", "object": "Paris"}.'
         )
 
 
 def subject_position(model: Any, template: str, subject: str, tokens: Tensor, **kwargs: Any) -> int:
-    """Where the subject's last token stands in a filled template.
+    """Find where the subject's last token stands in a filled template.
 
     Args:
-        model: The host; its tokenizer is asked.
-        template: With one ``{}``.
-        subject: What fills it.
-        tokens: The whole text's ids [pos].
-        **kwargs: The model's own arguments, as for the capture.
+        model: The host model, whose tokenizer is used.
+        template: Text with one ``{}``.
+        subject: Text that fills the template.
+        tokens: Token ids of the filled template [pos].
+        **kwargs: Arguments of the model, as for the capture.
 
     Returns:
-        The position.
+        The position of the subject's last token.
 
     Raises:
         ValueError: If the subject ends within a token.
@@ -125,7 +138,7 @@ def subject_position(model: Any, template: str, subject: str, tokens: Tensor, **
     ids = adapt(model).prepare(start, kwargs)[1].tokens[0]
     if len(ids) > len(tokens) or not equal(ids, tokens[: len(ids)]):
         raise ValueError(
-            f"expected the subject {subject!r} to end with a token in {template!r}, but the tokenizer joins "
-            "its end and what follows: let a space or a comma follow the {}"
+            f"The subject {subject!r} does not end with a token in {template!r}, because the "
+            "tokenizer joins its end to what follows. Put a space or a comma after the {}."
         )
     return len(ids) - 1

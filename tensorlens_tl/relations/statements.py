@@ -1,21 +1,28 @@
-"""One template of a relation filled with every subject, each run once: fitted, decoded, edited."""
+"""One template of a relation, filled with every subject: fitted, decoded and edited.
+
+1. :func:`state` fills the template with every subject and captures each prompt once.
+2. :meth:`Statements.fit` averages the maps of training subjects to one linear relation.
+3. :meth:`Statements.decoded` decodes other subjects by the relation, without running the model.
+4. :meth:`Statements.causal` edits hidden states by the relation's inverse and runs the real model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import is_int
 from ..hosts import LiveModel, adapt
 from ..lens import TensorLens
 from ..plugin import capture
 from .linear_relation import (
-    METHODS,
+    MAP_METHODS,
     ROWS,
     LinearRelation,
     Maps,
@@ -26,22 +33,23 @@ from .linear_relation import (
 from .relation import Relation, refuse, subject_position
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Ranks of the inverse to choose from."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Statements:
-    """A template filled with every subject, each run once; :func:`state` makes it.
+    """A template filled with every subject, each run once; made by :func:`state`.
 
     Attributes:
-        model: The host; run again for Jacobians and edits, and left as it was.
-        relation: The relation.
-        template: The template.
-        lenses: A lens per subject.
-        pos: Where each subject's last token stands [subject].
-        layers: Blocks before which hidden states are read.
-        hidden: h of every subject [subject, layer, d_model].
-        output: y of every subject.
-        first: The model's own first token after each prompt.
+        model: The host model; run again for Jacobians and edits, and left as it was.
+        relation: The relation whose subjects fill the template.
+        template: Text with one ``{}``.
+        lenses: The captured lens of every subject's prompt.
+        pos: Position of each subject's last token [subject].
+        layers: Indices of the blocks before which hidden states are read.
+        hidden: Hidden state h of every subject [subject, layer, d_model].
+        output: Output y of every subject [subject, d_model].
+        first: The model's own next token after each prompt, a token id [subject].
     """
 
     model: Any
@@ -53,7 +61,6 @@ class Statements:
     hidden: Float[Tensor, "subject layer d_model"]
     output: Float[Tensor, "subject d_model"]
     first: Int[Tensor, " subject"]
-    _maps: dict[tuple[str, int], Maps] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -65,7 +72,7 @@ class Statements:
 
     @property
     def accuracy(self) -> float:
-        """How often the model's own first token begins the object."""
+        """Share of subjects whose object begins with the model's own next token."""
         decode = self.lenses[0].capture.tokenizer.decode
         objects = (o.strip() for _, o in self.relation.samples)
         said = (decode([int(token)]).strip() for token in self.first)
@@ -73,7 +80,7 @@ class Statements:
         return sum(right) / len(right)
 
     def logits(self, y: Float[Tensor, "*many d_model"]) -> Float[Tensor, "*many d_vocab"]:
-        """Logits of final normalized residuals, as the real model would read them (soft cap live)."""
+        """Compute logits of final normalized residuals as the model would, soft cap included."""
         unembed = self.lenses[0].capture.unembed.weights
         logits = y @ unembed.W_U.detach().to(y.dtype)
         logits = logits if unembed.b_U is None else logits + unembed.b_U.detach()
@@ -81,29 +88,30 @@ class Statements:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def maps(self, method: str, subject: int) -> Maps:
-        """W and b of one subject's prompt, computed once.
+        """Give W and b of one subject's prompt, computed once.
 
         Args:
-            method: One of :data:`METHODS`.
-            subject: Its index.
+            method: One of :data:`MAP_METHODS`.
+            subject: Index of the subject.
 
         Returns:
-            The maps.
+            W and b before each of :attr:`layers`.
 
         Raises:
             ValueError: If there is no such method.
         """
-        if method not in METHODS:
-            raise ValueError(f"expected a method of {', '.join(METHODS)}, got {method!r}")
-        key = method, subject
-        if key not in self._maps:
+        if method not in MAP_METHODS:
+            raise ValueError(
+                f"There is no method {method!r}. Choose one of {', '.join(MAP_METHODS)}."
+            )
+        known = _MAPS.setdefault(self, {})
+        if (method, subject) not in known:
             at = self.lenses[subject], int(self.pos[subject]), self.layers
             with torch.no_grad():
-                found = (
+                known[method, subject] = (
                     operator_maps(*at) if method == "operator" else jacobian_maps(*at, self.model)
                 )
-            self._maps[key] = found
-        return self._maps[key]
+        return known[method, subject]
 
     def fit(
         self,
@@ -112,20 +120,21 @@ class Statements:
         betas: Sequence[float] = (1.0,),
         layers: Sequence[int] | None = None,
     ) -> LinearRelation:
-        """Average W and b over training subjects; layer and β by leaving each of them out in turn.
+        """Average W and b over training subjects, and choose layer and β by leaving one out.
 
-        Every training subject is decoded by the mean of the others' maps. The layer under which most are
-        decoded as the model itself says is taken, the earliest of equals, and of the βs that do best
-        there the middle one. No other subject is looked at.
+        Every training subject is decoded by the mean of the other training subjects' maps. The
+        layer is chosen at which most are decoded as the model itself says; of equal layers, the
+        earliest. Of the βs that do best there, the middle one is chosen. No other subject is looked
+        at.
 
         Args:
-            method: One of :data:`METHODS`.
+            method: One of :data:`MAP_METHODS`.
             train: Indices of the training subjects.
-            betas: β to choose from, in order.
-            layers: Layers to choose from; by default all that were read.
+            betas: Values of β to choose from, in order.
+            layers: Indices of the blocks to choose from. None is all of :attr:`layers`.
 
         Returns:
-            The relation.
+            The fitted relation.
 
         Raises:
             ValueError: If there are fewer than two training subjects or no β, a subject or layer
@@ -134,12 +143,13 @@ class Statements:
         places, train = self._layer_places(layers), self._subjects(train)
         if len(set(train)) < 2 or len(set(train)) < len(train) or not betas:
             raise ValueError(
-                f"expected at least two different training subjects and one β, got {list(train)} and "
-                f"{list(betas)}"
+                f"train={train} and betas={list(betas)} are too few or repeat a subject. "
+                "Pass at least two different training subjects and one β."
             )
         maps = [self.maps(method, i) for i in train]
         W, b = (torch.stack([getattr(m, part) for m in maps])[:, places] for part in ("W", "b"))
         h, n = self.hidden[list(train)][:, places], len(train)
+        # Row n weighs every training subject but n: the mean of the others' maps.
         others = (1 - torch.eye(n, dtype=h.dtype, device=h.device)) / (n - 1)
         read = torch.einsum("nm,mlij,nlj->nli", others, W, h)
         rest = torch.einsum("nm,mli->nli", others, b)
@@ -155,27 +165,30 @@ class Statements:
 
     def _subjects(self, given: Any) -> list[int]:
         chosen: list[Any] = [given] if isinstance(given, int | str) else list(given)
-        if wrong := [i for i in chosen if not isinstance(i, Integral) or i not in range(len(self))]:
+        if wrong := [i for i in chosen if not is_int(i) or i not in range(len(self))]:
             raise ValueError(
-                f"expected indices of subjects, from 0 to {len(self) - 1}, got {wrong[0]!r}"
+                f"{wrong[0]!r} is not the index of a subject. "
+                f"Pass indices from 0 to {len(self) - 1}."
             )
         return list(map(int, chosen))
 
     def _layer_places(self, layers: Sequence[int] | None) -> list[int]:
         layers = self.layers if layers is None else layers
         if not layers or not set(layers) <= set(self.layers):
-            raise ValueError(f"expected some of the layers {list(self.layers)}, got {list(layers)}")
+            raise ValueError(
+                f"layers={list(layers)} were not all read. Choose some of {list(self.layers)}."
+            )
         return [self.layers.index(layer) for layer in layers]
 
     def decoded(self, relation: LinearRelation, test: Sequence[int]) -> Int[Tensor, " subject"]:
-        """The tokens that subjects are decoded to; faithful where they are :attr:`first`.
+        """Decode subjects by a relation; the result is faithful where it equals :attr:`first`.
 
         Args:
-            relation: From :meth:`fit`.
+            relation: A relation that :meth:`fit` gave.
             test: Indices of the subjects.
 
         Returns:
-            Token ids.
+            The decoded token ids [subject].
 
         Raises:
             ValueError: If there is no such subject.
@@ -189,12 +202,12 @@ class Statements:
         """Run the real model with other hidden states at the subjects' last tokens.
 
         Args:
-            subjects: Whose prompts.
-            layer: The block before which h is replaced.
-            h: What stands there instead.
+            subjects: Indices of the subjects whose prompts run.
+            layer: Index of the block before which h is replaced.
+            h: Hidden states that replace the run's own [subject, d_model].
 
         Returns:
-            The logits at the last position.
+            The logits at the last position [subject, d_vocab].
 
         Raises:
             ValueError: If the model's weights were written to since.
@@ -203,6 +216,7 @@ class Statements:
             self.lenses[i]._check_unchanged()
         adapter, found = adapt(self.model), h.new_zeros(len(subjects), *self.output.shape[1:])
         point = adapter.points()[layer, "resid_pre"]
+        # Prompts of one length run together, without padding.
         lengths = torch.tensor([self.lenses[i].embedding.shape[1] for i in subjects])
         for length in lengths.unique():
             for rows in (lengths == length).nonzero().flatten().split(ROWS):
@@ -222,15 +236,15 @@ class Statements:
     ) -> Float[Tensor, "pair d_vocab"]:
         """Edit subjects into others by the relation's inverse, and run the real model.
 
-        h′ = h + W†(y′ − y), with y′ the output of the subject it is to become.
+        h′ = h + W†(y′ − y), with y′ the output of the other subject.
 
         Args:
-            relation: From :meth:`fit`.
-            rank: Of the inverse.
-            pairs: A subject, and the one it is to become.
+            relation: A relation that :meth:`fit` gave.
+            rank: Rank of the inverse W†.
+            pairs: Indices of a subject and of the subject that it is edited into.
 
         Returns:
-            The real model's logits at the last position.
+            The real model's logits at the last position [pair, d_vocab].
         """
         who, to = (list(side) for side in zip(*pairs, strict=True))
         h = self.hidden[who, self._layer_places([relation.layer])[0]]
@@ -240,7 +254,7 @@ class Statements:
     def substituted(
         self, layer: int, pairs: Sequence[tuple[int, int]]
     ) -> Float[Tensor, "pair d_vocab"]:
-        """The same with the other subject's own hidden state: as far as an edit at h can go."""
+        """Run subjects with the other subject's own h: the most that an edit at h can do."""
         who, to = (list(side) for side in zip(*pairs, strict=True))
         return self.rerun(who, layer, self.hidden[to, self._layer_places([layer])[0]])
 
@@ -250,18 +264,18 @@ class Statements:
         train: Sequence[int],
         ranks: Sequence[int] = RANKS,
     ) -> tuple[LinearRelation, int]:
-        """The layer and rank whose edits make the real model say the most training objects.
+        """Find the layer and rank whose edits make the real model say most training objects.
 
-        Every training subject is edited into every other one with another object. The mean
-        log-probability of its token decides between equals.
+        Every training subject is edited into every other training subject that has another object.
+        Between equal shares, the mean log-probability of the other's token decides.
 
         Args:
-            method: One of :data:`METHODS`.
+            method: One of :data:`MAP_METHODS`.
             train: Indices of the training subjects.
-            ranks: Ranks to choose from; those above d_model are passed over.
+            ranks: Ranks to choose from; ranks above d_model are ignored.
 
         Returns:
-            The relation and the rank.
+            The fitted relation and the rank.
 
         Raises:
             ValueError: If all training subjects have one object, or no rank fits.
@@ -270,8 +284,8 @@ class Statements:
         ranks = [rank for rank in ranks if 1 <= rank <= self.output.shape[-1]]
         if not pairs or not ranks:
             raise ValueError(
-                f"expected training subjects with two objects at least and ranks from 1 to d_model, got "
-                f"{len(pairs)} pairs and ranks {list(ranks)}: draw others"
+                f"There are {len(pairs)} pairs of training subjects with different objects, and "
+                f"{len(ranks)} ranks from 1 to d_model. Pass subjects and ranks that give both."
             )
         token = self.first[[j for _, j in pairs]]
         best: tuple[Any, ...] = ()
@@ -285,6 +299,10 @@ class Statements:
         return best[1], best[2]
 
 
+_MAPS: WeakKeyDictionary[Statements, dict[tuple[str, int], Maps]] = WeakKeyDictionary()
+"""Maps by method and subject, as fits ask for them again and again. Dropped with the statements."""
+
+
 def state(
     model: Any,
     relation: Relation,
@@ -292,28 +310,41 @@ def state(
     layers: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Statements:
-    """Fill a template with every subject and run each prompt once.
+    """Fill a template with every subject and capture each prompt once.
 
     Args:
-        model: As for :func:`tensorlens_tl.capture`.
-        relation: The relation.
-        template: One of its own, by index, or any text with one ``{}``.
-        layers: Blocks before which hidden states are read; by default all.
-        **kwargs: For the capture.
+        model: The model, as for :func:`tensorlens_tl.capture`.
+        relation: The relation whose subjects fill the template.
+        template: Index of one of the relation's templates, or any text with one ``{}``.
+        layers: Indices of the blocks before which hidden states are read. None is all blocks.
+        **kwargs: Arguments of :func:`tensorlens_tl.capture`.
 
     Returns:
-        The statements.
+        The statements, ready to be fitted, decoded and edited.
 
     Raises:
         ValueError: If there is no such template or layer, or a subject ends within a token.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> from tensorlens_tl.relations import Relation, state
+        >>> pairs = (("France", "Paris"), ("Peru", "Lima"), ("Japan", "Tokyo"))
+        >>> capitals = Relation("capital", ("The capital of {} is",), pairs)
+        >>> statements = state(demo.load_model(), capitals, layers=[1, 2])
+        >>> statements
+        Statements('The capital of {} is', 3 subjects, right 100%)
+        >>> statements.fit("operator", train=[0, 1])
+        LinearRelation(operator, before block 1, β = 1, from France, Peru)
     """
     if not isinstance(relation, Relation):
         raise ValueError(
-            f"expected a Relation, got {type(relation).__name__}: Relation.load reads one from a file"
+            f"relation is a {type(relation).__name__}, not a Relation. "
+            "Make one, or read one with Relation.load."
         )
     if isinstance(template, int) and not 0 <= template < len(relation.templates):
         raise ValueError(
-            f"expected a template from 0 to {len(relation.templates) - 1}, got {template}"
+            f"template={template} does not exist. "
+            f"Pass an index from 0 to {len(relation.templates) - 1}, or a text with one {{}}."
         )
     template = relation.templates[template] if isinstance(template, int) else template
     refuse(template.count("{}") != 1, relation.name, "a template with one {}", repr(template))
@@ -321,7 +352,9 @@ def state(
     given = range(n_layers) if layers is None else layers
     layers = tuple(given) if isinstance(given, Iterable) else ()
     if not layers or not set(layers) <= set(range(n_layers)):
-        raise ValueError(f"expected a list of layers from 0 to {n_layers - 1}, got {given!r}")
+        raise ValueError(
+            f"layers={given!r} is not a list of blocks. Pass indices from 0 to {n_layers - 1}."
+        )
     own = {k: v for k, v in kwargs.items() if k in ("prepend_bos", "padding_side")}
     lenses, places = [], []
     for subject in relation.subjects:
@@ -336,7 +369,13 @@ def state(
         for c, pos in zip(captured, places, strict=True)
     ]
     return Statements(
-        model, relation, template, tuple(lenses), torch.tensor(places), layers, torch.stack(hidden),
-        torch.stack([c.unembed.final[0, -1] for c in captured]),
-        torch.stack([c.logits[0, -1].argmax() for c in captured]),
-    )  # fmt: skip
+        model=model,
+        relation=relation,
+        template=template,
+        lenses=tuple(lenses),
+        pos=torch.tensor(places),
+        layers=layers,
+        hidden=torch.stack(hidden),
+        output=torch.stack([c.unembed.final[0, -1] for c in captured]),
+        first=torch.stack([c.logits[0, -1].argmax() for c in captured]),
+    )

@@ -40,7 +40,7 @@ def test_the_page_is_made_of_the_results():
 def test_a_draw_measured_again(model):
     study = RelationStudy.from_json(json.dumps(DATA["relations"]))
     with quiet():
-        again = decode(model, [demo.relation("capital")], (3, 5), splits=1, progress=False)
+        again = decode(model, [demo.relation("capital")], (3, 5), splits=1)
     kept = [row for row in study.rows if (row.relation, row.split) == ("capital", 0)]
     assert len(kept) == len(again.rows) == 10
     for ours, theirs in zip(again.rows, kept, strict=True):
@@ -59,7 +59,7 @@ def test_curves_measured_again(model):
     kinds = ("random", "swap")
     with quiet():
         double = demo.load_model().to(torch.float64)
-        again = validity(double, prompts[:3], kinds, held=("scale",), progress=False)
+        again = validity(double, prompts[:3], kinds, held=("scale",))
     for kind in kinds:
         for ours, theirs in zip(again.select(kind), kept.select(kind)[:3], strict=True):
             assert ours.operator == pytest.approx(theirs.operator, rel=1e-4)
