@@ -47,7 +47,7 @@ GRADIENT = ("grad_x_input", "integrated_gradients", "chefer", "attnlrp")
 AIMED = ("in_out", *GRADIENT)
 """Methods that can explain any target: they are also run for the prediction's log-odds, and for its
 logit less the runner-up's."""
-RIVALS = {"log-odds": "others", "runner-up": "runner_up"}
+CONTRASTS = {"log-odds": "all_others", "runner-up": "runner_up"}
 """What the prediction's logit is then less, by the name it has in the tables."""
 
 LONG_BEAM = 2
@@ -128,7 +128,7 @@ def scores(model: Any, prompts: list[Tensor]) -> Scored:
     """All methods' scores, and those of some for other targets or without their signs."""
     plain = score(model, prompts, list(METHODS), progress=False, batch_size=16)
     more = {"|in_out|": [one.abs() for one in plain.scores["in_out"]]}
-    for shown, versus in RIVALS.items():
+    for shown, versus in CONTRASTS.items():
         aimed = score(model, prompts, AIMED, versus=versus, progress=False, batch_size=16)
         more |= {f"{name}, {shown}": aimed.scores[name] for name in AIMED}
     return replace(plain, scores=dict(plain.scores) | more)
@@ -270,14 +270,14 @@ def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
                 for method, i in ((m, estimate(v, SEED)) for m, v in values.items())
             }
             if compared and key.startswith(COMPARED):
-                aimed = (f"{m}, {shown}" for shown in RIVALS for m in GRADIENT)
+                aimed = (f"{m}, {shown}" for shown in CONTRASTS for m in GRADIENT)
                 others = [other for other in (*ATTENTION, *GRADIENT, *aimed) if other in values]
                 cell["compared"] = {
                     ours: {
                         other: comparison(values[ours], values[other], cell["higher"])
                         for other in others
                     }
-                    for ours in (*OURS, *(f"in_out, {shown}" for shown in RIVALS))
+                    for ours in (*OURS, *(f"in_out, {shown}" for shown in CONTRASTS))
                     if ours in values
                 }
     return cells

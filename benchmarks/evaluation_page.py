@@ -203,7 +203,7 @@ def odds(r: dict[str, Any]) -> str:
     return f"""## What is explained: a logit, or log-odds
 
 The measures read a probability, a function of log-odds: of the prediction's logit *less* all others'. A
-method that explains the logit alone also credits what raises every candidate. With `versus="others"` the
+method that explains the logit alone also credits what raises every candidate. With `versus="all_others"` the
 target is the logit less the others' mean, weighted by their probabilities: what log-odds are linear in.
 Positive perturbation 0–30 %, last token kept, beside the methods that differentiate the model; the fifth and
 the last column are by how much `in_out` is better than the method when both explain the same, and p. What

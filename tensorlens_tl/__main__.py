@@ -151,7 +151,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--target", help="token, or '#' and its id (default: each prompt's prediction)")
     p.add_argument(
-        "--versus", help="explain the target's advantage over: runner_up, others, a token"
+        "--versus", help="explain the target's advantage over: runner_up, all_others, a token"
     )
     p.add_argument("--file", type=Path, help="prompts, one a line (default: standard input)")
     p.add_argument("--task", default="ioi", help="the demo model's own prompts (default: ioi)")
@@ -171,8 +171,8 @@ def evaluation(args: argparse.Namespace) -> str:
 
     found = evaluate(
         model, prompts, args.methods, args.protocol, args.masking, preset=args.preset,
-        metric=args.metric, targets=_token(args.target), versus=_token(args.versus), seed=args.seed,
-        keep_last=args.keep_last, batch_size=args.batch_size,
+        metric=args.metric, target=_token(args.target), versus=_token(args.versus), seed=args.seed,
+        keep_last=args.keep_last, batch_size=args.batch_size, progress=True,
     )  # fmt: skip
     return found.to_json() if args.json else repr(found)
 

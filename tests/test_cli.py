@@ -197,11 +197,11 @@ def test_evaluate_draws_the_demo_s_own_prompts(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--methods", "roll"], "no method 'roll'; expected one of norm, in, out"),
-        (["--protocol", "perturb"], "no protocol 'perturb'; expected one of perturbation"),
-        (["--masking", "blur"], "no masking 'blur'"),
-        (["--preset", "atad"], "no preset 'atad'"),
-        (["--target", "John"], "no prompt predicts its target"),
+        (["--methods", "roll"], "no method 'roll'. Choose one of norm, in, out"),
+        (["--protocol", "perturb"], "protocol='perturb' does not exist. Use one of perturbation"),
+        (["--masking", "blur"], "masking='blur' does not exist"),
+        (["--preset", "atad"], "preset='atad' does not exist"),
+        (["--target", "John"], "target='John' is predicted by no prompt"),
         (["--file", "/no/such/file"], "cannot read the prompt file"),
         (["--file", os.devnull], "expected prompts: as arguments, or one a line"),
         (["a", "--file", os.devnull], "expected prompts or --file, got both"),

@@ -65,7 +65,7 @@ assert best["in_out"] == "Mary"
 # better. `negative` takes the least needed first; there higher is better.
 
 # %%
-one = evaluate(model, [prompt], methods, keep_last=True, progress=False)
+one = evaluate(model, [prompt], methods, keep_last=True)
 print(one)
 found = {name: one.row(name, "positive").values[0] for name in methods}
 assert min(found, key=found.get) == "in_out"
@@ -77,7 +77,7 @@ assert min(found, key=found.get) == "in_out"
 # %%
 prompts = [pair.clean for pair in demo.prompts("ioi", 16, seed=3)]
 many = evaluate(model, prompts, (*methods, "random"), ["perturbation", "leave_one_out"],
-                ["delete", "token"], keep_last=True, progress=False)  # fmt: skip
+                ["delete", "token"], keep_last=True)  # fmt: skip
 print(many)
 for other in (*methods[1:], "random"):
     gap = many.compare("in_out", other, "positive", "delete")
@@ -96,8 +96,8 @@ assert loo["rollout"].value > loo["random"].high
 sizes = {"|in_out|": [
     tensorlens_tl.capture(model, text)[1].token_scores("in_out")[0].abs() for text in prompts
 ]}  # fmt: skip
-unsigned = evaluate(model, prompts, None, "leave_one_out", scores=sizes, keep_last=True,
-                    progress=False).estimate("|in_out|")  # fmt: skip
+signless = evaluate(model, prompts, None, "leave_one_out", scores=sizes, keep_last=True)
+unsigned = signless.estimate("|in_out|")
 print(f"{'without signs':>22}: {unsigned}")
 assert unsigned.value > loo["in_out"].value
 
@@ -108,7 +108,7 @@ assert unsigned.value > loo["in_out"].value
 
 # %%
 choice = evaluate(model, prompts, methods, "leave_one_out", versus="runner_up", metric="logit_diff",
-                  keep_last=True, progress=False)  # fmt: skip
+                  keep_last=True)  # fmt: skip
 print(choice)
 for other in methods[1:]:
     gap = choice.compare("in_out", other, "leave_one_out")

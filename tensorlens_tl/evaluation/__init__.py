@@ -1,9 +1,9 @@
 """Do scores name the tokens that a model needs: maskings, protocols, statistics.
 
 Key concepts:
-    evaluate: Score tokens by several methods, mask them, run the real model, measure.
+    evaluate: Scores tokens by several methods, masks them, runs the real model, measures.
     Protocol: Which sets of tokens are masked, and what number their outcomes make.
-    Evaluation: A number per prompt, measure, masking and method, with paired comparisons.
+    Evaluation: One number per prompt, measure, masking and method, with paired comparisons.
 """
 
 from .intervals import Estimate, bootstrap, median

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how far a mean or a median may be off, from the values alone."""
+"""Bootstrap intervals: how uncertain a mean or a median is, from the values alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Estimate:
     """A statistic and its percentile bootstrap interval.
 
     Attributes:
-        value: The statistic.
+        value: Value of the statistic.
         low: Lower end of the 95 % interval.
-        high: Upper end.
-        n: How many values it is of.
+        high: Upper end of the 95 % interval.
+        n: Number of values that the statistic is of.
     """
 
     value: float
@@ -34,37 +34,40 @@ class Estimate:
 
 
 def mean(values: Float[Tensor, "*draws n"]) -> Float[Tensor, "*draws"]:
-    """The mean along the last axis."""
+    """Mean along the last axis."""
     return values.mean(-1)
 
 
 def median(values: Float[Tensor, "*draws n"]) -> Float[Tensor, "*draws"]:
-    """The lower middle value along the last axis: one of the values, so that infinity may be one."""
+    """Lower median along the last axis: always one of the values, so that it may be infinite."""
     return values.median(-1).values
 
 
 def bootstrap(
     values: Sequence[float], statistic: Callable[[Tensor], Tensor] = mean, seed: int = 0
 ) -> Estimate:
-    """A statistic of independent values with its 95 % interval.
+    """Estimate a statistic of independent values, with a 95 % interval.
 
-    The 2.5 and 97.5 % points of the statistic over 2,000 resamples with replacement (Efron 1979).
-    The ends are resampled values, never between two of them, so that infinite values may be there.
+    The ends are the 2.5 and 97.5 % points of the statistic over 2,000 resamples with replacement
+    (Efron 1979). Each end is one of the resampled statistics, never between two of them, so that
+    infinite values are allowed.
 
     Args:
-        values: The values; where they come in groups, one per group.
-        statistic: :func:`mean` or :func:`median`.
-        seed: Of the resamples.
+        values: Independent values. Where values come in groups, pass one per group.
+        statistic: Either :func:`mean` or :func:`median`.
+        seed: Seed of the resamples.
 
     Returns:
-        The estimate.
+        The statistic with its interval.
 
     Raises:
         ValueError: If there is no value.
     """
     x = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if x.ndim != 1 or len(x) == 0:
-        raise ValueError(f"expected a list of at least one value, got shape {list(x.shape)}")
+        raise ValueError(
+            f"values have shape {list(x.shape)}, not [n]. Pass a list of at least one number."
+        )
     drawn = statistic(x[_resamples(len(x), seed)])
     low, high = drawn.sort().values[[round(q * (DRAWS - 1)) for q in (0.025, 0.975)]].tolist()
     return Estimate(float(statistic(x)), low, high, len(x))

@@ -1,19 +1,21 @@
 """Runs of the real model with some of a prompt's tokens masked: deleted, replaced, or made average.
 
-    delete   the token is left out and the rest closes up: later tokens take earlier positions
-    token    its id is replaced by a mask token's
-    mean     its embedding is replaced by the mean of W_E's rows; its position's embedding stays
+    delete   the token is removed, and later tokens take earlier positions
+    token    the id of a mask token replaces the token's id
+    mean     the mean of W_E's rows replaces the token's embedding; the embedding of its position stays
 
-Masking by any of them is a prompt the model was not trained on; which one is chosen changes the
-numbers, so they are told together. Rows of one length run side by side, never padded. The
-beginning-of-sequence token is never masked. What is read is the prediction after the last token.
+The model was trained on none of these prompts. Results depend on the masking that is chosen, so they
+name it. Prompts of one length run together, never padded. The beginning-of-sequence token is never
+masked. The number that is read belongs to the prediction after the last token.
+
+A run takes three steps: 1. group the wanted masked prompts by length; 2. run each batch masked;
+3. keep all metrics of every run, so that no set of tokens is run twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,9 +28,9 @@ from ..hosts import Adapter, hooked
 MASKINGS = ("delete", "token", "mean")
 
 METRICS = ("probability", "log_odds", "logit", "logit_diff", "agreement")
-"""Of the target after the masked prompt. Log-odds, log p / (1 − p), are its logit less all others';
-"logit_diff" is its logit less one rival's; "agreement" is 1 where the target is the model's own
-prediction, else 0."""
+"""Numbers of the target after the masked prompt. "log_odds" is log p / (1 − p), its logit less all
+others'; "logit_diff" is its logit less that of one foil; "agreement" is 1 where the target is the
+prediction of the model, else 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +38,9 @@ class Masking:
     """How tokens are masked.
 
     Attributes:
-        kind: One of :data:`MASKINGS`.
-        token: "token": the mask token's id.
-        embedding: "mean": the mean embedding [d_model].
+        kind: "delete", "token" or "mean", see :data:`MASKINGS`.
+        token: Id of the mask token, for "token".
+        embedding: Mean embedding [d_model], for "mean".
     """
 
     kind: str
@@ -47,22 +49,22 @@ class Masking:
 
     @classmethod
     def of(cls, kind: str, adapter: Adapter, token: str | int | None = None) -> Masking:
-        """A way of masking for a model.
+        """Prepare a masking for a model.
 
         Args:
-            kind: One of :data:`MASKINGS`.
-            adapter: The model's.
-            token: "token": a token or id; by default the tokenizer's mask token, or else its unknown,
-                padding or end-of-sequence token, whichever it has first.
+            kind: "delete", "token" or "mean", see :data:`MASKINGS`.
+            adapter: Adapter of the model.
+            token: Mask token or id, for "token". By default, the first that the tokenizer has of its
+                mask, unknown, padding and end-of-sequence tokens.
 
         Returns:
-            The masking.
+            The masking with its token id or mean embedding.
 
         Raises:
             ValueError: If there is no such kind, or no such token.
         """
         if kind not in MASKINGS:
-            raise ValueError(f"no masking {kind!r}; expected one of {', '.join(MASKINGS)}")
+            raise ValueError(f"masking={kind!r} does not exist. Use one of {', '.join(MASKINGS)}.")
         if kind == "token":
             return cls(kind, _mask_token(adapter, token))
         if kind == "mean":
@@ -77,19 +79,21 @@ def _mask_token(adapter: Adapter, token: str | int | None) -> int:
         unknown = getattr(tokenizer, "unk_token_id", None)
         if ids == [unknown] and token != getattr(tokenizer, "unk_token", None):
             raise ValueError(
-                f"the tokenizer does not know the mask token {token!r}: pass a known one, or its id"
+                f"mask_token={token!r} is unknown to the tokenizer. Pass a known token, or an id."
             )
         if len(ids) != 1:
             raise ValueError(
-                f"the mask token {token!r} is {len(ids)} tokens, expected one: pass its id"
+                f"mask_token={token!r} is {len(ids)} tokens. Pass one token, or an id."
             )
         return int(ids[0])
     names = ("mask_token_id", "unk_token_id", "pad_token_id", "eos_token_id")
     known = (getattr(tokenizer, name, None) for name in names)
     found = token if token is not None else next((i for i in known if i is not None), None)
-    if found is None or not 0 <= found < d_vocab:
+    if found is None:
+        raise ValueError("The tokenizer has no mask token. Pass mask_token=, a token or an id.")
+    if not 0 <= found < d_vocab:
         raise ValueError(
-            f"expected a mask token from 0 to {d_vocab - 1}, got {found}: pass mask_token=, a token or id"
+            f"mask_token={found} is outside the vocabulary. Pass an id from 0 to {d_vocab - 1}."
         )
     return int(found)
 
@@ -98,34 +102,30 @@ def _mean_embedding(adapter: Adapter) -> Tensor:
     weights = adapter.embed_weights()
     if weights is None:
         raise ValueError(
-            f"masking 'mean' needs W_E, which {adapter.name} does not show: mask by 'delete' or 'token'"
+            f"masking='mean' needs W_E, which {adapter.name} does not show. Use 'delete' or 'token'."
         )
     ids, seen = torch.ones(1, 1, dtype=torch.long, device=weights.W_E.device), []
     point = adapter.points()[None, "embed"]
     with torch.no_grad(), hooked([(point, lambda x: seen.append(x.detach()))]):
-        adapter.run(ids, all_real(adapter, ids))
+        adapter.run(ids, adapter.all_real(ids))
     return mean_embedding(seen[0][0, 0], 1, weights)
-
-
-def all_real(adapter: Adapter, ids: Int[Tensor, "row pos"]) -> dict[str, Any]:
-    """What a host that would mask pad ids in token tensors must be told: that all are real."""
-    return {} if adapter.mask(ids, {}) is None else {"attention_mask": torch.ones_like(ids)}
 
 
 @torch.no_grad()
 def end_logits(
     adapter: Adapter, ids: Int[Tensor, "row pos"], masked: Bool[Tensor, "row pos"], masking: Masking
 ) -> Float[Tensor, "row d_vocab"]:
-    """The model's logits after the last token of every prompt, some of its tokens masked.
+    """Run masked prompts, and return the logits after the last token of each.
 
     Args:
-        adapter: The model's.
-        ids: Token ids, no padding.
-        masked: Which are masked; for "delete" equally many in every row, and never all.
-        masking: How.
+        adapter: Adapter of the model.
+        ids: Token ids without padding [row, pos].
+        masked: True where a token is masked [row, pos]. For "delete" the same number in every row,
+            and never all.
+        masking: How the tokens are masked.
 
     Returns:
-        Logits, in the model's dtype; only the last position is unembedded.
+        Logits [row, d_vocab] in the dtype of the model; only the last position is unembedded.
     """
     edits = []
     if masking.kind == "delete":
@@ -141,42 +141,43 @@ def end_logits(
     )
     try:
         with hooked(edits):
-            return adapter.run(ids, all_real(adapter, ids))[:, -1]
+            return adapter.run(ids, adapter.all_real(ids))[:, -1]
     finally:
         last.remove()
 
 
 @dataclass(eq=False)
 class MaskedRuns:
-    """Outcomes of masked prompts, each run once however many measures and methods ask for it.
+    """Outcomes of masked prompts; each is run once, however many measures and methods ask for it.
 
     Attributes:
-        adapter: The model's.
+        adapter: Adapter of the model.
         prompts: Token ids, one tensor [pos] per prompt.
-        targets: The token id whose outcome is read, per prompt.
-        rivals: The token id that the logit difference is taken from, per prompt.
+        targets: Token id whose outcome is read, per prompt.
+        foils: Token id whose logit "logit_diff" subtracts, per prompt.
         masking: How tokens are masked.
-        batch_size: Rows run at once.
-        progress: Whether to count rows on standard error.
-        runs: How many rows were run.
+        batch_size: Number of masked prompts run at once.
+        progress: Whether to show a progress bar on standard error.
+        runs: Number of masked prompts run so far.
     """
 
     adapter: Adapter
     prompts: Sequence[Int[Tensor, " _"]]
     targets: Sequence[int]
-    rivals: Sequence[int]
+    foils: Sequence[int]
     masking: Masking
     batch_size: int = 64
-    progress: bool = True
+    progress: bool = False
     runs: int = 0
     _known: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     def need(self, wanted: Iterable[tuple[int, int]]) -> None:
-        """Run what was not run yet.
+        """Run the masked prompts that were not run yet.
 
         Args:
-            wanted: Pairs of a prompt's number and a set of masked positions, bit j for position j.
+            wanted: Pairs of a prompt's index and a set of masked positions, bit j for position j.
         """
+        # Only prompts with equally many tokens left run together: nothing is padded.
         missing = [key for key in dict.fromkeys(wanted) if key not in self._known]
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for prompt, masked in missing:
@@ -197,22 +198,22 @@ class MaskedRuns:
         masked = torch.tensor(bits, dtype=torch.bool, device=ids.device)
         logits = end_logits(self.adapter, ids, masked, self.masking)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        both = [(self.targets[prompt], self.rivals[prompt]) for prompt, _ in batch]
+        both = [(self.targets[prompt], self.foils[prompt]) for prompt, _ in batch]
         both = torch.tensor(both, device=ids.device)
-        target, (logit, rival) = both[:, 0], logits.gather(1, both).unbind(1)
+        target, (logit, foil) = both[:, 0], logits.gather(1, both).unbind(1)
         others = logits.scatter(1, target[:, None], -torch.inf).logsumexp(-1)
         log_odds = logit - others
         agreement = (logits.argmax(-1) == target).to(logit)
-        found = torch.stack([log_odds.sigmoid(), log_odds, logit, logit - rival, agreement], 1)
+        found = torch.stack([log_odds.sigmoid(), log_odds, logit, logit - foil, agreement], 1)
         self._known |= zip(batch, map(tuple, found.tolist()), strict=True)
         self.runs += len(batch)
 
     def forget(self) -> None:
-        """Let go of all outcomes."""
+        """Forget all outcomes, to free their memory."""
         self._known.clear()
 
     def outcomes(self, prompt: int, metric: str, masked: Sequence[int]) -> list[float]:
-        """The metric of one prompt under many sets of masked positions."""
+        """Read a metric of one prompt under many sets of masked positions."""
         keys, column = [(prompt, one) for one in masked], METRICS.index(metric)
         self.need(keys)
         return [self._known[key][column] for key in keys]

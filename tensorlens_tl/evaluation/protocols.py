@@ -1,8 +1,8 @@
-"""What the field's tests read off masked runs of a model. No model here: sets and numbers.
+"""The field's tests of token scores, as sets of masked tokens and numbers. No model in this file.
 
-A prompt has n tokens that may be masked; a method's order lists them, most relevant first. Every
-measure asks for some masked sets and makes one number of the outcomes m(masked set), the
-metric of the real model's run with that set masked. Sets are integers: bit j stands for position j.
+A prompt has n tokens that may be masked. A method's order lists them, most relevant first. Every
+measure asks for some masked sets, and makes one number of their outcomes m(masked set): the metric of
+the real model's run with that set masked. Sets are integers, where bit j stands for position j.
 
     MoRF curve   m with the first k of the order masked            (most relevant first)
     LeRF curve   m with the last k of the order masked             (least relevant first)
@@ -34,7 +34,7 @@ from .significance import Number, rank_correlation
 Masked = int
 """A set of positions: bit j is position j."""
 Outcomes = Callable[[Sequence[Masked]], Sequence[Number]]
-"""m of many sets at once: a model runs them in batches."""
+"""m of many sets at once, since a model runs them in batches."""
 Order = Sequence[int]
 
 PRESETS: dict[str, tuple[float, ...]] = {
@@ -43,30 +43,30 @@ PRESETS: dict[str, tuple[float, ...]] = {
     "eraser": (0.01, 0.05, 0.1, 0.2, 0.5),
     "full": tuple(i / 10 for i in range(11)),
 }
-"""Fractions of the tokens that are masked, by the name of who uses them."""
+"""Fractions of the tokens that are masked, by the name of the work that uses them."""
 
 EXACT_NAOPC = 10
-"""Up to so many tokens every subset is run, and the bounds of AOPC are exact."""
+"""Largest number of tokens of which every subset is run, so that the bounds of AOPC are exact."""
 BEAM = 5
 
 
 def count(fraction: Number, n: int) -> int:
-    """⌈f·n⌉, with what rounding adds to a whole number taken off."""
+    """⌈f·n⌉, where f·n a rounding error above a whole number counts as that number."""
     return math.ceil(fraction * n - 1e-9)
 
 
 def as_set(positions: Iterable[int]) -> Masked:
-    """Positions as a set."""
+    """Positions as a set of bits."""
     return sum(1 << j for j in positions)
 
 
 def first(order: Order, k: int) -> Masked:
-    """The first k of an order."""
+    """The first k positions of an order, as a set."""
     return as_set(order[:k])
 
 
 def nested(order: Order, fractions: Sequence[Number], keeps: bool = False) -> list[Masked]:
-    """For every fraction the first of the order, or all but those."""
+    """For every fraction the first positions of the order, or all but the first."""
     sets = [first(order, count(f, len(order))) for f in fractions]
     return [as_set(order) ^ s for s in sets] if keeps else sets
 
@@ -79,10 +79,11 @@ class Measure(ABC):
     """One number per prompt and method.
 
     Attributes:
-        name: For people.
-        metric: What m is: a key of :data:`tensorlens_tl.evaluation.masking.METRICS`.
-        preset: Where its fractions come from, or what else was chosen; "" where nothing was.
-        fractions: Shares of the tokens.
+        name: Name of the measure in tables.
+        metric: The number m of a masked run, a key of
+            :data:`tensorlens_tl.evaluation.masking.METRICS`.
+        preset: Name of the fractions, or of another choice made; "" where nothing was chosen.
+        fractions: Fractions of the tokens that are masked, from 0 to 1.
     """
 
     name: str
@@ -92,26 +93,26 @@ class Measure(ABC):
 
     higher = True
     least = 2
-    """Tokens that may be masked, at least."""
+    """Smallest number of maskable tokens that the measure needs."""
 
     @abstractmethod
     def masks(self, order: Order) -> Iterator[Masked]:
-        """The sets whose outcomes it reads."""
+        """Sets of positions whose outcomes the measure reads."""
 
     @abstractmethod
     def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
-        """The number; ``scores`` are in the order of the positions."""
+        """Compute the number; ``scores`` are in the order of the positions."""
 
 
 @dataclass(frozen=True)
-class Curve(Measure):
-    """A number of one curve: its area over the fractions, divided by their span, or its mean.
+class MaskingCurve(Measure):
+    """One number of a masking curve: the area over its fractions, divided by their span, or its mean.
 
     Attributes:
-        least_first: Whether the least relevant are masked first.
-        keeps: Whether the first k are kept, and the others masked (insertion).
-        area: Trapezoid, or the mean of the points.
-        relative: Whether outcomes are divided by the unmasked one.
+        least_first: Whether the least relevant tokens are masked first.
+        keeps: Whether the first k tokens are kept, and all others masked (insertion).
+        area: Whether the number is the area by trapezoids, rather than the mean of the points.
+        relative: Whether outcomes are divided by the outcome of the unmasked prompt.
     """
 
     least_first: bool = False
@@ -140,11 +141,13 @@ class Curve(Measure):
 
 @dataclass(frozen=True)
 class Delta(Measure):
-    """LeRF − MoRF, the means of the two curves."""
+    """LeRF − MoRF, the difference of the means of the two curves."""
 
-    def _curves(self) -> list[Curve]:
+    def _curves(self) -> list[MaskingCurve]:
         return [
-            Curve(self.name, self.metric, self.preset, self.fractions, least_first, area=False)
+            MaskingCurve(
+                self.name, self.metric, self.preset, self.fractions, least_first, area=False
+            )
             for least_first in (True, False)
         ]
 
@@ -159,10 +162,10 @@ class Delta(Measure):
 
 @dataclass(frozen=True)
 class Eraser(Measure):
-    """Mean drop with the first k masked (comprehensiveness) or alone left (sufficiency).
+    """Mean drop with the first k tokens masked (comprehensiveness) or kept alone (sufficiency).
 
     Attributes:
-        keeps: Whether the first k are kept, and the others masked.
+        keeps: Whether the first k tokens are kept, and all others masked.
     """
 
     keeps: bool = False
@@ -181,7 +184,7 @@ class Eraser(Measure):
 
 @dataclass(frozen=True)
 class LeaveOneOut(Measure):
-    """Spearman's ρ between a method's scores and what the metric loses without each token."""
+    """Spearman's ρ between the scores and the loss of the metric without each token."""
 
     least = 3
 
@@ -199,7 +202,7 @@ class Naopc(Measure):
     """(AOPC − low) / (high − low), with AOPC's bounds over all orders of the prompt's tokens.
 
     Attributes:
-        beam: How many partial orders are kept where the bounds are searched.
+        beam: Number of partial orders kept in the search for the bounds.
     """
 
     beam: int = BEAM
@@ -210,7 +213,7 @@ class Naopc(Measure):
     def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
         low, high = aopc_bounds(m, tuple(sorted(order)), self.beam)
         value = aopc(m, order)
-        # A beam may miss a bound; a method's own order is then a wider one.
+        # A beam may miss a bound. The method's own order is an order, too, and widens the bounds.
         low, high = min(low, value), max(high, value)
         return (value - low) / (high - low) if high > low else math.nan
 
@@ -226,14 +229,14 @@ def aopc(m: Outcomes, order: Order) -> float:
 
 @lru_cache(maxsize=8)  # all methods of a prompt share them
 def aopc_bounds(m: Outcomes, positions: tuple[int, ...], beam: int) -> tuple[float, float]:
-    """AOPC's least and largest value over all orders: exact for few tokens, else by two beams."""
+    """Least and largest AOPC over all orders: exact for few tokens, else by two beam searches."""
     if len(positions) <= EXACT_NAOPC:
         return exact_bounds(m, positions)
     return beam_bound(m, positions, beam, 1), beam_bound(m, positions, beam, -1)
 
 
 def subsets(positions: Sequence[int]) -> list[Masked]:
-    """All sets of some positions, each after those it contains."""
+    """All sets of some positions, each after the sets that are inside it."""
     found = [0]
     for j in positions:
         found += [s | 1 << j for s in found]
@@ -241,14 +244,14 @@ def subsets(positions: Sequence[int]) -> list[Masked]:
 
 
 def exact_bounds(m: Outcomes, positions: Sequence[int]) -> tuple[float, float]:
-    """AOPC's bounds over all n! orders, by the best way into every one of the 2ⁿ sets.
+    """Bounds of AOPC over all n! orders, by the best path into every one of the 2ⁿ sets.
 
-    An order is a path ∅ → … → all through the sets, and AOPC needs only the sum of m along it:
+    An order is a path ∅ → … → all through the sets, and AOPC needs only the sum of m along the path:
     S(set) = m(set) + min over j in the set of S(set without j), and the same with max.
 
     Args:
-        m: The outcomes.
-        positions: Of the tokens.
+        m: Outcomes of masked sets.
+        positions: Positions of the maskable tokens.
 
     Returns:
         The least and the largest AOPC.
@@ -264,17 +267,17 @@ def exact_bounds(m: Outcomes, positions: Sequence[int]) -> tuple[float, float]:
 
 
 def beam_bound(m: Outcomes, positions: Sequence[int], beam: int, sign: int) -> float:
-    """A bound of AOPC by beam search over masked sets of growing size.
+    """Search a bound of AOPC by beams over masked sets of growing size.
 
     Args:
-        m: The outcomes.
-        positions: Of the tokens.
-        beam: How many sets are kept at each size, each with the best order that leads to it; with
-            all of them kept the bound is exact.
+        m: Outcomes of masked sets.
+        positions: Positions of the maskable tokens.
+        beam: Number of sets kept at each size, each with the best order that leads there. With all
+            sets kept the bound is exact.
         sign: 1 for the least AOPC (m stays high), −1 for the largest.
 
     Returns:
-        The bound.
+        The bound that was found.
     """
     sums = {0: 0.0}
     for _ in positions:
@@ -300,7 +303,7 @@ PROTOCOLS: dict[str, str] = {
     "naopc": "",
     "leave_one_out": "",
 }
-"""Every protocol, and the preset of its fractions."""
+"""Every protocol, and the preset of its fractions ("" where it has none)."""
 
 
 def measures(
@@ -309,42 +312,46 @@ def measures(
     metric: str = "probability",
     beam: int = BEAM,
 ) -> tuple[Measure, ...]:
-    """The measures of a protocol.
+    """List the measures of a protocol.
 
     Args:
-        protocol: A key of :data:`PROTOCOLS`.
-        preset: A key of :data:`PRESETS`, or fractions of your own; by default the protocol's.
-        metric: What m is.
-        beam: For "naopc": partial orders kept in the search for its bounds.
+        protocol: Name of the protocol, a key of :data:`PROTOCOLS`.
+        preset: A key of :data:`PRESETS`, or fractions of your own. By default, the preset of the
+            protocol.
+        metric: The number m of a masked run, e.g. "probability".
+        beam: For "naopc", the number of partial orders kept in the search for its bounds.
 
     Returns:
-        The measures.
+        The measures, in the order of the table above.
 
     Raises:
         ValueError: If the protocol, the preset or a fraction does not exist.
     """
     if protocol not in PROTOCOLS:
-        raise ValueError(f"no protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+        raise ValueError(
+            f"protocol={protocol!r} does not exist. Use one of {', '.join(PROTOCOLS)}."
+        )
     name, shares = _fractions(protocol, preset)
     if protocol == "perturbation":
         return (
-            Curve("positive", metric, name, shares),
-            Curve("negative", metric, name, shares, least_first=True),
+            MaskingCurve("positive", metric, name, shares),
+            MaskingCurve("negative", metric, name, shares, least_first=True),
         )
     if protocol == "morf_lerf":
         return (
-            Curve("morf", metric, name, shares, area=False),
-            Curve("lerf", metric, name, shares, least_first=True, area=False),
+            MaskingCurve("morf", metric, name, shares, area=False),
+            MaskingCurve("lerf", metric, name, shares, least_first=True, area=False),
             Delta("delta", metric, name, shares),
         )
     if protocol == "insertion_deletion":
         if metric != "probability":
             raise ValueError(
-                f"{protocol} divides by the unmasked outcome: expected metric probability, got {metric!r}"
+                f"metric={metric!r} may be 0 or negative, and {protocol} divides by the unmasked outcome. "
+                "Use metric='probability'."
             )
         return (
-            Curve("deletion", metric, name, shares, relative=True),
-            Curve("insertion", metric, name, shares, keeps=True, relative=True),
+            MaskingCurve("deletion", metric, name, shares, relative=True),
+            MaskingCurve("insertion", metric, name, shares, keeps=True, relative=True),
         )
     if protocol == "eraser":
         return (
@@ -353,7 +360,7 @@ def measures(
         )
     if protocol == "naopc":
         if beam < 1:
-            raise ValueError(f"expected beam ≥ 1, got {beam}: it is how many orders are kept")
+            raise ValueError(f"beam={beam} keeps no order in the search. Use 1 or more.")
         return (Naopc("naopc", metric, f"beam {beam}", beam=beam),)
     return (LeaveOneOut("leave_one_out", metric),)
 
@@ -364,22 +371,24 @@ def _fractions(
     default = PROTOCOLS[protocol]
     if not default:
         if preset is not None:
-            raise ValueError(f"{protocol} has no fractions: leave preset={preset!r} out")
+            raise ValueError(
+                f"preset={preset!r} names fractions, and protocol {protocol!r} has none. Drop preset=."
+            )
         return "", ()
     if preset is None or isinstance(preset, str):
         name = preset or default
         if name not in PRESETS:
             raise ValueError(
-                f"no preset {name!r}; expected one of {', '.join(PRESETS)}, or fractions"
+                f"preset={name!r} does not exist. Use one of {', '.join(PRESETS)}, or fractions."
             )
         return name, PRESETS[name]
     shares = tuple(float(f) for f in preset)
     if len(shares) < 2 or not all(0 <= f <= 1 for f in shares):
         raise ValueError(
-            f"expected at least two fractions between 0 and 1, got {list(shares)}: 30 % is 0.3"
+            f"preset={list(shares)} is not at least two fractions between 0 and 1. Write 30 % as 0.3."
         )
     if any(b <= a for a, b in pairwise(shares)):
-        raise ValueError(f"expected fractions that grow, got {list(shares)}")
+        raise ValueError(f"preset={list(shares)} does not grow. List the smallest fraction first.")
     return "own", shares
 
 

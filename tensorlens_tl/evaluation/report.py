@@ -1,16 +1,16 @@
-"""What an evaluation found: a number per prompt, measure, masking and method; means, intervals, tests."""
+"""Results of an evaluation: numbers by prompt, measure, masking and method; means, intervals, tests."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..checks import need
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
+from .study_file import read_study, study_text
 
 if TYPE_CHECKING:
     import pandas
@@ -23,13 +23,13 @@ class Row:
     """One measure of one method under one masking.
 
     Attributes:
-        measure: "positive", "comprehensiveness", …: see ``protocols``.
-        metric: What was read of the masked runs.
-        preset: Whose fractions.
-        masking: How tokens were masked.
-        method: Whose scores.
+        measure: Name of the measure, such as "positive" or "comprehensiveness"; see ``protocols``.
+        metric: Number read of the masked runs, such as "probability".
+        preset: Name of the fractions of tokens that were masked; "" where there are none.
+        masking: How tokens were masked: "delete", "token" or "mean".
+        method: Name of the method whose scores were tested.
         higher: Whether a higher number is better.
-        values: One for each prompt; nan where the measure is not defined.
+        values: One number per prompt; nan where the measure is not defined.
     """
 
     measure: str
@@ -41,29 +41,30 @@ class Row:
     values: tuple[float, ...]
 
     def estimate(self, seed: int = 0) -> Estimate:
-        """Mean over the prompts, and its bootstrap interval."""
+        """Mean over the prompts, with its bootstrap interval."""
         return estimate(self.values, seed)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """What the protocols found, prompt by prompt.
+    """Results of an evaluation, prompt by prompt.
 
     Attributes:
-        rows: Every measure × metric × masking × method.
-        model: The model's name.
-        dtype: Its dtype.
-        lengths: Each prompt's tokens that could be masked.
-        targets: Each prompt's target token, as text.
-        versus: What the methods' target was less: "runner_up", "others", a token, "own" for several, or None.
-        mask_token: The id that stood for masked tokens, where one did.
-        convention: The choice made for gated MLPs.
-        batch_size: Rows run at once.
+        rows: One row per measure, metric, masking and method.
+        model: Name of the model.
+        dtype: Name of the model's dtype, such as "float32".
+        lengths: Number of tokens that could be masked, per prompt.
+        targets: Target token as text, per prompt.
+        versus: What was subtracted from the target: "runner_up", "all_others", "own" for given
+            tokens, or None.
+        mask_token: Token id that replaced masked tokens, or None.
+        convention: How gated MLPs were made linear.
+        batch_size: Number of masked prompts run at once.
         keep_last: Whether the last token was never masked.
-        seed: Of ties, bootstrap and permutations.
-        seconds: What every method's scores took, all prompts together.
-        forward_seconds: What plain forward passes of the same prompts took.
-        runs: Masked runs of the model, by masking.
+        seed: Seed of ties, bootstrap and permutations.
+        seconds: Seconds that the scores of each method took, all prompts together.
+        forward_seconds: Seconds that plain forward passes of the same prompts took.
+        runs: Number of masked runs of the model, by masking.
     """
 
     rows: tuple[Row, ...]
@@ -91,19 +92,19 @@ class Evaluation:
         masking: str | None = None,
         metric: str | None = None,
     ) -> Row:
-        """One row; what is left out must be the same in all that fit.
+        """Find the one row that fits.
 
         Args:
-            method: Whose.
-            measure: Which; see :class:`Row`.
-            masking: How tokens were masked.
-            metric: What was read.
+            method: Name of the method.
+            measure: Name of the measure; may be omitted where all rows of the method share one.
+            masking: How tokens were masked; may be omitted likewise.
+            metric: Number read of the masked runs; may be omitted likewise.
 
         Returns:
-            The row.
+            The row that fits.
 
         Raises:
-            ValueError: If none fits, or several do.
+            ValueError: If no row fits, or several rows do.
         """
         asked = {"method": method, "measure": measure, "masking": masking, "metric": metric}
         asked = {name: value for name, value in asked.items() if value is not None}
@@ -113,7 +114,7 @@ class Evaluation:
         had = {name: dict.fromkeys(getattr(r, name) for r in found or self.rows)
                for name in ("method", "measure", "masking", "metric")}  # fmt: skip
         shown = "; ".join(f"{name} {', '.join(values)}" for name, values in had.items())
-        raise ValueError(f"{len(found)} rows are {asked}, expected one: say more of {shown}")
+        raise ValueError(f"{len(found)} rows fit {asked}, but one is needed. Choose among {shown}.")
 
     def estimate(
         self,
@@ -122,7 +123,7 @@ class Evaluation:
         masking: str | None = None,
         metric: str | None = None,
     ) -> Estimate:
-        """A row's mean and its bootstrap interval; arguments as in :meth:`row`."""
+        """Mean of one row, with its bootstrap interval; arguments as in :meth:`row`."""
         return self.row(method, measure, masking, metric).estimate(self.seed)
 
     def compare(
@@ -136,14 +137,14 @@ class Evaluation:
         """By how much a method is better than another on the same prompts; below 0 it is worse.
 
         Args:
-            method: The one.
-            other: The other.
-            measure: Which; see :class:`Row`.
-            masking: How tokens were masked.
-            metric: What was read.
+            method: Name of the first method.
+            other: Name of the method to compare with.
+            measure: As in :meth:`row`.
+            masking: As in :meth:`row`.
+            metric: As in :meth:`row`.
 
         Returns:
-            The mean difference with its interval, and the p of a paired permutation test.
+            The mean difference with its interval, and the p-value of a paired permutation test.
         """
         one, two = (self.row(name, measure, masking, metric) for name in (method, other))
         pair = (one.values, two.values) if one.higher else (two.values, one.values)
@@ -151,19 +152,19 @@ class Evaluation:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods, as given."""
+        """Names of the methods, in the order they were given."""
         return tuple(dict.fromkeys(row.method for row in self.rows))
 
     @property
     def forwards(self) -> dict[str, float]:
-        """What every method's scores took beyond the capture, in plain forward passes, as timed."""
+        """Time that the scores of each method took beyond the capture, in plain forward passes."""
         return {name: spent / self.forward_seconds for name, spent in self.seconds.items()}
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A line per row and prompt.
+        """Turn the results into a table with one line per row and prompt.
 
         Returns:
-            The frame.
+            A data frame with the fields of :class:`Row`, "prompt" and "value".
 
         Raises:
             ValueError: If pandas is missing.
@@ -178,43 +179,38 @@ class Evaluation:
         return pandas.DataFrame(lines)
 
     def to_json(self) -> str:
-        """Everything as JSON; nan is null. :meth:`from_json` reads it."""
-        data = {"format": FORMAT} | {name: getattr(self, name) for name in _FIELDS}
+        """Write everything as JSON, which :meth:`from_json` reads; nan is null."""
         rows = [
             vars(row) | {"values": [None if math.isnan(v) else v for v in row.values]}
             for row in self.rows
         ]
-        return json.dumps(data | {"rows": rows}, ensure_ascii=False)
+        return study_text({name: getattr(self, name) for name in _FIELDS} | {"rows": rows}, FORMAT)
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
         """Read what :meth:`to_json` wrote.
 
         Args:
-            text: The JSON.
+            text: JSON of an evaluation.
 
         Returns:
-            The evaluation.
+            The evaluation that was written.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the text is not JSON of an evaluation.
         """
-        try:
-            data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise ValueError("another format")
+
+        def build(data: dict[str, Any]) -> Evaluation:
             rows = tuple(
-                Row(**row | {"values": tuple(math.nan if v is None else float(v)
-                                             for v in row["values"])})
-                for row in data.pop("rows")
-            )  # fmt: skip
+                Row(**row | {"values": _with_nan(row["values"])}) for row in data.pop("rows")
+            )
             data |= {name: tuple(data[name]) for name in ("lengths", "targets")}
             found = cls(rows=rows, **data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"expected JSON that Evaluation.to_json wrote: {error!r}") from None
-        if any(len(row.values) != len(found) for row in rows):
-            raise ValueError(f"expected {len(found)} values in every row, as many as prompts")
-        return found
+            if any(len(row.values) != len(found) for row in rows):
+                raise ValueError(f"A row does not have {len(found)} values. Keep one per prompt.")
+            return found
+
+        return read_study(text, FORMAT, build, "Evaluation.to_json")
 
     def __repr__(self) -> str:
         head = (
@@ -239,6 +235,11 @@ class Evaluation:
 
 
 _FIELDS = tuple(field.name for field in fields(Evaluation) if field.name != "rows")
+
+
+def _with_nan(values: Sequence[float | None]) -> tuple[float, ...]:
+    """Values of JSON, which has no nan, and null in its place."""
+    return tuple(math.nan if value is None else float(value) for value in values)
 
 
 def _many(n: int, what: str) -> str:

@@ -1,8 +1,13 @@
-"""Do a method's scores say which tokens the model needs? The real model, run with them masked.
+"""Test which tokens a model needs: scores are compared with runs of the real model, tokens masked.
 
-:func:`evaluate` scores every prompt's tokens by some methods, asks the protocols (``protocols``) which
-sets of tokens to mask, runs the model with them masked (``masking``), each set once however
-many methods ask for it, and keeps one number for each prompt, method, measure and masking.
+An evaluation takes five steps:
+
+1. Check the question: prompts, measures, maskings.
+2. Score the tokens of every prompt by every method (``scoring``).
+3. Order the tokens that may be masked, most relevant first.
+4. Run the model with the sets of tokens masked that the measures read (``protocols``, ``masking``).
+   Every set is run once, however many methods and measures read it.
+5. Keep one number per prompt, method, measure and masking (``report``).
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from ..methods import METHODS, check_method
 from .masking import METRICS, MaskedRuns, Masking
 from .protocols import BEAM, Measure, as_set, measures
 from .report import Evaluation, Row
-from .scoring import RIVALS, Scored, score
+from .scoring import CONTRASTS, Scored, score
 from .significance import Number
 
 CHUNK = 256
@@ -38,7 +43,7 @@ def evaluate(
     *,
     preset: str | Sequence[Number] | None = None,
     metric: str = "probability",
-    targets: str | SupportsIndex | Sequence[str | int] | None = None,
+    target: str | SupportsIndex | Sequence[str | int] | None = None,
     versus: str | SupportsIndex | Sequence[str | int] | None = None,
     scores: Mapping[str, Sequence[Sequence[Number] | Tensor]] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -48,93 +53,96 @@ def evaluate(
     gate: str = "gate",
     seed: int = 0,
     batch_size: int = 64,
-    progress: bool = True,
+    progress: bool = False,
 ) -> Evaluation:
-    """Test methods on prompts: mask the tokens they name, run the model, see what is left of a target.
+    """Test methods on prompts: mask the tokens they score, run the model, measure what is left.
 
     Args:
         model: A ``HookedTransformer`` or a ``TransformerBridge``.
-        prompts: Strings, or token ids [pos], one sequence per prompt; or what
-            :func:`tensorlens_tl.evaluation.scoring.score` made of them, so that evaluations share the scores.
+        prompts: Strings, or token ids [pos], one sequence per prompt. Or what
+            :func:`tensorlens_tl.evaluation.scoring.score` returned, so that evaluations share scores.
         methods: Names of :data:`tensorlens_tl.methods.METHODS`; None for all of them (or none, where
             ``scores`` are given).
         protocol: Names of :data:`tensorlens_tl.evaluation.protocols.PROTOCOLS`, or measures of
             :func:`tensorlens_tl.evaluation.protocols.measures`.
-        masking: "delete", "token", "mean", or several; see ``masking``.
-        preset: Which fractions of the tokens are masked: a key of
-            :data:`tensorlens_tl.evaluation.protocols.PRESETS`, or fractions; by default the protocol's.
-        metric: What is read of the masked runs: "probability", "log_odds" or "logit" of the target;
-            "logit_diff", its logit less that of the token ``versus`` names, or else of the likeliest
-            other; or "agreement", whether the target is the model's prediction.
-        targets: A token or id for all, one for each prompt, or None for the model's own predictions.
+        masking: How tokens are masked: "delete", "token" or "mean", or several of them; see
+            ``masking``.
+        preset: Fractions of the tokens that are masked: a key of
+            :data:`tensorlens_tl.evaluation.protocols.PRESETS`, or fractions. By default, the preset
+            of the protocol.
+        metric: Number read of the masked runs: "probability", "log_odds" or "logit" of the target;
+            "logit_diff", its logit less that of the token that ``versus`` names, or else of the
+            likeliest other; or "agreement", whether the target is the model's prediction.
+        target: Token or id for all prompts, a list with one per prompt, or None for the predictions
+            of the model.
         versus: What methods explain the target's advantage over: "runner_up" for the likeliest other
-            token, "others" for all of them by their probability (log-odds), a token or id for all,
-            one for each prompt, or None for nothing: the target's logit.
-        scores: Scores of your own, by name: for every prompt one number per token.
+            token, "all_others" for all of them by their probability (log-odds), a token or id for
+            all prompts, or a list with one per prompt. None to explain the target's logit.
+        scores: Scores of your own, by a name of your choice: for every prompt one number per token.
         options: Options of methods, by name: ``{"norm": {"probes": 16}}``.
-        mask_token: What stands for masked tokens where masking is "token"; by default the tokenizer's
-            mask token, or else its unknown, padding or end-of-sequence token.
-        keep_last: Whether the last token, at which the prediction is made, is never masked; the
+        mask_token: Token or id that replaces masked tokens, for masking="token". By default, the
+            tokenizer's mask token, or else its unknown, padding or end-of-sequence token.
+        keep_last: Whether the last token, at which the prediction is made, is never masked. The
             beginning-of-sequence token never is.
-        beam: For "naopc": orders kept in the search for its bounds.
-        gate: See :class:`tensorlens_tl.Convention`.
-        seed: Of ties between scores, the bootstrap and the permutations.
-        batch_size: Rows run at once.
-        progress: Whether to show progress on standard error.
+        beam: For "naopc", the number of orders kept in the search for its bounds.
+        gate: How gated MLPs are made linear; see :class:`tensorlens_tl.Convention`.
+        seed: Seed of ties between scores, of the bootstrap and of the permutations.
+        batch_size: Number of masked prompts run at once.
+        progress: Whether to show progress bars on standard error.
 
     Returns:
-        One number for each prompt, measure, masking and method.
+        One number per prompt, measure, masking and method.
 
     Raises:
         ValueError: If a method, protocol, preset, fraction, masking, metric or target does not exist,
-            no prompt predicts the target, a prompt is too short, or an extra is missing.
+            no prompt predicts the target, a prompt is too short, or an extra is not installed.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> from tensorlens_tl.evaluation import evaluate
+        >>> found = evaluate(demo.load_model(), ["The capital of France is"], ["in_out", "random"])
+        >>> found.methods
+        ('in_out', 'random')
     """
+    # 1. The question.
     if not isinstance(prompts, Scored) and (isinstance(prompts, str) or len(prompts) == 0):
-        raise ValueError(f"expected a list of prompts, got {prompts!r}: put a single one in a list")
+        raise ValueError(
+            f"prompts={prompts!r} is not a non-empty list. Put a single one in a list."
+        )
     if scores is not None and not isinstance(scores, Mapping):
         raise ValueError(
-            f"expected scores by the name of a method of yours, got {type(scores).__name__}: pass "
-            "{'mine': scores}"
+            f"scores is a {type(scores).__name__}, not a dictionary by method. Pass {{'mine': scores}}."
         )
-    batch_size, own = at_least_one(batch_size, "batch_size"), dict(scores or {})
     if metric not in METRICS:
-        raise ValueError(f"no metric {metric!r}; expected one of {', '.join(METRICS)}")
-    asked = _measures(protocol, preset, metric, beam)
-    adapter = adapt(model)
-    if mask_token is not None and "token" not in _listed(masking):
-        raise ValueError(
-            f"mask_token is for masking='token', got masking={masking!r}: leave it out"
-        )
-    maskings = [Masking.of(kind, adapter, mask_token) for kind in _listed(masking)]
+        raise ValueError(f"metric={metric!r} does not exist. Use one of {', '.join(METRICS)}.")
+    batch_size, own = at_least_one(batch_size, "batch_size"), dict(scores or {})
+    asked, adapter = _measures(protocol, preset, metric, beam), adapt(model)
+    maskings = _maskings(masking, adapter, mask_token)
+    # 2. Scores.
     if isinstance(prompts, Scored):
-        scored = _selected(prompts, methods, targets, versus, options)
+        scored = _selected(prompts, methods, target, versus, options)
     else:
-        names = _names(methods, own)
-        for name in names:
-            check_method(name, dict((options or {}).get(name, {})))
-        if absent := [name for name in options or {} if name not in names]:
-            raise ValueError(
-                f"expected options of {', '.join(names)}, got some of {', '.join(absent)}: name the "
-                "method, too, or leave them out"
-            )
-        goals = _one_each("target", targets, len(prompts))
-        foils = versus if versus in RIVALS else _one_each("versus", versus, len(prompts))
+        names = _names(methods, own, options or {})
+        goals = _one_each("target", target, len(prompts))
+        foils = versus if versus in CONTRASTS else _one_each("versus", versus, len(prompts))
         scored = score(model, prompts, names, goals, foils, options, gate, batch_size, progress)
     if not any(map(int.__eq__, scored.targets, scored.predicted)):
         raise ValueError(
-            f"no prompt predicts its target ({adapter.token_string(scored.targets[0])!r}, …): a target "
-            "that no prompt has says nothing; leave targets out for the model's own predictions"
+            f"target={adapter.token_string(scored.targets[0])!r} is predicted by no prompt, so masking "
+            "says nothing about it. Drop target= to use the model's own predictions."
         )
+    # 3. Orders.
     positions = _maskable(adapter, scored, asked, maskings, keep_last)
     orders = {
         name: _orders(name, values, scored.prompts, positions, seed)
         for name, values in (dict(scored.scores) | own).items()
     }
+    # 4. Masked runs.
     rows: list[Row] = []
     runs: dict[str, int] = {}
     for way in maskings:
         runner = MaskedRuns(
-            adapter, scored.prompts, scored.targets, scored.rivals, way, batch_size, progress
+            adapter, scored.prompts, scored.targets, scored.foils, way, batch_size, progress
         )
         found = _read(runner, asked, orders, len(positions))
         runs[way.kind] = runner.runs
@@ -144,13 +152,23 @@ def evaluate(
             for i, one in enumerate(asked)
             for name in orders
         ]  # fmt: skip
+    # 5. The report.
     return Evaluation(
-        tuple(rows), adapter.name, str(adapter.dtype).removeprefix("torch."),
-        tuple(map(len, positions)), tuple(map(adapter.token_string, scored.targets)),
-        scored.versus, next((way.token for way in maskings if way.token is not None), None),
-        scored.gate, batch_size,
-        keep_last, seed, dict(scored.seconds), scored.forward_seconds, runs,
-    )  # fmt: skip
+        rows=tuple(rows),
+        model=adapter.name,
+        dtype=str(adapter.dtype).removeprefix("torch."),
+        lengths=tuple(map(len, positions)),
+        targets=tuple(map(adapter.token_string, scored.targets)),
+        versus=scored.versus,
+        mask_token=next((way.token for way in maskings if way.token is not None), None),
+        convention=scored.gate,
+        batch_size=batch_size,
+        keep_last=keep_last,
+        seed=seed,
+        seconds=dict(scored.seconds),
+        forward_seconds=scored.forward_seconds,
+        runs=runs,
+    )
 
 
 Ordered = tuple[tuple[int, ...], tuple[float, ...]]
@@ -163,11 +181,13 @@ def _read(
     orders: Mapping[str, Sequence[Ordered]],
     n: int,
 ) -> dict[tuple[int, str], list[float]]:
+    """The numbers of every measure and method, prompt by prompt, from masked runs."""
     found: dict[tuple[int, str], list[float]] = {
         (i, name): [] for i in range(len(asked)) for name in orders
     }
     for start in range(0, n, CHUNK):
         chunk = range(start, min(start + CHUNK, n))
+        # All sets of a chunk at once, so that batches are full; then every measure reads its own.
         runner.need(
             (prompt, masked)
             for prompt in chunk
@@ -183,29 +203,57 @@ def _read(
     return found
 
 
+# --- What a user asks for -----------------------------------------------------------------------
+
+
 def _listed(given: Any) -> list[Any]:
     return [given] if isinstance(given, str | Measure) else list(given)
 
 
+def _maskings(masking: Any, adapter: Adapter, mask_token: str | int | None) -> list[Masking]:
+    kinds = _listed(masking)
+    if mask_token is not None and "token" not in kinds:
+        raise ValueError(
+            f"mask_token= is used by masking='token' only, not by masking={masking!r}. Drop "
+            "mask_token=, or pass masking='token'."
+        )
+    return [Masking.of(kind, adapter, mask_token) for kind in kinds]
+
+
 def _selected(scored: Scored, methods: Any, *others: Any) -> Scored:
     if any(given is not None for given in others):
-        raise ValueError("scores are made already: give targets, versus and options to score()")
+        raise ValueError(
+            "target=, versus= and options= cannot change scores that are made already. Pass them to "
+            "score()."
+        )
     names = list(scored.scores) if methods is None else _listed(methods)
     if absent := [name for name in names if name not in scored.scores]:
-        raise ValueError(f"expected scores by {', '.join(absent)}, got {', '.join(scored.scores)}")
+        raise ValueError(
+            f"There are no scores by {', '.join(absent)}. The scores are by {', '.join(scored.scores)}."
+        )
     return replace(scored, scores={name: scored.scores[name] for name in names})
 
 
-def _names(methods: str | Sequence[str] | None, own: Mapping[str, Any]) -> list[str]:
+def _names(
+    methods: str | Sequence[str] | None, own: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[str]:
+    """The methods that are asked for, known and with known options."""
     if methods is None:
         methods = [] if own else list(METHODS)
     names = list(dict.fromkeys(_listed(methods)))
     if both := [name for name in own if name in METHODS]:
         raise ValueError(
-            f"scores are named {', '.join(both)} like a method: give them another name"
+            f"scores={{{both[0]!r}: …}} has the name of a method. Give your scores another name."
         )
     if not names and not own:
-        raise ValueError(f"expected at least one method, got none; there are {', '.join(METHODS)}")
+        raise ValueError(f"methods=[] names no method. Name at least one of {', '.join(METHODS)}.")
+    for name in names:
+        check_method(name, dict(options.get(name, {})))
+    if absent := [name for name in options if name not in names]:
+        raise ValueError(
+            f"options= has an entry for {absent[0]}, which is not among methods= ({', '.join(names)}). "
+            "Name the method, or drop its options."
+        )
     return names
 
 
@@ -216,7 +264,7 @@ def _measures(
     for one in _listed(protocol):
         asked += [one] if isinstance(one, Measure) else measures(one, preset, metric, beam)
     if not asked:
-        raise ValueError("expected at least one protocol, got none")
+        raise ValueError("protocol=[] names no protocol. Name at least one.")
     return asked
 
 
@@ -229,11 +277,16 @@ def _one_each(name: str, given: Any, n: int) -> Sequence[str | int] | None:
         return [int(given)] * n
     if not isinstance(given, Collection):
         raise ValueError(
-            f"expected {name} as a token, an id, or one for each prompt, got {given!r}"
+            f"{name}={given!r} is not a token. Pass a token, an id, or a list with one per prompt."
         )
     if len(given) != n:
-        raise ValueError(f"expected one {name} per prompt, {n}, or one for all, got {len(given)}")
+        raise ValueError(
+            f"{name} has {len(given)} entries for {n} prompts. Pass one for each, or one for all."
+        )
     return list(given)
+
+
+# --- Which tokens, in which order -----------------------------------------------------------------
 
 
 def _maskable(
@@ -252,16 +305,17 @@ def _maskable(
         n = stop - start
         if n < least.least:
             raise ValueError(
-                f"prompt {i} has {n} tokens that may be masked, expected at least {least.least} for "
-                f"{least.name}: leave it out, or make it longer"
+                f"Prompt {i} has {n} tokens that may be masked, but {least.name} needs {least.least}. "
+                "Drop the prompt, or use a longer one."
             )
         found.append(places := range(start, stop))
+        # Deleting needs a token that stays: a kept one, or sets that are never all tokens.
         if n < len(ids) or all(way.kind != "delete" for way in maskings):
             continue
         if whole := [one.name for one in asked if as_set(places) in one.masks(places)]:
             raise ValueError(
-                f"{whole[0]} masks every token, and prompt {i} has no beginning-of-sequence token that "
-                "would stay: expected masking by token or mean, or fractions below 1"
+                f"{whole[0]} masks every token of prompt {i}, which has no beginning-of-sequence token "
+                "that stays. Use masking='token' or 'mean', or fractions below 1."
             )
     return found
 
@@ -269,15 +323,22 @@ def _maskable(
 def _orders(
     name: str, scores: Sequence[Any], prompts: Sequence[Any], positions: Sequence[range], seed: int
 ) -> list[Ordered]:
+    """Every prompt's maskable positions by falling score; ties in random order."""
     if len(scores) != len(prompts):
-        raise ValueError(f"expected {name} scores for {len(prompts)} prompts, got {len(scores)}")
+        raise ValueError(
+            f"scores[{name!r}] has {len(scores)} entries for {len(prompts)} prompts. Pass one each."
+        )
     found = []
     for prompt, (given, ids, places) in enumerate(zip(scores, prompts, positions, strict=True)):
         values = given.tolist() if hasattr(given, "tolist") else list(given)
-        if len(values) != len(ids) or any(math.isnan(value) for value in values):
+        if len(values) != len(ids):
             raise ValueError(
-                f"expected {name} to score the {len(ids)} tokens of prompt {prompt}, got "
-                f"{len(values)} numbers" + (", nan among them" * any(map(math.isnan, values)))
+                f"scores[{name!r}] has {len(values)} numbers for the {len(ids)} tokens of prompt "
+                f"{prompt}. Pass one number per token."
+            )
+        if any(map(math.isnan, values)):
+            raise ValueError(
+                f"scores[{name!r}] has nan in prompt {prompt}, which has no rank. Use numbers."
             )
         tie = list(places)
         random.Random(f"{seed} {prompt}").shuffle(tie)

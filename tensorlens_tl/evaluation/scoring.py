@@ -1,4 +1,12 @@
-"""Scores of many prompts by many methods: captured once, prompts of one length together, timed."""
+"""Scores of many prompts by many methods: captured once, prompts of one length together, timed.
+
+:func:`score` takes four steps for every batch of prompts of one length:
+
+1. Run the model plainly, for the time of a forward pass.
+2. Capture the batch, and compose its operator.
+3. Resolve every prompt's target, and what is subtracted.
+4. Ask each method for its scores, and add up the time that each takes.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +30,10 @@ from ..attribution import (
 from ..hosts import adapt, each_prompt, record
 from ..methods import token_scores
 from ..operator import Capture, Convention, FrozenTransformer
-from .masking import all_real
 
-RIVALS = ("runner_up", "others")
-"""What stands for the likeliest token beside the target, and for all of them by their probability."""
+CONTRASTS = ("runner_up", "all_others")
+"""Words for what a target is compared with: the likeliest other token, or all others, weighted by
+their probabilities."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,20 +42,21 @@ class Scored:
 
     Attributes:
         prompts: Token ids, one tensor [pos] per prompt.
-        targets: The target's token id, per prompt.
-        rivals: The token id that a logit difference is taken from, per prompt: what ``versus`` names,
-            else the likeliest other than the target.
-        predicted: The model's own prediction, per prompt.
-        scores: Every method's scores of every prompt's tokens [pos].
-        seconds: What every method took, all prompts together.
-        forward_seconds: What plain forward passes took.
-        versus: What the target was less: one of :data:`RIVALS`, "own" for given tokens, or None.
-        gate: The choice made for gated MLPs.
+        targets: Token id of the target, per prompt.
+        foils: Token id whose logit a logit difference subtracts, per prompt: what ``versus`` names,
+            or else the likeliest token other than the target.
+        predicted: Token id that the model predicts, per prompt.
+        scores: Scores of every prompt's tokens [pos], by method.
+        seconds: Seconds that each method took, all prompts together.
+        forward_seconds: Seconds that plain forward passes of the same prompts took.
+        versus: What was subtracted from the target: one of :data:`CONTRASTS`, "own" for given tokens,
+            or None.
+        gate: How gated MLPs were made linear.
     """
 
     prompts: tuple[Int[Tensor, " _"], ...]
     targets: tuple[int, ...]
-    rivals: tuple[int, ...]
+    foils: tuple[int, ...]
     predicted: tuple[int, ...]
     scores: Mapping[str, Sequence[Float[Tensor, " _"]]]
     seconds: Mapping[str, float]
@@ -56,69 +65,70 @@ class Scored:
     gate: str
 
     def take(self, chosen: Sequence[int]) -> Scored:
-        """Some of the prompts."""
+        """Take some of the prompts, by their indices."""
+        names = ("prompts", "targets", "foils", "predicted")
+        parts = {name: tuple(getattr(self, name)[i] for i in chosen) for name in names}
         scores = {name: [values[i] for i in chosen] for name, values in self.scores.items()}
-        parts = (
-            tuple(given[i] for i in chosen)
-            for given in (self.prompts, self.targets, self.rivals, self.predicted)
-        )
-        names = ("prompts", "targets", "rivals", "predicted")
-        return replace(self, scores=scores, **dict(zip(names, parts, strict=True)))
+        return replace(self, scores=scores, **parts)
 
 
 def score(
     model: Any,
     prompts: Sequence[Any],
     methods: Sequence[str],
-    targets: Sequence[str | int] | None = None,
+    target: Sequence[str | int] | None = None,
     versus: str | Sequence[str | int] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     gate: str = "gate",
     batch_size: int = 8,
-    progress: bool = True,
+    progress: bool = False,
 ) -> Scored:
-    """Every prompt's tokens scored by some methods; prompts of one length are captured together.
+    """Score every prompt's tokens by some methods; prompts of one length are captured together.
 
     Args:
         model: A ``HookedTransformer`` or a ``TransformerBridge``.
         prompts: Strings, or token ids [pos].
         methods: Names of :data:`tensorlens_tl.methods.METHODS`.
-        targets: A token or id for each prompt, or None for the model's own predictions.
+        target: Token or id for each prompt, or None for the predictions of the model.
         versus: Subtracted from the target: a token or id for each prompt; "runner_up", the likeliest
-            other token; "others", their mean weighted by probability (log-odds); or None.
+            other token; "all_others", their mean weighted by probability (log-odds); or None.
         options: Options of methods, by name.
-        gate: See :class:`tensorlens_tl.Convention`.
-        batch_size: Prompts captured at once.
-        progress: Whether to count prompts on standard error.
+        gate: How gated MLPs are made linear; see :class:`tensorlens_tl.Convention`.
+        batch_size: Number of prompts captured at once.
+        progress: Whether to show a progress bar on standard error.
 
     Returns:
-        The scores.
+        The scores of every method, with targets and times.
     """
     adapter, options = adapt(model), options or {}
     alone = each_prompt(prompts, adapter.tokenizer)
     ids = [adapter.prepare(prompt, {})[1].tokens[0] for prompt in alone]
-    goals, rivals, predicted = [0] * len(ids), [0] * len(ids), [0] * len(ids)
+    goals, foils, predicted = [0] * len(ids), [0] * len(ids), [0] * len(ids)
     scores: dict[str, list[Any]] = {name: [None] * len(ids) for name in methods}
     plain, seconds = 0.0, dict.fromkeys(methods, 0.0)
     bar = tqdm(total=len(ids), desc="scores", delay=2, leave=False, disable=not progress)
     with torch.no_grad(), bar:
         for batch in _by_length(ids, batch_size):
+            # 1. A plain run.
             tokens = torch.stack([ids[i] for i in batch])
-            kwargs, start = all_real(adapter, tokens), time.perf_counter()
+            kwargs, start = adapter.all_real(tokens), time.perf_counter()
             adapter.run(tokens, kwargs)
             plain += time.perf_counter() - start
+            # 2. The operator.
             _, capture = record(adapter, tokens, Convention(gate), None, "stored", **kwargs)
             operator, own = FrozenTransformer.of(capture), own_prediction(capture)
-            wanted = own if targets is None else _ids(capture, batch, targets)
+            # 3. Targets.
+            wanted = own if target is None else _ids(capture, batch, target)
             goal = resolve_target(capture, None, -1, wanted)
             given = versus is not None and not isinstance(versus, str)
-            rival = _ids(capture, batch, versus) if given else likeliest_others(capture, wanted)
-            if versus == "others":
+            foil = _ids(capture, batch, versus) if given else likeliest_others(capture, wanted)
+            if versus == "all_others":
                 goal = goal.minus(expected_others(capture, wanted))
             elif versus is not None:
-                goal = goal.minus(resolve_target(capture, None, -1, rival))
-            for i, *of in zip(batch, *(x.tolist() for x in (wanted, rival, own)), strict=True):
-                goals[i], rivals[i], predicted[i] = of
+                goal = goal.minus(resolve_target(capture, None, -1, foil))
+            for i, *of in zip(batch, *(x.tolist() for x in (wanted, foil, own)), strict=True):
+                goals[i], foils[i], predicted[i] = of
+            # 4. Methods.
             for name in methods:
                 start, mine = time.perf_counter(), options.get(name, {})
                 found = token_scores(name, capture, operator, goal, model, **mine)
@@ -127,10 +137,8 @@ def score(
                     scores[name][i] = found[row].detach()
             bar.update(len(batch))
     named = versus if versus is None or isinstance(versus, str) else "own"
-    return Scored(
-        tuple(ids), tuple(goals), tuple(rivals), tuple(predicted),
-        scores, seconds, plain, named, gate,
-    )  # fmt: skip
+    tokens = tuple(ids), tuple(goals), tuple(foils), tuple(predicted)
+    return Scored(*tokens, scores, seconds, plain, named, gate)
 
 
 def _ids(capture: Capture, batch: list[int], given: Any) -> Int[Tensor, " batch"]:
@@ -139,6 +147,7 @@ def _ids(capture: Capture, batch: list[int], given: Any) -> Int[Tensor, " batch"
 
 
 def _by_length(ids: Sequence[Tensor], size: int) -> Iterator[list[int]]:
+    """Batches of prompts of one length, as indices; shortest first."""
     groups: dict[int, list[int]] = {}
     for i, one in enumerate(ids):
         groups.setdefault(len(one), []).append(i)

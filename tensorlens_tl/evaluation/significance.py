@@ -1,6 +1,6 @@
-"""Means that leave out what is not defined, paired comparisons, rank correlation; without scipy.
+"""Means, paired comparisons and rank correlation, without scipy.
 
-Inputs that are nan (a measure that is not defined for a prompt) are left out.
+Inputs that are nan (a measure that is not defined for a prompt) are skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .intervals import Estimate, bootstrap
 Number = float | int
 FLIPS = 10_000
 EXACT = 14
-"""Up to so many pairs every one of the 2ⁿ signs is tried."""
+"""Largest number of pairs for which all 2ⁿ sign patterns are tried."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Comparison:
     """A paired comparison of two methods on the same inputs.
 
     Attributes:
-        difference: Mean by which the first is better, and its interval.
-        p: Two-sided, of the sign-flip permutation test of that mean.
+        difference: Mean by which the first method is better, with its 95 % interval.
+        p: Two-sided p-value of the sign-flip permutation test of that mean.
     """
 
     difference: Estimate
@@ -39,45 +39,48 @@ class Comparison:
 
 
 def estimate(values: Sequence[Number], seed: int = 0) -> Estimate:
-    """The mean of some inputs and its bootstrap interval; nan where there is nothing.
+    """Estimate the mean of some inputs, with a bootstrap interval; nan where all inputs are nan.
 
     Args:
-        values: One number for each input.
-        seed: Of the resampling.
+        values: One number per input.
+        seed: Seed of the resampling.
 
     Returns:
-        The estimate.
+        The mean with its interval.
     """
     found = [float(value) for value in values if not math.isnan(value)]
     return bootstrap(found, seed=seed) if found else Estimate(math.nan, math.nan, math.nan, 0)
 
 
-def compare(ours: Sequence[Number], theirs: Sequence[Number], seed: int = 0) -> Comparison:
-    """A paired comparison: by how much ours is larger, and whether that may be chance.
+def compare(first: Sequence[Number], second: Sequence[Number], seed: int = 0) -> Comparison:
+    """Compare paired numbers: by how much the first are larger, and whether that may be chance.
 
-    The test flips the sign of every pair's difference: where neither is better, each of the 2ⁿ sign
-    patterns is as likely as the one seen. All are tried for few pairs, else 10,000 drawn ones, the seen
-    one counted among them (so that p is never below 1 / 10,001).
+    The test flips the sign of every pair's difference. Where neither method is better, each of the 2ⁿ
+    sign patterns is as likely as the observed one. For few pairs all patterns are tried. Otherwise
+    10,000 are drawn, and the observed one is counted among them, so that p ≥ 1 / 10,001.
 
     Args:
-        ours: One number for each input.
-        theirs: The same inputs' numbers.
-        seed: Of resampling and flipping.
+        first: One number per input.
+        second: One number per input, in the same order.
+        seed: Seed of resampling and flipping.
 
     Returns:
-        The comparison.
+        The mean difference with its interval, and the p-value.
 
     Raises:
-        ValueError: If they are not as many.
+        ValueError: If the lists have different lengths.
     """
-    if len(ours) != len(theirs):
-        raise ValueError(f"expected pairs, got {len(ours)} and {len(theirs)} inputs")
-    d = _numbers(ours) - _numbers(theirs)
+    if len(first) != len(second):
+        raise ValueError(
+            f"first has {len(first)} numbers and second {len(second)}. Pass one of each per input."
+        )
+    d = _numbers(first) - _numbers(second)
     d = d[~d.isnan()]
     difference = estimate(d.tolist(), seed)
     if len(d) == 0:
         return Comparison(difference, math.nan)
     flips, seen = _signs(len(d), seed), len(d) > EXACT
+    # Sums that differ by rounding alone count as equal to the observed one.
     least = d.sum().abs() - 1e-12 * d.abs().sum()
     parts = flips.split(max(1, 2**22 // len(d)))
     reached = sum(int(((signs.to(d) @ d).abs() >= least).sum()) for signs in parts)
@@ -96,12 +99,12 @@ def _signs(n: int, seed: int) -> Int8[Tensor, "flip n"]:
 
 
 def _numbers(values: Sequence[Number]) -> Float[Tensor, " n"]:
-    # On the CPU, whatever the default device: the draws are there, too.
+    # On the CPU, whatever the default device is: the random draws are there, too.
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
 def ranks(values: Sequence[Number]) -> Float[Tensor, " n"]:
-    """Ranks from 1, equal values sharing their mean rank."""
+    """Ranks from 1; equal values share their mean rank."""
     x = _numbers(values)
     below = (x[None] < x[:, None]).sum(1)
     equal = (x[None] == x[:, None]).sum(1).double()
@@ -109,7 +112,7 @@ def ranks(values: Sequence[Number]) -> Float[Tensor, " n"]:
 
 
 def rank_correlation(a: Sequence[Number], b: Sequence[Number]) -> float:
-    """Spearman's ρ, the correlation of the ranks; nan where one of the two does not vary."""
+    """Spearman's ρ, the correlation of the ranks; nan where a or b does not vary."""
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()
     size = float(x.norm() * y.norm())

@@ -179,16 +179,18 @@ def test_evaluations_share_scores():
         values = again.row(row.method, row.measure).values
         assert values == pytest.approx(row.values, abs=1e-5)
     assert some.targets == ("Paris",) and some.methods == ("rollout",)
-    with pytest.raises(ValueError, match="expected scores by chefer, got in_out, rollout"):
+    with pytest.raises(
+        ValueError, match=r"There are no scores by chefer. The scores are by in_out, rollout"
+    ):
         evaluate(demo_model(), scored, "chefer")
-    with pytest.raises(ValueError, match="scores are made already"):
-        evaluate(demo_model(), scored, versus="others")
+    with pytest.raises(ValueError, match="cannot change scores that are made already"):
+        evaluate(demo_model(), scored, versus="all_others")
 
 
 def test_prompts_as_ids_and_targets():
     model = demo_model()
     ids = [model.to_tokens(text)[0] for text in PROMPTS]
-    one, two = run(PROMPTS, "in_out"), run(ids, "in_out", targets=["Mary", "Paris", "are"])
+    one, two = run(PROMPTS, "in_out"), run(ids, "in_out", target=["Mary", "Paris", "are"])
     assert one.rows == two.rows and one.targets == two.targets
     foils = run(PROMPTS, "in_out", versus=["John", "Rome", "is"])
     assert foils.versus == "own" and foils.rows != one.rows
@@ -202,13 +204,13 @@ def test_a_logit_difference_is_from_the_foil_or_else_the_runner_up():
             scored = score(model, PROMPTS, ["in_out"], versus=foils, progress=False)
             logits = [model(ids[None])[0, -1].detach() for ids in scored.prompts]
         ranked = [int(one.argsort()[-2]) for one in logits]
-        assert list(scored.rivals) == (
+        assert list(scored.foils) == (
             ranked if foils is None else [model.to_single_token(word) for word in words]
         )
         (measure,) = measures("leave_one_out", metric="logit_diff")
         whole = evaluate(model, scored, "in_out", measure, progress=False, keep_last=True)
         for i, ids in enumerate(scored.prompts):
-            goal = torch.tensor([scored.targets[i], scored.rivals[i]])
+            goal = torch.tensor([scored.targets[i], scored.foils[i]])
             lost = []
             for j in range(1, len(ids) - 1):
                 with quiet(), torch.no_grad():
@@ -287,11 +289,11 @@ def test_undefined_values_survive_a_file():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.pop("model"), "expected JSON that Evaluation.to_json wrote"),
+        (lambda data: data.pop("model"), "Pass what Evaluation.to_json wrote"),
         (lambda data: data.update(format="other"), "another format"),
-        (lambda data: data["rows"][0].update(values=[1.0]), "expected 3 values in every row"),
-        (lambda data: data["rows"][0].update(values="abc"), "expected JSON that"),
-        (lambda data: data.update(rows=None), "expected JSON that"),
+        (lambda data: data["rows"][0].update(values=[1.0]), "A row does not have 3 values"),
+        (lambda data: data["rows"][0].update(values="abc"), "is not a study of the format"),
+        (lambda data: data.update(rows=None), "is not a study of the format"),
     ],
 )
 def test_damaged_files_are_refused(change, message):
@@ -299,16 +301,16 @@ def test_damaged_files_are_refused(change, message):
     change(data)
     with pytest.raises(ValueError, match=message):
         Evaluation.from_json(json.dumps(data))
-    with pytest.raises(ValueError, match="expected JSON"):
+    with pytest.raises(ValueError, match=r"is not a study of the format"):
         Evaluation.from_json("no JSON")
 
 
 def test_rows_are_named_or_refused():
     with pytest.raises(
-        ValueError, match=r"33 rows are .*expected one: say more of .*measure positive"
+        ValueError, match=r"33 rows fit .*but one is needed. Choose among .*measure positive"
     ):
         found().row("in_out")
-    with pytest.raises(ValueError, match=r"0 rows are .*'chefer'.*method in_out, rollout, random"):
+    with pytest.raises(ValueError, match=r"0 rows fit .*'chefer'.*method in_out, rollout, random"):
         found().row("chefer", "positive", "delete")
 
 
@@ -318,35 +320,35 @@ def test_rows_are_named_or_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"methods": "roll"}, r"no method 'roll'; expected one of norm, in, out, in_out, .*random"),
-        ({"methods": []}, "expected at least one method, got none; there are norm"),
+        ({"methods": "roll"}, r"There is no method 'roll'. Choose one of norm, in, out, in_out, .*random"),
+        ({"methods": []}, r"methods=\[\] names no method. Name at least one of norm"),
         ({"options": {"norm": {"steps": 3}}, "methods": "norm"}, "norm has no option steps"),
-        ({"options": {"chefer": {}}}, "expected options of in_out, got some of chefer: name the method"),
-        ({"mask_token": "the"}, "mask_token is for masking='token', got masking='delete': leave it"),
-        ({"mask_token": "zzz", "masking": "token"}, "does not know the mask token 'zzz'"),
+        ({"options": {"chefer": {}}}, "options= has an entry for chefer, .*in_out.*Name the method"),
+        ({"mask_token": "the"}, "mask_token= is used by masking='token' only"),
+        ({"mask_token": "zzz", "masking": "token"}, "mask_token='zzz' is unknown to the tokenizer"),
         ({"prompts": [torch.ones(2, 5).long()]}, r"prompt 0 .*got ids of shape \[2, 5\]: list its 2"),
         ({"prompts": [[1, 9, 8, 7], [1, 9, 2, 2]]}, "prompt 1 ends in the padding token"),
-        ({"protocol": "perturb"}, "no protocol 'perturb'; expected one of perturbation"),
-        ({"protocol": []}, "expected at least one protocol"),
-        ({"preset": "atad"}, "no preset 'atad'; expected one of tensorlens"),
+        ({"protocol": "perturb"}, "protocol='perturb' does not exist. Use one of perturbation"),
+        ({"protocol": []}, r"protocol=\[\] names no protocol"),
+        ({"preset": "atad"}, "preset='atad' does not exist. Use one of tensorlens"),
         ({"preset": (0, 30)}, "fractions between 0 and 1"),
         ({"preset": (0, 1.5)}, "fractions between 0 and 1"),
-        ({"masking": "blur"}, "no masking 'blur'; expected one of delete, token, mean"),
-        ({"metric": "loss"}, "no metric 'loss'; expected one of probability"),
-        ({"targets": "John"}, r"no prompt predicts its target \('John', …\).*leave targets out"),
-        ({"targets": ["Mary"]}, "expected one target per prompt, 3, or one for all, got 1"),
-        ({"versus": ["Mary"]}, "expected one versus per prompt, 3, or one for all, got 1"),
-        ({"targets": "Mary John"}, "the target 'Mary John' is 2 tokens"),
-        ({"targets": 9999}, "target id 9999 is outside the vocabulary"),
+        ({"masking": "blur"}, "masking='blur' does not exist. Use one of delete, token, mean"),
+        ({"metric": "loss"}, "metric='loss' does not exist. Use one of probability"),
+        ({"target": "John"}, "target='John' is predicted by no prompt, .*Drop target="),
+        ({"target": ["Mary"]}, "target has 1 entries for 3 prompts"),
+        ({"versus": ["Mary"]}, "versus has 1 entries for 3 prompts"),
+        ({"target": "Mary John"}, "Target 'Mary John' is 2 tokens"),
+        ({"target": 9999}, "Target id 9999 is outside the vocabulary"),
         ({"batch_size": 0}, "batch_size"),
-        ({"prompts": PROMPT}, "expected a list of prompts"),
-        ({"prompts": []}, "expected a list of prompts"),
-        ({"prompts": [PROMPT, "Mary"]}, "prompt 1 has 1 tokens that may be masked, expected at least 2"),
-        ({"prompts": ["Mary and"], "protocol": "leave_one_out"}, "has 2 tokens that .* at least 3 for leave_one"),
-        ({"scores": {"mine": [[1.0]]}}, "expected mine scores for 3 prompts, got 1"),
-        ({"scores": {"mine": [[1.0]] * 3}}, "expected mine to score the 15 tokens of prompt 0"),
-        ({"scores": {"mine": [[math.nan] * 15] * 3}}, "nan among them"),
-        ({"scores": {"norm": [[1.0]] * 3}}, "scores are named norm like a method"),
+        ({"prompts": PROMPT}, "prompts=.* is not a non-empty list"),
+        ({"prompts": []}, r"prompts=\[\] is not a non-empty list"),
+        ({"prompts": [PROMPT, "Mary"]}, "Prompt 1 has 1 tokens that may be masked, but positive needs 2"),
+        ({"prompts": ["Mary and"], "protocol": "leave_one_out"}, "has 2 tokens that .* but leave_one_out needs 3"),
+        ({"scores": {"mine": [[1.0]]}}, r"scores\['mine'\] has 1 entries for 3 prompts"),
+        ({"scores": {"mine": [[1.0]] * 3}}, r"scores\['mine'\] has 1 numbers for the 15 tokens of prompt 0"),
+        ({"scores": {"mine": [[math.nan] * 15] * 3}}, r"scores\['mine'\] has nan in prompt 0"),
+        ({"scores": {"norm": [[1.0]] * 3}}, "has the name of a method. Give your scores another"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -361,9 +363,11 @@ def test_bad_input_is_refused(arguments, message):
 def test_a_prompt_without_bos_keeps_a_token():
     ids = [demo_model().to_tokens(PROMPT)[0][1:]]
     assert run(ids, "in_out").lengths == (14,)
-    with pytest.raises(ValueError, match="morf masks every token, and prompt 0 has no beginning"):
+    with pytest.raises(
+        ValueError, match=r"morf masks every token of prompt 0, which has no beginning"
+    ):
         run(ids, "in_out", "morf_lerf")
-    with pytest.raises(ValueError, match="positive masks every token, and prompt 0"):
+    with pytest.raises(ValueError, match=r"positive masks every token of prompt 0"):
         run(ids, "in_out", preset=(0, 0.95))  # 14 of 14
     with pytest.raises(ValueError, match="sufficiency masks every token"):
         run(ids, "in_out", "eraser", preset=(0, 0.5))
@@ -384,19 +388,17 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 def test_the_demo_tasks_are_served():
     pairs = demo.prompts("facts", 4)
-    got = run([p.clean for p in pairs], "in_out", targets=[p.answer for p in pairs])
+    got = run([p.clean for p in pairs], "in_out", target=[p.answer for p in pairs])
     assert len(got) == 4 and got.targets == tuple(p.answer for p in pairs)
 
 
 @pytest.mark.wrong_types
 def test_scores_and_tokens_of_wrong_types_are_refused():
     with pytest.raises(
-        ValueError, match=r"expected scores by the name .*, got list: pass \{'mine'"
+        ValueError, match=r"scores is a list, not a dictionary by method. Pass \{'mine'"
     ):
         run(PROMPTS, scores=[[1.0] * 6] * 3)
-    with pytest.raises(
-        ValueError, match="expected versus as a token, an id, or one for each prompt"
-    ):
+    with pytest.raises(ValueError, match=r"versus=1.5 is not a token. Pass a token, an id"):
         run(PROMPTS, "in_out", versus=1.5)
 
 

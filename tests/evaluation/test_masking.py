@@ -75,7 +75,7 @@ def test_hooks_come_off_after_an_error(kind, monkeypatch):
 def test_a_model_that_shows_no_embeddings_has_no_mean(monkeypatch):
     adapter = adapt(FEW[0].model())
     monkeypatch.setattr(type(adapter), "embed_weights", lambda self: None)
-    with pytest.raises(ValueError, match=r"'mean' needs W_E, which .* mask by 'delete' or 'token'"):
+    with pytest.raises(ValueError, match=r"'mean' needs W_E, which .* Use 'delete' or 'token'"):
         Masking.of("mean", adapter)
 
 
@@ -94,12 +94,12 @@ def test_outcomes_are_read_off_the_model_s_logits(kind):
     model = demo_model()
     adapter = adapt(model)
     prompts = [model.to_tokens(text)[0] for text in (PROMPT, "The capital of France is")]
-    targets, rivals = (
+    targets, foils = (
         [model.to_single_token(word) for word in words]
         for words in (("Mary", "Paris"), ("John", "Rome"))
     )
     way = Masking.of(kind, adapter)
-    runs = MaskedRuns(adapter, prompts, targets, rivals, way, batch_size=2, progress=False)
+    runs = MaskedRuns(adapter, prompts, targets, foils, way, batch_size=2, progress=False)
     asked = [(0, 0), (0, 0b100), (1, 0b1000), (0, 0b10100), (0, 0b100)]
     runs.need(asked)
     assert runs.runs == 4
@@ -111,7 +111,7 @@ def test_outcomes_are_read_off_the_model_s_logits(kind):
         p = float(logits.softmax(-1)[targets[prompt]])
         expected = {"probability": p, "log_odds": float(torch.tensor(p).logit()),
                     "logit": float(logits[targets[prompt]]),
-                    "logit_diff": float(logits[targets[prompt]] - logits[rivals[prompt]]),
+                    "logit_diff": float(logits[targets[prompt]] - logits[foils[prompt]]),
                     "agreement": float(logits.argmax() == targets[prompt])}  # fmt: skip
         for metric in METRICS:
             (found,) = runs.outcomes(prompt, metric, [masked])
@@ -148,11 +148,15 @@ def test_pad_ids_in_a_row_are_no_padding():
 
 def test_refusals():
     adapter = adapt(demo_model())
-    with pytest.raises(ValueError, match="no masking 'blur'; expected one of delete, token, mean"):
+    with pytest.raises(
+        ValueError, match=r"masking='blur' does not exist. Use one of delete, token, mean"
+    ):
         Masking.of("blur", adapter)
-    with pytest.raises(ValueError, match="the mask token 'Mary John' is 2 tokens, expected one"):
+    with pytest.raises(ValueError, match=r"mask_token='Mary John' is 2 tokens. Pass one token"):
         Masking.of("token", adapter, "Mary John")
-    with pytest.raises(ValueError, match=r"expected a mask token from 0 to \d+, got 9999"):
+    with pytest.raises(
+        ValueError, match=r"mask_token=9999 is outside the vocabulary. Pass an id from 0 to \d+"
+    ):
         Masking.of("token", adapter, 9999)
-    with pytest.raises(ValueError, match=r"got None: pass mask_token="):
+    with pytest.raises(ValueError, match=r"has no mask token. Pass mask_token="):
         Masking.of("token", adapt(FEW[0].model()))

@@ -140,15 +140,24 @@ def test_counts_and_presets():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("perturb",), r"no protocol 'perturb'; expected one of perturbation, .*leave_one_out"),
-        (("perturbation", "atad"), r"no preset 'atad'; expected one of tensorlens, chefer"),
-        (("perturbation", (0, 30)), r"between 0 and 1, got \[0.0, 30.0\]: 30 % is 0.3"),
+        (
+            ("perturb",),
+            r"protocol='perturb' does not exist. Use one of perturbation, .*leave_one_out",
+        ),
+        (("perturbation", "atad"), r"preset='atad' does not exist. Use one of tensorlens, chefer"),
+        (
+            ("perturbation", (0, 30)),
+            r"preset=\[0.0, 30.0\] is not .* between 0 and 1. Write 30 % as 0.3",
+        ),
         (("perturbation", (-0.1, 0.3)), "fractions between 0 and 1"),
         (("eraser", (0.5,)), "at least two fractions"),
-        (("eraser", (0.5, 0.2)), r"fractions that grow, got \[0.5, 0.2\]"),
-        (("naopc", "chefer"), "naopc has no fractions: leave preset='chefer' out"),
-        (("insertion_deletion", None, "logit"), "expected metric probability, got 'logit'"),
-        (("naopc", None, "logit", 0), "expected beam ≥ 1, got 0"),
+        (("eraser", (0.5, 0.2)), r"preset=\[0.5, 0.2\] does not grow"),
+        (("naopc", "chefer"), "preset='chefer' names fractions, and protocol 'naopc' has none"),
+        (
+            ("insertion_deletion", None, "logit"),
+            "metric='logit' may be 0 .*Use metric='probability'",
+        ),
+        (("naopc", None, "logit", 0), "beam=0 keeps no order"),
     ],
 )
 def test_bad_protocols_are_refused(arguments, message):
@@ -186,5 +195,5 @@ def test_paired_comparisons():
 def test_undefined_values_are_left_out():
     assert estimate([1, 2, 3]) == estimate([1, 2, math.nan, 3])
     assert math.isnan(estimate([]).value) and estimate([math.nan]).n == 0
-    with pytest.raises(ValueError, match="expected pairs, got 1 and 2"):
+    with pytest.raises(ValueError, match="first has 1 numbers and second 2"):
         compare([1], [1, 2])
