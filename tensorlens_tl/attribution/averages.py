@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..checks import at_least_one, need, one_each
 from ..graph import Edge, Node
-from ..hosts import each_prompt, freeze, hosted
+from ..hosts import adapt, as_host, each_prompt, freeze
 from ..operator import Capture, FrozenTransformer
 from .html import table_html
 from .splits import attribute
@@ -250,16 +250,17 @@ def _captures(
     model: Any, prompts: Sequence[Any], size: int, kwargs: dict[str, Any]
 ) -> Iterator[Capture]:
     """One capture per prompt. Strings run together, and so do ids of one length."""
-    model = hosted(model, kwargs.pop("tokenizer", None))
+    with torch.no_grad():
+        adapter = adapt(as_host(model, kwargs.pop("tokenizer", None)))  # once for all batches
     for start in range(0, len(prompts), size):
         batch = list(prompts[start : start + size])
         text = all(isinstance(prompt, str) for prompt in batch)
         if text or len({len(prompt) for prompt in batch}) == 1:
             ids = batch if text else torch.stack([torch.as_tensor(prompt) for prompt in batch])
             with torch.no_grad():
-                captured = freeze(model, ids, **kwargs)[1]
+                captured = freeze(adapter, ids, **kwargs)[1]
             yield from map(captured.prompt, range(captured.frame.batch))
         else:
             for prompt in batch:
                 with torch.no_grad():
-                    yield freeze(model, prompt, **kwargs)[1]
+                    yield freeze(adapter, prompt, **kwargs)[1]

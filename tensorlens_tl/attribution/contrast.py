@@ -1,19 +1,20 @@
-"""Where a difference of two runs comes from: a target against a baseline.
+"""Where a difference of two runs comes from: a target in one run, minus the target in a baseline.
 
-With T_c, T_k the operators of the clean run and of the baseline (a corrupted prompt), u_c, u_k the
-target's covectors at their ends and x_c, x_k the embedded prompts, the two targets differ by
+Write T_c, T_k for the operators of the clean run and of the baseline, often the run of a corrupted
+prompt. Let u_c, u_k be the target's covectors at their ends and x_c, x_k the embedded prompts. Then
+the two targets differ by
 
     u_c T_c (x_c − x_k)  +  [ (u_c T_c − u_k T_k) x_k + constants_c − constants_k ]
 
-The first part is by token, the second is one row, ``operator change``: what the patterns, scales,
-ratios and the readout changed. It is often the larger one. ``at="corrupted"`` takes the tokens'
-part with the other operator. By component likewise, with the frozen readout (the final norm's scale
-and a soft cap) in the operator's place: ``readout change``. A baseline "zero" or "mean" is no run:
-the operator stays, and so there is no such row.
+The first part is split by token. The second is one row, ``operator change``: what the patterns,
+scales, ratios and the readout changed. It is often the larger one. ``at="corrupted"`` reads the
+tokens by the other operator. A split by component is alike, with the frozen readout (the final
+norm's scale and a soft cap) in the operator's place: its row is ``readout change``. A baseline
+"zero" or "mean" is no run: the operator stays, and there is no such row.
 
-``at="secant"`` reads by the operator between the two runs (``secant``): S (x_c − x_k) is the whole
-difference, queries, keys, norms and activations included, and no row is left over; only a soft cap on
-the logits is each run's own, and what it did a row, ``readout change``.
+``at="secant"`` reads by the operator S between the two runs (``SecantOperator``). S (x_c − x_k) is
+the whole difference, queries, keys, norms and activations included, so no row is left over. Only a
+soft cap on the logits is each run's own; what it did is one row, ``readout change``.
 """
 
 from __future__ import annotations
@@ -37,37 +38,52 @@ from .target_gradient import TargetGradient
 
 BY = ("token", "component", "edge")
 AT_OPERATORS = ("clean", "corrupted", "secant")
+"""Whose operator reads the difference of two runs."""
 
 
-def check_comparable(clean: Capture, corrupted: Capture) -> None:
+def check_comparable(clean: Capture, baseline: Capture) -> None:
     """Refuse two runs that do not differ by their prompts alone.
 
     Raises:
         ValueError: If the prompts have unequal lengths, or the models or conventions differ.
     """
-    ours, theirs = (
-        [stop - start for start, stop in capture.frame.spans] for capture in (clean, corrupted)
+    lengths, reference = (
+        [stop - start for start, stop in capture.frame.spans] for capture in (clean, baseline)
     )
-    if clean.frame.spans != corrupted.frame.spans:
+    if len(lengths) != len(reference):
         raise ValueError(
-            f"expected a baseline of as many tokens, prompt by prompt and equally padded, got {theirs} "
-            f"for {ours}: pad or reword the corrupted prompt"
+            f"The baseline has {len(reference)} prompts for {len(lengths)}. Capture one corrupted "
+            "prompt for each prompt."
         )
-    if clean.frame != corrupted.frame or clean.convention != corrupted.convention:
+    for i, (n, n_baseline) in enumerate(zip(lengths, reference, strict=True)):
+        if n != n_baseline:
+            raise ValueError(
+                f"Prompt and baseline must have the same number of tokens: prompt {i} has {n}, its "
+                f"baseline {n_baseline}. Reword the corrupted prompt so that both have {n}."
+            )
+    if clean.frame.spans != baseline.frame.spans:
         raise ValueError(
-            f"expected a baseline captured alike ({clean.frame.dtype}, {clean.frame.device}, "
-            f"{clean.convention}), got {corrupted.frame.dtype}, {corrupted.frame.device}, "
-            f"{corrupted.convention}: capture both in the same way"
+            "The prompts and their baselines are padded differently. Pad both alike, on one side "
+            "and to one length."
+        )
+    if clean.frame != baseline.frame or clean.convention != baseline.convention:
+        raise ValueError(
+            f"The lens was captured with {_settings(clean)}, its baseline with "
+            f"{_settings(baseline)}. Capture both in the same way."
         )
     weights = [
         [tensor for tensor, _ in capture.versions(False) if tensor is not capture.logits]
-        for capture in (clean, corrupted)
+        for capture in (clean, baseline)
     ]
     if len(weights[0]) != len(weights[1]) or not all(map(_equal, *weights)):
         raise ValueError(
-            f"expected a baseline of the same model ({clean.model_name}), got a lens of another one "
-            f"({corrupted.model_name}): capture the corrupted prompt with the same model"
+            f"The lens is of the model {clean.model_name}, its baseline of another one "
+            f"({baseline.model_name}). Capture the corrupted prompt with the same model."
         )
+
+
+def _settings(capture: Capture) -> str:
+    return f"{capture.frame.dtype}, {capture.frame.device}, {capture.convention}"
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -78,17 +94,17 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def fixed_baseline(
     gradient: TargetGradient, baseline: str | Float[Tensor, "*shape"]
 ) -> TargetGradient:
-    """The same operator on other embeddings: what a baseline that is no run would have.
+    """Put other embeddings under the same operator: a baseline that is no run.
 
     Args:
-        gradient: The target, pulled to every site.
+        gradient: The target in the captured run.
         baseline: "zero", "mean", or an embedding [d_model] or [batch, pos, d_model].
 
     Returns:
-        The target with those embeddings, and with every state pushed from them.
+        The same target with those embeddings, and every state pushed up from them.
 
     Raises:
-        ValueError: If the baseline is none of these, or the mean is not known.
+        ValueError: If the baseline is something else, or the mean embedding is not known.
     """
     capture, operator = gradient.capture, gradient.operator
     pos = capture.pos_embed
@@ -116,18 +132,18 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
     if isinstance(baseline, str) and baseline == "mean":
         if capture.embed_weights is None:
             raise ValueError(
-                "this lens does not know W_E, whose mean the baseline is: capture with the model, or "
-                "load with model=, or pass the mean embedding as baseline"
+                "baseline='mean' needs W_E, which this lens does not hold. Load the lens with "
+                "model=, or pass the mean embedding as baseline."
             )
         start = capture.frame.spans[0][0]
         token = int(capture.prompts.tokens[0, start])
         baseline = mean_embedding(capture.embed[0, start], token, capture.embed_weights)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
-        found = repr(baseline) if isinstance(baseline, str) else type(baseline).__name__
-        found = list(baseline.shape) if isinstance(baseline, Tensor) else found
+        found = repr(baseline) if isinstance(baseline, str) else f"type {type(baseline).__name__}"
+        found = f"shape {list(baseline.shape)}" if isinstance(baseline, Tensor) else found
         raise ValueError(
-            f"expected baseline to be a lens, zero, mean or an embedding [{width}], got {found}: "
-            "capture a corrupted prompt for its lens"
+            f"A baseline of {found} is not known. Pass the lens of a corrupted prompt, 'zero', "
+            f"'mean', or an embedding [{width}]."
         )
     return baseline.detach().to(capture.embed).expand_as(capture.embed)
 
@@ -138,24 +154,24 @@ def mean_embedding(
     """The mean of W_E's rows as they enter the residual: scaled (Gemma) or normalized (BLOOM).
 
     Args:
-        seen: A token's embedding as it entered the residual, which tells the scale.
-        token: Its id.
-        weights: The embedding matrix, and its norm.
+        seen: The embedding of one token as it entered the residual. It tells the scale.
+        token: The id of that token.
+        weights: The embedding matrix, and its norm if there is one.
 
     Returns:
-        The mean, in ``seen``'s dtype.
+        The mean embedding, in the dtype of ``seen``.
 
     Raises:
-        ValueError: If ``seen`` is no multiple of the token's row.
+        ValueError: If ``seen`` is no multiple of the token's row of W_E.
     """
     # float16 has no room for sums of squares.
     exact = torch.promote_types(seen.dtype, torch.float32)
-    row, wanted = weights.table(token, exact), seen.to(exact)
+    row, wanted = weights.rows(token, exact), seen.to(exact)
     scale = (wanted @ row) / (row @ row)
     if not (wanted - scale * row).abs().max() <= 1e-2 * wanted.abs().max():
         raise ValueError(
-            "this run's token embeddings are not rows of W_E (edited, or resized): pass the mean "
-            "embedding as baseline"
+            "The token embeddings of this run are not rows of W_E: they were edited or resized. "
+            "Pass the mean embedding as baseline."
         )
     return (scale * weights.mean(exact)).to(seen.dtype)
 
@@ -171,124 +187,121 @@ def difference(
 
     Args:
         clean: The target in this run.
-        baseline: The same target in the other run.
-        by: "token", "component" or "edge".
-        at: Whose operator the tokens (components, writers) are read by: "clean", "corrupted", or
-            "secant", the one between the two.
-        qk: Whether queries and keys are readers, too; by edge only.
+        baseline: The same target in the reference run.
+        by: The kind of source: "token", "component" or "edge".
+        at: The operator that reads what differs: "clean", "corrupted", or "secant", which is the
+            operator between the two runs.
+        qk: Whether queries and keys are readers, too; only by edge.
 
     Returns:
-        Contributions that sum to the target's value here minus its value there. By edge: what each
-        reader of one run makes of the difference in what each writer adds, which does not.
+        Contributions that sum to the target in this run minus the target in the reference run. By
+        edge they do not sum: each row is what one reader makes of the difference in one writer.
 
     Raises:
-        ValueError: If ``by`` or ``at`` is none of these.
+        ValueError: If ``by`` or ``at`` does not exist.
     """
     if by not in BY:
-        raise ValueError(f"expected by to be one of {', '.join(BY)} with a baseline, got {by!r}")
+        raise ValueError(f"by={by!r} is not available with a baseline. Use one of {', '.join(BY)}.")
     if at not in AT_OPERATORS:
-        raise ValueError(f"expected at to be one of {', '.join(AT_OPERATORS)}, got {at!r}")
+        raise ValueError(f"at={at!r} does not exist. Use one of {', '.join(AT_OPERATORS)}.")
     check_qk(by, qk)
     if at == "secant":
-        return _between(clean, baseline, by, qk)
-    if by == "edge":
-        ours, theirs = (
-            Writers.of(s.operator, s.capture, s.target.query) for s in (clean, baseline)
-        )
-        reads = clean if at == "clean" else baseline
-        found = by_edge(reads, ours.minus(theirs), own=False, qk=qk)
-        return replace(found, target=_names(clean),
-                       target_value=clean.target.value - baseline.target.value)  # fmt: skip
-    table = TableBuilder(clean.capture, clean.target)
-    split = _by_token if by == "token" else _by_component
-    change = split(table, clean, baseline, at == "clean")
-    if baseline.operator.ln_final is not clean.operator.ln_final:  # another run
-        name = "operator change" if by == "token" else "readout change"
-        change = change + clean.target.constant - baseline.target.constant
-        table.add([Node("change", name=name)], change[:, None])
-    found = table.to_attribution(by)
+        found = _between(clean, baseline, by, qk)
+    elif by == "edge":
+        writers = _writers(clean).minus(_writers(baseline))
+        found = by_edge(clean if at == "clean" else baseline, writers, own=False, qk=qk)
+    else:
+        table = TableBuilder(clean.capture, clean.target)
+        split = _by_token if by == "token" else _by_component
+        change = split(table, clean, baseline, at == "clean")
+        if not _same_operator(clean, baseline):
+            name = "operator change" if by == "token" else "readout change"
+            change = change + clean.target.constant - baseline.target.constant
+            table.add([Node("change", name=name)], change[:, None])
+        found = table.to_attribution(by)
+    names = tuple(f"{name}, less the baseline's" for name in clean.target.name)
     value = clean.target.value - baseline.target.value
-    return replace(found, target=_names(clean), target_value=value)
+    return replace(found, target=names, target_value=value)
 
 
-def _between(clean: TargetGradient, other: TargetGradient, by: str, qk: bool) -> Attribution:
-    """The difference by the operator between the two runs."""
-    if other.operator is not clean.operator and other.operator.ln_final is clean.operator.ln_final:
+def _same_operator(clean: TargetGradient, baseline: TargetGradient) -> bool:
+    """Whether the baseline is no run of its own; see :func:`fixed_baseline`."""
+    return baseline.operator.ln_final is clean.operator.ln_final
+
+
+def _writers(gradient: TargetGradient) -> Writers:
+    return Writers.of(gradient.operator, gradient.capture, gradient.target.query)
+
+
+def _between(clean: TargetGradient, baseline: TargetGradient, by: str, qk: bool) -> Attribution:
+    """Split the difference by the operator between the two runs."""
+    if baseline.operator is not clean.operator and _same_operator(clean, baseline):
         raise ValueError(
-            "expected a lens as baseline for at='secant', which is between two runs: capture a corrupted "
-            "prompt, or leave at out"
+            "at='secant' is between two runs, but this baseline is no run. Pass the lens of a "
+            "corrupted prompt as baseline, or drop at=."
         )
-    ours, theirs, query = clean.target, other.target, clean.target.query
+    # The target is bilinear in covector and state: the mean covector reads the state's difference,
+    # and the difference of covectors (a soft cap's) reads the mean state.
+    goals, query = (clean.target, baseline.target), clean.target.query
     u = clean.operator.frame.zeros(clean.operator.out_dim)
     prompts = torch.arange(len(query), device=query.device)
-    u[prompts, query] = (ours.covector + theirs.covector) / 2
-    runs = (clean.capture, clean.operator), (other.capture, other.operator)
-    secant, table = SecantOperator(*runs, u), TableBuilder(clean.capture, clean.target)
+    u[prompts, query] = (goals[0].covector + goals[1].covector) / 2
+    runs = (clean.capture, clean.operator), (baseline.capture, baseline.operator)
+    secant = SecantOperator(*runs, u)
     if by == "edge":
-        writers = Writers.of(clean.operator, clean.capture, query)
-        writers = writers.minus(Writers.of(other.operator, other.capture, query))
-        found = edge_result(clean, writers, secant.readers(writers.below, qk))
-    elif by == "token":
+        writers = _writers(clean).minus(_writers(baseline))
+        return edge_result(clean, writers, secant.readers(writers.below, qk))
+    table = TableBuilder(clean.capture, clean.target)
+    if by == "token":
         c = secant.covectors[0]
-        for name, (x_c, x_k) in _aligned(clean.capture.embeddings, other.capture.embeddings):
+        for name, (x_c, x_k) in _aligned(clean.capture.embeddings, baseline.capture.embeddings):
             table.spread(Node.parse(name), (c * (x_c - x_k)).sum(-1))
     else:
         c = secant.top[prompts, query]
-        for node, (a_c, a_k) in _aligned(*map(_written, (clean, other))):
+        for node, (a_c, a_k) in _aligned(_written(clean), _written(baseline)):
             if node.kind != "constant" or not torch.equal(a_c, a_k):  # a post-norm scales b_O
                 table.add([node], ((a_c - a_k) * c).sum(-1, keepdim=True))
-    if by != "edge":
-        if clean.capture.unembed.weights.soft_cap is not None:  # each run's is a slope of its own
-            y = (
-                sum(gradient.capture.unembed.final[prompts, query] for gradient in (clean, other))
-                / 2
-            )
-            change = (
-                ((ours.covector - theirs.covector) * y).sum(-1) + ours.constant - theirs.constant
-            )
-            table.add([Node("change", name="readout change")], change[:, None])
-        found = table.to_attribution(by)
-    return replace(found, target=_names(clean), target_value=ours.value - theirs.value)
+    if clean.capture.unembed.weights.soft_cap is not None:
+        y = sum(run.capture.unembed.final[prompts, query] for run in (clean, baseline)) / 2
+        change = ((goals[0].covector - goals[1].covector) * y).sum(-1)
+        change = change + goals[0].constant - goals[1].constant
+        table.add([Node("change", name="readout change")], change[:, None])
+    return table.to_attribution(by)
 
 
 def _written(gradient: TargetGradient) -> dict[Node, Float[Tensor, "batch d_model"]]:
+    """What every writer adds to the residual at the target's position."""
     return {
-        node: v for nodes, vectors in written_at(gradient)
-        for node, v in zip(nodes, vectors.unbind(1), strict=True)
-    }  # fmt: skip
-
-
-def _names(clean: TargetGradient) -> tuple[str, ...]:
-    return tuple(f"{name}, less the baseline's" for name in clean.target.name)
+        node: vector
+        for nodes, vectors in written_at(gradient)
+        for node, vector in zip(nodes, vectors.unbind(1), strict=True)
+    }
 
 
 def _by_token(
-    table: TableBuilder, clean: TargetGradient, other: TargetGradient, at_clean: bool
-) -> Tensor:
-    """Each embedding's difference, read by one operator; returns what the operators change."""
-    same = other.operator.ln_final is clean.operator.ln_final
+    table: TableBuilder, clean: TargetGradient, baseline: TargetGradient, at_clean: bool
+) -> Float[Tensor, " batch"]:
+    """Add each embedding's difference, read by one operator; return what the operators change."""
+    same = _same_operator(clean, baseline)
     c = clean.trace.covectors[0]
-    k = c if same else other.trace.covectors[0]
-    theirs = other.capture.embeddings
+    k = c if same else baseline.trace.covectors[0]
     change = torch.zeros_like(clean.target.value)
-    for name, ours in _aligned(clean.capture.embeddings, theirs):
-        x_c, x_k = ours
+    for name, (x_c, x_k) in _aligned(clean.capture.embeddings, baseline.capture.embeddings):
         table.spread(Node.parse(name), ((c if at_clean else k) * (x_c - x_k)).sum(-1))
         change = change + ((c - k) * (x_k if at_clean else x_c)).sum((-2, -1))
     if not same:
-        for _, (e_c, e_k) in _aligned(clean.trace.effects, other.trace.effects):
+        for _, (e_c, e_k) in _aligned(clean.trace.effects, baseline.trace.effects):
             change = change + (e_c - e_k).sum(-1)
     return change
 
 
 def _by_component(
-    table: TableBuilder, clean: TargetGradient, other: TargetGradient, at_clean: bool
-) -> Tensor:
-    """Each writer's difference, read by one readout; returns what the readouts change."""
-    (u_c, top_c), (u_k, top_k) = top_covector(clean), top_covector(other)
-    written = map(_written, (clean, other))
+    table: TableBuilder, clean: TargetGradient, baseline: TargetGradient, at_clean: bool
+) -> Float[Tensor, " batch"]:
+    """Add each writer's difference, read by one readout; return what the readouts change."""
+    (u_c, top_c), (u_k, top_k) = top_covector(clean), top_covector(baseline)
     change = torch.zeros_like(clean.target.value)
-    for node, (a_c, a_k) in _aligned(*written):
+    for node, (a_c, a_k) in _aligned(_written(clean), _written(baseline)):
         read = u_c if at_clean else u_k
         table.add([node], ((a_c - a_k) * read[:, 0]).sum(-1, keepdim=True))
         change = change + ((a_k if at_clean else a_c) * (u_c - u_k)[:, 0]).sum(-1)
@@ -297,9 +310,8 @@ def _by_component(
     return change
 
 
-def _aligned(ours: dict, theirs: dict) -> Iterator[tuple[Any, tuple[Tensor, Tensor]]]:
-    """Entries side by side; what only one run has (an edit of the user's own) is 0 in the other."""
-    for key in dict.fromkeys((*ours, *theirs)):
-        either = ours[key] if key in ours else theirs[key]
-        zero = torch.zeros_like(either)
-        yield key, (ours.get(key, zero), theirs.get(key, zero))
+def _aligned(clean: dict, baseline: dict) -> Iterator[tuple[Any, tuple[Tensor, Tensor]]]:
+    """Entries side by side. What only one run has (an edit of the user's own) is 0 in the other."""
+    for key in dict.fromkeys((*clean, *baseline)):
+        zero = torch.zeros_like(clean[key] if key in clean else baseline[key])
+        yield key, (clean.get(key, zero), baseline.get(key, zero))

@@ -2,22 +2,22 @@
 
     Edge(w → r) = Σ_pos ⟨what w adds to the residual, covector of r at the residual⟩
 
-The covector of a reader is the target's, carried back through that reader alone: a head by its
-values ("L2H1.v"), an MLP, or the final norm ("logits"). A reader sees every writer below it, and
-its own constants (its norm's b, b_V, b_in) beside: together they are its total effect (of
-"logits": the target). Edges into different readers overlap, so they do not sum.
+The covector of a reader is the target's, carried back through that reader alone. Readers are the
+values of a head ("L2H1.v"), an MLP, and the final norm ("logits"). Each reads every writer below,
+and its own constants (its norm's b, b_V, b_in). Together they are the reader's total
+effect; for "logits", they are the target. Edges into different readers overlap: they do not sum.
 
-With queries and keys a head has two more readers, "L2H1.q" and "L2H1.k" (``query_key``): first-order,
-and in no sum.
+With queries and keys a head has two more readers, "L2H1.q" and "L2H1.k" (see ``QueryKey``). These
+are first-order, and in no sum.
 
-Both sides are kept narrow, d_head numbers per head and position, and for a span of positions at a time
+Both sides are kept narrow: d_head numbers per head and position. For one span of positions a time
 
-    1. all writers are widened, [writer, span · d_model]: with 2 pos d_model² flops a layer,
-    2. the readers of a few layers, [reader, span · d_model]: as many,
-    3. and multiplied: 2 · readers · writers · pos · d_model in all.
+1. all writers are widened to [writer, span · d_model], at 2 pos d_model² flops a layer,
+2. the readers of a few layers are widened to [reader, span · d_model], at as many,
+3. the two are multiplied, at 2 · readers · writers · pos · d_model flops in all.
 
-What is held is a span's, whatever the prompt's length. A constant that is the same everywhere, b_O
-or b_out, is read by the sum over positions of its reader's covectors, which is a narrow sum.
+So the memory in use is that of one span, whatever the prompt's length. A constant that is the same
+everywhere (b_O, b_out) is read by the sum over positions of its reader's covectors.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ from ..sublayers import Factored
 from .table import Source
 
 SPAN_BYTES = 2**25
-"""What the writers of one span of positions may take: a larger block is fresh memory at every call
-(glibc maps what is above 32 MiB anew), and touching that takes time."""
+"""Bytes that the writers of one span of positions may take. The C library maps larger blocks anew
+at every call, and touching fresh memory takes time."""
 FEW_READERS = 36
-"""Readers multiplied at a time: with fewer, a product waits for memory; with more, it is wasted on
-writers that are not below."""
+"""Readers multiplied at a time. With fewer, a product waits for memory; with more, work is wasted
+on writers that are not below."""
 
 
 @dataclass(frozen=True, eq=False)
 class Writers:
-    """What every writer adds to the residual in a run.
+    """What every writer adds to the residual in a run, or the difference between two runs.
 
     Attributes:
         nodes: Embeddings, heads, MLPs and constants that no node holds, from below.
-        below: How many of them write before each step, and how many there are.
-        parts: What they add, in their order: of several, position by position, or one constant's
-            one vector; None for a constant that is the same in two runs whose difference this is.
+        below: How many writers come before each step; the last entry is the number of all writers.
+        parts: What the writers add, in the order of ``nodes``. A part holds several writers,
+            position by position, or one constant's vector [d_model]. In a difference, None stands
+            for a constant that is the same in both runs.
     """
 
     nodes: tuple[Node, ...]
@@ -66,19 +67,20 @@ class Writers:
         capture: Capture,
         query: Int[Tensor, " batch"],
     ) -> Writers:
-        """All writers of a run.
+        """Collect all writers of a run.
 
-        Nothing but a target reads what the last layer adds, and only where the target is: there
-        alone its heads and MLP are computed, and elsewhere left zero. What an MLP added is read off
-        the residual before and after it, where the run was computed as finely as the operator is.
+        Only the target reads what the last layer adds, and only at the target's position. So the
+        heads and the MLP of that layer are computed there alone, and elsewhere left zero. What an
+        MLP added is the residual after it minus the residual before it, where the run was computed
+        as finely as the operator is.
 
         Args:
-            operator: The operator.
-            capture: The run.
-            query: The target's position in each prompt, as tensor index.
+            operator: The operator of the run.
+            capture: The captured run.
+            query: The target's position in each prompt, as a tensor index [batch].
 
         Returns:
-            Nodes and what they add.
+            The nodes and what each of them adds.
         """
         embeddings, steps = capture.embeddings, operator.steps
         names = [tuple(map(Node.parse, embeddings)), *map(_names, steps)]
@@ -90,31 +92,32 @@ class Writers:
             parts += _write(step, query if last else None, then)
         return cls(sum(names, ()), tuple(accumulate(map(len, names))), tuple(parts))
 
-    def minus(self, other: Writers) -> Writers:
-        """What they add here and do not add in another run of the same model.
+    def minus(self, baseline: Writers) -> Writers:
+        """Subtract the writers of another run of the same model.
 
         Args:
-            other: The other run's.
+            baseline: The writers of the reference run.
 
         Returns:
-            The differences.
+            What each writer adds in this run and not in the reference run.
 
         Raises:
-            ValueError: If the user's own hooks edited one of the runs elsewhere than the other.
+            ValueError: If hooks of the user's own edited only one of the runs at some place.
         """
-        if self.nodes != other.nodes:
-            only = sorted({str(node) for node in set(self.nodes) ^ set(other.nodes)})
+        if self.nodes != baseline.nodes:
+            only = sorted({str(node) for node in set(self.nodes) ^ set(baseline.nodes)})
             raise ValueError(
-                f"only one of the runs has {', '.join(only)}: expected edits at the same hook points"
+                f"Only one of the two runs has {', '.join(only)}. Edit both runs at the same hook "
+                "points."
             )
-        pairs = zip(self.parts, other.parts, strict=True)
+        pairs = zip(self.parts, baseline.parts, strict=True)
         parts = (
             a - b if isinstance(a, Factored) and isinstance(b, Factored) else None for a, b in pairs
         )
         return Writers(self.nodes, self.below, tuple(parts))
 
     def moving(self) -> tuple[tuple[Factored, ...], list[int]]:
-        """What is different from position to position, and which nodes add it."""
+        """The parts that differ from position to position, and the indices of their nodes."""
         found, at = [], 0
         which: list[int] = []
         for part in self.parts:
@@ -129,26 +132,27 @@ class Writers:
 def edge_products(
     writers: Writers, readers: Iterable[Readers], n_pos: int
 ) -> tuple[tuple[Source, ...], tuple[str, ...], Float[Tensor, "batch edge"]]:
-    """All edges of one target, and every reader's own constants.
+    """Multiply all writers with all readers of one target.
 
     Args:
-        writers: What is written.
-        readers: What reads it, from below: of a frozen run (:func:`frozen_readers`), or between two
-            runs.
-        n_pos: How many positions there are.
+        writers: What is written to the residual.
+        readers: What reads the residual, from below: of a frozen run (:func:`frozen_readers`), or
+            between two runs.
+        n_pos: The number of positions.
 
     Returns:
-        The edges, reader by reader from below, their names, and their scores, positions summed.
+        The edges, reader by reader from below, each reader's own constants last; their names; and
+        their values, positions summed, in units of the target.
     """
     readers = list(readers)
     found = _products(writers, readers, n_pos)
     scores, at = [], 0
     for r in readers:
-        rows = found[at : at + len(r.nodes), :, : r.below]
+        rows = found[at : at + len(r.nodes), :, : r.n_writers]
         own = [share[..., None] for share in r.own.values()]
         scores.append(torch.cat([rows, *own], -1).transpose(0, 1).flatten(1))
         at += len(r.nodes)
-    named = tuple((node, r.below, tuple(r.own)) for r in readers for node in r.nodes)
+    named = tuple((node, r.n_writers, tuple(r.own)) for r in readers for node in r.nodes)
     return *_rows(writers.nodes, named), torch.cat(scores, -1)
 
 
@@ -159,19 +163,19 @@ def frozen_readers(
     constants: dict[str, Float[Tensor, " batch"]] | None,
     scores_of: Callable[[Branch], QueryKey] | None = None,
 ) -> Iterator[Readers]:
-    """Every reader of a run, its patterns, scales and ratios held.
+    """Give every reader of a run, with patterns, scales and ratios held.
 
     Args:
-        operator: The operator.
-        below: How many writers there are before each step, and in all.
-        trace: The target's sweep.
-        constants: The shares of the constants above the final norm; None to leave readers' own
-            constants out (they are the same in two runs).
-        scores_of: Gives the queries and keys of an attention branch: with it, every head's query
-            and key inputs are readers, too.
+        operator: The operator of the run.
+        below: How many writers come before each step, and how many there are in all.
+        trace: The target pulled to every site.
+        constants: The shares of the constants above the final norm, by name [batch]. None leaves
+            out the readers' own constants: they are the same in two runs.
+        scores_of: Gives the queries and keys of an attention branch. With it, the query and key
+            inputs of every head are readers, too.
 
     Yields:
-        Readers, from below.
+        Groups of readers that see the same writers, from below.
     """
     steps = zip(operator.steps, trace.pulls, below, trace.covectors[1:], strict=False)
     for step, pulls, seen, c in steps:
@@ -179,7 +183,7 @@ def frozen_readers(
             covectors, own = branch.readers(pull)
             yield Readers(branch.body.reads(), seen, covectors, {} if constants is None else own)
             if scores_of is not None and branch.has_heads:
-                side = scores_of(branch)
+                side = scores_of(branch)  # first all heads' queries, then all heads' keys
                 heads = len(side.reads()) // 2
                 both = side.readers(branch.pull_to_hidden(c), step.state)
                 for i, covectors in enumerate(both):
@@ -192,7 +196,7 @@ def frozen_readers(
 def _products(
     writers: Writers, readers: list[Readers], n_pos: int
 ) -> Float[Tensor, "reader batch writer"]:
-    """⟨writer, reader⟩ of all that is below a reader, and of some that is not."""
+    """⟨writer, reader⟩ of all writers below a reader, and of some that are not below."""
     parts, which = writers.moving()
     like = parts[0].narrow
     batch, d_model = like.shape[1], like.shape[-1]
@@ -201,7 +205,7 @@ def _products(
     most = max(1, SPAN_BYTES // (len(which) * batch * d_model * like.element_size()))
     n_spans = -(-n_pos // most)
     size = -(-n_pos // n_spans)
-    seen = [sum(i < r.below for i in which) for r in readers]
+    seen = [sum(i < r.n_writers for i in which) for r in readers]
     groups = _groups([len(r.nodes) for r in readers])
     rows = max(sum(len(r.nodes) for r in readers[group]) for group in groups)
     kept = [like.new_empty(many * batch * size * d_model) for many in (len(which), rows)]
@@ -209,18 +213,21 @@ def _products(
         span = slice(start, min(start + size, n_pos))
         shape = (batch, span.stop - start, d_model)
         W, R = (k[: len(k) // size * shape[1]].view(-1, *shape) for k in kept)
+        # 1. Widen the writers.
         at = 0
         for part in parts:
             part.wide(span, W[at : at + len(part.narrow)])
             at += len(part.narrow)
         first = 0
         for group in groups:
+            # 2. Widen a few readers.
             at = 0
             for r in readers[group]:
                 r.covectors.wide(span, R[at : at + len(r.nodes)])
                 at += len(r.nodes)
+            # 3. Multiply. The few rows first: the other way, or batched, it takes longer.
             below = max(seen[group])
-            for b in range(batch):  # the few rows first: the other way, or batched, it takes longer
+            for b in range(batch):
                 sums[first : first + at, b, :below] += (
                     R[:at, b].flatten(1) @ W[:below, b].flatten(1).T
                 )
@@ -229,6 +236,7 @@ def _products(
         return sums
     found = like.new_zeros(n_readers, batch, len(writers.nodes))
     found[..., which] = sums
+    # A constant that is the same at every position is read by the sum of covectors over positions.
     vectors = [part for part in writers.parts if isinstance(part, Tensor)]
     if vectors:
         still = [i for i in range(len(writers.nodes)) if i not in set(which)]
@@ -239,7 +247,7 @@ def _products(
 
 
 def _groups(sizes: list[int]) -> list[slice]:
-    """Runs of neighbours of at least :data:`FEW_READERS` readers, where there are as many."""
+    """Runs of neighbouring groups, each of at least :data:`FEW_READERS` readers where possible."""
     found, start, held = [], 0, 0
     for i, size in enumerate(sizes):
         held += size
@@ -264,11 +272,11 @@ def _write(
     query: Int[Tensor, " batch"] | None,
     after: Float[Tensor, "batch pos d_model"] | None,
 ) -> Iterator[Factored | Float[Tensor, " d_model"]]:
-    """What a step's writers add, in the order of :func:`_names`; nodes at ``query`` alone, if any."""
+    """What the writers of a step add, in the order of :func:`_names`; only at ``query``, if any."""
     for branch in step.branches:
         outside, name = branch.outside(), branch.body.external[0]
         alone = len(branch.body.nodes()) == len(step.branches) == 1 and not step.edits
-        if query is None and after is not None and alone:
+        if query is None and after is not None and alone:  # the residual tells it
             gained = after - step.state
             for constant in outside.values():
                 gained -= constant
@@ -286,7 +294,7 @@ def _write(
 def _rows(
     writers: tuple[Node, ...], readers: tuple[tuple[Node, int, tuple[str, ...]], ...]
 ) -> tuple[tuple[Source, ...], tuple[str, ...]]:
-    # They are a model's, not a target's, and tens of thousands: kept.
+    # Tens of thousands of rows, the same for all targets of a model: kept.
     found: list[Edge] = []
     for node, below, own in readers:
         found += [Edge(src, node) for src in (*writers[:below], *map(Node.parse, own))]

@@ -1,4 +1,7 @@
-"""Small HTML pictures of numbers: a strip of tokens, a grid of heads, a table. No torch, no styles."""
+"""Small HTML pictures of numbers: a strip of tokens, a grid of heads, a table.
+
+The colours stand in each element, so that no style sheet is needed.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ def _largest(values: Sequence[float]) -> float:
 
 
 def strip_html(tokens: Sequence[str], values: Sequence[float]) -> str:
-    """Tokens in a row, each coloured by its value: red adds to the target, blue takes from it.
+    """Draw tokens in a row, each coloured by its value: red adds to the target, blue takes away.
 
     Args:
-        tokens: Their texts.
-        values: One for each.
+        tokens: The texts of the tokens.
+        values: One number per token, in units of the target.
 
     Returns:
-        HTML.
+        One HTML element.
     """
     largest = _largest(values)
     pairs = zip(tokens, values, strict=True)
@@ -37,13 +40,13 @@ def strip_html(tokens: Sequence[str], values: Sequence[float]) -> str:
 
 
 def grid_html(values: Sequence[Sequence[float]]) -> str:
-    """Heads as a grid, a row per layer.
+    """Draw heads as a grid, one row per layer.
 
     Args:
-        values: By layer, then by head.
+        values: One number per head, by layer and then by head.
 
     Returns:
-        HTML.
+        One HTML table.
     """
     largest = _largest([v for row in values for v in row])
     head = "<tr><td></td>" + "".join(f"<td>H{h}</td>" for h in range(len(values[0]))) + "</tr>"
@@ -57,13 +60,13 @@ def grid_html(values: Sequence[Sequence[float]]) -> str:
 
 
 def table_html(rows: Sequence[tuple[str, float]]) -> str:
-    """Labels and values.
+    """Draw labels beside their values.
 
     Args:
-        rows: Pairs.
+        rows: Pairs of a label and its value.
 
     Returns:
-        HTML.
+        One HTML table.
     """
     largest = _largest([value for _, value in rows])
     cells = (

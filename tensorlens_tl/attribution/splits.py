@@ -1,15 +1,15 @@
-"""Where a logit comes from: one target, split by source at every granularity.
+"""Where a logit comes from: one target, split by source in ten ways.
 
-One transposed sweep carries the target's covector u to every residual site; whatever is written to
-the residual, at any position, adds ⟨what is written, covector there⟩ to the target. So
+One transposed sweep carries the target's covector u to every residual site. Whatever is written to
+the residual, at any position, adds ⟨what is written, covector there⟩ to the target. So one sweep
+and dot products give
 
-    token, constant   ⟨embedding, Tᵀu⟩, and the constants' shares that the sweep collects: sums to it
-    direct effect     ⟨what is written at the target's position, Nᵀu⟩, N the final norm: sums to it
-    total effect      ⟨what is written, covector where it is written⟩: overlaps, does not sum
-    edge              ⟨what one node writes, the covector of what another reads⟩: see ``edges.py``
+    token, constant   ⟨embedding, Tᵀu⟩, and the shares of all constants: they sum to the target
+    direct effect     ⟨what is written at the target's position, Nᵀu⟩, N the final norm: they sum
+    total effect      ⟨what is written, covector where it is written⟩: they overlap and do not sum
+    edge              ⟨what one node writes, covector of what another reads⟩: see ``edges.py``
 
-all come from that one sweep and dot products. An order (how many heads and MLPs were passed) needs
-a state per order instead.
+Only a split by order (how many heads and MLPs were passed) needs a state per order instead.
 """
 
 from __future__ import annotations
@@ -32,13 +32,23 @@ from .target_gradient import Effects, TargetGradient, dot
 from .targets import Target
 
 BY = (
-    "token", "constant", "layer", "component", "head", "mlp", "neuron", "dimension", "edge", "order",
-)  # fmt: skip
+    "token",
+    "constant",
+    "layer",
+    "component",
+    "head",
+    "mlp",
+    "neuron",
+    "dimension",
+    "edge",
+    "order",
+)
+"""What a target can be split by."""
 TOTALS = ("layer", "component", "head", "mlp", "neuron")
-"""What a total effect can be split by: what writes to the residual above the embedding."""
+"""What a total effect can be split by: parts that write to the residual above the embedding."""
 
 SWEEP_LIMIT = 512 * 2**20
-"""Bytes that a batched sweep's covectors may take unless the caller allows more."""
+"""Bytes that the covectors of a batched sweep may take unless the caller allows more."""
 
 
 def attribute(
@@ -48,31 +58,32 @@ def attribute(
 
     Args:
         gradient: The target, pulled to every site.
-        by: See :meth:`TensorLens.attribute`.
+        by: The kind of source, one of :data:`BY`; see :meth:`TensorLens.attribute`.
         effect: "direct" or "total".
-        qk: Whether queries and keys are readers, too; by edge only.
+        qk: Whether queries and keys are readers, too; only by edge.
 
     Returns:
         The contributions, for every prompt.
 
     Raises:
-        ValueError: If ``by`` or ``effect`` is none of these, or ``by`` has no total effect.
+        ValueError: If ``by`` or ``effect`` does not exist, or ``by`` has no total effect.
     """
+    if by == "expert":
+        raise ValueError("by='expert' needs a model with experts. No such model can be frozen yet.")
     if by not in BY:
-        remedy = ": no model with experts can be frozen yet" if by == "expert" else ""
-        raise ValueError(f"expected by to be one of {', '.join(BY)}, got {by!r}{remedy}")
+        raise ValueError(f"by={by!r} does not exist. Use one of {', '.join(BY)}.")
     if effect not in ("direct", "total"):
-        raise ValueError(f"expected effect to be direct or total, got {effect!r}")
+        raise ValueError(f"effect={effect!r} does not exist. Use 'direct' or 'total'.")
     if effect == "total" and by not in TOTALS:
         raise ValueError(
-            f"by={by!r} has no total effect apart from its direct one, expected by to be one of "
-            f"{', '.join(TOTALS)}: leave effect out"
+            f"effect='total' is not available for by={by!r}. Drop effect=, or use by="
+            f"{', '.join(map(repr, TOTALS[:-1]))} or {TOTALS[-1]!r}."
         )
     check_qk(by, qk)
     table = TableBuilder(gradient.capture, gradient.target)
     if (effect, by) in (("total", "mlp"), ("total", "neuron")) and _attention_only(gradient):
         raise ValueError(
-            f"this model has no MLPs, expected by to be layer, component or head: got {by!r}"
+            f"by={by!r} needs MLPs, and this model has none. Use by='layer', 'component' or 'head'."
         )
     if effect == "total":
         (_total_by_layer if by == "layer" else _total)(gradient, table, by)
@@ -94,32 +105,32 @@ def attribute(
 
 
 def check_qk(by: str, qk: bool) -> None:
-    """Refuse queries and keys where nothing reads.
+    """Refuse ``qk=True`` in a split that is not by edge.
 
     Raises:
-        ValueError: If they are asked for in a split that is not by edge.
+        ValueError: If ``qk`` is True and ``by`` is not "edge".
     """
     if qk and by != "edge":
-        raise ValueError(f"expected by='edge' with qk=True, got by={by!r}: only edges have readers")
+        raise ValueError(f"qk=True is not available for by={by!r}. Drop qk=, or use by='edge'.")
 
 
 def by_edge(
     gradient: TargetGradient, writers: Writers, own: bool = True, qk: bool = False
 ) -> Attribution:
-    """What readers make of what writers add.
+    """Split a target by edge: what each reader makes of what each writer adds.
 
     Args:
         gradient: The target whose readers read.
-        writers: What is written: in this run, or the difference to another.
+        writers: What is written: in this run, or the difference between two runs.
         own: Whether the readers' own constants are rows, too.
         qk: Whether queries and keys are readers, too.
 
     Returns:
-        One row per edge, positions summed; it does not sum to the target.
+        One row per edge, positions summed. The rows do not sum to the target.
 
     Raises:
         ValueError: With ``qk``, if the weights of queries and keys are not known, or do not give
-            the run's pattern.
+            the pattern of the run.
     """
     target, constants = gradient.target, None
     if own:
@@ -134,7 +145,7 @@ def by_edge(
 def edge_result(
     gradient: TargetGradient, writers: Writers, readers: Iterable[Readers]
 ) -> Attribution:
-    """Edges as an attribution of a target."""
+    """Multiply writers and readers, and make an attribution of the edges."""
     sources, names, values = edge_products(writers, readers, gradient.operator.frame.n_pos)
     table = TableBuilder(gradient.capture, gradient.target)
     table.sources, table.values = list(sources), [values]
@@ -145,9 +156,8 @@ def _queries_and_keys(capture: Capture) -> Callable[[Branch], QueryKey]:
     weights = capture.score_weights
     if weights is None:
         raise ValueError(
-            "this lens does not know W_Q and W_K, which query and key edges need: capture with the "
-            "model, or load with model= (a file holds none); where the model itself has attention "
-            "that is not known here, leave qk out"
+            "qk=True needs W_Q and W_K, which this lens does not hold. Load the lens with model=, "
+            "capture it anew with the model, or drop qk=."
         )
 
     def of(branch: Branch) -> QueryKey:
@@ -169,9 +179,9 @@ def attribute_many(
     """Split many targets of one run, in batched sweeps.
 
     Args:
-        capture: The run.
-        operator: Its operator.
-        targets: One or more.
+        capture: The captured run.
+        operator: The operator of that run.
+        targets: The functionals to split, at least one.
         by: As in :func:`attribute`.
         effect: As in :func:`attribute`.
         memory_limit: Bytes that the covectors of one batched sweep may take.
@@ -180,6 +190,7 @@ def attribute_many(
     Yields:
         One attribution per target.
     """
+    # A step keeps about four arrays of the size of the residual per target.
     each = 4 * (len(operator.steps) + 1) * capture.embed.numel() * capture.frame.dtype.itemsize
     chunk = max(1, memory_limit // each)
     for start in range(0, len(targets), chunk):
@@ -200,7 +211,7 @@ def _attention_only(gradient: TargetGradient) -> bool:
 
 
 def _embedded(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
-    """Embeddings and all constants, each apart; one of the two kinds per position."""
+    """Embeddings and all constants, each apart. ``by`` names the kind that is split by position."""
     for name, embedding in gradient.capture.embeddings.items():
         shares = dot(gradient.trace.covectors[0], embedding)
         if by == "token":
@@ -216,7 +227,14 @@ def _embedded(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
 
 
 def top_covector(gradient: TargetGradient) -> tuple[Float[Tensor, "batch 1 d_model"], Effects]:
-    """The target's covector below the final norm, at its position, and the constants above."""
+    """Pull the target through the final norm, at the target's position alone.
+
+    Args:
+        gradient: The target and its run.
+
+    Returns:
+        The covector below the final norm, and what the constants above that site add, by name.
+    """
     capture, query = gradient.capture, gradient.target.query
     u, effects = gradient.target.covector[:, None], {}
     if (edit := capture.final_edit) is not None:
@@ -229,14 +247,14 @@ def top_covector(gradient: TargetGradient) -> tuple[Float[Tensor, "batch 1 d_mod
 def written_at(
     gradient: TargetGradient, without: str = ""
 ) -> Iterator[tuple[Sequence[Node], Float[Tensor, "batch node d_model"]]]:
-    """What every writer adds to the residual at the target's position.
+    """Give what every writer adds to the residual at the target's position.
 
     Args:
-        gradient: The target, pulled to every site.
-        without: A kind of node to leave out.
+        gradient: The target and its run.
+        without: A kind of node to leave out, such as "head".
 
     Yields:
-        Nodes, and one vector for each.
+        Nodes, and one vector for each of them.
     """
     query = gradient.target.query
     for name, embedding in gradient.capture.embeddings.items():
@@ -251,7 +269,7 @@ def written_at(
 
 
 def _direct(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
-    """What every writer adds at the target's position, read by the final norm and the target."""
+    """What every writer adds at the target's position, read through the final norm."""
     u, effects = top_covector(gradient)
     split = {"head": "head", "neuron": "mlp"}.get(by, "")
     for step in gradient.operator.steps:
@@ -271,14 +289,13 @@ def _direct(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
 
 
 def _refine(branch: Branch, state: Tensor, target: Target, u: Tensor, table: TableBuilder) -> None:
-    """A branch's direct effect by what it consists of: heads by position read, MLPs by neuron."""
+    """A branch's direct effect in finer parts: heads by the position they read, MLPs by neuron."""
     x, body = branch.read(state), branch.body
     y = u if branch.post is None else branch.post.row(target.query).apply_t(u)
     nodes = body.nodes()
     if nodes[0].kind == "head":
-        for node, shares in zip(
-            nodes, body.read_at(x, target.query, y[:, 0]).unbind(1), strict=True
-        ):
+        read = body.read_at(x, target.query, y[:, 0])  # [batch, head, pos]
+        for node, shares in zip(nodes, read.unbind(1), strict=True):
             table.spread(node, shares)
     else:
         shares = body.hidden_at(x, target.query) * body.output.apply_t(y)[:, 0]
@@ -290,7 +307,7 @@ def _neurons(mlp: Node, width: int) -> list[Node]:
 
 
 def _outside(step: Step) -> Iterator[tuple[str, Tensor]]:
-    """The constants that a step writes and no node holds."""
+    """The constants that a step adds and no node holds, with their names."""
     for branch in step.branches:
         yield from branch.outside().items()
     for edit in step.edits:
@@ -309,9 +326,10 @@ def _total(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
             nodes, kind = body.nodes(), body.nodes()[0].kind
             if by not in ("component", kind) and (by, kind) != ("neuron", "mlp"):
                 continue
+            # y · W_O (or W_out) is the covector of the hidden values: no output is ever formed.
             y = c if branch.post is None else branch.post.apply_t(c)
             shares = body.hidden_in_run(branch.read(step.state)) * body.output.apply_t(y)
-            if by == "neuron":  # per position there would be millions
+            if by == "neuron":  # one row per position would be millions
                 table.add(_neurons(nodes[0], shares.shape[-1]), shares.sum(1))
             else:
                 by_node = body.by_node(shares).sum(-1)
@@ -332,19 +350,17 @@ def _total_by_layer(gradient: TargetGradient, table: TableBuilder, by: str) -> N
     for layer, own in groupby(steps, key=lambda item: item[1].layer):
         added, after = torch.zeros_like(gradient.capture.embed), 0
         for i, step in own:
-            added, after = (
-                added + sum(b.map.apply(step.state) + b.map.bias for b in step.branches),
-                i,
-            )
+            added = added + sum(b.map.apply(step.state) + b.map.bias for b in step.branches)
             for edit in step.edits:
                 added = added + edit.constant
-        table.spread(Node("layer", layer), dot(added, gradient.trace.covectors[after + 1]))
+            after = i + 1
+        table.spread(Node("layer", layer), dot(added, gradient.trace.covectors[after]))
 
 
 def _orders(gradient: TargetGradient, table: TableBuilder) -> None:
-    """One state per order: how many heads and MLPs were passed since the source.
+    """Push one state per order, the number of heads and MLPs passed since the source.
 
-    A node's own constants have passed it: order 1. Constants that no node holds are order 0.
+    A node's own constants have passed that node: order 1. Constants that no node holds are order 0.
     """
     states = torch.stack(
         [sum(gradient.capture.embeddings.values(), torch.zeros_like(gradient.capture.embed))]
@@ -352,7 +368,7 @@ def _orders(gradient: TargetGradient, table: TableBuilder) -> None:
     for step in gradient.operator.steps:
         grown = torch.cat([states, torch.zeros_like(states[:1])])
         for branch in step.branches:
-            grown[1:] += branch.map.apply(states)
+            grown[1:] += branch.map.apply(states)  # through a node: one order up
             outside = branch.outside_names()
             for name, constant in branch.map.constants().items():
                 grown[0 if name in outside else 1] += constant

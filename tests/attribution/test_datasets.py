@@ -98,7 +98,7 @@ def test_ids_as_the_host_gives_them():
 def test_refusals():
     model = FIRST.model()
     for wrong in ([], "a prompt"):
-        with pytest.raises(ValueError, match="is not a list of prompts. Put the"):
+        with pytest.raises(ValueError, match="is not a list of prompts"):
             tensorlens_tl.attribute(model, wrong)
     with pytest.raises(ValueError, match="target has 2 entries for 5 prompts"):
         tensorlens_tl.attribute(model, prompts(), [1, 2])

@@ -146,7 +146,7 @@ def test_totals_agree_with_each_other(case, gate):
     lens = lens_of(case, gate=gate)
     if lens.capture.blocks[0].mlp is None:
         for by in ("mlp", "neuron"):
-            with pytest.raises(ValueError, match=f"no MLPs, expected by to be layer.*got '{by}'"):
+            with pytest.raises(ValueError, match=f"by='{by}' needs MLPs, and this model has none"):
                 lens.attribute(by=by, effect="total")
         return
     found = {by: lens.attribute(3, 4, by=by, effect="total") for by in TOTALS}
@@ -343,7 +343,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="effect to be direct or total, got 'indirect'"):
         lens.attribute(effect="indirect")
     for by in ("token", "constant", "dimension", "edge", "order"):
-        with pytest.raises(ValueError, match=rf"by='{by}' has no total effect.*leave effect out"):
+        with pytest.raises(
+            ValueError, match=rf"effect='total' is not available for by='{by}'.*Drop effect"
+        ):
             lens.attribute(by=by, effect="total")
     with pytest.raises(ValueError, match="an axis of pos, node, layer, src, dest, got 'time'"):
         lens.attribute().sum("time")

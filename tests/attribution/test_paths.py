@@ -504,9 +504,9 @@ def test_by_hand():
         ({"k": 2.5}, "k=2.5 is not an integer ≥ 1"),
         ({"k": True}, "k=True is not an integer ≥ 1"),
         ({"max_expansions": 0}, "max_expansions=0 is not an integer ≥ 1"),
-        ({"from_token": SEQ}, rf"position {SEQ} is outside prompt 0: expected -{SEQ} to {SEQ - 1}"),
-        ({"from_token": "Mary"}, "expected a position as an integer, got 'Mary'"),
-        ({"pos": 99}, "position 99 is outside prompt 0"),
+        ({"from_token": SEQ}, rf"Position {SEQ} is outside prompt 0, .* Pass -{SEQ} to {SEQ - 1}"),
+        ({"from_token": "Mary"}, "Position .Mary. is not an integer"),
+        ({"pos": 99}, "Position 99 is outside prompt 0"),
         ({"memory_limit": 1000}, "at least .* GiB for 7 positions.*Raise memory_limit, or take a"),
         ({"target": -1}, "-1"),
     ],
@@ -517,5 +517,7 @@ def test_bad_input_is_refused_with_the_remedy(kwargs, message):
 
 
 def test_several_prompts_are_refused():
-    with pytest.raises(ValueError, match=r"needs one prompt, but the lens has 2. Take one with lens\[i\]"):
+    with pytest.raises(
+        ValueError, match=r"needs one prompt, but the lens has 2. Take one with lens\[i\]"
+    ):
         lens_of(SHAPES[0]).paths(3)

@@ -251,13 +251,13 @@ def test_edits_of_scores_and_patterns():
 def test_refusals(tmp_path):
     case = SHAPES[0]
     lens = lens_of(case)
-    with pytest.raises(ValueError, match=r"by='edge' with qk=True, got by='head'"):
+    with pytest.raises(ValueError, match=r"qk=True is not available for by='head'"):
         lens.attribute(by="head", qk=True)
-    with pytest.raises(ValueError, match=r"by='edge' with qk=True, got by='token'"):
+    with pytest.raises(ValueError, match=r"qk=True is not available for by='token'"):
         lens.attribute(qk=True, baseline="zero")
     path = tmp_path / "lens.safetensors"
     lens.save(path, weights=True)
-    with pytest.raises(ValueError, match=r"does not know W_Q and W_K.*load with model="):
+    with pytest.raises(ValueError, match=r"qk=True needs W_Q and W_K.*Load the lens with model="):
         tensorlens_tl.load(path).attribute(by="edge", qk=True)
     again = tensorlens_tl.load(path, model=case.model())
     expected = lens.attribute(3, 4, by="edge", qk=True)

@@ -295,7 +295,7 @@ def test_alibi_whose_biases_are_rounded_to_bfloat16_is_not_recomputed():
     assert lens.completeness_error <= 1e-6
     with pytest.raises(NotRecomputableError, match=r"does not serve .*ALiBiJoint.*stored"):
         tensorlens_tl.capture(model, tokens(), pattern="recomputed")
-    with pytest.raises(ValueError, match="does not know W_Q and W_K"):
+    with pytest.raises(ValueError, match="needs W_Q and W_K"):
         lens.attribute(3, by="edge", qk=True)
 
 

@@ -279,8 +279,11 @@ def test_heads_in_parts_are_the_same(case, monkeypatch):
     assert_close(clean.attribute(3, 4, **args).values, whole, 1e-12)
     args["qk"] = False
     plain = clean.attribute(3, 4, **args)
-    kept = [i for i, s in enumerate(clean.attribute(3, 4, **(args | {"qk": True})).sources)
-            if s.node.dest.name not in ("q", "k")]  # fmt: skip
+    kept = [
+        i
+        for i, s in enumerate(clean.attribute(3, 4, **(args | {"qk": True})).sources)
+        if s.node.dest.name not in ("q", "k")
+    ]
     assert_close(plain.values, whole[:, kept], 1e-12)
 
 
