@@ -2,9 +2,9 @@
 
     share(C) = (m(C) − m(∅)) / (m(N) − m(∅))
 
-m is a metric of the logits, averaged over prompts. N is the model as it is. C is the model with every
-edge outside the circuit ablated, and ∅ the model with every edge ablated (for ``resample``: the run of
-the corrupted prompt itself). What replaces the output of an ablated writer is
+m is a metric of the logits, averaged over prompts. N is the model as it is. C is the model with
+every edge outside the circuit ablated, and ∅ the model with every edge ablated (for ``resample``:
+the run of the corrupted prompt itself). What replaces the output of an ablated writer is
 
     resample  its output in the run of the corrupted prompt
     mean      its mean output at each position, over prompts
@@ -13,9 +13,10 @@ the corrupted prompt itself). What replaces the output of an ablated writer is
 Constants (biases that no node holds) stay in every run.
 
     attention="live"    query and key edges are edges like all others: ablated unless in the circuit
-    attention="frozen"  the patterns of the clean run are held in every run, so they are no edges. The
-                        full circuit's share is 1. The share of the empty circuit, which is what the
-                        patterns alone carry, is reported beside. ∅ is run with live patterns.
+    attention="frozen"  the patterns of the clean run are held in every run, so they are no edges
+
+With frozen attention the share of the full circuit is 1. The share of the empty circuit, which is
+what the patterns alone carry, is reported beside. ∅ is always run with live patterns.
 
 A study takes four steps:
 
@@ -24,8 +25,8 @@ A study takes four steps:
 3. Run each batch: clean, with every edge ablated, and once per circuit.
 4. Measure the logits of every run, prompt by prompt.
 
-Sources: Conmy et al. 2023 (arXiv 2304.14997), Hanna et al. 2024 (2403.17806), Mueller et al. 2025 (MIB,
-2504.13151). The sizes of :func:`faithfulness_curve`, CPR and CMD are those of MIB.
+Sources: Conmy et al. 2023 (arXiv 2304.14997), Hanna et al. 2024 (2403.17806), Mueller et al. 2025
+(MIB, 2504.13151). The sizes of :func:`faithfulness_curve`, CPR and CMD are those of MIB.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ class AblationOptions:
     """How edges are ablated, and what is measured of the runs.
 
     Every function that takes ``options`` also takes these fields as keyword arguments of its own:
-    ``faithfulness(…, ablation="zero")`` is ``faithfulness(…, options=AblationOptions(ablation="zero"))``.
+    ``faithfulness(…, ablation="zero")`` replaces the field ``ablation`` of ``options``.
 
     Attributes:
-        ablation: What replaces the output of an ablated writer: "resample" (its output in the run of
-            the corrupted prompt), "mean" (its mean at each position over prompts) or "zero".
+        ablation: What replaces the output of an ablated writer: "resample" (its output in the run
+            of the corrupted prompt), "mean" (its mean at each position over prompts) or "zero".
         attention: "live" for patterns that follow from the queries and keys of the ablated run,
             "frozen" for those of the clean run.
         metric: A function measured in place of target − versus: (logits at ``pos``
@@ -97,8 +98,8 @@ class AblationOptions:
                 raise ValueError(f"{name}={value!r} does not exist. Use one of {', '.join(known)}.")
         if self.mean_over is not None and self.ablation != "mean":
             raise ValueError(
-                f"mean_over= is used by ablation='mean' only, not by ablation={self.ablation!r}. Drop "
-                "mean_over=, or pass ablation='mean'."
+                f"mean_over= is used by ablation='mean' only, not by ablation={self.ablation!r}. "
+                "Drop mean_over=, or pass ablation='mean'."
             )
         if self.batch_size is not None:
             at_least_one(self.batch_size, "batch_size")
@@ -129,7 +130,7 @@ class AblationOptions:
 DEFAULTS = AblationOptions()
 
 
-# --- What a user calls -----------------------------------------------------------------------------
+# --- What a user calls ---------------------------------------------------------------------------
 
 
 def faithfulness(
@@ -145,10 +146,11 @@ def faithfulness(
     """Run the real model with every edge outside a circuit ablated.
 
     Args:
-        model: A ``HookedTransformer`` or a ``TransformerBridge``. The call leaves the model unchanged.
+        model: A ``HookedTransformer`` or a ``TransformerBridge``. The call leaves the model
+            unchanged.
         prompts: Strings, or token ids. Prompts of one length are run together.
-        circuit_or_edges: A :class:`Circuit`, or edges or their names, or nodes (then all edges between
-            them are kept). Constants are kept in any case.
+        circuit_or_edges: A :class:`Circuit`, or edges or their names, or nodes (then all edges
+            between them are kept). Constants are kept in any case.
         corrupted: One corrupted prompt per prompt, of the same number of tokens. Needed for
             ablation="resample".
         target: Token whose logit is measured, as a string or an id: one for all prompts, or a list
@@ -248,13 +250,13 @@ def faithfulness_curve(
     sizes: Sequence[float] = SIZES,
     **changes: Any,
 ) -> FaithfulnessCurve:
-    """Measure the faithfulness of a ranking's first edges at growing sizes, and the areas CPR and CMD.
+    """Measure the faithfulness of a ranking's first edges at growing sizes, with CPR and CMD.
 
     Args:
         model: As for :func:`faithfulness`.
         prompts: As for :func:`faithfulness`.
-        ranking: Scores by edge (an edge without a score has 0), a :class:`Circuit` with scores, or a
-            list of edges, best first.
+        ranking: Scores by edge (an edge without a score has 0), a :class:`Circuit` with scores, or
+            a list of edges, best first.
         corrupted: As for :func:`faithfulness`.
         target: As for :func:`faithfulness`.
         versus: As for :func:`faithfulness`.
@@ -302,11 +304,11 @@ def faithfulness_curve(
         return FaithfulnessCurve(tuple(shares), counts, full, ablated, signed, absolute, *about)
 
 
-# --- Running it -------------------------------------------------------------------------------------
+# --- Running it ----------------------------------------------------------------------------------
 
 
 def _check_model(edged: EdgeModel, given: Any) -> None:
-    """Refuse a circuit of another model. Edges, names and scores do not say which model they are of."""
+    """Refuse a circuit of another model; edges, names and scores do not say their model."""
     if isinstance(info := getattr(given, "model", None), ModelInfo):
         info.check(ModelInfo.of(edged.adapter.name, edged.adapter.weights))
 
@@ -322,14 +324,21 @@ class _Study:
     options: AblationOptions
 
     @classmethod
-    def of(cls, model: EdgeModel, prompts: Any, corrupted: Any, target: Any, versus: Any,
-           options: AblationOptions) -> _Study:  # fmt: skip
+    def of(
+        cls,
+        model: EdgeModel,
+        prompts: Any,
+        corrupted: Any,
+        target: Any,
+        versus: Any,
+        options: AblationOptions,
+    ) -> _Study:
         # 2. Pair prompts, those of one length together.
         kind = options.ablation
         if kind == "resample" and corrupted is None:
             raise ValueError(
-                "ablation='resample' needs corrupted=, one prompt of equal length for each prompt. Pass "
-                "corrupted=, or use ablation='mean' or 'zero'."
+                "ablation='resample' needs corrupted=, one prompt of equal length for each "
+                "prompt. Pass corrupted=, or use ablation='mean' or 'zero'."
             )
         if kind != "resample" and corrupted is not None:
             raise ValueError(
@@ -344,13 +353,14 @@ class _Study:
             lengths = [group.ids.shape[1] for group in (*groups, *mean_over)]
             if len(set(lengths)) > 1:
                 raise ValueError(
-                    "ablation='mean' needs prompts of one length, as it averages position by position. "
-                    f"These have {min(lengths)} to {max(lengths)} tokens: measure each length apart, or "
-                    "use 'resample'."
+                    "ablation='mean' needs prompts of one length, as it averages position by "
+                    f"position. These have {min(lengths)} to {max(lengths)} tokens: measure each "
+                    "length apart, or use 'resample'."
                 )
             if sum(len(group.ids) for group in mean_over) < 2:
                 raise ValueError(
-                    "ablation='mean' over one prompt changes nothing. Pass more prompts by mean_over=."
+                    "ablation='mean' over one prompt changes nothing. Pass more prompts by "
+                    "mean_over=."
                 )
         n = sum(len(group.ids) for group in groups)
         metric = LogitMetric.of(model.adapter, n, target, versus, options.metric, options.pos)
@@ -395,7 +405,7 @@ class _Study:
     def _runs(
         self, piece: Pairs, masks: Sequence[Tensor], mean: Writes | None
     ) -> Iterator[Float[Tensor, "circuit prompt"]]:
-        """The metric of the clean run, the run with every edge ablated, then of the circuits' runs."""
+        """The metric of the clean run, of the fully ablated run, then of the circuits' runs."""
         # 3a. The clean run, and its patterns where attention is frozen.
         clean = self.model.run(piece.ids)
         held = [pattern[0] for pattern in clean.patterns] if self.frozen else None

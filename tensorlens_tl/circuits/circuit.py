@@ -1,8 +1,9 @@
 """Circuits: some of a model's edges, with the scores they were chosen by, and their files.
 
-The score of an edge is what a reader makes of what a writer adds, summed over positions and averaged
-over prompts; with corrupted prompts, of what the writer adds there less. The input is one writer: it
-stands for token and position embeddings. Constants write, too, but are always kept and not counted.
+The score of an edge is what a reader makes of what a writer adds, summed over positions and
+averaged over prompts; with corrupted prompts, of what the writer adds there less. The input is one
+writer: it stands for token and position embeddings. Constants write, too, but are always kept and
+not counted.
 
 The JSON of a circuit is the edge list that EAP-IG and MIB evaluate, with an entry of this library
 beside: Hanna, Pezzelle, Belinkov (arXiv 2403.17806); Mueller et al. (arXiv 2504.13151).
@@ -38,7 +39,8 @@ class Circuit:
             the edges.
         model: Identity of the model that the circuit is of.
         target: Description of what the scores are of; "" where there are none.
-        selection: How the edges were selected: "greedy", "absolute", "signed", "influence" or "named".
+        selection: How the edges were selected: "greedy", "absolute", "signed", "influence" or
+            "named".
         n_prompts: Number of prompts that the scores are means over.
         corrupted: Whether the scores compare each prompt with a corrupted one.
         convention: How gated MLPs were made linear.
@@ -243,16 +245,20 @@ class Circuit:
         return "\n".join([*lines, "}"])
 
     def to_json(self) -> str:
-        """Write the circuit as an edge list that EAP-IG and MIB read; :meth:`from_json` reads it back.
+        """Write the circuit as an edge list that EAP-IG, MIB and :meth:`from_json` read.
 
         Returns:
             JSON with every ranked edge, its score, and whether it is in the circuit. Edges without
             a score are written with 0.
         """
         wiring, kept, nodes = self.model.wiring, set(self.edges), set(self.nodes)
-        cfg = {"n_layers": wiring.n_layers, "n_heads": wiring.n_heads,
-               "parallel_attn_mlp": wiring.parallel, "d_model": self.model.d_model}  # fmt: skip
-        # 1. Their part. The input and the logits are in every graph of theirs.
+        cfg = {
+            "n_layers": wiring.n_layers,
+            "n_heads": wiring.n_heads,
+            "parallel_attn_mlp": wiring.parallel,
+            "d_model": self.model.d_model,
+        }
+        # 1. What EAP-IG and MIB read. Input and logits are in each of their graphs.
         named = {
             eap_name(node): {"in_graph": node in nodes or node in (INPUT, LOGITS)}
             for node in (*wiring.writers(), LOGITS)
@@ -311,13 +317,15 @@ class Circuit:
             ranked = {edge: scores[edge] for edge in order} if about.get("scored", True) else {}
             # 3. What else is known of them.
             return cls(
-                kept, ranked, model,
+                kept,
+                ranked,
+                model,
                 str(about.get("target", "")),
                 str(about.get("selection", "greedy")),
                 int(about.get("n_prompts", 0)),
                 bool(about.get("corrupted", False)),
                 Convention(**about.get("convention", {})),
-            )  # fmt: skip
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 "This text is not a circuit of to_json, nor an edge list of EAP-IG. Write the file "
@@ -345,7 +353,7 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-# --- From scores, or from names ---------------------------------------------------------------------
+# --- From scores, or from names ------------------------------------------------------------------
 
 
 def circuit_from_names(capture: Capture, given: Circuit | Iterable[Edge | Node | str]) -> Circuit:

@@ -37,7 +37,7 @@ from ..attribution import (
 )
 from ..checks import as_list, at_least_one, one_each, write_whole
 from ..graph import Edge
-from ..hosts import Adapter, adapt, each_prompt, freeze, hosted, mask_spans
+from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, mask_spans
 from ..operator import Capture, Convention, FrozenTransformer
 from .circuit import Circuit, select_circuit
 from .edge_averages import edge_columns, edge_sums
@@ -89,7 +89,8 @@ def discover(
         versus: Subtracted from the target, in the same forms; None for no subtraction.
         pos: Position of the prediction among the real tokens.
         n_edges: Number of edges in the circuit. Give either this or ``threshold``.
-        threshold: Keep every edge ranked at or above this value, plus the edges needed to connect it.
+        threshold: Keep every edge ranked at or above this value, plus the edges needed to connect
+            it.
         selection: How edges are selected by their scores: "greedy" grows from the logits down by
             |score|; "absolute" and "signed" take the largest |score| or score; "influence" takes
             what shares of |score| carry to the logits.
@@ -100,7 +101,8 @@ def discover(
         batch_size: Number of prompts captured at once, padded where their lengths differ.
         sample: Number of prompts to draw at random by ``seed``; None to use all of them.
         seed: Seed of the draw.
-        path: File for the circuit, and to resume from: the circuit's JSON with an entry of progress.
+        path: File for the circuit, and to resume from: the circuit's JSON with an entry of
+            progress.
         progress: Whether to show a progress bar on standard error.
         **kwargs: Arguments of the capture: ``gate``, ``dtype``, and the model's own arguments.
 
@@ -121,7 +123,7 @@ def discover(
         (24, 2)
     """
     # 1. The model, and each prompt's own tokens.
-    adapter = adapt(hosted(model, kwargs.pop("tokenizer", None)))
+    adapter = adapt(as_host(model, kwargs.pop("tokenizer", None)))
     info = ModelInfo.of(adapter.name, adapter.weights)
     mask = kwargs.pop("attention_mask", None)
     prompts = _own_tokens(adapter, prompts, mask)
@@ -136,10 +138,16 @@ def discover(
     def circuit(means: _Means, n: int) -> Circuit:
         scores = dict(zip(edges, means.tolist(), strict=True))
         return select_circuit(
-            info, scores, n_edges, threshold, selection,
-            target=work.target, n_prompts=n, corrupted=corrupted is not None,
+            info,
+            scores,
+            n_edges,
+            threshold,
+            selection,
+            target=work.target,
+            n_prompts=n,
+            corrupted=corrupted is not None,
             convention=Convention(kwargs.get("gate", "gate")),
-        )  # fmt: skip
+        )
 
     means, n = torch.zeros(len(edges), dtype=torch.double), 0
     circuit(means, n)  # refuses a bad size or selection before anything is run
@@ -163,7 +171,7 @@ def _average(
     circuit: Callable[[_Means, int], Circuit],
     progress: bool,
 ) -> tuple[_Means, int]:
-    """Mean scores over all prompts, from the means over the first n; the file is kept up to date."""
+    """Mean scores over all prompts, from the means over the first n; keeps the file current."""
     written, last = n, time.monotonic()
     try:
         with tqdm(desc="prompts", total=len(work), initial=n, disable=not progress) as bar:
@@ -186,9 +194,20 @@ def _average(
 class _Work:
     """The question: prompts, targets, and how edges are scored."""
 
-    def __init__(self, prompts: Sequence[Any], corrupted: Sequence[Any] | None, target: Any,
-                 versus: Any, pos: int, qk: bool, at: str, sample: int | None, seed: int,
-                 kwargs: dict[str, Any], edges: tuple[Edge, ...]):  # fmt: skip
+    def __init__(
+        self,
+        prompts: Sequence[Any],
+        corrupted: Sequence[Any] | None,
+        target: Any,
+        versus: Any,
+        pos: int,
+        qk: bool,
+        at: str,
+        sample: int | None,
+        seed: int,
+        kwargs: dict[str, Any],
+        edges: tuple[Edge, ...],
+    ):
         n = len(prompts)
         if isinstance(prompts, str) or n == 0:
             raise ValueError(
@@ -197,7 +216,8 @@ class _Work:
         if corrupted is not None and (isinstance(corrupted, str) or len(corrupted) != n):
             count = 1 if isinstance(corrupted, str) else len(corrupted)
             raise ValueError(
-                f"There are {n} prompts but {count} corrupted prompts. Pass a list with one for each."
+                f"There are {n} prompts but {count} corrupted prompts. Pass a list with one for "
+                "each."
             )
         known = ("clean",) if corrupted is None else ("clean", "corrupted", "secant")
         if at not in known:
@@ -209,8 +229,8 @@ class _Work:
             texts = isinstance(prompt, str) or isinstance(other, str)
             if not texts and len(prompt) != len(other):
                 raise ValueError(
-                    f"Prompt {i} has {len(prompt)} tokens, its corrupted prompt {len(other)}. Pad or "
-                    "reword the corrupted prompt."
+                    f"Prompt {i} has {len(prompt)} tokens, its corrupted prompt {len(other)}. Pad "
+                    "or reword the corrupted prompt."
                 )
         self.target = _in_words(target) + ("" if versus is None else f" − {_in_words(versus)}")
         goals = one_each(target, n, "target"), one_each(versus, n, "versus")
@@ -279,9 +299,9 @@ class _Work:
         goal = resolve_each(run, targets, self.pos, predicted)
         if any(other is not None for other in versus):
             both = goal.minus(resolve_each(run, versus, self.pos, predicted))
-            goal = Target.stack([
-                (goal if other is None else both).row(i) for i, other in enumerate(versus)
-            ])  # fmt: skip
+            goal = Target.stack(
+                [(goal if other is None else both).row(i) for i, other in enumerate(versus)]
+            )
         return TargetGradient(run, FrozenTransformer.of(run), goal)
 
 
@@ -293,7 +313,7 @@ def _own_tokens(adapter: Adapter, prompts: Any, mask: Any) -> Any:
 
 
 def _by_length(rows: Sequence[_Row]) -> list[_Row]:
-    """Sort ids by length within windows, so that every part of the work has prompts of all lengths."""
+    """Sort ids by length within windows; every part of the work has prompts of all lengths."""
     parts = (rows[i : i + WINDOW] for i in range(0, len(rows), WINDOW))
     return [row for part in parts for row in sorted(part, key=_length)]
 
@@ -303,7 +323,7 @@ def _length(row: _Row) -> int:
 
 
 def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Rows that can be captured together: strings, ids, and each pair of unequal lengths by itself."""
+    """Rows to capture together: strings, ids, and each pair of unequal lengths by itself."""
     kinds: dict[Any, list[_Row]] = {}
     for i, row in enumerate(rows):
         found = {-1 if isinstance(p, str) else len(p) for p in row[:2] if p is not None}
@@ -368,13 +388,13 @@ class _File:
                 )
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise ValueError(
-                f"{self.path} does not hold a search for a circuit. Pass another path=, or delete the "
-                f"file; the fault was: {error}."
+                f"{self.path} does not hold a search for a circuit. Pass another path=, or delete "
+                f"the file; the fault was: {error}."
             ) from None
         if not own:
             raise ValueError(
-                f"{self.path} holds another search (other prompts, targets, options or weights). Pass "
-                "another path=, or delete the file."
+                f"{self.path} holds another search (other prompts, targets, options or weights). "
+                "Pass another path=, or delete the file."
             )
         found.model.check(model)
         return dict(found.scores), n

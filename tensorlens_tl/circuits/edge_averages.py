@@ -14,8 +14,8 @@ from ..graph import INPUT, Edge, Wiring
 from .edge_masks import EdgeUniverse
 
 NO_SCORES = (
-    "This circuit has no scores: its edges were named. Use a circuit that discover returned, or pass "
-    "scores by edge."
+    "This circuit has no scores: its edges were named. Use a circuit that discover returned, or "
+    "pass scores by edge."
 )
 
 
@@ -27,8 +27,8 @@ def edge_columns(edges: Sequence[Edge], sources: Sequence[Source]) -> list[int]:
         sources: Sources of the split.
 
     Returns:
-        For every source the index of its edge in ``edges``, or −1 for a constant. Token and position
-        embeddings both belong to the edge of the input.
+        For every source the index of its edge in ``edges``, or −1 for a constant. Token and
+        position embeddings both belong to the edge of the input.
     """
     place, columns = {edge: i for i, edge in enumerate(edges)}, []
     for source in sources:

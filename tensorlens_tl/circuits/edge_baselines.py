@@ -1,8 +1,8 @@
 """Earlier ways to score a model's edges, by the real model: see :data:`EDGE_METHODS`.
 
-The score of an edge is what the metric owes to it. It is positive where ablating the edge (the output
-of its writer in the corrupted run in its place) would lower the metric. With a_w and a′_w what writer w
-adds in the clean and in the corrupted run, and x_r the input of reader r,
+The score of an edge is what the metric owes to it. It is positive where ablating the edge (the
+output of its writer in the corrupted run in its place) would lower the metric. With a_w and a′_w
+what writer w adds in the clean and in the corrupted run, and x_r the input of reader r,
 
     eap     (a_w − a′_w) · ∂m/∂x_r, at the clean run
     eap_ig  (a_w − a′_w) · mean over k = 1 … steps of ∂m/∂x_r, at the run whose embeddings are
@@ -61,7 +61,8 @@ def score_edges(
     """Score every edge of the model by an earlier method, e.g. for :func:`faithfulness_curve`.
 
     Args:
-        model: A ``HookedTransformer`` or a ``TransformerBridge``. The call leaves the model unchanged.
+        model: A ``HookedTransformer`` or a ``TransformerBridge``. The call leaves the model
+            unchanged.
         prompts: Strings, or token ids. Prompts of one length are run together.
         corrupted: One corrupted prompt per prompt, of the same number of tokens.
         method: How edges are scored, one of :data:`EDGE_METHODS`: "eap", "eap_ig", "direct" or
@@ -150,8 +151,8 @@ def edge_gradients(
             value = metric.values(passed.logits, run.logits[0], pairs.index).sum()
             if not value.requires_grad:
                 raise ValueError(
-                    "metric returned numbers without a gradient. Compute them from the logits without "
-                    "detach() or item()."
+                    "metric returned numbers without a gradient. Compute them from the logits "
+                    "without detach() or item()."
                 )
             found += torch.autograd.grad(value, nudge)[0] / steps
     return found
@@ -172,9 +173,9 @@ def _direct(universe: EdgeUniverse, scores: dict[Edge, float]) -> dict[Edge, flo
 def random_scores(universe: EdgeUniverse, seed: int = 0) -> dict[Edge, float]:
     """Random connected circuits of every size: the first k edges lie on walks from logits to input.
 
-    A walk goes from the logits to a writer drawn from all that the reader can see, from a head to one
-    of its q, k and v inputs, and on to the input. Edges that no walk has met after as many walks as
-    there are edges come last, in random order.
+    A walk goes from the logits to a writer drawn from all that the reader can see, from a head to
+    one of its q, k and v inputs, and on to the input. Edges that no walk has met after as many
+    walks as there are edges come last, in random order.
 
     Args:
         universe: All edges of the model.

@@ -61,7 +61,7 @@ class EdgeUniverse:
 
     @cached_property
     def below(self) -> tuple[int, ...]:
-        """Number of writers that each reader sees; these are the first ``below[reader]`` writers."""
+        """Number of writers that each reader sees: the first ``below[reader]`` writers."""
         found = dict.fromkeys(self.readers, 0)
         for edge in self.edges:
             found[edge.dest] += 1
@@ -83,7 +83,8 @@ class EdgeUniverse:
         """The edges that a user named, or all edges between the nodes that a user named.
 
         Args:
-            given: Edges, nodes, or names of one kind; see :func:`tensorlens_tl.graph.wiring.as_edges`.
+            given: Edges, nodes, or names of one kind; see
+                :func:`tensorlens_tl.graph.wiring.as_edges`.
 
         Returns:
             The edges, each once, from below.

@@ -6,15 +6,15 @@ residual,
     x_r = Σ_w  keep[r, w] · out_w  +  (1 − keep[r, w]) · replacement_w  +  constants
 
 with out_w what writer w adds in this very pass, replacement_w what replaces it (its output in a
-corrupted run, a mean, 0), and constants what no writer holds (b_O, b_out, through the live post-norm).
-The host computes all that is not linear in x_r: its own norm modules run on x_r; its own attention
-rotates, normalizes, caps and masks the q and k that it is given; its own MLP and final norm run on
-their rebuilt inputs. Only W_Q, W_K, W_V, W_O and W_out are applied here. Nobody reads the residual
-that the host itself carries along.
+corrupted run, a mean, 0), and constants what no writer holds (b_O, b_out, through the live
+post-norm). The host computes all that is not linear in x_r: its own norm modules run on x_r; its
+own attention rotates, normalizes, caps and masks the q and k that it is given; its own MLP and
+final norm run on their rebuilt inputs. Only W_Q, W_K, W_V, W_O and W_out are applied here. Nobody
+reads the residual that the host itself carries along.
 
-Values are per query head: z_h = A_h v_h with v_h = N(x_{h.v}) W_V^{kv(h)} overwrites the host's z. Where
-g query heads share a key, the batch is run in g copies. Copy i carries, for every key head, the key of
-its i-th query head; of its patterns, those of these query heads are taken.
+Values are per query head: z_h = A_h v_h with v_h = N(x_{h.v}) W_V^{kv(h)} overwrites the host's z.
+Where g query heads share a key, the batch is run in g copies. Copy i carries, for every key head,
+the key of its i-th query head; of its patterns, those of these query heads are taken.
 
 One pass (:meth:`EdgeModel.run`) takes four steps, in every layer from below:
 
@@ -103,7 +103,7 @@ class EdgeModel:
         return w.W_O.shape[0] // w.W_V.shape[0]
 
     def at_once(self, n_pos: int) -> int:
-        """Number of sequences of ``n_pos`` tokens run at once: as many as write :data:`CHUNK` bytes."""
+        """Number of sequences of ``n_pos`` tokens run at once, to write :data:`CHUNK` bytes."""
         weights = self.adapter.weights
         heads, width = weights.blocks[0].attn.W_O.shape[0], weights.unembed.W_U.shape[0]
         # Per position: about 4 copies of all writes, 12 of one layer's heads, logits, patterns.
@@ -126,8 +126,8 @@ class EdgeModel:
 
         Args:
             ids: Token ids of prompts of one length [prompt, pos].
-            keep: Mask of the circuits [circuit, reader, writer]: 1 where an edge is live, 0 where it
-                is replaced, or anything between. None for the whole model.
+            keep: Mask of the circuits [circuit, reader, writer]: 1 where an edge is live, 0 where
+                it is replaced, or anything between. None for the whole model.
             replacement: What replaces the output of a writer on an edge that is not live; None for
                 zero.
             patterns: Attention patterns to hold, one per layer; None for those of this pass.
@@ -170,15 +170,15 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
         adapter = adapt(model)
         if adapter.attends_apart:
             raise UnsupportedArchitectureError(
-                f"{adapter.name} cannot be run edge by edge, as its host shows an attention pattern only "
-                "after the layer has used it. Rank edges with lens.discover(..., qk=False), or load the "
-                "model as a HookedTransformer."
+                f"{adapter.name} cannot be run edge by edge, as its host shows an attention "
+                "pattern only after the layer has used it. Rank edges with lens.discover(..., "
+                "qk=False), or load the model as a HookedTransformer."
             )
         if hooks := adapter.foreign_hooks():
             raise ValueError(
-                f"The model carries hooks of your own at {', '.join(hooks[:3])}, and an ablation rebuilds "
-                "what they would edit. Remove them first: model.reset_hooks(), or remove() of torch's "
-                "own handles."
+                f"The model carries hooks of your own at {', '.join(hooks[:3])}, and an ablation "
+                "rebuilds what they would edit. Remove them first: model.reset_hooks(), or "
+                "remove() of torch's own handles."
             )
         no_autocast(adapter.weights.unembed.W_U.device.type)
         points = adapter.points(("q", "k", "pattern"))
@@ -200,7 +200,7 @@ def _before(module: nn.Module, replace: Callable[[], Tensor]) -> Any:
 
 
 def _scaled(w: NormWeights | None, scale: Tensor | None, x: Tensor, b: bool = False) -> Tensor:
-    """Apply a post-norm to one part x of its input, at the scale of the whole; add the norm's b if asked."""
+    """Apply a post-norm to one part x of its input, at the scale of the whole; with b if asked."""
     if w is None or scale is None:
         return x
     x = x - x.mean(-1, keepdim=True) if w.center else x
@@ -212,9 +212,18 @@ def _scaled(w: NormWeights | None, scale: Tensor | None, x: Tensor, b: bool = Fa
 class _Flow:
     """One pass under way: what was written so far, and what each reader is given of it."""
 
-    def __init__(self, model: EdgeModel, ids: Tensor, keep: Tensor | None, replacement: Tensor | None,
-                 held: Sequence[Tensor] | None, nudge: Tensor | None, direction: Tensor | None,
-                 embeddings: Tensor | None, rebuilt: bool):  # fmt: skip
+    def __init__(
+        self,
+        model: EdgeModel,
+        ids: Tensor,
+        keep: Tensor | None,
+        replacement: Tensor | None,
+        held: Sequence[Tensor] | None,
+        nudge: Tensor | None,
+        direction: Tensor | None,
+        embeddings: Tensor | None,
+        rebuilt: bool,
+    ):
         self.model, self.universe, self.rebuilt = model, model.universe, rebuilt
         self.keep = None if keep is None else keep.to(model.device, model.dtype)
         self.replacement, self.held, self.embeddings = replacement, held, embeddings
@@ -224,7 +233,7 @@ class _Flow:
         self.writes: dict[int, Tensor] = {}
         """By the first writer's index: [circuit, writer, prompt, pos, d_model]."""
         self.constants: dict[int, Tensor] = {}
-        """What no writer holds, by the index of the writers it came with: [circuit, prompt, pos, d_model]."""
+        """What no writer holds, by the first writer's index: [circuit, prompt, pos, d_model]."""
         self.pending: list[Callable[[], None]] = []
         self.scales: dict[Read, Tensor] = {}
         self.patterns: list[Tensor] = []
@@ -309,8 +318,14 @@ class _Flow:
         self.writes[at] = written[:, None]
         self.constant(at, block.mlp.b_out, block.ln2_post, scale, written)
 
-    def constant(self, at: int, b: Tensor | None, norm: NormWeights | None, scale: Tensor | None,
-                 like: Tensor) -> None:  # fmt: skip
+    def constant(
+        self,
+        at: int,
+        b: Tensor | None,
+        norm: NormWeights | None,
+        scale: Tensor | None,
+        like: Tensor,
+    ) -> None:
         whole = torch.zeros_like(like) if b is None else b.to(like).expand_as(like)
         self.constants[at] = _scaled(norm, scale, whole, b=True)
 
@@ -336,11 +351,12 @@ class _Flow:
     # --- Readers
 
     def read(self, key: tuple[str, int | None, str], n: int) -> Tensor:
-        """The inputs of n readers, the first of which has this key: [circuit, reader, prompt, pos, d]."""
+        """The inputs of n readers from this key on: [circuit, reader, prompt, pos, d]."""
         self.settle()
         first = self.firsts[key]
         below, rows = self.universe.below[first], slice(first, first + n)
         seen = [at for at in sorted(self.writes) if at < below]
+        # x_r = Σ_w keep · out_w + (1 − keep) · replacement_w, one matrix product for n readers.
         live = torch.cat([self.writes[at] for at in seen], 1)
         shape = live.shape[2:]
         if self.keep is None:
@@ -367,7 +383,7 @@ class _Flow:
         return flat.unflatten(0, x.shape[:3]).to(self.model.dtype)
 
     def heads(self, layer: int, name: str) -> Tensor:
-        """What every query head's q, k or v input is, after the norm: [circuit, head, prompt, pos, d]."""
+        """The q, k or v inputs of all query heads, normed: [circuit, head, prompt, pos, d]."""
         adapter = self.model.adapter
         block = adapter.weights.blocks[layer]
         norm = adapter.norm(adapter.model.blocks[layer], "ln1") if block.ln1 is not None else None
@@ -401,6 +417,7 @@ class _Flow:
             self.patterns.append(held.expand(self.circuits, *held.shape))
             return
         each = tensor.unflatten(0, (self.copies, self.circuits, self.prompts))
+        # Query head h read its own key in copy h mod g only.
         head = torch.arange(each.shape[3], device=tensor.device)
         each = each[head % self.copies, :, :, head].movedim(0, 2) if self.copies > 1 else each[0]
         self.patterns.append(each)
@@ -413,6 +430,7 @@ class _Flow:
             self.pending.append(lambda: self.write_heads(layer, z))
             return None
         kv_of = self.kv_of(layer)
+        # z_h = A_h v_h, per query head, as each head has a value input of its own.
         b_V = None if w.b_V is None else w.b_V[kv_of]
         v = _projected(self.heads(layer, "v"), w.W_V[kv_of], b_V)
         z = torch.einsum("cbhqk,cbkhe->cbqhe", self.patterns[layer].to(v), v)

@@ -1,4 +1,4 @@
-"""What a faithfulness run leaves: numbers prompt by prompt, shares of their means, bootstrap intervals."""
+"""Results of faithfulness runs: numbers by prompt, shares of their means, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Faithfulness:
 
     @property
     def empty_share(self) -> float:
-        """Share of the empty circuit: 0 with live attention, what patterns alone carry with frozen."""
+        """Share of the empty circuit: 0, or with frozen attention what patterns alone carry."""
         return float(_share(self.full, self.ablated, self.empty[None])[0])
 
     @property
@@ -135,12 +135,12 @@ class FaithfulnessCurve:
 
     @property
     def cpr(self) -> float:
-        """Circuit performance ratio ∫ f dk of the signed ranking (trapezoids over k); more is better."""
+        """Circuit performance ratio ∫ f dk of the signed ranking (trapezoids); more is better."""
         return float(self._area(self.shares))
 
     @property
     def cmd(self) -> float:
-        """Circuit-model distance ∫ |1 − f| dk of the absolute ranking (trapezoids); less is better."""
+        """Circuit-model distance ∫ |1 − f| dk of the absolute ranking; less is better."""
         return float(self._area((1 - self.absolute_shares).abs()))
 
     @property
@@ -170,8 +170,8 @@ class FaithfulnessCurve:
     def __repr__(self) -> str:
         cpr, cmd = self.cpr_interval, self.cmd_interval
         head = (
-            f"FaithfulnessCurve(CPR {self.cpr:.3f} [{cpr[0]:.3f}, {cpr[1]:.3f}], CMD {self.cmd:.3f} "
-            f"[{cmd[0]:.3f}, {cmd[1]:.3f}]: {self.n_total} edges, {self.ablation}, "
+            f"FaithfulnessCurve(CPR {self.cpr:.3f} [{cpr[0]:.3f}, {cpr[1]:.3f}], CMD "
+            f"{self.cmd:.3f} [{cmd[0]:.3f}, {cmd[1]:.3f}]: {self.n_total} edges, {self.ablation}, "
             f"{self.attention} attention, {len(self.full)} prompts)"
         )
         columns = zip(self.sizes, self.n_edges, self.shares, self.absolute_shares, strict=True)
@@ -195,8 +195,8 @@ def share_difference(first: Faithfulness, second: Faithfulness) -> tuple[float, 
     same = zip((first.full, first.ablated), (second.full, second.ablated), strict=True)
     if not all(torch.equal(a, b) for a, b in same):
         raise ValueError(
-            "first and second were not run on the same prompts and ablation. Run both with one call "
-            "of faithfulness_of_many."
+            "first and second were not run on the same prompts and ablation. Run both with one "
+            "call of faithfulness_of_many."
         )
     both = torch.stack([first.circuit, second.circuit])
     drawn = _resampled(first.full, first.ablated, both, first.seed)
@@ -204,7 +204,7 @@ def share_difference(first: Faithfulness, second: Faithfulness) -> tuple[float, 
     return first.share - second.share, interval
 
 
-# --- Shares and their intervals ---------------------------------------------------------------------
+# --- Shares and their intervals ------------------------------------------------------------------
 
 
 def _share(full: Tensor, ablated: Tensor, circuits: Float[Tensor, "many prompt"]) -> Tensor:

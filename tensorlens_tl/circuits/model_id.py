@@ -23,8 +23,8 @@ class ModelInfo:
         name: Name of the model, for people.
         wiring: The edges that the model has.
         d_model: Width of the residual stream.
-        fingerprint: Hash of a few of the weights; "" if not known. A fingerprint tells models apart;
-            equal ones prove nothing.
+        fingerprint: Hash of a few of the weights; "" if not known. A fingerprint tells models
+            apart; equal ones prove nothing.
     """
 
     name: str
@@ -79,8 +79,8 @@ class ModelInfo:
             )
         if self.fingerprint and other.fingerprint and self.fingerprint != other.fingerprint:
             raise ValueError(
-                f"The circuit is of {self.name}, and this model ({other.name}) has other weights. Load "
-                "and process the model as it was, or discover the circuit again."
+                f"The circuit is of {self.name}, and this model ({other.name}) has other weights. "
+                "Load and process the model as it was, or discover the circuit again."
             )
 
 

@@ -113,7 +113,8 @@ class LogitMetric:
     """One number per prompt, read off the logits at one position.
 
     Attributes:
-        target: Token id measured for every prompt [prompt], or None for what the clean run predicts.
+        target: Token id measured for every prompt [prompt], or None for what the clean run
+            predicts.
         versus: Token id whose logit is subtracted [prompt], or None for no subtraction.
         metric: Function measured in place of target − versus, or None.
         pos: Position of the prediction. Negative positions count from the end, as in Python.
@@ -142,19 +143,20 @@ class LogitMetric:
             The metric of these prompts.
 
         Raises:
-            ValueError: If a token does not exist, a list has another length than n, a metric is not a
-                function, or both a metric and a target are given.
+            ValueError: If a token does not exist, a list has another length than n, a metric is not
+                a function, or both a metric and a target are given.
         """
         if metric is not None and not callable(metric):
             raise ValueError(
-                f"metric={metric!r} is not a function. Pass a function of logits and indices, or use "
-                "target= and versus=."
+                f"metric={metric!r} is not a function. Pass a function of logits and indices, or "
+                "use target= and versus=."
             )
         if not is_int(pos):
             raise ValueError(f"pos={pos!r} is not an integer. The last position is -1.")
         if metric is not None and (target is not None or versus is not None):
             raise ValueError(
-                "metric= and target= (or versus=) are both given, but only one is measured. Drop one."
+                "metric= and target= (or versus=) are both given, but only one is measured. Drop "
+                "one."
             )
         tokens = _ids(adapter, target, n, "target"), _ids(adapter, versus, n, "versus")
         return cls(*tokens, metric, pos)
@@ -181,15 +183,16 @@ class LogitMetric:
         n_pos = logits.shape[2]
         if not -n_pos <= self.pos < n_pos:
             raise ValueError(
-                f"pos={self.pos} is outside a prompt of {n_pos} tokens. Use {-n_pos} to {n_pos - 1}."
+                f"pos={self.pos} is outside a prompt of {n_pos} tokens. Use {-n_pos} to "
+                f"{n_pos - 1}."
             )
         at = logits[:, :, self.pos]
         if self.metric is not None:
             found = [self.metric(one, index) for one in at]
             if any(getattr(one, "shape", ()) != (len(index),) for one in found):
                 raise ValueError(
-                    f"metric returned shape {list(getattr(found[0], 'shape', ()))} for {len(index)} "
-                    f"prompts. Return one number per prompt, [{len(index)}]."
+                    f"metric returned shape {list(getattr(found[0], 'shape', ()))} for "
+                    f"{len(index)} prompts. Return one number per prompt, [{len(index)}]."
                 )
             return torch.stack(found)
         target = clean[:, self.pos].argmax(-1) if self.target is None else self.target[index]
@@ -207,8 +210,8 @@ def _id(given: Any, name: str) -> int:
         return operator.index(given)
     except TypeError:
         raise ValueError(
-            f"{name}={given!r} ({type(given).__name__}) is not a token. Pass a token string or an id, "
-            "or measure something else with metric=."
+            f"{name}={given!r} ({type(given).__name__}) is not a token. Pass a token string or an "
+            "id, or measure something else with metric=."
         ) from None
 
 

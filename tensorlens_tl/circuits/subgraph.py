@@ -1,4 +1,4 @@
-"""The operator of one run, restricted to a circuit: its logits, its share of a target, and whence."""
+"""The operator of one run, restricted to a circuit: its logits and its share of a target."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Subgraph:
 
     @property
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of the circuit [batch, pos, d_vocab], with the soft-cap ratios of the whole run."""
+        """Logits of the circuit [batch, pos, d_vocab], at the soft-cap ratios of the whole run."""
         return self.capture.unembed @ self.final + self.capture.unembed.bias
 
     def attribute(

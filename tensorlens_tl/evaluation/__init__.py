@@ -8,10 +8,13 @@ Key concepts:
 
 from .intervals import Estimate, bootstrap, median
 from .runner import evaluate
+from .study_file import read_study, study_text
 
 __all__ = [
     "Estimate",
     "bootstrap",
     "evaluate",
     "median",
+    "read_study",
+    "study_text",
 ]

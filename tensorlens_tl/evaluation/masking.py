@@ -2,11 +2,11 @@
 
     delete   the token is removed, and later tokens take earlier positions
     token    the id of a mask token replaces the token's id
-    mean     the mean of W_E's rows replaces the token's embedding; the embedding of its position stays
+    mean     the mean of W_E's rows replaces the token's embedding, not that of its position
 
-The model was trained on none of these prompts. Results depend on the masking that is chosen, so they
-name it. Prompts of one length run together, never padded. The beginning-of-sequence token is never
-masked. The number that is read belongs to the prediction after the last token.
+The model was trained on none of these prompts. Results depend on the masking that is chosen, so
+they name it. Prompts of one length run together, never padded. The beginning-of-sequence token is
+never masked. The number that is read belongs to the prediction after the last token.
 
 A run takes three steps: 1. group the wanted masked prompts by length; 2. run each batch masked;
 3. keep all metrics of every run, so that no set of tokens is run twice.
@@ -54,8 +54,8 @@ class Masking:
         Args:
             kind: "delete", "token" or "mean", see :data:`MASKINGS`.
             adapter: Adapter of the model.
-            token: Mask token or id, for "token". By default, the first that the tokenizer has of its
-                mask, unknown, padding and end-of-sequence tokens.
+            token: Mask token or id, for "token". By default, the first that the tokenizer has of
+                its mask, unknown, padding and end-of-sequence tokens.
 
         Returns:
             The masking with its token id or mean embedding.
@@ -102,7 +102,8 @@ def _mean_embedding(adapter: Adapter) -> Tensor:
     weights = adapter.embed_weights()
     if weights is None:
         raise ValueError(
-            f"masking='mean' needs W_E, which {adapter.name} does not show. Use 'delete' or 'token'."
+            f"masking='mean' needs W_E, which {adapter.name} does not show. Use 'delete' or "
+            "'token'."
         )
     ids, seen = torch.ones(1, 1, dtype=torch.long, device=weights.W_E.device), []
     point = adapter.points()[None, "embed"]
@@ -184,8 +185,13 @@ class MaskedRuns:
             length = len(self.prompts[prompt])
             left = length - masked.bit_count() if self.masking.kind == "delete" else length
             groups.setdefault((length, left), []).append((prompt, masked))
-        with tqdm(total=len(missing), desc=f"masked by {self.masking.kind}", delay=2, leave=False,
-                  disable=not self.progress) as bar:  # fmt: skip
+        with tqdm(
+            total=len(missing),
+            desc=f"masked by {self.masking.kind}",
+            delay=2,
+            leave=False,
+            disable=not self.progress,
+        ) as bar:
             for (length, _), keys in groups.items():
                 for start in range(0, len(keys), self.batch_size):
                     batch = keys[start : start + self.batch_size]

@@ -1,8 +1,8 @@
 """The field's tests of token scores, as sets of masked tokens and numbers. No model in this file.
 
 A prompt has n tokens that may be masked. A method's order lists them, most relevant first. Every
-measure asks for some masked sets, and makes one number of their outcomes m(masked set): the metric of
-the real model's run with that set masked. Sets are integers, where bit j stands for position j.
+measure asks for some masked sets, and makes one number of their outcomes m(masked set): the metric
+of the real model's run with that set masked. Sets are integers, where bit j stands for position j.
 
     MoRF curve   m with the first k of the order masked            (most relevant first)
     LeRF curve   m with the last k of the order masked             (least relevant first)
@@ -11,7 +11,7 @@ the real model's run with that set masked. Sets are integers, where bit j stands
 |---|---|---|
 | positive, negative | area under MoRF, LeRF over fractions (Chefer et al. 2021) | low, high |
 | morf, lerf, delta | mean of MoRF, of LeRF, and LeRF − MoRF (Samek et al. 2017) | low, high, high |
-| deletion, insertion | area under MoRF, and with only the first k kept, over m(∅) (Petsiuk 2018) | low, high |
+| deletion, insertion | area under MoRF, under first k kept, over m(∅) (Petsiuk 2018) | low, high |
 | comprehensiveness | mean over k of m(∅) − m(first k masked) (DeYoung et al. 2020) | high |
 | sufficiency | mean over k of m(∅) − m(all but the first k masked) | low |
 | naopc | mean over all k of m(∅) − MoRF, between its bounds over orders (Edin et al. 2025) | high |
@@ -106,7 +106,7 @@ class Measure(ABC):
 
 @dataclass(frozen=True)
 class MaskingCurve(Measure):
-    """One number of a masking curve: the area over its fractions, divided by their span, or its mean.
+    """One number of a masking curve: its mean, or its area divided by the span of its fractions.
 
     Attributes:
         least_first: Whether the least relevant tokens are masked first.
@@ -246,8 +246,8 @@ def subsets(positions: Sequence[int]) -> list[Masked]:
 def exact_bounds(m: Outcomes, positions: Sequence[int]) -> tuple[float, float]:
     """Bounds of AOPC over all n! orders, by the best path into every one of the 2ⁿ sets.
 
-    An order is a path ∅ → … → all through the sets, and AOPC needs only the sum of m along the path:
-    S(set) = m(set) + min over j in the set of S(set without j), and the same with max.
+    An order is a path ∅ → … → all through the sets, and AOPC needs only the sum of m along the
+    path: S(set) = m(set) + min over j in the set of S(set without j), and the same with max.
 
     Args:
         m: Outcomes of masked sets.
@@ -346,8 +346,8 @@ def measures(
     if protocol == "insertion_deletion":
         if metric != "probability":
             raise ValueError(
-                f"metric={metric!r} may be 0 or negative, and {protocol} divides by the unmasked outcome. "
-                "Use metric='probability'."
+                f"metric={metric!r} may be 0 or negative, and {protocol} divides by the unmasked "
+                "outcome. Use metric='probability'."
             )
         return (
             MaskingCurve("deletion", metric, name, shares, relative=True),
@@ -372,7 +372,8 @@ def _fractions(
     if not default:
         if preset is not None:
             raise ValueError(
-                f"preset={preset!r} names fractions, and protocol {protocol!r} has none. Drop preset=."
+                f"preset={preset!r} names fractions, and protocol {protocol!r} has none. Drop "
+                "preset=."
             )
         return "", ()
     if preset is None or isinstance(preset, str):
@@ -385,7 +386,8 @@ def _fractions(
     shares = tuple(float(f) for f in preset)
     if len(shares) < 2 or not all(0 <= f <= 1 for f in shares):
         raise ValueError(
-            f"preset={list(shares)} is not at least two fractions between 0 and 1. Write 30 % as 0.3."
+            f"preset={list(shares)} is not at least two fractions between 0 and 1. Write 30 % as "
+            "0.3."
         )
     if any(b <= a for a, b in pairwise(shares)):
         raise ValueError(f"preset={list(shares)} does not grow. List the smallest fraction first.")

@@ -1,4 +1,4 @@
-"""Results of an evaluation: numbers by prompt, measure, masking and method; means, intervals, tests."""
+"""Results of an evaluation: numbers by prompt, measure, masking and method, and statistics."""
 
 from __future__ import annotations
 
@@ -111,8 +111,10 @@ class Evaluation:
         found = [r for r in self.rows if all(getattr(r, k) == v for k, v in asked.items())]
         if len(found) == 1:
             return found[0]
-        had = {name: dict.fromkeys(getattr(r, name) for r in found or self.rows)
-               for name in ("method", "measure", "masking", "metric")}  # fmt: skip
+        had = {
+            name: dict.fromkeys(getattr(r, name) for r in found or self.rows)
+            for name in ("method", "measure", "masking", "metric")
+        }
         shown = "; ".join(f"{name} {', '.join(values)}" for name, values in had.items())
         raise ValueError(f"{len(found)} rows fit {asked}, but one is needed. Choose among {shown}.")
 
@@ -214,8 +216,8 @@ class Evaluation:
 
     def __repr__(self) -> str:
         head = (
-            f"Evaluation of {_many(len(self.methods), 'method')} on {_many(len(self), 'prompt')} of "
-            f"{self.model} ({self.dtype}), mean [95 % interval]"
+            f"Evaluation of {_many(len(self.methods), 'method')} on {_many(len(self), 'prompt')} "
+            f"of {self.model} ({self.dtype}), mean [95 % interval]"
         )
         return "\n".join([head, *(line for block in self._blocks() for line in ("", *block))])
 
@@ -226,12 +228,15 @@ class Evaluation:
             heads = dict.fromkeys((r.measure, r.metric, r.preset, r.higher) for r in here)
             cells = [[f"masked by {masking}", *(_head(*head) for head in heads)]]
             for method in self.methods:
-                mine = {(r.measure, r.metric, r.preset, r.higher): r for r in here
-                        if r.method == method}  # fmt: skip
+                mine = {
+                    (r.measure, r.metric, r.preset, r.higher): r for r in here if r.method == method
+                }
                 cells.append([method, *(str(mine[h].estimate(self.seed)) for h in heads)])
             widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-            yield ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip()
-                   for line in cells]  # fmt: skip
+            yield [
+                "  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip()
+                for line in cells
+            ]
 
 
 _FIELDS = tuple(field.name for field in fields(Evaluation) if field.name != "rows")

@@ -60,9 +60,10 @@ def evaluate(
     Args:
         model: A ``HookedTransformer`` or a ``TransformerBridge``.
         prompts: Strings, or token ids [pos], one sequence per prompt. Or what
-            :func:`tensorlens_tl.evaluation.scoring.score` returned, so that evaluations share scores.
-        methods: Names of :data:`tensorlens_tl.methods.METHODS`; None for all of them (or none, where
-            ``scores`` are given).
+            :func:`tensorlens_tl.evaluation.scoring.score` returned, so that evaluations share
+            scores.
+        methods: Names of :data:`tensorlens_tl.methods.METHODS`; None for all of them (or none,
+            where ``scores`` are given).
         protocol: Names of :data:`tensorlens_tl.evaluation.protocols.PROTOCOLS`, or measures of
             :func:`tensorlens_tl.evaluation.protocols.measures`.
         masking: How tokens are masked: "delete", "token" or "mean", or several of them; see
@@ -75,9 +76,9 @@ def evaluate(
             likeliest other; or "agreement", whether the target is the model's prediction.
         target: Token or id for all prompts, a list with one per prompt, or None for the predictions
             of the model.
-        versus: What methods explain the target's advantage over: "runner_up" for the likeliest other
-            token, "all_others" for all of them by their probability (log-odds), a token or id for
-            all prompts, or a list with one per prompt. None to explain the target's logit.
+        versus: What methods explain the target's advantage over: "runner_up" for the likeliest
+            other token, "all_others" for all of them by their probability (log-odds), a token or id
+            for all prompts, or a list with one per prompt. None to explain the target's logit.
         scores: Scores of your own, by a name of your choice: for every prompt one number per token.
         options: Options of methods, by name: ``{"norm": {"probes": 16}}``.
         mask_token: Token or id that replaces masked tokens, for masking="token". By default, the
@@ -94,8 +95,9 @@ def evaluate(
         One number per prompt, measure, masking and method.
 
     Raises:
-        ValueError: If a method, protocol, preset, fraction, masking, metric or target does not exist,
-            no prompt predicts the target, a prompt is too short, or an extra is not installed.
+        ValueError: If a method, protocol, preset, fraction, masking, metric or target does not
+            exist, no prompt predicts the target, a prompt is too short, or an extra is not
+            installed.
 
     Example:
         >>> from tensorlens_tl import demo
@@ -111,7 +113,8 @@ def evaluate(
         )
     if scores is not None and not isinstance(scores, Mapping):
         raise ValueError(
-            f"scores is a {type(scores).__name__}, not a dictionary by method. Pass {{'mine': scores}}."
+            f"scores is a {type(scores).__name__}, not a dictionary by method. Pass "
+            f"{{'mine': scores}}."
         )
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r} does not exist. Use one of {', '.join(METRICS)}.")
@@ -128,8 +131,8 @@ def evaluate(
         scored = score(model, prompts, names, goals, foils, options, gate, batch_size, progress)
     if not any(map(int.__eq__, scored.targets, scored.predicted)):
         raise ValueError(
-            f"target={adapter.token_string(scored.targets[0])!r} is predicted by no prompt, so masking "
-            "says nothing about it. Drop target= to use the model's own predictions."
+            f"target={adapter.token_string(scored.targets[0])!r} is predicted by no prompt, so "
+            "masking says nothing about it. Drop target= to use the model's own predictions."
         )
     # 3. Orders.
     positions = _maskable(adapter, scored, asked, maskings, keep_last)
@@ -147,11 +150,10 @@ def evaluate(
         found = _read(runner, asked, orders, len(positions))
         runs[way.kind] = runner.runs
         rows += [
-            Row(one.name, one.metric, one.preset, way.kind, name, one.higher,
-                tuple(found[i, name]))
+            Row(one.name, one.metric, one.preset, way.kind, name, one.higher, tuple(found[i, name]))
             for i, one in enumerate(asked)
             for name in orders
-        ]  # fmt: skip
+        ]
     # 5. The report.
     return Evaluation(
         rows=tuple(rows),
@@ -203,7 +205,7 @@ def _read(
     return found
 
 
-# --- What a user asks for -----------------------------------------------------------------------
+# --- What a user asks for ------------------------------------------------------------------------
 
 
 def _listed(given: Any) -> list[Any]:
@@ -223,13 +225,14 @@ def _maskings(masking: Any, adapter: Adapter, mask_token: str | int | None) -> l
 def _selected(scored: Scored, methods: Any, *others: Any) -> Scored:
     if any(given is not None for given in others):
         raise ValueError(
-            "target=, versus= and options= cannot change scores that are made already. Pass them to "
-            "score()."
+            "target=, versus= and options= cannot change scores that are made already. Pass them "
+            "to score()."
         )
     names = list(scored.scores) if methods is None else _listed(methods)
     if absent := [name for name in names if name not in scored.scores]:
         raise ValueError(
-            f"There are no scores by {', '.join(absent)}. The scores are by {', '.join(scored.scores)}."
+            f"There are no scores by {', '.join(absent)}. The scores are by "
+            f"{', '.join(scored.scores)}."
         )
     return replace(scored, scores={name: scored.scores[name] for name in names})
 
@@ -251,8 +254,8 @@ def _names(
         check_method(name, dict(options.get(name, {})))
     if absent := [name for name in options if name not in names]:
         raise ValueError(
-            f"options= has an entry for {absent[0]}, which is not among methods= ({', '.join(names)}). "
-            "Name the method, or drop its options."
+            f"options= has an entry for {absent[0]}, which is not among methods= "
+            f"({', '.join(names)}). Name the method, or drop its options."
         )
     return names
 
@@ -286,7 +289,7 @@ def _one_each(name: str, given: Any, n: int) -> Sequence[str | int] | None:
     return list(given)
 
 
-# --- Which tokens, in which order -----------------------------------------------------------------
+# --- Which tokens, in which order ----------------------------------------------------------------
 
 
 def _maskable(
@@ -296,7 +299,7 @@ def _maskable(
     maskings: Sequence[Masking],
     keep_last: bool,
 ) -> list[range]:
-    """Positions that may be masked: all but the beginning-of-sequence token's, and the last if asked."""
+    """Positions that may be masked: all but the first special token, and the last if asked."""
     bos, found = getattr(adapter.tokenizer, "bos_token_id", None), []
     least = max(asked, key=lambda one: one.least)
     for i, ids in enumerate(scored.prompts):
@@ -305,8 +308,8 @@ def _maskable(
         n = stop - start
         if n < least.least:
             raise ValueError(
-                f"Prompt {i} has {n} tokens that may be masked, but {least.name} needs {least.least}. "
-                "Drop the prompt, or use a longer one."
+                f"Prompt {i} has {n} tokens that may be masked, but {least.name} needs "
+                f"{least.least}. Drop the prompt, or use a longer one."
             )
         found.append(places := range(start, stop))
         # Deleting needs a token that stays: a kept one, or sets that are never all tokens.
@@ -314,8 +317,8 @@ def _maskable(
             continue
         if whole := [one.name for one in asked if as_set(places) in one.masks(places)]:
             raise ValueError(
-                f"{whole[0]} masks every token of prompt {i}, which has no beginning-of-sequence token "
-                "that stays. Use masking='token' or 'mean', or fractions below 1."
+                f"{whole[0]} masks every token of prompt {i}, which has no beginning-of-sequence "
+                "token that stays. Use masking='token' or 'mean', or fractions below 1."
             )
     return found
 

@@ -49,8 +49,8 @@ class Scored:
         scores: Scores of every prompt's tokens [pos], by method.
         seconds: Seconds that each method took, all prompts together.
         forward_seconds: Seconds that plain forward passes of the same prompts took.
-        versus: What was subtracted from the target: one of :data:`CONTRASTS`, "own" for given tokens,
-            or None.
+        versus: What was subtracted from the target: one of :data:`CONTRASTS`, "own" for given
+            tokens, or None.
         gate: How gated MLPs were made linear.
     """
 
@@ -90,8 +90,9 @@ def score(
         prompts: Strings, or token ids [pos].
         methods: Names of :data:`tensorlens_tl.methods.METHODS`.
         target: Token or id for each prompt, or None for the predictions of the model.
-        versus: Subtracted from the target: a token or id for each prompt; "runner_up", the likeliest
-            other token; "all_others", their mean weighted by probability (log-odds); or None.
+        versus: Subtracted from the target: a token or id for each prompt; "runner_up", the
+            likeliest other token; "all_others", their mean weighted by probability (log-odds); or
+            None.
         options: Options of methods, by name.
         gate: How gated MLPs are made linear; see :class:`tensorlens_tl.Convention`.
         batch_size: Number of prompts captured at once.

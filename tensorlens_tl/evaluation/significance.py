@@ -55,9 +55,9 @@ def estimate(values: Sequence[Number], seed: int = 0) -> Estimate:
 def compare(first: Sequence[Number], second: Sequence[Number], seed: int = 0) -> Comparison:
     """Compare paired numbers: by how much the first are larger, and whether that may be chance.
 
-    The test flips the sign of every pair's difference. Where neither method is better, each of the 2ⁿ
-    sign patterns is as likely as the observed one. For few pairs all patterns are tried. Otherwise
-    10,000 are drawn, and the observed one is counted among them, so that p ≥ 1 / 10,001.
+    The test flips the sign of every pair's difference. Where neither method is better, each of the
+    2ⁿ sign patterns is as likely as the observed one. For few pairs all patterns are tried.
+    Otherwise 10,000 are drawn, and the observed one is counted among them, so that p ≥ 1 / 10,001.
 
     Args:
         first: One number per input.

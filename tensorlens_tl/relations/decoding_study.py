@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..evaluation import Estimate, bootstrap
+from ..evaluation import Estimate, bootstrap, read_study, study_text
 from .linear_relation import MAP_METHODS
 from .relation import Relation
 from .statements import RANKS, Statements, state
-from .study_file import read_study, study_text
 
 BETAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 """Values of β to choose from where β is tuned."""

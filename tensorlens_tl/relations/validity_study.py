@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..evaluation import Estimate, bootstrap, median
+from ..evaluation import Estimate, bootstrap, median, read_study, study_text
 from ..plugin import capture
 from .linear_relation import MAP_METHODS
-from .study_file import read_study, study_text
 from .validity_errors import DIRECTION_KINDS, SIZES, direction_errors, draw, radius
 
 STUDY_FORMAT = "tensorlens_tl validity study 1"

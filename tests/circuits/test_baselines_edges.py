@@ -1,4 +1,4 @@
-"""Earlier rankings of edges: their scores against slopes of the edge-patched run; orders of random circuits."""
+"""Earlier rankings of edges, against slopes of the edge-patched run; orders of random circuits."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def measure(run):
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_eap_is_the_slope_at_the_clean_run(case):
-    """d m / d keep[edge] at the full circuit, by central differences, and every edge's gradient at once."""
+    """d m / d keep[edge] at the full circuit: central differences against one gradient for all."""
     model, h = case.model(), 1e-3 if case.float32_norms else 1e-5
     with quiet():
         scores = score_edges(model, CLEAN, CORRUPTED, **GOAL)
@@ -98,7 +98,7 @@ def test_direct_effects_rank_by_the_weaker_end():
 
 @pytest.mark.parametrize("case", ONE_OF_EACH[:3], ids=str)
 def test_random_circuits_are_connected(case):
-    """Every edge of every one lies on a path from the input to the logits, at sizes of whole walks."""
+    """Every edge lies on a path from the input to the logits, at sizes of whole walks."""
     universe = universe_of(case.model())
     scores = random_scores(universe, seed=3)
     assert scores == random_scores(universe, seed=3) != random_scores(universe, seed=4)

@@ -1,4 +1,4 @@
-"""The page of circuits in docs/ is what the kept figures say, and they are of the sizes they claim."""
+"""The page of circuits in docs/ is made of the kept figures, which have the sizes they claim."""
 
 import importlib.util
 import json

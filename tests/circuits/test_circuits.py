@@ -1,4 +1,4 @@
-"""Circuits: the restricted operator against a plain loop, selection against its definition, files."""
+"""Circuits: the restricted operator against a loop, selection against its definition, files."""
 
 import json
 import math
@@ -305,7 +305,7 @@ def test_connected_edges_are_those_on_a_path(seed):
 
 
 def grown(scores, wiring, n, method, least=-math.inf):
-    """A circuit by the definition: the best edge that may come, with what connects it, if it fits."""
+    """A circuit by definition: the best edge allowed, with what connects it, while it fits."""
     values, edges, nodes, over = ranked_by(scores, wiring, method), set(), {INPUT, LOGITS}, set()
     while len(edges) < n:
         may = [e for e in scores if e not in edges | over and values[e] >= least
@@ -423,7 +423,7 @@ def test_the_circuit_of_a_trained_model():
     assert circuit.resized(threshold=1.0, selection="signed").selection == "signed"
 
 
-# At the clean run the induction heads' patterns are nearly one-hot, and little is first-order there.
+# At the clean run the induction heads' patterns are nearly one-hot: little is first-order.
 @pytest.mark.parametrize(
     ("at", "selection"),
     [
@@ -522,7 +522,7 @@ def test_refused_nodes_and_edges():
             r"edge L1H0→L0H1.v does not exist, because L0H1.v reads before L1H0 writes",
         ),
         (["L0MLP→L0H1.q"], r"L0H1.q reads before L0MLP writes"),
-        (["L0H9→logits"], r"nothing called L0H9 writes in this model. Use one of input, L0H0, .*L1MLP"),
+        (["L0H9→logits"], r"nothing called L0H9 writes in this model. Use one of input, .*L1MLP"),
         (["L0H1→L7MLP"], r"nothing called L7MLP reads in this model. Use one of L0H0.q"),
         (["L0.b_O→L1MLP"], r"nothing called L0.b_O writes in this model"),
         (["L7H1"], r"no node L7H1. Use one of input"),
@@ -562,12 +562,10 @@ def test_refused_sizes_and_runs():
             lens.discover(3, **kwargs)
     with quiet(), torch.no_grad():
         _, shorter = tensorlens_tl.capture(case.model(), tokens()[:, :5])
-    with pytest.raises(ValueError, match=r"prompt 0 has 7, its baseline 5. Reword the corrupted prompt"):
+    with pytest.raises(ValueError, match=r"prompt 0 has 7, its baseline 5. Reword the corr"):
         lens.discover(3, n_edges=5, corrupted=shorter)
     scores = dict.fromkeys(lens.operator.wiring.edges(), math.nan)
-    with pytest.raises(
-        ValueError, match=r"The score of input→L0H0\.q is nan"
-    ):
+    with pytest.raises(ValueError, match=r"The score of input→L0H0\.q is nan"):
         select(scores, lens.operator.wiring, 5)
 
 

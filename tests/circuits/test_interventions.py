@@ -45,8 +45,8 @@ def runs(case, dtype=torch.float64):
 def test_ablating_nothing_and_everything_gives_the_model_s_own_logits(case, dtype):
     """Clean and corrupted logits through rebuilt inputs, several circuits in one pass.
 
-    ≤ 1e-10 in float64, ≤ 1e-6 in float32 or where the host norms in float32; or twice the model's own
-    float32 rounding, where that is more (a model without norms: 1.4e-6).
+    ≤ 1e-10 in float64, ≤ 1e-6 in float32 or where the host norms in float32; or twice the model's
+    own float32 rounding, where that is more (a model without norms: 1.4e-6).
     """
     model, clean, corrupted = runs(case, dtype)
     with quiet(), torch.no_grad(), edge_model(model) as edged:
@@ -92,9 +92,9 @@ def test_half_precision_is_off_by_the_model_s_own_noise(case):
 class PathPatching:
     """One edge patched by whole runs of the host, hooked by name: no weight but W_O is read here.
 
-    A reader gets the clean residual plus what the writer's replacement changes. What it then makes of
-    it is read off a run whose whole block starts from that residual; for a head's query, key or value,
-    that one activation is put into a second, clean run, and its head's z into a third.
+    A reader gets the clean residual plus what the writer's replacement changes. What it then makes
+    of it is read off a run whose whole block starts from that residual; for a head's query, key or
+    value, that one activation is put into a second, clean run, and its head's z into a third.
     """
 
     def __init__(self, model, clean, corrupted):
@@ -105,8 +105,8 @@ class PathPatching:
     def cached(self, ids, hooks=()):
         kept = {}
         wanted = [n for layer in range(self.n_layers) for n in (
-            f"blocks.{layer}.attn.hook_q", f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v",
-            f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out",
+            *(f"blocks.{layer}.attn.hook_{name}" for name in "qkvz"),
+            f"blocks.{layer}.hook_mlp_out",
             f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_resid_mid",
             f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.ln1_post.hook_scale",
             f"blocks.{layer}.ln2_post.hook_scale")]  # fmt: skip
@@ -224,7 +224,7 @@ def some_edges(model, share=0.3, seed=0):
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_full_and_empty_circuits(case):
-    """Everything kept: the clean measure, share 1; nothing: the corrupted one, share 0; frozen beside."""
+    """All kept: the clean metric, share 1. Nothing kept: the corrupted, share 0. Frozen, too."""
     model, clean, corrupted = runs(case)
     edges, tol = universe_of(model).edges, 1e-5 if case.float32_norms else 1e-10
     goal = {"corrupted": corrupted, "target": 3, "versus": [4, 5, 6]}
@@ -396,7 +396,7 @@ def test_circuits_of_other_models_and_without_scores_are_refused():
 
 
 def test_shares_and_intervals_by_hand():
-    """m(N) = 4, m(∅) = 0, m(C) = 3: three quarters. All prompts alike: the interval is the point."""
+    """m(N) = 4, m(∅) = 0, m(C) = 3: three quarters. Equal prompts: the interval is the point."""
     full, ablated, circuit = (torch.full((8,), x).double() for x in (4.0, 0.0, 3.0))
     found = Faithfulness(full, ablated, ablated, circuit, "resample", "live", 5, 10)
     assert found.share == 0.75 and found.interval == (0.75, 0.75) and found.empty_share == 0
@@ -474,7 +474,7 @@ def test_a_circuit_opens_the_model_once(monkeypatch):
 
 
 def test_areas_by_hand():
-    """f = 0, ½, 1 at k = 0, .5, 1: ∫f = ½; |1 − f| = 1, ½, 0: ½. Overshooting counts against CMD only."""
+    """f = 0, ½, 1 at k = 0, .5, 1: ∫f = ½; |1 − f| = 1, ½, 0: ½. Overshooting costs CMD only."""
     ones, zero = torch.ones(4).double(), torch.zeros(4).double()
     rows = torch.tensor([0.0, 0.5, 1.0]).double()[:, None] * ones
     curve = FaithfulnessCurve(

@@ -25,7 +25,7 @@ THIRDS = (0, 1 / 3, 2 / 3, 1)
 
 
 def additive(weights):
-    """m(set) = 1 − the weights of what is masked: the best order is by weight, whatever is asked."""
+    """m(set) = 1 − the weights of what is masked: the best order is always by weight."""
     positions = range(len(weights))
     return lambda sets: [1 - sum(weights[j] for j in positions if s >> j & 1) for s in sets]
 
