@@ -24,8 +24,8 @@ def no_autocast(kind: str) -> None:
 
     if kind != "meta" and torch.is_autocast_enabled(kind):
         raise ValueError(
-            "torch.autocast is on, which would round every product. Leave the torch.autocast block; "
-            "to run a model in half precision, cast it with model.to(dtype)."
+            "torch.autocast is on, which would round every product. Leave the torch.autocast "
+            "block; to run a model in half precision, cast it with model.to(dtype)."
         )
 
 
@@ -85,7 +85,7 @@ def one_each(given: Any, n: int, name: str) -> list[Any]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: ``write`` fills a file beside it, which then replaces it."""
+    """Write a file whole or not at all: ``write`` fills a new file, which then takes its place."""
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(unfinished)

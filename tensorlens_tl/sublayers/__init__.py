@@ -1,9 +1,9 @@
-"""The mathematics: affine maps, and every sublayer of a transformer frozen into one.
+"""The mathematics: affine maps, and each sublayer of a transformer frozen into such a map.
 
 Key concepts:
-    LinearMap: x ↦ A x with its exact adjoint and, apart from it, a constant. Nothing is dense.
-    Frame: What all vectors of a batch share: spans of real tokens, positions, dtype, device.
-    Sublayer: Attention, MLP or unembedding of one run, as a chain of linear maps with named parts.
+    LinearMap: x ↦ A x + bias, with the exact adjoint of A. No matrix A is ever built.
+    Frame: What all vectors of a batch share: real tokens, number of positions, dtype, device.
+    Sublayer: Attention or MLP of one run, as a chain of linear maps with named parts (nodes).
 """
 
 from .activations import gating_ratio, soft_cap_ratio

@@ -1,4 +1,4 @@
-"""Activation functions as gating ratios act(z)/z, and the soft cap."""
+"""Activation functions as gating ratios act(z) / z, and the soft cap."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ RATIOS = {
     "quick_gelu": lambda z: torch.sigmoid(1.702 * z),
     "solu": lambda z: z.softmax(-1),
 }
-"""act(z) / z in closed form, by canonical activation name: no division, no hole at z = 0."""
+"""act(z) / z in closed form, by name of the activation: without a division, so exact at z = 0."""
 
 
 def gating_ratio(act: str, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The frozen ratio r = act(z) / z of an activation, elementwise and in closed form.
+    """Compute the gating ratio r = act(z) / z of an activation, in closed form.
 
     GELU gives Φ(z), its tanh form ½(1 + tanh √(2/π)(z + 0.044715 z³)), SiLU σ(z), ReLU 1[z > 0],
     squared ReLU max(z, 0), SoLU softmax(z).
 
     Args:
-        act: One of :data:`RATIOS`.
-        z: Pre-activations.
+        act: Name of the activation, one of :data:`RATIOS`.
+        z: Pre-activations of any shape; SoLU takes its softmax over the last axis.
 
     Returns:
-        The ratios, in z's shape and dtype; r ⊙ z is the activation.
+        The ratios, in the shape and dtype of ``z``. r ⊙ z is the activation.
 
     Raises:
         ValueError: If the activation is not known.
     """
     if act not in RATIOS:
-        raise ValueError(f"no closed-form ratio for activation {act!r}; known: {', '.join(RATIOS)}")
+        raise ValueError(f"The activation {act!r} is not known. Use one of {', '.join(RATIOS)}.")
     return RATIOS[act](z)
 
 
 def soft_cap_ratio(logits: Tensor, cap: float) -> Tensor:
-    """Cap · tanh(l / cap) / l, with its limit 1 at l = 0."""
+    """The ratio of capped to plain logits, cap · tanh(l / cap) / l, with its limit 1 at l = 0."""
     t = logits / cap
     return torch.where(t == 0, torch.ones_like(t), torch.tanh(t) / torch.where(t == 0, 1, t))

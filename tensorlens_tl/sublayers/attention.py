@@ -1,8 +1,8 @@
-"""The mathematics of a frozen transformer, sublayer by sublayer, one screen each.
+"""Attention with its pattern frozen at one run.
 
-A sublayer is what is left of a nonlinear one when the pattern, the scale or the gating ratio keeps
-the value it took in one run: a short chain of primitive maps. Attention is Linear, Mix, Linear; an
-MLP is Linear, Gate, Linear. Weights are referenced, never copied.
+A frozen sublayer is a nonlinear one whose pattern, scale or gating ratio keeps the value of one
+run. It is a short chain of primitive maps: attention is Linear, Mix, Linear, and an MLP is Linear,
+Gate, Linear. Weights are referenced, never copied.
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ from .weights import AttentionWeights
 
 @dataclass(frozen=True, eq=False)
 class Attention(Sublayer):
-    """Attention with its pattern frozen: y_q = Σ_h Σ_k A_h[q, k] (x_k W_V^{kv(h)} + b_V) W_O^h + b_O.
+    """Frozen attention: y_q = Σ_h Σ_k A_h[q, k] (x_k W_V^{kv(h)} + b_V) W_O^h + b_O.
 
-    ``mix`` is A, the map v → z: stored, or recomputed from queries and keys wherever it is used.
-    Rows of A need not sum to 1 (sinks, masked rows): b_V stays inside the sum.
+    Rows of A need not sum to 1, because of attention sinks or masked rows. So b_V stays inside the
+    sum.
+
+    Attributes:
+        frame: Layout of the batch.
+        layer: Number of the block, from 0.
+        mix: The map v → z by A. A is stored, or recomputed from queries and keys at every use.
+        weights: Value and output matrices.
+        v_edit: What a hook of the user added to the values, or None.
+        z_edit: What a hook of the user added to z, or None.
     """
 
     frame: Frame
@@ -42,19 +50,19 @@ class Attention(Sublayer):
 
     @cached_property
     def values(self) -> Linear:
-        """The map x → v, key/value heads side by side."""
+        """The map x → v, with all key/value heads side by side."""
         w = self.weights
         b_V = None if w.b_V is None else w.b_V.flatten()
         return Linear(self.frame, rearrange(w.W_V, "h d e -> d (h e)"), b_V, f"L{self.layer}.b_V")
 
     @property
     def pattern(self) -> Float[Tensor, "batch head query_pos key_pos"]:
-        """A: as it was stored, or else the whole of it, recomputed at every look."""
+        """The pattern A. Where it is not stored, every access recomputes all of it."""
         return self.mix.pattern
 
     @property
     def output(self) -> Linear:
-        """The map z → what attention adds."""
+        """The map from z to what attention adds to the residual."""
         W_O = self.weights.W_O.flatten(0, 1)
         return Linear(self.frame, W_O, self.weights.b_O, f"L{self.layer}.b_O")
 
@@ -64,7 +72,7 @@ class Attention(Sublayer):
 
     @property
     def kv_of(self) -> list[int]:
-        """The key/value head that each query head reads."""
+        """Number of the key/value head that each query head reads."""
         heads, kv_heads = self.weights.W_O.shape[0], self.weights.W_V.shape[0]
         return [h * kv_heads // heads for h in range(heads)]
 
@@ -130,14 +138,15 @@ class Attention(Sublayer):
     def readers(
         self, kept: Float[Tensor, "batch pos head d_head"], norm: Norm | None
     ) -> tuple[Factored, dict[str, Float[Tensor, "head batch"]]]:
-        """The covector of every head's values at the residual; they sum to the adjoint.
+        """Compute the covector of every head's values at the residual. They sum to the adjoint.
 
         Args:
-            kept: What :meth:`pull` left.
-            norm: What the sublayer reads the residual through.
+            kept: Covectors per head at the values, the second result of :meth:`pull`.
+            norm: Norm through which the sublayer reads the residual, or None.
 
         Returns:
-            The covectors, and the shares of the constants that are a head's own, by name.
+            The covectors, and what each head's own constants add to the target, by name
+            [head, batch].
         """
         w, cast = self.weights, self.frame.cast
         by_head, own = kept.permute(2, 0, 1, 3), {}  # [head, batch, pos, d_head]
@@ -151,7 +160,8 @@ class Attention(Sublayer):
         return covectors if norm is None else covectors.then(norm.scale, norm.unscaled_t_), shares
 
     def read_at(self, x, query, y):
-        # y is carried to one vector per head at the input: D² once, then L·D for all positions.
+        # y is carried back to one vector per head at the input. That costs D² once, and then L·D
+        # for all positions, instead of L·D² for the outputs of all positions.
         w, frame = self.weights, self.frame
         row = self.mix.rows(query)
         z = torch.einsum("bd,hed->bhe", y, frame.cast(w.W_O))

@@ -1,4 +1,7 @@
-"""Scores of queries and keys, and what blocks of the pattern mix: the algorithm of ``recomputed``."""
+"""Scores of queries and keys, and products with the pattern, block by block.
+
+The algorithm is described in :mod:`tensorlens_tl.sublayers.recomputed_pattern`.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,25 @@ from torch import Tensor
 
 LN2 = math.log(2.0)
 ROWS, COLUMNS, CELLS = 128, 2048, 2**18
-"""Largest block, and the cells that all heads' blocks together may fill: a MiB stays in the
-cache of a CPU core."""
+"""Rows and columns of the largest block, and cells of the blocks of all heads together on a CPU.
+
+2^18 cells of float32 are one MiB, which stays in the cache of a core.
+"""
 ACCELERATOR = 512, 4096, 2**26
-"""The same where launching a kernel is what costs."""
+"""The same on an accelerator, where the launch of a kernel is what costs."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How scores come from queries and keys: cap · tanh(q·k · scale / cap) − slope · distance, masked.
+    """How scores come from queries and keys: cap · tanh(q·k · scale / cap) − slope · distance.
 
     Attributes:
         scale: Factor of q·k.
         causal: Whether a query sees no later key.
         soft_cap: Largest absolute score, or None.
-        window: How many keys a query sees, itself included, or None for all; causal only.
-        slopes: Every query head's loss of score per position between query and key (ALiBi: Press
-            et al. 2022, arXiv 2108.12409), or None; causal only.
+        window: Number of keys that a query sees, its own included, or None for all. Causal only.
+        slopes: ALiBi's loss of score per position of distance, one per query head, or None. Causal
+            only. (Press et al. 2022, arXiv 2108.12409.)
     """
 
     scale: float
@@ -39,14 +44,16 @@ class Scores:
     def __post_init__(self):
         cap = 1.0 if self.soft_cap is None else self.soft_cap
         if not (math.isfinite(self.scale) and math.isfinite(cap) and cap > 0):
-            raise ValueError(f"expected a finite scale and a positive soft cap, got {self}")
+            raise ValueError(f"{self} is not usable. Give a finite scale and a positive soft cap.")
         if self.window is not None and (self.window < 1 or not self.causal):
-            raise ValueError(f"expected a window of at least 1 in causal attention, got {self}")
+            raise ValueError(
+                f"{self} is not usable. Give a window of at least 1, and causal attention."
+            )
         if self.slopes is not None and not self.causal:
-            raise ValueError(f"expected slopes in causal attention, got {self}")
+            raise ValueError(f"{self} is not usable. Give slopes with causal attention only.")
 
     def reach(self, start: int, stop: int, length: int, pull: bool) -> tuple[int, int]:
-        """The columns that rows [start, stop) see: keys of queries, or queries of keys (pull)."""
+        """The columns that rows [start, stop) meet: keys of queries, or queries of keys (pull)."""
         if not self.causal:
             return 0, length
         window = length if self.window is None else self.window
@@ -55,15 +62,15 @@ class Scores:
         return max(0, start - window + 1), stop
 
     def mask_(self, block: Tensor, offset: int, pull: bool) -> Tensor:
-        """Zero a block of A, in place, where a query must not see a key.
+        """Set a block of A to zero, in place, where a query must not see a key.
 
         Args:
-            block: [..., row, column].
-            offset: First row less first column.
-            pull: Whether rows are keys.
+            block: The block [..., row, column].
+            offset: Position of the first row minus position of the first column.
+            pull: Whether rows are keys and columns queries.
 
         Returns:
-            The block.
+            The same block.
         """
         if not self.causal:
             return block
@@ -74,7 +81,7 @@ class Scores:
         return near.tril_(offset + far) if pull else near.triu_(offset - far)
 
     def slopes_in_bits(self, like: Tensor, kv_heads: int) -> Tensor | None:
-        """The slopes in bits, [repeat, kv_head, 1, 1], in ``like``'s dtype; None for none."""
+        """The slopes in bits [repeat, kv_head, 1, 1] in the dtype of ``like``, or None."""
         if self.slopes is None:
             return None
         slopes = torch.tensor(self.slopes, dtype=like.dtype, device=like.device) / LN2
@@ -82,42 +89,50 @@ class Scores:
 
 
 def capped_(products: Tensor, scores: Scores) -> Tensor:
-    """The scores, in bits, from q·k · scale (/ cap), in place."""
+    """Apply the soft cap, in place: turn q·k · scale / cap into capped scores in bits."""
     return products if scores.soft_cap is None else products.tanh_().mul_(scores.soft_cap / LN2)
 
 
 def _block_sizes(like: Tensor, heads: int, length: int, width: int) -> tuple[int, int, int]:
-    """Heads, rows and columns of a block: as many heads as fit, with values of so many numbers each."""
+    """Heads, rows and columns of a block, when a position has ``width`` numbers of values."""
     rows, columns, cells = (ROWS, COLUMNS, CELLS) if like.device.type == "cpu" else ACCELERATOR
     rows, columns = min(rows, length), min(columns, length)
     return max(1, min(heads, cells // max(rows * columns, length * width))), rows, columns
 
 
 def add_alibi_bias_(block: Tensor, slopes: Tensor, offset: int, pull: bool) -> Tensor:
-    """ALiBi: scores less slope · (query − key), in their unit, in place; ``offset`` as in ``mask_``."""
-    rows, columns = (torch.arange(n, dtype=block.dtype, device=block.device)
-                     for n in block.shape[-2:])  # fmt: skip
+    """Subtract ALiBi's slope · (query − key) from scores, in place; ``offset`` as in ``mask_``."""
+    like = {"dtype": block.dtype, "device": block.device}
+    rows, columns = (torch.arange(n, **like) for n in block.shape[-2:])
     return block.addcmul_(slopes, rows[:, None] + offset - columns, value=1 if pull else -1)
 
 
-def mix_blocks(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores, slopes: Tensor | None,
-         pull: bool) -> None:  # fmt: skip
-    """Writes out_i = Σ_r Σ_j A_r[i, j] values_j, or with A_r[j, i] (pull), in one prompt.
+def mix_blocks(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    out: Tensor,
+    scores: Scores,
+    slopes: Tensor | None,
+    pull: bool,
+) -> None:
+    """Write out_i = Σ_r Σ_j A_r[i, j] values_j in one prompt, or with A_r[j, i] for a pull.
 
     Args:
-        q: [q · scale / ln 2, −lse] of query heads r that share keys, [repeat, head, d_score, pos].
-        k: [k, 1], [head, d_score, pos].
-        values: [repeat, many, head, pos, width].
-        out: [many, head, pos, width].
+        q: Queries [q · scale / ln 2, −lse] of the heads r that share keys
+            [repeat, head, d_score, pos].
+        k: Keys [k, 1], with axes [head, d_score, pos].
+        values: Values to mix [repeat, many, head, pos, width].
+        out: Tensor that receives the result [many, head, pos, width].
         scores: Soft cap and mask.
-        slopes: Slopes in bits, [repeat, head, 1, 1], or None.
-        pull: Whether rows are keys.
+        slopes: ALiBi's slopes in bits [repeat, head, 1, 1], or None.
+        pull: Whether rows are keys and columns queries.
     """
     width = slice(None) if scores.soft_cap is None else slice(-1)
     repeat, many, n_heads, length, d = values.shape
     n, height, broad = _block_sizes(q, n_heads, length, many * d)
     cells = q.new_empty(n * height * broad)
-    # Probes side by side: one copy, small enough to stay in the cache while its head is served.
+    # The vectors stand side by side in one copy, which stays in the cache while its head is served.
     side, sums = q.new_empty(n, length, many, d), q.new_empty(n, length, many * d)
     for first, r in product(range(0, n_heads, n), range(repeat)):
         h = slice(first, min(first + n, n_heads))
@@ -145,7 +160,7 @@ def mix_blocks(q: Tensor, k: Tensor, values: Tensor, out: Tensor, scores: Scores
 
 
 def log_sum_exp(q: Tensor, k: Tensor, scores: Scores, slopes: Tensor | None) -> Tensor:
-    """The scores' log-sum-exp per query, [head, pos], block by block; natural, from scores in bits."""
+    """The natural log-sum-exp of the scores per query [head, pos], computed block by block."""
     n_heads, _, length = q.shape
     n, height, broad = _block_sizes(q, n_heads, length, 1)
     lse = q.new_full((n_heads, length), -math.inf)

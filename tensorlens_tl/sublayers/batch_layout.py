@@ -1,4 +1,4 @@
-"""What all vectors of a captured batch share: prompts, positions, dtype and device."""
+"""The layout of a captured batch: real tokens, number of positions, dtype and device."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from ..checks import is_int
 
 HALF = (torch.bfloat16, torch.float16)
-"""Precisions that a model may have and the operator never has."""
+"""Dtypes that a model may have and the operator never has."""
 
 TINY = 1e-30
-"""Least denominator of a quotient: 0 / 0 is then 0, and no size that occurs is changed."""
+"""Smallest denominator of a ratio of sizes: it makes 0 / 0 zero and changes no other ratio."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What all vectors of one captured batch share.
+    """The layout that all vectors of one captured batch share.
 
     Attributes:
-        spans: For every prompt, the (start, stop) of its real tokens; what lies outside is padding.
+        spans: For every prompt, the (start, stop) of its real tokens. Other positions are padding.
         n_pos: Number of positions, padding included.
-        dtype: Compute dtype, float32 or float64.
-        device: Where the tensors are.
+        dtype: Dtype of the computation, float32 or float64.
+        device: Device of the tensors.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -51,30 +51,30 @@ class Frame:
         return replace(self, n_pos=1, spans=((0, 1),) * self.batch)
 
     def index(self, pos: int) -> Tensor:
-        """Turn a position among the real tokens (Python counting) into tensor indices.
+        """Turn a position among the real tokens into indices of the position axis.
 
         Args:
-            pos: Position; −1 is each prompt's last real token.
+            pos: Position, counted as in Python: 0 is the first real token of a prompt, −1 the last.
 
         Returns:
-            Indices [batch] into the position axis.
+            The index for every prompt [batch].
 
         Raises:
             ValueError: If a prompt has no such position.
         """
         if not is_int(pos):
-            raise ValueError(f"expected a position as an integer, got {pos!r}: −1 is the last")
+            raise ValueError(f"Position {pos!r} is not an integer. Pass an integer such as −1.")
         for prompt, (start, stop) in enumerate(self.spans):
             if not start - stop <= pos < stop - start:
                 raise ValueError(
-                    f"position {pos} is outside prompt {prompt}: expected {start - stop} to "
-                    f"{stop - start - 1} (it has {stop - start} tokens, −1 is the last)"
+                    f"Position {pos} is outside prompt {prompt}, which has {stop - start} tokens. "
+                    f"Pass {start - stop} to {stop - start - 1}; −1 is the last token."
                 )
         indices = [(stop if pos < 0 else start) + pos for start, stop in self.spans]
         return torch.tensor(indices, device=self.device)
 
     def spread(self, b: Float[Tensor, " d"]) -> Float[Tensor, "batch pos d"]:
-        """One vector at every position, as a view."""
+        """Repeat one vector at every position, as a view."""
         return self.cast(b).expand(self.batch, self.n_pos, -1)
 
     def zeros(self, dim: int, *many: int) -> Tensor:
@@ -82,14 +82,14 @@ class Frame:
         return torch.zeros(*many, self.batch, self.n_pos, dim, dtype=self.dtype, device=self.device)
 
     def eye(self, dim: int) -> Tensor:
-        """The unit vectors, [dim, dim]."""
+        """The unit vectors [dim, dim]."""
         return torch.eye(dim, dtype=self.dtype, device=self.device)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """The tensor, detached, in the compute dtype (no copy where it already is)."""
+        """Detach a tensor and convert it to the compute dtype, without a copy where it has it."""
         return tensor.detach().to(self.dtype)
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 where torch does not count (inference mode)."""
+    """How often a tensor was written to, or 0 where torch does not count (inference mode)."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,8 +1,8 @@
-"""Vectors of the residual's width, kept as the narrow ones that a head's matrix makes them of.
+"""Vectors as wide as the residual, kept in the narrow form that a head gives them.
 
-A head adds z W_O and reads W_V s: d_head numbers per position say what d_model of them repeat. All
-heads' vectors together are a model's largest quantity (heads · pos · d_model), so they are widened
-a span of positions at a time.
+A head adds z W_O to the residual and reads it through W_V. So d_head numbers per position fix a
+vector of d_model numbers. The vectors of all heads together are the largest quantity of a model
+(heads · pos · d_model). Therefore they are widened for a span of positions at a time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """One vector per node, prompt and position: narrow · matrix, and what a norm makes of it.
+    """One vector per node, prompt and position: finish(narrow · matrix).
 
     Attributes:
-        narrow: The narrow vectors; nodes that share a matrix stand side by side.
-        matrix: Gives the matrices (at every use: cast ones are copies, and all layers' together a
-            model's worth). None where the vectors are narrow's own.
-        finish: What is done to the wide vectors of a span of positions, in place. :meth:`total` needs
-            one that does the same at every position.
+        narrow: The narrow vectors. Nodes that share a matrix stand side by side.
+        matrix: Function that returns the matrices, or None where ``narrow`` has full width already.
+            It runs at every use, because cast copies for all layers would be as large as the model.
+        finish: Function that changes the wide vectors of a span of positions in place, or None.
+            :meth:`total` needs one that does the same at every position.
     """
 
     narrow: Float[Tensor, "node batch pos d_narrow"]
@@ -34,21 +34,21 @@ class Factored:
     def then(
         self, scale: Float[Tensor, "batch pos 1"], finish: Callable[[Tensor], None]
     ) -> Factored:
-        """The vectors after a norm: its scale divides the narrow ones, the rest comes last."""
+        """The vectors after a norm, whose scale divides the narrow ones; ``finish`` is the rest."""
         found = replace(self, narrow=self.narrow / scale, finish=lambda wide, span: finish(wide))
         return found if self.matrix is not None else Factored(found.wide())
 
     def wide(
         self, span: slice = slice(None), out: Tensor | None = None
     ) -> Float[Tensor, "node batch span d_model"]:
-        """The vectors.
+        """Compute the wide vectors of a span of positions.
 
         Args:
-            span: Which positions.
-            out: Where to write them, if anywhere.
+            span: Slice of the position axis.
+            out: Tensor to write the result to, or None for a new one.
 
         Returns:
-            Them.
+            The wide vectors, one row per node.
         """
         narrow = self.narrow[:, :, span]
         if self.matrix is None:
@@ -64,11 +64,11 @@ class Factored:
         return found
 
     def total(self) -> Float[Tensor, "node batch d_model"]:
-        """The sum over positions, for d_narrow additions a position."""
+        """The sum over positions. It adds up narrow vectors and widens only the result."""
         return replace(self, narrow=self.narrow.sum(2, keepdim=True)).wide()[:, :, 0]
 
     def summed(self) -> Float[Tensor, "batch pos d_model"]:
-        """The sum over nodes, as one product of all that is narrow; without ``finish``."""
+        """The sum over nodes, without ``finish``: one product with all matrices side by side."""
         if self.matrix is None:
             return self.narrow.sum(0)
         W = self.matrix()
@@ -77,7 +77,7 @@ class Factored:
         return together.flatten(2) @ W.reshape(groups * narrow, -1)
 
     def __sub__(self, other: Factored) -> Factored:
-        """The difference to vectors of the same nodes in another run of the model."""
+        """The difference to the vectors of the same nodes in another run of the model."""
         if (self.matrix is None) != (other.matrix is None):
             return Factored(self.wide() - other.wide())
         return replace(self, narrow=self.narrow - other.narrow)

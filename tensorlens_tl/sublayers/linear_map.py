@@ -1,13 +1,14 @@
 """Affine maps on a batch of prompts, and how they compose.
 
-Everything the library computes is built from one contract, :class:`LinearMap`: apply the linear
-part, apply its adjoint, tell the constant. Vectors are rows: ``[..., batch, pos, dim]``, where
-leading axes are many vectors at once. The constant never enters ``apply``.
+Everything that the library computes is built from :class:`LinearMap`. A map can apply its linear
+part, apply the adjoint, and give its constant. Vectors are rows ``[..., batch, pos, dim]``; the
+leading axes hold many vectors at once. The constant never enters ``apply``.
 
     Chain((f, g))   x -> g(f(x))        Residual(f)    x -> x + f(x)
     Sum((f, g))     x -> f(x) + g(x)    Transposed(f)  y -> f^T y
 
-Every composite checks its dimensions when it is built, so ``apply`` checks nothing.
+Every composite checks its dimensions when it is built, so ``apply`` checks nothing. A user's own
+vectors come in by ``op @ x``, which checks them.
 """
 
 from __future__ import annotations
@@ -26,14 +27,26 @@ from torch import Tensor
 from ..checks import need, no_autocast
 from .batch_layout import Frame
 
-DENSE_LIMIT = 2 * 2**30  # bytes that a dense form may fill unless the caller allows more
+DENSE_LIMIT = 2 * 2**30
+"""Bytes that a dense form may fill unless the caller allows more."""
 
 
 class LinearMap(ABC):
-    """The linear part of an affine map between [batch, pos, in_dim] and [batch, pos, out_dim].
+    """An affine map x ↦ A x + bias from [batch, pos, in_dim] to [batch, pos, out_dim].
 
-    Subclasses are frozen dataclasses that give ``frame``, ``in_dim``, ``out_dim``, :meth:`apply`,
-    :meth:`apply_t` and :attr:`bias`; the rest is derived here, once.
+    ``op @ x`` is A x, ``op.T @ y`` the adjoint Aᵀ y, ``f @ g`` first g, then f, and ``f + g`` the
+    sum of two maps. Subclasses give ``frame``, ``in_dim``, ``out_dim``, :meth:`apply`,
+    :meth:`apply_t`, :attr:`bias` and :meth:`constants`.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> _, lens = demo.load_model().run_with_tensorlens("Paris is in France")
+        >>> f = lens.between("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre")
+        >>> g = lens.between("blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre")
+        >>> both = g @ f
+        >>> x = lens.embedding
+        >>> bool((both @ x - g @ (f @ x)).abs().max() < 1e-5)
+        True
     """
 
     frame: Frame
@@ -52,7 +65,7 @@ class LinearMap(ABC):
     def apply(
         self, x: Float[Tensor, "*many batch pos in_dim"]
     ) -> Float[Tensor, "*many batch pos out_dim"]:
-        """The linear part A x, without the constant."""
+        """Apply the linear part: push vectors from the input to the output, A x."""
 
     @abstractmethod
     def apply_t(
@@ -60,27 +73,27 @@ class LinearMap(ABC):
         y: Float[Tensor, "*many batch pos out_dim"],
         effects: dict[str, Float[Tensor, "*many batch pos"]] | None = None,
     ) -> Float[Tensor, "*many batch pos in_dim"]:
-        """The exact adjoint Aᵀ y.
+        """Apply the exact adjoint: pull covectors from the output to the input, Aᵀ y.
 
         Args:
             y: Covectors at the output.
-            effects: When given, each constant's share ⟨y pulled to where it is added, constant⟩,
-                per position, is entered under the constant's name: a pull tells what every bias
-                does at no further cost.
+            effects: Dictionary that receives, by name, what each constant adds to ⟨y, output⟩ at
+                every position: the constant times the covector at the place where it is added.
+                The pull meets every constant on its way, so this costs no further product.
         """
 
     @property
     @abstractmethod
     def bias(self) -> Float[Tensor, "batch pos out_dim"]:
-        """The constant of the affine map: its value at 0."""
+        """The constant of the affine map, its value at 0."""
 
     @abstractmethod
     def constants(self) -> dict[str, Float[Tensor, "batch pos out_dim"]]:
-        """The named constants that :attr:`bias` is the sum of, each carried to the output."""
+        """The named constants, each carried to the output. They sum to :attr:`bias`."""
 
     @property
     def T(self) -> LinearMap:
-        """The adjoint as a map of its own; its constant is 0."""
+        """The adjoint as a map, with constant 0."""
         return Transposed(self)
 
     def __add__(self, other: LinearMap) -> LinearMap:
@@ -95,32 +108,33 @@ class LinearMap(ABC):
             return Chain((other, self))
         if not isinstance(other, Tensor):
             raise ValueError(
-                f"expected a tensor or another map, got {type(other).__name__}: pass a torch tensor "
-                "like lens.embedding"
+                f"The right side of @ is of type {type(other).__name__}. Give another map, or a "
+                "torch tensor like lens.embedding."
             )
         no_autocast(self.frame.device.type)
         frame, expected = self.frame, (self.frame.batch, self.frame.n_pos, self.in_dim)
         found = other.shape[-3:], other.dtype, other.device
         if found != (expected, frame.dtype, frame.device):
             raise ValueError(
-                f"expected a vector [..., batch, pos, dim] = [..., {', '.join(map(str, expected))}] "
-                f"of {frame.dtype} on {frame.device}, got {list(other.shape)} of {other.dtype} on "
-                f"{other.device}; "
-                "lens.embedding has the right form, tensor.to(lens.embedding) the right dtype and device"
+                f"The vector is {list(other.shape)} of {other.dtype} on {other.device}, but this "
+                f"map takes [..., {', '.join(map(str, expected))}] of {frame.dtype} on "
+                f"{frame.device}. Shape the vector like lens.embedding, and convert it by "
+                "tensor.to(lens.embedding)."
             )
         return self.apply(other)
 
     def block(self, query_pos: int, key_pos: int) -> Float[Tensor, "batch out_dim in_dim"]:
-        """The block A[query_pos, key_pos]: how the token at key_pos enters the output at query_pos.
+        """Compute a block A[query_pos, key_pos]: the part of A from one position to another.
 
-        It multiplies a column; for a row vector use ``x @ block.mT``. Cost: ``out_dim`` pulls.
+        A block multiplies a column vector; for a row vector use ``x @ block.mT``. The cost is
+        ``out_dim`` pulls.
 
         Args:
-            query_pos: Destination, counted over each prompt's real tokens (−1 is the last).
-            key_pos: Source, counted alike.
+            query_pos: Position of the output, among the real tokens of a prompt; −1 is the last.
+            key_pos: Position of the input, counted in the same way.
 
         Returns:
-            The block of every prompt, [batch, out_dim, in_dim].
+            The block of every prompt [batch, out_dim, in_dim].
 
         Raises:
             ValueError: If a prompt has no such position.
@@ -135,16 +149,16 @@ class LinearMap(ABC):
     def to_dense(
         self, memory_limit: int = DENSE_LIMIT
     ) -> Float[Tensor, "batch query_pos out_dim key_pos in_dim"]:
-        """The whole tensor A, for small models and tests.
+        """Compute the whole tensor A. It is for small models and tests.
 
         Args:
-            memory_limit: Largest result in bytes.
+            memory_limit: Largest size of the result, in bytes.
 
         Returns:
-            The tensor; ``dense[b, q, :, k, :]`` is :meth:`block`.
+            The tensor; ``dense[b, q, :, k, :]`` is a :meth:`block`.
 
         Raises:
-            ValueError: If the result would be larger; the message says how large.
+            ValueError: If the result would be larger. The message gives its size.
         """
         batch, pos = self.frame.batch, self.frame.n_pos
         no_autocast(self.frame.device.type)
@@ -161,48 +175,37 @@ class LinearMap(ABC):
         return dense
 
     def _check_dense(self, memory_limit: int) -> None:
-        # What both dense forms share.
         pos, width = self.frame.n_pos, self.out_dim * self.in_dim
         size = self.frame.batch * pos * pos * width * self.frame.dtype.itemsize
         if size > memory_limit:
             raise ValueError(
-                f"the dense form needs {size / 2**30:.3g} GiB, expected at most memory_limit = "
-                f"{memory_limit / 2**30:.3g} GiB; use op @ x, op.T @ u or op.block(i, j), which never "
-                "build it, or raise memory_limit"
+                f"The dense form needs {size / 2**30:.3g} GiB, and memory_limit is "
+                f"{memory_limit / 2**30:.3g} GiB. Use op @ x, op.T @ u or op.block(i, j), which "
+                "never build it, or raise memory_limit."
             )
 
     def to_scipy(self):
-        """A single prompt's map as a ``scipy.sparse.linalg.LinearOperator`` on flat [pos, dim] vectors.
+        """Wrap the map of a single prompt as a ``scipy.sparse.linalg.LinearOperator``.
 
-        ``scipy.sparse.linalg.svds(op.to_scipy(), k=5)`` then gives singular vectors without a
-        dense form.
+        It acts on flat vectors [pos · dim]. ``scipy.sparse.linalg.svds(op.to_scipy(), k=5)`` then
+        gives singular vectors without a dense form.
 
         Returns:
             An operator of shape [pos · out_dim, pos · in_dim].
 
         Raises:
-            ValueError: If scipy is missing or there are several prompts.
+            ValueError: If scipy is missing, or the batch has several prompts.
         """
         linalg = need("scipy.sparse.linalg", "scipy", "to_scipy")
         if self.frame.batch != 1:
-            raise ValueError(
-                f"to_scipy expects one prompt, got {self.frame.batch}; take one with lens[i]"
-            )
+            raise ValueError(f"The map has {self.frame.batch} prompts. Take one with lens[i].")
 
         def acting(dim: int, map_: LinearMap):
             def act(columns):  # [pos * dim, many] or [pos * dim]
-                x = (
-                    torch.from_numpy(columns)
-                    .to(self.frame.zeros(0))
-                    .reshape(self.frame.n_pos, dim, -1)
-                )
-                return (
-                    map_.apply(x.movedim(-1, 0)[:, None])
-                    .flatten(1)
-                    .T.cpu()
-                    .numpy()
-                    .reshape(-1, *columns.shape[1:])
-                )
+                x = torch.from_numpy(columns).to(self.frame.zeros(0))
+                x = x.reshape(self.frame.n_pos, dim, -1).movedim(-1, 0)[:, None]
+                y = map_.apply(x).flatten(1).T.cpu().numpy()
+                return y.reshape(-1, *columns.shape[1:])
 
             return act
 
@@ -220,25 +223,31 @@ class LinearMap(ABC):
 
 
 def dot_test(op: LinearMap, seed: int = 0) -> float:
-    """How far ``apply_t`` is from the adjoint of ``apply``.
+    """Measure how far ``apply_t`` is from the adjoint of ``apply``.
 
-    Formula: |⟨A u, v⟩ − ⟨u, Aᵀ v⟩| / (‖A u‖ ‖v‖ + ‖u‖ ‖Aᵀ v‖) for one random pair.
+    Formula: |⟨A u, v⟩ − ⟨u, Aᵀ v⟩| / (‖A u‖ ‖v‖ + ‖u‖ ‖Aᵀ v‖) for one random pair (u, v).
 
     Args:
-        op: Any map.
-        seed: Of the random vectors.
+        op: The map to test.
+        seed: Seed of the random vectors.
 
     Returns:
-        A relative error; rounding in float64 is about 1e-16.
+        The relative error. Rounding in float64 gives about 1e-16.
+
+    Example:
+        >>> from tensorlens_tl import demo, dot_test
+        >>> _, lens = demo.load_model().run_with_tensorlens("Paris is in France")
+        >>> dot_test(lens.operator) < 1e-5
+        True
     """
     no_autocast(op.frame.device.type)
     generator = torch.Generator().manual_seed(seed)
-    u = torch.randn(op.frame.zeros(op.in_dim).shape, generator=generator, device="cpu").to(
-        op.frame.zeros(0)
-    )
-    v = torch.randn(op.frame.zeros(op.out_dim).shape, generator=generator, device="cpu").to(
-        op.frame.zeros(0)
-    )
+
+    def draw(dim: int) -> Tensor:
+        like = op.frame.zeros(dim)
+        return torch.randn(like.shape, generator=generator, device="cpu").to(like)
+
+    u, v = draw(op.in_dim), draw(op.out_dim)
     au, atv = op.apply(u), op.apply_t(v)
     scale = au.norm() * v.norm() + u.norm() * atv.norm()
     return float(
@@ -248,16 +257,19 @@ def dot_test(op: LinearMap, seed: int = 0) -> float:
 
 def _same_frame(maps: Sequence[LinearMap]) -> None:
     if not maps:
-        raise ValueError("expected at least one map, got none")
+        raise ValueError("No map was given. Give at least one.")
     if any(m.frame != maps[0].frame for m in maps):
         raise ValueError(
-            "maps of different captures cannot be combined: expected one batch of prompts, dtype and device"
+            "Maps of different captures cannot be combined. Use one batch, dtype and device."
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Chain(LinearMap):
     """Composition, first map first: x → maps[-1](… maps[0](x)).
+
+    Attributes:
+        maps: The maps, in the order in which they act.
 
     Raises:
         ValueError: If widths or captures do not fit.
@@ -270,7 +282,8 @@ class Chain(LinearMap):
         for first, then in zip(self.maps, self.maps[1:], strict=False):
             if first.out_dim != then.in_dim:
                 raise ValueError(
-                    f"maps do not fit: one gives width {first.out_dim}, the next takes {then.in_dim}"
+                    f"Two maps do not fit: one gives width {first.out_dim}, and the next takes "
+                    f"{then.in_dim}. Compose maps whose widths agree."
                 )
 
     @property
@@ -297,7 +310,7 @@ class Chain(LinearMap):
 
     def constants(self):
         names: list[str] = []
-        carried = self.frame.zeros(self.in_dim, 0)  # all constants ride one sweep, side by side
+        carried = self.frame.zeros(self.in_dim, 0)  # all constants go through together
         for m in self.maps:
             own = m.constants()
             carried = torch.cat([m.apply(carried), *(c[None] for c in own.values())])
@@ -309,6 +322,9 @@ class Chain(LinearMap):
 class Sum(LinearMap):
     """Maps side by side: x → Σ maps[i](x).
 
+    Attributes:
+        maps: The maps to add.
+
     Raises:
         ValueError: If widths or captures differ.
     """
@@ -319,9 +335,7 @@ class Sum(LinearMap):
         _same_frame(self.maps)
         dims = {(m.in_dim, m.out_dim) for m in self.maps}
         if len(dims) != 1:
-            raise ValueError(
-                f"expected maps of equal widths to add, got (in, out) = {sorted(dims)}"
-            )
+            raise ValueError(f"The maps have widths {sorted(dims)}. Add maps of equal widths.")
 
     @property
     def frame(self) -> Frame:  # type: ignore[override]
@@ -356,6 +370,9 @@ class Sum(LinearMap):
 class Residual(LinearMap):
     """A residual connection: x → x + branch(x).
 
+    Attributes:
+        branch: The map whose output is added to its input.
+
     Raises:
         ValueError: If the branch changes the width.
     """
@@ -365,7 +382,8 @@ class Residual(LinearMap):
     def __post_init__(self):
         if self.branch.in_dim != self.branch.out_dim:
             raise ValueError(
-                f"a residual branch keeps the width, got {self.branch.in_dim} → {self.branch.out_dim}"
+                f"The branch has widths {self.branch.in_dim} and {self.branch.out_dim}. A residual "
+                "branch must keep the width."
             )
 
     @property
@@ -396,7 +414,7 @@ class Residual(LinearMap):
 
 @dataclass(frozen=True, eq=False)
 class Transposed(LinearMap):
-    """The adjoint of a map, as a map: y → Aᵀ y, without a constant."""
+    """The adjoint of a map, as a map without a constant: y → Aᵀ y."""
 
     map: LinearMap
 

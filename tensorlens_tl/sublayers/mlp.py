@@ -1,4 +1,4 @@
-"""MLPs, plain and gated, frozen at one run."""
+"""Plain and gated MLPs, frozen at one run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from .weights import GatedMLPWeights, MLPWeights
 
 @dataclass(frozen=True, eq=False)
 class FeedForward(Sublayer):
-    """What MLPs of either kind share: one node, b_out outside it, nothing between positions."""
+    """What plain and gated MLPs share: one node, and nothing that passes between positions.
+
+    The bias b_out belongs to no node.
+
+    Attributes:
+        frame: Layout of the batch.
+        layer: Number of the block, from 0.
+        weights: Weights of the MLP.
+    """
 
     frame: Frame
     layer: int
@@ -29,7 +37,7 @@ class FeedForward(Sublayer):
 
     @property
     def output(self) -> Linear:
-        """The map from post-activations to what the MLP adds."""
+        """The map from post-activations to what the MLP adds to the residual."""
         return Linear(self.frame, self.weights.W_out, self.weights.b_out, f"L{self.layer}.b_out")
 
     @property
@@ -38,11 +46,11 @@ class FeedForward(Sublayer):
 
     @abstractmethod
     def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
-        """The sublayer at one position per prompt."""
+        """The MLP at one position per prompt, given as indices [batch]."""
 
     @abstractmethod
     def moved(self, change: Float[Tensor, "batch pos d_model"]) -> FeedForward:
-        """The sublayer as the model would run it on an input moved by ``change``: ratios anew."""
+        """The MLP as the model would run it on an input moved by ``change``, with new ratios."""
 
     def nodes(self) -> tuple[Node, ...]:
         return (Node("mlp", self.layer),)
@@ -63,7 +71,7 @@ class FeedForward(Sublayer):
     @property
     @abstractmethod
     def posts(self) -> Float[Tensor, "batch pos d_mlp"]:
-        """What W_out read in the run, where nobody edited it."""
+        """The post-activations that W_out read in the run, without the user's edits."""
 
     def hidden_at(self, x, query):
         return self.row(query).hidden(take_row(x, query))[:, 0]
@@ -82,10 +90,16 @@ class FeedForward(Sublayer):
 
 @dataclass(frozen=True, eq=False)
 class MLP(FeedForward):
-    """An MLP with its gating ratios frozen, r = act(z) / z: y = ((x W_in + b_in) ⊙ r) W_out + b_out.
+    """A plain MLP with frozen gating ratios: y = ((x W_in + b_in) ⊙ r) W_out + b_out.
 
-    The run left z (``pre``); its ratios are computed on first use. SoLU models normalize between
-    gate and W_out: ``ln_scale`` is that norm's frozen scale.
+    The ratios r = act(z) / z are computed from z on first use.
+
+    Attributes:
+        weights: Weights of the MLP.
+        pre: The pre-activations z of the run.
+        ln_scale: Frozen scale of the norm that SoLU models have between gate and W_out, or None.
+        pre_edit: What a hook of the user added to z, or None.
+        post_edit: What a hook of the user added to the post-activations, or None.
     """
 
     weights: MLPWeights
@@ -96,7 +110,7 @@ class MLP(FeedForward):
 
     @property
     def ln(self) -> Norm | None:
-        """SoLU's norm between gate and W_out."""
+        """The norm of SoLU models between gate and W_out, or None."""
         if self.weights.ln is None or self.ln_scale is None:
             return None
         name = f"L{self.layer}.mlp.ln"
@@ -107,7 +121,7 @@ class MLP(FeedForward):
         return self.with_slopes(gating_ratio(self.weights.act, self.pre))
 
     def with_slopes(self, slopes: Float[Tensor, "batch pos d_mlp"]) -> Chain:
-        """The MLP with its activation replaced by one factor per neuron: (x W_in ⊙ slopes) W_out."""
+        """The MLP with a factor per neuron in place of its activation: (x W_in ⊙ slopes) W_out."""
         w = self.weights
         into = Linear(self.frame, w.W_in, w.b_in, f"L{self.layer}.b_in")
         gate = Gate(self.frame, slopes)
@@ -136,15 +150,24 @@ class MLP(FeedForward):
 
 @dataclass(frozen=True, eq=False)
 class GatedMLP(FeedForward):
-    """A gated MLP, post = act(g) ⊙ u with g = x W_gate + b_gate and u = x W_in + b_in, made linear.
+    """A gated MLP, made linear: post = act(g) ⊙ u, g = x W_gate + b_gate, u = x W_in + b_in.
 
-    The product is bilinear, so its linear form is a choice (``Convention.gate``):
+    The product is bilinear, so its linear form is a choice, ``convention``:
 
         "gate"  act(g) frozen, linear in u      post = on_up ⊙ u,    on_up = act(g)
         "up"    u frozen, linear in g           post = on_gate ⊙ g,  on_gate = u ⊙ act(g)/g
         "half"  half of each
 
-    All three reproduce the run, which left g (``pre``) and u (``pre_linear``).
+    All three reproduce the run.
+
+    Attributes:
+        weights: Weights of the MLP.
+        pre: The values g of the run.
+        pre_linear: The values u of the run.
+        convention: "gate", "up" or "half".
+        pre_edit: What a hook of the user added to g, or None.
+        pre_linear_edit: What a hook of the user added to u, or None.
+        post_edit: What a hook of the user added to the post-activations, or None.
     """
 
     weights: GatedMLPWeights
@@ -168,7 +191,7 @@ class GatedMLP(FeedForward):
         on_up: Float[Tensor, "batch pos d_mlp"] | None,
         on_gate: Float[Tensor, "batch pos d_mlp"] | None,
     ) -> Chain:
-        """The MLP with its product replaced by factors of each half: on_up ⊙ u + on_gate ⊙ g, W_out.
+        """The MLP with a sum in place of its product: (on_up ⊙ u + on_gate ⊙ g) W_out.
 
         Args:
             on_up: Factor of u = x W_in + b_in, or None to leave this half out.

@@ -1,10 +1,10 @@
-"""The primitive maps that every frozen sublayer is a chain of.
+"""The primitive maps. Every frozen sublayer is a chain of them.
 
 Linear   x W + b                     weights
 Mix      Σ_k A[q, k] v_k             a frozen attention pattern, per head
 Gate     x ⊙ r + offset              frozen ratios r = act(z) / z
 Norm     (x − mean x) / s ⊙ w + b    a frozen scale s
-Shift    x + constant                an edit of the user's own
+Shift    x + constant                what a hook of the user added
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from .weights import NormWeights
 
 @dataclass(frozen=True, eq=False)
 class Linear(LinearMap):
-    """x → x W + b."""
+    """An affine map with weights, x → x W + b.
+
+    Attributes:
+        frame: Layout of the batch.
+        W: The weight matrix, in the layout of row vectors.
+        b: The bias, or None.
+        name: Name of the bias, such as "L3.b_O".
+    """
 
     frame: Frame
     W: Float[Tensor, "d_in d_out"]
@@ -56,13 +63,22 @@ class Linear(LinearMap):
 
 
 def _stacked(x: Tensor) -> Tensor:
-    """All leading axes as one: [many, batch, pos, dim]."""
+    """Flatten the leading axes into one: [many, batch, pos, dim]."""
     return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
 
 @dataclass(frozen=True, eq=False)
 class Mix(LinearMap):
-    """Attention over positions: z_q^h = Σ_k A_h[q, k] v_k^{kv(h)}, widths kv_head·d_head → head·d_head."""
+    """Attention over positions with a stored pattern: z_q^h = Σ_k A_h[q, k] v_k^{kv(h)}.
+
+    Its widths are kv_head · d_head for the values and head · d_head for the result.
+
+    Attributes:
+        frame: Layout of the batch.
+        pattern: The attention pattern A.
+        kv_heads: Number of key/value heads.
+        d_head: Width of the values of one head.
+    """
 
     frame: Frame
     pattern: Float[Tensor, "batch head query_pos key_pos"]
@@ -71,7 +87,7 @@ class Mix(LinearMap):
 
     @property
     def heads(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
         return self.pattern.shape[1]
 
     @property
@@ -90,7 +106,8 @@ class Mix(LinearMap):
     def _grouped(self) -> Tensor:
         return rearrange(self.pattern, "b (g r) q k -> b g (r q) k", g=self.kv_heads)
 
-    # The many vectors stand side by side in the last axis, so that the pattern is never repeated.
+    # Many vectors are put side by side in the last axis. So one product serves all of them, and the
+    # pattern is never repeated; nor is it for the query heads that share a key/value head.
 
     def apply(self, x):
         v = rearrange(_stacked(x), "m b k (g e) -> b g k (m e)", g=self.kv_heads)
@@ -112,26 +129,26 @@ class Mix(LinearMap):
     def by_head_t(
         self, y: Float[Tensor, "*many batch pos z"]
     ) -> Float[Tensor, "*many batch pos head d_head"]:
-        """The adjoint per query head: summed over the heads of a group, it is :meth:`apply_t`."""
+        """The adjoint per query head. Summed over the heads of a group it is :meth:`apply_t`."""
         z = rearrange(_stacked(y), "m b q (h e) -> b h q (m e)", e=self.d_head)
         v = rearrange(self.pattern.mT @ z, "b h k (m e) -> m b k h e", e=self.d_head)
         return v.reshape(*y.shape[:-3], *v.shape[1:])
 
     def sum_heads(self, values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos"]:
-        """Σ_h A_h values_h: one number per position and query head, mixed and summed over heads."""
+        """Mix one number per position and query head, and sum over heads: Σ_h A_h values_h."""
         return (values.mT[..., None, :] @ self.pattern.mT).sum((1, 2))
 
     def head(self, index: int) -> Mix:
-        """One query head's part; shares memory."""
+        """The part of one query head. It shares memory with the whole pattern."""
         return replace(self, pattern=self.pattern[:, index : index + 1], kv_heads=1)
 
     def looks_ahead(self, prompt: int) -> bool:
-        """Whether a query of a prompt sees a later key; a user's own pattern may."""
+        """Whether a query of the prompt attends to a later key, as an edited pattern may."""
         start, stop = self.frame.spans[prompt]
         return bool(self.pattern[prompt, :, start:stop, start:stop].triu(1).any())
 
     def rows(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key_pos"]:
-        """The pattern's rows at one destination per prompt, [batch] indices."""
+        """The rows of the pattern at one query position per prompt, given as indices [batch]."""
         return self.pattern[torch.arange(len(query), device=query.device), :, query]
 
     @property
@@ -144,7 +161,14 @@ class Mix(LinearMap):
 
 @dataclass(frozen=True, eq=False)
 class Gate(LinearMap):
-    """x → x ⊙ ratio + offset."""
+    """An elementwise factor, x → x ⊙ ratio + offset.
+
+    Attributes:
+        frame: Layout of the batch.
+        ratio: The frozen factor, act(z) / z for an activation.
+        offset: The constant that is added, or None.
+        name: Name of the constant.
+    """
 
     frame: Frame
     ratio: Float[Tensor, "batch pos d"]
@@ -178,7 +202,13 @@ class Gate(LinearMap):
 
 @dataclass(frozen=True, eq=False)
 class Shift(LinearMap):
-    """x → x + constant: what an edit of the user's own added in this run, held constant."""
+    """A constant that a hook of the user added in this run, x → x + constant.
+
+    Attributes:
+        frame: Layout of the batch.
+        constant: What was added at every position.
+        name: Name of the constant.
+    """
 
     frame: Frame
     constant: Float[Tensor, "batch pos d"]
@@ -210,7 +240,12 @@ class Shift(LinearMap):
 
 @dataclass(frozen=True, eq=False)
 class Identity(LinearMap):
-    """x → x: what stands in for an absent norm, or between a site and itself."""
+    """The identity, x → x. It stands for a norm that a model lacks.
+
+    Attributes:
+        frame: Layout of the batch.
+        width: Width of the vectors.
+    """
 
     frame: Frame
     width: int
@@ -239,9 +274,16 @@ class Identity(LinearMap):
 
 @dataclass(frozen=True, eq=False)
 class Norm(LinearMap):
-    """LayerNorm or RMSNorm with its scale frozen: x → (x − mean x) / s ⊙ w + b (no mean for RMSNorm).
+    """LayerNorm or RMSNorm with its scale frozen: x → (x − mean x) / s ⊙ w + b.
 
-    ``scale`` is s = √(var + ε) or √(mean x² + ε), as the run had it: it divides.
+    RMSNorm subtracts no mean.
+
+    Attributes:
+        frame: Layout of the batch.
+        name: Name of the norm, such as "L3.ln1".
+        scale: The divisor s = √(var + ε), or √(mean x² + ε) for RMSNorm, as in the run.
+        weights: The weights w and b of the norm.
+        width: Width of the vectors.
     """
 
     frame: Frame
@@ -285,7 +327,7 @@ class Norm(LinearMap):
             y -= y.mean(-1, keepdim=True)
 
     def moved(self, was: Float[Tensor, "batch pos d"], x: Float[Tensor, "batch pos d"]) -> Norm:
-        """The norm as the model would run it on x, with the scale of x; ``was`` is the run's input."""
+        """The norm with the scale that the model would compute at x; the run's input is ``was``."""
 
         def variance(t: Tensor) -> Tensor:
             t = t - t.mean(-1, keepdim=True) if self.weights.center else t
@@ -296,7 +338,7 @@ class Norm(LinearMap):
         return replace(self, scale=squared.clamp_min(torch.finfo(x.dtype).tiny).sqrt())
 
     def row(self, query: Tensor) -> Norm:
-        """The norm at one position per prompt, [batch] indices."""
+        """The norm at one position per prompt, given as indices [batch]."""
         return replace(self, frame=self.frame.row, scale=take_row(self.scale, query))
 
     @property
@@ -311,14 +353,14 @@ class Norm(LinearMap):
 def take_row(
     tensor: Float[Tensor, "*many batch pos d"], query: Int[Tensor, " batch"]
 ) -> Float[Tensor, "*many batch 1 d"]:
-    """One position per prompt."""
+    """Take one position per prompt, given as indices [batch]."""
     return tensor[..., torch.arange(len(query), device=query.device), query, :][..., None, :]
 
 
 def put_row(
     row: Float[Tensor, "*many batch 1 d"], query: Int[Tensor, " batch"], n_pos: int
 ) -> Float[Tensor, "*many batch {n_pos} d"]:
-    """The adjoint of :func:`take_row`: the row at its position, zeros elsewhere."""
+    """The adjoint of :func:`take_row`: put a row at its position, and zeros elsewhere."""
     whole = row.new_zeros(*row.shape[:-2], n_pos, row.shape[-1])
     whole[..., torch.arange(len(query), device=query.device), query, :] = row[..., 0, :]
     return whole
@@ -327,5 +369,5 @@ def put_row(
 def put_effects(
     effects: dict[str, Float[Tensor, "*many batch 1"]], query: Int[Tensor, " batch"], n_pos: int
 ) -> dict[str, Float[Tensor, "*many batch {n_pos}"]]:
-    """The shares that constants have at one position per prompt, zero at the others."""
+    """Put the parts of constants at one position per prompt, and zeros elsewhere."""
     return {name: put_row(e[..., None], query, n_pos)[..., 0] for name, e in effects.items()}

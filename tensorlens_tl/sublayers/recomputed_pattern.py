@@ -1,29 +1,28 @@
-"""Attention over positions without its pattern: A is recomputed from queries and keys, block by block.
+"""Attention over positions without a stored pattern: blocks of A are recomputed when needed.
 
-The pattern is a function of what is kept, A[q, k] = exp(s[q, k] − lse[q]) with s the masked scores
-and lse[q] their log-sum-exp, so nothing of size heads × L² needs to exist. Scores and lse are kept in
-bits (divided by ln 2), so that A = 2^(s − lse): on a CPU torch's ``exp`` took 1.8 times as long as its
-``exp2``, and 17 times where A underflows (as ``benchmarks/recomputed.py`` prints).
+The pattern follows from what is kept: A[q, k] = exp(s[q, k] − lse[q]), with the masked scores s and
+their log-sum-exp lse[q]. So nothing of size heads × L² needs to exist. Scores and lse are divided
+by ln 2, which makes A = 2^(s − lse), because torch computes ``exp2`` faster than ``exp`` on a CPU.
+The script ``benchmarks/recomputed.py`` prints by how much.
 
-1. Keep q' = [q · scale / ln 2, −lse] and k' = [k, 1], positions last. One product q'ᵀ k' gives s − lse.
-   Under a soft cap the scores are capped first, and −lse is added after; ALiBi's bias is added to
-   the product, as distances would lose digits in it.
-2. lse comes from one pass over blocks of queries, once per capture.
-3. A block of A, rows × columns, is one product into a buffer, a power of 2 in place, and zeros
-   where the mask is; it never leaves the cache. Blocks outside the mask are skipped.
-4. Push (A V): rows are queries, columns keys. Pull (Aᵀ U): rows are keys, columns queries. Either
-   way a block of rows collects its own result, and the probes stand side by side in the values.
-5. Every prompt runs over its own real tokens: padding is never read and stays 0.
-6. The query heads of a key/value head are served in turn, so keys and values are not repeated.
-7. A sweep of many vectors (``contraction``) takes the pattern in ``Tiles`` instead, a few rows of
-   all heads at a time; norms on either side multiply a tile's rows and columns.
+1. Keep q' = [q · scale / ln 2, −lse] and k' = [k, 1], positions last, so that one product q'ᵀ k'
+   gives s − lse. Under a soft cap the scores are capped first, and −lse is added after. ALiBi's
+   bias is added to the product; inside the product, distances would lose digits.
+2. Compute lse in one pass over blocks of queries, once per capture.
+3. Compute a block of A (rows × columns) by one product into a buffer, a power of 2 in place, and
+   zeros at the mask. A block never leaves the cache, and blocks outside the mask are skipped.
+4. For a push (A V) rows are queries and columns keys; for a pull (Aᵀ U) the other way round. A
+   block of rows collects its own result, with the many vectors side by side in the values.
+5. Run every prompt over its own real tokens. Padding is never read and stays 0.
+6. Serve the query heads of one key/value head in turn, so keys and values are not repeated.
+7. A batched sweep takes the pattern as ``Tiles`` instead, a few rows of all heads at a time. Norms
+   on either side multiply the rows and columns of a tile.
 
 Attention sinks are one more score per head in lse, and nothing else.
 
-Flops per head: L² (d_head + 1) for the scores plus P L² d_head for P probes (half of that would be
-the causal triangle, and is: 2 · L²/2 multiply-adds each), and L²/2 exponentials, once for all
-probes. Memory: heads · L · (d_head + 1) per layer kept; a pass adds the buffer and 2 L d_head P.
-Scaled-dot-product attention's own kernels were slower here on a CPU: see ``benchmarks/recomputed.py``.
+Flops per head for P vectors: L² (d_head + 1) for the scores, P L² d_head for the values, and L²/2
+exponentials, as only the causal half is computed. Memory per layer: heads · L · (d_head + 1)
+numbers. A pass adds the buffer and 2 L d_head P numbers.
 
 Rabe and Staats, "Self-attention does not need O(n²) memory" (arXiv 2112.05682); Dao et al.,
 "FlashAttention" (arXiv 2205.14135), for the recomputation from a saved log-sum-exp.
@@ -48,14 +47,14 @@ from .primitives import Mix
 
 @dataclass(frozen=True, eq=False)
 class RecomputedMix(LinearMap):
-    """Attention over positions, like ``Mix``, with its pattern recomputed whenever it is used.
+    """Attention over positions like ``Mix``, with a pattern that is recomputed at every use.
 
     z_q^h = Σ_k A_h[q, k] v_k^{kv(h)} with A_h[q, k] = 2^(s_h[q, k] − lse_h[q]).
 
     Attributes:
-        frame: Prompts, positions, dtype, device.
-        queries: [q · scale / ln 2, −lse] (under a soft cap [q · scale / cap, −lse]), positions last.
-        keys: [k, 1], positions last.
+        frame: Layout of the batch.
+        queries: Queries [q · scale / ln 2, −lse], or [q · scale / cap, −lse] under a soft cap.
+        keys: Keys [k, 1].
         scores: Scale, soft cap and mask.
         d_head: Width of one head's values.
     """
@@ -76,31 +75,31 @@ class RecomputedMix(LinearMap):
         d_head: int,
         sinks: Float[Tensor, " head"] | None = None,
     ) -> RecomputedMix:
-        """Keep queries and keys as the kernels want them, and compute lse.
+        """Arrange queries and keys for the kernels, and compute lse.
 
         Args:
-            frame: Prompts, positions, dtype, device.
-            q: What the scores are the products of: rotated, normalized.
-            k: Likewise; fewer heads under grouped-query attention.
+            frame: Layout of the batch.
+            q: Queries, after their norm and rotation.
+            k: Keys, after their norm and rotation. Grouped-query attention has fewer heads here.
             scores: Scale, soft cap and mask.
-            d_head: Width of one head's values.
-            sinks: Per head, a score beside those of the keys that takes its share of the softmax
-                and mixes nothing (attention sinks), or None.
+            d_head: Width of the values of one head.
+            sinks: One more score per head, which takes part in the softmax and has no value
+                (attention sinks), or None.
 
         Returns:
-            The map.
+            The map from values to z.
 
         Raises:
-            ValueError: If the query heads are no multiple of the key/value heads.
+            ValueError: If the number of query heads is not a multiple of the key/value heads.
         """
         if q.shape[2] % k.shape[2] or q.shape[:2] != k.shape[:2]:
             raise ValueError(
-                f"expected queries and keys of the same positions, and a multiple of the key/value "
-                f"heads, got {list(q.shape)} and {list(k.shape)}"
+                f"Queries {list(q.shape)} and keys {list(k.shape)} do not fit. Give the same "
+                "positions, and query heads that are a multiple of the key/value heads."
             )
         if scores.slopes is not None and len(scores.slopes) != q.shape[2]:
             raise ValueError(
-                f"expected a slope for each of {q.shape[2]} heads, got {scores.slopes}"
+                f"{len(scores.slopes)} slopes were given for {q.shape[2]} heads. Give one for each."
             )
         scale = scores.scale / (scores.soft_cap or LN2)
         queries = torch.nn.functional.pad((q * scale).permute(0, 2, 3, 1), (0, 0, 0, 1))
@@ -141,7 +140,7 @@ class RecomputedMix(LinearMap):
         return self.heads // self.kv_heads
 
     def _prompts(self) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-        """Every prompt's real positions; queries [repeat, kv_head, d_score, pos] and keys there."""
+        """Per prompt: number, real positions, queries [repeat, kv_head, d_score, pos] and keys."""
         grouped = self.queries.unflatten(1, (self.kv_heads, -1)).transpose(1, 2)
         for prompt, (start, stop) in enumerate(self.frame.spans):
             pos = slice(start, stop)
@@ -149,17 +148,17 @@ class RecomputedMix(LinearMap):
 
     @torch.no_grad()
     def _weigh(self, x: Tensor, pull: bool, from_heads: bool, to_heads: bool, width: int) -> Tensor:
-        """Σ A x or Σ Aᵀ x, of and to vectors per query head or per key/value head.
+        """Compute Σ A x or Σ Aᵀ x, per query head or per key/value head.
 
         Args:
-            x: [..., batch, pos, head · width] or [..., batch, pos, kv_head · width].
-            pull: Whether with Aᵀ.
-            from_heads: Whether x has query heads.
-            to_heads: Whether the result has query heads; else they are summed in every group.
-            width: Of one head.
+            x: Vectors [..., batch, pos, head · width] or [..., batch, pos, kv_head · width].
+            pull: Whether to apply Aᵀ instead of A.
+            from_heads: Whether ``x`` has query heads, and not key/value heads.
+            to_heads: Whether the result has query heads. Otherwise they are summed per group.
+            width: Width of one head.
 
         Returns:
-            [..., batch, pos, head · width] or [..., batch, pos, kv_head · width].
+            Vectors [..., batch, pos, head · width] or [..., batch, pos, kv_head · width].
         """
         many = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
         size = [self.kv_heads, self._repeat if from_heads else 1, width]
@@ -191,12 +190,12 @@ class RecomputedMix(LinearMap):
     def by_head_t(
         self, y: Float[Tensor, "*many batch pos z"]
     ) -> Float[Tensor, "*many batch pos head d_head"]:
-        """The adjoint per query head: summed over the heads of a group, it is :meth:`apply_t`."""
+        """The adjoint per query head. Summed over the heads of a group it is :meth:`apply_t`."""
         size = self.heads, self.d_head
         return self._weigh(y, True, True, True, self.d_head).unflatten(-1, size)
 
     def sum_heads(self, values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos"]:
-        """Σ_h A_h values_h: one number per position and query head, mixed and summed over heads."""
+        """Mix one number per position and query head, and sum over heads: Σ_h A_h values_h."""
         return self._weigh(values, False, True, False, 1).sum(-1)
 
     @property
@@ -207,7 +206,7 @@ class RecomputedMix(LinearMap):
         return {}
 
     def head(self, index: int) -> RecomputedMix:
-        """One query head's part; shares memory."""
+        """The part of one query head. It shares memory with the whole map."""
         kv, slopes = index // self._repeat, self.scores.slopes
         return replace(
             self,
@@ -217,25 +216,25 @@ class RecomputedMix(LinearMap):
         )
 
     def tiles(self, prompt: int) -> Tiles:
-        """One prompt's pattern on its real tokens, to be made tile by tile."""
+        """The pattern of one prompt on its real tokens, to be computed tile by tile."""
         _, _, queries, keys = list(self._prompts())[prompt]
         slopes = self.scores.slopes_in_bits(queries, self.kv_heads)
         slopes = None if slopes is None else slopes.transpose(0, 1)
         return Tiles(queries.transpose(0, 1), keys[:, None], self.scores, slopes)
 
     def looks_ahead(self, prompt: int) -> bool:
-        """Whether a query sees a later key."""
+        """Whether a query of the prompt attends to a later key."""
         return not self.scores.causal
 
     @torch.no_grad()
     def rows(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key_pos"]:
-        """The pattern's rows at one destination per prompt.
+        """Compute the rows of the pattern at one query position per prompt.
 
         Args:
-            query: Destinations, as tensor indices.
+            query: Index of the query position, per prompt [batch].
 
         Returns:
-            A[query]; zero where the prompt has no tokens.
+            The rows A[query] [batch, head, key_pos], zero at padding.
         """
         found = self.frame.zeros(self.heads).mT
         for prompt, (start, stop) in enumerate(self.frame.spans):
@@ -246,7 +245,7 @@ class RecomputedMix(LinearMap):
 
     @property
     def pattern(self) -> Float[Tensor, "batch head query_pos key_pos"]:
-        """The whole pattern of this layer, recomputed now: heads × L² numbers, for plots."""
+        """The whole pattern of this layer, recomputed at every access: heads × L² numbers."""
         n, found = self.frame.n_pos, self.frame.zeros(self.heads * self.frame.n_pos)
         found = found.unflatten(2, (self.heads, n)).transpose(1, 2)
         for prompt, (start, stop) in enumerate(self.frame.spans):
@@ -257,21 +256,21 @@ class RecomputedMix(LinearMap):
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """A prompt's pattern, of which ``tiles[to, source]`` makes a tile when it is asked for.
+    """The pattern of one prompt; ``tiles[to, source]`` computes a tile when it is asked for.
 
-    ``to`` are queries and ``source`` keys. A sweep flips that into its causal coordinates: keys and
-    queries where it pulls, reversed positions where it pushes; either way A is then 0 unless
+    ``to`` are queries and ``source`` keys. A sweep flips them into its own causal coordinates: it
+    exchanges keys and queries for a pull, and reverses positions for a push. Then A is 0 unless
     to ≤ source < to + window.
 
     Attributes:
-        queries: As ``RecomputedMix`` keeps them, by key/value head.
-        keys: Likewise.
+        queries: Queries as in ``RecomputedMix``, grouped by key/value head.
+        keys: Keys as in ``RecomputedMix``.
         scores: Soft cap and mask.
-        slopes: Slopes in bits, or None.
-        query_gain: Numbers that multiply the rows of queries, or None.
-        key_gain: Numbers that multiply the columns of keys, or None.
-        flip: "" , "pull" or "push".
-        dtype: Of the tiles, or None for that of the queries.
+        slopes: ALiBi's slopes in bits, or None.
+        query_gain: Factors of the rows of queries, or None.
+        key_gain: Factors of the columns of keys, or None.
+        flip: "pull", "push", or "" for queries and keys as they are.
+        dtype: Dtype of the tiles, or None for the dtype of the queries.
     """
 
     queries: Float[Tensor, "group repeat d_score pos"]
@@ -316,16 +315,16 @@ class Tiles:
         return block if self.dtype is None else block.to(self.dtype)
 
     def times(self, query_gain: Tensor | None = None, key_gain: Tensor | None = None) -> Tiles:
-        """With rows of queries or columns of keys multiplied by numbers [pos]."""
+        """The tiles with rows of queries, or columns of keys, multiplied by factors [pos]."""
 
         def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             return b if a is None else a if b is None else a * b
 
-        return replace(self, query_gain=both(self.query_gain, query_gain),
-                       key_gain=both(self.key_gain, key_gain))  # fmt: skip
+        query_gain, key_gain = both(self.query_gain, query_gain), both(self.key_gain, key_gain)
+        return replace(self, query_gain=query_gain, key_gain=key_gain)
 
     def flipped(self, transposed: bool) -> Tiles:
-        """In the causal coordinates of a pull (transposed) or of a push."""
+        """The tiles in the causal coordinates of a pull (``transposed``) or of a push."""
         if transposed:
             return replace(self, flip="pull")
         parts = ("queries", "keys", "query_gain", "key_gain")
@@ -335,11 +334,11 @@ class Tiles:
 
 
 AnyMix = Mix | RecomputedMix
-"""Attention over positions, its pattern stored or recomputed."""
+"""Attention over positions with a stored or a recomputed pattern."""
 
 
 class _Weighing(torch.autograd.Function):
-    """A push whose gradient is the pull, and the other way round; nothing is kept for it."""
+    """A push whose gradient is the pull, and the other way round. Nothing is stored for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mix: RecomputedMix, pull: bool) -> Tensor:
@@ -355,4 +354,4 @@ HOST = (
     "patterns recomputed tile by tile; the model's own forward pass computed them whole, one layer "
     "at a time, and kept none (HookedTransformer's and the Bridge's attention have no other way)"
 )
-"""What pattern="recomputed" saves and what it cannot, for people who plan memory."""
+"""A note for plans of memory: what pattern="recomputed" saves and what it cannot."""

@@ -1,4 +1,4 @@
-"""The contract of a frozen sublayer: an affine map whose width-preserving parts are nodes."""
+"""What every frozen sublayer offers: an affine map that is the sum of its nodes."""
 
 from __future__ import annotations
 
@@ -46,23 +46,28 @@ class Mapped(LinearMap):
 
 
 class Sublayer(Mapped):
-    """A frozen sublayer: a chain of primitive maps whose width-preserving parts are nodes.
+    """A frozen sublayer: a chain of primitive maps that is the sum of its nodes' maps.
 
-    Subclasses give ``map``, :meth:`nodes` and :meth:`part`.
+    The nodes are the heads of attention, or the MLP as a whole. Subclasses give ``map``,
+    :meth:`nodes` and :meth:`part`.
     """
 
     @abstractmethod
     def nodes(self) -> tuple[Node, ...]:
-        """The parts it is the sum of."""
+        """The nodes that the sublayer consists of."""
 
     @abstractmethod
     def part(self, node: Node) -> LinearMap:
-        """One node's map, its internal constants included.
+        """The map of one node, with its internal constants.
 
-        The parts sum to the whole, up to the external constant (b_O, b_out), which is nobody's.
+        The parts sum to the sublayer, up to the external constant (b_O, b_out) and the user's
+        edits, which belong to no node.
+
+        Args:
+            node: One of :meth:`nodes`.
 
         Returns:
-            The part.
+            The map from the sublayer's input to what the node writes.
 
         Raises:
             ValueError: If the node is not in this sublayer.
@@ -71,47 +76,47 @@ class Sublayer(Mapped):
     @property
     @abstractmethod
     def output(self) -> Linear:
-        """The last map, W_O or W_out: each node owns as many of its rows, in order."""
+        """The last map, W_O or W_out. Its rows are split evenly among the nodes, in order."""
 
     @abstractmethod
     def hidden(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_hidden"]:
-        """What the output matrix reads: z or post-activations, internal constants included.
+        """Compute what the output matrix reads: z or post-activations, with internal constants.
 
-        The user's edits are left out: no node holds them.
+        The user's edits are left out, because they belong to no node.
 
         Args:
-            x: The sublayer's input (after its norm).
+            x: Input of the sublayer, after its norm [batch, pos, d_model].
         """
 
     def hidden_in_run(
         self, x: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_hidden"]:
-        """The same where x is the run's own: from what the run left, where that is cheaper."""
+        """The same as :meth:`hidden` at the input of the run, from stored values if possible."""
         return self.hidden(x)
 
     @abstractmethod
     def hidden_at(
         self, x: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch d_hidden"]:
-        """The same at one destination per prompt, for less.
+        """The same as :meth:`hidden` at one position per prompt, at lower cost.
 
         Args:
-            x: The sublayer's input (after its norm).
-            query: Destinations, as tensor indices.
+            x: Input of the sublayer, after its norm [batch, pos, d_model].
+            query: Index of the position, per prompt [batch].
         """
 
     def by_node(self, hidden: Float[Tensor, "*many d_hidden"]) -> Float[Tensor, "*many node d"]:
-        """The hidden axis split into the slices that nodes own."""
+        """Split the hidden axis into one slice per node."""
         return hidden.unflatten(-1, (len(self.nodes()), -1))
 
     def factored(self, hidden: Float[Tensor, "batch pos d_hidden"]) -> Factored:
-        """What every node makes of what the output matrix reads.
+        """Compute what every node writes, from what the output matrix reads.
 
         Args:
-            hidden: z or post-activations.
+            hidden: z or post-activations [batch, pos, d_hidden].
 
         Returns:
-            One row per node: kept narrow where the matrix widens.
+            One row per node. Rows stay narrow where the matrix makes them wider.
         """
         nodes = len(self.nodes())
         if hidden.shape[-1] // nodes >= self.out_dim:
@@ -125,14 +130,14 @@ class Sublayer(Mapped):
     def outputs_at(
         self, x: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch node d_model"]:
-        """What every node adds at one destination per prompt, its internal constants included.
+        """Compute what every node adds at one position per prompt, with its internal constants.
 
         Args:
-            x: The sublayer's input (after its norm).
-            query: Destinations, as tensor indices.
+            x: Input of the sublayer, after its norm [batch, pos, d_model].
+            query: Index of the position, per prompt [batch].
 
         Returns:
-            One row per node.
+            One row per node [batch, node, d_model].
         """
         W = self.frame.cast(self.output.W).unflatten(0, (len(self.nodes()), -1))
         return torch.einsum("bne,ned->bnd", self.by_node(self.hidden_at(x, query)), W)
@@ -140,24 +145,26 @@ class Sublayer(Mapped):
     @property
     @abstractmethod
     def external(self) -> tuple[str, Float[Tensor, " d_model"] | None]:
-        """The constant that no node holds, b_O or b_out, and its name."""
+        """Name and value of the constant that belongs to no node, b_O or b_out."""
 
     @property
     @abstractmethod
     def edits(self) -> dict[str, Shift]:
-        """The user's edits inside the sublayer, by the stage they follow; no node holds them."""
+        """The user's edits inside the sublayer, by stage, such as "v". No node owns them."""
 
     def pull(
         self, y: Float[Tensor, "*many batch pos d_model"], effects: dict[str, Tensor]
     ) -> tuple[Float[Tensor, "*many batch pos d_model"], Tensor]:
-        """The adjoint, and what is left on its way to tell the readers apart.
+        """Apply the adjoint, and keep what tells the readers apart.
 
         Args:
             y: Covectors at the output.
-            effects: See :meth:`LinearMap.apply_t`.
+            effects: Dictionary that receives the part of each constant, as in
+                :meth:`LinearMap.apply_t`.
 
         Returns:
-            The covector at the input, and what is left.
+            The covectors at the input, and the covectors of the single readers: per head for
+            attention, the same covectors for an MLP.
         """
         covector = self.apply_t(y, effects)
         return covector, covector
@@ -169,19 +176,19 @@ class Sublayer(Mapped):
         query: Int[Tensor, " batch"],
         effects: dict[str, Tensor],
     ) -> tuple[Float[Tensor, "*many batch pos d_model"], Tensor]:
-        """The same where the covectors are zero but at one position per prompt, for less.
+        """The same as :meth:`pull` for covectors at one position per prompt, at lower cost.
 
         Args:
-            y: Covectors at the output there.
-            query: The positions, as tensor indices.
-            effects: See :meth:`LinearMap.apply_t`; of all positions.
+            y: Covectors at the output at this position.
+            query: Index of the position, per prompt [batch].
+            effects: Dictionary that receives the part of each constant, at all positions.
 
         Returns:
-            What :meth:`pull` returns.
+            Two tensors over all positions, as from :meth:`pull`.
         """
 
     def reads(self) -> tuple[Node, ...]:
-        """What reads the residual here: an MLP as a whole, a head by its values."""
+        """The readers of the residual here: an MLP as a whole, a head by its values."""
         return self.nodes()
 
     def read_at(
@@ -190,15 +197,15 @@ class Sublayer(Mapped):
         query: Int[Tensor, " batch"],
         y: Float[Tensor, "batch d_model"],
     ) -> Float[Tensor, "batch node pos"]:
-        """⟨y, what every node adds at one destination⟩, split over the positions it read.
+        """Split ⟨y, output of every node at one position⟩ over the positions that the node read.
 
         Args:
-            x: The sublayer's input (after its norm).
-            query: Destinations, as tensor indices.
-            y: A covector at the sublayer's output there.
+            x: Input of the sublayer, after its norm [batch, pos, d_model].
+            query: Index of the output position, per prompt [batch].
+            y: Covector at the output of the sublayer at this position [batch, d_model].
 
         Returns:
-            One row per node.
+            One row per node [batch, node, pos].
         """
         shares = x.new_zeros(x.shape[0], len(self.nodes()), x.shape[1])
         prompts = torch.arange(len(query), device=query.device)
@@ -206,10 +213,10 @@ class Sublayer(Mapped):
         return shares
 
     def outside(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """What is added that no node holds: b_O or b_out, and edits.
+        """The constants that belong to no node: b_O or b_out, and the user's edits.
 
         Returns:
-            The constants, carried to the sublayer's output, by name.
+            The constants by name, each carried to the output of the sublayer.
         """
         name, b = self.external
         found = {} if b is None else {name: self.frame.spread(b)}
@@ -232,4 +239,4 @@ def _push(x: Tensor, m: LinearMap) -> Tensor:
 
 
 def _unknown(node: Node, nodes: tuple[Node, ...]) -> ValueError:
-    return ValueError(f"no part {node} here; there are {nodes[0]} to {nodes[-1]}")
+    return ValueError(f"This sublayer has no node {node}. Its nodes are {nodes[0]} to {nodes[-1]}.")

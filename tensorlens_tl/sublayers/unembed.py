@@ -1,4 +1,4 @@
-"""The unembedding, frozen at one run."""
+"""The unembedding with its soft cap frozen at one run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from .weights import UnembedWeights
 
 @dataclass(frozen=True, eq=False)
 class Unembed(LinearMap):
-    """The readout (y W_U + b_U) ⊙ ratio: a soft cap's ratio cap(l) / l is frozen.
+    """The frozen readout (y W_U + b_U) ⊙ ratio, with the ratio cap(l) / l of a soft cap.
 
-    ``final`` is the run's own final normalized residual: where it is capped, the ratio is
-    computed from it on first use, since [pos, d_vocab] ratios are the largest frozen quantity.
+    The ratios [pos, d_vocab] are the largest frozen quantity. So they are computed on first use.
+
+    Attributes:
+        frame: Layout of the batch.
+        weights: Weights of the readout.
+        final: Final normalized residual of the run, from which the ratios follow.
     """
 
     frame: Frame

@@ -1,4 +1,4 @@
-"""Weights in one canonical layout, whatever the host: row vectors, x @ W. Referenced, never copied."""
+"""Weights in one layout for all hosts: row vectors, x @ W. They are referenced, never copied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class NormWeights:
-    """A norm's affine part x ⊙ (w + offset) + b; ``center`` tells LayerNorm from RMSNorm."""
+    """The affine part of a norm, x ⊙ (w + offset) + b.
+
+    Attributes:
+        w: The weight, or None for 1.
+        b: The bias, or None.
+        center: Whether the norm subtracts the mean, as LayerNorm does and RMSNorm does not.
+        offset: Number added to the weight (1 for Gemma).
+    """
 
     w: Float[Tensor, " d"] | None
     b: Float[Tensor, " d"] | None
@@ -20,15 +27,20 @@ class NormWeights:
 
     @property
     def gain(self) -> Float[Tensor, " d"] | None:
-        """The effective factor, or None for 1."""
+        """The factor w + offset, or None for 1."""
         return self.w if self.w is None or not self.offset else self.w + self.offset
 
 
 @dataclass(frozen=True, eq=False)
 class EmbedWeights:
-    """The embedding matrix, and the LayerNorm its rows pass (BLOOM) with its eps, or None.
+    """The embedding matrix, with the norm that BLOOM applies to its rows.
 
-    The rows that enter the residual are those, or multiples of them (Gemma scales).
+    The rows that enter the residual are these rows, or multiples of them (Gemma scales them).
+
+    Attributes:
+        W_E: The embedding matrix.
+        norm: The norm of the rows, or None.
+        eps: The ε of this norm.
     """
 
     W_E: Float[Tensor, "d_vocab d_model"]
@@ -36,7 +48,7 @@ class EmbedWeights:
     eps: float = 0.0
 
     def rows(self, ids: int | slice, dtype: torch.dtype) -> Float[Tensor, "*ids d_model"]:
-        """Rows as they leave the norm, if there is one."""
+        """Rows of the matrix, after the norm if there is one."""
         rows = self.W_E[ids].detach().to(dtype)
         if self.norm is None:
             return rows
@@ -44,7 +56,7 @@ class EmbedWeights:
         return torch.nn.functional.layer_norm(rows, rows.shape[-1:], w, b, self.eps)
 
     def mean(self, dtype: torch.dtype) -> Float[Tensor, " d_model"]:
-        """The mean of all rows."""
+        """The mean of all rows, after the norm if there is one."""
         if self.norm is None:
             return self.W_E.detach().mean(0, dtype=dtype)
         n, step = len(self.W_E), 4096
@@ -56,8 +68,8 @@ class EmbedWeights:
 class AttentionWeights:
     """Value and output matrices.
 
-    Under grouped-query attention there are fewer kv_heads than heads: query head h reads kv_head
-    h // (heads // kv_heads), and nothing is repeated.
+    Grouped-query attention has fewer key/value heads than query heads. Query head h then reads
+    key/value head h // (heads // kv_heads), and no matrix is repeated.
     """
 
     W_V: Float[Tensor, "kv_head d_model d_head"]
@@ -68,10 +80,15 @@ class AttentionWeights:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Rotary positions: the first widths of x become x ⊙ cos + quarter turn(x) ⊙ sin.
+    """Rotary positions: the first dimensions of x become x ⊙ cos + quarter turn(x) ⊙ sin.
 
-    Scores depend on differences of positions alone, so the rows serve a prompt wherever it starts.
-    ``adjacent`` tells which widths turn together: (0, 1), (2, 3), … or the two halves.
+    Scores depend only on differences of positions. So the same rows serve a prompt wherever it
+    starts in a padded batch.
+
+    Attributes:
+        cos: Cosines by position.
+        sin: Sines by position.
+        adjacent: Whether dimensions (0, 1), (2, 3), … turn together, and not the two halves.
     """
 
     cos: Float[Tensor, "pos rotary"]
@@ -81,12 +98,23 @@ class Rotation:
 
 @dataclass(frozen=True, eq=False)
 class ScoreWeights:
-    """Query and key matrices and how scores come from them: cap · tanh(q·k · scale / cap).
+    """Query and key matrices, and how scores come from them: cap · tanh(q·k · scale / cap).
 
-    ALiBi's slope · distance is subtracted where there are slopes, one per query head.
+    q = rotated(q_norm(x W_Q + b_Q)), and k in the same way. A part that a model lacks is None. The
+    operator needs no scores, because its patterns are frozen; query and key edges do.
 
-    q = rotated(q_norm(x W_Q + b_Q)), and k alike; what a model has none of is None. The operator
-    needs none of this, its patterns being frozen: only query and key edges do.
+    Attributes:
+        W_Q: Query matrix of every query head.
+        b_Q: Bias of the queries, or None.
+        W_K: Key matrix of every key/value head.
+        b_K: Bias of the keys, or None.
+        scale: Factor of q·k, usually 1 / √d_query.
+        soft_cap: Largest absolute score.
+        q_norm: Norm of the queries.
+        k_norm: Norm of the keys.
+        eps: The ε of these norms.
+        rotation: Rotary positions of queries and keys.
+        slopes: ALiBi's loss of score per position of distance, one per query head.
     """
 
     W_Q: Float[Tensor, "head d_model d_query"]
@@ -104,7 +132,7 @@ class ScoreWeights:
 
 @dataclass(frozen=True, eq=False)
 class MLPWeights:
-    """An MLP: act(x W_in + b_in) W_out + b_out; ``ln`` is SoLU's norm between act and W_out."""
+    """A plain MLP, act(x W_in + b_in) W_out + b_out; ``ln`` is the norm of SoLU models."""
 
     W_in: Float[Tensor, "d_model d_mlp"]
     b_in: Float[Tensor, " d_mlp"] | None
@@ -130,7 +158,7 @@ class GatedMLPWeights:
 
 @dataclass(frozen=True, eq=False)
 class UnembedWeights:
-    """The readout cap(y W_U + b_U), with cap(l) = soft_cap · tanh(l / soft_cap) where there is one."""
+    """The readout cap(y W_U + b_U), where cap(l) = soft_cap · tanh(l / soft_cap), or l."""
 
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"] | None
@@ -141,7 +169,7 @@ class UnembedWeights:
 class BlockWeights:
     """One block: x + ln1_post(attn(ln1(x))), then the same with ln2 and mlp.
 
-    In a parallel block both branches read the same residual. An absent norm is None.
+    In a parallel block both branches read the same residual. A norm that a model lacks is None.
     """
 
     attn: AttentionWeights
@@ -155,7 +183,7 @@ class BlockWeights:
 
 @dataclass(frozen=True, eq=False)
 class ModelWeights:
-    """All weights the operator uses, referenced from the model."""
+    """All weights that the operator uses."""
 
     blocks: tuple[BlockWeights, ...]
     ln_final: NormWeights | None

@@ -515,7 +515,7 @@ HEADER_EDITS = {
     "norm as attention": (_set(*BLOCK, "attn", "$", "Norm"), "Norm has no"),
     "weights of another class": (_set(*BLOCK, "attn", "weights", "$", "NormWeights"), "NormWeights has no"),
     "wide weights": (_set(*BLOCK, "attn", "weights", "W_O", "shape", [4, 8, 33]), "expected shape"),
-    "heads": (_set(*BLOCK, "attn", "weights", "W_O", "shape", [5, 8, 32]), "maps do not fit"),
+    "heads": (_set(*BLOCK, "attn", "weights", "W_O", "shape", [5, 8, 32]), "Two maps do not fit"),
     "layer": (_set(*BLOCK, "attn", "layer", "0"), "expected <class 'int'>, got str"),
     "model name": (_set("capture", "model_name", 1), "expected <class 'str'>, got int"),
     "no key": (_set("capture", "embed", {"$": "tensor", "dtype": "float64", "shape": [2, 7, 32],

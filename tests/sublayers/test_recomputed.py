@@ -469,16 +469,16 @@ def test_scores_that_no_hook_shows_are_refused(flag, monkeypatch):
 
 def test_scores_are_checked():
     for wrong in ({"scale": math.nan}, {"soft_cap": 0.0}, {"soft_cap": -1.0}):
-        with pytest.raises(ValueError, match="expected a finite scale and a positive soft cap"):
+        with pytest.raises(ValueError, match="Give a finite scale and a positive soft cap"):
             Scores(**{"scale": 1.0, **wrong})
     for wrong in ({"window": 0}, {"window": 3, "causal": False}):
-        with pytest.raises(ValueError, match="expected a window of at least 1 in causal"):
+        with pytest.raises(ValueError, match="Give a window of at least 1, and causal"):
             Scores(1.0, **wrong)
-    with pytest.raises(ValueError, match="expected slopes in causal attention"):
+    with pytest.raises(ValueError, match="Give slopes with causal attention only"):
         Scores(1.0, causal=False, slopes=(0.5,))
     frame = Frame(((0, 2),), 2, torch.float64, torch.device("cpu"))
-    with pytest.raises(ValueError, match="expected queries and keys of the same positions"):
+    with pytest.raises(ValueError, match="do not fit. Give the same positions"):
         RecomputedMix.of(frame, torch.ones(1, 2, 3, 4), torch.ones(1, 2, 2, 4), Scores(1.0), 4)
-    with pytest.raises(ValueError, match="expected a slope for each of 3 heads"):
+    with pytest.raises(ValueError, match="slopes were given for 3 heads"):
         x = torch.ones(1, 2, 3, 4)
         RecomputedMix.of(frame, x, x, Scores(1.0, slopes=(0.5, 0.5)), 4)

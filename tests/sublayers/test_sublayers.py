@@ -32,7 +32,7 @@ def test_ratio_times_z_is_the_activation(act):
 
 
 def test_an_unknown_activation_is_refused():
-    with pytest.raises(ValueError, match=r"'swoosh'; known: relu"):
+    with pytest.raises(ValueError, match=r"'swoosh' is not known. Use one of relu"):
         gating_ratio("swoosh", torch.zeros(1))
 
 
@@ -62,7 +62,7 @@ def test_parts_sum_to_the_whole(case):
         total = total if external is None else total + external
         assert (name in sub.constants()) == (external is not None)
         assert (total - sub.bias).abs().max() <= 1e-10 * sub.bias.abs().max().clamp_min(1)
-        with pytest.raises(ValueError, match="no part L9H9 here"):
+        with pytest.raises(ValueError, match="has no node L9H9"):
             sub.part(type(sub.nodes()[0])("head", 9, 9))
 
 
