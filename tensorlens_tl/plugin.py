@@ -1,11 +1,13 @@
-"""The way in: ``capture`` and the ``run_with_tensorlens`` method of the host classes.
+"""The way in: ``capture``, and the ``run_with_tensorlens`` method of the host classes.
 
-Importing this file imports neither torch nor a host: the host classes get their method when they
-are imported, before or after the plugin.
+Importing this file imports neither torch nor a host. The host classes get their method when they
+are imported, whether that is before or after this file.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from .lens import TensorLens
 
 METHOD = "run_with_tensorlens"
+"""Name of the method that host classes get."""
 
 _HOSTS = {
     "transformer_lens.HookedTransformer": "HookedTransformer",
@@ -41,49 +44,89 @@ def capture(
 ) -> tuple[Tensor, TensorLens]:
     """Run a model once and return its logits with the run's TensorLens.
 
+    The model runs as usual, in one forward pass. Attention patterns, normalization scales and
+    activation ratios are frozen at the values of this run. What is left is one affine map from the
+    embedded prompt to the logits: the operator. The lens holds the operator and tells where a logit
+    comes from. The run is checked against the model's own activations while it is recorded.
+
+    On a TransformerLens model, ``model.run_with_tensorlens(input, ...)`` is the same call.
+
     Args:
-        model: A ``HookedTransformer`` or a ``TransformerBridge``; where the Bridge is installed
-            also
-            a Hugging Face causal language model, which is then wrapped *in place* (see
-            :func:`wrap`).
-        input: A string, a list of strings (padded by the host), or token ids [pos] or [batch, pos];
-            padded ids need their ``attention_mask``.
-        gate: How gated MLPs are made linear: "gate", "up" or "half" (:class:`Convention`).
-        dtype: Compute dtype of the operator, float32 or float64; by default float32, or the
-            model's own where that is wider.
-        pattern: "stored" keeps every layer's heads × L² pattern; "recomputed" keeps queries and
-            keys, and recomputes the pattern block by block wherever it is used: for long prompts.
-            The numbers are the same to rounding; the logits carry no graph.
-        tokenizer: For a Hugging Face model only.
-        noise_floor: For a bfloat16 or float16 model: whether to run the prompt on a float32 copy of
-            it, too, so that ``lens.completeness_error`` is shown beside the model's own rounding.
-            It costs the copy's memory and a second run; the model itself is not touched.
-        **kwargs: The model's own arguments, such as ``prepend_bos`` or ``padding_side``.
+        model: Model to run: a ``HookedTransformer``, a ``TransformerBridge``, or a Hugging Face
+            causal language model. A Hugging Face model is wrapped by a Bridge *in place*; see
+            :func:`wrap`.
+        input: Prompt or prompts: a string, a list of strings, or token ids [pos] or [batch, pos].
+            Strings are tokenized and padded by the model. Padded ids need ``attention_mask=``.
+        gate: Frozen factor of a gated MLP act(g) ⊙ u. "gate" freezes act(g), "up" freezes u, and
+            "half" takes half of each; see :class:`Convention`. Models without gated MLPs ignore
+            the argument.
+        dtype: Dtype in which the lens computes, ``torch.float32`` or ``torch.float64``. None is
+            float32, or the model's own dtype where that is wider.
+        pattern: How attention patterns are kept. "stored" keeps n_heads × pos² numbers per layer.
+            "recomputed" keeps queries and keys instead, and makes patterns anew where they are
+            used: for long prompts. The results are the same to rounding, but the returned logits
+            then carry no autograd graph.
+        tokenizer: Tokenizer of a Hugging Face model, for text prompts. Leave it None for a
+            TransformerLens model, which has its own.
+        noise_floor: Whether to measure how much a bfloat16 or float16 model rounds. The prompt
+            then also runs on a float32 copy of the model, and the lens shows its own error beside
+            the model's rounding. It costs the memory of the copy and a second run.
+        **kwargs: Arguments of the model, such as ``prepend_bos`` or ``padding_side``.
 
     Returns:
-        The logits [batch, pos, d_vocab] exactly as the model returned them, and the lens.
+        The logits [batch, pos, d_vocab], exactly as the model returned them, and the lens.
 
     Raises:
-        ValueError: On bad input; the message says what was expected, what came and what to do.
+        ValueError: If an argument is wrong. The message says what is wrong and what to do.
         UnsupportedArchitectureError: If the model cannot be frozen exactly.
         CaptureMismatchError: If the run is not what the operator would compute.
+
+    Example:
+        >>> from tensorlens_tl import capture, demo
+        >>> model = demo.load_model()
+        >>> logits, lens = capture(model, "The capital of France is")
+        >>> model.tokenizer.decode([int(logits[0, -1].argmax())])
+        'Paris'
+        >>> lens
+        TensorLens(tensorlens_tl demo, 6 tokens, 4 layers × 4 heads, capture check ...)
+        >>> lens.attribute("Paris", versus="Rome").top(1)
+        [('"France"@4', 11.08...)]
     """
-    from .hosts import freeze, hosted
+    from .hosts import as_host, freeze
     from .lens import TensorLens
 
     logits, captured = freeze(
-        hosted(model, tokenizer), input,
-        gate=gate, dtype=dtype, pattern=pattern, noise_floor=noise_floor, **kwargs,
-    )  # fmt: skip
+        as_host(model, tokenizer),
+        input,
+        gate=gate,
+        dtype=dtype,
+        pattern=pattern,
+        noise_floor=noise_floor,
+        **kwargs,
+    )
     lens = TensorLens(captured, captured.versions())
     if noise_floor:
-        _ = lens.completeness_error  # now known, so that its repr shows both
+        _ = lens.completeness_error  # computed now, so that the lens's repr shows both errors
     return logits, lens
 
 
 def _run_with_tensorlens(self: Any, input: Any, **kwargs: Any) -> tuple[Tensor, TensorLens]:
-    """Like ``run_with_cache``: the logits, and the run's TensorLens. See ``tensorlens_tl.capture``."""
     return capture(self, input, **kwargs)
+
+
+def _describe(method: Any) -> None:
+    """Give the method the name, parameters and docstring that ``help`` shows: those of capture."""
+    signature = inspect.signature(capture)
+    _, *parameters = [p for name, p in signature.parameters.items() if name != "tokenizer"]
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = signature.replace(parameters=[self, *parameters])
+    method.__name__ = method.__qualname__ = METHOD
+    # The model is the method's self, and has a tokenizer: neither is an argument here.
+    entries = r"\n {8}(?:model|tokenizer): .*(?:\n {12}.*)*"
+    method.__doc__ = re.sub(entries, "", capture.__doc__ or "")
+
+
+_describe(_run_with_tensorlens)
 
 
 def _patch(class_name: str, module: Any) -> None:
@@ -94,7 +137,18 @@ def _patch(class_name: str, module: Any) -> None:
 
 
 def install() -> None:
-    """Give every host class its ``run_with_tensorlens``, now or when it is imported. Idempotent."""
+    """Give every TransformerLens model class its ``run_with_tensorlens`` method.
+
+    Classes that are imported later get the method then. Importing the package calls this function;
+    calling it again changes nothing.
+
+    Example:
+        >>> import tensorlens_tl
+        >>> from tensorlens_tl import demo
+        >>> tensorlens_tl.install()
+        >>> hasattr(demo.load_model(), "run_with_tensorlens")
+        True
+    """
     global _installed, _registered
     _installed = True
     import sys
@@ -110,7 +164,18 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Take the method off again, and off classes yet to be imported. Idempotent."""
+    """Take ``run_with_tensorlens`` off every class again, also off classes imported later.
+
+    :func:`capture` goes on to work. Calling the function again changes nothing.
+
+    Example:
+        >>> import tensorlens_tl
+        >>> from tensorlens_tl import demo
+        >>> tensorlens_tl.uninstall()
+        >>> hasattr(demo.load_model(), "run_with_tensorlens")
+        False
+        >>> tensorlens_tl.install()
+    """
     global _installed
     _installed = False
     while _patched:

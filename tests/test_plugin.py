@@ -1,7 +1,9 @@
 """The method on the host classes: there before or after the host's import, and off again."""
 
+import re
 import subprocess
 import sys
+from inspect import signature
 
 import pytest
 from models import SHAPES, HookedTransformer, build_bridge_from_module
@@ -38,5 +40,10 @@ def test_either_order_of_import_and_off_and_on_again():
 def test_every_model_has_the_method(case):
     method = type(case.model()).run_with_tensorlens
     assert "TensorLens" in method.__doc__
+    ours, theirs = signature(method).parameters, signature(tensorlens_tl.capture).parameters
+    assert list(ours) == ["self", *(n for n in theirs if n not in ("model", "tokenizer"))]
+    assert all(ours[name] == theirs[name] for name in list(ours)[1:])
+    documented = set(re.findall(r"^ {8}\**(\w+): ", method.__doc__.split("Returns:")[0], re.M))
+    assert documented == set(ours) - {"self"}
     tensorlens_tl.install()
     assert type(case.model()).run_with_tensorlens is method
