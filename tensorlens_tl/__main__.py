@@ -1,9 +1,14 @@
-"""The command line: explain a model's prediction.
+"""The command line: explain a prediction, or test which method names the tokens it needs.
 
 ``tensorlens-tl [--model NAME_OR_FOLDER] [--target T] [--versus T] [--by token|component] [PROMPT]``
 ``tensorlens-tl evaluate [--model NAME_OR_FOLDER] [--protocol P …] [--methods M …] [--file PROMPTS]``
 
-Without a model it is the bundled demo model, and without a prompt one that the demo model knows.
+Without ``--model`` the bundled demo model runs. Without a prompt it runs on one that it knows.
+
+1. Parse the arguments; ``--help`` needs neither torch nor a host.
+2. Read the prompt, and load the model.
+3. Capture one run and make the tables, or evaluate methods on many prompts.
+4. Print text or JSON on standard output, and everything else on standard error.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ DEMO_PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The argument parser."""
+    """Make the argument parser of the main command."""
     p = argparse.ArgumentParser(
         prog="tensorlens-tl",
         description="Explain a transformer's next-token prediction with the TensorLens operator: "
@@ -53,8 +58,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
+    Args:
+        argv: Arguments after the program's name. None takes those of the process.
+
     Returns:
-        0, or 2 after a user error (told in one sentence on standard error).
+        0, or 2 after a user error, which is reported on standard error.
     """
     argv = sys.argv[1:] if argv is None else argv
     evaluating = argv[:1] == [EVALUATE]
@@ -77,9 +85,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def explain(args: argparse.Namespace) -> dict[str, Any]:
-    """Load, capture, attribute: everything the command prints, as plain data."""
+    """Load, capture and attribute: give everything that the command prints, as plain data."""
     if args.top < 1:
-        raise ValueError(f"expected --top ≥ 1, got {args.top}")
+        raise ValueError(f"--top {args.top} is below 1. Ask for at least one component.")
     prompt = read_prompt(args)
     model = _load(args)
     from .plugin import capture
@@ -123,7 +131,7 @@ def explain(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
-    """The argument parser of ``evaluate``."""
+    """Make the argument parser of ``evaluate``."""
     p = argparse.ArgumentParser(
         prog=f"tensorlens-tl {EVALUATE}",
         description="Mask the tokens that each method names, run the real model, and see what is left "
@@ -137,14 +145,28 @@ def evaluate_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="hub name, or local folder (default: the bundled demo model)")
     p.add_argument("--kind", choices=("bridge", "hooked"), help="host class")
     p.add_argument("--dtype", choices=DTYPES, help="run the model in this dtype")
-    p.add_argument("--protocol", nargs="+", default=["perturbation"], metavar="P",
-                   help="perturbation (the default), morf_lerf, insertion_deletion, eraser, naopc, "
-                   "leave_one_out; several give a table of all")  # fmt: skip
-    p.add_argument("--methods", nargs="+", default=list(DEMO_METHODS), metavar="M",
-                   help=f"whose scores (default: {' '.join(DEMO_METHODS)}); an unknown one lists "
-                   "them all")  # fmt: skip
-    p.add_argument("--masking", nargs="+", default=["delete"], metavar="HOW",
-                   help="delete (the default), token, mean")  # fmt: skip
+    p.add_argument(
+        "--protocol",
+        nargs="+",
+        default=["perturbation"],
+        metavar="P",
+        help="perturbation (the default), morf_lerf, insertion_deletion, eraser, naopc, "
+        "leave_one_out; several give a table of all",
+    )
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(DEMO_METHODS),
+        metavar="M",
+        help=f"methods to test (default: {' '.join(DEMO_METHODS)}); an unknown name lists them all",
+    )
+    p.add_argument(
+        "--masking",
+        nargs="+",
+        default=["delete"],
+        metavar="HOW",
+        help="delete (the default), token, mean",
+    )
     p.add_argument("--preset", help="fractions: tensorlens, chefer, eraser or full")
     p.add_argument(
         "--metric", default="probability", help="or log_odds, logit, logit_diff, agreement"
@@ -155,48 +177,57 @@ def evaluate_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--file", type=Path, help="prompts, one a line (default: standard input)")
     p.add_argument("--task", default="ioi", help="the demo model's own prompts (default: ioi)")
-    p.add_argument("--n", type=int, default=20, help="how many of them (default: 20)")
+    p.add_argument("--n", type=int, default=20, help="number of these prompts (default: 20)")
     p.add_argument("--keep-last", action="store_true", help="never mask the last token")
-    p.add_argument("--batch-size", type=int, default=64, help="masked prompts run at once")
-    p.add_argument("--seed", type=int, default=0, help="of prompts, ties and intervals")
+    p.add_argument(
+        "--batch-size", type=int, default=64, help="number of masked prompts run at once"
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of prompts, ties and intervals")
     p.add_argument("--json", action="store_true", help="print JSON, every prompt's numbers")
     return p
 
 
 def evaluation(args: argparse.Namespace) -> str:
-    """Run ``evaluate``: its table or JSON as text."""
+    """Run ``evaluate`` and give the table, or the JSON, as text."""
     prompts = read_prompts(args)
     model = _load(args)
     from .evaluation import evaluate
 
     found = evaluate(
-        model, prompts, args.methods, args.protocol, args.masking, preset=args.preset,
-        metric=args.metric, target=_token(args.target), versus=_token(args.versus), seed=args.seed,
-        keep_last=args.keep_last, batch_size=args.batch_size, progress=True,
-    )  # fmt: skip
+        model,
+        prompts,
+        args.methods,
+        args.protocol,
+        args.masking,
+        preset=args.preset,
+        metric=args.metric,
+        target=_token(args.target),
+        versus=_token(args.versus),
+        seed=args.seed,
+        keep_last=args.keep_last,
+        batch_size=args.batch_size,
+        progress=True,
+    )
     return found.to_json() if args.json else repr(found)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts that were given, of a file, of standard input, or the demo model's own.
+    """Read the prompts: arguments, a file, standard input, or the demo model's own.
+
+    Args:
+        args: Parsed arguments of ``evaluate``.
 
     Returns:
-        Those given, or one for each line that is not blank.
+        The arguments, or one prompt for each line that is not blank.
 
     Raises:
-        ValueError: If there are none, or both some and a file.
+        ValueError: If there are no prompts, or both prompts and a file.
     """
     if args.prompts and args.file is not None:
-        raise ValueError("expected prompts or --file, got both: leave one out")
+        raise ValueError("Prompts and --file were both given. Drop one of them.")
     if args.prompts:
         return args.prompts
-    if args.file is not None:
-        try:
-            text = args.file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the prompt file {args.file}: {error}") from None
-    else:
-        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    text = _standard_input() if args.file is None else _file_text(args.file)
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts and args.file is None and args.model is None:
         from .demo import prompts as drawn
@@ -204,9 +235,22 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts = [pair.clean for pair in drawn(args.task, args.n, args.seed)]
     if not prompts:
         raise ValueError(
-            "expected prompts: as arguments, or one a line in --file or on standard input"
+            "There are no prompts. Pass them as arguments, or one per line in --file or on "
+            "standard input."
         )
     return prompts
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--file {path} cannot be read ({error}). Pass a text in UTF-8.") from None
+
+
+def _standard_input() -> str:
+    """Standard input where it is piped, and nothing where a person would have to type."""
+    return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
 
 
 def _token(text: str | None) -> str | int | None:
@@ -231,35 +275,35 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt: an argument, a file, or standard input.
+    """Read the prompt: an argument, a file, or standard input.
+
+    Args:
+        args: Parsed arguments of the main command.
 
     Returns:
-        The text, without its last line break.
+        The text, without the last line break.
 
     Raises:
-        ValueError: If there is none, or two.
+        ValueError: If there is no prompt, or both a prompt and a file.
     """
     if args.file is not None and args.prompt is not None:
-        raise ValueError("expected a prompt or --file, got both")
+        raise ValueError("A prompt and --file were both given. Drop one of them.")
     if args.file is not None:
-        try:
-            text = args.file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the prompt file {args.file}: {error}") from None
+        text = _file_text(args.file)
     elif args.prompt in (None, "-"):
-        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+        text = _standard_input()
     else:
         text = args.prompt
     text = text.rstrip("\n")
     if args.model is None and args.prompt is None and args.file is None and not text.strip():
         return DEMO_PROMPT
     if not text.strip():
-        raise ValueError("the prompt is empty: pass a text, --file, or standard input")
+        raise ValueError("The prompt is empty. Pass a text, --file, or standard input.")
     return text
 
 
 def unknown_words(tokenizer: Any, text: str) -> list[str]:
-    """Words of a text that the tokenizer has no token for."""
+    """List the words of a text for which the tokenizer has no token."""
     unk = getattr(tokenizer, "unk_token_id", None)
     if unk is None:
         return []
@@ -279,7 +323,7 @@ def _rows(table: Any) -> list[dict[str, Any]]:
 
 
 def render(report: dict[str, Any], top: int) -> str:
-    """The report as text."""
+    """Turn a report into text."""
     lines = [f"{report['lens']}, {report['host']}", "", report["prompt"], "", "Predictions"]
     for p in report["predictions"]:
         lines.append(f"  {p['token']!r:<16} logit {p['logit']:8.3f}   {p['prob']:6.1%}")

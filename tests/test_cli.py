@@ -71,13 +71,13 @@ def test_json_from_standard_input_and_file(tmp_path, capsys, monkeypatch):
     ("args", "message"),
     [
         (["--target", " Mary", PROMPT], "' Mary' is 4 tokens"),
-        ([" "], "the prompt is empty"),
-        (["--file", "/no/such/file"], "cannot read the prompt file"),
-        (["--file", "x", PROMPT], "a prompt or --file, got both"),
-        (["--top", "0", PROMPT], "expected --top ≥ 1, got 0"),
+        ([" "], "The prompt is empty"),
+        (["--file", "/no/such/file"], "--file /no/such/file cannot be read"),
+        (["--file", "x", PROMPT], "A prompt and --file were both given"),
+        (["--top", "0", PROMPT], "--top 0 is below 1"),
     ],
 )
-def test_user_errors_exit_2_with_one_sentence(args, message, capsys):
+def test_user_errors_exit_2_with_a_message(args, message, capsys):
     assert main(["--model", str(FOLDER), *args]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -202,13 +202,13 @@ def test_evaluate_draws_the_demo_s_own_prompts(monkeypatch, capsys):
         (["--masking", "blur"], "masking='blur' does not exist"),
         (["--preset", "atad"], "preset='atad' does not exist"),
         (["--target", "John"], "target='John' is predicted by no prompt"),
-        (["--file", "/no/such/file"], "cannot read the prompt file"),
-        (["--file", os.devnull], "expected prompts: as arguments, or one a line"),
-        (["a", "--file", os.devnull], "expected prompts or --file, got both"),
-        (["--n", "0", "--file", "-"], "cannot read the prompt file -"),
+        (["--file", "/no/such/file"], "--file /no/such/file cannot be read"),
+        (["--file", os.devnull], "There are no prompts. Pass them as arguments, or one per line"),
+        (["a", "--file", os.devnull], "Prompts and --file were both given"),
+        (["--n", "0", "--file", "-"], "--file - cannot be read"),
     ],
 )
-def test_evaluate_s_user_errors_exit_2_with_one_sentence(args, message, monkeypatch, capsys):
+def test_evaluate_s_user_errors_exit_2_with_a_message(args, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(PAIR))
     assert main(["evaluate", *args]) == 2
     captured = capsys.readouterr()
