@@ -2,11 +2,14 @@
 
 >>> import tensorlens_tl
 >>> from tensorlens_tl import demo
->>> logits, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+>>> model = demo.load_model()
+>>> logits, lens = model.run_with_tensorlens("The capital of France is")
 >>> lens.attribute("Paris").top(1)
+[('"France"@4', 15.58...)]
 
-Importing the package gives TransformerLens's model classes that method (``uninstall`` takes it
-off) and imports neither torch nor a host: the names below are loaded when they are first used.
+Importing the package gives TransformerLens's model classes the method ``run_with_tensorlens``;
+``uninstall`` takes the method off again. The import loads neither torch nor a host. The names below
+are loaded when they are first used.
 """
 
 from __future__ import annotations
