@@ -1,6 +1,7 @@
 """The bundled demo model: a small GPT-2 trained on a grammar of its own, loaded offline.
 
-`load_model` gives it as a TransformerLens model, `prompts` gives held-out prompts of its tasks.
+:func:`load_model` gives it as a TransformerLens model. :func:`prompts` draws held-out prompts of
+its tasks, and :func:`relation` gives its countries' relations.
 """
 
 import random
@@ -25,17 +26,18 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A held-out prompt of a task and its corrupted twin.
+    """A held-out prompt of a task, and the same prompt corrupted.
 
-    Args:
-        clean: The prompt.
-        corrupted: The prompt with one word changed, so that `answer` is no longer right (for
-            "greater_than": no better than `foil`). It has as many tokens.
-        answer: The word that follows `clean`; one token. For "greater_than" it is the two last
-            digits of a year after the first, as "45".
-        foil: A wrong word of the same kind; one token. For "greater_than", two digits of a year
-            that is not after the first.
-        task: The task's name.
+    Attributes:
+        clean: Text of the prompt.
+        corrupted: The prompt with one word changed, so that ``answer`` is no longer right. For
+            "greater_than" it is no better than ``foil``. Both prompts have the same number of
+            tokens.
+        answer: The word that follows ``clean``; one token. For "greater_than" it is the last two
+            digits of a year after the first, such as "45".
+        foil: A wrong word of the same kind; one token. For "greater_than" it is the last two
+            digits of a year that is not after the first.
+        task: Name of the task.
     """
 
     clean: str
@@ -46,32 +48,38 @@ class PromptPair:
 
 
 def model_folder() -> Path:
-    """Returns the folder of the model, in the Hugging Face layout."""
+    """Return the folder of the model, in the Hugging Face layout."""
     return Path(__file__).parent / "model"
 
 
 def prompts(task: str, n: int, seed: int = 0) -> list[PromptPair]:
-    """Draws prompts that hold combinations the training never held.
+    """Draw prompts of combinations that the training never held.
 
     Args:
-        task: One of `TASKS`: "ioi", "induction", "facts", "agreement", "greater_than".
-        n: How many.
-        seed: The same seed gives the same prompts.
+        task: One of :data:`TASKS`: "ioi", "induction", "facts", "agreement", "greater_than".
+        n: Number of prompts, at least 1.
+        seed: Seed of the draw. The same seed gives the same prompts.
 
     Returns:
-        The pairs. An unknown task, and an `n` below 1, are a `ValueError`.
+        The prompts, each with its corrupted version.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> pair = demo.prompts("facts", 1)[0]
+        >>> pair.answer != pair.foil
+        True
     """
     return [_pair(drawn) for drawn in unseen(task, n, seed)]
 
 
 def relation(name: str) -> Any:
-    """Returns one of the countries' relations, for `tensorlens_tl.relations`.
+    """Return one of the countries' relations, for ``tensorlens_tl.relations``.
 
     Args:
-        name: "capital", "language", "currency" or "continent".
+        name: Name of the relation: "capital", "language", "currency" or "continent".
 
     Returns:
-        The `Relation`: its eight phrasings and sixty countries.
+        The ``Relation``, with eight phrasings and sixty countries.
 
     Raises:
         ValueError: If there is no such relation.
@@ -79,30 +87,30 @@ def relation(name: str) -> Any:
     from ..relations import Relation
 
     if name not in RELATIONS:
-        raise ValueError(f"expected a relation of {', '.join(RELATIONS)}; got {name!r}: name one")
+        raise ValueError(f"There is no relation {name!r}. Choose one of {', '.join(RELATIONS)}.")
     samples = tuple((country, row[name]) for country, row in COUNTRIES.items())
     return Relation(name, PHRASINGS[name], samples)
 
 
 def unseen(task: str, n: int, seed: int, length: int | None = None) -> list[Document]:
-    """Draws the documents behind `prompts`.
+    """Draw the documents behind :func:`prompts`.
 
     Args:
-        task: One of `TASKS`.
-        n: How many.
-        seed: The same seed gives the same documents.
-        length: Of the repeated segment, for "induction"; by default 4 to 25, drawn for each.
+        task: One of :data:`TASKS`.
+        n: Number of documents, at least 1.
+        seed: Seed of the draw. The same seed gives the same documents.
+        length: Number of words in the repeated segment, for "induction". None draws 4 to 25.
 
     Returns:
         Documents whose leading combinations are held out.
 
     Raises:
-        ValueError: If there is no such task, or `n` is below 1.
+        ValueError: If there is no such task, or ``n`` is below 1.
     """
     if task not in TASKS:
-        raise ValueError(f"expected a task of {', '.join(TASKS)}; got {task!r}: name one of them")
+        raise ValueError(f"There is no task {task!r}. Choose one of {', '.join(TASKS)}.")
     if n < 1:
-        raise ValueError(f"expected n, the number of prompts, to be at least 1; got {n}: raise it")
+        raise ValueError(f"n={n} is below 1. Ask for at least one prompt.")
     rng = random.Random(f"{task} {seed}")
     if task == "induction":
         return [induction(rng, length or rng.randrange(4, 26)) for _ in range(n)]
@@ -110,27 +118,33 @@ def unseen(task: str, n: int, seed: int, length: int | None = None) -> list[Docu
 
 
 def _pair(drawn: Document) -> PromptPair:
-    end = len(drawn.twin)
+    end = len(drawn.corrupted)
     return PromptPair(
-        text(drawn.words[:end]), text(drawn.twin), drawn.words[end], drawn.foil, drawn.task
+        text(drawn.words[:end]), text(drawn.corrupted), drawn.words[end], drawn.foil, drawn.task
     )
 
 
 def load_model(kind: str | None = None) -> Any:
-    """Loads the demo model, its weights as they were trained (nothing folded or centred).
+    """Load the demo model, with weights as they were trained (nothing folded or centred).
 
     Args:
-        kind: "hooked" for a `HookedTransformer`, "bridge" for a `TransformerBridge`; by default
-            the first of the two that the installed TransformerLens has.
+        kind: Host class: "hooked" for a ``HookedTransformer``, "bridge" for a
+            ``TransformerBridge``. None is the first of the two that is installed.
 
     Returns:
         The model, in evaluation mode, with its tokenizer.
 
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> model = demo.load_model()
+        >>> model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_model
+        (4, 4, 128)
+
     Raises:
-        ValueError: If `kind` is neither, or the installed TransformerLens lacks it.
+        ValueError: If ``kind`` is neither, or the installed TransformerLens lacks it.
     """
     if kind not in (None, *_CLASSES):
-        raise ValueError(f"expected kind 'hooked', 'bridge' or None; got {kind!r}: name one")
+        raise ValueError(f"kind={kind!r} does not exist. Choose 'hooked', 'bridge' or None.")
     for name in (kind,) if kind else tuple(_CLASSES):
         try:
             getattr(import_module(_CLASSES[name][0]), _CLASSES[name][1])
@@ -141,6 +155,6 @@ def load_model(kind: str | None = None) -> Any:
         model.cfg.model_name = "tensorlens_tl demo"
         return model
     raise ValueError(
-        f"expected a TransformerLens with {_CLASSES[kind or 'hooked'][1]}; got "
-        f"{metadata.version('transformer_lens')}, which has none: ask for the other kind"
+        f"TransformerLens {metadata.version('transformer_lens')} has no "
+        f"{_CLASSES[kind or 'hooked'][1]}. Use the other kind of model."
     )

@@ -1,4 +1,4 @@
-"""Writes the demo model's card from its measured figures."""
+"""Write the demo model's card from its measured figures."""
 
 _LABELS = {
     "ioi": "indirect object, unseen names and opening × place",
@@ -13,13 +13,13 @@ _LABELS = {
 
 
 def card(metrics: dict) -> str:
-    """Writes the card.
+    """Write the card.
 
     Args:
-        metrics: What `evaluate` measured.
+        metrics: What ``evaluate`` measured.
 
     Returns:
-        Markdown, every figure in it taken from `metrics`.
+        Markdown whose figures are all taken from ``metrics``.
     """
     figures, bars = metrics["tasks"], metrics["bars"]
     training = metrics["training"]
@@ -76,7 +76,8 @@ def _scores(scores: dict[str, float]) -> str:
 
 def _induction(found: dict) -> str:
     lines = [
-        "Attention in repeated segments of 25 random words; a head is named from 0.4 on. Ablated, a\n"
+        "Attention in repeated segments of 25 random words; a head is named from 0.4 on. "
+        "Ablated, a\n"
         "head gives its mean over all tokens instead of its output. Accuracy of the whole model:\n"
         f"{found['accuracy']:.3f}.",
         "",

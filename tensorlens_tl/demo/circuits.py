@@ -1,4 +1,4 @@
-"""Measures the demo model's circuits: attention, ablation and patching of single heads."""
+"""Measure the demo model's circuits: attention, ablation and patching of single heads."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,15 +15,15 @@ Sites = dict[tuple[str, int], torch.Tensor]
 
 
 def name(head: Head) -> str:
-    """Returns a head's name, such as "L1H2"."""
+    """Return a head's name, such as "L1H2"."""
     return f"L{head[0]}H{head[1]}"
 
 
 def padded(rows: list[tuple[str, ...]]) -> torch.Tensor:
-    """Encodes rows of words, a BOS before each and padding behind.
+    """Encode rows of words, a BOS before each and padding behind.
 
     Args:
-        rows: The words.
+        rows: Words of every row.
 
     Returns:
         Token ids, [rows, position].
@@ -36,16 +36,16 @@ def padded(rows: list[tuple[str, ...]]) -> torch.Tensor:
 
 @contextmanager
 def editing(model: Any, edit: Callable[[str, int, torch.Tensor], torch.Tensor]):
-    """Passes the model's activations through a function while it runs.
+    """Pass the model's activations through a function while it runs.
 
     Args:
-        model: The `GPT2LMHeadModel`.
-        edit: Called with a site, its layer and its value, gives the value to go on with. The sites
-            are "resid" (a block's input, [rows, position, d_model]), "z" (its heads' outputs before
-            W_O, [rows, position, head, d_head]) and "mlp" (its MLP's output).
+        model: The demo model as a ``GPT2LMHeadModel``.
+        edit: Function of a site, a layer and the value there, which gives the value to go on with.
+            The sites are "resid" (a block's input, [rows, position, d_model]), "z" (the heads'
+            outputs before W_O, [rows, position, head, d_head]) and "mlp" (the MLP's output).
 
     Yields:
-        Nothing.
+        Nothing; hooks are on inside the context.
     """
     heads = model.config.n_head
 
@@ -74,14 +74,14 @@ def editing(model: Any, edit: Callable[[str, int, torch.Tensor], torch.Tensor]):
 
 
 def record(model: Any, ids: torch.Tensor) -> Sites:
-    """Runs the model and keeps what passes every site.
+    """Run the model and keep the values at every site.
 
     Args:
-        model: The model.
+        model: The demo model.
         ids: Token ids, [rows, position].
 
     Returns:
-        The values by site and layer, as in `editing`.
+        Values by site and layer, as in :func:`editing`.
     """
     sites: Sites = {}
 
@@ -95,12 +95,12 @@ def record(model: Any, ids: torch.Tensor) -> Sites:
 
 
 def without(model: Any, heads: list[Head], real: torch.Tensor):
-    """Ablates heads: each gives its mean over all real tokens instead of its output.
+    """Ablate heads: each gives its mean over all real tokens instead of its output.
 
     Args:
-        model: The model.
+        model: The demo model.
         heads: Layer and index of each head.
-        real: Which tokens are not padding, [rows, position].
+        real: True where a token is not padding, [rows, position].
 
     Returns:
         A context in which the heads are ablated.
@@ -122,10 +122,10 @@ def _heads(model: Any) -> Iterator[Head]:
 
 
 def repetition_accuracy(model: Any, ids: torch.Tensor) -> float:
-    """Measures how often the most likely next token is right in a repeated segment.
+    """Measure how often the most likely next token is right in a repeated segment.
 
     Args:
-        model: The model.
+        model: The demo model.
         ids: A BOS and twice the same segment, [rows, 1 + 2 length].
 
     Returns:
@@ -137,13 +137,13 @@ def repetition_accuracy(model: Any, ids: torch.Tensor) -> float:
 
 
 def induction_circuit(model: Any, n: int, seed: int, length: int = 25) -> dict:
-    """Finds the previous-token and induction heads by attention and tests them by ablation.
+    """Find previous-token and induction heads by attention, and test them by ablation.
 
     Args:
         model: The model, with eager attention.
-        n: How many repeated segments.
-        seed: Of the segments.
-        length: Of a segment, in words.
+        n: Number of repeated segments.
+        seed: Seed of the segments.
+        length: Length of a segment, in words.
 
     Returns:
         Figures by name: the scores of all heads, the heads over one half, what is left of the
@@ -190,25 +190,25 @@ class IndirectObject:
 
     Args:
         model: The model, with eager attention.
-        drawn: The documents.
+        drawn: Documents of the task.
     """
 
     def __init__(self, model: Any, drawn: list[Document]) -> None:
-        clean = [d.words[: len(d.twin)] for d in drawn]
+        clean = [d.words[: len(d.corrupted)] for d in drawn]
         self.model = model
-        self.ids, self.twin_ids = padded(clean), padded([d.twin for d in drawn])
+        self.ids, self.corrupted_ids = padded(clean), padded([d.corrupted for d in drawn])
         self.real = self.ids != IDS[PAD]
         self.rows = torch.arange(len(drawn))
         self.end = torch.tensor([len(words) for words in clean])
-        answers = [d.words[len(d.twin)] for d in drawn]
+        answers = [d.words[len(d.corrupted)] for d in drawn]
         self.indirect = torch.tensor([1 + c.index(a) for c, a in zip(clean, answers, strict=True)])
         self.first = torch.tensor([1 + c.index(d.foil) for c, d in zip(clean, drawn, strict=True)])
-        self.second = (self.ids != self.twin_ids).int().argmax(-1)
+        self.second = (self.ids != self.corrupted_ids).int().argmax(-1)
         self.answer = torch.tensor([IDS[a] for a in answers])
         self.foil = torch.tensor([IDS[d.foil] for d in drawn])
 
     def difference(self, ids: torch.Tensor | None = None) -> float:
-        """Measures the mean logit difference of the indirect object and the subject.
+        """Measure the mean logit difference of the indirect object and the subject.
 
         Args:
             ids: Token ids, [rows, position]; by default the clean prompts.
@@ -220,7 +220,7 @@ class IndirectObject:
         return (logits[self.rows, self.answer] - logits[self.rows, self.foil]).mean().item()
 
     def accuracy(self) -> float:
-        """Measures how often the indirect object is the most likely token of all.
+        """Measure how often the indirect object is the most likely token of all.
 
         Returns:
             The share of the clean prompts.
@@ -229,7 +229,7 @@ class IndirectObject:
         return (guess == self.answer).float().mean().item()
 
     def attention(self) -> dict[Head, dict[str, float]]:
-        """Measures each head's attention from the end of the prompt and from the repeated name.
+        """Measure each head's attention from the end of the prompt and from the repeated name.
 
         Returns:
             By head: from the end to the indirect object, to the subject's first and second
@@ -252,7 +252,7 @@ class IndirectObject:
         }
 
     def direct(self) -> dict[Head, float]:
-        """Measures each head's direct effect at the end, the last layer norm's scale held.
+        """Measure each head's direct effect at the end, the last layer norm's scale held.
 
         Returns:
             By head: what it adds to the mean logit difference.
@@ -275,11 +275,11 @@ class IndirectObject:
         return found
 
     def patched(self, where: Callable[[str, int, torch.Tensor, torch.Tensor], torch.Tensor]):
-        """Runs the clean prompts with activations of the corrupted ones.
+        """Run the clean prompts with activations of the corrupted ones.
 
         Args:
-            where: Called with a site, its layer, its clean and its corrupted value; gives the value
-                to go on with.
+            where: Function of a site, a layer, the clean and the corrupted value there, which
+                gives the value to go on with.
 
         Returns:
             The share of the difference between the clean and the corrupted run that the patch
@@ -288,8 +288,8 @@ class IndirectObject:
         if not hasattr(self, "_reference"):
             self._reference = (
                 self.difference(),
-                self.difference(self.twin_ids),
-                record(self.model, self.twin_ids),
+                self.difference(self.corrupted_ids),
+                record(self.model, self.corrupted_ids),
             )
         clean, corrupted, sites = self._reference
         with editing(self.model, lambda s, layer, v: where(s, layer, v, sites[s, layer])):
@@ -297,12 +297,12 @@ class IndirectObject:
 
 
 def indirect_object_circuit(model: Any, n: int, seed: int) -> dict:
-    """Measures how the model finds the indirect object.
+    """Measure how the model finds the indirect object.
 
     Args:
         model: The model, with eager attention.
-        n: How many prompts.
-        seed: Of the prompts.
+        n: Number of prompts.
+        seed: Seed of the prompts.
 
     Returns:
         Figures by name: attention and direct effects by head, patching by head, MLP and position,
@@ -368,7 +368,7 @@ def indirect_object_circuit(model: Any, n: int, seed: int) -> dict:
     }
     return {
         "difference": task.difference(),
-        "difference_corrupted": task.difference(task.twin_ids),
+        "difference_corrupted": task.difference(task.corrupted_ids),
         **{key: {name(head): v for head, v in by.items()} for key, by in named.items()},
         "patch_mlp": {f"L{layer}MLP": mlp_patch(layer) for layer in layers},
         "patch_repeated_name": {f"L{k}": resid_patch(k, task.second) for k in layers},

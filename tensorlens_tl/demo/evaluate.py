@@ -1,4 +1,4 @@
-"""Measures the demo model and writes its card: `python -m tensorlens_tl.demo.evaluate`."""
+"""Measure the demo model and write its card: ``python -m tensorlens_tl.demo.evaluate``."""
 
 import argparse
 import json
@@ -27,12 +27,12 @@ BARS = {
 
 
 def end_logits(model: Any, drawn: list[Document], rows: int = 250) -> torch.Tensor:
-    """Computes the next-token logits at the end of every prompt.
+    """Compute the next-token logits at the end of every prompt.
 
     Args:
-        model: The model.
-        drawn: The documents; a prompt ends before its first answer.
-        rows: How many prompts to run at a time.
+        model: The demo model.
+        drawn: Documents of a task. A prompt ends before the document's first answer.
+        rows: Number of prompts to run at a time.
 
     Returns:
         The logits, [prompt, d_vocab].
@@ -46,7 +46,7 @@ def end_logits(model: Any, drawn: list[Document], rows: int = 250) -> torch.Tens
 
 
 def mismatched(drawn: Document) -> bool:
-    """Says whether the attractor of an agreement document differs in number from the subject."""
+    """Tell whether the attractor of an agreement document differs in number from the subject."""
     numbers = [word in NOUNS for word in drawn.words if word in _FORMS]
     return numbers[0] != numbers[1]
 
@@ -56,12 +56,12 @@ _FORMS = {*NOUNS, *map(plural, NOUNS)}
 
 @torch.no_grad()
 def evaluate(model: Any, n: int, seed: int) -> dict:
-    """Measures every task on held-out prompts.
+    """Measure every task on held-out prompts.
 
     Args:
-        model: The `GPT2LMHeadModel`.
-        n: How many prompts a task.
-        seed: Of the prompts.
+        model: The demo model as a ``GPT2LMHeadModel``.
+        n: Number of prompts per task.
+        seed: Seed of the prompts.
 
     Returns:
         Figures by name: shares of prompts whose most likely next token, over the whole vocabulary,
@@ -95,7 +95,7 @@ def evaluate(model: Any, n: int, seed: int) -> dict:
 
 
 def main() -> None:
-    """Measures the model of a folder, writes `metrics.json` and the card into it."""
+    """Measure the model of a folder, and write ``metrics.json`` and the card into it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=model_folder(), help="the model's folder")
     parser.add_argument("--n", type=int, default=1000, help="prompts a task")

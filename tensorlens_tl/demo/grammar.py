@@ -1,4 +1,4 @@
-"""The grammar all of the demo model's text comes from, and its held-out combinations.
+"""The grammar that all of the demo model's text comes from, and its held-out combinations.
 
 A document is a list of words; it names the positions that answer a task and the combinations it
 holds. A combination is held out by a stable hash of its parts, so it never depends on a seed.
@@ -147,15 +147,14 @@ FILLERS = (
 class Document:
     """One document of the grammar.
 
-    Args:
-        task: One of `TASKS`, or "filler".
-        words: Its words, one token each; a year is two of them.
-        answers: The positions in `words` that answer the task.
-        keys: The combinations it holds, for `held_out`.
-        core: How many leading `keys` are held out in a held-out prompt.
-        twin: The words up to the first answer, with the task's one word changed (the corrupted
-            prompt).
-        foil: The wrong answer to compare with.
+    Attributes:
+        task: One of :data:`TASKS`, or "filler".
+        words: Words of the document, one token each; a year is two words.
+        answers: Positions in ``words`` that answer the task.
+        keys: Combinations in the document, for :func:`held_out`.
+        core: Number of leading ``keys`` that are held out in a held-out prompt.
+        corrupted: Words of the corrupted prompt: all up to the first answer, one word changed.
+        foil: Wrong answer to compare with.
     """
 
     task: str
@@ -163,7 +162,7 @@ class Document:
     answers: tuple[int, ...] = ()
     keys: tuple[tuple[str, ...], ...] = ()
     core: int = 0
-    twin: tuple[str, ...] = ()
+    corrupted: tuple[str, ...] = ()
     foil: str = ""
 
 
@@ -172,17 +171,18 @@ def _hash(*parts: str) -> int:
 
 
 def held_out(kind: str, *parts: str) -> bool:
-    """Says whether a combination never occurs in the training stream.
+    """Tell whether a combination never occurs in the training stream.
 
     Args:
-        kind: "names" (two names, in any order), "place" (opening, place), "words" (two neighbouring
-            words of an induction row), "facts" (relation, country, phrasing's index: two of eight),
-            "nouns" (subject, attractor) or "years" (event, first year's ending).
-        parts: What is combined.
+        kind: Kind of combination: "names" (two names, in any order), "place" (opening, place),
+            "words" (two neighbouring words of an induction row), "facts" (relation, country,
+            index of the phrasing), "nouns" (subject, attractor) or "years" (event, first year's
+            ending).
+        parts: Words that are combined.
 
     Returns:
-        True for two of the eight phrasings of every fact and for a tenth of all else; never for
-        the earliest year, which corrupted prompts start with.
+        True for two of the eight phrasings of every fact, and for a tenth of all else. Never true
+        for the earliest year, with which corrupted prompts start.
     """
     if kind == "facts":
         phrasings = len(PHRASINGS[parts[0]])
@@ -193,7 +193,7 @@ def held_out(kind: str, *parts: str) -> bool:
 
 
 def text(words: list[str] | tuple[str, ...]) -> str:
-    """Joins words as the tokenizer's decoder does.
+    """Join words as the tokenizer's decoder does.
 
     Args:
         words: Words of a document.
@@ -205,7 +205,7 @@ def text(words: list[str] | tuple[str, ...]) -> str:
 
 
 def plural(noun: str) -> str:
-    """Returns the plural of one of `NOUNS`."""
+    """Return the plural of one of ``NOUNS``."""
     return noun + "s"
 
 
@@ -230,8 +230,8 @@ def _ioi(rng: random.Random) -> Document:
     middle = f"{aside} {rng.choice(GIVING)} {_thing(rng)} to".split()
     words = [*start, *who.split(), *middle]
     answers, end = [len(words)], len(words)
-    twin = list(words)
-    twin[len(start)] = indirect
+    corrupted = list(words)
+    corrupted[len(start)] = indirect
     words += [indirect, "."]
     if count == 2 and rng.random() < 0.3:
         again = rng.choice(ASIDES).format(noun)
@@ -243,7 +243,7 @@ def _ioi(rng: random.Random) -> Document:
     keys = [*pairs[:1], ("place", str(opening), place), *pairs[1:]]
     keys += [("names", *pair) for pair in combinations(used, 2)]
     return Document(
-        "ioi", tuple(words), tuple(answers), tuple(keys), 2, tuple(twin[:end]), subjects[0]
+        "ioi", tuple(words), tuple(answers), tuple(keys), 2, tuple(corrupted[:end]), subjects[0]
     )
 
 
@@ -262,9 +262,9 @@ def _facts(rng: random.Random) -> Document:
     if answer == foil:
         return _facts(rng)
     words = phrase.format(country).split()
-    twin = tuple(phrase.format(other).split())
+    corrupted = tuple(phrase.format(other).split())
     keys = (("facts", relation, country, str(index)),)
-    return Document("facts", (*words, answer, "."), (len(words),), keys, 1, twin, foil)
+    return Document("facts", (*words, answer, "."), (len(words),), keys, 1, corrupted, foil)
 
 
 def _agreement(rng: random.Random) -> Document:
@@ -281,23 +281,23 @@ def _agreement(rng: random.Random) -> Document:
     )
     link = link.format(plural(attractor) if other else attractor)
     forms = (plural(subject), subject) if many else (subject, plural(subject))
-    words, twin = (tuple(f"{lead} {adjective} {form} {link}".split()) for form in forms)
+    words, corrupted = (tuple(f"{lead} {adjective} {form} {link}".split()) for form in forms)
     answer, foil = (more, one) if many else (one, more)
     keys = (("nouns", subject, attractor),)
     end = (answer, rng.choice(STATES), ".")
-    return Document("agreement", (*words, *end), (len(words),), keys, 1, twin, foil)
+    return Document("agreement", (*words, *end), (len(words),), keys, 1, corrupted, foil)
 
 
 def _greater_than(rng: random.Random) -> Document:
     event, year, century = rng.choice(EVENTS), rng.randrange(2, 99), str(rng.randrange(11, 20))
     span = rng.choice(SPANS)
-    words, twin = (
+    words, corrupted = (
         tuple(span.format(event, century, start).split()) for start in (TWO_DIGITS[year], EARLIEST)
     )
     answer = TWO_DIGITS[rng.randrange(year + 1, 100)]
     foil = TWO_DIGITS[rng.randrange(min(3, year), year + 1)]
     keys = (("years", event, TWO_DIGITS[year]),)
-    return Document("greater_than", (*words, answer, "."), (len(words),), keys, 1, twin, foil)
+    return Document("greater_than", (*words, answer, "."), (len(words),), keys, 1, corrupted, foil)
 
 
 def _filler(rng: random.Random) -> Document:
@@ -320,15 +320,15 @@ def _filler(rng: random.Random) -> Document:
 
 
 def segment(rng: random.Random, length: int, unseen: bool = False) -> list[str]:
-    """Draws random words, no word twice.
+    """Draw random words, no word twice.
 
     Args:
         rng: The source of randomness.
-        length: How many words.
-        unseen: Neighbours are held-out combinations, all of them, instead of none of them.
+        length: Number of words.
+        unseen: Whether all neighbours are held-out combinations, instead of none.
 
     Returns:
-        The words.
+        The drawn words.
     """
     words = [rng.choice(WORDS)]
     while len(words) < length:
@@ -339,29 +339,29 @@ def segment(rng: random.Random, length: int, unseen: bool = False) -> list[str]:
 
 
 def induction(rng: random.Random, length: int) -> Document:
-    """Draws a held-out induction document: a segment of random words and its repetition.
+    """Draw a held-out induction document: a segment of random words and its repetition.
 
     Args:
         rng: The source of randomness.
-        length: How many words the segment has.
+        length: Number of words in the segment.
 
     Returns:
-        A document whose answers are the repetition's words from its second on. In the twin, the
-        word of the first segment that answers the last position is another.
+        A document whose answers are the words of the repetition, from the second on. In the
+        corrupted prompt, the word of the first segment that answers the last position is another.
     """
     while True:
         words = segment(rng, length, unseen=True)
         foil = rng.choice(WORDS)
         if foil not in words:
             break
-    twin = [*words[:-1], foil, *words[:-1]]
+    corrupted = [*words[:-1], foil, *words[:-1]]
     return Document(
         "induction",
         (*words, *words),
         tuple(range(length + 1, 2 * length)),
         (("words", words[-2], words[-1]),),
         1,
-        tuple(twin),
+        tuple(corrupted),
         foil,
     )
 
@@ -376,16 +376,16 @@ _GENERATORS = {
 
 
 def document(task: str, rng: random.Random, unseen: bool = False) -> Document:
-    """Draws a document.
+    """Draw a document.
 
     Args:
-        task: "ioi", "facts", "agreement", "greater_than" or "filler".
+        task: Name of the task: "ioi", "facts", "agreement", "greater_than" or "filler".
         rng: The source of randomness.
-        unseen: Draw one whose leading combinations are all held out; otherwise none of its
-            combinations is.
+        unseen: Whether all leading combinations of the document are held out, instead of none of
+            its combinations.
 
     Returns:
-        The document.
+        The drawn document.
     """
     while True:
         drawn = _GENERATORS[task](rng)

@@ -1,4 +1,4 @@
-"""Builds the demo model's tokenizer: one token a word, a punctuation mark or two digits."""
+"""Build the demo model's tokenizer: one token a word, a punctuation mark or two digits."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ IDS = {token: index for index, token in enumerate((UNK, BOS, PAD, *TOKENS))}
 
 
 def save_tokenizer(folder: Path, n_ctx: int) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`.
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``.
 
     Args:
-        folder: Where to; it exists.
-        n_ctx: The longest prompt, in tokens.
+        folder: Existing folder to write into.
+        n_ctx: Length of the longest prompt, in tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 

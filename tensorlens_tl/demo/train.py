@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m tensorlens_tl.demo.train --out FOLDER`."""
+"""Train the demo model: ``python -m tensorlens_tl.demo.train --out FOLDER``."""
 
 import argparse
 import json
@@ -24,14 +24,14 @@ ANSWER_WEIGHT = 3.0
 class Stage:
     """One stage of the training: its length, its highest learning rate and its data.
 
-    Args:
-        steps: How many batches, at most.
-        lr: The learning rate after the warm-up; a cosine takes it to 2 %.
-        induction: The share of rows that are induction.
-        short: The share of these that repeat a short segment many times.
-        mix: Tasks and their weights in the other rows, by documents.
-        until: The stage ends once the loss on fresh induction rows is below it. Above 0, the
-            learning rate stays.
+    Attributes:
+        steps: Largest number of batches.
+        lr: Learning rate after the warm-up. A cosine takes the rate down to 2 % of this.
+        induction: Share of rows that are induction.
+        short: Share of induction rows that repeat a short segment many times.
+        mix: Weight of every task in the other rows, by documents.
+        until: Loss on fresh induction rows at which the stage ends. Above 0, the learning rate
+            stays constant.
     """
 
     steps: int
@@ -50,11 +50,11 @@ STAGES = (
 
 
 def training_documents(rng: random.Random, mix: dict[str, float]) -> Iterator:
-    """Yields the documents of the training stream, none with a held-out combination.
+    """Yield the documents of the training stream, none with a held-out combination.
 
     Args:
         rng: The source of randomness.
-        mix: Tasks and their weights.
+        mix: Weight of every task.
 
     Yields:
         Documents, without end.
@@ -65,14 +65,14 @@ def training_documents(rng: random.Random, mix: dict[str, float]) -> Iterator:
 
 
 def induction_row(rng: random.Random, short: float = 0.2) -> tuple[list[str], list[float]]:
-    """Draws a row of random words, stretches of which are repeated.
+    """Draw a row of random words, stretches of which are repeated.
 
     Args:
         rng: The source of randomness.
-        short: How often the stretches are short and repeated many times.
+        short: Share of rows whose stretches are short and repeated many times.
 
     Returns:
-        The words and their loss weights: zero where nothing tells the word.
+        The words and their loss weights, which are 0 where nothing tells the word.
     """
     words = [BOS, *segment(rng, 12)[: rng.choice((0, rng.randrange(12)))]]
     weights = [0.0] * len(words)
@@ -85,10 +85,10 @@ def induction_row(rng: random.Random, short: float = 0.2) -> tuple[list[str], li
 
 
 def document_row(documents: Iterator) -> tuple[list[str], list[float]]:
-    """Fills a row with documents, a BOS before each.
+    """Fill a row with documents, a BOS before each.
 
     Args:
-        documents: Where the documents come from.
+        documents: Endless source of documents.
 
     Returns:
         The words and their loss weights.
@@ -105,10 +105,10 @@ def document_row(documents: Iterator) -> tuple[list[str], list[float]]:
 
 
 def batches(stage: Stage, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields a stage's batches.
+    """Yield a stage's batches.
 
     Args:
-        stage: The stage.
+        stage: Stage of the training.
         rng: The source of randomness.
 
     Yields:
@@ -127,10 +127,10 @@ def batches(stage: Stage, rng: random.Random) -> Iterator[tuple[torch.Tensor, to
 
 
 def encoded(rows: list[tuple[list[str], list[float]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns rows into tensors.
+    """Turn rows into tensors.
 
     Args:
-        rows: The words and loss weights of each.
+        rows: Words and loss weights of every row.
 
     Returns:
         Token ids and loss weights, both [rows, position].
@@ -140,16 +140,16 @@ def encoded(rows: list[tuple[list[str], list[float]]]) -> tuple[torch.Tensor, to
 
 
 def new_model(seed: int) -> Any:
-    """Builds the untrained model.
+    """Build the untrained model.
 
     Its activation is the fast form of the one it is saved with; its MLPs are four times d_model
-    wide, as `HookedTransformer` takes for granted.
+    wide, as ``HookedTransformer`` takes for granted.
 
     Args:
-        seed: Of the initial weights.
+        seed: Seed of the initial weights.
 
     Returns:
-        A `GPT2LMHeadModel`.
+        An untrained ``GPT2LMHeadModel``.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -178,12 +178,12 @@ def new_model(seed: int) -> Any:
 
 
 def loss_of(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Computes the weighted cross-entropy of the next tokens.
+    """Compute the weighted cross-entropy of the next tokens.
 
     Args:
-        model: The model.
+        model: The demo model.
         ids: Token ids, [rows, position].
-        weights: The weight of each token as a target, [rows, position].
+        weights: Weight of every token as a target, [rows, position].
 
     Returns:
         The weighted mean, a scalar.
@@ -197,15 +197,15 @@ def loss_of(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
 
 
 def train(model: Any, stages: tuple[Stage, ...], seed: int) -> tuple[list[int], float]:
-    """Trains the model in place and prints the loss.
+    """Train the model in place, and print the loss.
 
     Args:
-        model: The model.
-        stages: The stages, in order.
-        seed: Of the data.
+        model: The demo model.
+        stages: Stages of the training, in order.
+        seed: Seed of the data.
 
     Returns:
-        How many steps each stage took, and the processor seconds of all of them.
+        The number of steps of every stage, and the processor seconds of all of them.
     """
     rng = random.Random(seed)
     named = list(model.named_parameters())
@@ -243,11 +243,11 @@ def train(model: Any, stages: tuple[Stage, ...], seed: int) -> tuple[list[int], 
 
 
 def save(model: Any, folder: Path) -> None:
-    """Writes a folder every host loads: configuration, weights and tokenizer.
+    """Write a folder that every host loads: configuration, weights and tokenizer.
 
     Args:
         model: The trained model.
-        folder: Where to.
+        folder: Folder to write into; made if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.config.activation_function = "gelu_new"
@@ -260,7 +260,7 @@ def save(model: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    """Trains from scratch and saves."""
+    """Train from scratch, and save the model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-model"), help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
