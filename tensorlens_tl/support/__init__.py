@@ -1,1 +1,1 @@
-"""Tiny models of every family, and the table of what works where."""
+"""Tiny random models of every family, and the table of what works under which host."""

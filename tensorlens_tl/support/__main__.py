@@ -1,4 +1,4 @@
-"""``python -m tensorlens_tl.support``: see ``table``."""
+"""``python -m tensorlens_tl.support``: see :mod:`tensorlens_tl.support.table`."""
 
 import sys
 

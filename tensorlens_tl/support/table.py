@@ -1,8 +1,13 @@
-"""The support table: family × host class × host version → completeness error, or the refusal.
+"""The support table: what works of every family, host class and host version.
 
-``python -m tensorlens_tl.support`` builds a tiny random model of every family for every class that
-the installed transformer_lens offers, captures one run of each in float64 and prints what came of
-it; ``--json`` prints the same for machines, and ``--merge`` makes README's table of such reports.
+``python -m tensorlens_tl.support`` measures the installed host:
+
+1. Build a tiny random model of every family, for every class that transformer_lens offers.
+2. Capture one run of each in float64.
+3. Print its completeness error, or the reason why there is none.
+
+``--json`` prints the same for machines. ``--merge`` makes the tables of docs/models.md from such
+reports of several hosts.
 """
 
 from __future__ import annotations
@@ -23,21 +28,23 @@ from .tiny_models import D_VOCAB, FAMILIES, TOL, host_classes, norms_in_float32,
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 STATUSES = ("supported", "refused", "not offered", "not built", "wrong", "crashed")
-"""Not offered: the host has no such model; not built: it fails to build or run it. Wrong and crashed:
-errors of this library."""
+"""Outcomes. "not offered": the host has no such model. "not built": the host fails to build or run
+the model. "wrong" and "crashed": errors of this library."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one family as one host class.
+    """The outcome of one family as one host class.
 
     Attributes:
-        family: A key of :data:`tensorlens_tl.support.tiny_models.FAMILIES`.
-        host_class: A key of :func:`tensorlens_tl.support.tiny_models.host_classes`.
-        status: One of :data:`STATUSES`.
-        error: max |Δ logits| / max |logits| of a capture; see ``TensorLens.verify``.
-        tolerance: What the error may be.
-        reason: Of a refusal or failure: the error's class, and its message's first sentence.
+        family: Name of the family, a key of :data:`FAMILIES`.
+        host_class: Name of the class, a key of :func:`host_classes`.
+        status: Outcome, one of :data:`STATUSES`.
+        error: Largest |Δ logits| / |logits| of a capture, as ``TensorLens.verify`` gives. None if
+            there was no capture.
+        tolerance: Largest error that counts as supported. None if there was no capture.
+        reason: Class of the error behind a refusal or failure, and the first sentence of its
+            message.
     """
 
     family: str
@@ -48,7 +55,7 @@ class Row:
     reason: str = ""
 
     def __str__(self) -> str:
-        """What stands in the table: the error, or the status."""
+        """Give the table's cell: the error, or the status."""
         if self.error is None:
             return "–" if self.status == "not offered" else self.status
         return f"{'' if self.status == 'supported' else 'wrong: '}{self.error:.0e}"
@@ -59,15 +66,15 @@ class Report:
     """The whole table of one host.
 
     Attributes:
-        versions: Of transformer_lens, transformers and torch.
-        rows: Every family as every class of the host.
+        versions: Versions of transformer_lens, transformers and torch, by name.
+        rows: Outcome of every family as every class of the host.
     """
 
     versions: dict[str, str]
     rows: tuple[Row, ...]
 
     def to_json(self) -> str:
-        """JSON, a row a line."""
+        """Write the report as JSON, one row per line."""
         rows = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in self.rows)
         return f'{{"versions": {json.dumps(self.versions)}, "rows": [\n{rows}\n]}}\n'
 
@@ -76,13 +83,13 @@ class Report:
         """Read what :meth:`to_json` gave.
 
         Args:
-            path: The file.
+            path: Path of the file.
 
         Returns:
-            The report.
+            The report in the file.
 
         Raises:
-            ValueError: If it is no such file.
+            ValueError: If the file is not such a report.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -95,25 +102,26 @@ class Report:
         except (ValueError, LookupError, TypeError):
             pass
         raise ValueError(
-            f"{path} is no support report: expected what `python -m tensorlens_tl.support --json` "
-            "prints; make it anew"
+            f"{path} is no support report. Make it again with "
+            "`python -m tensorlens_tl.support --json`."
         )
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The error's class and the first sentence of its message."""
     sentence = re.split(r"\.\s+(?=[A-Z])|;\s|\n", str(error).strip())[0]
     return f"{type(error).__name__}: {sentence.rstrip('.')}"
 
 
 def measure(family: str, host_class: str) -> Row:
-    """Build a family as a host class, capture one run of it in float64, and say what came of it.
+    """Build a family as a host class, capture one run in float64, and give the outcome.
 
     Args:
-        family: A key of :data:`tensorlens_tl.support.tiny_models.FAMILIES`.
-        host_class: A key of :func:`tensorlens_tl.support.tiny_models.host_classes`.
+        family: Name of the family, a key of :data:`FAMILIES`.
+        host_class: Name of the class, a key of :func:`host_classes`.
 
     Returns:
-        The row; no error of the host or the library escapes.
+        The outcome. No error of the host or the library is raised.
     """
     ids = torch.randint(
         0, D_VOCAB, (2, 7), generator=torch.Generator().manual_seed(0), device="cpu"
@@ -122,40 +130,103 @@ def measure(family: str, host_class: str) -> Row:
         try:
             model = host_classes()[host_class](family, torch.float64)
         except Exception as failure:
-            return Row(family, host_class, "not built", reason=_told(failure))
+            return Row(family, host_class, "not built", reason=_reason(failure))
         if model is None:
             return Row(family, host_class, "not offered")
         try:
             error = capture(model, ids)[1].completeness_error
         except ValueError as refusal:
-            return Row(family, host_class, "refused", reason=_told(refusal))
+            return Row(family, host_class, "refused", reason=_reason(refusal))
         except Exception as crash:
             status = "crashed"
             try:
                 model(ids)
             except Exception:  # the host cannot run it either
                 status = "not built"
-            return Row(family, host_class, status, reason=_told(crash))
+            return Row(family, host_class, status, reason=_reason(crash))
     tolerance = TOL[torch.float64, norms_in_float32(family, host_class)]
     status = "supported" if error <= tolerance else "wrong"  # NaN is wrong, too
     return Row(family, host_class, status, float(f"{error:.1e}"), tolerance)
 
 
 def measure_all() -> Report:
-    """Every family as every class of the installed host."""
+    """Measure every family as every class of the installed host."""
     versions = {p: metadata.version(p) for p in ("transformer_lens", "transformers", "torch")}
     rows = tuple(measure(family, cls) for cls in host_classes() for family in FAMILIES)
     return Report(versions, rows)
 
 
+SHORT = {
+    "HookedTransformer": "Hooked",
+    "Bridge": "Bridge",
+    "Bridge, compatibility mode": "compat.",
+    "boot_native": "native",
+}
+"""Short names of the host classes, for the heads of columns."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rows of several hosts, by host class, version and family, and how they are shown."""
+
+    rows: dict[tuple[str, str, str], Row]
+
+    def columns(self, classes: Sequence[str]) -> list[tuple[str, str]]:
+        """(host class, version) of every host that has one of these classes."""
+        there = dict.fromkeys((host, version) for host, version, _ in self.rows)
+        return [column for name in classes for column in there if column[0] == name]
+
+    def offers(self, family: str, *classes: str) -> bool:
+        """Whether a host has the family as one of these classes."""
+        return any(row.status != "not offered" for row in self.of(family, classes).values())
+
+    def supports(self, family: str) -> bool:
+        """Whether any host class supports the family."""
+        return any(row.status == "supported" for row in self.of(family, tuple(SHORT)).values())
+
+    def of(self, family: str, classes: Sequence[str]) -> dict[tuple[str, str], Row]:
+        """A family's rows, by column."""
+        missing = Row(family, "", "not offered")
+        return {c: self.rows.get((*c, family), missing) for c in self.columns(classes)}
+
+    def table(self, families: Sequence[str], classes: Sequence[str]) -> str:
+        """A Markdown table: a line per family, a column per host class and version."""
+        heads = [_head(column) for column in self.columns(classes)]
+        lines = [["family", *heads], ["---"] * (1 + len(heads))]
+        lines += [[FAMILIES[f], *map(str, self.of(f, classes).values())] for f in families]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def reasons(self, families: Sequence[str]) -> str:
+        """A list of why not: a line per family and reason, with the columns it stands for."""
+        lines = []
+        for family in families:
+            found: dict[str, list[str]] = {}
+            for column, row in self.of(family, tuple(SHORT)).items():
+                if row.reason:
+                    why = row.reason.removeprefix("UnsupportedArchitectureError: ")
+                    found.setdefault(f"{row.status}: `{why}`", []).append(_head(column))
+            for why, columns in found.items():
+                lines.append(f"- **{FAMILIES[family]}** ({', '.join(columns)}) {why}\n")
+        return "".join(lines)
+
+
+def _head(column: tuple[str, str]) -> str:
+    host_class, version = column
+    return f"{SHORT[host_class]} {'.'.join(version.split('.')[:2])}"
+
+
 def markdown(reports: Sequence[Report]) -> str:
-    """The support table of several hosts.
+    """The support tables of several hosts, in three parts, each narrow enough to be read.
+
+    1. Families that a Bridge has, and the same as HookedTransformer.
+    2. Families that ``boot_native`` or HookedTransformer alone has.
+    3. Why not: a list for the cells of both tables, and one of what no class supports.
 
     Args:
-        reports: One for each host version, in any order.
+        reports: One report for each host version, in any order.
 
     Returns:
-        A Markdown table, and how it was made.
+        Markdown of the tables, and of how they were made.
 
     Raises:
         ValueError: If two reports are of one host version.
@@ -163,8 +234,8 @@ def markdown(reports: Sequence[Report]) -> str:
     by_version = {report.versions["transformer_lens"]: report for report in reports}
     if len(by_version) < len(reports):
         raise ValueError(
-            f"expected one report per host version, got {len(reports)} reports of "
-            f"{', '.join(by_version)}: leave one out"
+            f"{len(reports)} reports are of transformer_lens {', '.join(by_version)}. "
+            "Pass one report for each version."
         )
     versions = sorted(by_version, key=lambda v: [int(part) for part in re.findall(r"\d+", v)])
     rows = {
@@ -172,37 +243,36 @@ def markdown(reports: Sequence[Report]) -> str:
         for version in versions
         for row in by_version[version].rows
     }
-    classes = dict.fromkeys(host_class for host_class, _, _ in rows)
-    columns = [
-        (c, v) for c in classes for v in versions if any((c, v, f) in rows for f in FAMILIES)
-    ]
-    lines = [["family", *(f"{c} {v}" for c, v in columns), "why not"]]
-    lines.append(["---"] * len(lines[0]))
-    for family, label in FAMILIES.items():
-        found = [rows.get((*column, family), Row(family, "", "not offered")) for column in columns]
-        reasons = dict.fromkeys(row.reason for row in found if row.reason)
-        why = "<br>".join(r.removeprefix("UnsupportedArchitectureError: ") for r in reasons)
-        lines.append([label, *map(str, found), why])
+    table, (hooked, bridge, compat, native) = _Table(rows), SHORT
+    works = [f for f in FAMILIES if table.supports(f)]
+    bridges = [f for f in works if table.offers(f, bridge, compat)]
+    others = [f for f in works if f not in bridges or table.offers(f, native)]
+    refused = [f for f in FAMILIES if f not in works]
     made = "; ".join(
         ", ".join(f"{name} {v}" for name, v in by_version[version].versions.items())
         for version in versions
     )
     return (
-        "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        + "\nA number is max |Δ logits| / max |logits| of one capture of a tiny random model in float64 "
-        "(the Bridge computes some norms in float32). Refused is by `UnsupportedArchitectureError` "
-        "unless another is named; “–”: the host has no such model; not built: the host fails to "
-        "build or run it. Made by `python -m tensorlens_tl.support --json` under each host and "
-        f"`python -m tensorlens_tl.support --merge docs/support/*.json --into README.md`: {made}.\n"
+        "### Families of Hugging Face models\n\n"
+        + table.table(bridges, (hooked, bridge, compat))
+        + "\n### Made from a configuration\n\n"
+        + table.table(others, (hooked, native))
+        + "\n### Why not\n\n"
+        + table.reasons(works)
+        + "\n### Not supported by any class\n\n"
+        + table.reasons(refused)
+        + "\nMade by `python -m tensorlens_tl.support --json` under each host and `python -m "
+        "tensorlens_tl.support --merge docs/support/*.json --into docs/models.md`: "
+        f"{made}.\n"
     )
 
 
 def write_into(page: Path, table: str) -> None:
-    """Put a table between the two comments of a Markdown page that mark its place.
+    """Put the tables between the two comments of a Markdown page that mark their place.
 
     Args:
-        page: The file.
-        table: What :func:`markdown` returns.
+        page: Path of the page.
+        table: Text that :func:`markdown` returned.
 
     Raises:
         ValueError: If the page has no such comments.
@@ -211,20 +281,25 @@ def write_into(page: Path, table: str) -> None:
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"{page}: expected a line {BEGIN} and after it a line {END}: put them in")
+        raise ValueError(
+            f"{page} has no line {BEGIN} with a line {END} after it. Put both where the tables go."
+        )
     page.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
+    Args:
+        argv: Arguments after the program's name. None takes those of the process.
+
     Returns:
-        0; 1 if a capture is wrong or crashes; 2 after a user error (told on standard error).
+        0; 1 if a capture is wrong or crashes; 2 after a user error, reported on standard error.
     """
     p = argparse.ArgumentParser("python -m tensorlens_tl.support", description=__doc__)
     p.add_argument("--json", action="store_true", help="print a report, for --merge")
-    p.add_argument("--merge", nargs="+", type=Path, metavar="REPORT", help="print their table")
-    p.add_argument("--into", type=Path, metavar="PAGE", help="write that table into this page")
+    p.add_argument("--merge", nargs="+", type=Path, metavar="REPORT", help="print their tables")
+    p.add_argument("--into", type=Path, metavar="PAGE", help="write those tables into this page")
     args = p.parse_args(argv)
     if args.into and not args.merge:
         p.error("--into needs --merge and its reports")

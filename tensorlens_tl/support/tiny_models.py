@@ -1,7 +1,7 @@
-"""Tiny random models of every family, for every class the installed host offers.
+"""Tiny random models of every family, for every class that the installed host offers.
 
-One list for the tests and for the support table, nothing from a hub. Hosts are imported only when
-something is built.
+The tests and the support table share this one list. Nothing comes from a hub. Hosts are imported
+only when something is built.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ TOL = {
 
 _BASE = {
     "n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 48, "n_ctx": N_CTX,
-    "d_vocab": D_VOCAB, "act_fn": "gelu_new", "normalization_type": "LN", "device": "cpu", "seed": 0,
+    "d_vocab": D_VOCAB, "act_fn": "gelu_new", "normalization_type": "LN",
+    "device": "cpu", "seed": 0,
 }  # fmt: skip
 _ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
 _LLAMA = {**_ROTARY, "normalization_type": "RMS", "act_fn": "silu", "gated_mlp": True}
@@ -60,7 +61,7 @@ HOOKED: dict[str, dict[str, Any]] = {
     "solu-folded": {"act_fn": "solu_ln", "normalization_type": "LNPre"},
     "gelu-fast": {"act_fn": "gelu_fast"},
 }  # fmt: skip
-"""HookedTransformerConfig's arguments over a common base, of the families the tests cover."""
+"""Arguments of HookedTransformerConfig over a common base, for families that the tests cover."""
 
 _OTHER_HOOKED: dict[str, dict[str, Any]] = {
     "shortformer": {"positional_embedding_type": "shortformer"},
@@ -90,7 +91,7 @@ BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {**_GQA, "head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8,
                           **_CAPS}),
 }  # fmt: skip
-"""Hugging Face's class (less its head) and its configuration's arguments; tested as Bridges."""
+"""Class name of Hugging Face (less the head) and arguments of its configuration, for Bridges."""
 
 _GQA_8 = {**_GQA, "head_dim": 8}
 _MOE = {**_GQA, "num_experts_per_tok": 2}
@@ -130,7 +131,7 @@ MORE_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
                                   **_CAPS}),
     "cohere2": ("Cohere2", {**_GQA_8, "sliding_window": 3}),
 }  # fmt: skip
-"""Likewise, of families that are block shapes of the above in another dress."""
+"""The same, for families whose blocks have a shape of those above."""
 
 _OTHER_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", _GQA),
@@ -162,7 +163,7 @@ FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma", "gemma
 _HOOKED_CLASS = {"bert": "HookedEncoder", "t5": "HookedEncoderDecoder"}  # else HookedTransformer
 _NATIVE_LACKS = {"use_qk_norm", "use_local_attn", "use_normalization_before_and_after",
                  "original_architecture"}  # fmt: skip
-"""Options that boot_native would pass over in silence."""
+"""Options that boot_native would ignore without an error."""
 
 FAMILIES = {
     "gpt2": "GPT-2", "gpt2-folded": "GPT-2, norms folded", "gelu-fast": "GPT-2, gelu_fast",
@@ -183,11 +184,11 @@ FAMILIES = {
     "qwen3-moe": "Qwen3-MoE", "gpt-oss": "GPT-OSS", "deepseek-v2": "DeepSeek-V2", "bert": "BERT",
     "t5": "T5", "mamba": "Mamba",
 }  # fmt: skip
-"""The table's rows, in order, as people call them."""
+"""Names of all families for people, in the order of the table's rows."""
 
 
 def norms_in_float32(family: str, host_class: str) -> bool:
-    """Whether this host class computes the family's norms in float32, whatever the model's dtype."""
+    """Tell whether this host class computes the family's norms in float32, whatever the dtype."""
     rms = HOOKED.get(family, {}).get("normalization_type") == "RMS"
     return host_class != "HookedTransformer" and (rms or family in FLOAT32_NORMS)
 
@@ -196,7 +197,7 @@ def norms_in_float32(family: str, host_class: str) -> bool:
 
 
 def find(module: str, name: str) -> Any:
-    """A host's attribute, or None where the installed host has none."""
+    """Import an attribute of a host's module, or give None where the host has none."""
     try:
         return getattr(import_module(module), name)  # transformer_lens 4 raises ImportErrors here
     except (ImportError, AttributeError):
@@ -205,7 +206,7 @@ def find(module: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hosts print and warn while they load; a test or a table is no place for that."""
+    """Silence what hosts print, log and warn while they load."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -217,7 +218,7 @@ def quiet() -> Iterator[None]:
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Make every parameter matter: biases and norm weights away from 0 and 1, big matrices."""
+    """Randomize every parameter, with biases and norm weights away from 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -229,7 +230,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def build_hooked(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """A HookedTransformer of a row of :data:`HOOKED`."""
+    """Build a HookedTransformer from a row of :data:`HOOKED`."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     config = {k: v for k, v in {**_BASE, **config}.items() if v is not None or "norm" in k}
@@ -239,7 +240,7 @@ def build_hooked(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 
 def build_native(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """A Bridge of ``boot_native``, of a row of :data:`HOOKED`."""
+    """Build a Bridge by ``boot_native`` from a row of :data:`HOOKED`."""
     config = {k: v for k, v in {**_BASE, **config}.items() if k not in ("d_mlp", "act_fn") or v}
     cfg = find("transformer_lens.config", "TransformerBridgeConfig")(**config)
     bridge = find("transformer_lens.model_bridge", "TransformerBridge")
@@ -249,7 +250,7 @@ def build_native(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 
 def hf_config(class_name: str, config: Mapping[str, Any]) -> Any:
-    """The Hugging Face configuration of a row of :data:`BRIDGE`; None if transformers has none."""
+    """Build the configuration of a row of :data:`BRIDGE`; None where there is no such class."""
     text = find("transformers", f"{class_name}TextConfig")  # the part of a model that also sees
     cls = text or find("transformers", f"{class_name}Config")
     if cls is None:
@@ -261,7 +262,7 @@ def hf_config(class_name: str, config: Mapping[str, Any]) -> Any:
 
 
 def build_hf(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The Hugging Face model of a row of :data:`BRIDGE`."""
+    """Build the Hugging Face model of a row of :data:`BRIDGE`."""
     cfg = hf_config(class_name, config)
     torch.manual_seed(0)
     model = find("transformers", cfg.architectures[0])(cfg).to(dtype).eval()
@@ -279,7 +280,7 @@ def to_bridge(hf: Any, tokenizer: Any = None) -> Any:
 def build_bridge(
     class_name: str, config: Mapping[str, Any], dtype: torch.dtype, compat: bool = False
 ) -> Any:
-    """A Bridge of a row of :data:`BRIDGE`."""
+    """Build a Bridge from a row of :data:`BRIDGE`."""
     bridge = to_bridge(build_hf(class_name, config, dtype))
     if compat:
         bridge.enable_compatibility_mode()
@@ -288,7 +289,7 @@ def build_bridge(
 
 
 def _hooked_from_hf(name: str, dtype: torch.dtype) -> Any:
-    """A HookedTransformer of the configuration that its loader makes of a Hugging Face one."""
+    """Build a HookedTransformer from a Hugging Face configuration, by the host's own loader."""
     cfg = hf_config(*({**BRIDGE, **MORE_BRIDGE, **_OTHER_BRIDGE}[name]))
     if cfg is None:
         return None
@@ -306,7 +307,7 @@ def _hooked_from_hf(name: str, dtype: torch.dtype) -> Any:
 
 
 def hooked_offered(name: str) -> bool:
-    """Whether the installed host makes HookedTransformers of a row of our own."""
+    """Tell whether the installed host can build a HookedTransformer from a row of ours."""
     config = {**HOOKED, **_OTHER_HOOKED}.get(name)
     if config is None or find("transformer_lens", "HookedTransformer") is None:
         return False
@@ -315,7 +316,7 @@ def hooked_offered(name: str) -> bool:
 
 
 def hooked_model(name: str, dtype: torch.dtype) -> Any:
-    """A HookedTransformer of a family, or None where the host has none."""
+    """Build a HookedTransformer of a family, or give None where the host has none."""
     config = {**HOOKED, **_OTHER_HOOKED}.get(name)
     if config is None:
         return _hooked_from_hf(name, dtype)
@@ -323,7 +324,7 @@ def hooked_model(name: str, dtype: torch.dtype) -> Any:
 
 
 def bridge_offered(name: str) -> bool:
-    """Whether the installed host makes Bridges of a family."""
+    """Tell whether the installed host can build Bridges of a family."""
     factory = "transformer_lens.factories.architecture_adapter_factory"
     known = find(factory, "SUPPORTED_ARCHITECTURES")
     cfg = hf_config(*{**BRIDGE, **MORE_BRIDGE, **_OTHER_BRIDGE}.get(name, ("", {})))
@@ -342,10 +343,11 @@ def _native(name: str, dtype: torch.dtype) -> Any:
 
 
 def host_classes() -> dict[str, Any]:
-    """What the installed host offers.
+    """List the classes that the installed host offers.
 
     Returns:
-        Builders (family, dtype) → model, or None where the class has no such family; by class.
+        Builders by class. A builder takes a family and a dtype, and gives a model, or None where
+        the class has no such family.
     """
     found: dict[str, Any] = {}
     if find("transformer_lens", "HookedTransformer") is not None:

@@ -1,4 +1,4 @@
-"""The support table: the kept reports are what this host gives, and README shows them."""
+"""The support table: the kept reports are what this host gives, and docs/models.md shows them."""
 
 import json
 from dataclasses import replace
@@ -11,13 +11,23 @@ from models import CASES
 from tensorlens_tl import UnsupportedArchitectureError
 from tensorlens_tl.support import table as support
 from tensorlens_tl.support import tiny_models as families
-from tensorlens_tl.support.table import BEGIN, END, Report, Row, markdown, measure, measure_all
+from tensorlens_tl.support.table import (
+    BEGIN,
+    END,
+    SHORT,
+    Report,
+    Row,
+    markdown,
+    measure,
+    measure_all,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = [Report.load(path) for path in sorted((ROOT / "docs" / "support").glob("*.json"))]
 REMEDY = (
     "if this is meant: under each host `python -m tensorlens_tl.support --json > docs/support/"
-    "VERSION.json`, then `python -m tensorlens_tl.support --merge docs/support/*.json --into README.md`"
+    "VERSION.json`, then `python -m tensorlens_tl.support --merge docs/support/*.json --into "
+    "docs/models.md`"
 )
 CLASSES = {"hooked": "HookedTransformer", "bridge": "Bridge", "native": "boot_native",
            "compat": "Bridge, compatibility mode"}  # fmt: skip
@@ -79,27 +89,42 @@ def test_every_host_is_kept_with_every_family():
     assert built == set(families.FAMILIES)
 
 
-def test_readme_shows_what_the_kept_reports_merge_to(tmp_path):
-    text = (ROOT / "README.md").read_text()
+def test_the_page_shows_what_the_kept_reports_merge_to(tmp_path):
+    text = (ROOT / "docs" / "models.md").read_text()
     assert text.count(BEGIN) == text.count(END) == 1
     assert text.split(BEGIN)[1].split(END)[0] == f"\n\n{markdown(KEPT)}\n"
     assert markdown(KEPT[::-1]) == markdown(KEPT)
-    page = tmp_path / "README.md"
+    page = tmp_path / "models.md"
     page.write_text(text.replace("| GPT-2 |", "| stale |"))
     files = map(str, (ROOT / "docs" / "support").glob("*.json"))
     assert support.main(["--merge", *files, "--into", str(page)]) == 0
     assert page.read_text() == text
 
 
-def test_a_cell_for_every_family_class_and_version():
-    lines = [line for line in markdown(KEPT).splitlines() if line.startswith("|")]
-    heads = [head.strip() for head in lines[0].strip("|").split("|")]
-    assert heads[1:3] == ["HookedTransformer 2.18.0", "HookedTransformer 3.9.0"]
-    assert heads[3:] == ["Bridge 3.9.0", "Bridge 4.3.0", "Bridge, compatibility mode 3.9.0",
-                         "Bridge, compatibility mode 4.3.0", "boot_native 3.9.0",
-                         "boot_native 4.3.0", "why not"]  # fmt: skip
-    assert len(lines) == 2 + len(families.FAMILIES)
-    assert {line.strip("|").count("|") for line in lines} == {len(heads) - 1}
+def test_a_cell_for_every_row_that_a_host_has():
+    first, second, *lists = markdown(KEPT).split("\n### ")[0:]
+    shown = {}
+    for part in (first, second):
+        heads, _, *lines = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in part.splitlines()
+            if line.startswith("|")
+        ]
+        assert heads[0] == "family" and all(len(line) == len(heads) for line in lines)
+        for line in lines:
+            shown |= {(line[0], head): cell for head, cell in zip(heads, line, strict=True)}
+    assert len(lists) == 2 and all(part.startswith(("Why", "Not")) for part in lists)
+    for report in KEPT:
+        version = ".".join(report.versions["transformer_lens"].split(".")[:2])
+        for row in report.rows:
+            label, head = families.FAMILIES[row.family], f"{SHORT[row.host_class]} {version}"
+            if row.status == "supported":
+                assert shown[label, head] == str(row), row
+            elif row.status != "not offered":  # in a table or not, a list says why
+                why = row.reason.removeprefix("UnsupportedArchitectureError: ")
+                reasons = [line for line in "\n".join(lists).splitlines() if f"**{label}**" in line]
+                assert any(head in line and why in line and row.status in line for line in reasons)
+                assert shown.get((label, head), row.status) == row.status
 
 
 # --- What becomes of a host or a library that fails -----------------------------------------------
@@ -170,7 +195,7 @@ def test_a_report_survives_its_file(tmp_path, measured):
 def test_foreign_files_are_refused(tmp_path, capsys, text):
     (tmp_path / "a.json").write_text(text)
     assert support.main(["--merge", str(tmp_path / "a.json")]) == 2
-    assert "is no support report: expected what `python -m" in capsys.readouterr().err
+    assert "is no support report. Make it again" in capsys.readouterr().err
 
 
 def test_other_user_errors(tmp_path, capsys):
@@ -178,9 +203,9 @@ def test_other_user_errors(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(f"{END}\n{BEGIN}\n")
     for options, match in [
-        (["--merge", kept, kept], "expected one report per host version, got 2"),
+        (["--merge", kept, kept], "2 reports are of transformer_lens"),
         (["--merge", str(tmp_path / "none.json")], "No such file"),
-        (["--merge", kept, "--into", str(page)], f"expected a line {BEGIN} and after it"),
+        (["--merge", kept, "--into", str(page)], f"has no line {BEGIN} with a line"),
     ]:
         assert support.main(options) == 2
         assert match in capsys.readouterr().err
