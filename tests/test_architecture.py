@@ -35,7 +35,7 @@ SUBMODULES = {
 """Names that the docs import from a room, beside the flat ones."""
 SITES = {"unembed.hook_in", "blocks.", ".hook_resid_"}
 """Residual sites, which users type: the one piece of the host's vocabulary that is the library's own."""
-HOST_NAMES = re.compile(r"hook_|blocks\.|\.hook")
+HOST_NAMES = re.compile(r"hook_|blocks\.(?! )|\.hook")
 HOST_CLASSES = re.compile(r"\w*(Bridge|HookedTransformer|Attention|ForCausalLM)(Config)?")
 MOST_FILES, MOST_LINES = 12, 450
 

@@ -193,7 +193,7 @@ def test_targets():
     ):
         with pytest.raises(ValueError, match=match):
             lens.attribute(target)
-    with pytest.raises(ValueError, match="Position 7 is outside prompt 0, which has 7 tokens. Pass -7 to 6"):
+    with pytest.raises(ValueError, match=r"Position 7 is outside prompt 0, which has 7 tokens. Pass -7 to 6"):
         lens.attribute(3, pos=7)
 
 

@@ -129,7 +129,7 @@ def test_positions_count_each_prompts_own_tokens(case, side):
             scale = single.values.abs().sum() + alone.logits.abs().max()
             off = (whole[i].values - single.values).abs().max()
             assert off <= 2 * case.tol(torch.float32) * scale
-    with pytest.raises(ValueError, match="Position 4 is outside prompt 1, which has 4 tokens. Pass -4 to 3"):
+    with pytest.raises(ValueError, match=r"Position 4 is outside prompt 1, which has 4 tokens. Pass -4 to 3"):
         lens.attribute(3, pos=4)
 
 

@@ -105,7 +105,24 @@ def test_autocast_is_refused(case):
     model = case.model(torch.float32)
     _, lens = capture(model, tokens())
     operator, x = lens.operator, lens.embedding
+    part, subgraph = (
+        lens.between("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"),
+        lens.circuit(["L0H0"]),
+    )
+    _ = lens.attribute(3), subgraph.logits  # what is kept must not answer under autocast, either
     questions = (
+        lambda: subgraph.logits,
+        lambda: subgraph.operator.apply(x),
+        lambda: subgraph.operator.apply_t(x),
+        lambda: part.apply(x),
+        lambda: part.bias,
+        lambda: operator.pull(x),
+        lambda: operator.trace(x),
+        lambda: operator.frobenius_norm(),
+        lambda: tensorlens_tl.dot_test(operator),
+        lambda: lens.capture.blocks[0].attn @ x,
+        lambda: lens.token_matrix("rollout"),
+        lambda: lens.paths(3, k=1),
         lambda: capture(model, tokens()),
         lambda: lens.attribute(3),
         lambda: lens.attribute(3, by="component"),
@@ -124,3 +141,14 @@ def test_autocast_is_refused(case):
         with torch.autocast("cpu", enabled=False):
             assert lens.completeness_error <= case.tol(torch.float32)
     assert lens.attribute(3).completeness_error <= case.tol(torch.float32)
+
+
+def test_autocast_is_not_looked_up_for_every_product(monkeypatch):
+    model = SHAPES[0].model(torch.float32)
+    _, lens = capture(model, tokens())
+    looked, enabled = [], torch.is_autocast_enabled
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda *kind: looked.append(kind) or enabled(*kind)
+    )
+    lens.attribute(3, by="component")
+    assert 1 <= len(looked) <= 4

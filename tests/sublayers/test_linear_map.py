@@ -91,7 +91,7 @@ def test_no_vectors_and_no_positions():
         with pytest.raises(ValueError, match=r"right side of @ is of type .*embedding"):
             linear() @ other
     for pos in (1.0, None, "last", [1], True):
-        with pytest.raises(ValueError, match="Position .* is not an integer"):
+        with pytest.raises(ValueError, match=r"Position .* is not an integer"):
             FRAME.index(pos)
 
 

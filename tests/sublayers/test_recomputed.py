@@ -477,7 +477,7 @@ def test_scores_are_checked():
     with pytest.raises(ValueError, match="Give slopes with causal attention only"):
         Scores(1.0, causal=False, slopes=(0.5,))
     frame = Frame(((0, 2),), 2, torch.float64, torch.device("cpu"))
-    with pytest.raises(ValueError, match="do not fit. Give the same positions"):
+    with pytest.raises(ValueError, match=r"do not fit\. Give the same positions"):
         RecomputedMix.of(frame, torch.ones(1, 2, 3, 4), torch.ones(1, 2, 2, 4), Scores(1.0), 4)
     with pytest.raises(ValueError, match="slopes were given for 3 heads"):
         x = torch.ones(1, 2, 3, 4)
