@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..operator import Capture
-from ..sublayers import FeedForward, Norm
+from ..sublayers import Norm
 from .attention_maps import Matrix, product, rows
 from .value_vectors import Split, normed, splits
 
@@ -33,7 +33,7 @@ def _zeroed(s: Split, key: int) -> Tensor:
     block, mid, mlp = s.block, s.block.resid_mid, s.block.mlp
     attn = _rerun(block.ln1_post, s.out, s.out - s.part(key))
     change = attn - normed(block.ln1_post, s.out)
-    if mid is None or not isinstance(mlp, FeedForward):  # no MLP reads what attention wrote
+    if mid is None or mlp is None:  # no MLP reads what attention wrote
         return s.resid_post + change
     was, x = normed(block.ln2, mid), _rerun(block.ln2, mid, mid + change)
     moved = mlp.moved(x - was)

@@ -13,6 +13,7 @@ from ..sublayers import (
     MLP,
     Attention,
     EmbedWeights,
+    FeedForward,
     Frame,
     GatedMLP,
     Mix,
@@ -20,7 +21,6 @@ from ..sublayers import (
     RecomputedMix,
     ScoreWeights,
     Shift,
-    Sublayer,
     Unembed,
     version,
 )
@@ -79,7 +79,7 @@ class FrozenBlock:
     resid_pre: Float[Tensor, "batch pos d_model"]
     resid_mid: Float[Tensor, "batch pos d_model"] | None
     attn: Attention
-    mlp: Sublayer | None
+    mlp: FeedForward | None
     ln1: Norm | None
     ln2: Norm | None
     ln1_post: Norm | None
