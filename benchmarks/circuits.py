@@ -31,7 +31,7 @@ from tensorlens_tl import Edge, demo, faithfulness_curve, faithfulness_of_many, 
 from tensorlens_tl.circuits.edge_patching import edge_model
 from tensorlens_tl.circuits.faithfulness_result import share_difference
 from tensorlens_tl.graph.selection import select
-from tensorlens_tl.hosts.loading import load_model
+from tensorlens_tl.hosts import load_model
 
 RESULTS = Path(__file__).parent / "results" / "circuits.json"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "circuits.md"

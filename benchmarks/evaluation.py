@@ -29,7 +29,7 @@ from tensorlens_tl.evaluation.report import Evaluation
 from tensorlens_tl.evaluation.runner import evaluate
 from tensorlens_tl.evaluation.scoring import Scored, score
 from tensorlens_tl.evaluation.significance import compare, estimate
-from tensorlens_tl.hosts.loading import load_model
+from tensorlens_tl.hosts import load_model
 from tensorlens_tl.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -118,7 +118,7 @@ class Sites:
                 _, lens = tensorlens_tl.capture(self.model, ids[None])
                 runs.append((lens.capture, lens.operator))
             u = torch.zeros_like(lens.embedding)
-            u[:, -1] = lens._sweep(self.goal[0], self.goal[1], -1).target.covector
+            u[:, -1] = lens._gradient(self.goal[0], self.goal[1], -1).target.covector
             covectors = SecantOperator(*runs, u).covectors
             found: dict[tuple[int, str], Tensor] = {}
             for i, step in enumerate(lens.operator.steps):
@@ -148,7 +148,7 @@ def site_covectors(
     lens: TensorLens, goal: tuple[int, int], qk: bool
 ) -> dict[tuple[int, str], Tensor]:
     """The target's covector at every residual site: before, inside and after each block."""
-    sweep = lens._sweep(goal[0], goal[1], -1)
+    sweep = lens._gradient(goal[0], goal[1], -1)
     operator, trace = lens.operator, sweep.trace
     found: dict[tuple[int, str], Tensor] = {}
     above = torch.zeros_like(trace.covectors[-2])

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import tensorlens_tl
-from tensorlens_tl.hosts.loading import load_model
+from tensorlens_tl.hosts import load_model
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260K"
 PROMPT = (

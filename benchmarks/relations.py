@@ -26,7 +26,7 @@ import torch
 from tensorlens_tl import demo
 from tensorlens_tl.demo.facts import RELATIONS
 from tensorlens_tl.evaluation.intervals import bootstrap
-from tensorlens_tl.hosts.loading import load_model
+from tensorlens_tl.hosts import load_model
 from tensorlens_tl.relations.decoding_study import MEAN, VARIANTS, RelationStudy, decode
 from tensorlens_tl.relations.linear_relation import MAP_METHODS
 from tensorlens_tl.relations.statements import state

@@ -581,7 +581,7 @@ def test_circuits_of_other_models():
     with quiet():
         model = SHAPES[0].build(torch.float64)
     with torch.no_grad():
-        W_O = tensorlens_tl.hosts.bridge.adapt(model).weights.blocks[1].attn.W_O
+        W_O = tensorlens_tl.hosts.adapt(model).weights.blocks[1].attn.W_O
         W_O[0, 0, 0] += 1.0
         _, edited = tensorlens_tl.capture(model, tokens())
     with pytest.raises(
@@ -598,7 +598,7 @@ def test_circuits_of_other_models():
     ):
         lens.circuit(["L0H1"]).circuit.resized(n_edges=3)
     backwards = Edge(Node("head", 1, 0), Node("head", 0, 1, "v"))
-    with pytest.raises(ValueError, match="expected an edge along the order of layers"):
+    with pytest.raises(ValueError, match="Use an edge along the order of layers"):
         replace(circuit, edges=(backwards,))
 
 

@@ -326,7 +326,7 @@ def test_rows_are_named_or_refused():
         ({"options": {"chefer": {}}}, "options= has an entry for chefer, .*in_out.*Name the"),
         ({"mask_token": "the"}, "mask_token= is used by masking='token' only"),
         ({"mask_token": "zzz", "masking": "token"}, "mask_token='zzz' is unknown to the tokenizer"),
-        ({"prompts": [torch.ones(2, 5).long()]}, r"prompt 0 .*ids of shape \[2, 5\]: list its 2"),
+        ({"prompts": [torch.ones(2, 5).long()]}, r"prompts\[0\] has ids of shape \[2, 5\], which are 2"),
         ({"prompts": [[1, 9, 8, 7], [1, 9, 2, 2]]}, "prompt 1 ends in the padding token"),
         ({"protocol": "perturb"}, "protocol='perturb' does not exist. Use one of perturbation"),
         ({"protocol": []}, r"protocol=\[\] names no protocol"),
