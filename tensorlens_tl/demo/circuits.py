@@ -265,11 +265,13 @@ class IndirectObject:
         scale = final[0][self.rows, self.end].var(-1, unbiased=False).add(last.eps).sqrt()
         unembed = self.model.lm_head.weight
         toward = (unembed[self.answer] - unembed[self.foil]) * last.weight
+        # The last LayerNorm subtracts the mean, so only what is left of the direction acts.
         toward = (toward - toward.mean(-1, keepdim=True)) / scale[:, None]
         found = {}
         for layer, head in _heads(self.model):
             z = sites["z", layer][self.rows, self.end, head]
             d_head = z.shape[-1]
+            # Rows of W_O that belong to this head.
             out = z @ blocks[layer].attn.c_proj.weight[head * d_head : (head + 1) * d_head]
             found[layer, head] = (out * toward).sum(-1).mean().item()
         return found

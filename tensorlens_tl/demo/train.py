@@ -173,6 +173,7 @@ def new_model(seed: int) -> Any:
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "lm_head" not in name:
             parameter.data *= 5.0 if "wte" in name or "wpe" in name else 2.5
+    # Not tied, but the same at the start.
     model.lm_head.weight.data.copy_(model.transformer.wte.weight / 5.0)
     return model
 
@@ -250,6 +251,7 @@ def save(model: Any, folder: Path) -> None:
         folder: Folder to write into; made if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # The same function as the fast form of the training, under the name that every host knows.
     model.config.activation_function = "gelu_new"
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)

@@ -11,8 +11,8 @@ from .registry import METHODS, check_method, token_matrix, token_scores
 from .tables import TokenMatrix, TokenScores
 
 __all__ = [
-    "OPERATOR_METHODS",
     "METHODS",
+    "OPERATOR_METHODS",
     "TokenMatrix",
     "TokenScores",
     "check_method",

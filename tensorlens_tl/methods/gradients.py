@@ -76,7 +76,7 @@ def integrated_gradients(
     def target(x: Tensor, query: Tensor, covector: Tensor) -> Tensor:
         return target_of(live.run(x), query, covector)
 
-    live.checked(live.run(live.x))
+    live.checked(live.run(live.x))  # captum's own runs are at other inputs
     found = captum.IntegratedGradients(target).attribute(
         live.x.detach(),
         reference(live, baseline),
@@ -141,11 +141,12 @@ def chefer(
     Raises:
         UnsupportedArchitectureError: If the pattern that can be read is not the one that acts.
     """
-    y, patterns = live.plain
+    y, patterns = live.plain  # one run serves every row of a matrix
     target = target_of(y, query, covector).sum()
     gradients = _gradients(live, target, patterns)
     relevance = torch.eye(y.shape[1], dtype=y.dtype, device=y.device).expand(len(y), -1, -1)
     for pattern, gradient in zip(patterns, gradients, strict=True):
+        # Ē R: heads averaged after negative parts are dropped, as in the paper.
         relevance = relevance + (gradient * pattern).clamp_min(0).mean(1).to(y) @ relevance
     return relevance[torch.arange(len(y), device=y.device), query]
 

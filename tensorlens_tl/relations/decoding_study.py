@@ -336,6 +336,7 @@ def _decode(
                 **chosen,
             )
 
+        # A floor for all methods: the mean output knows no subject at all.
         mean = statements.logits(statements.output[train].mean(0)).argmax()
         rows.append(row(MEAN, mean.expand(len(test))))
         for method in MAP_METHODS:
@@ -377,6 +378,7 @@ def _draw(
     first = statements.first.tolist()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(1000):
+        # With one object on either side, the constant answer would be right.
         order = torch.randperm(len(first), generator=generator, device="cpu").tolist()
         test = order[most:]
         if len({first[i] for i in order[:fewest]}) > 1 and len({first[i] for i in test}) > 1:

@@ -71,6 +71,7 @@ def operator_maps(lens: FrozenRun, pos: int, layers: Sequence[int]) -> Maps:
     W, b = [], []
     for layer in layers:
         segment = lens.between(resid_site(layer, "pre"), FINAL_SITE)
+        # h taken out of the run's states: what is left belongs to b.
         others = lens.capture.blocks[layer].resid_pre.clone()
         others[:, pos] = 0
         W.append(segment.block(-1, pos)[0])
@@ -106,7 +107,9 @@ def jacobian_maps(lens: FrozenRun, pos: int, layers: Sequence[int], model: Any) 
                 )
                 for layer, step in zip(layers, steps, strict=True)
             ]
+            # All steps are 0, so one run serves every layer: each gradient is taken at the run.
             y = live.checked(live.run(x.expand(len(rows), -1, -1), edits))
+            # Prompt i of the batch is asked for coordinate rows[i] of y: row rows[i] of W.
             picked = y[torch.arange(len(rows), device=x.device), -1, rows]
             W.append(torch.stack(torch.autograd.grad(picked.sum(), steps)))
     W = frame.cast(torch.cat(W, 1))
@@ -176,11 +179,12 @@ class LinearRelation:
         if rank < 1:
             raise ValueError(f"rank={rank} is below 1. Pass a rank from 1 to d_model.")
         U, S, V = (part[..., :rank] for part in self._svd)
-        return (change @ U) / S @ V.mT
+        return (change @ U) / S @ V.mT  # Σ_k v_k (u_k · change) / s_k, for rows
 
     @cached_property
     def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Singular vectors and values of W, without those that are rounding."""
         U, S, Vh = torch.linalg.svd(self.W)
+        # Smaller singular values are rounding, and their inverses would be noise.
         keep = S[0] * len(S) * torch.finfo(S.dtype).eps < S
         return U[:, keep], S[keep], Vh.mT[:, keep]

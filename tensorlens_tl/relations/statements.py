@@ -154,10 +154,12 @@ class Statements:
         read = torch.einsum("nm,mlij,nlj->nli", others, W, h)
         rest = torch.einsum("nm,mli->nli", others, b)
         token = self.first[list(train), None]
+        # A hit is the model's own token, whether or not it begins the object. [beta, layer]
         hits = torch.stack(
             [(self.logits(beta * read + rest).argmax(-1) == token).sum(0) for beta in betas]
         )
         best = int(hits.max(0).values.argmax())  # the first of the largest
+        # Often many βs decode alike; the middle one is farthest from those that do not.
         tied = (hits[:, best] == hits[:, best].max()).nonzero().flatten()
         beta, layer = betas[int(tied[len(tied) // 2])], self.layers[places[best]]
         subjects = tuple(self.relation.subjects[i] for i in train)
@@ -224,6 +226,7 @@ class Statements:
                 ids = torch.cat([c.prompts.tokens for c in of])
                 x = torch.cat([c.blocks[0].resid_pre for c in of]).to(adapter.dtype)
                 final = torch.cat([c.unembed.final for c in of])
+                # The captured states serve as input, so tokens need no embedding again.
                 live = LiveModel(adapter, ids, x, final, (rows, ids))
                 pos = self.pos[[subjects[row] for row in rows.tolist()]]
                 edit = lambda t, pos=pos, rows=rows: with_row(t, pos, h[rows])  # noqa: E731

@@ -175,6 +175,7 @@ def draw(
         pos = int(torch.randint(len(x), (), generator=generator, device="cpu"))
         ids = lens.capture.prompts.tokens.clone()
         d_vocab = lens.capture.unembed.weights.W_U.shape[1]
+        # A step of 1 to d_vocab − 1 around the vocabulary never gives the same token.
         step = int(torch.randint(1, d_vocab, (), generator=generator, device="cpu"))
         ids[0, pos] = (ids[0, pos] + step) % d_vocab
         delta = torch.zeros_like(x)
@@ -184,6 +185,7 @@ def draw(
             f"{kind!r} is not a kind of direction, or steer= is missing. "
             f"Choose one of {', '.join(DIRECTION_KINDS)}, the last with a vector to steer with."
         )
+    # Size 1 is the size of X where δ is not 0, so that kinds can be compared.
     touched = x[delta.norm(dim=-1) > 0].norm()
     whole = float(delta.norm() / touched)
     return delta / whole, whole
