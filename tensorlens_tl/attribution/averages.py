@@ -58,7 +58,7 @@ class MeanAttribution:
         >>> prompts, answers = [p.clean for p in pairs], [p.answer for p in pairs]
         >>> means = mean_attribution(demo.load_model(), prompts, answers)
         >>> [(name, round(mean, 1)) for name, mean, sem in means.top(2)]
-        []
+        [('L2MLP', 5.9), ('L3MLP', 2.6)]
     """
 
     mean: Float[Tensor, " row"]
@@ -174,8 +174,9 @@ def mean_attribution(
         >>> pairs = demo.prompts("ioi", 4)
         >>> prompts, answers = [p.clean for p in pairs], [p.answer for p in pairs]
         >>> foils = [p.foil for p in pairs]
-        >>> mean_attribution(demo.load_model(), prompts, answers, versus=foils, by="layer").n
-        4
+        >>> means = mean_attribution(demo.load_model(), prompts, answers, foils, by="layer")
+        >>> [(name, round(mean, 1)) for name, mean, sem in means.top(2)]
+        [('L2', 6.8), ('L1', 4.2)]
     """
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(

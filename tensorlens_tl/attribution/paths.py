@@ -98,7 +98,7 @@ class Paths(Sequence[Path]):
         >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
         >>> paths = lens.paths("Paris", k=3)
         >>> paths[0].name, round(paths[0].contribution, 1)
-        ()
+        ('"France"@4 → L0MLP → L1H0 → L3MLP → logits', 2.3)
         >>> paths.exact
         True
     """

@@ -65,7 +65,7 @@ class Attribution:
         >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
         >>> found = lens.attribute("Paris", by="component")
         >>> [(label, round(value, 1)) for label, value in found.top(2)]
-        []
+        [('L3MLP', 10.9), ('L2MLP', 2.8)]
         >>> found.sums_to_target, found.completeness_error < 1e-5
         (True, True)
     """

@@ -23,8 +23,8 @@ class FrozenRun:
     """One run of a transformer as an affine map on its embedded tokens, and how exact that is.
 
     Attributes:
-        capture: The frozen run.
-        versions: The tensors that are not the run's own, and their versions at the capture.
+        capture: The captured run.
+        versions: Tensors of the model or the user, each with its version at the capture.
     """
 
     capture: Capture
@@ -38,18 +38,17 @@ class FrozenRun:
         )
         known = c.noise_floor is not None and "_completeness_error" in vars(self)
         exact = f", {self.exactness}" if known else ""
-        return (
-            f"{type(self).__name__}({c.model_name}, {size}, {len(c.blocks)} layers × {c.n_heads} heads, "
-            f"capture check {c.check:.0e}{exact})"
-        )
+        depth = f"{len(c.blocks)} layers × {c.n_heads} heads"
+        check = f"capture check {c.check:.0e}{exact}"
+        return f"{type(self).__name__}({c.model_name}, {size}, {depth}, {check})"
 
     def __len__(self) -> int:
         return self.capture.frame.batch
 
     def __getitem__(self: Run, prompt: int) -> Run:
-        """The lens of one prompt of a batch, without padding; shares the batch's memory."""
+        """The lens of one prompt of a batch, without padding. It shares the batch's memory."""
         if not -len(self) <= prompt < len(self):
-            raise IndexError(f"prompt {prompt} does not exist; there are {len(self)}")
+            raise IndexError(f"There is no prompt {prompt}. The number of prompts is {len(self)}.")
         return type(self)(self.capture.prompt(prompt % len(self)), self.versions)
 
     def __iter__(self: Run) -> Iterator[Run]:
@@ -59,7 +58,7 @@ class FrozenRun:
 
     @property
     def operator(self) -> FrozenTransformer:
-        """T and its bias: X [batch, pos, d_model] → the final normalized residual y."""
+        """The operator T and its bias: from X [batch, pos, d_model] to the final residual y."""
         self._check_ready()
         return self._operator
 
@@ -68,7 +67,7 @@ class FrozenRun:
         return FrozenTransformer.of(require_weights(self.capture))
 
     def _check_ready(self) -> None:
-        """Refuse to compute under torch.autocast, or once the run is not the model's any more."""
+        """Refuse to compute under torch.autocast, or once a tensor of the run was written to."""
         no_autocast(self.capture.frame.device.type)
         self._check_unchanged()
 
@@ -77,13 +76,13 @@ class FrozenRun:
             if version(tensor) != seen:
                 what = "logits it returned" if tensor is self.capture.logits else "model's weights"
                 raise ValueError(
-                    f"the {what} were written to after the capture, so this lens no longer describes "
-                    "that run: capture again, and clone logits before editing them in place"
+                    f"The {what} were written to after the capture, so the lens does not describe "
+                    "that run any more. Capture again, and clone logits before you edit them in place."
                 )
 
     @property
     def embedding(self) -> Float[Tensor, "batch pos d_model"]:
-        """X, the residual that entered the first block: what the operator acts on."""
+        """X, the residual that entered the first block, on which the operator acts."""
         return self.capture.blocks[0].resid_pre
 
     @property
@@ -93,7 +92,7 @@ class FrozenRun:
 
     @property
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        """The model's own logits."""
+        """The model's own logits, in the model's dtype [batch, pos, d_vocab]."""
         return self.capture.logits
 
     @property
@@ -102,35 +101,42 @@ class FrozenRun:
         return self.capture.convention
 
     def with_convention(self: Run, gate: str) -> Run:
-        """The same run with gated MLPs made linear in another way; nothing is run again.
+        """Make gated MLPs linear in another way. Nothing is run again.
 
         Args:
-            gate: "gate", "up" or "half"; see :class:`Convention`.
+            gate: The branch that is frozen: "gate", "up" or "half"; see :class:`Convention`.
 
         Returns:
-            A lens on the same tensors.
+            A lens of the same run, on the same tensors.
         """
         return type(self)(self.capture.with_convention(Convention(gate)), self.versions)
 
     def readout(
         self, y: Float[Tensor, "*many batch pos d_model"]
     ) -> Float[Tensor, "*many batch pos d_vocab"]:
-        """Logits of a final normalized residual; a soft cap's ratio is frozen."""
+        """Turn a final normalized residual into logits. The ratio of a soft cap is frozen.
+
+        Args:
+            y: Final normalized residuals, with any leading axes.
+
+        Returns:
+            The logits of each residual.
+        """
         self._check_ready()
         return self.capture.unembed @ y + self.capture.unembed.bias
 
     def between(self, start: str, stop: str) -> LinearMap:
-        """The operator from one residual site to a later one.
+        """Give the operator from one residual site to a later one.
 
         Args:
-            start: TransformerLens's name of a site, "blocks.2.hook_resid_pre".
-            stop: A later one, "blocks.8.hook_resid_post", or "unembed.hook_in" for the end.
+            start: The first site, by TransformerLens's name, such as "blocks.2.hook_resid_pre".
+            stop: The last site, such as "blocks.8.hook_resid_post", or "unembed.hook_in".
 
         Returns:
-            The map; the identity where start is stop.
+            The map between them; the identity where ``start`` is ``stop``.
 
         Raises:
-            ValueError: If a site does not exist or stop comes before start.
+            ValueError: If a site does not exist, or ``stop`` comes before ``start``.
         """
         return self.operator.between(start, stop)
 
@@ -143,7 +149,7 @@ class FrozenRun:
 
     @property
     def completeness_error(self) -> float:
-        """Max |readout(T·X + bias) − logits| / max |logits|, computed once; see :meth:`verify`."""
+        """Max |readout(T X + c) − logits| / max |logits|, computed once; see :meth:`verify`."""
         self._check_unchanged()
         return self._completeness_error
 
@@ -155,25 +161,25 @@ class FrozenRun:
     def noise_floor(self) -> float | None:
         """The model's own rounding at this prompt; None unless ``capture(..., noise_floor=True)``.
 
-        max |logits − exact| / max |exact| over the real tokens, where ``exact`` are the logits of
-        a float32 copy of the model: what a completeness error of a bfloat16 or float16 model is to
-        be compared with.
+        It is max |logits − exact| / max |exact| over the real tokens, where ``exact`` are the
+        logits of a float32 copy of the model. Compare the completeness error of a model in half
+        precision with it.
         """
         return self.capture.noise_floor
 
     @property
     def exactness(self) -> str:
-        """The completeness error in words, beside the noise floor where that was asked for."""
+        """The completeness error in words, beside the noise floor where that is known."""
         error, floor = f"completeness error {self.completeness_error:.0e}", self.noise_floor
         name = str(self.logits.dtype).removeprefix("torch.")
         return error if floor is None else f"{error} (model's own {name} noise {floor:.0e})"
 
     def verify(self) -> float:
-        """Compute the composed operator's logits anew and compare them with the model's.
+        """Compute the operator's logits anew, and compare them with the model's.
 
         Returns:
-            max |Δ logits| / max |logits| over the real tokens. Rounding is about 1e-15 in float64
-            and 1e-6 in float32.
+            max |Δ logits| / max |logits| over the real tokens. Rounding alone gives about 1e-15 in
+            float64 and 1e-6 in float32.
         """
         real = self.capture.frame.real
         ours = self.readout(self.operator.apply(self.embedding) + self.operator.bias)[real]

@@ -1,4 +1,8 @@
-"""What stands where a lens was loaded without its weights."""
+"""Stand-ins for the weights of a lens that was loaded without them.
+
+Logits, tokens and checks need no weights, so such a lens is of use. Whatever asks for a weight gets
+an error that says how to load the weights, too.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ from typing import Any
 from ..operator import Capture
 
 MISSING = (
-    "this lens was loaded without weights: pass model= to tensorlens_tl.load, or save with "
-    "weights=True"
+    "This lens was loaded without the model's weights. Pass model= to tensorlens_tl.load, or save "
+    "the lens with weights=True."
 )
+"""The message of every such error."""
 
 
 class MissingWeights:
-    """Stands where weights were not loaded: any use raises a ValueError that says what to do."""
+    """Stands where weights were not loaded. Any use raises a ValueError that says what to do."""
 
     __node__: dict[str, Any]
 
@@ -29,27 +34,28 @@ class MissingWeights:
 
 @cache
 def _missing_class(cls: type) -> type:
+    # A subclass, so that annotations hold and isinstance still tells an MLP from attention.
     return type(f"Missing{cls.__name__}", (MissingWeights, cls), {})
 
 
 def missing(cls: type, node: dict[str, Any], path: str) -> Any:
-    """What stands in for weights of a class; it keeps their entry, to be saved again."""
+    """Make a stand-in for weights of a class. It keeps the file's entry, to be saved again."""
     stand_in = object.__new__(_missing_class(cls))
     object.__setattr__(stand_in, "__node__", node)
     return stand_in
 
 
 def require_weights(capture: Capture) -> Capture:
-    """The capture, if its weights are there.
+    """Return the capture, if its weights were loaded.
 
     Args:
-        capture: The run.
+        capture: A captured run, perhaps from a file.
 
     Returns:
         The same capture.
 
     Raises:
-        ValueError: If it was loaded without weights.
+        ValueError: If the capture was loaded without weights.
     """
     if isinstance(capture.unembed.weights, MissingWeights):
         raise ValueError(MISSING)

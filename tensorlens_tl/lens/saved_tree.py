@@ -1,8 +1,10 @@
-"""A capture as a JSON tree: fingerprints, stand-ins for weights, writing, building, checking.
+"""A capture as a tree of JSON: written, built, and compared with a model.
 
-A tensor stands in the tree by dtype, shape and two products, its fingerprint, with or without a
-key under which its data are stored. Only the library's own frozen dataclasses are built from a
-tree, and what is built is checked against their annotations.
+1. ``Writer`` turns a capture into a tree. A tensor stands there by dtype, shape and fingerprint,
+   with or without a key under which its data are stored.
+2. ``Builder`` turns a tree into a capture. It builds only the library's own frozen dataclasses.
+   What it builds is checked against their annotations (see saved_checks.py).
+3. ``weights_in`` and ``differences`` compare the weights of a tree with those of a model.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from ..sublayers import (
 )
 from .fingerprints import agree, products
 from .missing_weights import MISSING, MissingWeights
+from .saved_checks import Misfit
 
 _SKIPPED = {"tokenizer", "embed_weights", "score_weights"}  # the host's own; no operator needs them
 DTYPES = {
@@ -64,10 +67,12 @@ DTYPES = {
     )
 }
 
+"""What a tensor may be stored as: its dtype and safetensors' name for it."""
 
 _PARTS = (
     Capture, Convention, FrozenBlock, Prompts, Node, Edge, Chain, Sum, Residual, Transposed, Linear,
-    Mix, Gate, Shift, Identity, Norm, Scores, RecomputedMix, Tiles, Attention, MLP, GatedMLP, Unembed,
+    Mix, Gate, Shift, Identity, Norm, Scores, RecomputedMix, Tiles, Attention, MLP, GatedMLP,
+    Unembed,
 )  # fmt: skip
 _WEIGHTS = (
     ModelWeights, EmbedWeights, BlockWeights, AttentionWeights, MLPWeights, GatedMLPWeights,
@@ -77,30 +82,24 @@ _CLASSES: dict[str, type] = {cls.__name__: cls for cls in (*_PARTS, *_WEIGHTS)}
 """What a file may hold: the library's own frozen dataclasses below the operator."""
 
 
-def _holds_weights(cls: type) -> bool:
-    return cls in _WEIGHTS
-
-
-# --- Fingerprints --------------------------------------------------------------------------------
-
-
-# --- Missing weights -----------------------------------------------------------------------------
-
-
 # --- Writing -------------------------------------------------------------------------------------
 
 
 class Writer:
-    """Turns values into JSON, and collects the tensors to store."""
+    """Turns values into JSON, and collects the tensors to store.
+
+    Attributes:
+        tensors: The tensors to store, by key.
+    """
 
     def __init__(self, frame: Frame, store_weights: bool):
         self.frame, self.store_weights = frame, store_weights
         self.tensors: dict[str, Tensor] = {}
-        self.keys: dict[tuple, str] = {}
+        self.keys: dict[tuple, str] = {}  # by memory: views of one memory are stored once
         self.storages: set[int] = set()
 
     def node(self, value: Any, path: str, stored: bool = True) -> Any:
-        """A value as JSON; the path is its dotted name."""
+        """Turn a value into JSON; ``path`` is the dotted name of the value."""
         if value is None or isinstance(value, bool | int | str):
             return value
         if isinstance(value, float):
@@ -123,8 +122,11 @@ class Writer:
             return value.__node__
         name, cls = type(value).__name__, type(value)
         if isinstance(value, Frame) or _CLASSES.get(name) is not cls:
-            raise ValueError(f"cannot save {path or 'a lens'}: expected no {name} in a capture")
-        if _holds_weights(cls):
+            raise ValueError(
+                f"Cannot save {path or 'a lens'}, which holds an object of class {name}. Save only "
+                "lenses that tensorlens_tl.capture made."
+            )
+        if cls in _WEIGHTS:
             stored = self.store_weights
         return {"$": name} | {
             f.name: self.node(getattr(value, f.name), _join(path, f.name), stored)
@@ -133,10 +135,12 @@ class Writer:
         }
 
     def tensor(self, tensor: Tensor, path: str, stored: bool) -> dict[str, Any]:
-        """A tensor's entry; equal views of one memory are stored once."""
+        """Make the entry of a tensor; equal views of one memory are stored once."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
-            raise ValueError(f"cannot save {path} of {dtype}; expected one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"Cannot save {path} of {dtype}. Convert it to one of {', '.join(DTYPES)}."
+            )
         node = {"$": "tensor", "dtype": dtype, "shape": list(tensor.shape)}
         node["products"] = products(tensor)
         if not stored:
@@ -164,13 +168,21 @@ def _join(path: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Builder:
-    """Turns JSON into values: what to make of a tensor and of weights, by entry and name."""
+    """Turns JSON into values.
+
+    Attributes:
+        frame: The frame of the capture; None while the frame itself is read.
+        tensor: Makes a tensor of an entry and its dotted name.
+        weights: Makes weights of a class, an entry and its dotted name; None to build them from the
+            tree like any other part.
+    """
 
     frame: Frame | None
     tensor: Callable[[dict[str, Any], str], Tensor]
     weights: Callable[[type, dict[str, Any], str], Any] | None = None
 
     def value(self, node: Any, path: str) -> Any:
+        """Turn a node of the tree into a value; ``path`` is its dotted name."""
         if isinstance(node, list):
             return tuple(self.value(item, f"{path}.{i}") for i, item in enumerate(node))
         if not isinstance(node, dict):
@@ -187,47 +199,44 @@ class Builder:
         if kind == "Frame":
             return self.frame
         if not (isinstance(kind, str) and (cls := _CLASSES.get(kind))):
-            raise ValueError(f"{path}: expected a part of a lens, got {kind!r}")
-        if self.weights is not None and _holds_weights(cls):
+            raise Misfit(f"{path}: expected a part of a lens, got {kind!r}")
+        if self.weights is not None and cls in _WEIGHTS:
             return self.weights(cls, node, path)
         known = {f.name for f in fields(cls)} - _SKIPPED
         if unknown := set(node) - known - {"$"}:
-            raise ValueError(f"{path}: {kind} has no {', '.join(sorted(unknown))}")
+            raise Misfit(f"{path}: {kind} has no {', '.join(sorted(unknown))}")
         parts = {name: self.value(node[name], _join(path, name)) for name in known & set(node)}
         return cls(**parts)
 
 
 def parse_dtype(name: Any, path: str) -> torch.dtype:
-    """The dtype of a name.
+    """Find the dtype of a name.
 
     Args:
-        name: From a file.
-        path: Where it stands, for the message.
+        name: The name in a file, such as "float32".
+        path: The dotted name of the field, for the message.
 
     Returns:
-        The dtype.
+        The dtype of that name.
 
     Raises:
-        ValueError: If it is none that is stored.
+        Misfit: If no tensor is stored as that dtype.
     """
     if name not in DTYPES:
-        raise ValueError(f"{path}: expected a dtype of {', '.join(DTYPES)}, got {name!r}")
+        raise Misfit(f"{path}: expected a dtype of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name][0]
-
-
-# --- Checking ----------------------------------------------------------------------------------------
 
 
 # --- Weights of a model --------------------------------------------------------------------------
 
 
 def weights_in(node: Any, path: str, found: dict[str, dict[str, Any]]) -> None:
-    """Collect the entries of weights by where the model has them: "blocks.0.attn"."""
+    """Collect into ``found`` the entries of weights, by place in the model: "blocks.0.attn"."""
     if isinstance(node, list):
         for i, item in enumerate(node):
             weights_in(item, _join(path, str(i)), found)
     elif isinstance(node, dict):
-        if (cls := _CLASSES.get(node.get("$", ""))) and _holds_weights(cls):
+        if (cls := _CLASSES.get(node.get("$", ""))) and cls in _WEIGHTS:
             kind = node["$"]
             if kind not in ("ModelWeights", "BlockWeights"):
                 found[path.removesuffix(".weights")] = node
@@ -236,27 +245,27 @@ def weights_in(node: Any, path: str, found: dict[str, dict[str, Any]]) -> None:
             weights_in(item, _join(path, name), found)
 
 
-def differences(saved: Any, other: Any, path: str) -> Iterator[str]:
-    """How two entries of weights differ, in words.
+def differences(saved: Any, found: Any, path: str) -> Iterator[str]:
+    """Tell how two entries of weights differ, in words.
 
     Args:
-        saved: The file's.
-        other: The model's.
-        path: Where they stand.
+        saved: The entry in the file.
+        found: The entry of the model.
+        path: The dotted name of the weights.
 
     Yields:
-        One sentence per difference.
+        One clause per difference.
     """
-    if isinstance(saved, dict) and isinstance(other, dict) and saved.get("$") == other.get("$"):
+    if isinstance(saved, dict) and isinstance(found, dict) and saved.get("$") == found.get("$"):
         if saved["$"] != "tensor":
-            for name in dict.fromkeys((*saved, *other)):
-                yield from differences(saved.get(name), other.get(name), _join(path, name))
-        elif (a := (saved["dtype"], saved["shape"])) != (b := (other["dtype"], other["shape"])):
+            for name in dict.fromkeys((*saved, *found)):
+                yield from differences(saved.get(name), found.get(name), _join(path, name))
+        elif (a := (saved["dtype"], saved["shape"])) != (b := (found["dtype"], found["shape"])):
             yield f"{path} is {b[0]} {b[1]}, expected {a[0]} {a[1]}"
-        elif not agree(saved["products"], other["products"]):
+        elif not agree(saved["products"], found["products"]):
             yield f"{path} has other values"
-    elif isinstance(saved, dict) or isinstance(other, dict):
-        a, b = (x.get("$") if isinstance(x, dict) else x for x in (saved, other))
+    elif isinstance(saved, dict) or isinstance(found, dict):
+        a, b = (x.get("$") if isinstance(x, dict) else x for x in (saved, found))
         yield f"{path} is {b}, expected {a}"
-    elif saved != other:
-        yield f"{path} is {other!r}, expected {saved!r}"
+    elif saved != found:
+        yield f"{path} is {found!r}, expected {saved!r}"

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from functools import cached_property
-from numbers import Integral
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from ..attribution import (
-    Attribution,
-    GradientCache,
-    Paths,
-    TargetGradient,
-    TargetLike,
-    attribute,
-    attribute_many,
-    check_comparable,
-    difference,
-    find_paths,
-    fixed_baseline,
-    loadings,
-    own_prediction,
-    resolve,
-)
+from ..attribution import TargetLike, resolve
 from ..circuits import (
     Circuit,
     ModelInfo,
@@ -46,163 +27,82 @@ from ..methods import (
     token_scores,
 )
 from ..operator import PLANNED, Plan
-from ..sublayers import DENSE_LIMIT
-from .frozen_run import FrozenRun
+from .attributed_run import AttributedRun
 from .saved_file import load_capture, save_capture
 
 
-class TensorLens(FrozenRun):
-    """One run of a transformer as an affine map on its embedded tokens, and questions to it.
+class TensorLens(AttributedRun):
+    """One run of a transformer as an exact linear map, and every question to it as one call.
 
-    ``model.run_with_tensorlens(prompt)`` and :func:`tensorlens_tl.capture` make one. It is exact
-    for this run: ``readout(operator @ embedding + operator.bias)`` are the model's logits. It is
-    not the Jacobian (patterns, scales and gating ratios are held, not differentiated), it has no
-    query/key edges, and what it says is a decomposition, not a causal claim.
+    A lens is made by ``model.run_with_tensorlens(prompt)`` or :func:`tensorlens_tl.capture`. Three
+    things are frozen at their values in this run: attention patterns, norm scales, gating ratios.
+    What remains is affine in the embedded prompt X: y = T X + c, and the logits are ``readout(y)``.
+    This is exact: the lens gives the model's own logits, up to rounding.
 
-    Weights and logits are referenced, not copied: once the model's weights or the returned logits
-    are written to, the lens refuses to answer instead of describing another run.
+    ===============================================  ==============================================
+    Question                                         Call
+    ===============================================  ==============================================
+    Which words does a logit come from?              ``lens.attribute("Paris", versus="Rome")``
+    Which heads, MLPs, neurons, constants, edges?    ``lens.attribute("Paris", by="head")``
+    What changed between two prompts?                ``lens.attribute("Paris", baseline=corrupted)``
+    What do many targets or positions come from?     ``lens.attribute_many(pos=range(3))``
+    Which chains of heads and MLPs carry it?         ``lens.paths("Paris", k=10)``
+    Which heads carry what a token contributes?      ``lens.loadings(4, "Paris")``
+    How much of token j is in the output at i?       ``lens.token_matrix("norm")``
+    How important is each token, by any method?      ``lens.token_scores("rollout", "Paris")``
+    Which edges make up the behaviour?               ``lens.discover("Paris", n_edges=40)``
+    What does a given subgraph alone compute?        ``lens.circuit(["L0H1", "L2MLP"])``
+    What is T itself?                                ``lens.operator``, ``lens.between(a, b)``
+    How exact is all this?                           ``lens.completeness_error``, ``lens.verify()``
+    What will a large computation cost?              ``lens.plan("norm")``
+    How do I keep the lens?                          ``lens.save(path)``, ``tensorlens_tl.load``
+    ===============================================  ==============================================
+
+    Three things a lens is not. It is not the Jacobian, which also differentiates what is frozen
+    here. It has no query and key edges of its own; ``qk=True`` adds first-order ones. And it makes
+    no causal claim: it decomposes this run, and only the real model tells what an ablation does.
+
+    Weights and logits are referenced, not copied. Once the weights or the returned logits are
+    written to, the lens refuses to answer, as it would describe another run.
+
+    A lens of several prompts is a batch: ``len(lens)``, ``lens[i]`` and a loop give its prompts.
 
     Attributes:
-        capture: The frozen run.
-        versions: The tensors that are not the lens's own, and their versions at the capture.
+        capture: The captured run.
+        versions: Tensors of the model or the user, each with its version at the capture.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> logits, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+        >>> lens
+        TensorLens(tensorlens_tl demo, 6 tokens, 4 layers × 4 heads, capture check ...)
+        >>> [(label, round(value, 1)) for label, value in lens.attribute("Paris").top(2)]
+        [('"France"@4', 15.6), ('"capital"@2', 6.0)]
+        >>> lens.completeness_error < 1e-5
+        True
     """
-
-    # --- Where a logit comes from
-
-    def attribute(
-        self,
-        target: TargetLike = None,
-        versus: TargetLike = None,
-        pos: int = -1,
-        by: str = "token",
-        effect: str = "direct",
-        baseline: TensorLens | str | Float[Tensor, "*shape"] | None = None,
-        at: str = "clean",
-        qk: bool = False,
-    ) -> Attribution:
-        """Split a logit, or a difference of two, by where it comes from.
-
-        Args:
-            target: A token string, a token id, a direction in logits [d_vocab] or in the final
-                normalized residual [d_model], or None for the model's own prediction.
-            versus: Subtracted from the target: a target of the same kinds, or None.
-            pos: Position of the prediction among the real tokens; −1 is the last.
-            by: What to split by.
-                "token": every token's and position's embedding and every constant.
-                "constant": every constant, by position; the embeddings as one row each.
-                "component": every writer to the residual: embeddings, heads, MLPs, b_O, b_out, …
-                "layer": the same, one row per layer.
-                "head": the same, each head split over the positions it read.
-                "mlp": the same as "component"; "neuron": each MLP split into its neurons.
-                "dimension": the residual before the final norm, by dimension.
-                "order": how many heads and MLPs were passed on the way to the target.
-                "edge": what each node reads of each other's output: ``.select(dest="L2H1.v")``
-                sums to what that head's values make of the target, "logits" to the target.
-            effect: "direct": what is written at the target's position and read by the logits; sums
-                to the target. "total": what is written anywhere, along all paths (by layer,
-                component, head, mlp or neuron): influence, which overlaps and does not sum.
-            baseline: What the target is compared with, by token, component or edge: another lens of
-                a prompt of equal length (the corrupted one), "zero" (no embeddings), "mean" (the
-                mean of W_E's rows as every token's embedding, positions kept) or an embedding
-                [d_model] of your own. The rows then sum to the target here minus the target there;
-                between two lenses one row is what the operators (by component: the readouts)
-                changed. By edge, readers of one run read what writers add here and not there.
-            at: With a lens as baseline, by whose operator the tokens are read: "clean" (this lens),
-                "corrupted", or "secant": the one between the two runs, for which nothing is left
-                that an operator changed (where logits are soft-capped, "readout change" is left: by
-                edge, those into "logits" sum to the rest). Half-precision runs agree to their own
-                rounding.
-            qk: By edge: whether every head's queries and keys are readers, too, "L2H1.q" and
-                "L2H1.k": the target's sensitivity to the attention scores times what a writer adds
-                to them. First-order, unlike the rest, and in no sum.
-
-        Returns:
-            Contributions in logits, in the capture's compute dtype. ``.sum("pos")`` collapses
-            positions.
-
-        Raises:
-            ValueError: If the target, the position, ``by`` or ``effect`` does not exist, or the
-                baseline is of another length or model.
-        """
-        gradient = self._gradient(target, versus, pos)
-        if baseline is None:
-            if at != "clean":
-                raise ValueError(
-                    f"expected a baseline to go with at={at!r}, got none: leave at out"
-                )
-            return attribute(gradient, by, effect, qk)
-        if effect != "direct":
-            raise ValueError(f"expected effect to be direct with a baseline, got {effect!r}")
-        if not isinstance(baseline, TensorLens):
-            return difference(gradient, fixed_baseline(gradient, baseline), by, at, qk)
-        check_comparable(self.capture, baseline.capture)
-        predicted = own_prediction(self.capture, pos)  # one target for both runs
-        return difference(gradient, baseline._gradient(target, versus, pos, predicted), by, at, qk)
-
-    def attribute_many(
-        self,
-        targets: Sequence[TargetLike] | None = None,
-        pos: int | Sequence[int] = -1,
-        by: str = "token",
-        effect: str = "direct",
-        versus: TargetLike | Sequence[TargetLike] = None,
-        qk: bool = False,
-    ) -> tuple[Attribution, ...]:
-        """Split many targets at once: one batched sweep, in chunks that bound memory.
-
-        Args:
-            targets: Targets as in :meth:`attribute`; None for the model's own prediction at every
-                position of ``pos``.
-            pos: One position, or one for each target. ``lens.attribute_many(pos=range(n))`` are the
-                model's own predictions at the first n positions.
-            by: As in :meth:`attribute`.
-            effect: As in :meth:`attribute`.
-            versus: Subtracted from the targets: a list with one for each, one for all, or None.
-            qk: As in :meth:`attribute`.
-
-        Returns:
-            One attribution per target.
-
-        Raises:
-            ValueError: If there are none, or not as many targets as positions.
-        """
-        self._check_ready()
-        if isinstance(targets, str):
-            raise ValueError(f"expected a list of targets, got {targets!r}: put it in a list")
-        one = isinstance(pos, Integral)
-        places: list[Any] = [pos] if one else list(cast("Sequence[int]", pos))
-        goals = [None] * len(places) if targets is None else list(targets)
-        places = places * len(goals) if one else places
-        others: list[Any] = (
-            list(versus) if isinstance(versus, list | tuple) else [versus] * len(goals)
-        )
-        if not goals or len(goals) != len(places) or len(goals) != len(others):
-            raise ValueError(
-                f"expected as many positions as targets, and at least one, got {len(places)} and "
-                f"{len(goals)}"
-                + (f", and {len(others)} versus" if len(others) != len(goals) else "")
-            )
-        resolved = [
-            resolve(self.capture, *each) for each in zip(goals, others, places, strict=True)
-        ]
-        found = attribute_many(self.capture, self.operator, resolved, by, effect, qk=qk)
-        return tuple(found)
 
     # --- Circuits
 
     def circuit(self, nodes_or_edges: Circuit | Iterable[Edge | Node | str]) -> Subgraph:
-        """The operator restricted to a subgraph: its logits, its share of a target, its attribution.
+        """Restrict the operator to a subgraph.
 
         Args:
-            nodes_or_edges: A circuit; edges, "L0H1→L1H2.v"; or nodes, "L0H1", between which, the
-                input and the logits all edges are kept.
+            nodes_or_edges: A circuit, edges such as "L0H1→L1H2.v", or nodes such as "L0H1". Between
+                nodes, the input and the logits, all edges are kept.
 
         Returns:
-            The restricted run. Patterns and scales stay the whole run's; constants that no node
-            holds are always kept.
+            The restricted run: its logits, its share of a target, its attribution. Patterns and
+            scales stay those of the whole run. Constants that no node holds are always kept.
 
         Raises:
             ValueError: If there is no such node or edge, or the circuit is of another model.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.circuit(["L0MLP", "L1H0", "L3MLP"])
+            Subgraph(tensorlens_tl demo, ... edges, 5 nodes)
         """
         operator = self.operator
         return Subgraph(self.capture, operator, circuit_from_names(self.capture, nodes_or_edges))
@@ -220,124 +120,57 @@ class TensorLens(FrozenRun):
         corrupted: TensorLens | None = None,
         at: str | None = None,
     ) -> Circuit:
-        """The edges that make a target: the largest scores, connected from the tokens to the logits.
+        """Find the edges that make a target: the largest scores, connected from tokens to logits.
 
-        An edge's score is what a reader makes of what a writer adds; with a corrupted run, of what
-        it adds here and not there. Whether the model needs those edges, only the real model tells.
+        The score of an edge is what a reader makes of what a writer adds. With a corrupted run, it
+        is what the reader makes of what the writer adds here and not there. Only the real model
+        tells whether it needs those edges: see :meth:`Circuit.faithfulness`.
 
         Args:
             target: As in :meth:`attribute`.
-            versus: Subtracted from the target, or None.
-            pos: Position of the prediction among the real tokens.
-            n_edges: So many edges; or
-            threshold: the smallest number an edge is ranked by.
-            selection: "greedy" grows from the logits down by |score|; "absolute" and "signed" take the
-                largest |score| or score; "influence" what shares of |score| carry to the logits.
-            qk: Whether queries and keys are readers, too (first-order, but for "secant").
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            n_edges: Size of the circuit. Give either this or ``threshold``.
+            threshold: Keep every edge ranked at or above this value, plus the edges needed to
+                connect it.
+            selection: Ranking rule. "greedy" grows from the logits down by |score|. "absolute" and
+                "signed" take the largest |score| or score. "influence" follows the shares of
+                |score| that reach the logits.
+            qk: Whether queries and keys are readers, too. Their edges are first-order, except with
+                ``at="secant"``.
             corrupted: The lens of a corrupted prompt of equal length, or None.
-            at: With it, whose covectors read the difference: by default "secant", the operator
-                between the two runs, which is exact on their difference; or "clean", "corrupted".
+            at: The operator that reads the difference to the corrupted run: "clean", "corrupted" or
+                "secant", which is exact on the difference. None means "secant" with a corrupted
+                run, and "clean" without.
 
         Returns:
-            The circuit, with every edge's score: the mean over the lens's prompts.
+            The circuit, with the score of every edge, averaged over the prompts of the lens.
 
         Raises:
-            ValueError: If an argument makes no sense, or the corrupted run is not comparable.
+            ValueError: If an argument does not fit, or the corrupted run is not comparable.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> len(lens.discover("Paris", versus="Rome", n_edges=20))
+            20
         """
         at = at or ("secant" if isinstance(corrupted, TensorLens) else "clean")
         found = self.attribute(target, versus, pos, "edge", baseline=corrupted, at=at, qk=qk)
         names = list(dict.fromkeys(self._gradient(target, versus, pos).target.name))
         return select_circuit(
-            ModelInfo.of_capture(self.capture), edge_scores(self.operator.wiring, found),
-            n_edges, threshold, selection,
+            ModelInfo.of_capture(self.capture),
+            edge_scores(self.operator.wiring, found),
+            n_edges,
+            threshold,
+            selection,
             target=", ".join(names[:3]) + (", …" if len(names) > 3 else ""),
-            n_prompts=len(self), corrupted=corrupted is not None, convention=self.convention,
-        )  # fmt: skip
+            n_prompts=len(self),
+            corrupted=corrupted is not None,
+            convention=self.convention,
+        )
 
-    def loadings(
-        self,
-        source: int | str | Node | Edge,
-        target: TargetLike = None,
-        versus: TargetLike = None,
-        pos: int = -1,
-    ) -> Attribution:
-        """How much of a source's effect on a target each head carries, layer by layer.
-
-        Args:
-            source: A position among the real tokens (the token at it), a node ("L0H3", "embed") or
-                an edge ("L0H3→L2H1.v").
-            target: As in :meth:`attribute`.
-            versus: Subtracted from the target, or None.
-            pos: Position of the prediction among the real tokens.
-
-        Returns:
-            For every layer above the source its heads, and ``L3.past`` for what no head of it moved:
-            each layer's rows sum to the effect, which is the result's ``target_value``.
-
-        Raises:
-            ValueError: If the target, or the position, node or edge does not exist.
-        """
-        if isinstance(source, str):
-            source = Edge.parse(source) if "→" in source or "->" in source else Node.parse(source)
-        return loadings(self._gradient(target, versus, pos), source)
-
-    def _gradient(
-        self,
-        target: TargetLike,
-        versus: TargetLike,
-        pos: int,
-        predicted: Int[Tensor, " batch"] | None = None,
-    ) -> TargetGradient:
-        self._check_ready()
-        goal = resolve(self.capture, target, versus, pos, predicted)
-        return self._gradients.gradient(goal)
-
-    @cached_property
-    def _gradients(self) -> GradientCache:
-        return GradientCache(self.capture, self.operator)
-
-    def paths(
-        self,
-        target: TargetLike = None,
-        k: int = 10,
-        versus: TargetLike = None,
-        pos: int = -1,
-        from_token: int | None = None,
-        by_position: bool = False,
-        constants: bool = True,
-        max_expansions: int = 10_000,
-        memory_limit: int = DENSE_LIMIT,
-    ) -> Paths:
-        """The k paths, from a source through heads and MLPs to a logit, that contribute the most.
-
-        Each is a signed summand of the target; all of them, from all sources, sum to it, but they
-        cancel: none is a share of it. See :func:`tensorlens_tl.attribution.paths.find_paths`.
-
-        Args:
-            target: As in :meth:`attribute`.
-            k: How many paths.
-            versus: Subtracted from the target, or None.
-            pos: Position of the prediction among the real tokens.
-            from_token: Position of a token whose embedding alone is the source; None for every
-                token's and position's embedding and every constant.
-            by_position: Whether paths at different positions inside are apart, not summed.
-            constants: Whether constants are sources, too.
-            max_expansions: When to stop searching; the result then says that it is not exact.
-            memory_limit: Bytes the search's bounds may take.
-
-        Returns:
-            The paths, largest |contribution| first; exact unless the search was stopped.
-
-        Raises:
-            ValueError: If the lens holds several prompts, the target, the position or the token
-                does not exist, or k < 1.
-        """
-        self._check_ready()
-        goal = resolve(self.capture, target, versus, pos)
-        return find_paths(
-            self.capture, self.operator, goal, k, from_token, by_position, constants,
-            max_expansions, memory_limit,
-        )  # fmt: skip
+    # --- Tokens by tokens
 
     def token_matrix(
         self,
@@ -348,29 +181,36 @@ class TensorLens(FrozenRun):
         model: Any = None,
         **options: Any,
     ) -> TokenMatrix:
-        """How much of token j is in the output at i: a matrix [query_pos, key_pos] per prompt.
+        """Measure how much of token j is in the output at i: one matrix [query_pos, key_pos] each.
 
-        The operator's own: "norm" ‖T_ij‖_F, "in" ‖T_ij x_j‖, "out" ‖T_ijᵀ u_i‖, "in_out" u_iᵀ T_ij x_j:
-        signed, and with the constants' share a row sums to the target. Earlier methods by the same
-        call: "rollout", "globenc", "attnlrp", … (:data:`tensorlens_tl.methods.METHODS`).
+        The operator's own methods are "norm" ‖T_ij‖_F, "in" ‖T_ij x_j‖, "out" ‖T_ijᵀ u_i‖ and
+        "in_out" u_iᵀ T_ij x_j. The last is signed: with the share of the constants, a row sums to
+        the target. Earlier methods have the same call: "rollout", "globenc", "attnlrp", …; see
+        :data:`tensorlens_tl.methods.METHODS`.
 
         Args:
-            name: The method.
-            target: u_i, for "out" and "in_out": None is the output's own direction y_i / ‖y_i‖,
-                "prediction" the logit of each position's own prediction; a token, id or direction
-                is taken everywhere.
-            layers: A pair of residual sites: that part of the operator only.
-            model: The captured model, for methods that differentiate it: their rows are for each
-                position's own prediction.
-            **options: Of the operator's own: ``probes`` (estimate "norm" from so many random
-                vectors), their ``seed``, ``precision`` ("bfloat16"), ``memory_limit`` (bytes; by
-                default half of what is free). Of earlier methods: theirs, such as ``steps``.
+            name: The method, such as "norm".
+            target: The u_i of "out" and "in_out". None is the output's own direction y_i / ‖y_i‖,
+                "prediction" the logit of each position's own prediction. A token, id or direction
+                is taken at all positions.
+            layers: Two residual sites, to measure only the operator between them; None for all.
+            model: The captured model, for methods that differentiate it. Their rows are for the own
+                prediction of each position.
+            **options: Options of the method. Of the operator's own: ``probes`` (estimate "norm"
+                from this many random vectors), ``seed`` (of the probes), ``precision``
+                ("bfloat16") and ``memory_limit`` (bytes; by default half of what is free).
 
         Returns:
-            The matrices.
+            One matrix per prompt.
 
         Raises:
-            ValueError: If an argument is none of these, or the work does not fit.
+            ValueError: If an argument does not exist, or the work does not fit in memory.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.token_matrix("in_out", "Paris").values.shape
+            torch.Size([1, 6, 6])
         """
         return token_matrix(name, self.capture, self.operator, target, layers, model, **options)
 
@@ -384,62 +224,77 @@ class TensorLens(FrozenRun):
         model: Any = None,
         **options: Any,
     ) -> TokenScores:
-        """How much of a target is due to every token, by any method of :meth:`token_matrix`.
+        """Measure how much of a target is due to each token, by any method of :meth:`token_matrix`.
 
-        "in_out" are the tokens' shares of the target; "out" ‖T_jᵀ u‖ with its u. A method that knows
-        no target gives its matrix's row at ``pos``.
+        "in_out" gives the tokens' shares of the target, "out" ‖T_jᵀ u‖ with its u. A method that
+        knows no target gives the row of its matrix at ``pos``.
 
         Args:
-            name: The method.
+            name: The method, such as "in_out".
             target: As in :meth:`attribute`.
-            versus: Subtracted from the target, or None.
-            pos: Position of the prediction among the real tokens.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
             model: The captured model, for methods that differentiate it.
-            **options: The method's own.
+            **options: Options of the method.
 
         Returns:
-            The scores of every prompt's tokens.
+            One score per token, for every prompt.
 
         Raises:
-            ValueError: If the method, the target or an option does not exist, or the model is missing.
+            ValueError: If the method, the target or an option does not exist, or if the method
+                needs ``model``.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> scores = lens.token_scores("in_out", "Paris")
+            >>> lens.tokens[0][scores[0].argmax()]
+            'France'
         """
+        self._check_ready()
         goal = resolve(self.capture, target, versus, pos)
         return token_scores(name, self.capture, self.operator, goal, model, **options)
 
     def plan(self, what: str, **arguments: Any) -> Plan:
-        """What a contraction will cost, before it runs: time, flops, peak memory, chunks.
+        """Estimate what a computation will cost, before it runs.
 
         Args:
-            what: A kind of :meth:`token_matrix`; or "block", "to_dense", "frobenius_norm",
-                "svd" or "spectral_norm" of the operator.
-            **arguments: The same that would be given to it.
+            what: A method of the operator's own for :meth:`token_matrix` ("norm", "in", "out",
+                "in_out"), or "block", "to_dense", "frobenius_norm", "svd" or "spectral_norm".
+            **arguments: The arguments that the call itself would get.
 
         Returns:
-            The plan. Rates are measured on products of these shapes, in a fraction of a second.
+            Time, flops, peak memory and chunks. The machine's rates are measured on products of
+            these shapes, in a fraction of a second.
 
         Raises:
             ValueError: If the call itself would be refused.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.plan("norm").flops > 0
+            True
         """
         if what in PLANNED:
             return self.operator.plan(what, **arguments)
         if what not in OPERATOR_METHODS:
-            raise ValueError(
-                f"expected one of {', '.join((*OPERATOR_METHODS, *PLANNED))}, got {what!r}"
-            )
+            known = ", ".join((*OPERATOR_METHODS, *PLANNED))
+            raise ValueError(f"There is no plan of {what!r}. Use one of {known}.")
         return plan_token_matrix(what, self.capture, self.operator, **arguments)
 
     # --- In a file
 
     def save(self, path: str | os.PathLike[str], weights: bool = False) -> None:
-        """Write the lens to a file, whole or not at all; :func:`tensorlens_tl.load` reads it.
+        """Write the lens to a file, whole or not at all. :func:`tensorlens_tl.load` reads it.
 
         Args:
-            path: Where to. A file that is there is replaced once the new one is complete.
+            path: The file to write. An older file is replaced once the new one is complete.
             weights: Whether to store the model's weights, too. Without them the file holds a
-                fingerprint of them, and an operator needs ``load(path, model=...)``.
+                fingerprint of the weights, and the operator needs ``load(path, model=...)``.
 
         Raises:
-            ValueError: If there is no such folder, or the lens has no weights to store.
+            ValueError: If the folder does not exist, or the lens has no weights to store.
         """
         save_capture(self.capture, path, weights)
 
@@ -449,21 +304,31 @@ def load(
     model: Any = None,
     device: str | torch.device | None = None,
 ) -> TensorLens:
-    """Read a lens that :meth:`TensorLens.save` wrote; nothing in the file is executed.
+    """Read a lens that :meth:`TensorLens.save` wrote. Nothing in the file is executed.
 
     Args:
-        path: The file.
-        model: The model it was made with. Its weights are compared with the saved fingerprint and
-            used by reference. Without it, and without saved weights, the lens serves what needs
-            none: logits, tokens, embedding, capture check.
-        device: Where to put the tensors; by default the model's device, or else the CPU.
+        path: The file to read.
+        model: The model that the lens was made with. Its weights are compared with the saved
+            fingerprint and used by reference. Without it, and without saved weights, the lens
+            gives only what needs no weights: logits, tokens, embedding, capture check.
+        device: Where to put the tensors. None is the model's device, or the CPU without a model.
 
     Returns:
-        The lens.
+        The lens of the saved run.
 
     Raises:
-        ValueError: If the file is no saved lens or is damaged, or the model is another one; the
-            message says what was expected, what came and what to do.
+        ValueError: If the file is no saved lens or is damaged, or if the model is another one.
+
+    Example:
+        >>> import os, tempfile
+        >>> from tensorlens_tl import demo, load
+        >>> model = demo.load_model()
+        >>> _, lens = model.run_with_tensorlens("The capital of France is")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "lens.safetensors")
+        ...     lens.save(path)
+        ...     load(path, model=model).tokens == lens.tokens
+        True
     """
     captured = load_capture(path, model, device)
     # Only a model's weights can be written to by others; a file's are the lens's own.

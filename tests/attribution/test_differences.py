@@ -208,7 +208,7 @@ def test_many_targets_in_chunks_and_refusals(monkeypatch):
     found = list(attribute_many(lens.capture, lens.operator, goals, memory_limit=1))
     assert calls == [1] * 5 and len(found) == 5
     for wrong in ({"target": []}, {"target": [3, 4], "pos": [1]}, {"pos": []}):
-        with pytest.raises(ValueError, match="as many positions as targets, and at least one, got"):
+        with pytest.raises(ValueError, match="The lists cannot be paired"):
             lens.attribute_many(**wrong)
 
 

@@ -313,7 +313,7 @@ def test_the_random_models_were_of_many_kinds():
 def stories():
     if not STORIES.is_dir():
         pytest.skip("needs the shared model and texts")
-    from tensorlens_tl.hosts.loading import load_model
+    from tensorlens_tl.hosts import load_model
 
     with quiet():
         return load_model(str(STORIES), "bridge" if HookedTransformer is None else "hooked")

@@ -51,7 +51,7 @@ def test_integers_of_every_kind():
         ({"target": 3.0}, "Target 3.0 of type float is no token and no direction"),
         ({"target": [3, 4]}, r"shape \[2\] is no direction .* direction in logits \[50\]"),
         ({"pos": 1.5}, "Position 1.5 is not an integer"),
-        ({"at": "corrupted"}, "a baseline to go with at='corrupted', got none: leave at out"),
+        ({"at": "corrupted"}, "at='corrupted' needs a baseline"),
         ({"by": "expert"}, "by='expert' needs a model with experts"),
         ({"baseline": ["zero"]}, r"A baseline of type list is not known.* embedding \[32\]"),
     ],
@@ -80,14 +80,21 @@ def test_many_targets_against_others(case):
         assert_close(a.values, own.values, 1e-10)
     for a in lens.attribute_many(pos=range(2), versus=4):
         assert all(name.endswith("− '4'") for name in a.target)
+    for pos, a in enumerate(lens.attribute_many(3, pos=range(2))):
+        assert_close(a.values, lens.attribute(3, pos=pos).values, 1e-10)
+    (one,) = lens.attribute_many(3)
+    assert_close(one.values, lens.attribute(3).values, 1e-10)
+    directions = torch.eye(D_VOCAB)[[3, 4]]
+    for i, a in enumerate(lens.attribute_many(directions)):
+        assert_close(a.values, lens.attribute(directions[i]).values, 1e-10)
+    (one,) = lens.attribute_many(directions[1])
+    assert_close(one.values, lens.attribute(directions[1]).values, 1e-10)
 
 
 @pytest.mark.wrong_types
 def test_many_targets_refused():
     lens = lens_of(SHAPES[0])
-    with pytest.raises(ValueError, match="a list of targets, got 'Mary': put it in a list"):
-        lens.attribute_many("Mary")
-    with pytest.raises(ValueError, match="got 2 and 2, and 1 versus"):
+    with pytest.raises(ValueError, match="target has 2 entries, versus has 1 entries"):
         lens.attribute_many([3, 4], versus=[5])
 
 

@@ -22,7 +22,7 @@ from tensorlens_tl.lens.tensor_lens import TensorLens
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 FIRST = SHAPES[0]
-NEEDS_MODEL = re.escape("pass model= to tensorlens_tl.load")
+NEEDS_MODEL = re.escape("Pass model= to tensorlens_tl.load")
 
 
 @pytest.fixture
@@ -297,13 +297,13 @@ def test_another_architecture_and_another_dtype_are_refused(lens, path):
     others = [case for case in SHAPES[1:] if case.host == FIRST.host]
     refused = 0
     for case in others:
-        with pytest.raises(ValueError, match="is not the one the lens was made with"):
+        with pytest.raises(ValueError, match="The model .* is not the one that .* was made with"):
             tensorlens_tl.load(path, model=case.model())
         refused += 1
     assert refused > 5
-    with pytest.raises(ValueError, match="expected a HookedTransformer or a TransformerBridge"):
+    with pytest.raises(ValueError, match="neither a HookedTransformer nor a TransformerBridge"):
         tensorlens_tl.load(path, model=torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="the model is on cpu, got device='meta'"):
+    with pytest.raises(ValueError, match="device='meta' does not fit the model, which is on cpu"):
         tensorlens_tl.load(path, model=FIRST.model(), device="meta")
 
 
@@ -363,7 +363,10 @@ def refuse(path: Path, match: str) -> None:
     match += "|TypeCheckError"  # run-time type checks, where they are on, come first
     with pytest.raises(ValueError, match=match) as caught:
         tensorlens_tl.load(path)
-    assert "expected" in str(caught.value)
+    assert re.search(
+        "Save the lens again|save or copy it|save the lens again|Pass one that lens.save",
+        str(caught.value),
+    )
     with pytest.raises(ValueError, match=match):
         tensorlens_tl.load(path, model=FIRST.model())
 
@@ -380,18 +383,18 @@ def test_truncated_files(lens, path):
 
 
 def test_foreign_files(path):
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(ValueError, match="There is no file"):
         tensorlens_tl.load(path)
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(ValueError, match="There is no file"):
         tensorlens_tl.load(path.parent)
     path.write_text("Once upon a time there was a text file.\n" * 10)
     refuse(path, "is no whole safetensors file")
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
     refuse(path, "is no whole safetensors file")
     save_file({"a": torch.zeros(3)}, path)
-    refuse(path, "no saved lens; expected a file from lens.save")
+    refuse(path, "but no saved lens")
     save_file({"a": torch.zeros(3)}, path, metadata={"format": "pt"})
-    refuse(path, "no saved lens; expected a file from lens.save")
+    refuse(path, "but no saved lens")
     for text in ("{", "[]", "3", "{}", "[" * 100_000, '{"format": "else", "version": 1}'):
         save_file({"a": torch.zeros(3)}, path, metadata={"tensorlens_tl": text})
         refuse(path, "header is not that of a lens|has version None")
@@ -486,7 +489,7 @@ def test_a_dtype_that_header_and_table_agree_on(lens, path):
 
 BLOCK = ("capture", "blocks", 0)
 HEADER_EDITS = {
-    "frame dtype": (_set("frame", "dtype", "name", "float32"), "expected"),
+    "frame dtype": (_set("frame", "dtype", "name", "float32"), "float64 .*float32"),
     "frame dtype is no compute dtype": (_set("frame", "dtype", "name", "int64"), "compute dtype"),
     "unknown dtype": (_set("frame", "dtype", "name", "float4"), "expected a dtype"),
     "positions": (_set("frame", "n_pos", 10**12), "expected shape"),
@@ -597,12 +600,14 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(lens, path):
     with pytest.raises(ValueError, match="a folder that does not exist"):
         lens.save(path / "deeper")
-    with pytest.raises(ValueError, match="which is a folder"):
+    with pytest.raises(ValueError, match="is a folder"):
         lens.save(path.parent)
     writer = headers.Writer(lens.capture.frame, False)
-    with pytest.raises(ValueError, match=r"cannot save checks\.a: expected no object"):
+    with pytest.raises(
+        ValueError, match=r"Cannot save checks\.a, which holds an object of class object"
+    ):
         writer.node({"a": object()}, "checks")
-    with pytest.raises(ValueError, match="cannot save logits of complex64"):
+    with pytest.raises(ValueError, match="Cannot save logits of complex64"):
         writer.node(torch.zeros(2, dtype=torch.complex64), "logits")
     assert os.listdir(path.parent) == []
 
