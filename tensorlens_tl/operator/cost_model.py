@@ -255,16 +255,16 @@ class SweepShape:
             mixes = any(b.heads for b in stage)
             for b in stage:
                 weights = 2 * D * (b.width_in + b.width_out) if b.heads else 3 * D * b.width_in
-                if not b.heads:
+                if not b.heads:  # an MLP: ratios, hidden rows, or a group of folded maps
                     frozen = 2 * L * b.width_in
                     use = min(area if met else rows, max(ROWS, many)) * b.width_in
                     if self.folded(b, blocks, many, met):
                         use = max(use, min(L, fold_group(b.width_in, D)) * D * (b.width_in + D))
-                elif spread:
+                elif spread:  # the first attention: one row per head, spread over positions
                     n = max(block.n for block in blocks)
                     frozen = self._pattern(b, n)
                     use = 2 * b.heads * n * many * D + worst * D
-                else:
+                else:  # later attention: hidden rows before and after the pattern
                     frozen = self._pattern(b, CAUSAL_TILE)
                     use = worst * max(2 * b.width_in, b.width_in + 2 * b.width_out)
                     if self.half and i == len(self.stages) - 1:
@@ -273,6 +273,7 @@ class SweepShape:
                 most = max(most, held + weights + frozen + use)
             met, spread = met or mixes, spread and not mixes
         tensors = self.itemsize * (most + rows * D + parts)
+        # An allocator keeps more than what is in use.
         heap = int(HEAP * tensors + min(tensors / 5, KEPT))
         return heap + self.beside + self.result_bytes
 
@@ -295,12 +296,12 @@ class SweepShape:
         area = sum(b.n * b.end for b in blocks) * many
         for i, stage in enumerate(self.stages):
             mixes = any(b.heads for b in stage)
-            if not stage:
+            if not stage:  # a norm reads and writes the state
                 cost.moved += 4 * (area if met else starts * many) * D
             for b in stage:
                 if not b.heads:
-                    self._wise(cost, b, blocks, many, met)
-                elif met:
+                    self._count_mlp(cost, b, blocks, many, met)
+                elif met:  # two products, and the pattern tile by tile
                     for x in blocks:
                         rows = x.n * x.end * many
                         half = self.half and i == len(self.stages) - 1
@@ -310,12 +311,12 @@ class SweepShape:
                         size = CAUSAL_TILE if self.causal else x.end
                         cells = sum((x.end - t) * min(size, x.end - t) for t in tiles)
                         cost.mixing += 2 * width * x.n * many * cells
-                        if b.score:
+                        if b.score:  # tiles are recomputed from queries and keys
                             cost.mixing += 2 * b.score * b.heads * cells
                             cost.moved += 2 * b.heads * cells
                         cost.moved += 3 * rows * (b.width_in + b.width_out) + 2 * rows * D
                         cost.calls += 12 + 2 * len(tiles)
-                else:
+                else:  # the first attention spreads rows
                     for x in blocks:
                         n = x.n * many
                         cost.product += 2 * D * n * (b.width_in + b.width_out)
@@ -328,9 +329,10 @@ class SweepShape:
         cost.calls += 8 * len(blocks) + 30 * len(self.stages)
         return cost
 
-    def _wise(
+    def _count_mlp(
         self, cost: Cost, b: BranchShape, blocks: Sequence[Block], many: int, met: bool
     ) -> None:
+        """Add an MLP's cost: maps made and used below a coordinate, two products above it."""
         D, m = self.d_model, b.width_in
         below = self.folded(b, blocks, many, met)
         ends = [(x.end, x.n * many) for x in blocks] if met else [(sum(x.n for x in blocks), many)]

@@ -70,7 +70,7 @@ class FrozenTransformer(StepChain):
         >>> bool((lens.readout(y) - lens.logits).abs().max() < 1e-3)
         True
         >>> T.block(query_pos=-1, key_pos=3).shape
-        torch.Size([1, 64, 64])
+        torch.Size([1, 128, 128])
     """
 
     frame: Frame

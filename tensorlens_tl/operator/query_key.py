@@ -114,6 +114,7 @@ class QueryKey:
             S = S if w.soft_cap is None else w.soft_cap * torch.tanh(S / w.soft_cap)
             biased = with_alibi_bias(S, w.slopes, own)
             check_pattern(self.attn, A, biased.masked_fill(A <= 0, -torch.inf), self.model_dtype)
+            # Adjoints of z = A v, of the softmax and of the soft cap: the formulas of the module.
             dA = z[:, own] @ v[:, kv].repeat_interleave(each, 1).mT
             dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
             dP = dP if w.soft_cap is None else dP * (1 - (S / w.soft_cap) ** 2)
@@ -207,6 +208,7 @@ class Projection:
         norm: NormWeights | None,
     ) -> Projection:
         """Project the normalized residual x [batch, pos, d_model] to queries or keys."""
+        # W and b, then a norm where the model has one, then the rotation.
         y, scale = x[:, None] @ frame.cast(W), None
         y = y if b is None else y + frame.cast(b)[:, None]
         raw = y
@@ -224,6 +226,7 @@ class Projection:
         y = self.unrotated(y)
         if self.norm is not None and self.scale is not None:
             y = y.unflatten(1, (self.W.shape[0], -1))  # [batch, any_head, repeat, …]
+            # The adjoint of the norm with its scale frozen: weights, scale, centering.
             y = y if self.norm.gain is None else y * self.norm.gain.detach().to(y)
             y = y / self.scale[:, :, None]
             y = (y - y.mean(-1, keepdim=True) if self.norm.center else y).flatten(1, 2)
@@ -241,6 +244,8 @@ class Projection:
 
 def _turned(y: Float[Tensor, "batch head pos d"], rotation: Rotation, back: bool = False) -> Tensor:
     """Rotate vectors, or pull covectors back through the rotation."""
+    # y = x cos + quarter(x) sin, with quarter a turn by 90° in each plane, whose adjoint is −quarter.
+    # Rotary embeddings may turn the first dimensions only.
     cos, sin = (t[: y.shape[-2]].to(y) for t in (rotation.cos, rotation.sin))
     x, rest = y[..., : cos.shape[-1]], y[..., cos.shape[-1] :]
     quarter = -_quarter(x * sin, rotation) if back else _quarter(x, rotation) * sin
@@ -248,6 +253,7 @@ def _turned(y: Float[Tensor, "batch head pos d"], rotation: Rotation, back: bool
 
 
 def _quarter(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn by 90° in every plane: of two adjacent dimensions, or of one from each half."""
     if rotation.adjacent:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((-b, a), -1).flatten(-2)

@@ -134,7 +134,7 @@ class Branch:
         """
         x, post = self.read(state), self.post
         if query is None:
-            found = self.body.factored(self.body.hidden_in_run(x))
+            found = self.body.factored(self.body.hidden_in_run(x))  # from what the run left
         else:
             found = self.body.factored(self.body.hidden_at(x, query)[:, None])
             post = post and post.row(query)
@@ -170,6 +170,7 @@ class Branch:
     def pull(self, c: Float[Tensor, "*many batch pos d_model"]) -> Pull:
         """Pull covectors back, and keep what tells the readers and constants apart."""
         effects: dict[str, Tensor] = {}
+        # Against the direction of the run: post-norm, sublayer, pre-norm.
         y = c if self.post is None else self.post.apply_t(c, effects)
         x, kept = self.body.pull(y, effects)
         return Pull(x if self.pre is None else self.pre.apply_t(x, effects), kept, effects)
@@ -178,7 +179,7 @@ class Branch:
         self, c: Float[Tensor, "*many batch pos d_model"], query: Int[Tensor, " batch"]
     ) -> Pull:
         """Pull covectors back that are zero but at one position per prompt: W_O costs one row."""
-        if self.body.edits:
+        if self.body.edits:  # the short way knows no edits
             return self.pull(c)
         y, own = take_row(c, query), {}
         y = y if self.post is None else self.post.row(query).apply_t(y, own)
@@ -198,6 +199,7 @@ class Branch:
         """
         if isinstance(self.body, Attention):
             return self.body.readers(pull.kept, self.pre)
+        # An MLP is one reader; constants that belong to no node are not its own.
         outside = self.outside_names()
         shares = {n: e.sum(-1)[None] for n, e in pull.effects.items() if n not in outside}
         return Factored(pull.covector[None]), shares
@@ -213,6 +215,7 @@ class Branch:
         """The constants that belong to no node: b_O, b_out, the b of a post-norm, and edits."""
         found = self.body.outside()
         if self.post is not None:
+            # A post-norm acts on b_O and b_out, too, before they reach the residual.
             found = {name: self.post.apply(c) for name, c in found.items()}
             found |= self.post.constants()
         return found

@@ -89,7 +89,7 @@ def act_secant(act: str, z: Float[Tensor, "*shape"], z_other: Float[Tensor, "*sh
 
 def _slope(change: Tensor, of: Tensor, derivative: Tensor, least: float) -> Tensor:
     """``change / of``, or the derivative where ``of`` is no larger than ``least``."""
-    still = of.abs() <= least
+    still = of.abs() <= least  # there the quotient would be 0 / 0, or rounding
     return torch.where(still, derivative, change / of.masked_fill(still, 1.0))
 
 
@@ -185,6 +185,7 @@ def _pull(
     xs = clean.read(states[0]), corrupted.read(states[1])
     pre = _of_norms(clean.pre, corrupted.pre, *states)
     if clean.post is not None:
+        # The norm's secant needs what both runs gave it.
         out = [b.body.apply(x) + b.body.bias for b, x in zip((clean, corrupted), xs, strict=True)]
         post = cast(NormSecant, _of_norms(clean.post, corrupted.post, *out))
         c = post.pull_(c.clone())
@@ -199,11 +200,12 @@ def _pull(
 
 
 def _mlp(clean: object, corrupted: object, c: Tensor) -> Tensor:
-    """Back through W_out, the secant of what is between, and W_in."""
+    """Pull the covector c back through W_out, the secant of the activation, and W_in."""
     if isinstance(clean, MLP) and isinstance(corrupted, MLP) and clean.weights.act != "solu":
         slopes = act_secant(clean.weights.act, clean.pre, corrupted.pre)
         return clean.with_slopes(slopes).apply_t(c)
     if isinstance(clean, GatedMLP) and isinstance(corrupted, GatedMLP):
+        # Δ(act(g) ⊙ u) = mean act(g) ⊙ Δu + ū ⊙ Δact(g).
         name = clean.weights.act
         posts = [gating_ratio(name, b.pre) * b.pre for b in (clean, corrupted)]
         act = (posts[0] + posts[1]) / 2
@@ -257,11 +259,12 @@ def _attention(
             torch.cat([a.mix.head(h).pattern[b] for h in range(own.start, own.stop)], 1)
             for a in runs
         ]
-        hidden = (A[0] <= 0) & (A[1] <= 0)
+        hidden = (A[0] <= 0) & (A[1] <= 0)  # masked: no weight in either run
         products = [
             q_.rotated[b, own] @ shared(k_.rotated).mT * w.scale
             for q_, k_ in zip(q.runs, k.runs, strict=True)
         ]
+        # Scores of both runs, and the slope ΔS / Δproduct of a soft cap.
         S, slope = products, 1.0
         if (cap := w.soft_cap) is not None:
             S = [cap * torch.tanh(P / cap) for P in products]
@@ -270,6 +273,8 @@ def _attention(
         S = [with_alibi_bias(scores, w.slopes, own).masked_fill(hidden, -torch.inf) for scores in S]
         for run, pattern, scores, capture in zip(runs, A, S, captures, strict=True):
             check_pattern(run, pattern, scores, capture.logits.dtype, REMEDY, b)
+        # Δ(A v) = Ā Δv + ΔA v̄. Through ΔA = L ⊙ (ΔS − Σ_j L_j ΔS_j / Σ_j L_j) goes the adjoint:
+        # with g = L ⊙ ⟨z, v̄⟩ it is g − L Σ g / Σ L. Then Δ(q·k) = q̄ Δk + k̄ Δq.
         mean, L = softmax_secant(*S)
         g = L * (z[b, own] @ shared(v).mT)
         total = L.sum(-1, keepdim=True).clamp_min(torch.finfo(L.dtype).tiny)
@@ -308,7 +313,7 @@ class _Projections:
     def pull(self, y: Float[Tensor, "batch head pos d_query"]) -> Factored:
         """Pull covectors at rotated queries back to what W_Q reads."""
         y = self.runs[0].unrotated(y)
-        if self.norm is not None:
+        if self.norm is not None:  # query heads of a group share the norm of their keys
             repeat = y.shape[1] // self.norm.mid.shape[1]
             parts = y.unflatten(1, (-1, repeat)).transpose(1, 2).contiguous()
             y = torch.stack([self.norm.pull_(p) for p in parts.unbind(1)], 2).flatten(1, 2)

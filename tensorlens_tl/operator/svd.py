@@ -152,6 +152,7 @@ class SVDProblem:
         shapes = [shape_of(stage, False) for stage in stages_of(chain)]
         measured = rates_of(shapes, op.in_dim, frame.n_pos, rows, frame.dtype, frame.device)
         if not self.dense:
+            # A first basis, then restarts that keep k of its vectors and fill the rest anew.
             restarts = 2 * self.k / (self.k + 3)
             steps = round(self.basis + restarts * (self.basis - self.k) + self.k / 2)
             cost = self._step(shapes)
@@ -163,6 +164,7 @@ class SVDProblem:
         dim, kept = (op.out_dim, op.in_dim) if pull else (op.in_dim, op.out_dim)
         sweep = BatchedSweep(chain, self.prompt, pull).shape(at, dim, states(kept))
         built = make_plan(what, [sweep], limit, frame.dtype, frame.device)
+        # Golub and Van Loan's count for S and thin U and V of a long matrix, by its QR first.
         short, long = sorted(self.shape)
         flops = 6 * long * short**2 + 20 * short**3
         return replace(

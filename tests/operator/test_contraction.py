@@ -13,6 +13,7 @@ from models import CASES, SHAPES, SHARED, every_convention, lens_of, quiet, rand
 import tensorlens_tl
 from tensorlens_tl.methods.operator_matrices import orthogonal_probes
 from tensorlens_tl.methods.tables import student_t
+from tensorlens_tl.operator import machine_rates
 from tensorlens_tl.operator.batched_sweep import BatchedSweep, dots, squares, states
 from tensorlens_tl.operator.cost_model import HALF_BYTES, folds_below, half_bytes
 from tensorlens_tl.operator.svd import SVDProblem
@@ -21,9 +22,10 @@ pytestmark = pytest.mark.algebra
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 SHAPES = [
-    case for case in SHAPES
+    case
+    for case in SHAPES
     if case.name.split("-", 1)[1] in ("gpt2", "gemma2", "neox", "llama", "attn-only", "solu")
-]  # fmt: skip
+]
 SITE = "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"
 
 
@@ -446,6 +448,18 @@ def test_flops_of_a_pull_are_the_formula():
     assert cost.product == top + bottom
 
 
+def test_rates_are_measured_anew_after_a_minute(monkeypatch):
+    """A machine that is busy now may be idle later: the first timing is not kept for ever."""
+    asked = machine_rates.ProductShape(8, 32, 2, 4, 5, 8, 64), torch.float32, torch.device("cpu")
+    now = 1000 * machine_rates.KEPT_SECONDS
+    monkeypatch.setattr(machine_rates.time, "monotonic", lambda: now)
+    first = machine_rates.rates(*asked)
+    now += machine_rates.KEPT_SECONDS / 2
+    assert machine_rates.rates(*asked) is first
+    now += machine_rates.KEPT_SECONDS
+    assert machine_rates.rates(*asked) is not first
+
+
 # --- Bad input -----------------------------------------------------------------------------------
 
 
@@ -467,7 +481,7 @@ def test_flops_of_a_pull_are_the_formula():
         ({"name": "norm", "memory_limit": -1}, "is not a positive whole number of bytes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_bad_matrices_are_refused(arguments, message):
     lens = lens_of(SHAPES[0])
     with pytest.raises(ValueError, match=message):
@@ -520,7 +534,7 @@ def test_bad_blocks_are_refused():
             with pytest.raises(ValueError, match=message):
                 ask(**wrong)
     for ask in (op.to_dense, partial(op.plan, "to_dense")):
-        for limit, message in ((1e9, "positive whole number"), (1000, "the dense form needs")):
+        for limit, message in ((1e9, "positive whole number"), (1000, "The dense form needs")):
             with pytest.raises(ValueError, match=message):
                 ask(memory_limit=limit)
     with pytest.raises(ValueError, match="Raise memory_limit"):
@@ -538,8 +552,8 @@ def test_bad_blocks_are_refused():
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data folder")
 def test_long_prompts_of_a_trained_model():
-    """in_out at the model's full context, norm at a quarter of it, against plain pulls of some rows."""
-    from tensorlens_tl.hosts.loading import load_model
+    """in_out at full context, norm at a quarter of it, against plain pulls of some rows."""
+    from tensorlens_tl.hosts import load_model
 
     with quiet():
         model = load_model(str(SHARED / "stories260K"))

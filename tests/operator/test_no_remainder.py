@@ -1,4 +1,4 @@
-"""With T replaced by 0 and the constant by the logits every sum still holds: the oracles must fail."""
+"""With T = 0 and the logits as the constant every sum still holds: the oracles must fail."""
 
 from functools import partial
 

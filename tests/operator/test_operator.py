@@ -203,10 +203,10 @@ if len({case.host for case in SHAPES}) == 2:  # transformer_lens 3 has both clas
 
     @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "neox", "qwen2", "qwen3"])
     def test_same_weights_as_either_class(name, tmp_path):
-        """HookedTransformer and Bridge of one Hugging Face folder: same operator, same attributions."""
+        """HookedTransformer and Bridge of one folder: same operator, same attributions."""
         from models import BRIDGE, build_hf, to_bridge
 
-        from tensorlens_tl.hosts.loading import load_model
+        from tensorlens_tl.hosts import load_model
 
         class_name, config = BRIDGE[name]
         with quiet(), torch.no_grad():

@@ -67,13 +67,18 @@ def check(model, batch, pos, gate, seed, tol):
 if HookedTransformer is not None:
 
     @settings(
-        max_examples=N_EXAMPLES, deadline=None, derandomize=True,
+        max_examples=N_EXAMPLES,
+        deadline=None,
+        derandomize=True,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(
-        hooked_configs(), st.integers(1, 3), st.integers(1, 6),
-        st.sampled_from(["gate", "up", "half"]), st.integers(0, 5),
-    )  # fmt: skip
+        hooked_configs(),
+        st.integers(1, 3),
+        st.integers(1, 6),
+        st.sampled_from(["gate", "up", "half"]),
+        st.integers(0, 5),
+    )
     def test_hooked_transformers_of_any_shape(config, batch, pos, gate, seed):
         with quiet():
             model = build_hooked(config, torch.float64)
@@ -96,12 +101,27 @@ else:
         width = heads * head
         if name == "GPT2":
             inner = draw(st.integers(1, 12))
-            shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_inner": inner,
-                     "n_positions": 16, "n_ctx": 16, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+            shape = {
+                "n_embd": width,
+                "n_layer": layers,
+                "n_head": heads,
+                "n_inner": inner,
+                "n_positions": 16,
+                "n_ctx": 16,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+            }
         else:
-            shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-                     "intermediate_size": draw(st.integers(1, 12)), "max_position_embeddings": 16,
-                     "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+            shape = {
+                "hidden_size": width,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "intermediate_size": draw(st.integers(1, 12)),
+                "max_position_embeddings": 16,
+                "pad_token_id": 0,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+            }
             if name == "GPTNeoX":
                 shape["use_parallel_residual"] = draw(st.booleans())
                 shape["rotary_pct"] = 1.0
@@ -113,13 +133,18 @@ else:
         return name, {**shape, "vocab_size": vocab}
 
     @settings(
-        max_examples=N_EXAMPLES, deadline=None, derandomize=True,
+        max_examples=N_EXAMPLES,
+        deadline=None,
+        derandomize=True,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(
-        bridge_configs(), st.integers(1, 3), st.integers(1, 6),
-        st.sampled_from(["gate", "up", "half"]), st.integers(0, 5),
-    )  # fmt: skip
+        bridge_configs(),
+        st.integers(1, 3),
+        st.integers(1, 6),
+        st.sampled_from(["gate", "up", "half"]),
+        st.integers(0, 5),
+    )
     def test_bridges_of_any_shape(named, batch, pos, gate, seed):
         name, config = named
         with quiet():
