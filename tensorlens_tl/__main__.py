@@ -1,7 +1,7 @@
 """The command line: explain a prediction, or test which method names the tokens it needs.
 
 ``tensorlens-tl [--model NAME_OR_FOLDER] [--target T] [--versus T] [--by token|component] [PROMPT]``
-``tensorlens-tl evaluate [--model NAME_OR_FOLDER] [--protocol P …] [--methods M …] [--file PROMPTS]``
+``tensorlens-tl evaluate [--model NAME_OR_FOLDER] [--protocol P …] [--methods M …] [--file F]``
 
 Without ``--model`` the bundled demo model runs. Without a prompt it runs on one that it knows.
 
@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
         prog="tensorlens-tl",
         description="Explain a transformer's next-token prediction with the TensorLens operator: "
         "what every token and every component adds to the logit, exactly.",
-        epilog="tensorlens-tl evaluate --help: which of many methods names the tokens a model needs.",
+        epilog="tensorlens-tl evaluate --help: "
+        "which of many methods names the tokens a model needs.",
     )
     p.add_argument("prompt", nargs="?", help="the text; '-' or nothing reads standard input")
     p.add_argument(
@@ -134,8 +135,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     """Make the argument parser of ``evaluate``."""
     p = argparse.ArgumentParser(
         prog=f"tensorlens-tl {EVALUATE}",
-        description="Mask the tokens that each method names, run the real model, and see what is left "
-        "of its prediction.",
+        description="Mask the tokens that each method names, run the real model, and see what is "
+        "left of its prediction.",
     )
     p.add_argument(
         "prompts",
