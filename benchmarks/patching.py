@@ -19,7 +19,8 @@ from torch import Tensor
 
 import tensorlens_tl
 from tensorlens_tl import TensorLens
-from tensorlens_tl.attribution.splits import _queries_and_keys
+from tensorlens_tl.attribution import TargetGradient, resolve
+from tensorlens_tl.attribution.splits import queries_and_keys
 from tensorlens_tl.operator.secant import SecantOperator
 
 KINDS = ("residual", "mlp", "head")
@@ -118,7 +119,7 @@ class Sites:
                 _, lens = tensorlens_tl.capture(self.model, ids[None])
                 runs.append((lens.capture, lens.operator))
             u = torch.zeros_like(lens.embedding)
-            u[:, -1] = lens._gradient(self.goal[0], self.goal[1], -1).target.covector
+            u[:, -1] = resolve(lens.capture, *self.goal).covector
             covectors = SecantOperator(*runs, u).covectors
             found: dict[tuple[int, str], Tensor] = {}
             for i, step in enumerate(lens.operator.steps):
@@ -148,8 +149,8 @@ def site_covectors(
     lens: TensorLens, goal: tuple[int, int], qk: bool
 ) -> dict[tuple[int, str], Tensor]:
     """The target's covector at every residual site: before, inside and after each block."""
-    sweep = lens._gradient(goal[0], goal[1], -1)
-    operator, trace = lens.operator, sweep.trace
+    operator = lens.operator
+    trace = TargetGradient(lens.capture, operator, resolve(lens.capture, *goal)).trace
     found: dict[tuple[int, str], Tensor] = {}
     above = torch.zeros_like(trace.covectors[-2])
     end = trace.covectors[-2]
@@ -169,7 +170,7 @@ def site_covectors(
 
 def _through_queries_and_keys(lens: TensorLens, step: Any, covector: Tensor) -> Tensor:
     """What the query and key inputs of a layer's heads make of the residual before it."""
-    side_of, total = _queries_and_keys(lens.capture), torch.zeros_like(covector)
+    side_of, total = queries_and_keys(lens.capture), torch.zeros_like(covector)
     for branch in step.branches:
         if branch.has_heads:
             for covectors in side_of(branch).readers(branch.pull_to_hidden(covector), step.state):

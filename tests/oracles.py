@@ -9,6 +9,8 @@ import torch
 from models import quiet
 from torch import Tensor
 
+from tensorlens_tl.attribution import TargetGradient, resolve
+
 
 def attends_apart(model: Any) -> bool:
     """Whether Hugging Face's own attention runs, so that edits of its pattern are discarded."""
@@ -135,3 +137,9 @@ def written(writers):
         part.wide() if hasattr(part, "wide") else part.expand_as(pos[:1]) for part in writers.parts
     ]
     return torch.cat(rows).transpose(0, 1)
+
+
+def gradient_of(lens, target, versus=None, pos=-1):
+    """A target of a lens, and its gradient at every site."""
+    goal = resolve(lens.capture, target, versus, pos)
+    return TargetGradient(lens.capture, lens.operator, goal)

@@ -137,7 +137,7 @@ def by_edge(
         constants = {name: effect.sum(-1) for name, effect in gradient.trace.top.items()}
         if gradient.capture.unembed.weights.b_U is not None:
             constants["b_U"] = target.constant
-    scores_of = _queries_and_keys(gradient.capture) if qk else None
+    scores_of = queries_and_keys(gradient.capture) if qk else None
     readers = frozen_readers(gradient.operator, writers.below, gradient.trace, constants, scores_of)
     return edge_result(gradient, writers, readers)
 
@@ -152,7 +152,18 @@ def edge_result(
     return table.to_attribution("edge", labels=(names,) * len(gradient.target.query))
 
 
-def _queries_and_keys(capture: Capture) -> Callable[[Branch], QueryKey]:
+def queries_and_keys(capture: Capture) -> Callable[[Branch], QueryKey]:
+    """Prepare the query and key readers of a run.
+
+    Args:
+        capture: The captured run.
+
+    Returns:
+        A function that gives the queries and keys of an attention branch.
+
+    Raises:
+        ValueError: If the capture does not hold the weights of queries and keys.
+    """
     weights = capture.score_weights
     if weights is None:
         raise ValueError(

@@ -4,9 +4,11 @@ import pytest
 import torch
 from comparisons import assert_close
 from models import SHAPES, every_convention, lens_of, quiet, tokens
+from oracles import gradient_of
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
+from tensorlens_tl.attribution import GradientCache, TargetGradient, resolve
 from tensorlens_tl.operator.frozen_transformer import FrozenTransformer
 
 pytestmark = pytest.mark.algebra
@@ -47,8 +49,8 @@ def test_the_tokens_part_by_the_slow_way(case):
     """u T (x_c − x_k) of either operator, and the change as what two operators make of one prompt."""
     clean, corrupted = lens_of(case), corrupted_of(case)
     u = {
-        "clean": clean._gradient(3, 4, -1).target,
-        "corrupted": corrupted._gradient(3, 4, -1).target,
+        "clean": gradient_of(clean, 3, 4).target,
+        "corrupted": gradient_of(corrupted, 3, 4).target,
     }
     lenses = {"clean": clean, "corrupted": corrupted}
 
@@ -90,7 +92,7 @@ def test_components_are_differences_of_what_is_written(case):
 def test_fixed_baselines_run_no_second_pass_and_have_no_operator_term(case):
     lens = lens_of(case)
     x = lens.embedding
-    target = lens._gradient(3, 4, -1).target
+    target = gradient_of(lens, 3, 4).target
     mean = lens.capture.embed_weights.W_E.detach().double().mean(0)
     embed, pos = lens.capture.embed, lens.capture.pos_embed
     scale = (
@@ -163,7 +165,7 @@ def test_edges_of_a_difference(case):
             assert ((v - component[source.node.src, None]).abs() <= tol * scale).all()
         readers = a.sum("src")  # what a reader makes of the whole difference of its input
         for step, pulls in zip(
-            lens.operator.steps, lens._gradient(3, 4, -1).trace.pulls, strict=True
+            lens.operator.steps, gradient_of(lens, 3, 4).trace.pulls, strict=True
         ):
             i = lens.operator.steps.index(step)
             moved = clean.operator.steps[i].state - corrupted.operator.steps[i].state
@@ -200,7 +202,7 @@ def test_many_targets_in_chunks_and_refusals(monkeypatch):
     from tensorlens_tl.attribution.splits import attribute_many
 
     lens = lens_of(FIRST)
-    goals = [lens._gradient(t, None, -1).target for t in range(5)]
+    goals = [gradient_of(lens, t).target for t in range(5)]
     calls, pull = [], FrozenTransformer.pull
     monkeypatch.setattr(
         FrozenTransformer, "pull", lambda *args: calls.append(len(args[1])) or pull(*args)
@@ -257,7 +259,7 @@ def test_every_layers_loadings_sum_to_the_effect(case, gate):
 def test_loadings_are_what_zeroing_a_heads_values_for_this_state_takes():
     """A head's loading is the part of the effect that goes once the state no longer enters it."""
     lens = lens_of(FIRST)
-    op, u = lens.operator, lens._gradient(3, 4, -1).target.covector
+    op, u = lens.operator, gradient_of(lens, 3, 4).target.covector
     a = lens.loadings(2, 3, 4)
     x = torch.zeros_like(lens.embedding)
     x[:, 2] = lens.embedding[:, 2]
@@ -288,3 +290,26 @@ def test_loading_refusals():
         lens.loadings("L0H0→L1H1.q")
     with pytest.raises(ValueError, match=r"no edge L0MLP→L0H0\.v, as .* is not above"):
         lens.loadings(Edge(Node("mlp", 0), Node("head", 0, 0, "v")))
+
+
+# --- Gradients -----------------------------------------------------------------------------------
+
+
+def test_the_latest_gradients_are_kept_and_no_more():
+    lens = lens_of(SHAPES[0])
+    cache = GradientCache(lens.capture, lens.operator, size=2)
+    goals = [resolve(lens.capture, t) for t in (3, 4, 5)]
+    first, second = map(cache.gradient, goals[:2])
+    assert cache.gradient(resolve(lens.capture, 3)) is first and cache.latest == [first, second]
+    third = cache.gradient(goals[2])
+    assert cache.latest == [second, third] and cache.gradient(goals[0]) is not first
+
+
+def test_many_gradients_are_those_of_each_target():
+    lens = lens_of(SHAPES[0])
+    for poses in ((-1, -1), (2, -1)):  # one position, and several
+        goals = [resolve(lens.capture, t, pos=p) for t, p in zip((3, 4), poses, strict=True)]
+        for many in TargetGradient.many(lens.capture, lens.operator, goals):
+            alone = TargetGradient(lens.capture, lens.operator, many.target)
+            for a, b in zip(many.trace.covectors, alone.trace.covectors, strict=True):
+                assert_close(a, b, 1e-12)

@@ -15,7 +15,7 @@ from models import (
     quiet,
     tokens,
 )
-from oracles import FrozenModel, written
+from oracles import FrozenModel, gradient_of, written
 
 import tensorlens_tl
 from tensorlens_tl.attribution import edges
@@ -34,7 +34,7 @@ every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 def value(lens, target=3, versus=4, pos=-1):
     """The target by the operator: T·X + bias, read out with the run's own soft-cap ratios."""
     y = (lens.operator @ lens.embedding + lens.operator.bias)[:, pos]
-    sweep = lens._gradient(target, versus, pos)
+    sweep = gradient_of(lens, target, versus, pos)
     return (y * sweep.target.covector).sum(-1) + sweep.target.constant
 
 
@@ -122,7 +122,7 @@ def test_totals_are_what_injecting_a_writers_output_into_the_real_model_changes(
     """The real model, frozen by hooks: without a node's output, all later sites change as predicted."""
     lens, frozen = lens_of(case), FrozenModel(case.model(), tokens())
     op, tol = lens.operator, 1e-6 if case.float32_norms else 1e-10
-    u = lens._gradient(3, 4, -1).target.covector
+    u = gradient_of(lens, 3, 4).target.covector
     totals = rows(lens.attribute(3, 4, by="component", effect="total"))
     with torch.no_grad():
         y, base = frozen(lens.embedding)
@@ -177,7 +177,7 @@ def test_a_layers_total_is_the_change_over_it(case):
     op, blocks = lens.operator, lens.capture.blocks
     states = [*(block.resid_pre for block in blocks), lens.capture.resid_final]
     u = torch.zeros_like(lens.embedding)
-    u[:, -1] = lens._gradient(3, 4, -1).target.covector
+    u[:, -1] = gradient_of(lens, 3, 4).target.covector
     layers = lens.attribute(3, 4, by="layer", effect="total")
     for layer in range(2):
         c = op.between(f"blocks.{layer}.hook_resid_post", op.sites[-1]).T @ u  # no sweep of ours
@@ -221,7 +221,7 @@ def test_edges_the_slow_way(case, gate):
     lens = lens_of(case, gate=gate)
     op, edges = lens.operator, lens.attribute(3, 4, by="edge")
     found = {s.node: edges.values[:, i] for i, s in enumerate(edges.sources)}
-    covectors = lens._gradient(3, 4, -1).trace.covectors
+    covectors = gradient_of(lens, 3, 4).trace.covectors
     outputs = {Node(name): e for name, e in lens.capture.embeddings.items()}
     slow = {}
     for step, c in zip(op.steps, covectors[1:], strict=False):
@@ -271,7 +271,7 @@ def test_orders_are_the_powers_of_the_branches(case, gate):
     op, capture = lens.operator, lens.capture
     a = lens.attribute(3, 4, by="order")
     assert [str(s.node) for s in a.sources] == [f"order {n}" for n in range(len(op.steps) + 1)]
-    sweep = lens._gradient(3, 4, -1)
+    sweep = gradient_of(lens, 3, 4)
     for t in (0.0, 0.5, -1.0, 2.0):
         x = sum(capture.embeddings.values())
         for step in op.steps:
@@ -370,7 +370,7 @@ def test_edges_do_not_depend_on_how_positions_and_readers_are_cut(case, few_read
 def test_factored_vectors_are_what_a_branch_writes_and_reads(case):
     """At a span, in total, with and without a place to write to, against the part's own map."""
     lens = lens_of(case)
-    sweep = lens._gradient(3, 4, -1)
+    sweep = gradient_of(lens, 3, 4)
     for step, pulls in zip(lens.operator.steps, sweep.trace.pulls, strict=True):
         for branch, pull in zip(step.branches, pulls, strict=True):
             writes, reads = branch.writes(step.state), branch.readers(pull)[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparisons import assert_close
 from models import SHAPES, every_convention, lens_of, quiet, tokens
-from oracles import FrozenModel, written
+from oracles import FrozenModel, gradient_of, written
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
@@ -70,7 +70,7 @@ class LiveScores(FrozenModel):
 @every_convention
 def test_query_and_key_edges_are_gradients_of_the_real_model(case, gate):
     lens = lens_of(case, gate=gate)
-    op, sweep = lens.operator, lens._gradient(3, 4, -1)
+    op, sweep = lens.operator, gradient_of(lens, 3, 4)
     edges = lens.attribute(3, 4, by="edge", qk=True)
     found = {s.node: edges.values[:, i] for i, s in enumerate(edges.sources)}
     writers = Writers.of(op, lens.capture, sweep.target.query)
@@ -126,7 +126,7 @@ def test_differences_of_runs_are_read_by_one_runs_queries_and_keys(case):
     ours, theirs = edges_of(clean), edges_of(corrupted)
     at_clean = edges_of(clean, baseline=corrupted)
     writers = [
-        Writers.of(lens.operator, lens.capture, lens._gradient(3, 4, -1).target.query)
+        Writers.of(lens.operator, lens.capture, gradient_of(lens, 3, 4).target.query)
         for lens in (clean, corrupted)
     ]
     assert {e for e in at_clean if not e.conserved} == {e for e in ours if not e.conserved}

@@ -8,6 +8,7 @@ from comparisons import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SHAPES, HookedTransformer, build_hooked, lens_of, quiet, tokens
+from oracles import gradient_of
 
 import tensorlens_tl
 from tensorlens_tl import Edge
@@ -200,7 +201,7 @@ def test_between_equal_runs_it_is_the_models_gradient(case):
         rates = (logits / below).detach()  # a readout's cap is held: the target is its ratio's
         values = (below * rates)[:, 3] - (below * rates)[:, 4]
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    sweeps = [one._gradient(3, 4, -1) for one in (lens, twin)]
+    sweeps = [gradient_of(one, 3, 4) for one in (lens, twin)]
     u = torch.zeros_like(lens.embedding)
     u[:, -1] = sweeps[0].target.covector
     runs = [(one.capture, one.operator) for one in (lens, twin)]

@@ -338,7 +338,7 @@ def test_a_model_written_to_since_is_refused():
     for ask in (lambda: statements.rerun([0], 1, statements.hidden[:1, 1]),
                 lambda: statements.fit("operator", [0, 1])):  # fmt: skip
         with pytest.raises(
-            ValueError, match="the model's weights were written to after the capture"
+            ValueError, match="The model's weights were written to after the capture"
         ):
             ask()
 
