@@ -6,35 +6,33 @@ Key concepts:
     LiveModel: The real model on the prompts of a capture, run with hooks of the library.
 """
 
-from .adapter import Adapter, Read
-from .entry import adapt, hosted, wrap
+from .adapter import Adapter, QueryKeyWeights
+from .entry import adapt, as_host, load_model, unsplit, wrap
+from .hook_points import Read
 from .live_model import Edit, LiveModel, Scores, hooked, live_models, target_of
-from .loading import load_model
 from .run import freeze, record
-from .score_weights import Layout, query_key_weights, score_weights
 from .supported import UnsupportedArchitectureError
 from .tokens import each_prompt, is_text, mask_spans
 
 __all__ = [
     "Adapter",
     "Edit",
-    "Layout",
     "LiveModel",
+    "QueryKeyWeights",
     "Read",
     "Scores",
     "UnsupportedArchitectureError",
     "adapt",
+    "as_host",
     "each_prompt",
     "freeze",
     "hooked",
-    "hosted",
     "is_text",
     "live_models",
     "load_model",
     "mask_spans",
-    "query_key_weights",
     "record",
-    "score_weights",
     "target_of",
+    "unsplit",
     "wrap",
 ]

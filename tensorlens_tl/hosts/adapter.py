@@ -1,20 +1,24 @@
-"""What the library asks of a host model, and the names that transformer_lens gives its hook points.
+"""What the library asks of a host model, whichever class it is.
 
-An adapter reads a TransformerLens model and answers four questions in framework-free terms: what
-are the weights (:class:`ModelWeights`), where is each activation to be read
-(:meth:`Adapter.points`),
-what are the tokens (:class:`Prompts`), and how is the model run. It never edits the run. The two
-classes of hosts are in ``adapters``.
+An adapter reads a TransformerLens model and answers five questions in framework-free terms:
+
+1. What are the weights? (:class:`ModelWeights`)
+2. Where is each activation to be read? (:meth:`Adapter.points`, names in ``hook_points``)
+3. How are attention scores computed? (:meth:`Adapter.recomputed_reading`, :class:`ScoreWeights`)
+4. What are the tokens? (:class:`Prompts`)
+5. How is the model run?
+
+It never edits the run. The two classes of hosts are in ``hooked_transformer`` and ``bridge``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..graph import FINAL_SITE, resid_site
@@ -25,63 +29,76 @@ from ..sublayers import (
     GatedMLPWeights,
     ModelWeights,
     NormWeights,
+    Rotation,
+    ScoreWeights,
     UnembedWeights,
+)
+from .attention_reading import NotRecomputableError, RecomputedReading
+from .hook_points import (
+    EDITS,
+    FINAL_EDITS,
+    LAYER_HOOKS,
+    NORMS,
+    Read,
+    edited_labels,
+    edited_points,
+    foreign_hooks,
+    host_names,
 )
 from .supported import UnsupportedArchitectureError, refusal
 from .tokens import as_ids, check_arguments, check_tokens, is_text, mask_spans, tokenize
 
 _ACTIVATIONS = {
-    "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu", "gelu": "gelu",
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_fast",
-    "gelu_bloom": "gelu_bloom", "quick_gelu": "quick_gelu", "solu": "solu", "solu_ln": "solu",
-}  # fmt: skip
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_fast",
+    "gelu_bloom": "gelu_bloom",
+    "quick_gelu": "quick_gelu",
+    "solu": "solu",
+    "solu_ln": "solu",
+}
+"""Activations by the hosts' names of them."""
 
-_LAYER_HOOKS = {
-    "pattern": "attn.hook_pattern", "scores": "attn.hook_attn_scores",
-    "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "z": "attn.hook_z",
-    "rot_q": "attn.hook_rot_q", "rot_k": "attn.hook_rot_k",
-    "cos": "attn.hook_cos", "sin": "attn.hook_sin",
-    "pre": "mlp.hook_pre", "pre_linear": "mlp.hook_pre_linear",
-    "mlp.ln.scale": "mlp.ln.hook_scale", "post": "mlp.hook_post",
-}  # fmt: skip
-
-# What the MLP reads: on the Bridge hook_resid_mid, too, which stands beside the residual there.
-_MLP_IN = ("hook_mlp_in", "hook_resid_mid", "ln2.hook_in", "ln2.hook_normalized", "ln2.hook_out",
-           "mlp.hook_in", "mlp.in.hook_in")  # fmt: skip
-_NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 _NORMS_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
-"""Architectures whose norms stand after the sublayers; transformer_lens 3 calls them as if before."""
-_EDITS = {
-    "resid_pre": ("hook_resid_pre",),
-    "v": ("ln1.hook_in", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_in", "attn.v.hook_in",
-          "attn.hook_v"),
-    "z": ("attn.hook_z",),
-    "attn_out": ("hook_attn_out", "attn.hook_result", "attn.o.hook_out", "attn.hook_out",
-                 "ln1_post.hook_in", "ln1_post.hook_normalized", "hook_resid_mid"),
-    "pre": (*_MLP_IN, "mlp.gate.hook_in", "mlp.hook_pre"),
-    "pre_linear": (*_MLP_IN, "mlp.hook_pre_linear"),
-    "post": ("mlp.hook_mid", "mlp.ln.hook_normalized", "mlp.hook_post"),
-    "mlp_out": ("hook_mlp_out", "mlp.out.hook_out", "mlp.hook_out", "ln2_post.hook_in",
-                "ln2_post.hook_normalized", "hook_resid_post"),
-}  # fmt: skip
-"""Hook points whose edits become constants, by the stage at which they are seen."""
+"""Architectures whose norms follow the sublayers; transformer_lens 3 names them as if before."""
 
-_KNOWN_HOOKS = {"transformer_lens", "transformers", "tensorlens_tl"}
-_FINAL_EDITS = ("ln_final.hook_in", "ln_final.hook_normalized", "ln_final.hook_out", FINAL_SITE)
-
-Read = tuple[int | None, str]
-"""What is read, and in which layer: (3, "pattern"), (None, "embed")."""
+QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
 
 
 class Adapter(ABC):
-    """What the rest of the library needs of a host model. One subclass per host class."""
+    """What the rest of the library needs of a host model. One subclass per host class.
 
-    forbidden = ("return_type", "loss_per_token", "start_at_layer", "stop_at_layer", "past_kv_cache",
-                 "past_key_values", "use_cache", "names_filter")  # fmt: skip
+    Args:
+        model: The host model.
+    """
+
+    forbidden = (
+        "return_type",
+        "loss_per_token",
+        "start_at_layer",
+        "stop_at_layer",
+        "past_kv_cache",
+        "past_key_values",
+        "use_cache",
+        "names_filter",
+    )
     """Keyword arguments that would make the run something else than prompt → logits."""
 
     before_edits: frozenset[str] = frozenset()
     """What is read before the user's own hooks at its point, as they do not enter the residual."""
+
+    split_flags: ClassVar[tuple[str, ...]] = (
+        "use_split_qkv_input",
+        "use_attn_in",
+        "ungroup_grouped_query_attention",
+    )
+    """Flags of a host under which each head has inputs, or keys and values, of its own."""
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
@@ -114,11 +131,38 @@ class Adapter(ABC):
     def unembed_weights(self) -> UnembedWeights:
         """The unembedding in the canonical layout."""
 
+    @abstractmethod
+    def recomputed_reading(self) -> RecomputedReading:
+        """Tell what to read of attention to compute its patterns again, and how scores are made.
+
+        Returns:
+            The reading of every block's queries and keys.
+
+        Raises:
+            NotRecomputableError: If hooks do not show all that the scores are computed from.
+        """
+
+    @abstractmethod
+    def query_key_weights_of(self, attn: Any) -> QueryKeyWeights:
+        """W_Q, b_Q, W_K and b_K of the host's attention module, in the canonical layout."""
+
+    @abstractmethod
+    def rotations(self, n_pos: int) -> Sequence[Rotation | None] | None:
+        """Cosines and sines by which every block rotates queries and keys.
+
+        Args:
+            n_pos: Number of positions that are needed.
+
+        Returns:
+            One rotation per block, or None for a block that does not rotate; None in place of
+            all where the model rotates by tables that are not found.
+        """
+
     def norm_names(self, block: Any) -> dict[str, str]:
         """What the host calls each of a block's norms."""
         if self.architecture in _NORMS_AFTER and getattr(block, "ln1_post", None) is None:
             return {"ln1_post": "ln1", "ln2_post": "ln2"}
-        return dict(zip(_NORMS, _NORMS, strict=True))
+        return dict(zip(NORMS, NORMS, strict=True))
 
     # --- What they share
 
@@ -137,11 +181,60 @@ class Adapter(ABC):
         weights = self.norm_weights(norm)
         return EmbedWeights(W_E, weights, 0.0 if weights is None else norm_eps(norm))
 
+    def query_key_weights(self) -> tuple[QueryKeyWeights, ...]:
+        """W_Q, b_Q, W_K and b_K of every block, by reference; norms and rotations come after."""
+        return tuple(self.query_key_weights_of(block.attn) for block in self.model.blocks)
+
+    def score_weights(self, n_pos: int) -> tuple[ScoreWeights, ...] | None:
+        """What the attention scores of every block are made of, by reference.
+
+        Nothing of a run is read for it. The run still tells whether the layout is right: the
+        pattern recomputed from it must be the captured one (:class:`QueryKey`).
+
+        Args:
+            n_pos: Number of positions for which rotations are needed.
+
+        Returns:
+            One entry per block, or None where it is not known how this model computes scores.
+        """
+        try:
+            how = self.recomputed_reading()
+        except NotRecomputableError:
+            return None
+        if how.sinks:  # a pattern with sinks is no softmax of the scores alone
+            return None
+        weights = self.query_key_weights()
+        with torch.no_grad():
+            rotations = self.rotations(n_pos)
+        if rotations is None:
+            return None
+        found = []
+        blocks, d_head = self.model.blocks, self.cfg.d_head
+        for block, own, s, rotation in zip(blocks, weights, how.scores, rotations, strict=True):
+            norms = [getattr(block.attn, name, None) for name in ("q_norm", "k_norm")]
+            q_norm, k_norm = map(self.norm_weights, norms)
+            gains = [n.w for n in (q_norm, k_norm) if n is not None and n.w is not None]
+            if any(len(w) != d_head for w in gains):
+                return None  # OLMo-2 norms all heads together
+            found.append(
+                ScoreWeights(
+                    *own,
+                    scale=s.scale,
+                    soft_cap=s.soft_cap,
+                    q_norm=q_norm,
+                    k_norm=k_norm,
+                    eps=norm_eps(norms[0]),
+                    rotation=rotation,
+                    slopes=s.slopes,
+                )
+            )
+        return tuple(found)
+
     @property
     def attends_apart(self) -> bool:
-        """Whether an attention of the host's source runs, and shows its pattern when it is done.
+        """Whether attention is the wrapped model's own, which shows its pattern when it is done.
 
-        What a hook returns for that pattern is then discarded.
+        What a hook returns for such a pattern is discarded.
         """
         return False
 
@@ -190,29 +283,29 @@ class Adapter(ABC):
         return self.cfg.act_fn
 
     def activation(self) -> str:
-        """The activation's canonical name.
+        """Name of the activation in this library.
 
         Returns:
-            A key of :data:`tensorlens_tl.sublayers.primitives.RATIOS`.
+            A key of :data:`tensorlens_tl.sublayers.activations.RATIOS`.
 
         Raises:
-            UnsupportedArchitectureError: If it has no closed-form ratio here.
+            UnsupportedArchitectureError: If no closed form of its gating ratio is known.
         """
         act = self.act_fn
         if act not in _ACTIVATIONS:
             raise UnsupportedArchitectureError(
-                refusal(f"the activation {act!r}", f"known are {', '.join(_ACTIVATIONS)}")
+                refusal(f"the activation {act!r}", "no closed form of act(z) / z is known for it")
             )
         return _ACTIVATIONS[act]
 
     def points(self, attention: tuple[str, ...] = ("pattern",)) -> dict[Read, nn.Module]:
-        """Where each needed activation passes: a hook point per (layer, quantity).
+        """Find the hook point where each needed activation passes.
 
         Args:
-            attention: What of attention is read beside values and z.
+            attention: Names of what is read of attention beside values and z.
 
         Returns:
-            The hook points by what they carry.
+            The hook points, or modules, by what passes there.
 
         Raises:
             ValueError: If the host has no such hook point.
@@ -228,7 +321,7 @@ class Adapter(ABC):
                 wanted += ["pre", "post"]
                 wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []
                 wanted += ["mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
-            names |= {(layer, key): f"blocks.{layer}.{_LAYER_HOOKS[key]}" for key in wanted}
+            names |= {(layer, key): f"blocks.{layer}.{LAYER_HOOKS[key]}" for key in wanted}
             for norm, own in self.norm_names(self.model.blocks[layer]).items():
                 if getattr(block, norm) is not None:
                     names[layer, f"{norm}.scale"] = f"blocks.{layer}.{own}.hook_scale"
@@ -239,59 +332,57 @@ class Adapter(ABC):
         hooks = self.hooks
         if missing := [name for name in names.values() if name not in hooks]:
             raise ValueError(
-                f"{self.name} has no hook point {', '.join(missing)}: expected the hook points of "
-                "TransformerLens 2.18 to 4.x; update transformer_lens or report the model"
+                f"{self.name} has no hook point {', '.join(missing)}, as models of "
+                "transformer_lens 2.18 to 4.x have. Update transformer_lens, or report the model."
             )
         points = {read: hooks[name] for read, name in names.items()}
         if self.weights.unembed.soft_cap is not None:
             points[None, "raw_logits"] = self.model.unembed  # the cap comes after this module
-        if self._hooked("", _named(_FINAL_EDITS, {})):  # 2.18 has no hook at the unembedding
+        if self._final_edits():  # 2.18 has no hook at the unembedding
             points[None, "normalized"] = hooks.get(FINAL_SITE) or self.model.ln_final
         return points
 
+    def score_points(self) -> dict[Read, nn.Module]:
+        """Find where scores and norms of queries and keys pass; only patterns depend on them."""
+        keys = ("scores", "q_norm.scale", "k_norm.scale")
+        layers, hooks = range(len(self.weights.blocks)), self.hooks
+        names = {(at, key): f"blocks.{at}.{LAYER_HOOKS[key]}" for at in layers for key in keys}
+        return {read: hooks[name] for read, name in names.items() if name in hooks}
+
     def hooked_patterns(self) -> dict[str, nn.Module]:
-        """Hook points of scores and patterns that carry forward hooks of somebody else."""
+        """Hook points of scores and patterns that carry hooks of the user's own."""
+        names = (LAYER_HOOKS["scores"], LAYER_HOOKS["pattern"])
         layers = range(len(self.weights.blocks))
-        keys = (_LAYER_HOOKS["scores"], _LAYER_HOOKS["pattern"])
-        names = (f"blocks.{layer}.{name}" for layer in layers for name in keys)
-        found = {name: self.hooks.get(name) for name in names}
-        return {name: p for name, p in found.items() if p is not None and _edited(p)}
+        return edited_points(self.hooks, [f"blocks.{at}.{name}" for at in layers for name in names])
 
     def foreign_hooks(self) -> list[str]:
-        """Names of the hook points and modules that carry forward hooks of somebody else."""
-        points = {id(point): name for name, point in self.hooks.items() if _edited(point)}
-        for name, module in self.model.named_modules():  # torch's own hooks; hosts have some, too
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            made_by = {getattr(hook, "func", hook).__module__.split(".")[0] for hook in hooks}
-            if made_by - _KNOWN_HOOKS:
-                points.setdefault(id(module), name)
-        return list(points.values())
-
-    def _hooked(self, prefix: str, names: Mapping[str, str]) -> tuple[str, ...]:
-        points: dict[int, str] = {}  # a hook point of the Bridge has several names
-        for name, own in names.items():
-            point = self.hooks.get(prefix + own)
-            if point is not None and _edited(point):
-                points.setdefault(id(point), name.removeprefix("attn.").removeprefix("mlp."))
-        return tuple(points.values())
+        """Names of the hook points and modules that carry hooks of the user's own."""
+        return foreign_hooks(self.hooks, self.model)
 
     def edits(self) -> dict[Read, tuple[str, ...]]:
-        """Where hooks of the user's own may edit the run: labels by (layer, stage)."""
-        found: dict[Read, tuple[str, ...]] = {
-            (None, "normalized"): self._hooked("", _named(_FINAL_EDITS, {}))
-        }
+        """Find where hooks of the user's own may edit the run.
+
+        Returns:
+            Labels of the hook points, by (layer, stage); see ``hook_points.EDITS``.
+        """
+        found: dict[Read, tuple[str, ...]] = {(None, "normalized"): self._final_edits()}
         for layer, block in enumerate(self.model.blocks):
             own = self.norm_names(block)
-            for stage, names in _EDITS.items():
-                found[layer, stage] = self._hooked(f"blocks.{layer}.", _named(names, own))
+            for stage, names in EDITS.items():
+                found[layer, stage] = edited_labels(
+                    self.hooks, f"blocks.{layer}.", host_names(names, own)
+                )
         return {read: labels for read, labels in found.items() if labels}
 
+    def _final_edits(self) -> tuple[str, ...]:
+        return edited_labels(self.hooks, "", host_names(FINAL_EDITS, {}))
+
     def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Prompts]:
-        """Tokens of a string, a list of strings or token ids, checked, and what to pass to the model.
+        """Check an input and tokenize it.
 
         Args:
-            inputs: What the user gave.
-            kwargs: The model's own keyword arguments.
+            inputs: A string, a list of strings, or token ids [pos] or [batch, pos].
+            kwargs: Arguments of the model's own forward pass.
 
         Returns:
             The input for :meth:`run`, and the prompts.
@@ -319,6 +410,18 @@ class Adapter(ABC):
         """The attention mask under which the host runs token ids, or None."""
         return kwargs.get("attention_mask")
 
+    def all_real(self, ids: Int[Tensor, "row pos"]) -> dict[str, Any]:
+        """Arguments under which the host takes every token id for a real token.
+
+        Args:
+            ids: Token ids without padding.
+
+        Returns:
+            Keyword arguments for :meth:`run`. They are empty unless the host would mask ids that
+            equal the padding token's.
+        """
+        return {} if self.mask(ids, {}) is None else {"attention_mask": torch.ones_like(ids)}
+
     def token_string(self, token: int) -> str:
         """A token as text; its id where there is no tokenizer."""
         return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
@@ -329,51 +432,7 @@ class Adapter(ABC):
 
 
 def norm_eps(norm: Any) -> float:
-    """What a host's norm adds to the variance; 0 for none."""
+    """The ε that a host's norm adds to the variance; 0 where there is no norm."""
     norm = getattr(norm, "original_component", norm)
     found = getattr(norm, "variance_epsilon", None)
     return float(getattr(norm, "eps", 0.0) if found is None else found)
-
-
-def _named(names: tuple[str, ...], norms: Mapping[str, str]) -> dict[str, str]:
-    """What the host calls hook points; without those of norms that it has not.
-
-    A norm that two branches share is an edit of each: under its own name in either.
-
-    Returns:
-        The host's names by ours.
-    """
-    parts = {name: name.partition(".") for name in names}
-    return {
-        name: f"{norms.get(head, head)}{dot}{rest}"
-        for name, (head, dot, rest) in parts.items()
-        if head not in _NORMS or head in norms
-    }
-
-
-def flags_off(cfg: Any) -> None:
-    """Refuse the flags under which every head has its own norm.
-
-    Args:
-        cfg: The model's configuration.
-
-    Raises:
-        ValueError: If one is on.
-    """
-    for flag in ("use_split_qkv_input", "use_attn_in"):
-        if getattr(cfg, flag, False):
-            raise ValueError(
-                f"cfg.{flag} is on, expected off: it gives every head its own norm. Call "
-                f"model.set_{flag}(False) before the capture"
-            )
-
-
-def _edited(point: Any) -> bool:
-    """Whether hooks stand there that the host did not put there itself."""
-
-    # transformer_lens 4 gives OPT's MLP back its shape by permanent hooks of its own.
-    def own(handle: Any) -> bool:
-        made_by = getattr(getattr(handle, "user_hook", None), "__module__", None) or ""
-        return handle.is_permanent and made_by.startswith("transformer_lens")
-
-    return any(not own(handle) for handle in point.fwd_hooks)

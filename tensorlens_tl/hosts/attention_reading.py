@@ -1,76 +1,76 @@
-"""What of a host's attention is read, and the map v → z it gives: stored, or to be recomputed.
+"""How a capture reads attention: the pattern as the run had it, or queries and keys.
 
-To recompute a pattern, queries and keys are read as the scores are the product of them: rotated
-and normalized. Hosts that rotate without a hook behind it are read before, and rotated here by
-their own cosines. Scale, soft cap and window are the host's; a wrong one is found by the self-check,
-which mixes the run's values with the recomputed pattern.
+Either way a block's reading becomes the map v → z over positions:
 
-The host's own forward pass computes the patterns all the same, a layer at a time: see ``HOST``. What
-would keep them longer is kept from it: it runs without autograd's graph, and the patterns that some
-Bridges leave on their attention, which nothing reads, are dropped layer by layer.
+    StoredReading      reads the pattern itself, with the user's edits of it
+    RecomputedReading  reads queries and keys, from which the pattern is computed when it is used
+
+For the second, queries and keys are read as the scores are the product of them: normalized and
+rotated. A host that rotates without a hook behind it is read before, and rotated here by its own
+cosines. Scale, soft cap and window are the host's (:meth:`Adapter.recomputed_reading`). A wrong
+one is found by the self-check, which mixes the run's values with the recomputed pattern.
+
+The host's own forward pass computes the patterns all the same, one layer at a time. Nothing keeps
+them longer: the run has no autograd graph, and a pattern that a Bridge leaves on its attention is
+dropped as soon as the layer is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..sublayers import HALF, AttentionWeights, Frame, Mix, RecomputedMix, Scores, version
-from .adapter import Adapter
+from ..sublayers import AttentionWeights, Frame, Mix, RecomputedMix, Scores, version
 
 Take = Callable[[int, str], Tensor]
-Rotate = Callable[[int, Take, Tensor], Tensor]
+"""Gives what was read of a block, by the adapter's name of it."""
+
+Rotate = Callable[[int, Mapping[str, Tensor], Tensor], Tensor]
+"""Rotates queries or keys [batch, pos, head, d_head] of a block, given what else was read there."""
 
 
 class NotRecomputableError(ValueError):
-    """A model whose pattern cannot be recomputed from what its hooks show; the message says why."""
-
-    def __init__(self, what: str, why: str):
-        super().__init__(f'pattern="recomputed" does not serve {what}: {why}. Use pattern="stored"')
-
-
-def reading(adapter: Adapter, pattern: str) -> Stored | Queries:
-    """How a capture reads attention.
+    """A model whose patterns cannot be recomputed from what its hooks show; the message says why.
 
     Args:
-        adapter: The model's.
-        pattern: "stored" or "recomputed".
-
-    Returns:
-        The reads, and what they become.
-
-    Raises:
-        ValueError: If ``pattern`` is something else, or the model's cannot be recomputed.
+        what: The part of the model that is in the way.
+        why: The reason, as the end of a sentence.
     """
-    if pattern not in ("stored", "recomputed"):
-        raise ValueError(f'expected pattern="stored" or "recomputed", got {pattern!r}')
-    return Stored() if pattern == "stored" else Queries.of(adapter)
+
+    def __init__(self, what: str, why: str):
+        super().__init__(
+            f'pattern="recomputed" does not serve {what}: {why}. Use pattern="stored".'
+        )
+
+    @classmethod
+    def unknown(cls, kind: str) -> NotRecomputableError:
+        """The refusal of a class of attention modules that no adapter knows."""
+        return cls(f"the attention {kind}", "it is not known what its scores are computed from")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """The pattern itself, as the run had it, the user's edits of it included."""
+class StoredReading:
+    """Read the pattern itself, as the run had it, the user's edits of it included."""
 
     reads = heads_first = ("pattern",)
     note = ""
-    needs_grad = True  # the user's own business
+    needs_grad = True  # whether the run keeps a graph is the user's choice
 
     def mix(self, layer: int, frame: Frame, take: Take, weights: AttentionWeights) -> Mix:
-        """A block's attention over positions, from what was read.
+        """Make the map from values to mixed values of one block.
 
         Args:
-            layer: Block.
-            frame: Prompts, positions, dtype, device.
+            layer: Number of the block.
+            frame: Spans of real tokens, positions, dtype and device of the run.
             take: Gives what was read of a block.
-            weights: The block's.
+            weights: Attention weights of the block.
 
         Returns:
-            The map.
+            The frozen attention over positions.
 
         Raises:
             ValueError: If a real token attends to padding.
@@ -80,27 +80,27 @@ class Stored:
             padding_keys = real[:, None, :, None] & ~real[:, None, None]
             if bool((pattern * padding_keys).any()):
                 raise ValueError(
-                    f"L{layer} attention: real tokens attend to padding, so no prompt of the batch "
-                    "is itself: expected causal attention, or a mask. Pass attention_mask, or "
-                    "single prompts"
+                    f"L{layer} attention: real tokens attend to padding, so prompts of this batch "
+                    "change each other. Pass attention_mask, or capture one prompt at a time."
                 )
         return Mix(frame, pattern, weights.W_V.shape[0], weights.W_V.shape[2])
 
-    def guards(self, adapter: Adapter) -> list[Any]:
-        """None: edits of the pattern are frozen as seen."""
+    def guards(self, edited: Mapping[str, nn.Module]) -> list[Any]:
+        """Add no hooks: edits of the pattern are frozen as seen."""
         return []
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Queries and keys of every block's attention, and how scores come from them.
+class RecomputedReading:
+    """Read queries and keys of every block's attention, and know how scores come from them.
 
     Attributes:
-        reads: Queries, keys, and what is needed to rotate them, by the adapter's names.
-        scores: Scale, soft cap and mask of every block.
-        heads_first: Which of the reads the host has as [batch, head, pos, d_head].
-        rotate: Rotates queries or keys [batch, pos, head, d_head] of a block, or None.
-        sinks: Every block's attention sinks [head]; empty where the model has none.
+        reads: Names of what is read: queries, keys, then what is needed to rotate them.
+        scores: Scale, soft cap, mask and ALiBi slopes of every block.
+        heads_first: Names of the reads that the host has as [batch, head, pos, d_head].
+        rotate: Rotates queries or keys of a block, or None.
+        sinks: Attention sinks [head] of every block; empty where the model has none.
+        listen: Adds the hooks that the host needs during such a run, and returns their handles.
     """
 
     reads: tuple[str, ...]
@@ -108,192 +108,66 @@ class Queries:
     heads_first: tuple[str, ...] = ()
     rotate: Rotate | None = None
     sinks: tuple[Tensor, ...] = ()
+    listen: Callable[[], list[Any]] = list
     needs_grad = False  # autograd would keep every layer's scores and pattern
     note = ' with a recomputed pattern (pattern="stored" reads the run\'s own)'
 
-    @classmethod
-    def of(cls, adapter: Adapter) -> Queries:
-        """What to read of this model.
-
-        Args:
-            adapter: The model's.
-
-        Returns:
-            The reads.
-
-        Raises:
-            NotRecomputableError: If its scores cannot be computed from what its hooks show.
-        """
-        blocks, cfg = adapter.model.blocks, adapter.cfg
-        rotary = getattr(cfg, "positional_embedding_type", None) == "rotary"
-        kind, cap = type(blocks[0].attn).__name__, adapter.soft_cap("attn_scores_soft_cap")
-        if kind in ("Attention", "GroupedQueryAttention"):
-            if getattr(cfg, "use_logn_attn", False):
-                raise NotRecomputableError("use_logn_attn", "no hook follows its scaling")
-            if not rotary and getattr(cfg, "use_qk_norm", False):
-                raise NotRecomputableError(
-                    "use_qk_norm without rotary positions", "no hook follows the norm"
-                )
-            causal = cfg.attention_dir == "causal"
-            slopes = None
-            if cfg.positional_embedding_type == "alibi":
-                if not causal:
-                    raise NotRecomputableError("ALiBi both ways", "distances ahead count as 0")
-                if getattr(cfg, "use_attention_sinks", False):
-                    raise NotRecomputableError(
-                        "ALiBi with attention sinks", "scores depend on the longest prompt before"
-                    )
-                slopes = tuple(2 ** (-8 * (i + 1) / cfg.n_heads) for i in range(cfg.n_heads))
-            scores = (
-                Scores(1 / block.attn.attn_scale, causal, cap,
-                       cfg.window_size if causal and block.attn.attn_type == "local" else None,
-                       slopes)
-                for block in blocks
-            )  # fmt: skip
-            has_sinks = getattr(cfg, "use_attention_sinks", False)
-            sinks = tuple(b.attn.sinks.detach().clone() for b in blocks) if has_sinks else ()
-            reads = ("rot_q", "rot_k") if rotary else ("q", "k")
-            return cls(reads, tuple(scores), sinks=sinks)
-        parts = [block.attn.original_component for block in blocks]
-        if kind == "PositionEmbeddingsAttentionBridge":
-            if getattr(parts[0], "sinks", None) is not None:
-                raise NotRecomputableError(
-                    "attention sinks", "they change the scores after the last hook"
-                )
-            scores = (_hugging_face(attn, i) for i, attn in enumerate(parts))
-            return cls(("rot_q", "rot_k"), tuple(scores), ("rot_q", "rot_k"))
-        if kind == "JointQKVPositionEmbeddingsAttentionBridge":
-            scores = (Scores(cfg.d_head**-0.5),) * len(parts)
-            return cls(("q", "k", "cos", "sin"), scores, rotate=_read_rotation)
-        if kind == "JointQKVAttentionBridge":
-            by_layer = getattr(cfg, "scale_attn_by_inverse_layer_idx", False)
-            scale = cfg.d_head**-0.5
-            scores = (Scores(scale / (i + 1 if by_layer else 1)) for i in range(len(parts)))
-            return cls(("q", "k"), tuple(scores))
-        if kind == "BloomAttentionBridge" and adapter.dtype in HALF:
-            raise NotRecomputableError(
-                "BLOOM in half precision", "the host rounds ALiBi's biases, which float32 would not"
-            )
-        if kind in ("BloomAttentionBridge", "MPTALiBiAttentionBridge"):
-            slopes = alibi_slopes(cfg.n_heads)
-            scores = (
-                Scores(getattr(attn, "softmax_scale", cfg.d_head**-0.5), slopes=slopes)
-                for attn in parts
-            )
-            return cls(("q", "k"), tuple(scores))
-        if kind == "AttentionBridge" and type(parts[0]).__name__ == "NativeAttention":
-            scores = (Scores(1 / a.scale, a.causal, cap) for a in parts)
-            return cls(("q", "k"), tuple(scores), rotate=_Tables(parts) if rotary else None)
-        raise NotRecomputableError(
-            f"the attention {kind}", "it is not known what its scores are computed from"
-        )
-
     def mix(self, layer: int, frame: Frame, take: Take, weights: AttentionWeights) -> RecomputedMix:
-        """A block's attention over positions, as :meth:`Stored.mix`; padding is never attended to."""
+        """Make the map of :meth:`StoredReading.mix`; padding is never attended to."""
         (kv_heads, _, d_head), heads = weights.W_V.shape, weights.W_O.shape[0]
-        q, k = (take(layer, key) for key in self.reads[:2])
+        q, k, *others = (take(layer, key) for key in self.reads)
         if self.heads_first:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
+        # Hosts differ in whether heads are an axis: make it one, then tell heads by their number.
         q = q.flatten(2).unflatten(2, (heads, -1))
         k = k.flatten(2).unflatten(2, (-1, q.shape[-1]))
         k = k[:, :, :: k.shape[2] // kv_heads]  # a host may repeat grouped keys
         if self.rotate is not None:
-            read: dict[str, Tensor] = {key: take(layer, key) for key in self.reads[2:]}
-            q, k = (self.rotate(layer, lambda _, key: read[key], x) for x in (q, k))
+            read = dict(zip(self.reads[2:], others, strict=True))
+            q, k = self.rotate(layer, read, q), self.rotate(layer, read, k)
         sinks = self.sinks[layer] if self.sinks else None
         return RecomputedMix.of(frame, q, k, self.scores[layer], d_head, sinks)
 
-    def guards(self, adapter: Adapter) -> list[Any]:
-        """Hooks that refuse edits of scores and patterns, see positions, drop what the host keeps.
+    def guards(self, edited: Mapping[str, nn.Module]) -> list[Any]:
+        """Add the hooks of the host, and those that refuse edits of scores and patterns.
+
+        Args:
+            edited: Hook points of scores and patterns that carry hooks of the user's own.
 
         Returns:
-            Their handles.
+            Handles of the hooks, to be removed after the run.
         """
-        handles = self.rotate.listen() if isinstance(self.rotate, _Tables) else []
-        keepers = (b.attn for b in adapter.model.blocks if hasattr(b.attn, "_pattern"))
-        handles += [attn.register_forward_hook(_drop_pattern) for attn in keepers]
-        for name, point in adapter.hooked_patterns().items():
-            handles += guard(name, point)
+        handles = self.listen()
+        for name, point in edited.items():
+            handles += refuse_edits(name, point)
         return handles
 
 
-def _drop_pattern(module: Any, args: Any, output: Any) -> None:
-    module._pattern = None
-
-
-def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """ALiBi's slopes (Press et al. 2022): 2^(−8 i / n), i = 1 … n, for n heads, a power of 2.
-
-    Any other number of heads goes on, after the n of the next power below, with the odd steps of
-    the series for 2n. HookedTransformer takes the first formula for every n.
+def rotated(x: Tensor, quarter_turned: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first features of queries or keys, x cos + quarter-turned x sin.
 
     Args:
-        heads: Number of heads.
+        x: Queries or keys [batch, pos, head, d_head].
+        quarter_turned: The same after a quarter turn of every pair [batch, pos, head, rotary].
+        cos: Cosines [batch or 1, pos, rotary]; features after the first ``rotary`` stay.
+        sin: Sines of the same shape.
 
     Returns:
-        A slope per head.
+        The rotated queries or keys [batch, pos, head, d_head].
     """
-    n = 2 ** (heads.bit_length() - 1)
-    exponents = [i / n for i in range(1, n + 1)] + [i / (2 * n) for i in range(1, 2 * n, 2)]
-    return tuple(2 ** (-8 * e) for e in exponents[:heads])
-
-
-def _hugging_face(attn: Any, layer: int) -> Scores:
-    window, kinds = (getattr(attn.config, n, None) for n in ("sliding_window", "layer_types"))
-    local = kinds is None or kinds[layer] == "sliding_attention"
-    cap = getattr(attn, "attn_logit_softcapping", None)
-    return Scores(float(attn.scaling), True, cap, window if window and local else None)
-
-
-# --- Rotations -----------------------------------------------------------------------------------
-
-
-def _read_rotation(layer: int, take: Take, x: Tensor) -> Tensor:
-    cos, sin = take(layer, "cos"), take(layer, "sin")  # [batch or 1, pos, rotary]
-    a, b = x[..., : cos.shape[-1]].chunk(2, -1)
-    return _rotated(x, torch.cat((-b, a), -1), cos, sin)
-
-
-class _Tables:
-    """The native host's rotation: its own tables, at the positions it gave its attention."""
-
-    def __init__(self, parts: list[Any]):
-        self.parts, self.positions = parts, [None] * len(parts)
-
-    def listen(self) -> list[Any]:
-        def see(layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            self.positions[layer] = kwargs.get("position_ids")
-
-        return [
-            part.register_forward_pre_hook(partial(see, layer), with_kwargs=True)
-            for layer, part in enumerate(self.parts)
-        ]
-
-    def __call__(self, layer: int, take: Take, x: Tensor) -> Tensor:
-        at, rotary = self.positions[layer], self.parts[layer].rotary
-        at = torch.arange(x.shape[1], device=x.device)[None] if at is None else at
-        cos, sin = rotary.cos_cached[at].to(x), rotary.sin_cached[at].to(x)
-        a, b = x[..., : cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
-        return _rotated(x, torch.stack((-b, a), -1).flatten(-2), cos, sin)
-
-
-def _rotated(x: Tensor, quarter_turned: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     return torch.cat((turned * cos[:, :, None] + quarter_turned * sin[:, :, None], rest), -1)
 
 
-# --- Edits that are not served -------------------------------------------------------------------
-
-
-def guard(name: str, point: nn.Module) -> list[Any]:
-    """Refuse edits of scores or pattern at a hook point: a recomputed pattern would not have them.
+def refuse_edits(name: str, point: nn.Module) -> list[Any]:
+    """Refuse edits at a hook point of scores or patterns: a recomputed pattern would lack them.
 
     Args:
-        name: The hook point's.
-        point: It carries hooks of the user's own.
+        name: Name of the hook point.
+        point: The hook point, which carries hooks of the user's own.
 
     Returns:
-        Handles to remove; while they are there, an edit raises a ValueError.
+        Handles to remove. While they are there, an edit raises a ValueError.
     """
     seen: list[tuple[Tensor, int]] = []
 
@@ -306,8 +180,8 @@ def guard(name: str, point: nn.Module) -> list[Any]:
             same = output.shape == given.shape and ((output == given) | (given != given)).all()
         if version(given) != was or not (same is None or bool(same)):
             raise ValueError(
-                f"a hook of your own edits {name}, expected none there: a pattern that is recomputed "
-                'from queries and keys does not have that edit. Use pattern="stored"'
+                f"A hook of your own edits {name}, and a pattern that is recomputed from queries "
+                'and keys would not have that edit. Use pattern="stored".'
             )
 
     return [point.register_forward_pre_hook(before), point.register_forward_hook(after)]

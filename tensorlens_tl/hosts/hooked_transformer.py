@@ -1,8 +1,8 @@
-"""HookedTransformer of transformer_lens 2.x and 3.x: its weight layout, what it refuses."""
+"""HookedTransformer of transformer_lens 2.x and 3.x: weight layout, attention scores, refusals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,15 @@ from ..sublayers import (
     GatedMLPWeights,
     MLPWeights,
     NormWeights,
+    Rotation,
+    Scores,
     UnembedWeights,
 )
-from .adapter import Adapter, flags_off
-from .supported import UnsupportedArchitectureError, refusal
+from .adapter import Adapter, QueryKeyWeights
+from .attention_reading import NotRecomputableError, RecomputedReading
+from .supported import UnsupportedArchitectureError, flags_off, refusal
+
+_ATTENTION = ("Attention", "GroupedQueryAttention")
 
 
 class HookedTransformerAdapter(Adapter):
@@ -46,7 +51,7 @@ class HookedTransformerAdapter(Adapter):
     def block_weights(self, block: Any) -> BlockWeights:
         for module in (block, block.attn):
             kind = type(module).__name__
-            if kind not in ("TransformerBlock", "Attention", "GroupedQueryAttention"):
+            if kind not in ("TransformerBlock", *_ATTENTION):
                 raise UnsupportedArchitectureError(
                     refusal(f"the module {kind}", "its computation is not known here")
                 )
@@ -80,6 +85,62 @@ class HookedTransformerAdapter(Adapter):
     def unembed_weights(self) -> UnembedWeights:
         unembed = self.model.unembed
         return UnembedWeights(unembed.W_U, unembed.b_U, self.soft_cap())
+
+    def recomputed_reading(self) -> RecomputedReading:
+        blocks, cfg = self.model.blocks, self.cfg
+        if (kind := type(blocks[0].attn).__name__) not in _ATTENTION:
+            raise NotRecomputableError.unknown(kind)
+        rotary = cfg.positional_embedding_type == "rotary"
+        if getattr(cfg, "use_logn_attn", False):
+            raise NotRecomputableError(what="use_logn_attn", why="no hook follows its scaling")
+        if not rotary and getattr(cfg, "use_qk_norm", False):
+            raise NotRecomputableError(
+                what="use_qk_norm without rotary positions", why="no hook follows the norm"
+            )
+        causal = cfg.attention_dir == "causal"
+        cap, slopes = self.soft_cap("attn_scores_soft_cap"), self._alibi_slopes()
+        scores = tuple(
+            Scores(
+                scale=1 / block.attn.attn_scale,
+                causal=causal,
+                soft_cap=cap,
+                window=cfg.window_size if causal and block.attn.attn_type == "local" else None,
+                slopes=slopes,
+            )
+            for block in blocks
+        )
+        has_sinks = getattr(cfg, "use_attention_sinks", False)
+        sinks = tuple(block.attn.sinks.detach().clone() for block in blocks) if has_sinks else ()
+        return RecomputedReading(("rot_q", "rot_k") if rotary else ("q", "k"), scores, sinks=sinks)
+
+    def _alibi_slopes(self) -> tuple[float, ...] | None:
+        """ALiBi's slopes: this host takes 2^(−8 i / n), i = 1 … n, for any number n of heads."""
+        cfg = self.cfg
+        if cfg.positional_embedding_type != "alibi":
+            return None
+        if cfg.attention_dir != "causal":
+            raise NotRecomputableError(
+                what="ALiBi both ways", why="the host counts distances ahead as 0"
+            )
+        if getattr(cfg, "use_attention_sinks", False):
+            raise NotRecomputableError(
+                what="ALiBi with attention sinks",
+                why="scores depend on the longest prompt that ran before",
+            )
+        return tuple(2 ** (-8 * (i + 1) / cfg.n_heads) for i in range(cfg.n_heads))
+
+    def query_key_weights_of(self, attn: Any) -> QueryKeyWeights:
+        # The grouped class keeps the raw weights in _W_K and repeats them in W_K.
+        grouped = hasattr(attn, "_W_K")
+        return attn.W_Q, attn.b_Q, *((attn._W_K, attn._b_K) if grouped else (attn.W_K, attn.b_K))
+
+    def rotations(self, n_pos: int) -> Sequence[Rotation | None]:
+        blocks, cfg = self.model.blocks, self.cfg
+        if cfg.positional_embedding_type != "rotary":
+            return [None] * len(blocks)
+        adjacent = bool(getattr(cfg, "rotary_adjacent_pairs", False))
+        tables = ((block.attn.rotary_cos, block.attn.rotary_sin) for block in blocks)
+        return [Rotation(cos[:n_pos], sin[:n_pos], adjacent) for cos, sin in tables]
 
     def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         given = kwargs.get("attention_mask")

@@ -1,4 +1,9 @@
-"""The real model, run with hooks of the library."""
+"""The real model on the prompts of a capture, run with hooks of the library.
+
+1. Take the prompts of one length out of the capture, without their padding (``live_models``).
+2. Run the model from X, with hooks that edit it, up to the final normalized residual y.
+3. Without edits, y must be the capture's: else it is another model, or it was changed since.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +23,15 @@ from .adapter import Adapter
 from .entry import adapt
 
 Scores = Float[Tensor, "prompt pos"]
-
+"""One score per token, in the target's units."""
 
 Edit = tuple[Any, Callable[[Tensor], Tensor | None]]
-"""A hook point, and what becomes of the activation there; None leaves it."""
+"""A hook point, and a function from the activation there to another, or to None to keep it."""
 
 
 @contextmanager
 def hooked(edits: Iterable[Edit]) -> Iterator[None]:
-    """Hooks of our own, on for a while; other hooks stay as they are."""
+    """Add hooks of the library for a while; other hooks stay as they are."""
     handles = []
     try:
         for point, edit in edits:
@@ -45,12 +50,12 @@ class LiveModel:
     """The real model on some prompts of one length, without padding.
 
     Attributes:
-        adapter: The host's.
-        ids: Token ids.
+        adapter: Adapter of the host model.
+        ids: Token ids of the prompts.
         x: X as the capture had it, in the model's dtype; requires grad.
-        final: y as the capture had it: what a run must give again.
-        place: Which prompts of the capture these are [prompt], and where in it their tokens are
-            [prompt, pos].
+        final: y as the capture had it, which a run without edits must give again.
+        place: Numbers of these prompts in the capture [prompt], and the positions of their tokens
+            there [prompt, pos].
     """
 
     adapter: Adapter
@@ -60,20 +65,17 @@ class LiveModel:
     place: tuple[Int[Tensor, " prompt"], Int[Tensor, "prompt pos"]]
 
     def run(self, x: Tensor, edits: Iterable[Edit] = (), ids: Tensor | None = None) -> Tensor:
-        """One forward pass from X [many · prompt, pos, d_model] to y.
+        """Run one forward pass from X to y.
 
         Args:
-            x: What enters the first block.
-            edits: Hooks of the method's own.
-            ids: Other tokens, where only the shape of theirs matters.
+            x: Input of the first block [many · prompt, pos, d_model].
+            edits: Hooks of the calling method.
+            ids: Token ids of the run, where other than the prompts' are needed.
 
         Returns:
-            y, connected to x.
+            The final normalized residual y, connected to x [many · prompt, pos, d_model].
         """
         ids = self.ids.repeat(len(x) // len(self.ids), 1) if ids is None else ids
-        kwargs = {}
-        if self.adapter.mask(ids, {}) is not None:  # a host that would mask pad ids
-            kwargs["attention_mask"] = torch.ones_like(ids)
         seen: list[Tensor] = []
         entry = self.adapter.points()[0, "resid_pre"]
         end = self.adapter.model.unembed.register_forward_pre_hook(
@@ -82,16 +84,19 @@ class LiveModel:
         try:
             with hooked([(entry, lambda tensor: x), *edits]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a Bridge says that norms are computed in python
-                self.adapter.run(ids, kwargs)
+                self.adapter.run(ids, self.adapter.all_real(ids))
         finally:
             end.remove()
         return seen[-1]
 
     def checked(self, y: Tensor) -> Tensor:
-        """The run's y, once it is seen to be the capture's.
+        """Check that a run without edits gave the capture's y.
+
+        Args:
+            y: Final normalized residual of the run [prompt, pos, d_model].
 
         Returns:
-            y.
+            The same tensor.
 
         Raises:
             ValueError: If the model gave another one.
@@ -101,9 +106,9 @@ class LiveModel:
         off = (y.detach().to(self.final.dtype) - self.final).abs().max()
         if not off <= tolerance * self.final.abs().max():
             raise ValueError(
-                f"the model does not repeat the captured run (final residual off by {float(off):.1e}, "
-                f"its size is {float(self.final.abs().max()):.1e}): expected the model of the capture, "
-                "with the weights and hooks it had then"
+                f"The model does not repeat the captured run: its final residual is off by "
+                f"{float(off):.1e}, of {float(self.final.abs().max()):.1e}. "
+                "Pass the model of the capture, with the weights and hooks it had then."
             )
         return y
 
@@ -117,21 +122,30 @@ class LiveModel:
 
 
 def target_of(y: Tensor, query: Tensor, covector: Tensor) -> Float[Tensor, " prompt"]:
-    """The target u · y at one position per prompt."""
+    """Value of the target u · y at one position per prompt.
+
+    Args:
+        y: Final normalized residual [prompt, pos, d_model].
+        query: Position of the target [prompt].
+        covector: Covector u of the target [prompt, d_model].
+
+    Returns:
+        The target of each prompt, in logits.
+    """
     picked = y[torch.arange(len(y), device=y.device), query]
     return (picked * covector.to(y.dtype)).sum(-1)
 
 
 @contextmanager
 def live_models(capture: Capture, model: Any) -> Iterator[list[LiveModel]]:
-    """The real model on the capture's prompts, those of one length together, with gradients on.
+    """Open the real model on the capture's prompts, those of one length together, with gradients.
 
     Args:
-        capture: The run.
-        model: The host it came from.
+        capture: Capture of a run of the model.
+        model: The host model that ran.
 
     Yields:
-        A live model per length of prompt.
+        One live model per length of prompt.
     """
     adapter, frame = adapt(model), capture.frame
     spans = torch.tensor(frame.spans, device=frame.device)

@@ -1,12 +1,12 @@
-"""One forward pass, recorded, frozen and checked.
+"""Record one forward pass: freeze it and check it, block by block.
 
-The recorder listens at the adapter's hook points, and when a block has passed it
+The recorder listens at the adapter's hook points. When a block has passed, it does the following:
 
-1. turns what it read into frozen sublayers (pattern, scales, gating ratios; weights by reference),
-2. checks every product the operator will use against the run's own activations (``selfcheck``),
-3. turns what the user's own hooks changed into constants of their own, ``L3.hook_z[user]``: the
-   difference between what the run had and what the frozen sublayer predicts there,
-4. forgets values, z and post-activations.
+1. Turn what was read into frozen sublayers: pattern, scales, gating ratios; weights by reference.
+2. Check every product that the operator will use against the run's own activations (``SelfCheck``).
+3. Turn what the user's own hooks changed into constants of their own, ``L3.hook_z[user]``. Such a
+   constant is the difference between the run's activation and the frozen sublayer's prediction.
+4. Forget values, z and post-activations.
 
 A transposed, swapped or renamed weight is therefore an error at capture, never a wrong figure.
 """
@@ -36,103 +36,67 @@ from ..sublayers import (
     NormWeights,
     Shift,
     Unembed,
-    gating_ratio,
     soft_cap_ratio,
-    version,
 )
-from .adapter import Adapter, Read
-from .attention_reading import Queries, Stored
-from .self_check import SelfCheck, not_finite
+from .adapter import Adapter
+from .attention_reading import RecomputedReading, StoredReading
+from .hook_points import Activations, Read
+from .self_check import SelfCheck
+
+Added = tuple[Tensor, Callable[[], Tensor]]
+"""What a branch adds to the residual: projected [batch, pos], and whole when it is called."""
 
 
 class Recorder:
-    """Listens to one forward pass and freezes block after block."""
+    """Listen to one forward pass and freeze block after block.
 
-    def __init__(self, adapter: Adapter, prompts: Prompts, frame: Frame, convention: Convention,
-                 reading: Stored | Queries):  # fmt: skip
+    Args:
+        adapter: Adapter of the model that runs.
+        prompts: Tokens of the run.
+        frame: Spans of real tokens, positions, compute dtype and device.
+        convention: The choices under which the operator is unique.
+        reading: How attention is read.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        prompts: Prompts,
+        frame: Frame,
+        convention: Convention,
+        reading: StoredReading | RecomputedReading,
+    ):
         self.adapter, self.prompts, self.frame, self.reading = adapter, prompts, frame, reading
         self.convention = convention
         self.check = SelfCheck(adapter.model, frame, adapter.dtype)
         self.hooked = adapter.edits()
-        self.reads: dict[Read, Tensor] = {}
-        self.sources: dict[Read, tuple[Tensor, int]] = {}
+        self.reads = Activations(frame, reading.heads_first)
+        self.pop = self.reads.pop
         self.blocks: list[FrozenBlock] = []
-        self.padded = any(span != (0, frame.n_pos) for span in frame.spans)
         self.state: Tensor | None = None
         self.first_edit: Shift | None = None
 
-    def listen(self, read: Read) -> Callable[..., None]:
-        """A hook that stores one activation, and freezes a block when it was the last."""
-        return partial(self._hear, read)
+    # --- What is read
 
-    def _hear(self, read: Read, module: Any, args: Any, output: Tensor | None = None) -> None:
-        seen: Tensor = args[0] if output is None else output  # before the module, or after it
-        self.sources[read] = seen, version(seen)
-        if seen.ndim == 2 and seen.shape[0] == self.frame.batch * self.frame.n_pos:
-            seen = seen.unflatten(0, (self.frame.batch, -1))  # OPT's second norm
-        self.reads[read] = self._clean(read, self.frame.cast(seen))
+    def listen(self, read: Read) -> Callable[..., None]:
+        """Make the hook that stores one activation, and freezes a block when it was the last."""
+        return partial(self._on_activation, read)
+
+    def _on_activation(
+        self, read: Read, module: Any, args: Any, output: Tensor | None = None
+    ) -> None:
+        self.reads.store(read, args[0] if output is None else output)  # before the module, or after
         layer, key = read
         if key == "resid_post" and layer is not None:
-            self.freeze_block(layer)
-
-    def _clean(self, read: Read, tensor: Tensor) -> Tensor:
-        # Padding rows may hold NaN (a softmax over nothing): they are nobody's, and become 0, or
-        # 1 where a norm divides by them: 0 / 0 would reach real tokens as 0 · NaN.
-        # A finite sum tells in one pass that all are finite; one that overflows tells nothing.
-        if not self.padded or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all()):
-            return tensor
-        layer, key = read
-        real = self.frame.real
-        real = real[:, None, :, None] if key in self.reading.heads_first else real
-        real = real.reshape(*real.shape, *[1] * (tensor.ndim - real.ndim))
-        cleaned = torch.where(real, tensor, 1 if key.endswith("scale") else 0)
-        if not bool(cleaned.isfinite().all()):
-            raise ValueError(not_finite(key if layer is None else f"L{layer} {key}"))
-        return cleaned
-
-    def take(self, layer: int | None, key: str) -> Tensor:
-        """An activation that was read; each is taken once.
-
-        Returns:
-            The activation, in the compute dtype.
-
-        Raises:
-            ValueError: If its hook never fired.
-        """
-        try:
-            found = self.reads.pop((layer, key))
-            self.unchanged(layer, key)
-            return found
-        except KeyError:
-            remedy = "load the model with attn_implementation='eager'" if key == "pattern" else (
-                "the host ran something else than its blocks"
-            )  # fmt: skip
-            where = "the model" if layer is None else f"block {layer}"
-            raise ValueError(f"the hook for {key} of {where} never fired: {remedy}") from None
-
-    def unchanged(self, layer: int | None, key: str) -> None:
-        """Refuse an activation that somebody wrote over after it was read.
-
-        Raises:
-            CaptureMismatchError: If its version is not the one that was read.
-        """
-        source, seen = self.sources[layer, key]
-        if version(source) != seen:
-            where = "the model" if layer is None else f"block {layer}"
-            raise CaptureMismatchError(
-                f"{key} of {where} was changed in place after it had been read: a hook must return "
-                "a new tensor (t * 2 instead of t.mul_(2))"
-            )
+            self.checked(lambda: self.freeze_block(layer))
 
     def norm(self, layer: int | None, key: str, weights: NormWeights | None) -> Norm | None:
-        """A frozen norm, or None where the model has none."""
+        """Freeze a norm at the scale that was read; None where the model has none."""
         if weights is None:
             return None
         name = key if layer is None else f"L{layer}.{key}"
-        scale = self.take(layer, f"{key}.scale")
+        scale = self.pop(layer, f"{key}.scale")
         return Norm(self.frame, name, scale, weights, self.adapter.cfg.d_model)
-
-    # --- Edits of the user's own
 
     def edit(
         self,
@@ -141,13 +105,13 @@ class Recorder:
         seen: Tensor,
         predict: Callable[[], Tensor],
     ) -> Shift | None:
-        """The constant by which hooks of the user's own changed an activation, or None.
+        """Find the constant by which hooks of the user's own changed an activation, or None.
 
         Args:
-            layer: Block, or None after the last.
-            stages: Where in it, as the adapter names them.
-            seen: What the run had.
-            predict: What it would have had.
+            layer: Number of the block, or None after the last.
+            stages: Places in the block, as :meth:`Adapter.edits` names them.
+            seen: What the run had [batch, pos, d].
+            predict: Computes what the run would have had without the hooks [batch, pos, d].
 
         Returns:
             The difference, named after the hook points that carry the user's hooks.
@@ -164,23 +128,31 @@ class Recorder:
 
     # --- Block by block
 
-    def freeze_block(self, layer: int) -> None:
-        """Freeze and check one block; once more without what is kept, should that be stale."""
-        before = dict(self.reads), self.state, list(self.blocks), self.first_edit
+    def checked(self, step: Callable[[], None]) -> None:
+        """Run a step that ends in a check; once more should what is kept of the weights be stale.
+
+        Args:
+            step: Function that freezes and checks what was read.
+
+        Raises:
+            CaptureMismatchError: If the check fails with products of the weights as they are.
+        """
+        before = dict(self.reads.tensors), self.state, list(self.blocks), self.first_edit
         self.check.remembered = False
         try:
-            self.freeze_and_check(layer)
+            step()
         except CaptureMismatchError:
+            # A weight that was edited through .data keeps its version, and so its old products.
             if not self.check.remembered:
                 raise
             self.check.forget()
-            self.reads, self.state, self.blocks, self.first_edit = before
-            self.freeze_and_check(layer)
+            self.reads.tensors, self.state, self.blocks, self.first_edit = before
+            step()
 
-    def freeze_and_check(self, layer: int) -> None:
+    def freeze_block(self, layer: int) -> None:
         """Freeze one block from what was read of it, and check it."""
         weights: BlockWeights = self.adapter.weights.blocks[layer]
-        before, after = self.take(layer, "resid_pre"), self.take(layer, "resid_post")
+        before, after = self.pop(layer, "resid_pre"), self.pop(layer, "resid_post")
         before = self.enter(layer, before)
         self.state = after
         ln1 = self.norm(layer, "ln1", weights.ln1)
@@ -188,7 +160,7 @@ class Recorder:
         ln2 = self.norm(layer, "ln2", weights.ln2)
         ln2_post = self.norm(layer, "ln2_post", weights.ln2_post)
 
-        attn, attn_added, attn_out = self.freeze_attention(
+        attn, (attn_added, attn_out) = self.freeze_attention(
             layer, weights.attn, ln1, ln1_post, before
         )
         mid, mlp, mid_edits = None, None, ()
@@ -196,42 +168,46 @@ class Recorder:
         if weights.mlp is None:
             stages = ("attn_out", "mlp_out")
             label = f"{name} output (W_O, b_O)"
-            post_edits = self.step(layer, label, stages, before, after, attn_added, attn_out)
+            post_edits = self.step(layer, label, stages, before, after, (attn_added, attn_out))
         elif weights.parallel:
-            mlp, added, out = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, before)
+            mlp, (added, out) = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, before)
+            stages = ("attn_out", "mlp_out")
             label = f"{name} and MLP output (W_O, b_O, W_out, b_out)"
-            post_edits = self.step(
-                layer, label, ("attn_out", "mlp_out"), before, after, attn_added + added,
-                lambda: attn_out() + out(),
-            )  # fmt: skip
+            both = attn_added + added, lambda: attn_out() + out()
+            post_edits = self.step(layer, label, stages, before, after, both)
         else:
-            mid = self.take(layer, "resid_mid")
+            mid = self.pop(layer, "resid_mid")
             label = f"{name} output (W_O, b_O)"
-            mid_edits = self.step(layer, label, ("attn_out",), before, mid, attn_added, attn_out)
-            mlp, added, out = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, mid)
+            own = attn_added, attn_out
+            mid_edits = self.step(layer, label, ("attn_out",), before, mid, own)
+            mlp, own = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, mid)
             label = f"L{layer} MLP output (W_out, b_out)"
-            post_edits = self.step(layer, label, ("mlp_out",), mid, after, added, out)
-        self.check.settle(self.adapter.foreign_hooks)
+            post_edits = self.step(layer, label, ("mlp_out",), mid, after, own)
+        self.check.check_block(self.adapter.foreign_hooks)
         self.blocks.append(
             FrozenBlock(before, mid, attn, mlp, ln1, ln2, ln1_post, ln2_post, mid_edits, post_edits)
         )
 
     def enter(self, layer: int, state: Tensor) -> Tensor:
-        """The state entering a block: the embeddings, or as it left the block before.
+        """Check the state that enters a block: the embeddings, or what left the block before.
+
+        Args:
+            layer: Number of the block.
+            state: The state as it was read [batch, pos, d_model].
 
         Returns:
             The state; the same tensor as before where nothing came between.
         """
         if layer == 0:
-            parts = self.reads[None, "embed"]
-            if (pos := self.reads.get((None, "pos_embed"))) is not None:
+            parts = self.reads.tensors[None, "embed"]
+            if (pos := self.reads.tensors.get((None, "pos_embed"))) is not None:
                 parts = parts + pos
             self.first_edit = self.edit(0, ("resid_pre",), state, lambda: parts)
             if self.first_edit is None:
                 self.check.same("embedding (token + position)", state, parts)
             return state
         last = self.state
-        self.unchanged(layer - 1, "resid_post")
+        self.reads.unchanged(layer - 1, "resid_post")
         if last is None or state.data_ptr() == last.data_ptr():
             return state if last is None else last
         if edit := self.edit(layer, ("resid_pre",), state, lambda: last):
@@ -248,39 +224,45 @@ class Recorder:
         stages: tuple[str, ...],
         before: Tensor,
         after: Tensor,
-        added: Tensor,
-        out: Callable[[], Tensor],
+        branches: Added,
     ) -> tuple[Shift, ...]:
         """Check that a state is the last one plus what the branches add, or keep the user's edit.
 
         Args:
-            layer: Block.
-            name: What is checked.
-            stages: Where the user may have edited.
-            before: The last state.
-            after: This state.
-            added: What the branches add, projected.
-            out: The same, whole.
+            layer: Number of the block.
+            name: What is checked, for messages.
+            stages: Places where the user may have edited.
+            before: The residual before the branches [batch, pos, d_model].
+            after: The residual after the branches [batch, pos, d_model].
+            branches: What the branches add together.
 
         Returns:
             The edit, if there is one.
         """
-        if edit := self.edit(layer, stages, after, lambda: before + out()):
+        projected, whole = branches
+        if edit := self.edit(layer, stages, after, lambda: before + whole()):
             return (edit,)
-        self.check.residual(name, before, after, added)
+        self.check.residual(name, before, after, projected)
         return ()
 
     def freeze_attention(
         self, layer: int, w: AttentionWeights, norm: Norm | None, post: Norm | None, x: Tensor
-    ) -> tuple[Attention, Tensor, Callable[[], Tensor]]:
-        """The frozen attention, and what it adds: projected, and whole when asked for.
+    ) -> tuple[Attention, Added]:
+        """Freeze the attention of a block.
+
+        Args:
+            layer: Number of the block.
+            w: Attention weights of the block.
+            norm: The frozen norm before attention, or None.
+            post: The frozen norm after attention, or None.
+            x: The residual that attention reads [batch, pos, d_model].
 
         Returns:
-            The sublayer, the projection, and a function that computes the whole.
+            The sublayer, and what it adds to the residual.
         """
         name = f"L{layer} attention{self.reading.note}"
-        mix = self.reading.mix(layer, self.frame, self.take, w)
-        v, z = self.take(layer, "v").flatten(2), self.take(layer, "z").flatten(2)
+        mix = self.reading.mix(layer, self.frame, self.pop, w)
+        v, z = self.pop(layer, "v").flatten(2), self.pop(layer, "z").flatten(2)
         attn = Attention(self.frame, layer, mix, w)
 
         def predict_v() -> Tensor:
@@ -297,10 +279,10 @@ class Recorder:
             return _normed(post, attn.output.apply(z) + attn.output.bias)
 
         if attn.edits:
-            return attn, self.check.project(out()), out
-        self.check.suspect(f"{name} values (W_V, b_V)", v, predict_v)
-        self.check.suspect(f"{name} mixing (pattern · values)", z, lambda: mix.apply(v))
-        return attn, self.check.attention(norm, x, mix, w, post), out
+            return attn, (self.check.project(out()), out)
+        self.check.check_later(f"{name} values (W_V, b_V)", v, predict_v)
+        self.check.check_later(f"{name} mixing (pattern · values)", z, lambda: mix.apply(v))
+        return attn, (self.check.attention(norm, x, mix, w, post), out)
 
     def freeze_mlp(
         self,
@@ -309,66 +291,57 @@ class Recorder:
         norm: Norm | None,
         post_norm: Norm | None,
         x: Tensor,
-    ) -> tuple[FeedForward, Tensor, Callable[[], Tensor]]:
-        """The frozen MLP, and what it adds: projected, and whole when asked for.
+    ) -> tuple[FeedForward, Added]:
+        """Freeze the MLP of a block.
 
-        The activation, one function for all positions, is compared at a sample of them; ratios
-        are left to whoever asks for them first.
+        The activation is one function for all positions, so it is compared at a sample of them.
+        Gating ratios are left to whoever asks for them first.
+
+        Args:
+            layer: Number of the block.
+            w: MLP weights of the block.
+            norm: The frozen norm before the MLP, or None.
+            post_norm: The frozen norm after the MLP, or None.
+            x: The residual that the MLP reads [batch, pos, d_model].
 
         Returns:
-            The sublayer, the projection, and a function that computes the whole.
+            The sublayer, and what it adds to the residual.
         """
-        name, check = f"L{layer} MLP", self.check
-        pre, seen = self.take(layer, "pre"), self.take(layer, "post")
+        name, frame, linear = f"L{layer} MLP", self.frame, partial(self.linear, layer, norm, x)
+        pre, seen = self.pop(layer, "pre"), self.pop(layer, "post")
+        into = f"{name} input (W_in, b_in)"
         if isinstance(w, GatedMLPWeights):
-            up = self.take(layer, "pre_linear")
-            pre_edit = self.linear(layer, "pre", f"{name} gate (W_gate, b_gate)", norm, x, pre,
-                                   w.W_gate, w.b_gate)  # fmt: skip
-            up_edit = self.linear(layer, "pre_linear", f"{name} input (W_in, b_in)", norm, x, up,
-                                  w.W_in, w.b_in)  # fmt: skip
-            b_post = 0.0 if w.b_post is None else self.frame.cast(w.b_post)
-
-            def post(s: slice) -> Tensor:
-                g = pre[:, s]
-                return gating_ratio(w.act, g) * g * up[:, s] + b_post
-
+            up = self.pop(layer, "pre_linear")
             label = f"{name} gating (activation · up)"
-            edit = self.edit(layer, ("post",), seen, lambda: post(slice(None)))
-            gate = self.convention.gate
-            mlp: FeedForward = GatedMLP(
-                self.frame, layer, w, pre, up, gate, pre_edit, up_edit, edit
-            )
+            gate = linear("pre", f"{name} gate (W_gate, b_gate)", pre, w.W_gate, w.b_gate)
+            edits = {
+                "pre_edit": gate,
+                "pre_linear_edit": linear("pre_linear", into, up, w.W_in, w.b_in),
+            }
+            mlp: FeedForward = GatedMLP(frame, layer, w, pre, up, self.convention.gate)
         else:
-            pre_edit = self.linear(layer, "pre", f"{name} input (W_in, b_in)", norm, x, pre,
-                                   w.W_in, w.b_in)  # fmt: skip
+            edits = {"pre_edit": linear("pre", into, pre, w.W_in, w.b_in)}
             ln = self.norm(layer, "mlp.ln", w.ln)
-            scale = None if ln is None else ln.scale
-
-            def post(s: slice) -> Tensor:
-                mid = gating_ratio(w.act, pre[:, s]) * pre[:, s]
-                if ln is None:
-                    return mid
-                b = 0.0 if ln.weights.b is None else self.frame.cast(ln.weights.b)
-                return replace(ln, scale=ln.scale[:, s]).apply(mid) + b
-
             label = f"{name} activation" + ("" if ln is None else " and norm")
-            edit = self.edit(layer, ("post",), seen, lambda: post(slice(None)))
-            mlp = MLP(self.frame, layer, w, pre, scale, pre_edit, edit)
+            mlp = MLP(frame, layer, w, pre, None if ln is None else ln.scale)
 
         def out() -> Tensor:
             return _normed(post_norm, mlp.output.apply(seen) + mlp.output.bias)
 
-        if edit is None:
-            check.activation(label, seen, post)
-        return mlp, check.output(w.W_out, w.b_out, post_norm, seen), out
+        # The sublayer without its edits predicts what W_out read from the run's pre-activations.
+        post_edit = self.edit(layer, ("post",), seen, lambda: mlp.posts)
+        if post_edit is None:
+            self.check.activation(label, seen, lambda rows: _at(mlp, rows).posts)
+        added = self.check.output(w.W_out, w.b_out, post_norm, seen)
+        return replace(mlp, **edits, post_edit=post_edit), (added, out)
 
     def linear(
         self,
         layer: int,
-        stage: str,
-        name: str,
         norm: Norm | None,
         x: Tensor,
+        stage: str,
+        name: str,
         seen: Tensor,
         W: Tensor,
         b: Tensor | None,
@@ -384,11 +357,13 @@ class Recorder:
             self.check.linear(name, norm, x, seen, W, b)
         return edit
 
+    # --- The end of the run
+
     def finish(self, logits: Tensor) -> Capture:
         """Freeze the top, check the logits, and close.
 
         Args:
-            logits: What the model returned.
+            logits: What the model returned [batch, pos, d_vocab].
 
         Returns:
             The finished capture.
@@ -398,23 +373,27 @@ class Recorder:
         """
         weights, final = self.adapter.weights, self.state
         if final is None or len(self.blocks) != len(weights.blocks):
-            raise ValueError("the model ran without its blocks: expected one whole forward pass")
-        self.unchanged(len(self.blocks) - 1, "resid_post")
+            raise ValueError(
+                f"The model ran {len(self.blocks)} of its {len(weights.blocks)} blocks. "
+                "Run one whole forward pass."
+            )
+        self.reads.unchanged(len(self.blocks) - 1, "resid_post")
         ln_final = self.norm(None, "ln_final", weights.ln_final)
         y, edit, seen_logits = _normed(ln_final, final), None, self.frame.cast(logits)
         if (None, "normalized") in self.hooked:
-            seen, predicted = self.take(None, "normalized"), y
+            seen, predicted = self.pop(None, "normalized"), y
             edit = self.edit(None, ("normalized",), seen, lambda: predicted)
             y = y if edit is None else seen
         unembed = Unembed(self.frame, weights.unembed, y)
         before = (final, ln_final) if edit is None else (y, None)
-        self._check_logits(unembed, *before, self._clean((None, "logits"), seen_logits))
+        cleaned = self.reads.clean((None, "logits"), seen_logits)
+        self.checked(lambda: self._check_logits(unembed, *before, cleaned))
         return Capture(
             self.adapter.name,
             self.frame,
             self.prompts,
-            self.take(None, "embed"),
-            self.reads.pop((None, "pos_embed"), None),
+            self.pop(None, "embed"),
+            self.reads.tensors.pop((None, "pos_embed"), None),
             tuple(self.blocks),
             final,
             ln_final,
@@ -430,27 +409,25 @@ class Recorder:
     def _check_logits(
         self, unembed: Unembed, final: Tensor, ln_final: Norm | None, logits: Tensor
     ) -> None:
-        u, raw = unembed.weights, logits
+        u = unembed.weights
+        raw = logits if u.soft_cap is None else self.pop(None, "raw_logits")
+        self.check.linear("logits (W_U, b_U)", ln_final, final, raw, u.W_U, u.b_U)
         if u.soft_cap is not None:
-            raw = self.take(None, "raw_logits")
-        for attempt in (1, 2):
-            try:
-                self.check.remembered = False
-                self.check.linear("logits (W_U, b_U)", ln_final, final, raw, u.W_U, u.b_U)
-                if u.soft_cap is not None:
-                    capped, r = (
-                        raw * soft_cap_ratio(raw, u.soft_cap),
-                        self.check.probe(raw.shape[-1]),
-                    )
-                    size = torch.linalg.vector_norm(logits, dim=-1)
-                    self.check.compare("logits (soft cap)", logits @ r, capped @ r, size)
-                self.check.settle(self.adapter.foreign_hooks)
-                return
-            except CaptureMismatchError:
-                if attempt == 2 or not self.check.remembered:
-                    raise
-                self.check.forget()
+            capped, r = raw * soft_cap_ratio(raw, u.soft_cap), self.check.probe(raw.shape[-1])
+            size = torch.linalg.vector_norm(logits, dim=-1)
+            self.check.compare("logits (soft cap)", logits @ r, capped @ r, size)
+        self.check.check_block(self.adapter.foreign_hooks)
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:
     return x if norm is None else norm.apply(x) + norm.bias
+
+
+def _at(mlp: FeedForward, rows: slice) -> FeedForward:
+    """An MLP at some positions only."""
+    names = ("pre", "pre_linear", "ln_scale")
+    tensors = {name: getattr(mlp, name, None) for name in names}
+    cut = {name: t[:, rows] for name, t in tensors.items() if t is not None}
+    n_pos = cut["pre"].shape[1]
+    frame = replace(mlp.frame, n_pos=n_pos, spans=((0, n_pos),) * mlp.frame.batch)
+    return replace(mlp, frame=frame, **cut)

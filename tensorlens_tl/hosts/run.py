@@ -2,7 +2,8 @@
 
 1. Adapt the model and record one forward pass, frozen and checked block by block.
 2. Attach what only some questions need: the embedding matrix, and the weights of the scores.
-3. On request, run a float32 copy: the model's own rounding is the noise floor of a half-precision lens.
+3. On request, run a float32 copy. The model's own rounding is the noise floor of a half-precision
+   lens.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import no_autocast
 from ..operator import Capture, Convention
-from ..sublayers import HALF, Frame
+from ..sublayers import HALF, TINY, Frame
 from .adapter import Adapter
-from .attention_reading import reading
+from .attention_reading import RecomputedReading, StoredReading
 from .entry import adapt
 from .recorder import Recorder
-from .score_weights import score_weights
 
 
 def freeze(
@@ -35,17 +36,17 @@ def freeze(
     noise_floor: bool = False,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch pos d_vocab"], Capture]:
-    """Run a model once and freeze the run, with all that questions to it may need.
+    """Run a model once and freeze the run, with all that later questions may need.
 
     Args:
         model: A host model, or the adapter of one that runs more than once.
         inputs: A string, a list of strings, or token ids [pos] or [batch, pos].
-        gate: How gated MLPs are made linear, as in :class:`Convention`.
+        gate: How gated MLPs are made linear ("gate", "up" or "half"; see :class:`Convention`).
         dtype: Compute dtype of the operator, float32 or float64; None for the wider of float32
             and the model's own.
-        pattern: "stored" or "recomputed".
+        pattern: "stored" to keep attention patterns, "recomputed" to keep queries and keys.
         noise_floor: Whether to run a float32 copy of a half-precision model, too.
-        **kwargs: The model's own arguments.
+        **kwargs: Arguments of the model's own forward pass.
 
     Returns:
         The logits as the model returned them, and the capture.
@@ -60,8 +61,10 @@ def freeze(
         _require_half_precision(adapter.dtype)
     # 1. One forward pass.
     logits, capture = record(adapter, inputs, Convention(gate), dtype, pattern, **kwargs)
-    # 2. What some questions need, by reference.
-    scores = score_weights(adapter, capture.frame.n_pos)
+    # 2. What some questions need. This is done now, although few lenses ask for query and key
+    # edges: a capture holds no host, and it must know the version of every weight it may use, so
+    # that a later change is refused. Only rotation tables are computed; weights are referenced.
+    scores = adapter.score_weights(capture.frame.n_pos)
     capture = replace(capture, embed_weights=adapter.embed_weights(), score_weights=scores)
     # 3. The model's own rounding.
     if noise_floor:
@@ -80,13 +83,13 @@ def record(
     """Run the model once and freeze the run.
 
     Args:
-        adapter: The model's.
-        inputs: A string, a list of strings, or token ids.
+        adapter: Adapter of the model.
+        inputs: A string, a list of strings, or token ids [pos] or [batch, pos].
         convention: The choices under which the operator is unique.
         dtype: Compute dtype of the operator, float32 or float64; by default float32, or the
             model's own where that is wider.
-        pattern: "stored" or "recomputed".
-        **kwargs: The model's own arguments.
+        pattern: "stored" to keep attention patterns, "recomputed" to keep queries and keys.
+        **kwargs: Arguments of the model's own forward pass.
 
     Returns:
         The logits as the model returned them, and the capture.
@@ -96,14 +99,18 @@ def record(
         CaptureMismatchError: If the run is not what the operator would compute.
     """
     if dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"expected dtype float32 or float64, got {dtype}")
-    how = reading(adapter, pattern)
+        raise ValueError(
+            f"dtype={dtype} is no compute dtype of the operator. "
+            "Give torch.float32 or torch.float64."
+        )
+    how = choose_reading(adapter, pattern)
     inputs, prompts = adapter.prepare(inputs, kwargs)
     dtype = dtype or torch.promote_types(adapter.dtype, torch.float32)
     device = adapter.weights.unembed.W_U.device
+    no_autocast(device.type)
     frame = Frame(prompts.spans, prompts.tokens.shape[1], dtype, device)
     recorder = Recorder(adapter, prompts, frame, convention or Convention(), how)
-    handles = how.guards(adapter)
+    handles = how.guards(adapter.hooked_patterns())
     try:
         for read, point in adapter.points(how.reads).items():
             early = read[1] in adapter.before_edits
@@ -118,6 +125,27 @@ def record(
         return logits, recorder.finish(logits)
 
 
+def choose_reading(adapter: Adapter, pattern: str) -> StoredReading | RecomputedReading:
+    """Choose how a capture reads attention.
+
+    Args:
+        adapter: Adapter of the model.
+        pattern: "stored" or "recomputed".
+
+    Returns:
+        What to read of attention, and what becomes of it.
+
+    Raises:
+        ValueError: If ``pattern`` is something else.
+        NotRecomputableError: If the model's patterns cannot be recomputed.
+    """
+    if pattern not in ("stored", "recomputed"):
+        raise ValueError(
+            f'pattern={pattern!r} is not known. Give pattern="stored" or pattern="recomputed".'
+        )
+    return StoredReading() if pattern == "stored" else adapter.recomputed_reading()
+
+
 def _require_half_precision(dtype: torch.dtype) -> None:
     """Refuse a noise floor where a float32 copy would be no more precise than the model.
 
@@ -126,24 +154,24 @@ def _require_half_precision(dtype: torch.dtype) -> None:
     """
     if dtype not in HALF:
         raise ValueError(
-            f"noise_floor compares with a float32 copy of the model, expected a model in bfloat16 or "
-            f"float16, got {str(dtype).removeprefix('torch.')}: leave noise_floor out"
+            "noise_floor compares a model in bfloat16 or float16 with its float32 copy, and this "
+            f"model is in {str(dtype).removeprefix('torch.')}. Call without noise_floor."
         )
 
 
 def _with_noise_floor(
     capture: Capture, model: Any, inputs: Any, kwargs: Mapping[str, Any]
 ) -> Capture:
-    """A capture that knows the model's own rounding, max |logits − exact| / max |exact|.
+    """Measure the model's own rounding, max |logits − exact| / max |exact|.
 
     ``exact`` are the logits [batch, pos, d_vocab] at real tokens of a deep copy of the model in
     float32, with the same weights, prompts and hooks of the user's own.
 
     Args:
-        capture: The run.
-        model: The model that ran; it is not touched.
-        inputs: What it ran on: a string, a list of strings or token ids.
-        kwargs: The arguments it ran with.
+        capture: Capture of the model's run.
+        model: The model that ran, which is not touched.
+        inputs: Input of the run: a string, a list of strings or token ids.
+        kwargs: Arguments of the run.
 
     Returns:
         The capture with its ``noise_floor``.
@@ -161,4 +189,4 @@ def _with_noise_floor(
     with torch.no_grad():
         exact = adapter.run(inputs, kwargs)[capture.frame.real]
     off = (capture.logits[capture.frame.real].to(exact) - exact).abs().max()
-    return replace(capture, noise_floor=float(off / exact.abs().max().clamp_min(1e-30)))
+    return replace(capture, noise_floor=float(off / exact.abs().max().clamp_min(TINY)))

@@ -1,10 +1,10 @@
 """The check that a capture makes of itself, while it runs.
 
-Every product the operator will use is compared with the run's own activations under a random
-projection (Freivalds 1977): for y = x W + b and a random r, y·r = x·(W r) + b·r. That costs O(pos · d)
-once W r is known, and W r is kept per model until the weight changes. A branch is checked by what
-it adds to the residual: attention as Σ_h A_h N(x) (W_V^h W_O^h r), so its values and z are looked
-at only to tell where a mistake is, once there is one.
+1. Every product that the operator will use is compared with the run's own activations under a
+   random projection (Freivalds 1977). For y = x W + b and a random r, y·r = x·(W r) + b·r. That
+   costs O(pos · d) once W r is known, and W r is kept per model until the weight changes.
+2. A branch is checked by what it adds to the residual: attention as Σ_h A_h N(x) (W_V^h W_O^h r).
+3. Its values and z are looked at only once that is wrong, to tell where the mistake is.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from ..sublayers import TINY, AnyMix, AttentionWeights, Frame, Norm, NormWeights
 
 
 def not_finite(name: str) -> str:
-    """The refusal of NaN and infinity in a real token, with the likely cause."""
+    """Message that refuses NaN and infinity in a real token, with the likely cause."""
+    # In float64 a padding mask overflows the host's float32 softmax; later layers read the NaN.
     return (
-        f"{name}: a real token's activations are not finite; the usual cause is padding in a "
-        "float64 model (its mask overflows the host's float32 softmax, and later layers read the "
-        "NaN), or overflow in a float16 model: use float32, right padding, or single prompts"
+        f"{name}: activations of a real token are not finite (usual causes: padding in a float64 "
+        "model, overflow in a float16 one). Use float32, right padding, or single prompts."
     )
 
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative error at which a product is refused, by the model's dtype. Hosts compute norms in
-float32 inside float64 models, which alone costs 1e-7."""
+"""Relative error at which a product is refused, by the model's dtype.
+
+Hosts compute norms in float32 inside float64 models, which alone costs 1e-7.
+"""
 
 _SAMPLE = 16
 """Positions at which an activation is compared: it is the same function everywhere."""
@@ -41,6 +43,7 @@ _SAMPLE = 16
 Suspect = tuple[str, Tensor, Callable[[], Tensor]]
 
 _products: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+"""Products that weights alone decide, by model; they are dropped with the model."""
 
 
 @cache
@@ -53,7 +56,13 @@ def _probe(*shape: int) -> Tensor:
 
 
 class SelfCheck:
-    """Collects the relative errors of the run's products under random projections."""
+    """Collect the relative errors of the run's products under random projections.
+
+    Args:
+        model: The host model; what is kept of its weights goes with it.
+        frame: Spans of real tokens, positions, compute dtype and device of the run.
+        model_dtype: The model's own dtype, which decides what is tolerated.
+    """
 
     def __init__(self, model: Any, frame: Frame, model_dtype: torch.dtype):
         self.frame, self.real = frame, frame.real
@@ -72,25 +81,26 @@ class SelfCheck:
     # --- Projections
 
     def probe(self, *shape: int) -> Tensor:
-        """A fixed random covector in the compute dtype."""
+        """A fixed random covector of this shape, in the compute dtype."""
         key = ("probe", *shape, self.frame.dtype, self.frame.device)
         if key not in self._known:
             self._known[key] = _probe(*shape).to(self.frame.zeros(0))
         return self._known[key]
 
-    def kept(
+    def cached_product(
         self, name: str, parts: tuple[Tensor | NormWeights | None, ...], compute: Callable
     ) -> Any:
-        """What the weights alone decide; computed anew when a storage or version changes.
+        """Look up what the weights alone decide; compute it anew when a weight has changed.
 
         Args:
-            name: Tells it from other products of the same weights.
-            parts: Parameters of the model, themselves, and its norms.
-            compute: Makes it.
+            name: Name that tells this product from others of the same weights.
+            parts: The model's own parameters and norms that the product is made of.
+            compute: Function without arguments that makes the product.
 
         Returns:
-            What ``compute`` returned, for use with every prompt.
+            The product, which serves every prompt.
         """
+        # A change shows in the storage, or in the version that torch counts up at every write.
         key: list[Any] = [name, self.frame.dtype, self.frame.device]
         versions: list[int] = []
         for part in parts:
@@ -106,13 +116,14 @@ class SelfCheck:
         return known[1]
 
     def forget(self) -> None:
-        """Drop what is kept, and what is noted: an edit through ``.data`` changes no version."""
+        """Drop all cached products, and all notes: an edit through ``.data`` changes no version."""
         self._known.clear()
         self._names, self._errors, self._sizes, self._suspects = [], [], [], []
         self._states, self.remembered = [], False
 
     def state(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A residual state's projection and norm; asked for once as "after", once as "before"."""
+        """Projection and norm of a residual state, each [batch, pos]."""
+        # Every state is asked for twice: after one block, and before the next.
         for known, measured in self._states:
             if known is x:
                 return measured
@@ -125,7 +136,7 @@ class SelfCheck:
         return x @ self.probe(x.shape[-1])
 
     def through(self, norm: NormWeights | None, p: Tensor) -> tuple[Tensor, Tensor | float]:
-        """A covector p [d, ...] pulled through a norm, but for its scale: C(w ⊙ p), and b · p."""
+        """Pull a covector p [d, …] through a norm, but for its scale: C(w ⊙ p), and b · p."""
         if norm is None:
             return p, 0.0
         gain = norm.gain
@@ -145,14 +156,14 @@ class SelfCheck:
     def compare(self, name: str, seen: Tensor, predicted: Tensor, size: Tensor) -> None:
         """Note |seen − predicted| / size for every position.
 
-        A row much smaller than the largest one is measured against a hundredth of that: rows that
-        cancel to nearly nothing are no errors.
+        A row much smaller than the largest one is measured against a hundredth of that one. Rows
+        that cancel to nearly nothing are no errors.
 
         Args:
-            name: What is compared.
-            seen: The run's, projected [batch, pos].
-            predicted: The operator's.
-            size: What counts as one, [batch, pos].
+            name: What is compared, for messages.
+            seen: Projection of the run's activation [batch, pos].
+            predicted: Projection of the operator's prediction [batch, pos].
+            size: Size of a relative error of 1 [batch, pos].
         """
         self._note(name, (seen - predicted).abs(), size)
 
@@ -161,18 +172,18 @@ class SelfCheck:
         self._errors.append(errors)
         self._sizes.append(sizes)
 
-    def suspect(self, name: str, seen: Tensor, predict: Callable[[], Tensor]) -> None:
-        """Remember an inner prediction, to be made only if the output is wrong: it tells where."""
+    def check_later(self, name: str, seen: Tensor, predict: Callable[[], Tensor]) -> None:
+        """Remember an inner prediction. It is made only if the output is wrong, to tell where."""
         self._suspects.append((name, seen, predict))
 
-    def settle(self, hooked: Callable[[], list[str]]) -> None:
-        """Judge what was noted since the last call.
+    def check_block(self, hooked: Callable[[], list[str]]) -> None:
+        """Judge what was noted since the last call, usually one block.
 
         Args:
-            hooked: Tells which hook points carry the user's own hooks.
+            hooked: Function that names the hook points with hooks of the user's own.
 
         Raises:
-            CaptureMismatchError: If an error passes the tolerance; names the first place.
+            CaptureMismatchError: If an error passes the tolerance; the message names the place.
             ValueError: If a real token's activations are not finite.
         """
         if not self._names:  # a block whose every product the user edited
@@ -187,17 +198,17 @@ class SelfCheck:
             if not math.isfinite(error):
                 raise ValueError(not_finite(name))
             if error > self.tolerance:
-                where = ", ".join(hooked())
-                cause = (
-                    f"hooks of your own at {where} may have edited it, which is not served yet"
-                    if where
-                    else "the weights as read are not those the model used, or the model computes "
-                    "something else there"
+                at = ", ".join(hooked())
+                remedy = (
+                    f"Take off your own hooks at {at}: an edit there is not served."
+                    if at
+                    else "Please report the model: its weights are not laid out as they are read, "
+                    "or it computes something else there."
                 )
                 raise CaptureMismatchError(
-                    f"{self._culprit(name, suspects)}: the run's activations differ from what the "
-                    f"operator predicts by {error:.1e} (relative; expected at most "
-                    f"{self.tolerance:.0e}): {cause}"
+                    f"{self._culprit(name, suspects)}: the run differs from what the operator "
+                    f"predicts by {error:.1e} (relative; expected are at most "
+                    f"{self.tolerance:.0e}). {remedy}"
                 )
         self.errors.update(zip(names, errors, strict=True))
 
@@ -221,10 +232,17 @@ class SelfCheck:
         w: AttentionWeights,
         post: Norm | None,
     ) -> Tensor:
-        """What attention adds, projected: post(Σ_h A_h (N(x) W_V^h + b_V) W_O^h + b_O) · r.
+        """Predict what attention adds: post(Σ_h A_h (N(x) W_V^h + b_V) W_O^h + b_O) · r.
+
+        Args:
+            norm: The frozen norm before attention, or None.
+            x: The residual that attention reads [batch, pos, d_model].
+            mix: The frozen attention over positions.
+            w: Attention weights of the block.
+            post: The frozen norm after attention, or None.
 
         Returns:
-            [batch, pos].
+            The projection of what is added to the residual [batch, pos].
         """
         before, after = _affine(norm), _affine(post)
 
@@ -240,7 +258,7 @@ class SelfCheck:
             return start, c, self.dot(w.b_O, r), end
 
         parts = (w.W_V, w.b_V, w.W_O, w.b_O, before, after)
-        start, c, b_O, end = self.kept("attention", parts, compute)
+        start, c, b_O, end = self.cached_product("attention", parts, compute)
         values = (x @ start if norm is None else x @ start / norm.scale) + c  # [batch, pos, head]
         mixed = mix.sum_heads(values) + b_O
         return mixed if post is None else mixed / post.scale.squeeze(-1) + end
@@ -248,7 +266,7 @@ class SelfCheck:
     def linear(
         self, name: str, norm: Norm | None, x: Tensor, seen: Tensor, W: Tensor, b: Tensor | None
     ) -> None:
-        """Pre-activations, or logits: N(x) W + b."""
+        """Compare pre-activations, or logits, with N(x) W + b."""
         before, r = _affine(norm), self.probe(W.shape[1])
 
         def compute() -> tuple:
@@ -256,7 +274,7 @@ class SelfCheck:
             # A normalized row has length √d: the size of the terms, that may cancel.
             return start, c + self.dot(b, r), 0.01 * math.sqrt(len(start)) * start.norm()
 
-        start, c, terms = self.kept("linear", (W, b, before), compute)
+        start, c, terms = self.cached_product("linear", (W, b, before), compute)
         predicted = (x @ start if norm is None else x @ start / norm.scale.squeeze(-1)) + c
         seen = seen @ r
         # E ⟨row, r⟩² = ‖row‖²: the projections tell the rows' size; a bias may dwarf them.
@@ -264,7 +282,7 @@ class SelfCheck:
         self.compare(name, seen, predicted, size.expand_as(seen))
 
     def activation(self, name: str, seen: Tensor, post: Callable[[slice], Tensor]) -> None:
-        """Post-activations, at evenly spaced positions up to the last."""
+        """Compare post-activations at evenly spaced positions up to the last."""
         n_pos = self.frame.n_pos
         step = max(1, n_pos // _SAMPLE)
         rows = slice((n_pos - 1) % step, None, step)
@@ -275,19 +293,19 @@ class SelfCheck:
         self._note(name, errors, sizes)
 
     def output(self, W: Tensor, b: Tensor | None, post: Norm | None, x: Tensor) -> Tensor:
-        """What an MLP adds, projected: post(x W + b) · r."""
+        """Predict what an MLP adds, post(x W + b) · r, as a projection [batch, pos]."""
         after = _affine(post)
 
         def compute() -> tuple:
             r, end = self.through(after, self.probe(W.shape[-1]))
             return self.frame.cast(W) @ r, self.dot(b, r), end
 
-        start, c, end = self.kept("output", (W, b, after), compute)
+        start, c, end = self.cached_product("output", (W, b, after), compute)
         added = x @ start + c
         return added if post is None else added / post.scale.squeeze(-1) + end
 
     def residual(self, name: str, before: Tensor, after: Tensor, added: Tensor) -> None:
-        """The next state is the last one plus what the branches add."""
+        """Compare the next state with the last one plus what the branches add."""
         (was, before_size), (seen, after_size) = self.state(before), self.state(after)
         change = seen - was
         # The difference rounds at the size of both states, so that counts a little, too.
@@ -295,7 +313,7 @@ class SelfCheck:
         self.compare(name, change, added, change.abs() + self.rounding * size)
 
     def same(self, name: str, seen: Tensor, predicted: Tensor) -> None:
-        """Two residual states that should be one."""
+        """Compare two residual states that should be one."""
         projected, size = self.state(seen)
         self.compare(name, projected, predicted @ self.probe(predicted.shape[-1]), size)
 

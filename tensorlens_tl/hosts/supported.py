@@ -1,4 +1,4 @@
-"""What can be frozen, the refusal of what cannot, and what counts as a whole number. No torch."""
+"""Which architectures can be frozen, and the refusal of what cannot. Imports no torch."""
 
 from __future__ import annotations
 
@@ -44,20 +44,46 @@ SUPPORTED = {
 
 
 class UnsupportedArchitectureError(ValueError):
-    """A model, or a part of one, that cannot be frozen exactly; the message names it."""
+    """A model, or a part of one, cannot be frozen exactly; the message names it.
+
+    Example:
+        >>> import torch, tensorlens_tl
+        >>> try:
+        ...     tensorlens_tl.capture(torch.nn.Linear(2, 2), [1, 2])
+        ... except tensorlens_tl.UnsupportedArchitectureError as error:
+        ...     print(error)
+        model is a Linear, which is neither a HookedTransformer nor a TransformerBridge. ...
+    """
 
 
 def refusal(what: str, why: str) -> str:
-    """The message that refuses something by name.
+    """Word the message that refuses something by name.
 
     Args:
-        what: A model or a part of one.
-        why: What keeps it from being frozen.
+        what: The model, or the part of one, that is refused.
+        why: What keeps it from being frozen exactly.
 
     Returns:
-        The message; it lists what is supported.
+        The message, in two sentences.
     """
     return (
-        f"cannot freeze {what} exactly: {why}. Supported: {', '.join(SUPPORTED)}, as "
-        "HookedTransformer or TransformerBridge"
+        f"Cannot freeze {what} exactly: {why}. "
+        "Supported models are listed in docs/models.md and by python -m tensorlens_tl.support."
     )
+
+
+def flags_off(cfg: object) -> None:
+    """Refuse the flags under which every head has its own norm.
+
+    Args:
+        cfg: Configuration of the host model.
+
+    Raises:
+        ValueError: If one of the flags is on.
+    """
+    for flag in ("use_split_qkv_input", "use_attn_in"):
+        if getattr(cfg, flag, False):
+            raise ValueError(
+                f"cfg.{flag} is on, which gives every head its own norm. "
+                f"Call model.set_{flag}(False) before the capture."
+            )

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-EMPTY = "the prompt is empty: expected at least one token"
+EMPTY = "The prompt is empty. Give at least one token."
 Spans = list[tuple[int, int]]
 
 
@@ -22,21 +22,21 @@ def is_text(inputs: Any) -> bool:
 
 
 def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[Tensor, Spans]:
-    """The host's own tokens of some texts, and where each text's real tokens stand.
+    """Tokenize texts as the host does, and find where each text's real tokens stand.
 
     Args:
-        model: A host with ``to_tokens``.
-        texts: One or more.
-        kwargs: The model's arguments; ``prepend_bos`` and ``padding_side`` matter here.
+        model: A host model with a method ``to_tokens``.
+        texts: One or more texts.
+        kwargs: Arguments of the model; ``prepend_bos`` and ``padding_side`` matter here.
 
     Returns:
-        Ids [batch, pos], and each prompt's (start, stop).
+        Token ids [batch, pos], and the (start, stop) of each prompt's real tokens.
 
     Raises:
         ValueError: If the model has no tokenizer.
     """
     if model.tokenizer is None:
-        raise ValueError("this model has no tokenizer: pass token ids, or set model.tokenizer")
+        raise ValueError("This model has no tokenizer. Pass token ids, or set model.tokenizer.")
     keys = {k: kwargs[k] for k in ("prepend_bos", "padding_side") if k in kwargs}
     keys["truncate"] = False  # a text over n_ctx is refused, not cut
     counts = [model.to_tokens(text, **keys).shape[-1] if text else 0 for text in texts]
@@ -56,41 +56,40 @@ def check_arguments(
     A Hugging Face model ignores what it does not know: a misspelt argument would pass unseen.
 
     Args:
-        kwargs: What the user gave for the model.
-        forbidden: What would change the run.
-        hosts: The model, and what it wraps.
+        kwargs: Arguments that the user gave for the model.
+        forbidden: Names of arguments that would change the run.
+        hosts: The host model, and the model that it wraps.
 
     Raises:
         ValueError: If there is one.
     """
     if wrong := [key for key in forbidden if key in kwargs]:
         raise ValueError(
-            f"{', '.join(wrong)} would change what is run; a capture is one whole forward pass "
-            "to the logits: leave it out"
+            f"{', '.join(wrong)} would change what is run, and a capture is one whole forward pass "
+            "to the logits. Call without it."
         )
     known = {name for host in hosts for name in inspect.signature(type(host).forward).parameters}
     if wrong := [key for key in kwargs if key not in known]:
         raise ValueError(
-            f"no argument {', '.join(wrong)}, here or in the model's forward pass; expected those of "
-            "this function, or the model's own, such as prepend_bos, padding_side or attention_mask: "
-            "check the name"
+            f"{', '.join(wrong)} is no argument of this function or of the model's forward pass. "
+            "Check the name; prepend_bos, padding_side and attention_mask are known, for example."
         )
 
 
 def each_prompt(prompts: Any, tokenizer: Any, masked: bool = False) -> list[Any]:
-    """A list of prompts, each as a string or as its own ids [pos].
+    """List prompts, each as a string or as its own ids [pos].
 
     Args:
         prompts: Strings, ids [pos] or [1, pos] as the host's ``to_tokens`` gives them, or ids
             [prompt, pos].
-        tokenizer: The model's, or None; it knows the padding token.
+        tokenizer: Tokenizer of the model, which knows the padding token, or None.
         masked: Whether an attention mask tells padding.
 
     Returns:
-        The prompts.
+        One string or tensor of ids [pos] per prompt.
 
     Raises:
-        ValueError: If one is several prompts, or some are padded.
+        ValueError: If an entry is several prompts, or some prompts are padded.
     """
     found: list[Any] = []
     for i, prompt in enumerate(prompts):
@@ -100,8 +99,8 @@ def each_prompt(prompts: Any, tokenizer: Any, masked: bool = False) -> list[Any]
         ids = as_ids(prompt, torch.device("cpu"))
         if len(ids) != 1:
             raise ValueError(
-                f"expected prompt {i} as a string or token ids [pos], got ids of shape "
-                f"{list(ids.shape)}: list its {len(ids)} prompts one by one"
+                f"prompts[{i}] has ids of shape {list(ids.shape)}, which are {len(ids)} prompts. "
+                "List each prompt by itself, as a string or token ids [pos]."
             )
         found.append(ids[0])
     rows = [prompt for prompt in found if not isinstance(prompt, str)]
@@ -116,9 +115,9 @@ def check_padding(tokens: Int[Tensor, "batch pos"], tokenizer: Any, remedy: str)
     They would be taken for real tokens, and the last of them for the prompt's last word.
 
     Args:
-        tokens: The ids.
-        tokenizer: The model's, or None.
-        remedy: What may be passed instead of them, beside strings.
+        tokens: Token ids of all prompts.
+        tokenizer: Tokenizer of the model, or None.
+        remedy: What may be passed instead of such ids, beside strings.
 
     Raises:
         ValueError: If there are such rows.
@@ -133,52 +132,55 @@ def check_padding(tokens: Int[Tensor, "batch pos"], tokenizer: Any, remedy: str)
         if rows.any() and not rows.all():
             prompt = int(rows.nonzero()[0])
             raise ValueError(
-                f"prompt {prompt} {where} in the padding token (id {pad}) and others do not, expected "
-                f"ids without padding, as it would count as real tokens: pass strings, or {remedy}"
+                f"prompt {prompt} {where} in the padding token (id {pad}) and others do not, so "
+                f"padding would count as real tokens. Pass strings, or {remedy}."
             )
 
 
 def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
-    """Token ids as a tensor [batch, pos].
+    """Make a tensor [batch, pos] of token ids.
+
+    Args:
+        inputs: Token ids [pos] or [batch, pos], as a tensor, an array or lists.
+        device: Where the ids are needed.
 
     Returns:
-        The ids, on the device.
+        The ids as integers of 64 bits, on the device.
 
     Raises:
-        ValueError: If they are none, or no ids.
+        ValueError: If there are no ids, or ``inputs`` are not ids.
     """
     try:
         ids = torch.as_tensor(inputs)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            "expected a string, a list of strings or token ids [pos] or [batch, pos], got "
-            f"{type(inputs).__name__} that is no rectangle of ids; pass strings, or pad "
-            "lists to one length and tell it by attention_mask"
+            f"The input is a {type(inputs).__name__} that is neither text nor a rectangle of token "
+            "ids. Pass strings, or pad lists to one length and give their attention_mask."
         ) from None
     if ids.numel() == 0:
         raise ValueError(EMPTY)
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2):
         raise ValueError(
-            f"expected a string, a list of strings or token ids [pos] or [batch, pos], got {ids.dtype} "
-            f"of shape {list(ids.shape)}"
+            f"The input is {ids.dtype} of shape {list(ids.shape)}, which are no token ids. "
+            "Pass a string, a list of strings, or integers [pos] or [batch, pos]."
         )
     return (ids if ids.ndim == 2 else ids[None]).to(device=device, dtype=torch.long)
 
 
 def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> Spans:
-    """The run of real tokens that an attention mask leaves each prompt.
+    """Find the run of real tokens that an attention mask leaves each prompt.
 
     Args:
-        mask: [batch, pos], true at real tokens; or None where all are.
-        tokens: The token ids.
-        tokenizer: The model's; None where padding is no question.
+        mask: Attention mask [batch, pos], true at real tokens; None where all tokens are real.
+        tokens: Token ids of all prompts.
+        tokenizer: Tokenizer of the model; None where padding is no question.
 
     Returns:
-        Each prompt's (start, stop).
+        The (start, stop) of each prompt's real tokens.
 
     Raises:
-        ValueError: If the shapes differ, a prompt's real tokens are none or not one run, or some
-            prompts are padded and no mask tells it.
+        ValueError: If the shapes differ, if a prompt has no real tokens or more than one run of
+            them, or if some prompts are padded and no mask tells it.
     """
     shape = tokens.shape
     if mask is None:
@@ -187,7 +189,8 @@ def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> S
     mask = torch.as_tensor(mask)
     if mask.shape != shape:
         raise ValueError(
-            f"attention_mask has shape {list(mask.shape)}, expected the token ids' {list(shape)}"
+            f"attention_mask has shape {list(mask.shape)}, but the token ids have {list(shape)}. "
+            "Give one entry per token."
         )
     real_numbers, mask = mask.is_floating_point(), mask.bool()
     spans = []
@@ -195,19 +198,24 @@ def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> S
         real = row.nonzero().flatten().tolist()
         if not real or real != list(range(real[0], real[-1] + 1)):
             raise ValueError(
-                f"attention_mask of prompt {prompt} is empty or has a gap: expected one run of real "
-                "tokens with padding before or after it"
+                f"attention_mask of prompt {prompt} is empty or has a gap. Give one run of real "
+                "tokens, with padding only before or after it."
             )
         spans.append((real[0], real[-1] + 1))
     if real_numbers:  # hosts index with it
         raise ValueError(
-            "expected attention_mask of booleans or integers, got real numbers: pass mask.long()"
+            "attention_mask holds real numbers, by which hosts cannot index. Pass mask.long()."
         )
     return spans
 
 
 def check_tokens(tokens: Int[Tensor, "batch pos"], n_ctx: int, d_vocab: int) -> None:
     """Refuse prompts that the model cannot take.
+
+    Args:
+        tokens: Token ids of all prompts.
+        n_ctx: Number of tokens that the model's context holds.
+        d_vocab: Number of tokens in the vocabulary.
 
     Raises:
         ValueError: If the prompt is empty, longer than n_ctx, or has ids outside the vocabulary.
@@ -216,10 +224,10 @@ def check_tokens(tokens: Int[Tensor, "batch pos"], n_ctx: int, d_vocab: int) -> 
         raise ValueError(EMPTY)
     if tokens.shape[1] > n_ctx:
         raise ValueError(
-            f"the prompt has {tokens.shape[1]} tokens, the model's context holds n_ctx = {n_ctx}: "
-            "shorten it"
+            f"The prompt has {tokens.shape[1]} tokens, but the model's context holds "
+            f"n_ctx = {n_ctx}. Shorten the prompt."
         )
     if wrong := tokens[(tokens < 0) | (tokens >= d_vocab)].tolist():
         raise ValueError(
-            f"token id {wrong[0]} is outside the vocabulary: expected 0 to {d_vocab - 1}"
+            f"Token id {wrong[0]} is outside the vocabulary. Give ids from 0 to {d_vocab - 1}."
         )

@@ -85,7 +85,7 @@ def test_in_place_edits_are_refused(case):
     handle = model.blocks[-1].register_forward_hook(double)
     try:
         with pytest.raises(
-            CaptureMismatchError, match="resid_post of block 1 was changed in place"
+            CaptureMismatchError, match="Block 1 has a resid_post that was changed in place"
         ):
             capture(model, tokens())
     finally:
@@ -105,7 +105,7 @@ def test_a_lens_knows_when_it_no_longer_describes_its_run(case):
         lambda: lens.operator,
         lambda: lens.completeness_error,
     ):
-        with pytest.raises(ValueError, match=r"logits it returned were written to.*capture again"):
+        with pytest.raises(ValueError, match=r"logits it returned were written to.*Capture again"):
             question()
     _, lens = capture(model, tokens())
     with torch.no_grad():
@@ -154,7 +154,7 @@ if HookedTransformer is not None:
 
 def test_text_over_the_context_is_refused_not_cut():
     with pytest.raises(
-        ValueError, match="tokens, the model's context holds n_ctx = 64: shorten it"
+        ValueError, match="tokens, but the model's context holds n_ctx = 64. Shorten"
     ):
         capture(demo.load_model(), "Mary " * 100)
 
@@ -169,7 +169,7 @@ def test_targets_of_other_types():
     assert (lens.attribute(direction).values - expected).abs().max() < 1e-10
     assert (lens.attribute(direction.tolist()).values - expected).abs().max() < 1e-10
     for wrong in (3.7, True, {"a": 1}, b"Mary", torch.tensor(3.7)):
-        with pytest.raises(ValueError, match=r"expected a (target token|direction)"):
+        with pytest.raises(ValueError, match=r"is no token and no direction"):
             lens.attribute(wrong)
 
 
@@ -196,7 +196,7 @@ def test_a_capture_warns_of_nothing_and_reprs_are_short(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_models(dtype):
     """The operator computes in float32; what is left is the model's own rounding."""
-    from tensorlens_tl.hosts.loading import load_model
+    from tensorlens_tl.hosts import load_model
 
     with quiet():
         model = load_model(str(SHARED / "stories260K"))
@@ -217,6 +217,6 @@ if build_bridge_from_module is not None:
         config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4)
         model = MambaForCausalLM(config)
         before = [type(m) for m in model.modules()]
-        with pytest.raises(ValueError, match="cannot freeze MambaForCausalLM"):
+        with pytest.raises(ValueError, match="Cannot freeze MambaForCausalLM"):
             tensorlens_tl.capture(model, [1, 2])
         assert before == [type(m) for m in model.modules()]

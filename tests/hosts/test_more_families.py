@@ -42,7 +42,7 @@ from tensorlens_tl.hosts.entry import adapt
 from tensorlens_tl.hosts.live_model import live_models
 from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
 from tensorlens_tl.operator.capture import CaptureMismatchError
-from tensorlens_tl.relations.held_model import holding
+from tensorlens_tl.relations.held_model import hold_frozen
 from tensorlens_tl.relations.validity_study import curves
 from tensorlens_tl.support.tiny_models import find
 
@@ -176,13 +176,13 @@ def test_patterns_that_hooks_cannot_change_are_not_held(case):
     lens, model = lens_of(case)[0], case.model()
     with live_models(lens.capture, model) as (live,):
         with pytest.raises(UnsupportedArchitectureError, match="goes on with its own"):
-            holding(live, ("scale", "pattern"))
-        assert holding(live, ("scale", "ratio"))
+            hold_frozen(live, ("scale", "pattern"))
+        assert hold_frozen(live, ("scale", "ratio"))
     delta = randn_like(lens.embedding.expand(3, -1, -1))
     both = curves(lens, model, delta, (0.1,), ("scale",)).held["scale"]
     alone = [curves(lens, model, one[None], (0.1,), ("scale",)).held["scale"] for one in delta]
     assert_close(both, torch.cat(alone), 1e-6, "scales are held for every direction")
-    with pytest.raises(UnsupportedArchitectureError, match="only when the layer is done with it"):
+    with pytest.raises(UnsupportedArchitectureError, match="only after the layer has used it"):
         score_edges(model, tokens(), tokens(seed=1), target=3)
 
 
@@ -283,7 +283,7 @@ def test_what_bloom_and_mpt_cannot_do_is_said():
         short = build_bridge("Mpt", MPT, torch.float64)
     with pytest.raises(UnsupportedArchitectureError, match="add to the normalized residual"):
         tensorlens_tl.capture(model, tokens())
-    with pytest.raises(ValueError, match="has 33 tokens, the model's context holds n_ctx = 32"):
+    with pytest.raises(ValueError, match="has 33 tokens, but the model's context holds n_ctx = 32"):
         tensorlens_tl.capture(short, tokens(seq=33))
 
 

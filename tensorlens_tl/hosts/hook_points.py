@@ -1,0 +1,270 @@
+"""Hook points of the hosts: their names, hooks of the user's own there, and what passed them.
+
+Names are those of TransformerLens, without the number of the block. Both host classes know them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph import FINAL_SITE
+from ..operator import CaptureMismatchError
+from ..sublayers import Frame, version
+from .self_check import not_finite
+
+Read = tuple[int | None, str]
+"""What is read, and in which layer: (3, "pattern"), (None, "embed")."""
+
+LAYER_HOOKS = {
+    "pattern": "attn.hook_pattern",
+    "scores": "attn.hook_attn_scores",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "z": "attn.hook_z",
+    "rot_q": "attn.hook_rot_q",
+    "rot_k": "attn.hook_rot_k",
+    "cos": "attn.hook_cos",
+    "sin": "attn.hook_sin",
+    "pre": "mlp.hook_pre",
+    "pre_linear": "mlp.hook_pre_linear",
+    "post": "mlp.hook_post",
+    "mlp.ln.scale": "mlp.ln.hook_scale",
+    "q_norm.scale": "attn.q_norm.hook_scale",
+    "k_norm.scale": "attn.k_norm.hook_scale",
+}
+"""Hook point of each activation of a block that the library may read."""
+
+NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
+"""The norms of a block beside its residual."""
+
+# What the MLP reads. A Bridge has hook_resid_mid beside the residual, so it is one of these, too.
+_MLP_IN = (
+    "hook_mlp_in",
+    "hook_resid_mid",
+    "ln2.hook_in",
+    "ln2.hook_normalized",
+    "ln2.hook_out",
+    "mlp.hook_in",
+    "mlp.in.hook_in",
+)
+EDITS = {
+    "resid_pre": ("hook_resid_pre",),
+    "v": (
+        "ln1.hook_in",
+        "ln1.hook_normalized",
+        "ln1.hook_out",
+        "attn.hook_in",
+        "attn.v.hook_in",
+        "attn.hook_v",
+    ),
+    "z": ("attn.hook_z",),
+    "attn_out": (
+        "hook_attn_out",
+        "attn.hook_result",
+        "attn.o.hook_out",
+        "attn.hook_out",
+        "ln1_post.hook_in",
+        "ln1_post.hook_normalized",
+        "hook_resid_mid",
+    ),
+    "pre": (*_MLP_IN, "mlp.gate.hook_in", "mlp.hook_pre"),
+    "pre_linear": (*_MLP_IN, "mlp.hook_pre_linear"),
+    "post": ("mlp.hook_mid", "mlp.ln.hook_normalized", "mlp.hook_post"),
+    "mlp_out": (
+        "hook_mlp_out",
+        "mlp.out.hook_out",
+        "mlp.hook_out",
+        "ln2_post.hook_in",
+        "ln2_post.hook_normalized",
+        "hook_resid_post",
+    ),
+}
+"""Hook points of a block whose edits become constants, by the stage at which they are seen."""
+
+FINAL_EDITS = ("ln_final.hook_in", "ln_final.hook_normalized", "ln_final.hook_out", FINAL_SITE)
+"""Hook points after the last block whose edits become a constant."""
+
+
+def host_names(names: tuple[str, ...], norms: Mapping[str, str]) -> dict[str, str]:
+    """Translate names of hook points into the host's, without those of norms that it has not.
+
+    A norm that two branches share is an edit of each: under its own name in either.
+
+    Args:
+        names: Names of hook points, without the block.
+        norms: The host's name of each norm of :data:`NORMS` that the block has.
+
+    Returns:
+        The host's names by ours.
+    """
+    parts = {name: name.partition(".") for name in names}
+    return {
+        name: f"{norms.get(head, head)}{dot}{rest}"
+        for name, (head, dot, rest) in parts.items()
+        if head not in NORMS or head in norms
+    }
+
+
+def edited_points(hooks: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Find hook points that carry hooks of the user's own.
+
+    Args:
+        hooks: All hook points of the host, by name.
+        names: Full names of the hook points in question; the host may lack some.
+
+    Returns:
+        The hook points with such hooks, by name.
+    """
+    found = {name: hooks.get(name) for name in names}
+    return {name: p for name, p in found.items() if p is not None and _is_edited(p)}
+
+
+def edited_labels(
+    hooks: Mapping[str, Any], prefix: str, names: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Label the hook points of one stage that carry hooks of the user's own.
+
+    Args:
+        hooks: All hook points of the host, by name.
+        prefix: Beginning of the full names, such as "blocks.3.".
+        names: The host's names of the hook points, by ours.
+
+    Returns:
+        Our names of the hook points, without "attn." and "mlp.".
+    """
+    points: dict[int, str] = {}  # a hook point of the Bridge has several names
+    for name, own in names.items():
+        point = hooks.get(prefix + own)
+        if point is not None and _is_edited(point):
+            points.setdefault(id(point), name.removeprefix("attn.").removeprefix("mlp."))
+    return tuple(points.values())
+
+
+def foreign_hooks(hooks: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Name all hook points and modules that carry forward hooks of the user's own.
+
+    Args:
+        hooks: All hook points of the host, by name.
+        model: The host model, whose modules may carry torch's own hooks.
+
+    Returns:
+        Names of the hook points and modules, each once.
+    """
+    points = {id(point): name for name, point in hooks.items() if _is_edited(point)}
+    for name, module in model.named_modules():
+        own = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        made_by = {getattr(hook, "func", hook).__module__.split(".")[0] for hook in own}
+        if made_by - {"transformer_lens", "transformers", "tensorlens_tl"}:
+            points.setdefault(id(module), name)
+    return list(points.values())
+
+
+def _is_edited(point: Any) -> bool:
+    """Whether hooks stand at a hook point that the host did not put there itself."""
+
+    # transformer_lens 4 gives OPT's MLP back its shape by permanent hooks of its own.
+    def own(handle: Any) -> bool:
+        made_by = getattr(getattr(handle, "user_hook", None), "__module__", None) or ""
+        return handle.is_permanent and made_by.startswith("transformer_lens")
+
+    return any(not own(handle) for handle in point.fwd_hooks)
+
+
+class Activations:
+    """What passed the hook points of one run, in the compute dtype.
+
+    Args:
+        frame: Spans of real tokens, positions, dtype and device of the run.
+        heads_first: Names of what the host has as [batch, head, pos, …].
+    """
+
+    def __init__(self, frame: Frame, heads_first: tuple[str, ...]):
+        self.frame, self.heads_first = frame, heads_first
+        self.padded = any(span != (0, frame.n_pos) for span in frame.spans)
+        self.tensors: dict[Read, Tensor] = {}
+        self._sources: dict[Read, tuple[Tensor, int]] = {}
+
+    def store(self, read: Read, seen: Tensor) -> None:
+        """Keep an activation, and the version that the host's tensor has now."""
+        self._sources[read] = seen, version(seen)
+        if seen.ndim == 2 and seen.shape[0] == self.frame.batch * self.frame.n_pos:
+            seen = seen.unflatten(0, (self.frame.batch, -1))  # OPT's second norm
+        self.tensors[read] = self.clean(read, self.frame.cast(seen))
+
+    def clean(self, read: Read, tensor: Tensor) -> Tensor:
+        """Put numbers in place of what padding rows hold; they may hold NaN.
+
+        Args:
+            read: What the tensor is.
+            tensor: The activation, [batch, pos, …] or with heads first.
+
+        Returns:
+            The activation, finite; the same tensor where nothing was to be done.
+
+        Raises:
+            ValueError: If a real token's activation is not finite.
+        """
+        # A softmax over nothing is NaN. The row is nobody's, and becomes 0, or 1 where a norm
+        # divides by it: 0 / 0 would reach real tokens as 0 · NaN.
+        # A finite sum tells in one pass that all are finite; one that overflows tells nothing.
+        if not self.padded or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all()):
+            return tensor
+        layer, key = read
+        real = self.frame.real
+        real = real[:, None, :, None] if key in self.heads_first else real
+        real = real.reshape(*real.shape, *[1] * (tensor.ndim - real.ndim))
+        cleaned = torch.where(real, tensor, 1 if key.endswith("scale") else 0)
+        if not bool(cleaned.isfinite().all()):
+            raise ValueError(not_finite(key if layer is None else f"L{layer} {key}"))
+        return cleaned
+
+    def pop(self, layer: int | None, key: str) -> Tensor:
+        """Take an activation; each is taken once.
+
+        Args:
+            layer: Number of the block, or None outside the blocks.
+            key: What is taken, by the adapter's name of it.
+
+        Returns:
+            The activation as it was stored.
+
+        Raises:
+            ValueError: If its hook never fired.
+        """
+        if (found := self.tensors.pop((layer, key), None)) is None:
+            if key == "pattern":
+                cause = "the usual cause is fused attention"
+                remedy = "Reload the model with attn_implementation='eager'."
+            else:
+                cause = "the host ran something else than its blocks"
+                remedy = "Run the whole model, with no module replaced."
+            where = _where(layer)
+            raise ValueError(f"{where} ran without exposing its {key} ({cause}). {remedy}")
+        self.unchanged(layer, key)
+        return found
+
+    def unchanged(self, layer: int | None, key: str) -> None:
+        """Refuse an activation that somebody wrote over after it was stored.
+
+        Args:
+            layer: Number of the block, or None outside the blocks.
+            key: What was stored, by the adapter's name of it.
+
+        Raises:
+            CaptureMismatchError: If its version is not the one that was stored.
+        """
+        source, seen = self._sources[layer, key]
+        if version(source) != seen:
+            raise CaptureMismatchError(
+                f"{_where(layer)} has a {key} that was changed in place after it had been read. "
+                "Return a new tensor from your hook (t * 2 instead of t.mul_(2))."
+            )
+
+
+def _where(layer: int | None) -> str:
+    return "The model" if layer is None else f"Block {layer}"
