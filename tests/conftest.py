@@ -2,18 +2,26 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), *(str(p) for p in HERE.iterdir() if p.is_dir())]
 
 import torch  # noqa: E402  (after HF_HUB_OFFLINE)
+from core import is_core  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: threads only wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Tests of what the installed host does not have are not collected: ``offered(condition)``."""
+    """Mark the core; leave out tests of what the installed host lacks: ``offered(condition)``."""
     absent = [item for item in items if not all(m.args[0] for m in item.iter_markers("offered"))]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in set(absent)]
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if is_core(item.path.stem.removeprefix("test_"), item.originalname, parameters):
+            item.add_marker("core")
