@@ -131,7 +131,7 @@ def test_results():
     assert abs(top[0][1]) == float(one.values.abs().max())
     assert repr(one).count("\n") == 11 and "Attribution by token of '3' − '4'" in repr(one)
     assert "2 prompts" in repr(a)
-    with pytest.raises(ValueError, match=r"one prompt, got 2.*attribution\[i\]"):
+    with pytest.raises(ValueError, match=r"one prompt, but there are 2.*attribution\[i\]"):
         a.top()
     with pytest.raises(ValueError, match="k=0 is not an integer ≥ 1"):
         one.top(0)
@@ -143,7 +143,7 @@ def test_results():
     assert math.isclose(
         frame[frame.prompt == 1].value.sum(), float(a.target_value[1]), rel_tol=1e-9
     )
-    with pytest.raises(ValueError, match=r"by to be one of token, constant.* got 'heads'"):
+    with pytest.raises(ValueError, match=r"by='heads' does not exist. Use one of token, constant"):
         lens.attribute(by="heads")
 
 

@@ -244,7 +244,7 @@ def test_edits_of_scores_and_patterns():
         ("hook_q", lambda t, hook: t * 0.5),
         ("hook_pattern", lambda t, hook: t * 0.5),
     ):
-        with pytest.raises(CaptureMismatchError, match=r"L1: .*a hook of your own edited"):
+        with pytest.raises(CaptureMismatchError, match=r"L1: .*A hook of yours edited"):
             edges_of(run(name, hook))
 
 
