@@ -70,14 +70,42 @@ DTYPES = {
 """What a tensor may be stored as: its dtype and safetensors' name for it."""
 
 _PARTS = (
-    Capture, Convention, FrozenBlock, Prompts, Node, Edge, Chain, Sum, Residual, Transposed, Linear,
-    Mix, Gate, Shift, Identity, Norm, Scores, RecomputedMix, Tiles, Attention, MLP, GatedMLP,
+    Capture,
+    Convention,
+    FrozenBlock,
+    Prompts,
+    Node,
+    Edge,
+    Chain,
+    Sum,
+    Residual,
+    Transposed,
+    Linear,
+    Mix,
+    Gate,
+    Shift,
+    Identity,
+    Norm,
+    Scores,
+    RecomputedMix,
+    Tiles,
+    Attention,
+    MLP,
+    GatedMLP,
     Unembed,
-)  # fmt: skip
+)
 _WEIGHTS = (
-    ModelWeights, EmbedWeights, BlockWeights, AttentionWeights, MLPWeights, GatedMLPWeights,
-    NormWeights, UnembedWeights, ScoreWeights, Rotation,
-)  # fmt: skip
+    ModelWeights,
+    EmbedWeights,
+    BlockWeights,
+    AttentionWeights,
+    MLPWeights,
+    GatedMLPWeights,
+    NormWeights,
+    UnembedWeights,
+    ScoreWeights,
+    Rotation,
+)
 _CLASSES: dict[str, type] = {cls.__name__: cls for cls in (*_PARTS, *_WEIGHTS)}
 """What a file may hold: the library's own frozen dataclasses below the operator."""
 
