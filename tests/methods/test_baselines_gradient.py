@@ -24,6 +24,7 @@ from test_baselines import FEW, every_few, matrix, scores, t
 import tensorlens_tl
 from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.hosts.entry import adapt
+from tensorlens_tl.hosts.live_model import live_models
 from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
 from tensorlens_tl.methods import gradients as gradient
 from tensorlens_tl.methods.baselines import BASELINES, baseline_scores
@@ -237,7 +238,7 @@ def test_attnlrp_in_every_family(case):
     """The rules written as values: frozen ratios and scales, straight-through shares elsewhere."""
     lens, model = lens_of(case), case.model()
     if case.name.endswith("solu"):
-        with pytest.raises(UnsupportedArchitectureError, match="no rule for SoLU"):
+        with pytest.raises(UnsupportedArchitectureError, match="for which attnlrp has no rule"):
             scores("attnlrp", lens, model)
         return
     frozen, final = FrozenModel(model, tokens(), gate="half"), Final(case)
@@ -452,7 +453,7 @@ def test_bos_as_the_reference():
     """X′ is the host's own embedding of the beginning-of-sequence token at every position."""
     case = FEW[0]
     lens, model = lens_of(case), case.model()
-    with gradient.live_models(lens.capture, model) as (live,):
+    with live_models(lens.capture, model) as (live,):
         live.adapter.__class__ = type("WithBos", (type(live.adapter),), {
             "tokenizer": type("Tokenizer", (), {"bos_token_id": 5, "padding_side": "right"})()})  # fmt: skip
         ours = gradient.reference(live, "bos")
