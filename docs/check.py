@@ -4,6 +4,7 @@
 2. Every link to a page of ours leads to a page, and its anchor is there.
 3. Every public name of the package has an entry in the reference.
 4. Python that is shown without being executed says why, and is at least valid Python.
+5. Every test that the page of guarantees names is there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ FETCHED = {"stylesheet", "icon", "preload", "prefetch", "modulepreload", "manife
 """Kinds of <link> by which a page loads something or asks another host."""
 IN_STYLES = re.compile(r"""(?:url\(\s*|@import\s+)["']?([^"')\s]+)""")
 IN_SCRIPTS = re.compile(r"""(?:fetch|import|importScripts)\(\s*["']((?:https?:)?//[^"']+)""")
-SURFACE = Path(__file__).resolve().parents[1] / "tests" / "data" / "public_api.txt"
+SOURCES = Path(__file__).resolve().parent
+TESTS = SOURCES.parent / "tests"
+SURFACE = TESTS / "data" / "public_api.txt"
 BLOCK = re.compile(r"^(```+)(?:\{code-block\} )?python\n(.*?)^\1", re.DOTALL | re.MULTILINE)
 REASON = "% not run: "
 
@@ -155,6 +158,21 @@ def unmarked_blocks(sources: Path) -> Iterator[str]:
                 yield f"{where}: {error}"
 
 
+def missing_tests(page: str, tests: Path) -> Iterator[str]:
+    """Tests that a page names and that do not exist.
+
+    Args:
+        page: The page's text.
+        tests: The folder of the tests.
+
+    Yields:
+        One line for each.
+    """
+    there = {path.name for path in tests.rglob("*.py")}
+    for name in sorted(set(re.findall(r"`(\w+\.py)`", page)) - there):
+        yield f"testing.md names {name}, which is not in {tests.name}"
+
+
 def main(argv: list[str]) -> int:
     """Run all checks.
 
@@ -174,7 +192,8 @@ def main(argv: list[str]) -> int:
         *foreign_resources(root, pages),
         *broken_links(root, pages),
         *missing_names(pages, SURFACE.read_text(encoding="utf-8")),
-        *unmarked_blocks(Path(__file__).resolve().parent),
+        *unmarked_blocks(SOURCES),
+        *missing_tests((SOURCES / "testing.md").read_text(encoding="utf-8"), TESTS),
     ]
     sys.stdout.write("".join(f"{line}\n" for line in wrong))
     links = sum(len(page.links) for page in pages.values())
