@@ -53,6 +53,7 @@ nb_execution_timeout = 900
 nb_execution_show_tb = True
 nb_output_stderr = "remove"  # progress bars
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # two scripts of another host, for widgets
 
 # --- 3. The API reference
@@ -78,9 +79,17 @@ _OUTSIDE = re.compile(
 
 
 def _keep_colon(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Napoleon reads "words: more words" in a property's docstring as a type: hide that colon."""
+    """Napoleon reads "words: more words" as a type where ours is prose: hide that colon from it.
+
+    It does so in the first line of a property and in what a function returns.
+    """
     if what in ("attribute", "data", "property") and lines:
         lines[0] = lines[0].replace(": ", f"{_COLON} ")
+    in_returns = False
+    for i, line in enumerate(lines):
+        in_returns = line.strip() in ("Returns:", "Yields:") or (in_returns and bool(line.strip()))
+        if in_returns:
+            lines[i] = line.replace(": ", f"{_COLON} ")
 
 
 def _escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
