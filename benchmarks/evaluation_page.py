@@ -54,7 +54,7 @@ def head(r: dict[str, Any]) -> str:
 
 Made by `python benchmarks/evaluation.py` (torch {r["torch"]}, seed {r["seed"]}) from
 `benchmarks/results/evaluation.json`; no number on this page was typed. Protocols, measures and their
-sources: `tensorlens_tl/protocols.py`; ways of masking: `tensorlens_tl/masking.py`.
+sources: `tensorlens_tl/evaluation/protocols.py`; ways of masking: `tensorlens_tl/evaluation/masking.py`.
 
 Every method scores the tokens of a prompt for the model's own prediction. Tokens are then masked in the
 order of the scores and the real model is run again; what is left of the prediction's probability tells
