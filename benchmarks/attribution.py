@@ -120,7 +120,8 @@ def main() -> int:
         edges = lens.attribute(7, 8, by="edge")
     n_edges = len(edges.sources)
     print(
-        f"{args.pos} tokens, {n_edges} edges, {args.rounds} rounds, {torch.get_num_threads()} thread(s)"
+        f"{args.pos} tokens, {n_edges} edges, {args.rounds} rounds, "
+        f"{torch.get_num_threads()} thread(s)"
     )
     print(f"{'':28}{'ratio':>10}{'quartiles':>16}   bar")
     for label in contenders:

@@ -139,7 +139,8 @@ def bench(name, model, ids, rounds):
     print(f"stored: {c.nbytes / 2**20:.1f} MiB, {stored:.3f} of the budget (≤ 1.05)")
     print(f"capture check {c.check:.0e}, completeness error {lens.completeness_error:.0e}")
     print(
-        f"against the peers' numbers: {float((tokens - peer[0]).abs().max() / peer.abs().max()):.0e}"
+        "against the peers' numbers: "
+        f"{float((tokens - peer[0]).abs().max() / peer.abs().max()):.0e}"
     )
     return ok
 

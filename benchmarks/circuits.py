@@ -1,4 +1,4 @@
-"""Circuits against the real model: faithfulness, agreement with activation patching, known circuits.
+"""Circuits against the real model: faithfulness, agreement with patching, known circuits.
 
 Every figure is measured here and kept in benchmarks/results/circuits.json. Edges are scored on some
 prompts and circuits of them tested on others, in the model itself, everything else resampled from
@@ -6,7 +6,7 @@ corrupted prompts. All methods rank the same edges and are cut to the same sizes
 (greedy, connected). ``--quick`` takes few prompts and writes no file.
 
     python benchmarks/circuits.py [--quick] [--stories FOLDER] [--only TASK]
-    python benchmarks/circuits.py --page     # docs/circuits.md from the kept figures, nothing measured
+    python benchmarks/circuits.py --page     # docs/circuits.md from the kept figures
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Task:
     test: Pairs
 
 
-# --- Tasks ------------------------------------------------------------------------------------------
+# --- Tasks ----------------------------------------------------------------------------------------
 
 
 def demo_pairs(model: Any, task: str, n: int, seed: int) -> Pairs:
@@ -92,9 +92,10 @@ def demo_pairs(model: Any, task: str, n: int, seed: int) -> Pairs:
 
 
 def lookup_pairs(model: Any, n: int, seed: int) -> Pairs:
-    """Induction prompts whose twin lacks the first mention of the last word: where to copy from is lost.
+    """Induction prompts whose twin lacks the first mention of the last word: the place is lost.
 
-    The task's own twins change the word that is copied, so that where it stands is the same in both.
+    The task's own twins change the word that is copied, so that where it stands is the same in
+    both.
     """
     rng, found = random.Random(f"lookup {seed}"), Pairs([], [], [], [])
     pairs = demo_pairs(model, "induction", n, seed)
@@ -159,7 +160,7 @@ def tasks(n_find: int, n_test: int, stories: Path) -> list[Task]:
     return found
 
 
-# --- Faithfulness -----------------------------------------------------------------------------------
+# --- Faithfulness ---------------------------------------------------------------------------------
 
 
 def ours(task: Task, qk: bool = True, at: str = "secant", gate: str = "gate") -> dict[Edge, float]:
@@ -171,7 +172,7 @@ def ours(task: Task, qk: bool = True, at: str = "secant", gate: str = "gate") ->
 
 
 def scored(task: Task) -> tuple[dict[str, dict[Edge, float]], dict[str, float]]:
-    """Every method's scores, and the seconds they took: the least of three rounds, one after the other."""
+    """Every method's scores and seconds: the least of three rounds, one after the other."""
 
     def by(method: str, **kwargs: Any) -> Any:
         return lambda: score_edges(
@@ -185,7 +186,7 @@ def scored(task: Task) -> tuple[dict[str, dict[Edge, float]], dict[str, float]]:
         "eap": by("eap"),
         "eap_ig": by("eap_ig"),
         "direct": by("direct"),
-    }  # fmt: skip
+    }
     if task.model.cfg.gated_mlp:
         methods[f"{CLEAN}, half of each gate"] = lambda: ours(task, at="clean", gate="half")
     methods |= {f"random {seed}": by("random", seed=seed) for seed in range(RANDOM_SEEDS)}
@@ -200,15 +201,16 @@ def scored(task: Task) -> tuple[dict[str, dict[Edge, float]], dict[str, float]]:
 
 
 def faithful(task: Task, scores: Mapping[str, Mapping[Edge, float]]) -> dict[str, Any]:
-    """Shares at every size, with intervals, and paired differences to EAP and to random circuits."""
+    """Shares at every size, with intervals; paired differences to EAP and to random circuits."""
     with edge_model(task.model) as edged:
         wiring = edged.universe.wiring
     total, rows = len(wiring.edges()), {}
     counts = {size: max(1, round(size * total)) for size in SIZES}
     circuits = {
         f"{size} {name}": select(by, wiring, n, None, "greedy")
-        for size, n in counts.items() for name, by in scores.items()
-    }  # fmt: skip
+        for size, n in counts.items()
+        for name, by in scores.items()
+    }
     runs = faithfulness_of_many(task.model, task.test.clean, circuits, **task.test.goal)
     for size, n in counts.items():
         found = {name: runs[f"{size} {name}"] for name in scores}
@@ -231,13 +233,16 @@ def areas(task: Task, scores: Mapping[str, Mapping[Edge, float]], n: int) -> dic
         if name in (OURS, "eap", "eap_ig", "random 0"):
             curve = faithfulness_curve(task.model, test.clean, by, **test.goal)
             found[name] = {
-                "cpr": curve.cpr, "cpr_interval": curve.cpr_interval,
-                "cmd": curve.cmd, "cmd_interval": curve.cmd_interval, "n": len(test.clean),
-            }  # fmt: skip
+                "cpr": curve.cpr,
+                "cpr_interval": curve.cpr_interval,
+                "cmd": curve.cmd,
+                "cmd_interval": curve.cmd_interval,
+                "n": len(test.clean),
+            }
     return found
 
 
-# --- Agreement with activation patching -------------------------------------------------------------
+# --- Agreement with activation patching -----------------------------------------------------------
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -285,7 +290,7 @@ def agreement(task: Task, n: int) -> dict[str, Any]:
 
 
 def head_effects(task: Task, n: int) -> dict[str, float]:
-    """Every head patched from the clean run into the corrupted one, at all positions: mean effect."""
+    """The mean effect of each head patched, at all positions, from the clean run."""
     pairs = task.test.first(n)
     with edge_model(task.model) as edged, torch.no_grad():
         universe = edged.universe
@@ -333,11 +338,11 @@ def head_auc(task: Task, scores: Mapping[str, Mapping[Edge, float]], n: int) -> 
     return {"auc": found, "effects": effects, "positives": max(5, round(0.1 * len(effects)))}
 
 
-# --- A known circuit --------------------------------------------------------------------------------
+# --- A known circuit ------------------------------------------------------------------------------
 
 
 def known(task: Task, scores: Mapping[str, Mapping[Edge, float]]) -> dict[str, Any]:
-    """The smallest circuit that holds the previous-token head, an induction head, and the way between.
+    """The smallest circuit with the previous-token head, an induction head, and the way between.
 
     Which heads these are was measured by attention and ablation (the bundled model's metrics.json).
     """
@@ -362,14 +367,17 @@ def known(task: Task, scores: Mapping[str, Mapping[Edge, float]]) -> dict[str, A
             if nodes and both:
                 break
         found[name] = {
-            "heads at": nodes and nodes / total, "with the key edge at": both and both / total,
-            "all induction heads at 5 %": sorted(set(induction) & {
-                str(e.src) for e in select(by, wiring, round(0.05 * total), None, "greedy")}),
-        }  # fmt: skip
+            "heads at": nodes and nodes / total,
+            "with the key edge at": both and both / total,
+            "all induction heads at 5 %": sorted(
+                set(induction)
+                & {str(e.src) for e in select(by, wiring, round(0.05 * total), None, "greedy")}
+            ),
+        }
     return found
 
 
-# --- Printing ---------------------------------------------------------------------------------------
+# --- Printing -------------------------------------------------------------------------------------
 
 
 def show(name: str, result: dict[str, Any]) -> None:
@@ -403,11 +411,14 @@ def show(name: str, result: dict[str, Any]) -> None:
             for kind, k in kinds.items()
         )
         print(f"  {estimate:10}", *cells, sep="  ")
-    print(f"\nROC AUC of heads, {result['heads']['positives']} positives:",
-          ", ".join(f"{n} {v:.3f}" for n, v in result["heads"]["auc"].items()))  # fmt: skip
+    print(
+        f"\nROC AUC of heads, {result['heads']['positives']} positives:",
+        ", ".join(f"{n} {v:.3f}" for n, v in result["heads"]["auc"].items()),
+    )
     if "known" in result:
         print(
-            "\ninduction: previous-token head and an induction head both in, at a share of the edges"
+            "\ninduction: previous-token head and an induction head both in, "
+            "at a share of the edges"
         )
         for method, at in result["known"].items():
             print(f"  {method:42} {at}")
@@ -432,29 +443,41 @@ def keep(name: str, result: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-# --- The page of kept figures -----------------------------------------------------------------------
+# --- The page of kept figures ---------------------------------------------------------------------
 
 NOTES = """## What to read out of it
 
-- *induction, place lost* is the case that needs query and key edges: which word is copied is the same in both
-  prompts, only where it is found is not. The operator alone (T) has no such edge and recovers nothing; with them
+- *induction, place lost* is the case that needs query and key edges: \
+which word is copied is the same in both
+  prompts, only where it is found is not. The operator alone (T) has no such edge and recovers \
+nothing; with them
   the previous-token head's output reaches the induction heads' keys.
-- The *secant operator* is the one between the two runs: exact on their difference, queries, keys, norms and
-  activations included. Scores of one run are first-order: where a pattern or an activation is saturated in that
-  run, an edge that the model needs may score near 0. That is what the other rows lose in *place lost* and
-  *agreement*: the edges and their selection are the same, only the slopes are taken between the runs, and at
+- The *secant operator* is the one between the two runs: exact on their difference, queries, keys, \
+norms and
+  activations included. Scores of one run are first-order: where a pattern or an activation is \
+saturated in that
+  run, an edge that the model needs may score near 0. That is what the other rows lose in *place \
+lost* and
+  *agreement*: the edges and their selection are the same, only the slopes are taken between the \
+runs, and at
   5 % of the edges the share is that of integrated gradients on five points of the way.
-- At the smallest sizes every method is bounded by connectedness: an edge counts only on a path from the input to
+- At the smallest sizes every method is bounded by connectedness: \
+an edge counts only on a path from the input to
   the logits, and a few edges are hardly one path in models of few, broad heads.
-- Tried beside what is shown: the corrupted run's operator alone, the mean of both runs', and selection by
+- Tried beside what is shown: the corrupted run's operator alone, the mean of both runs', \
+and selection by
   "absolute" and "influence". None was better on every task.
 - CPR ranks by *signed* score: an edge whose effect has the wrong sign comes last, however needed.
-- Agreement with patching is that of single units, put into the corrupted run. For stories260K's heads, one at a
-  time, the corrupted run's own gradient is nearly exact, and a slope on the way to the clean run is not; for
+- Agreement with patching is that of single units, put into the corrupted run. \
+For stories260K's heads, one at a
+  time, the corrupted run's own gradient is nearly exact, and a slope on the way to the clean run \
+is not; for
   residual states and MLPs it is the other way.
-- stories260K's measure is a small margin on running text, and the shares of a small gap are noisy: see the
+- stories260K's measure is a small margin on running text, and the shares of a small gap are \
+noisy: see the
   intervals.
-- Heads' ROC AUC of five heads out of few counts heads that hardly move anything as positives; of units (a head at
+- Heads' ROC AUC of five heads out of few counts heads that hardly move anything as positives; \
+of units (a head at
   a position, within a prompt) it is the steadier figure.
 """
 
@@ -467,16 +490,25 @@ def _cell(share: float, interval: Sequence[float] | None = None) -> str:
 def page(kept: dict[str, Any]) -> str:
     """The kept figures as Markdown."""
     about = "; ".join(f"{name}: {value}" for name, value in kept["about"].items())
-    lines = ["# Circuits against the real model", "",
-             "Made by `python benchmarks/circuits.py --page` from `benchmarks/results/circuits.json`.",
-             f"{about}.", ""]  # fmt: skip
+    lines = [
+        "# Circuits against the real model",
+        "",
+        "Made by `python benchmarks/circuits.py --page` from `benchmarks/results/circuits.json`.",
+        f"{about}.",
+        "",
+    ]
     for name, result in kept["tasks"].items():
         rows, seconds = result["faithfulness"], result["seconds"]
-        lines += [f"## {name}", "",
-                  f"Edges scored on {result['n_find']} pairs, circuits tested on {result['n_test']} others. "
-                  "Share recovered, by share of edges kept:", "",
-                  "| method | " + " | ".join(rows) + " | seconds | CPR | CMD |",
-                  "|---|" + "---|" * (len(rows) + 3)]  # fmt: skip
+        lines += [
+            f"## {name}",
+            "",
+            f"Edges scored on {result['n_find']} pairs, "
+            f"circuits tested on {result['n_test']} others. "
+            "Share recovered, by share of edges kept:",
+            "",
+            "| method | " + " | ".join(rows) + " | seconds | CPR | CMD |",
+            "|---|" + "---|" * (len(rows) + 3),
+        ]
         for method in next(iter(rows.values())):
             if method == "n_edges" or method.startswith("random "):
                 continue
@@ -492,9 +524,13 @@ def page(kept: dict[str, Any]) -> str:
             texts = (_cell(cell["share"], cell["interval"]) for cell in cells)
             lines.append(f"| {OURS}, less {other} (paired) | " + " | ".join(texts) + " | | | |")
         n = result["agreement"]["frozen"][AUC]["n"]
-        lines += ["", f"Agreement with activation patching on {n} of the pairs, Pearson over units:", "",
-                  "| estimate | " + " | ".join((*KINDS, AUC)) + " |",
-                  "|---|" + "---|" * (len(KINDS) + 1)]  # fmt: skip
+        lines += [
+            "",
+            f"Agreement with activation patching on {n} of the pairs, Pearson over units:",
+            "",
+            "| estimate | " + " | ".join((*KINDS, AUC)) + " |",
+            "|---|" + "---|" * (len(KINDS) + 1),
+        ]
         for estimate, kinds in result["agreement"].items():
             cells = (_cell(kinds[kind]["mean"], kinds[kind]["interval"]) for kind in (*KINDS, AUC))
             lines.append(f"| {estimate} | " + " | ".join(cells) + " |")
@@ -508,10 +544,15 @@ def page(kept: dict[str, Any]) -> str:
         ]
         if "known" in result:
             found = result["known"]
-            lines += [f"Previous-token head {', '.join(found['previous_token'])}; induction heads "
-                      f"{', '.join(found['induction'])}. Share of edges at which both kinds are in, and at "
-                      "which an edge from the first to a key of the others is:", "",
-                      "| method | both heads | the key edge |", "|---|---|---|"]  # fmt: skip
+            lines += [
+                f"Previous-token head {', '.join(found['previous_token'])}; induction heads "
+                f"{', '.join(found['induction'])}. "
+                "Share of edges at which both kinds are in, and at "
+                "which an edge from the first to a key of the others is:",
+                "",
+                "| method | both heads | the key edge |",
+                "|---|---|---|",
+            ]
             for method in result["seconds"]:
                 if method in found:
                     at = (found[method]["heads at"], found[method]["with the key edge at"])
@@ -554,12 +595,14 @@ def main() -> None:
         scores, seconds = scored(task)
         start = time.perf_counter()
         found = {
-            "n_find": len(task.find.clean), "n_test": len(task.test.clean), "seconds": seconds,
+            "n_find": len(task.find.clean),
+            "n_test": len(task.test.clean),
+            "seconds": seconds,
             "faithfulness": faithful(task, scores),
             "areas": areas(task, scores, options.areas),
             "agreement": agreement(task, options.agree),
             "heads": head_auc(task, scores, options.heads),
-        }  # fmt: skip
+        }
         if task.name == "induction, place lost":
             found["known"] = known(task, scores)
         show(task.name, found)

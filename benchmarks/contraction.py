@@ -3,16 +3,17 @@
 ``python benchmarks/contraction.py [--quick] [--rounds 7] [--threads 1] [--medium] [--device cuda]
 [--json FILE]``
 
-Random weights, float32. The peer is a plain torch graph of the frozen transformer, differentiated one
-destination at a time or by ``is_grads_batched=True``, at the better of its chunk sizes. Ours and the
-peer run once a round, one after the other; the tables show medians of the per-round ratios with their
-quartiles, and ours against itself. Where the peer is slow it is timed on a sample of destinations (or
-of output directions) and scaled; "linear" is the time of the sample over twice that of its half.
-"share" is ours: flops of the plan over its time, against the rate of a [4096, D] × [D, 4D] product
-measured in the same round. Plans are checked in fresh processes: measured over predicted.
+Random weights, float32. The peer is a plain torch graph of the frozen transformer, differentiated
+one destination at a time or by ``is_grads_batched=True``, at the better of its chunk sizes. Ours
+and the peer run once a round, one after the other; the tables show medians of the per-round ratios
+with their quartiles, and ours against itself. Where the peer is slow it is timed on a sample of
+destinations (or of output directions) and scaled; "linear" is the time of the sample over twice
+that of its half. "share" is ours: flops of the plan over its time, against the rate of a [4096, D]
+× [D, 4D] product measured in the same round. Plans are checked in fresh processes: measured over
+predicted.
 
-``--medium`` prints the same with ``torch.set_float32_matmul_precision("medium")`` on both sides, and
-what that costs in precision. Long attention without stored patterns has a file of its own,
+``--medium`` prints the same with ``torch.set_float32_matmul_precision("medium")`` on both sides,
+and what that costs in precision. Long attention without stored patterns has a file of its own,
 ``recomputed.py``.
 """
 
@@ -90,10 +91,18 @@ def model_of(layers: int, d_model: int, pos: int):
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     config = HookedTransformerConfig(
-        n_layers=layers, d_model=d_model, n_heads=d_model // 64 if d_model > 64 else 2,
-        d_head=64 if d_model > 64 else d_model // 2, d_mlp=4 * d_model, d_vocab=128, n_ctx=pos,
-        act_fn="gelu_new", normalization_type="LN", seed=0, device=str(torch.get_default_device()),
-    )  # fmt: skip
+        n_layers=layers,
+        d_model=d_model,
+        n_heads=d_model // 64 if d_model > 64 else 2,
+        d_head=64 if d_model > 64 else d_model // 2,
+        d_mlp=4 * d_model,
+        d_vocab=128,
+        n_ctx=pos,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        seed=0,
+        device=str(torch.get_default_device()),
+    )
     model = HookedTransformer(config).eval()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 128, (1, pos), generator=generator, device="cpu")
@@ -311,18 +320,38 @@ def measure(case: Case, baseline: bool) -> None:
         contest.ours()
         wait()
     seconds, peak = time.perf_counter() - start, high_water_mark()
-    print(json.dumps({"seconds": seconds, "peak": peak, "plan_seconds": plan.seconds,
-                      "plan_peak": plan.peak_bytes, "again": again}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak": peak,
+                "plan_seconds": plan.seconds,
+                "plan_peak": plan.peak_bytes,
+                "again": again,
+            }
+        )
+    )
 
 
 def plan_row(case: Case) -> dict:
     def fresh(*more: str) -> dict:
         index = str((CASES + SINGULAR).index(case))
         done = subprocess.run(
-            [sys.executable, __file__, "--measure", index, *more, "--threads",
-             str(torch.get_num_threads()), "--device", str(torch.get_default_device())],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                __file__,
+                "--measure",
+                index,
+                *more,
+                "--threads",
+                str(torch.get_num_threads()),
+                "--device",
+                str(torch.get_default_device()),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return json.loads(done.stdout.splitlines()[-1])
 
     full, baseline = fresh(), fresh("--baseline")
@@ -367,16 +396,20 @@ def exponents(rounds: int, quick: bool) -> dict[str, float]:
 
 
 def show(rows: list[dict]) -> bool:
-    print(f"{'':18}{'D':>5}{'L':>5}{'nl':>4}{'peer/ours':>11}{'quartiles':>14}{'bar':>6}"
-          f"{'itself':>8}{'chunk':>7}{'sample':>9}{'linear':>8}{'share':>8}{'error':>9}")  # fmt: skip
+    print(
+        f"{'':18}{'D':>5}{'L':>5}{'nl':>4}{'peer/ours':>11}{'quartiles':>14}{'bar':>6}"
+        f"{'itself':>8}{'chunk':>7}{'sample':>9}{'linear':>8}{'share':>8}{'error':>9}"
+    )
     ok = True
     for r in rows:
         met = r["ratio"] >= r["bar"]
         ok &= met
         verdict = "" if not r["bar"] else "  ok" if met else "  MISSED"
-        print(f"{r['case']:18}{r['d_model']:5}{r['pos']:5}{r['layers']:4}{r['ratio']:11.2f}"
-              f"{r['low']:8.2f}–{r['high']:<5.2f}{r['bar'] or '':>6}{r['itself']:8.2f}{r['chunk']:7}"
-              f"{r['sample']:>9}{r['linear']:8.2f}{r['share']:8.0%}{r['error']:9.0e}{verdict}")  # fmt: skip
+        print(
+            f"{r['case']:18}{r['d_model']:5}{r['pos']:5}{r['layers']:4}{r['ratio']:11.2f}"
+            f"{r['low']:8.2f}–{r['high']:<5.2f}{r['bar'] or '':>6}{r['itself']:8.2f}{r['chunk']:7}"
+            f"{r['sample']:>9}{r['linear']:8.2f}{r['share']:8.0%}{r['error']:9.0e}{verdict}"
+        )
     return ok
 
 
@@ -415,8 +448,10 @@ def main() -> int:
         for case in cases:
             print(f"… {case.name} D={case.d_model} ({kernel})", file=sys.stderr, flush=True)
             rows.append(Contest(case).run(rounds))
-        print(f"\nAgainst frozen autograd: float32, matmul precision {kernel}, {rounds} rounds, "
-              f"{args.threads} thread(s), {args.device}")  # fmt: skip
+        print(
+            f"\nAgainst frozen autograd: float32, matmul precision {kernel}, {rounds} rounds, "
+            f"{args.threads} thread(s), {args.device}"
+        )
         met = show(rows)
         ok &= met or kernel == "medium"
         report[kernel] = rows
@@ -435,8 +470,10 @@ def main() -> int:
     for r in report["plans"]:
         good = 0.75 <= r["memory"] <= 1.25 and 1 / 1.5 <= r["time"] <= 1.5
         ok &= good
-        print(f"{r['case']:18}{r['d_model']:5}{r['pos']:5}{r['memory']:8.2f}{r['MiB']:8.0f}"
-              f"{r['time']:7.2f}{'' if good else '  MISSED'}")  # fmt: skip
+        print(
+            f"{r['case']:18}{r['d_model']:5}{r['pos']:5}{r['memory']:8.2f}{r['MiB']:8.0f}"
+            f"{r['time']:7.2f}{'' if good else '  MISSED'}"
+        )
     if args.only is None:
         report["exponents"] = exponents(rounds, args.quick)
         print(

@@ -1,9 +1,10 @@
 """Every method, every protocol, every masking, on two trained models: numbers, intervals, costs.
 
-``python benchmarks/evaluation.py [--quick] [--keep FOLDER]`` runs it (an hour and a half of one slow core),
-writes ``benchmarks/results/evaluation.json`` and makes ``docs/results.md`` of it; ``--page`` only makes
-the page, ``--costs`` only times the methods anew. With ``--keep`` each part's per-prompt numbers stay in a
-folder, and are not run again: with ``--sets`` several processes can fill it, side by side.
+``python benchmarks/evaluation.py [--quick] [--keep FOLDER]`` runs it (an hour and a half of one
+slow core), writes ``benchmarks/results/evaluation.json`` and makes ``docs/results.md`` of it;
+``--page`` only makes the page, ``--costs`` only times the methods anew. With ``--keep`` each part's
+per-prompt numbers stay in a folder, and are not run again: with ``--sets`` several processes can
+fill it, side by side.
 
 The prompts are drawn with seed 1; choices (which targets, which last token) were made on seed 0.
 """
@@ -41,8 +42,17 @@ SETS = (*TASKS, "stories")
 MASKINGS = ("delete", "token", "mean")
 SEED = 1
 
-ATTENTION = ("mean_attention", "last_layer_attention", "rollout", "attention_flow", "norm_attention",
-             "norm_attention_resln", "globenc", "alti", "value_zeroing")  # fmt: skip
+ATTENTION = (
+    "mean_attention",
+    "last_layer_attention",
+    "rollout",
+    "attention_flow",
+    "norm_attention",
+    "norm_attention_resln",
+    "globenc",
+    "alti",
+    "value_zeroing",
+)
 GRADIENT = ("grad_x_input", "integrated_gradients", "chefer", "attnlrp")
 AIMED = ("in_out", *GRADIENT)
 """Methods that can explain any target: they are also run for the prediction's log-odds, and for its
@@ -77,7 +87,7 @@ def last_kept() -> list[Measure]:
 
 
 def products() -> str:
-    """Another kernel for float32 products, where it is as exact: about 1.5 times faster on some CPUs."""
+    """Another kernel for float32 products, where as exact: about 1.5 times faster on some CPUs."""
     torch.set_float32_matmul_precision("medium")
     a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
     off = (a @ b - (a.double() @ b.double())).abs().max() / (a.double() @ b.double()).abs().max()
@@ -97,9 +107,10 @@ def task_prompts(model: Any, task: str, n: int) -> list[Tensor]:
 
 @torch.no_grad()
 def story_prompts(model: Any, n: int) -> list[Tensor]:
-    """Windows of 24 to 64 tokens that begin where a sentence of the sample does, a quarter at most; then
+    """Windows of 24 to 64 tokens of the sample, a quarter at most; then prompts of the model's own.
 
-    prompts that go on from a sentence's first eight tokens, drawn from the model itself.
+    Windows begin where a sentence does. The others go on from a sentence's first eight tokens,
+    drawn from the model itself.
     """
     generator = torch.Generator().manual_seed(SEED)
 
@@ -184,8 +195,11 @@ def run(
             start = time.process_time()
             result = found[name][one] = part(model, scored, one, quick)
             spent = time.process_time() - start
-            print(f"{name}, {one}: {len(result)} prompts, runs {dict(result.runs)}, {spent:.0f} s",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"{name}, {one}: {len(result)} prompts, runs {dict(result.runs)}, {spent:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
             if path is not None:
                 path.write_text(result.to_json())
     return found
@@ -195,7 +209,7 @@ def run(
 
 
 def summary(found: dict[str, dict[str, Evaluation]]) -> dict[str, Any]:
-    """What the page is made of: means, intervals and comparisons, rounded; costs; a sample of values."""
+    """What makes the page: means, intervals and comparisons, rounded; costs; a sample of values."""
     names = list(found)
     groups = {name: [name] for name in names} | {"demo": [n for n in names if n in TASKS]}
     tables: dict[str, dict[str, Any]] = {}
@@ -253,7 +267,7 @@ def costs(sets: dict[str, Any], quick: bool = False) -> None:
 
 
 def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
-    """Cells by masking, measure, method: mean, low, high; comparisons of norm and in_out with all."""
+    """Cells by masking, measure, method: mean, low, high; norm and in_out compared with all."""
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for row in (row for one in evaluations for row in one.rows):
         key = " ".join(filter(None, (row.measure, row.preset, row.metric)))
@@ -290,8 +304,10 @@ COMPARED = ("positive tensorlens prob", "positive tensorlens logit", "leave_one_
 def comparison(ours: list[float], theirs: list[float], higher: bool) -> list[float]:
     """Mean by which ours is better, its interval, p."""
     found = compare(*((ours, theirs) if higher else (theirs, ours)), seed=SEED)
-    return [rounded(x) for x in (found.difference.value, found.difference.low,
-                                 found.difference.high, found.p)]  # fmt: skip
+    return [
+        rounded(x)
+        for x in (found.difference.value, found.difference.low, found.difference.high, found.p)
+    ]
 
 
 SAMPLED = ("norm", "in_out", "rollout", "last_layer_attention")
@@ -302,15 +318,21 @@ def sample(first: dict[str, Evaluation]) -> dict[str, Any]:
     """The first prompts' own numbers, last token kept, for the test that makes them again."""
     return {
         task: {
-            f"{method} {masking}": [rounded(v) for v in next(
-                row for row in first[task].rows
-                if (row.method, row.masking, row.measure, row.preset, row.metric)
-                == (method, masking, "positive", "tensorlens", "probability")
-            ).values[:SAMPLE]]
-            for method in SAMPLED for masking in MASKINGS
+            f"{method} {masking}": [
+                rounded(v)
+                for v in next(
+                    row
+                    for row in first[task].rows
+                    if (row.method, row.masking, row.measure, row.preset, row.metric)
+                    == (method, masking, "positive", "tensorlens", "probability")
+                ).values[:SAMPLE]
+            ]
+            for method in SAMPLED
+            for masking in MASKINGS
         }
-        for task in TASKS if task in first
-    }  # fmt: skip
+        for task in TASKS
+        if task in first
+    }
 
 
 def rounded(x: float) -> float | None:
@@ -321,8 +343,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="6 prompts a set; nothing is written")
     parser.add_argument("--keep", type=Path, help="a folder for per-prompt numbers")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, metavar="SET",
-                        help="with --keep: run these alone; another run makes the page")  # fmt: skip
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        choices=SETS,
+        default=SETS,
+        metavar="SET",
+        help="with --keep: run these alone; another run makes the page",
+    )
     parser.add_argument("--kept-only", action="store_true", help="with --keep: run nothing more")
     parser.add_argument("--costs", action="store_true", help="only time the methods' costs anew")
     parser.add_argument("--page", action="store_true", help="only make the page anew")

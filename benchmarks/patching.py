@@ -1,12 +1,13 @@
 """Real activation patching, position by position, and its estimates: for benchmarks/circuits.py.
 
-A unit is a residual state before a block, an MLP's output or a head's z, at one position. Truth: the
-measure when the clean activation is put into the corrupted run, less the corrupted run's. Estimates:
-⟨a_clean − a_corrupted, covector⟩ with the covector of the corrupted run, from
+A unit is a residual state before a block, an MLP's output or a head's z, at one position. Truth:
+the measure when the clean activation is put into the corrupted run, less the corrupted run's.
+Estimates: ⟨a_clean − a_corrupted, covector⟩ with the covector of the corrupted run, from
 
     gradient   the real model's gradient (attribution patching)
     frozen     the operator's transpose: pattern, scales and ratios held
-    frozen+qk  the same plus what the query and key inputs of the heads above make of it, first-order
+    frozen+qk  the same plus what the query and key inputs of the heads above make of it,
+               first-order
     secant     the operator between the two runs, transposed
 """
 
@@ -97,13 +98,15 @@ class Sites:
             zip(names, torch.autograd.grad(value.sum(), list(found.values())), strict=True)
         )
         return {
-            kind: torch.stack([
-                ((clean[n] - found[n].detach()) * grads[n])[0].sum(-1) for n in self.names[kind]
-            ]) if kind != "head" else torch.stack([
-                ((clean[n] - found[n].detach()) * grads[n])[0].sum(-1).T for n in self.names[kind]
-            ])
+            kind: torch.stack(
+                [((clean[n] - found[n].detach()) * grads[n])[0].sum(-1) for n in self.names[kind]]
+            )
+            if kind != "head"
+            else torch.stack(
+                [((clean[n] - found[n].detach()) * grads[n])[0].sum(-1).T for n in self.names[kind]]
+            )
             for kind in KINDS
-        }  # fmt: skip
+        }
 
     def frozen(self, qk: bool, gate: str = "gate") -> dict[str, Tensor]:
         """The operator's covectors at the corrupted run."""
@@ -135,8 +138,10 @@ class Sites:
         found, _ = self.record(self.corrupted)
         out: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         for layer in range(self.model.cfg.n_layers):
-            change = {kind: (clean[self.names[kind][layer]] - found[self.names[kind][layer]])[0]
-                      for kind in KINDS}  # fmt: skip
+            change = {
+                kind: (clean[self.names[kind][layer]] - found[self.names[kind][layer]])[0]
+                for kind in KINDS
+            }
             pre, mid, post = (covectors[layer, where][0] for where in ("pre", "mid", "post"))
             W_O = self.model.blocks[layer].attn.W_O
             out["residual"].append((change["residual"] * pre).sum(-1))

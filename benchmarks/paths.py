@@ -53,9 +53,13 @@ def main() -> int:
                 for token in tokens:
                     start = time.perf_counter()
                     paths = lens.paths(
-                        None, args.k, from_token=token, by_position=by_position,
-                        memory_limit=limit, max_expansions=10**6,
-                    )  # fmt: skip
+                        None,
+                        args.k,
+                        from_token=token,
+                        by_position=by_position,
+                        memory_limit=limit,
+                        max_expansions=10**6,
+                    )
                     seconds.append(time.perf_counter() - start)
                     counts.append(paths.expansions)
                 if energies == "whole":

@@ -5,15 +5,15 @@
 
 One layer of GPT-2-small shape (12 heads of 64), and the same with 4 key/value heads. The peer is
 torch's scaled-dot-product attention differentiated by its values: the graph is built once, outside
-the clock, and one backward pass is timed per probe (for 8 probes, the better of a loop and one
-pass over a batch of 8). Under grouped queries the peer takes ``enable_gqa`` or repeated keys and
-values, whichever is faster. Everything runs once a round; the median of the per-round ratios, with
+the clock, and one backward pass is timed per probe (for 8 probes, the better of a loop and one pass
+over a batch of 8). Under grouped queries the peer takes ``enable_gqa`` or repeated keys and values,
+whichever is faster. Everything runs once a round; the median of the per-round ratios, with
 quartiles, stands beside the peer against itself. Rounds are fewer at the longest lengths (printed).
 "At most" is what the ratio would be if the pull were nothing but its two products over the causal
-triangle, as fast as a large product, and its powers of 2, as fast as those of a block that stays in the
-cache. A bar above that is out of this machine's reach. The error is against a float64 pattern, row block by row
-block. At the end two fresh processes tell their high-water marks: one pulls and pushes, one stores the
-pattern. ``--json PATH`` keeps all.
+triangle, as fast as a large product, and its powers of 2, as fast as those of a block that stays in
+the cache. A bar above that is out of this machine's reach. The error is against a float64 pattern,
+row block by row block. At the end two fresh processes tell their high-water marks: one pulls and
+pushes, one stores the pattern. ``--json PATH`` keeps all.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def bench(length, kv_heads, rounds):
         row[f"pull {probes}"], row[f"most {probes}"] = (middle, low, high), most
         print(
             f"  pull, {probes} probe(s): {seconds * 1e3:8.1f} ms, {rate:.0f} Gflop/s "
-            f"({rate / speed:.0%} of a large product's), {middle:5.2f}× ({low:.2f}–{high:.2f}) faster than "
+            f"({rate / speed:.0%} of a large product's), "
+            f"{middle:5.2f}× ({low:.2f}–{high:.2f}) faster than "
             f"{peer[3:]}, {most:.1f}× at most; bar {BARS[probes]:g}  "
             f"{'ok' if middle >= BARS[probes] else 'MISSED'}"
         )
@@ -212,11 +213,16 @@ def main() -> int:
             rows.append(bench(length, kv_heads, rounds))
     length = args.lengths[-1]
     marks = {
-        what: float(subprocess.run(
-            [sys.executable, __file__, "--peak", str(length), what, "--device", args.device],
-            check=True, capture_output=True, text=True).stdout)
+        what: float(
+            subprocess.run(
+                [sys.executable, __file__, "--peak", str(length), what, "--device", args.device],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
         for what in ("nothing", "recomputed", "stored")
-    }  # fmt: skip
+    }
     size = HEADS * length**2 * 4 / 2**20
     print(f"\nmemory beyond the inputs at {length} tokens (the pattern has {size:.0f} MiB):")
     for what in ("recomputed", "stored"):

@@ -1,16 +1,17 @@
-"""Relations decoded linearly, and how far from its prompt the operator holds: two studies, one page.
+"""Relations decoded linearly, and how far from its prompt the operator holds: two studies.
 
-``python benchmarks/relations.py [--quick] [--json PATH] [--page PATH]``; ``--from PATH`` makes the page
-of a JSON file that is there already.
+``python benchmarks/relations.py [--quick] [--json PATH] [--page PATH]``; ``--from PATH`` makes the
+page of a JSON file that is there already.
 
-1. The bundled model's four relations of countries: the frozen operator's maps beside the Jacobian's.
-   Bar: the operator's faithfulness at β = 1 is at least the Jacobian's at its tuned β, for each
-   relation and over all. What the operator misses is decoded again with the subject's own W, or b.
+1. The bundled model's four relations of countries: the frozen operator's maps beside the
+   Jacobian's. Bar: the operator's faithfulness at β = 1 is at least the Jacobian's at its tuned β,
+   for each relation and over all. What the operator misses is decoded again with the subject's own
+   W, or b.
 2. Local validity of the operator and of the Jacobian's first order, on the bundled model and on
    stories260K (float64): along random, token-swap and steering directions, and with parts held.
 
-``docs/relations.md`` is made of ``benchmarks/results/relations.json`` and of nothing else. Exits with 1
-where the operator is below the bar over all relations.
+``docs/relations.md`` is made of ``benchmarks/results/relations.json`` and of nothing else. Exits
+with 1 where the operator is below the bar over all relations.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def demo_prompts(n):
 
 
 def own_parts(model, study):
-    """What the operator misses at β = 1, decoded with the subject's own W or own b in the mean's place.
+    """What the operator misses at β = 1, decoded with the subject's own W or b for the mean's.
 
     Counts by relation and number of training subjects.
     """
@@ -83,8 +84,8 @@ def one_prompt(model, study):
 
     At β = 1, and the Jacobian's also at the median β that :func:`decode` tuned for most subjects.
 
-    Per subject: the median of ‖y′ − W h′ − b‖ / ‖y′ − y‖ and of the cosine of W h′ + b − y and y′ − y over
-    the others, and the share of them decoded to the model's own first token.
+    Per subject: the median of ‖y′ − W h′ − b‖ / ‖y′ − y‖ and of the cosine of W h′ + b − y and y′ −
+    y over the others, and the share of them decoded to the model's own first token.
     """
     found = {}
     tuned = statistics.median(row.beta for row in study.select(THEIRS, max(study.sizes)))
@@ -96,7 +97,7 @@ def one_prompt(model, study):
             W, b = torch.cat([m.W for m in maps]), torch.cat([m.b for m in maps])
             told = beta * torch.einsum("ijk,mk->imj", W, statements.hidden[:, 0]) + b[:, None]
             true, off = y - y[:, None], ~torch.eye(n, dtype=torch.bool)
-            # Subjects may share their object, not their output: no difference is 0 but a subject's own.
+            # Subjects may share their object, not their output: a difference is 0 for itself only.
             errors = (told - y).norm(dim=-1)[off] / true.norm(dim=-1)[off]
             cosines = torch.cosine_similarity(told - y[:, None], true, dim=-1)[off]
             right = (statements.logits(told).argmax(-1) == statements.first)[off].double()
@@ -171,13 +172,28 @@ def chosen(study):
             wrong = sum(len(row.missed) for row in found)
             total = sum(row.n_test for row in found)
             echo = sum(row.echoes for row in found)
-            rows.append([
-                n, variant, f"{betas[1]:g} ({betas[0]:g} to {betas[2]:g})", counts(found, "layer"),
-                counts(found, "edit_layer"), counts(found, "rank"), f"{wrong} of {total}",
-                f"{echo} of {wrong}",
-            ])  # fmt: skip
-    head = ["n", "variant", "β: median (quartiles)", "layer: draws", "layer of edits", "rank of edits",
-            "missed", "of these, a training subject's object"]  # fmt: skip
+            rows.append(
+                [
+                    n,
+                    variant,
+                    f"{betas[1]:g} ({betas[0]:g} to {betas[2]:g})",
+                    counts(found, "layer"),
+                    counts(found, "edit_layer"),
+                    counts(found, "rank"),
+                    f"{wrong} of {total}",
+                    f"{echo} of {wrong}",
+                ]
+            )
+    head = [
+        "n",
+        "variant",
+        "β: median (quartiles)",
+        "layer: draws",
+        "layer of edits",
+        "rank of edits",
+        "missed",
+        "of these, a training subject's object",
+    ]
     return table(head, rows)
 
 
@@ -190,8 +206,11 @@ def most_missed(study):
     rows = []
     for variant in (OURS, THEIRS):
         found = Counter(
-            f"{s} ({r.relation})" for n in study.sizes for r in study.select(variant, n) for s in r.missed
-        )  # fmt: skip
+            f"{s} ({r.relation})"
+            for n in study.sizes
+            for r in study.select(variant, n)
+            for s in r.missed
+        )
         listed = ", ".join(f"{name} {count}" for name, count in found.most_common(6))
         rows.append([variant, found.total(), len(found), listed or "–"])
     return table(["variant", "missed", "different subjects", "most often"], rows)
@@ -219,14 +238,23 @@ def radii(study):
     for kind in study.kinds:
         crossing = study.crossing(kind)
         whole = statistics.median(row.whole for row in study.select(kind))
-        rows.append([
-            kind, *(number(study.radius(kind, method)) for method in MAP_METHODS),
-            number(study.limit(kind)), f"{crossing:.2g}" if crossing else "–",
-            "–" if kind == "random" else f"{whole:.2g}",
-        ])  # fmt: skip
-    head = ["direction", "operator: radius of 10 %", "Jacobian: radius of 10 %",
-            "operator's error at δ → 0", "operator's below the Jacobian's from",
-            "size of the whole δ"]  # fmt: skip
+        rows.append(
+            [
+                kind,
+                *(number(study.radius(kind, method)) for method in MAP_METHODS),
+                number(study.limit(kind)),
+                f"{crossing:.2g}" if crossing else "–",
+                "–" if kind == "random" else f"{whole:.2g}",
+            ]
+        )
+    head = [
+        "direction",
+        "operator: radius of 10 %",
+        "Jacobian: radius of 10 %",
+        "operator's error at δ → 0",
+        "operator's below the Jacobian's from",
+        "size of the whole δ",
+    ]
     return table(head, rows)
 
 
@@ -264,29 +292,38 @@ def page(data):
     splits = len({row.split for row in study.rows})
     right = ", ".join(f"{name} {100 * share:.1f} %" for name, share in study.accuracy.items())
     sections = [
-        f"""<!-- Made by benchmarks/relations.py of benchmarks/results/relations.json; do not edit. -->
+        f"""<!-- Made by benchmarks/relations.py of benchmarks/results/relations.json; \
+do not edit. -->
 
 # Relations, and local validity
 
-Is the frozen operator of one prompt good for another? Two answers, on trained models. Where another subject
-stands in the same sentence: its block from the subject to the end decodes the others, at β = 1, even
-from one prompt. For a step in an arbitrary direction, however small: it is no first-order model of what
+Is the frozen operator of one prompt good for another? Two answers, on trained models. \
+Where another subject
+stands in the same sentence: its block from the subject to the end decodes the others, at β = 1, \
+even
+from one prompt. For a step in an arbitrary direction, however small: \
+it is no first-order model of what
 the real model does, which the Jacobian is, for small steps.
 
 ## Relations decoded linearly
 
 y ≈ β W h + b: h is the residual before a block at the subject's last token, y the final normalized
-residual at the last position, W and b means over n training subjects' prompts (Hernandez et al. 2024,
-arXiv 2308.09124). *Operator*: W is the frozen operator's block, b the operator on everything else; on
-its own prompt W h + b = y exactly, without a remainder. *Jacobian*: W = ∂y/∂h of the real model, b the
+residual at the last position, W and b means over n training subjects' prompts (Hernandez et al. \
+2024,
+arXiv 2308.09124). *Operator*: W is the frozen operator's block, \
+b the operator on everything else; on
+its own prompt W h + b = y exactly, without a remainder. *Jacobian*: W = ∂y/∂h of the real model, \
+b the
 remainder y − W h. *Mean output* knows no subject.
 
 {study.model} ({study.dtype}). Its own first token is right in {right} of
 the prompts. {splits} draws a relation, its phrasings in turn, seed {study.seed};
 the subjects that are in no training set are tested.
 The layer (and β of {", ".join(f"{b:g}" for b in study.betas)}; and the rank of edits of
-{", ".join(map(str, study.ranks))}) is chosen on the training subjects alone. In brackets, 95 % bootstrap
-intervals over draws: they tell how much the training subjects and the phrasing matter, not how other
+{", ".join(map(str, study.ranks))}) is chosen on the training subjects alone. In brackets, \
+95 % bootstrap
+intervals over draws: they tell how much the training subjects and the phrasing matter, \
+not how other
 countries would do.
 
 ### Faithfulness: decoded to the model's own first token, in %
@@ -297,7 +334,8 @@ Bar: {OURS}, at least {THEIRS}.
 
 ### Causality: the real model says another subject's token after h + W†(y′ − y), in %
 
-β has no part in it. "Other's h there": the real model with the other subject's own h in the same place.
+β has no part in it. "Other's h there": the real model with the other subject's own h in the same \
+place.
 
 {causality(study)}
 
@@ -310,7 +348,8 @@ share of the misses β could mend by being larger.
 
 {most_missed(study)}
 
-The operator's misses at β = 1, decoded again with the subject's own W beside the training subjects' b,
+The operator's misses at β = 1, decoded again with the subject's own W beside the training \
+subjects' b,
 with its own b beside their W, and with both, which is the exactness on its own prompt:
 
 {own_table(data["own parts"])}
@@ -320,8 +359,10 @@ scales and ratios are not those that the training subjects froze.
 
 ### From one prompt to another
 
-One prompt's own W and b (n = 1, h before block 0, the first phrasing) at every other subject, as if its
-token were swapped in: the error ‖y′ − β W h′ − b‖ / ‖y′ − y‖, the cosine of β W h′ + b − y and y′ − y, and
+One prompt's own W and b (n = 1, h before block 0, the first phrasing) at every other subject, \
+as if its
+token were swapped in: the error ‖y′ − β W h′ − b‖ / ‖y′ − y‖, \
+the cosine of β W h′ + b − y and y′ − y, and
 what is decoded. The Jacobian's also at the median β that was tuned for the largest n. Means over
 prompts of each one's median (share) over subjects, 95 % bootstrap intervals over prompts.
 
@@ -329,10 +370,12 @@ prompts of each one's median (share) over subjects, 95 % bootstrap intervals ove
 
 ## Local validity
 
-r(δ) = ‖F(X + δ) − T (X + δ) − c‖ / ‖F(X + δ) − F(X)‖, with F the real model from X to the final normalized
+r(δ) = ‖F(X + δ) − T (X + δ) − c‖ / ‖F(X + δ) − F(X)‖, with F the real model from X to the final \
+normalized
 residual at all positions, beside the real Jacobian's first-order error. Sizes are ‖δ‖ / ‖X‖ at the
 positions that δ moves; 1 is the error of saying that nothing changes. *Random*: a Gaussian δ at
-every position. *Swap*: one token's embedding toward a random other token's. *Steering*: one vector at
+every position. *Swap*: one token's embedding toward a random other token's. *Steering*: \
+one vector at
 every position, the difference of two other prompts' mean embeddings. Medians over prompts, 95 %
 bootstrap intervals; a radius is where the error first passes 10 %, 0 where it is above from the
 start.
@@ -351,7 +394,8 @@ Errors by size:
 
 {errors(one)}
 
-The operator's error at δ → 0 where the real model holds parts of its run by hooks. With all three held,
+The operator's error at δ → 0 where the real model holds parts of its run by hooks. \
+With all three held,
 what is left is rounding: pattern, scale and ratio are the whole difference between T and J.
 
 {held(one)}"""

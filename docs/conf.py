@@ -93,7 +93,7 @@ def _keep_colon(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
 
 
 def _escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """|x| is an absolute value in our docstrings; in reStructuredText it would be a substitution."""
+    """|x| is an absolute value in our docstrings, not a substitution of reStructuredText."""
     in_code = False
     for i, line in enumerate(lines):
         if line.strip().startswith(">>>"):
@@ -137,8 +137,8 @@ def _exists(path: str) -> bool:
 def _resolve(app: Sphinx, env: Any, node: Any, contnode: nodes.Element) -> nodes.Node | None:
     """Link what docstrings refer to.
 
-    A public name is linked under that name, wherever the docstring looked for it. A name that is not
-    public is shown as text, if it exists.
+    A public name is linked under that name, wherever the docstring looked for it. A name that is
+    not public is shown as text, if it exists.
 
     Returns:
         The link or the text. None for a name that the package does not have: that stays an error.

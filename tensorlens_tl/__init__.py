@@ -45,8 +45,15 @@ __version__ = "0.1.0"
 _ROOMS = {
     "attribution": ("Attribution", "MeanAttribution", "Paths", "mean_attribution"),
     "circuits": (
-        "AblationOptions", "Circuit", "Faithfulness", "FaithfulnessCurve", "discover",
-        "faithfulness", "faithfulness_curve", "faithfulness_of_many", "score_edges",
+        "AblationOptions",
+        "Circuit",
+        "Faithfulness",
+        "FaithfulnessCurve",
+        "discover",
+        "faithfulness",
+        "faithfulness_curve",
+        "faithfulness_of_many",
+        "score_edges",
     ),
     "graph": ("Edge", "Node"),
     "hosts": ("UnsupportedArchitectureError", "load_model", "wrap"),
@@ -54,7 +61,7 @@ _ROOMS = {
     "operator": ("Capture", "CaptureMismatchError", "Convention", "FrozenTransformer"),
     "relations": ("validity",),
     "sublayers": ("LinearMap", "dot_test"),
-}  # fmt: skip
+}
 """The flat API: which room hands out each public name."""
 
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names}

@@ -32,7 +32,8 @@ TESTS = {
     "a_parallel_block_of_as_many_heads_as_branches",
     "qk_edges": "query_and_key_edges_are_gradients_of_the_real_model",
     "differences": "a_difference_sums_to_the_difference_of_the_models_own_logits baseline_refusals "
-    "every_layers_loadings_sum_to_the_effect fixed_baselines_run_no_second_pass_and_have_no_operator_term",
+    "every_layers_loadings_sum_to_the_effect "
+    "fixed_baselines_run_no_second_pass_and_have_no_operator_term",
     "targets": "a_target_less_an_equal_one_is_exactly_0 many_targets_against_others",
     "datasets": "means_are_those_of_single_attributions",
     "paths": "by_hand k_best_equal_brute_force a_budget_stops_the_search_and_says_so",
@@ -42,7 +43,8 @@ TESTS = {
     "interventions": "shares_and_intervals_by_hand mean_and_zero_against_replacements_by_hand "
     "frozen_patterns_are_no_edges full_and_empty_circuits",
     "baselines_edges": "eap_ig_is_the_mean_slope_along_the_embeddings",
-    "discovery": "scores_are_means_over_prompts an_interrupted_search_goes_on_where_it_was refusals",
+    "discovery": "scores_are_means_over_prompts "
+    "an_interrupted_search_goes_on_where_it_was refusals",
     "protocols": "three_tokens_by_hand bounds_of_aopc_are_those_of_all_orders paired_comparisons "
     "rank_correlation_is_scipy_s counts_and_presets",
     "masking": "masked_runs_are_calls_of_the_model outcomes_are_read_off_the_model_s_logits",

@@ -107,8 +107,9 @@ if TransformerBridgeConfig is not None:
             float32_norms=_config.get("normalization_type") == "RMS",
             gated=bool(_config.get("gated_mlp")),
         )
-# One of each block shape and host class: pre-norm, gated and grouped, parallel, double norm with caps
-# and windows, normed queries and keys, no MLP, and an MLP with a norm inside. All laws run on these.
+# One of each block shape and host class: pre-norm, gated and grouped, parallel, double norm with
+# caps and windows, normed queries and keys, no MLP, and an MLP with a norm inside. All laws run on
+# these.
 _SHAPES = ("gpt2", "llama", "neox", "gemma2", "qwen3", "attn-only", "solu")
 SHAPES = [case for case in CASES.values() if case.name.split("-", 1)[1] in _SHAPES]
 if chosen := os.environ.get(
@@ -121,7 +122,7 @@ every_convention = pytest.mark.parametrize(
     [(case, "gate") for case in SHAPES] + [(c, g) for c in GATED[:1] for g in ("up", "half")],
     ids=str,
 )
-"""Every shape; the other ways to make a gated MLP linear on one, as they meet nothing of the host."""
+"""Every shape, and one with each other way to make a gated MLP linear (no matter of the host)."""
 
 # Families that are those shapes in another dress: the laws that need the host, once each.
 _COMPAT = {"cohere": (True,), "cohere2": (True,), "olmo2": (False, True), "bloom": (False, True)}
@@ -148,7 +149,7 @@ def _model(name: str, dtype: torch.dtype) -> Any:
 
 
 def uniform_attention(family: str) -> Any:
-    """A fresh tiny model in float64 whose queries are 0, so that no pattern depends on the input."""
+    """A fresh tiny model in float64 whose queries are 0: no pattern depends on the input."""
     with quiet(), torch.no_grad():
         model = CASES[f"{'native' if HookedTransformer is None else 'hooked'}-{family}"].build(
             torch.float64
@@ -164,7 +165,7 @@ def tokens(batch: int = 2, seq: int = SEQ, seed: int = 0) -> Tensor:
 
 
 def lens_of(case: Case, model_dtype: torch.dtype = torch.float64, **kwargs: Any) -> TensorLens:
-    """A capture of ``tokens()``; the same one again unless something is hooked, edited or asked for."""
+    """A capture of ``tokens()``: the same one unless something is hooked, edited or asked for."""
     model = case.model(model_dtype)
     plain = not any(point._forward_hooks for point in model.hook_dict.values())
     key = (case.name, model_dtype, tuple(sorted(kwargs.items())))

@@ -49,8 +49,15 @@ class FrozenModel:
         def constant(name):
             return lambda t, hook: self.cache[name].clone()
 
-        held = ("ln1.hook_scale", "ln2.hook_scale", "ln1_post.hook_scale", "ln2_post.hook_scale",
-                "attn.hook_pattern", "ln_final.hook_scale", "mlp.ln.hook_scale")  # fmt: skip
+        held = (
+            "ln1.hook_scale",
+            "ln2.hook_scale",
+            "ln1_post.hook_scale",
+            "ln2_post.hook_scale",
+            "attn.hook_pattern",
+            "ln_final.hook_scale",
+            "mlp.ln.hook_scale",
+        )
         if attends_apart(self.model):  # it would go on with its own pattern: hold what makes it
             held += "attn.q.hook_out", "attn.k.hook_out"
         names = [n for n in self.cache if n.endswith(held)]

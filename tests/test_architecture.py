@@ -1,7 +1,8 @@
 """The house: imports go down and through doors, rooms stay small, hosts/ alone knows hosts.
 
 Every rule is a function from a package folder to the faults it finds. It is asked about the package
-as it is, where it must find none, and about copies with one fault each, where it must find that one.
+as it is, where it must find none, and about copies with one fault each, where it must find that
+one.
 """
 
 import ast
@@ -19,8 +20,23 @@ import tensorlens_tl
 pytestmark = pytest.mark.algebra
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
-ROOMS = ["checks", "graph", "sublayers", "operator", "hosts", "attribution", "methods", "circuits",
-         "evaluation", "lens", "plugin", "relations", "demo", "support", "__main__"]  # fmt: skip
+ROOMS = [
+    "checks",
+    "graph",
+    "sublayers",
+    "operator",
+    "hosts",
+    "attribution",
+    "methods",
+    "circuits",
+    "evaluation",
+    "lens",
+    "plugin",
+    "relations",
+    "demo",
+    "support",
+    "__main__",
+]
 """From the ground up: a room imports only rooms before it."""
 APART = [{"methods", "circuits"}, {"circuits", "evaluation"}]
 """Rooms beside each other: neither imports the other."""
@@ -34,7 +50,7 @@ SUBMODULES = {
 }
 """Names that the docs import from a room, beside the flat ones."""
 SITES = {"unembed.hook_in", "blocks.", ".hook_resid_"}
-"""Residual sites, which users type: the one piece of the host's vocabulary that is the library's own."""
+"""Residual sites, which users type: the only names of the host that the library also uses."""
 HOST_NAMES = re.compile(r"hook_|blocks\.(?! )|\.hook")
 HOST_CLASSES = re.compile(r"\w*(Bridge|HookedTransformer|Attention|ForCausalLM)(Config)?")
 MOST_FILES, MOST_LINES = 12, 450
@@ -65,7 +81,7 @@ def cross_room_imports(path: Path, tree: ast.Module, package: Path):
                     yield node.lineno, there, inside, taken
 
 
-# --- The four rules --------------------------------------------------------------------------------
+# --- The four rules -------------------------------------------------------------------------------
 
 
 def wrong_imports(package: Path) -> list[str]:
@@ -203,7 +219,7 @@ def test_every_file_is_in_a_room():
     assert {room_of(p, PACKAGE) for p in files(PACKAGE)} <= {*ROOMS, "__init__"}
 
 
-# --- What every file keeps -------------------------------------------------------------------------
+# --- What every file keeps ------------------------------------------------------------------------
 
 
 def test_no_module_level_import_of_a_host_and_no_assert():

@@ -181,7 +181,10 @@ def test_evaluate_gives_json_for_pipelines(monkeypatch, capsys):
     found = Evaluation.from_json(capsys.readouterr().out)
     assert len(found) == 2 and found.versus == "runner_up" and found.keep_last
     assert {row.measure for row in found.rows} == {
-        "comprehensiveness", "sufficiency", "leave_one_out"}  # fmt: skip
+        "comprehensiveness",
+        "sufficiency",
+        "leave_one_out",
+    }
     assert {row.masking for row in found.rows} == {"token", "mean"}
 
 

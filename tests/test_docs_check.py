@@ -79,12 +79,15 @@ def test_a_name_that_the_reference_leaves_out(check, tmp_path):
     assert not list(check.missing_names(pages(check, tmp_path, a=html), surface))
 
 
-@pytest.mark.parametrize(("page", "faults"), [
-    ("```python\nx = 1\n```\n", 1),
-    ("% not run: it downloads\n```python\nx = 1\n```\n", 0),
-    ("% not run: it downloads\n\n```{code-block} python\nx = \n```\n", 1),
-    ("```{code-cell}\nx = 1\n```\n", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("page", "faults"),
+    [
+        ("```python\nx = 1\n```\n", 1),
+        ("% not run: it downloads\n```python\nx = 1\n```\n", 0),
+        ("% not run: it downloads\n\n```{code-block} python\nx = \n```\n", 1),
+        ("```{code-cell}\nx = 1\n```\n", 0),
+    ],
+)
 def test_python_that_is_not_executed(check, tmp_path, page, faults):
     (tmp_path / "a.md").write_text(page)
     assert len(list(check.unmarked_blocks(tmp_path))) == faults

@@ -18,9 +18,22 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):$", re.MULTILINE)
 ENTRY = re.compile(r"^ {4}(\*{0,2}\w+)(?: \([^)]*\))?: (.*(?:\n {5,}.*)*)", re.MULTILINE)
 PRONOUNS = {
-    "it", "its", "itself", "they", "them", "their", "theirs", "these", "those", "this", "that",
-    "which", "whose", "so", "his",
-}  # fmt: skip
+    "it",
+    "its",
+    "itself",
+    "they",
+    "them",
+    "their",
+    "theirs",
+    "these",
+    "those",
+    "this",
+    "that",
+    "which",
+    "whose",
+    "so",
+    "his",
+}
 RIDDLES = re.compile(r", expected |leave it out|is none of these|as many|, got .*, expected")
 
 
@@ -105,7 +118,8 @@ def test_plain_words(check):
 def test_the_checks_find_faults(tmp_path):
     bad = tmp_path / "bad.py"
     bad.write_text(
-        'def f(x):\n    """Do.\n\n    Args:\n        x: Them.\n    """\n    raise ValueError("bad x")\n'
+        'def f(x):\n    """Do.\n\n    Args:\n        x: Them.\n    """\n'
+        '    raise ValueError("bad x")\n'
     )
     assert len(docstring_faults(bad)) == len(message_faults(bad)) == 1
 

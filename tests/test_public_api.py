@@ -71,7 +71,7 @@ def test_public_surface():
     assert surface() == SURFACE.read_text()
 
 
-# --- Eight results ---------------------------------------------------------------------------------
+# --- Eight results --------------------------------------------------------------------------------
 
 
 def results() -> dict[str, dict[str, float]]:

@@ -6,8 +6,8 @@
 #
 #     y = T · X + c,      logits = y W_U + b_U
 #
-# `T` is the TensorLens operator (Atad, Zimerman, Katz, Wolf, arXiv 2601.17958). It is exact for this
-# run. It is not the Jacobian, which would also differentiate the pattern, the scale and the
+# `T` is the TensorLens operator (Atad, Zimerman, Katz, Wolf, arXiv 2601.17958). It is exact for
+# this run. It is not the Jacobian, which would also differentiate the pattern, the scale and the
 # activation; and what it says is a decomposition of the run, not a causal claim.
 
 # %%

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # The operator itself
 #
-# T is a linear map from the embedded prompt to the final residual: a d_model × d_model block for every
-# pair of positions. This tutorial opens some of its blocks: what they write, in words; how large they
-# are, beside what the attention pattern would make one believe; and their singular vectors. All of it
-# is matrix-free, and `lens.plan` tells beforehand what it costs.
+# T is a linear map from the embedded prompt to the final residual: a d_model × d_model block for
+# every pair of positions. This tutorial opens some of its blocks: what they write, in words; how
+# large they are, beside what the attention pattern would make one believe; and their singular
+# vectors. All of it is matrix-free, and `lens.plan` tells beforehand what it costs.
 
 # %%
 import torch
@@ -29,9 +29,9 @@ def decode(y, k=5):
 
 # %% [markdown]
 # ## A block, applied
-# `T[is, France]` is one matrix. It takes France's embedding (word and position) to what France adds to
-# the last residual, through every path of every head and MLP at once. Decoded, it is what the model
-# knows about the word: its capital first, then its language.
+# `T[is, France]` is one matrix. It takes France's embedding (word and position) to what France adds
+# to the last residual, through every path of every head and MLP at once. Decoded, it is what the
+# model knows about the word: its capital first, then its language.
 
 # %%
 france = words.index("France")
@@ -42,8 +42,8 @@ assert decode(written)[0][0] == "Paris"
 assert "French" in [word for word, _ in decode(written)]
 
 # %% [markdown]
-# The same word's column at *its own* position says another thing: there the model predicts what follows
-# "France".
+# The same word's column at *its own* position says another thing: there the model predicts what
+# follows "France".
 
 # %%
 at_france = lens.operator.block(query_pos=france, key_pos=france)[0] @ lens.embedding[0, france]
@@ -51,8 +51,8 @@ print(decode(at_france))
 assert decode(at_france)[0][0] != "Paris"
 
 # %% [markdown]
-# Read the other way, Tᵀ takes the direction of a logit to what it looks for in the prompt. Of all 765
-# words, at that place, it looks for France.
+# Read the other way, Tᵀ takes the direction of a logit to what it looks for in the prompt. Of all
+# 765 words, at that place, it looks for France.
 
 # %%
 paris = W_U[:, model.to_single_token("Paris")] - W_U.mean(1)
@@ -63,8 +63,8 @@ assert model.tokenizer.decode([int(looked_for.indices[0])]) == "France"
 # %% [markdown]
 # ## Maps of tokens
 # Four ways to collapse every block to one number: its size, `norm`; what the embedding makes of it,
-# `in`; what the output's direction sees of it, `out`; both, `in_out`, which is signed, and whose rows
-# and constants sum to the target exactly.
+# `in`; what the output's direction sees of it, `out`; both, `in_out`, which is signed, and whose
+# rows and constants sum to the target exactly.
 
 # %%
 maps = {kind: lens.token_matrix(kind) for kind in ("norm", "in", "out")}
@@ -81,9 +81,9 @@ for name, row in last_rows.items():
     print(f"{name:>16}", *(f"{value:8.2f}" for value in row.tolist()))
 
 # %% [markdown]
-# What T shows and the pattern does not: attention rests on `<bos>` more than on any other word, in the
-# last layer with most of its weight, and yet hardly anything of the prediction comes from there. A
-# pattern says where heads look; T says what came of it.
+# What T shows and the pattern does not: attention rests on `<bos>` more than on any other word, in
+# the last layer with most of its weight, and yet hardly anything of the prediction comes from
+# there. A pattern says where heads look; T says what came of it.
 
 # %%
 assert int(attention.mean((0, 1))[-1].argmax()) == int(attention[-1].mean(0)[-1].argmax()) == 0
@@ -107,9 +107,9 @@ assert max(steps[2:]) < 0.1 * min(steps[:2])
 
 # %% [markdown]
 # ## Singular vectors
-# `svd` finds a block's (or a row's, or the whole operator's) largest singular triples from pushes and
-# pulls alone. T is no low-rank table of facts: the block has an effective rank of some 16, and the
-# three largest triples carry about half of France → Paris.
+# `svd` finds a block's (or a row's, or the whole operator's) largest singular triples from pushes
+# and pulls alone. T is no low-rank table of facts: the block has an effective rank of some 16, and
+# the three largest triples carry about half of France → Paris.
 
 # %%
 svd = lens.operator.svd(k=model.cfg.d_model, query_pos=-1, key_pos=france)
@@ -129,8 +129,8 @@ assert 0.3 < float(shares[order[:3]].sum() / shares.sum()) < 0.8
 
 # %% [markdown]
 # ## What it costs
-# A plan is arithmetic on shapes and a few measured rates; nothing of the work itself runs. `probes=`
-# estimates norms from random vectors, with a standard error of its own.
+# A plan is arithmetic on shapes and a few measured rates; nothing of the work itself runs.
+# `probes=` estimates norms from random vectors, with a standard error of its own.
 
 # %%
 print(lens.plan("norm"))

@@ -2,11 +2,11 @@
 # # Where a logit comes from
 #
 # One prompt, one target, one transposed sweep, and every split of it: words, heads by the word they
-# read, MLPs, neurons, biases, layers, edges. Each split either sums to the target exactly, and says by
-# how much it is off, or says that it does not sum.
+# read, MLPs, neurons, biases, layers, edges. Each split either sums to the target exactly, and says
+# by how much it is off, or says that it does not sum.
 #
-# All of it decomposes what this run did. Whether the model *needs* a head is another question, which
-# only running the model without it answers; the last section does that for one head.
+# All of it decomposes what this run did. Whether the model *needs* a head is another question,
+# which only running the model without it answers; the last section does that for one head.
 
 # %%
 import torch
@@ -21,8 +21,8 @@ target = {"target": "Mary", "versus": "John"}
 
 # %% [markdown]
 # ## Direct effects: what is written at the last position
-# Every component's own contribution to the logit difference: embeddings, heads, MLPs, and the biases
-# that belong to nobody. They sum to it.
+# Every component's own contribution to the logit difference: embeddings, heads, MLPs, and the
+# biases that belong to nobody. They sum to it.
 
 # %%
 components = lens.attribute(**target, by="component")
@@ -40,18 +40,24 @@ heads = lens.attribute(**target, by="head")
 reads = [(label, value) for label, value in heads.top(20) if "←" in label]
 print(*(f"{value:+8.3f}  {label}" for label, value in reads[:6]), sep="\n")
 assert '"Mary"@2' in reads[0][0] and reads[0][1] > 0
-whole = {str(source.node): float(v) for source, v in zip(
-    heads.sum("pos").sources, heads.sum("pos").values[0], strict=True)}  # fmt: skip
+whole = {
+    str(source.node): float(v)
+    for source, v in zip(heads.sum("pos").sources, heads.sum("pos").values[0], strict=True)
+}
 assert all(abs(whole[label] - value) < 1e-4 for label, value in components.top(30))
 
 # %% [markdown]
-# MLPs split into neurons, the residual into its dimensions, the stream into layers. A neuron's row is
-# what it adds *at this position*; no neuron of this model is more than a few percent of the target.
+# MLPs split into neurons, the residual into its dimensions, the stream into layers. A neuron's row
+# is what it adds *at this position*; no neuron of this model is more than a few percent of the
+# target.
 
 # %%
 neurons = lens.attribute(**target, by="neuron")
-own = [float(v) for source, v in zip(neurons.sources, neurons.values[0], strict=True)
-       if source.node.kind == "neuron"]  # fmt: skip
+own = [
+    float(v)
+    for source, v in zip(neurons.sources, neurons.values[0], strict=True)
+    if source.node.kind == "neuron"
+]
 print(f"{len(own)} neurons, the largest {max(map(abs, own)):.2f} of {gap:.2f}")
 assert max(map(abs, own)) < 0.1 * gap
 for by in ("neuron", "dimension", "layer", "constant"):
@@ -59,8 +65,9 @@ for by in ("neuron", "dimension", "layer", "constant"):
 
 # %% [markdown]
 # ## Total effects: what is written anywhere
-# `effect="total"` follows everything above a component, too: ⟨output, covector where it is written⟩.
-# This is influence. The totals of different layers overlap, so they do not sum, and the result says so.
+# `effect="total"` follows everything above a component, too: ⟨output, covector where it is
+# written⟩. This is influence. The totals of different layers overlap, so they do not sum, and the
+# result says so.
 
 # %%
 totals = lens.attribute(**target, by="component", effect="total").sum("pos")
@@ -74,8 +81,9 @@ assert abs(total[early]) > 5 * abs(direct[early])  # it acts through what stands
 
 # %% [markdown]
 # ## Edges: through what?
-# An edge is what one node reads of another's output. The edges into one reader, with the reader's own
-# biases, sum to what that reader makes of the target; the edges into the logits sum to the target.
+# An edge is what one node reads of another's output. The edges into one reader, with the reader's
+# own biases, sum to what that reader makes of the target; the edges into the logits sum to the
+# target.
 
 # %%
 edges = lens.attribute(**target, by="edge")
@@ -88,8 +96,8 @@ assert abs(float(edges.select(dest="L1H0.v").values.sum()) - total["L1H0"]) < 1e
 
 # %% [markdown]
 # ## Who carried it?
-# The effect of the word at position 2, layer by layer: what each head moved, and what went past all of
-# them. Every layer's rows sum to the same effect.
+# The effect of the word at position 2, layer by layer: what each head moved, and what went past all
+# of them. Every layer's rows sum to the same effect.
 
 # %%
 carried = lens.loadings(2, **target)
@@ -107,17 +115,20 @@ assert orders.completeness_error < 2e-6
 
 # %% [markdown]
 # ## Two prompts: what makes the difference?
-# Against a corrupted prompt of equal length, with one word changed. The tokens' part is read by one of
-# the two operators; what the operators themselves changed is one row, and its share is printed, as it
-# is often the larger part.
+# Against a corrupted prompt of equal length, with one word changed. The tokens' part is read by one
+# of the two operators; what the operators themselves changed is one row, and its share is printed,
+# as it is often the larger part.
 
 # %%
 _, corrupted = model.run_with_tensorlens(prompt.replace(", John", ", Mary"))
 difference = lens.attribute(**target, baseline=corrupted)
 print(difference)
 assert difference.completeness_error < 2e-6
-moved = [s.pos for s, v in zip(difference.sources, difference.values[0], strict=True)
-         if s.node.kind == "embed" and abs(v) > 1e-4]  # fmt: skip
+moved = [
+    s.pos
+    for s, v in zip(difference.sources, difference.values[0], strict=True)
+    if s.node.kind == "embed" and abs(v) > 1e-4
+]
 assert moved == [10]  # only the changed word
 
 # %% [markdown]
@@ -150,6 +161,7 @@ ids = [model.to_single_token(word) for word in ("Mary", "John")]
 ablated = model.run_with_hooks(prompt, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", without)])
 left = (ablated[0, -1, ids[0]] - ablated[0, -1, ids[1]]).item()
 print(
-    f"{name}: total effect {total[name]:.2f}; without it the difference falls from {gap:.2f} to {left:.2f}"
+    f"{name}: total effect {total[name]:.2f}; "
+    f"without it the difference falls from {gap:.2f} to {left:.2f}"
 )
 assert left < gap

@@ -1,12 +1,13 @@
 # %% [markdown]
 # # Find a circuit, and prove it in the model
 #
-# From a prompt to a claim about the model: which edges carry a prediction, which heads that comes down
-# to, and whether the *real* model still makes it with every other edge ablated.
+# From a prompt to a claim about the model: which edges carry a prediction, which heads that comes
+# down to, and whether the *real* model still makes it with every other edge ablated.
 #
-# The behaviour is induction: in "A B … A" the model predicts B. Two kinds of heads are known to do it:
-# one attends to the previous token and writes down what that was; the others look, from the last word,
-# for the place where that word is written down as the previous one, and copy the token there.
+# The behaviour is induction: in "A B … A" the model predicts B. Two kinds of heads are known to do
+# it: one attends to the previous token and writes down what that was; the others look, from the
+# last word, for the place where that word is written down as the previous one, and copy the token
+# there.
 
 # %%
 import random
@@ -40,10 +41,10 @@ print(corrupted[0])
 # %% [markdown]
 # ## One prompt
 # An edge's score is what its reader makes of what its writer adds in this prompt and not in the
-# corrupted one. It is read by the operator *between* the two runs, which is exact on their difference,
-# queries and keys included: what comes into a head or an MLP goes out of it, and all edges out of the
-# tokens sum to the difference between the two prompts, as do all edges into the logits. 24 of the 479
-# edges are 5 %.
+# corrupted one. It is read by the operator *between* the two runs, which is exact on their
+# difference, queries and keys included: what comes into a head or an MLP goes out of it, and all
+# edges out of the tokens sum to the difference between the two prompts, as do all edges into the
+# logits. 24 of the 479 edges are 5 %.
 
 # %%
 goal = {"target": answers[0], "versus": foils[0]}
@@ -57,9 +58,9 @@ assert gap[0] > 10 > gap[1]
 
 # %% [markdown]
 # ## Is it the model's?
-# Run the model itself with every edge outside the circuit ablated: each reader's input is rebuilt, kept
-# edges from this run, the others from the corrupted prompt's. 1 is the whole model, 0 the corrupted run.
-# One prompt's scores may be that prompt's: the next step takes more.
+# Run the model itself with every edge outside the circuit ablated: each reader's input is rebuilt,
+# kept edges from this run, the others from the corrupted prompt's. 1 is the whole model, 0 the
+# corrupted run. One prompt's scores may be that prompt's: the next step takes more.
 
 # %%
 print(one.faithfulness(model, clean[:1], corrupted[:1], **goal))
@@ -80,8 +81,8 @@ assert circuit.is_connected and verdict.interval[0] > 0.6
 
 # %% [markdown]
 # ## The heads
-# Attention patterns say which heads look at the previous token, and which look from the last word at
-# the word after its first mention. In the circuit the first feeds the *keys* of the others.
+# Attention patterns say which heads look at the previous token, and which look from the last word
+# at the word after its first mention. In the circuit the first feeds the *keys* of the others.
 
 # %%
 previous, induction = [], []
@@ -123,8 +124,9 @@ assert found["the circuit"].share > max(found["eap"].share, found["random"].shar
 
 # %% [markdown]
 # ## Frozen patterns
-# With the clean run's patterns held, query and key edges are no edges. What the patterns alone carry is
-# told beside: here it is most of it, since *where* to copy from is all that the corrupted prompt lost.
+# With the clean run's patterns held, query and key edges are no edges. What the patterns alone
+# carry is told beside: here it is most of it, since *where* to copy from is all that the corrupted
+# prompt lost.
 
 # %%
 frozen = faithfulness(model, clean[24:], circuit, attention="frozen", **test)

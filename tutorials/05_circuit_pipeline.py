@@ -26,8 +26,8 @@ search = {"n_edges": 40, "batch_size": 24, "path": path}
 
 # %% [markdown]
 # ## Interrupted
-# Ctrl-C, a machine that goes away: here a hook that has had enough in the middle. Whatever was whole
-# is in the file by then, a circuit already.
+# Ctrl-C, a machine that goes away: here a hook that has had enough in the middle. Whatever was
+# whole is in the file by then, a circuit already.
 
 # %%
 runs = 0
@@ -52,8 +52,8 @@ assert partial.n_prompts == 144 and partial.is_connected
 
 # %% [markdown]
 # ## Gone on with
-# The same call reads the file, runs what is left, and gives the numbers that one run would have given.
-# Another search in the same file is refused.
+# The same call reads the file, runs what is left, and gives the numbers that one run would have
+# given. Another search in the same file is refused.
 
 # %%
 circuit = tensorlens_tl.discover(model, clean, corrupted, answers, foils, **search)
@@ -77,10 +77,10 @@ for selection in ("greedy", "absolute", "influence"):
 
 # %% [markdown]
 # ## What the operator makes along these edges
-# On one prompt the circuit restricts the operator: the patterns stay the whole run's, and every node
-# reads only what the kept edges bring it. Its share of the logit difference says how much of this
-# frozen sum goes along them, and Σ|·| how much cancels on the way; what the *model* would do without
-# the other edges, only the model tells.
+# On one prompt the circuit restricts the operator: the patterns stay the whole run's, and every
+# node reads only what the kept edges bring it. Its share of the logit difference says how much of
+# this frozen sum goes along them, and Σ|·| how much cancels on the way; what the *model* would do
+# without the other edges, only the model tells.
 
 # %%
 logits, lens = model.run_with_tensorlens(clean[0])
@@ -91,8 +91,8 @@ assert abs(whole.share[0] - 1) < 1e-4
 
 # %% [markdown]
 # ## What the model does along these edges
-# So ask it: on prompts that the search did not see, with every other edge's writer as in the corrupted
-# prompt, at several sizes.
+# So ask it: on prompts that the search did not see, with every other edge's writer as in the
+# corrupted prompt, at several sizes.
 
 # %%
 unseen = demo.prompts("ioi", 40, seed=1)

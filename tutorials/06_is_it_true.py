@@ -2,9 +2,9 @@
 # # Is it true? Three maps of one prompt, and the model's own verdict
 #
 # Many methods draw a map of which word is in which: attention rollout, norms of moved values, the
-# operator's own `in_out`. The maps differ, and a map that looks right proves nothing. But each one also
-# says which words the prediction *needs*, and that can be tested: mask those words, run the real
-# model again, and see what is left of the prediction.
+# operator's own `in_out`. The maps differ, and a map that looks right proves nothing. But each one
+# also says which words the prediction *needs*, and that can be tested: mask those words, run the
+# real model again, and see what is left of the prediction.
 
 # %%
 import torch
@@ -46,8 +46,8 @@ assert all(maps[name][0].shape == (len(words), len(words)) for name in methods)
 
 # %% [markdown]
 # ## What each says about this prediction
-# The last row, for a target: a token's score. `in_out` takes the prediction's own direction, and its
-# scores are shares of a logit; the others know no target.
+# The last row, for a target: a token's score. `in_out` takes the prediction's own direction, and
+# its scores are shares of a logit; the others know no target.
 
 # %%
 scores = {name: lens.token_scores(name)[0] for name in methods}
@@ -59,10 +59,10 @@ assert best["in_out"] == "Mary"
 
 # %% [markdown]
 # ## What the model says
-# Take away the word that a method ranks first, then the next, up to 30 % of them (the last word stays, as
-# the prediction is made there), and run the model each time. The better a method knows what the model
-# needs, the faster the probability of "Mary" falls: `positive` is the area under that curve, lower is
-# better. `negative` takes the least needed first; there higher is better.
+# Take away the word that a method ranks first, then the next, up to 30 % of them (the last word
+# stays, as the prediction is made there), and run the model each time. The better a method knows
+# what the model needs, the faster the probability of "Mary" falls: `positive` is the area under
+# that curve, lower is better. `negative` takes the least needed first; there higher is better.
 
 # %%
 one = evaluate(model, [prompt], methods, keep_last=True)
@@ -71,13 +71,19 @@ found = {name: one.row(name, "positive").values[0] for name in methods}
 assert min(found, key=found.get) == "in_out"
 
 # %% [markdown]
-# One prompt is an anecdote. Held-out prompts of the same task, two ways of masking, intervals, and a
-# paired test:
+# One prompt is an anecdote. Held-out prompts of the same task, two ways of masking, intervals, and
+# a paired test:
 
 # %%
 prompts = [pair.clean for pair in demo.prompts("ioi", 16, seed=3)]
-many = evaluate(model, prompts, (*methods, "random"), ["perturbation", "leave_one_out"],
-                ["delete", "token"], keep_last=True)  # fmt: skip
+many = evaluate(
+    model,
+    prompts,
+    (*methods, "random"),
+    ["perturbation", "leave_one_out"],
+    ["delete", "token"],
+    keep_last=True,
+)
 print(many)
 for other in (*methods[1:], "random"):
     gap = many.compare("in_out", other, "positive", "delete")
@@ -86,29 +92,38 @@ for other in (*methods[1:], "random"):
 
 # %% [markdown]
 # ## Where it loses
-# Not everywhere. Agreement with leave-one-out ranks *all* words, also those that hardly matter, and a
-# signed score ranks last what speaks for another answer ("John"), whose loss hurts all the same.
+# Not everywhere. Agreement with leave-one-out ranks *all* words, also those that hardly matter, and
+# a signed score ranks last what speaks for another answer ("John"), whose loss hurts all the same.
 
 # %%
 loo = {name: many.estimate(name, "leave_one_out", "delete") for name in (*methods, "random")}
 print(*(f"{name:>22}: {found}" for name, found in loo.items()), sep="\n")
 assert loo["rollout"].value > loo["random"].high
-sizes = {"|in_out|": [
-    tensorlens_tl.capture(model, text)[1].token_scores("in_out")[0].abs() for text in prompts
-]}  # fmt: skip
+sizes = {
+    "|in_out|": [
+        tensorlens_tl.capture(model, text)[1].token_scores("in_out")[0].abs() for text in prompts
+    ]
+}
 signless = evaluate(model, prompts, None, "leave_one_out", scores=sizes, keep_last=True)
 unsigned = signless.estimate("|in_out|")
 print(f"{'without signs':>22}: {unsigned}")
 assert unsigned.value > loo["in_out"].value
 
 # %% [markdown]
-# And a probability falls with whatever breaks the sentence. Which words decide *between* the prediction
-# and its runner-up? Ask `in_out` for that, and measure that: the logit difference. A method made of
-# attention alone has no target to ask for.
+# And a probability falls with whatever breaks the sentence. Which words decide *between* the
+# prediction and its runner-up? Ask `in_out` for that, and measure that: the logit difference. A
+# method made of attention alone has no target to ask for.
 
 # %%
-choice = evaluate(model, prompts, methods, "leave_one_out", versus="runner_up", metric="logit_diff",
-                  keep_last=True)  # fmt: skip
+choice = evaluate(
+    model,
+    prompts,
+    methods,
+    "leave_one_out",
+    versus="runner_up",
+    metric="logit_diff",
+    keep_last=True,
+)
 print(choice)
 for other in methods[1:]:
     gap = choice.compare("in_out", other, "leave_one_out")
@@ -116,8 +131,8 @@ for other in methods[1:]:
     assert gap.difference.low > 0
 
 # %% [markdown]
-# Which method wins depends on the model, the task and the way of masking: `docs/results.md` has all of
-# them, also where the operator's own maps lose. An evaluation is a file, and comes back whole:
+# Which method wins depends on the model, the task and the way of masking: `docs/results.md` has all
+# of them, also where the operator's own maps lose. An evaluation is a file, and comes back whole:
 
 # %%
 again = type(many).from_json(many.to_json())

@@ -77,7 +77,8 @@ class FrozenRun:
                 what = "logits it returned" if tensor is self.capture.logits else "model's weights"
                 raise ValueError(
                     f"The {what} were written to after the capture, so the lens does not describe "
-                    "that run any more. Capture again, and clone logits before you edit them in place."
+                    "that run any more. Capture again, and clone logits before you edit them in "
+                    "place."
                 )
 
     @property

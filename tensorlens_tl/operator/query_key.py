@@ -244,8 +244,8 @@ class Projection:
 
 def _turned(y: Float[Tensor, "batch head pos d"], rotation: Rotation, back: bool = False) -> Tensor:
     """Rotate vectors, or pull covectors back through the rotation."""
-    # y = x cos + quarter(x) sin, with quarter a turn by 90° in each plane, whose adjoint is −quarter.
-    # Rotary embeddings may turn the first dimensions only.
+    # y = x cos + quarter(x) sin, with quarter a turn by 90° in each plane, whose adjoint is
+    # −quarter. Rotary embeddings may turn the first dimensions only.
     cos, sin = (t[: y.shape[-2]].to(y) for t in (rotation.cos, rotation.sin))
     x, rest = y[..., : cos.shape[-1]], y[..., cos.shape[-1] :]
     quarter = -_quarter(x * sin, rotation) if back else _quarter(x, rotation) * sin

@@ -38,8 +38,12 @@ _BASE = {
 _ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
 _LLAMA = {**_ROTARY, "normalization_type": "RMS", "act_fn": "silu", "gated_mlp": True}
 _GEMMA = {**_LLAMA, "act_fn": "gelu_pytorch_tanh", "n_key_value_heads": 2}
-_DOUBLE = {"use_normalization_before_and_after": True, "use_local_attn": True, "window_size": 3,
-           "attn_types": ["global", "local"]}  # fmt: skip
+_DOUBLE = {
+    "use_normalization_before_and_after": True,
+    "use_local_attn": True,
+    "window_size": 3,
+    "attn_types": ["global", "local"],
+}
 HOOKED: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2-folded": {"normalization_type": "LNPre"},
@@ -152,17 +156,48 @@ _OTHER_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 _HEADS = {"GPT2": "LMHeadModel", "Bert": "ForMaskedLM", "T5": "ForConditionalGeneration"}
 
-NATIVE = {name: HOOKED[name] for name in (
-    "gpt2", "gpt2-folded", "llama", "neox", "no-norm", "attn-only", "attn-only-no-norm",
-)}  # fmt: skip
+NATIVE = {
+    name: HOOKED[name]
+    for name in (
+        "gpt2",
+        "gpt2-folded",
+        "llama",
+        "neox",
+        "no-norm",
+        "attn-only",
+        "attn-only-no-norm",
+    )
+}
 COMPAT = {"gpt2", "llama", "neox", "gemma2"}  # one of every block shape, in compatibility mode too
-FLOAT32_NORMS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma", "gemma3", "phi3", "olmo",
-                 "olmo2", "olmo3", "smollm3", "seed-oss", "ministral3", "ernie4.5", "glm", "glm4",
-                 "arcee", "vaultgemma"}  # fmt: skip
+FLOAT32_NORMS = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma",
+    "gemma3",
+    "phi3",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "seed-oss",
+    "ministral3",
+    "ernie4.5",
+    "glm",
+    "glm4",
+    "arcee",
+    "vaultgemma",
+}
 
 _HOOKED_CLASS = {"bert": "HookedEncoder", "t5": "HookedEncoderDecoder"}  # else HookedTransformer
-_NATIVE_LACKS = {"use_qk_norm", "use_local_attn", "use_normalization_before_and_after",
-                 "original_architecture"}  # fmt: skip
+_NATIVE_LACKS = {
+    "use_qk_norm",
+    "use_local_attn",
+    "use_normalization_before_and_after",
+    "original_architecture",
+}
 """Options that boot_native would ignore without an error."""
 
 FAMILIES = {

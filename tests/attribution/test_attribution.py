@@ -61,9 +61,12 @@ def test_no_part_is_a_remainder(case):
 
     lens = lens_of(case)
     blocks = tuple(
-        replace(b, attn=replace(b.attn, mix=replace(b.attn.mix, pattern=torch.zeros_like(b.attn.pattern))))
+        replace(
+            b,
+            attn=replace(b.attn, mix=replace(b.attn.mix, pattern=torch.zeros_like(b.attn.pattern))),
+        )
         for b in lens.capture.blocks
-    )  # fmt: skip
+    )
     broken = TensorLens(replace(lens.capture, blocks=blocks))
     for by in ("token", "component"):
         assert broken.attribute(3, by=by).completeness_error > 1e-3
@@ -165,17 +168,33 @@ def hand_made():
     frame = Frame(((0, 2),), 2, torch.float64, torch.device("cpu"))
     X = t([[1, 2], [3, 4]])
     pattern = t([[[1, 0], [0.25, 0.75]]])
-    attn = Attention(frame, 0, Mix(frame, pattern, 1, 1), AttentionWeights(
-        t([1], [1])[None], t(1)[None], t([2, 0])[None], t(0, 1)))  # fmt: skip
+    attn = Attention(
+        frame,
+        0,
+        Mix(frame, pattern, 1, 1),
+        AttentionWeights(t([1], [1])[None], t(1)[None], t([2, 0])[None], t(0, 1)),
+    )
     mlp = MLP(frame, 0, MLPWeights(t([0], [1]), t(-1), t([1, 1]), t(0, 3), "relu"), t([[1], [1]]))
     block = FrozenBlock(X, t([[9, 3], [17, 5]]), attn, mlp, None, None, None, None)
     y = t([[11, 8], [21, 12]])
     unembed = Unembed(frame, UnembedWeights(t([1], [10]), t(5)), y)
     prompts = Prompts(torch.tensor([[0, 0]]), frame.spans, (("a", "b"),))
-    return TensorLens(Capture(
-        "by hand", frame, prompts, X, None, (block,), y, None, unembed, t([[96], [146]]),
-        Convention(), {"none": 0.0},
-    ))  # fmt: skip
+    return TensorLens(
+        Capture(
+            "by hand",
+            frame,
+            prompts,
+            X,
+            None,
+            (block,),
+            y,
+            None,
+            unembed,
+            t([[96], [146]]),
+            Convention(),
+            {"none": 0.0},
+        )
+    )
 
 
 def test_two_tokens_by_hand():
@@ -192,15 +211,25 @@ def test_two_tokens_by_hand():
     assert lens.completeness_error == 0
     a = lens.attribute(0)
     assert dict(zip(a.labels[0], a.values[0].tolist(), strict=True)) == {
-        '"a"@0': 1.5, '"b"@1': 97.5, "L0.b_V": 2, "L0.b_O": 21, "L0.b_in": -11, "L0.b_out": 30,
+        '"a"@0': 1.5,
+        '"b"@1': 97.5,
+        "L0.b_V": 2,
+        "L0.b_O": 21,
+        "L0.b_in": -11,
+        "L0.b_out": 30,
         "b_U": 5,
-    }  # fmt: skip
+    }
     # Direct: embed 3 + 40; head z W_O·u = 14; MLP without b_out: relu(4) (1, 1)·u = 44;
     # b_O 10; b_out 30; b_U 5.
     d = lens.attribute(0, by="component")
     assert dict(zip(d.labels[0], d.values[0].tolist(), strict=True)) == {
-        "embed": 43, "L0H0": 14, "L0MLP": 44, "L0.b_O": 10, "L0.b_out": 30, "b_U": 5,
-    }  # fmt: skip
+        "embed": 43,
+        "L0H0": 14,
+        "L0MLP": 44,
+        "L0.b_O": 10,
+        "L0.b_out": 30,
+        "b_U": 5,
+    }
     assert d.completeness_error == a.completeness_error == 0
     # The block of T from token a to the end: T = rows of the covectors above.
     block = lens.operator.block(-1, 0)[0]

@@ -159,15 +159,16 @@ def test_a_notebook_shows_tokens_heads_and_tables():
 
 
 def test_pictures_tell_what_they_have_no_place_for():
-    """Constants, other components and the operator's change, so that nothing of the sum is hidden."""
+    """Constants, other components and the operator's change: nothing of the sum is hidden."""
     lens = lens_of(FIRST)[0]
     for by in ("token", "head"):
         a = lens.attribute(3, 4, by=by)
         shown = "embed" if by == "token" else "head"
         beside = sum(
-            float(a.values[0, i]) for i, s in enumerate(a.sources)
+            float(a.values[0, i])
+            for i, s in enumerate(a.sources)
             if (s.pos is None if by == "token" else s.node.kind != shown)
-        )  # fmt: skip
+        )
         name = "constants" if by == "token" else "other components"
         assert f"<div>{name} {beside:+.4g}</div>" in a._repr_html_()
     with quiet(), torch.no_grad():

@@ -46,7 +46,7 @@ def test_a_difference_sums_to_the_difference_of_the_models_own_logits(case, gate
 
 @every_case
 def test_the_tokens_part_by_the_slow_way(case):
-    """u T (x_c − x_k) of either operator, and the change as what two operators make of one prompt."""
+    """u T (x_c − x_k) of either operator; the change is what two operators make of one prompt."""
     clean, corrupted = lens_of(case), corrupted_of(case)
     u = {
         "clean": gradient_of(clean, 3, 4).target,
@@ -225,8 +225,13 @@ def test_every_layers_loadings_sum_to_the_effect(case, gate):
         lens.attribute(3, 4, by="component", effect="total").sum("pos"),
     )
     edges = lens.attribute(3, 4, by="edge")
-    sources = {2: token.sum("node"), -1: token.sum("node"), "L0H1": total, "embed": token.sum("pos"),
-               "L0H1→L1H2.v": edges}  # fmt: skip
+    sources = {
+        2: token.sum("node"),
+        -1: token.sum("node"),
+        "L0H1": total,
+        "embed": token.sum("pos"),
+        "L0H1→L1H2.v": edges,
+    }
     if lens.capture.blocks[0].mlp is not None:
         sources["L0MLP"] = total
     for source, table in sources.items():

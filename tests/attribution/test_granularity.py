@@ -1,4 +1,4 @@
-"""Every split of a target: laws 2 to 6, totals by injection, edges by the slow way, one sweep for all."""
+"""Every split of a target: laws 2 to 6, totals by injection, slow edges, one sweep for all."""
 
 from dataclasses import replace
 
@@ -41,8 +41,11 @@ def value(lens, target=3, versus=4, pos=-1):
 def rows(a, kind=None):
     """Values by node, summed over positions."""
     a = a.sum("pos")
-    return {s.node: a.values[:, i] for i, s in enumerate(a.sources)
-            if kind is None or s.node.kind == kind}  # fmt: skip
+    return {
+        s.node: a.values[:, i]
+        for i, s in enumerate(a.sources)
+        if kind is None or s.node.kind == kind
+    }
 
 
 def assert_same(ours, theirs, scale, what, tol=1e-10):
@@ -119,7 +122,7 @@ def test_what_branches_write(case, gate):
 
 @every_case
 def test_totals_are_what_injecting_a_writers_output_into_the_real_model_changes(case):
-    """The real model, frozen by hooks: without a node's output, all later sites change as predicted."""
+    """The real model, frozen by hooks: without a node's output, later sites change as predicted."""
     lens, frozen = lens_of(case), FrozenModel(case.model(), tokens())
     op, tol = lens.operator, 1e-6 if case.float32_norms else 1e-10
     u = gradient_of(lens, 3, 4).target.covector

@@ -43,7 +43,7 @@ EVERYTHING = 10**9
 
 
 def node_maps(step):
-    """Every node of a step with its map (norms included) and what its own constants write, by name."""
+    """Every node of a step, by name: its map (norms included) and what its own constants write."""
     for branch in step.branches:
         for node in branch.body.nodes():
             part = branch.body.part(node)
@@ -330,8 +330,9 @@ def test_hundred_best_of_two_tokens_by_meeting_in_the_middle(stories):
     rows = [  # the host's biases are zeros
         (label, nodes, s[i].flatten())
         for nodes, (names, s) in below.items()
-        for i, label in enumerate(names) if label[0] == "embed" or s[i].any()
-    ]  # fmt: skip
+        for i, label in enumerate(names)
+        if label[0] == "embed" or s[i].any()
+    ]
     states = torch.stack([s for *_, s in rows])
     above = {(): operator.ln_final.apply_t(u)}
     for step in reversed(steps[5:]):
@@ -489,11 +490,17 @@ def test_by_hand():
 
     paths = hand_made().paths(0, 100)
     assert {path.name: path.contribution for path in paths} == {
-        '"a"@0 → L0H0 → logits': 1.5, '"b"@1 → logits': 43, '"b"@1 → L0H0 → logits': 10.5,
-        '"b"@1 → L0MLP → logits': 44, "L0.b_V → L0H0 → logits": 2, "L0.b_in → L0MLP → logits": -11,
-        "L0.b_O → logits": 10, "L0.b_O → L0MLP → logits": 11, "L0.b_out → logits": 30,
+        '"a"@0 → L0H0 → logits': 1.5,
+        '"b"@1 → logits': 43,
+        '"b"@1 → L0H0 → logits': 10.5,
+        '"b"@1 → L0MLP → logits': 44,
+        "L0.b_V → L0H0 → logits": 2,
+        "L0.b_in → L0MLP → logits": -11,
+        "L0.b_O → logits": 10,
+        "L0.b_O → L0MLP → logits": 11,
+        "L0.b_out → logits": 30,
         "b_U → logits": 5,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.wrong_types

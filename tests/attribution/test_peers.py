@@ -157,13 +157,14 @@ def whole_of(src, dest):
 def test_faithfulness_is_the_hosts(name, ablation):
     """The same circuits, edge by edge, are the same logits.
 
-    What differs, and is settled here: their nodes stand at a position each (a circuit of ours is all
-    positions of theirs) and one pair is measured at a time; a graph counts its edges at every position.
-    Their writer ``embed`` is without positions, which they always keep; our ``input`` is both (between
-    runs of equal length positions replace themselves). Their MLP's output holds b_out, ours not:
-    no difference where the replacement has it, too. Their share divides by the gap between the clean
-    and the *corrupted* run also for ``mean``, ours by that to everything ablated: the ablated measures
-    are compared, and the shares with ``corrupt``. Their mean is over other prompts, our ``mean_over``.
+    What differs, and is settled here: their nodes stand at a position each (a circuit of ours is
+    all positions of theirs) and one pair is measured at a time; a graph counts its edges at every
+    position. Their writer ``embed`` is without positions, which they always keep; our ``input`` is
+    both (between runs of equal length positions replace themselves). Their MLP's output holds
+    b_out, ours not: no difference where the replacement has it, too. Their share divides by the gap
+    between the clean and the *corrupted* run also for ``mean``, ours by that to everything ablated:
+    the ablated measures are compared, and the shares with ``corrupt``. Their mean is over other
+    prompts, our ``mean_over``.
     """
     model, clean, corrupted = CASES[name].model(), tokens(1), corrupt()
     config = peer.FaithfulnessConfig(ablation=ablation)
@@ -199,7 +200,9 @@ def test_faithfulness_is_the_hosts(name, ablation):
             if ablation == "corrupt":
                 assert ours.share == pytest.approx(theirs.recovered, abs=1e-10)
             assert (theirs.circuit_size, theirs.total_edges) == (
-                len(circuit) * clean.shape[1], len(edges) * clean.shape[1])  # fmt: skip
+                len(circuit) * clean.shape[1],
+                len(edges) * clean.shape[1],
+            )
             moved.append(ablated)
     assert max(moved) - min(moved) > 1e-2
 

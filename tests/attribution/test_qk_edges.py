@@ -50,7 +50,7 @@ class LiveScores(FrozenModel):
         return [*kept, (f"{self.attn}.hook_pattern", pattern)]
 
     def gradients(self, x, u, layer, heads):
-        """The gradient of u · y at the layer's input, through one reader alone; and around them all.
+        """The gradient of u · y at the layer's input, through one reader alone; and around all.
 
         The former are differences from the latter, and as exact as it is large.
         """
@@ -220,7 +220,7 @@ def test_a_wrong_layout_is_found_by_the_runs_own_pattern(case):
 
 
 def test_edits_of_scores_and_patterns():
-    """Scores that a hook masked are a softmax still; queries or patterns that it changed are not."""
+    """Scores that a hook masked are a softmax still; changed queries or patterns are not."""
     case = SHAPES[0]
     model = case.model()
 
@@ -238,8 +238,11 @@ def test_edits_of_scores_and_patterns():
     gone = edges_of(
         run("hook_pattern", lambda t, hook: t * torch.tensor([1, 0, 1, 1.0])[:, None, None])
     )
-    assert all((v == 0).all() == (e.dest.index == 1 and e.dest.layer == 1)
-               for e, v in gone.items() if not e.conserved)  # fmt: skip
+    assert all(
+        (v == 0).all() == (e.dest.index == 1 and e.dest.layer == 1)
+        for e, v in gone.items()
+        if not e.conserved
+    )
     for name, hook in (
         ("hook_q", lambda t, hook: t * 0.5),
         ("hook_pattern", lambda t, hook: t * 0.5),
@@ -270,7 +273,10 @@ def test_writing_to_query_weights_makes_the_lens_refuse():
         _, lens = tensorlens_tl.capture(model, tokens())
     attn = model.blocks[0].attn
     with torch.no_grad():
-        (attn.W_Q if hasattr(attn, "rotary_dim") or hasattr(attn, "attn_scale")
-         else attn.q.original_component.weight).mul_(2)  # fmt: skip
+        (
+            attn.W_Q
+            if hasattr(attn, "rotary_dim") or hasattr(attn, "attn_scale")
+            else attn.q.original_component.weight
+        ).mul_(2)
     with pytest.raises(ValueError, match="model's weights were written to after the capture"):
         lens.attribute(by="edge", qk=True)

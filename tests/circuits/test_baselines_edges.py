@@ -57,10 +57,17 @@ def test_eap_ig_is_the_mean_slope_along_the_embeddings(case):
             nudge = torch.zeros(len(universe.readers), len(universe.writers)).double()
             nudge[universe.place(edge)] = h
             values = [
-                measure(edged.run(CLEAN, nudge=sign * nudge, direction=a - b,
-                                  embeddings=b[0] + k / steps * (a - b)[0]))
-                for k in range(1, steps + 1) for sign in (1, -1)
-            ]  # fmt: skip
+                measure(
+                    edged.run(
+                        CLEAN,
+                        nudge=sign * nudge,
+                        direction=a - b,
+                        embeddings=b[0] + k / steps * (a - b)[0],
+                    )
+                )
+                for k in range(1, steps + 1)
+                for sign in (1, -1)
+            ]
             slopes.append(sum(values[::2]) / (2 * h) - sum(values[1::2]) / (2 * h))
     ours = torch.tensor([scores[edge] for edge in edges]).double()
     assert_close(ours, torch.cat(slopes) / steps / 3, 1e-3 if case.float32_norms else 1e-6)
@@ -91,8 +98,11 @@ def test_direct_effects_rank_by_the_weaker_end():
     logits = Node("logits")
     for name in ("L0H1→L1H2.k", "L0MLP→L1MLP", "L0H3→logits"):
         edge = Edge.parse(name)
-        ends = [edge.src] if edge.dest == logits else [
-            edge.src, Node(edge.dest.kind, edge.dest.layer, edge.dest.index)]  # fmt: skip
+        ends = (
+            [edge.src]
+            if edge.dest == logits
+            else [edge.src, Node(edge.dest.kind, edge.dest.layer, edge.dest.index)]
+        )
         assert direct[edge] == min(abs(eap[Edge(end, logits)]) for end in ends)
 
 

@@ -214,9 +214,15 @@ def test_padded_batches(case):
 @every_case
 def test_edits_of_the_users_own_are_constants_that_all_read(case):
     model = case.model()
-    edits = [(f"blocks.{layer}.{name}", lambda t, hook: t * 1.5 + 0.3)
-             for layer, name in ((0, "hook_resid_pre"), (0, "attn.hook_z"), (1, "attn.hook_v"),
-                                 (1, "hook_resid_post"))]  # fmt: skip
+    edits = [
+        (f"blocks.{layer}.{name}", lambda t, hook: t * 1.5 + 0.3)
+        for layer, name in (
+            (0, "hook_resid_pre"),
+            (0, "attn.hook_z"),
+            (1, "attn.hook_v"),
+            (1, "hook_resid_post"),
+        )
+    ]
     with quiet(), torch.no_grad(), model.hooks(fwd_hooks=edits):
         _, lens = tensorlens_tl.capture(model, tokens())
     op, x, own, theirs = lens.operator, lens.embedding, {}, {}
@@ -309,8 +315,13 @@ def grown(scores, wiring, n, method, least=-math.inf):
     """A circuit by definition: the best edge allowed, with what connects it, while it fits."""
     values, edges, nodes, over = ranked_by(scores, wiring, method), set(), {INPUT, LOGITS}, set()
     while len(edges) < n:
-        may = [e for e in scores if e not in edges | over and values[e] >= least
-               and (method != "greedy" or owner(e.dest) in nodes)]  # fmt: skip
+        may = [
+            e
+            for e in scores
+            if e not in edges | over
+            and values[e] >= least
+            and (method != "greedy" or owner(e.dest) in nodes)
+        ]
         if not may:
             break
         edge = max(may, key=lambda e: values[e])
@@ -445,9 +456,15 @@ def test_an_induction_circuit_is_found_by_its_keys(at, selection):
         corrupted.append(demo.text(other))
         answers.append(words[first + 1])
     run = partial(
-        tensorlens_tl.discover, model, clean, corrupted, answers, at=at, selection=selection,
+        tensorlens_tl.discover,
+        model,
+        clean,
+        corrupted,
+        answers,
+        at=at,
+        selection=selection,
         n_edges=479 // 20,
-    )  # fmt: skip
+    )
     found = run()
     assert len(found) <= 0.05 * 479
     heads = {
@@ -611,9 +628,17 @@ def test_damaged_files():
 
     row = {"score": 1.0, "in_graph": True}
     for text in (
-        "", "[]", "{}", "nan", "[" * 10**5, changed(cfg=None), changed(edges=[]),
-        changed(cfg={**good["cfg"], "n_layers": -1}), changed(cfg={**good["cfg"], "n_heads": 2.0}),
-        changed(edges={"a1.h0->a0.h1<q>": row}), changed(edges={"a0.h0->a1.h9<q>": row}),
+        "",
+        "[]",
+        "{}",
+        "nan",
+        "[" * 10**5,
+        changed(cfg=None),
+        changed(edges=[]),
+        changed(cfg={**good["cfg"], "n_layers": -1}),
+        changed(cfg={**good["cfg"], "n_heads": 2.0}),
+        changed(edges={"a1.h0->a0.h1<q>": row}),
+        changed(edges={"a0.h0->a1.h9<q>": row}),
         changed(edges={"m0->logits": {"score": math.nan, "in_graph": True}}),
         changed(edges={"m0->logits": {"score": 1.0}}),
         changed(edges={"m0->logits": {"score": 1.0, "in_graph": "yes"}}),
@@ -621,7 +646,7 @@ def test_damaged_files():
         changed(tensorlens_tl={**good["tensorlens_tl"], "format": "tensorlens_tl circuit 99"}),
         changed(tensorlens_tl={**good["tensorlens_tl"], "convention": {"gate": "no"}}),
         changed(tensorlens_tl={**good["tensorlens_tl"], "n_prompts": "many"}),
-    ):  # fmt: skip
+    ):
         with pytest.raises(
             ValueError, match="not a circuit of to_json, nor an edge list of EAP-IG"
         ):

@@ -104,12 +104,19 @@ class PathPatching:
 
     def cached(self, ids, hooks=()):
         kept = {}
-        wanted = [n for layer in range(self.n_layers) for n in (
-            *(f"blocks.{layer}.attn.hook_{name}" for name in "qkvz"),
-            f"blocks.{layer}.hook_mlp_out",
-            f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_resid_mid",
-            f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.ln1_post.hook_scale",
-            f"blocks.{layer}.ln2_post.hook_scale")]  # fmt: skip
+        wanted = [
+            n
+            for layer in range(self.n_layers)
+            for n in (
+                *(f"blocks.{layer}.attn.hook_{name}" for name in "qkvz"),
+                f"blocks.{layer}.hook_mlp_out",
+                f"blocks.{layer}.hook_resid_pre",
+                f"blocks.{layer}.hook_resid_mid",
+                f"blocks.{layer}.hook_resid_post",
+                f"blocks.{layer}.ln1_post.hook_scale",
+                f"blocks.{layer}.ln2_post.hook_scale",
+            )
+        ]
         wanted += ["hook_embed", "hook_pos_embed"]
 
         def keep(name):
@@ -251,8 +258,10 @@ def test_frozen_patterns_are_no_edges():
     model, clean, corrupted = runs(FIRST)
     values = [edge for edge in universe_of(model).edges if edge.dest.name not in ("q", "k")]
     with quiet():
-        found = {p: faithfulness(model, clean, values, corrupted, attention=p, target=3).share
-                 for p in ("live", "frozen")}  # fmt: skip
+        found = {
+            p: faithfulness(model, clean, values, corrupted, attention=p, target=3).share
+            for p in ("live", "frozen")
+        }
     assert abs(found["frozen"] - 1) <= 1e-10 and abs(found["live"] - 1) > 1e-3
 
 
@@ -288,8 +297,10 @@ def test_prompts_of_several_lengths_come_back_in_order_whatever_the_batch():
     with quiet():
         many = faithfulness(model, rows, edges, corrupted, target=[1, 2, 3, 4, 5])
         small = faithfulness(model, rows, edges, corrupted, target=[1, 2, 3, 4, 5], batch_size=1)
-        each = [faithfulness(model, [row], edges, [twin], target=i)
-                for i, (row, twin) in enumerate(zip(rows, corrupted, strict=True), 1)]  # fmt: skip
+        each = [
+            faithfulness(model, [row], edges, [twin], target=i)
+            for i, (row, twin) in enumerate(zip(rows, corrupted, strict=True), 1)
+        ]
     for name in ("full", "ablated", "circuit"):
         assert_close(getattr(many, name), torch.cat([getattr(one, name) for one in each]), 1e-12)
         assert_close(getattr(small, name), getattr(many, name), 1e-12)
@@ -514,8 +525,10 @@ def test_nodes_and_both_names_of_the_input():
     assert len(edges) == 1 + 3 + 3 + 3 + 1 + 1 and str(edges[-1]) == "L1H2→logits"
     names = [str(edge).replace("input", name) for name in ("embed", "pos_embed") for edge in edges]
     with quiet():
-        found = [faithfulness(model, clean, given, corrupted, target=3).circuit
-                 for given in (edges, ["L0H1", "L1H2"], names)]  # fmt: skip
+        found = [
+            faithfulness(model, clean, given, corrupted, target=3).circuit
+            for given in (edges, ["L0H1", "L1H2"], names)
+        ]
         scores = dict.fromkeys(edges, 1.0)
         curve = faithfulness_curve(
             model, clean, scores, corrupted, target=3, sizes=(len(edges) / 110,)

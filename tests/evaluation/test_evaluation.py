@@ -77,8 +77,10 @@ def test_scores_that_are_the_drops_agree_with_leave_one_out():
         with quiet(), torch.no_grad():
             target = int(model(ids[None])[0, -1].argmax())
         whole = probability(ids, target)
-        gone = [whole - probability(torch.cat([ids[:j], ids[j + 1 :]]), target)
-                for j in range(1, len(ids))]  # fmt: skip
+        gone = [
+            whole - probability(torch.cat([ids[:j], ids[j + 1 :]]), target)
+            for j in range(1, len(ids))
+        ]
         drops.append([0.0, *gone])
     scores = {"truth": drops, "opposite": [[-d for d in one] for one in drops]}
     got = run(PROMPTS, protocol=["leave_one_out", "perturbation"], scores=scores)
@@ -109,8 +111,10 @@ def test_the_best_order_found_by_trying_all():
             masked |= 1 << (j - 1)
             total += value[0] - value[masked]
         best, worst = max(best, (total, order)), min(worst, (total, order))
-    scores = {name: [[-float(order.index(j)) if j else 0.0 for j in range(n)]]
-              for name, (_, order) in (("best", best), ("worst", worst))}  # fmt: skip
+    scores = {
+        name: [[-float(order.index(j)) if j else 0.0 for j in range(n)]]
+        for name, (_, order) in (("best", best), ("worst", worst))
+    }
     got = run([text], "in_out", "naopc", scores=scores)
     assert got.row("best").values[0] == pytest.approx(1, abs=1e-5)
     assert got.row("worst").values[0] == pytest.approx(0, abs=1e-5)
@@ -254,8 +258,13 @@ def test_table_json_and_dataframe():
     whole = found()
     text = repr(whole)
     assert text.startswith("Evaluation of 3 methods on 3 prompts of tensorlens_tl demo (float32)")
-    for part in ("masked by delete", "masked by mean", "positive ↓ (tensorlens, probability)",
-                 "sufficiency ↓ (eraser, probability)", "rollout"):  # fmt: skip
+    for part in (
+        "masked by delete",
+        "masked by mean",
+        "positive ↓ (tensorlens, probability)",
+        "sufficiency ↓ (eraser, probability)",
+        "rollout",
+    ):
         assert part in text
     again = Evaluation.from_json(whole.to_json())
     assert vars(again) == vars(whole) and repr(again) == text
@@ -326,7 +335,10 @@ def test_rows_are_named_or_refused():
         ({"options": {"chefer": {}}}, "options= has an entry for chefer, .*in_out.*Name the"),
         ({"mask_token": "the"}, "mask_token= is used by masking='token' only"),
         ({"mask_token": "zzz", "masking": "token"}, "mask_token='zzz' is unknown to the tokenizer"),
-        ({"prompts": [torch.ones(2, 5).long()]}, r"prompts\[0\] has ids of shape \[2, 5\], which are 2"),
+        (
+            {"prompts": [torch.ones(2, 5).long()]},
+            r"prompts\[0\] has ids of shape \[2, 5\], which are 2",
+        ),
         ({"prompts": [[1, 9, 8, 7], [1, 9, 2, 2]]}, "prompt 1 ends in the padding token"),
         ({"protocol": "perturb"}, "protocol='perturb' does not exist. Use one of perturbation"),
         ({"protocol": []}, r"protocol=\[\] names no protocol"),
@@ -351,7 +363,7 @@ def test_rows_are_named_or_refused():
         ({"scores": {"norm": [[1.0]] * 3}}, "has the name of a method. Give your scores another"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_bad_input_is_refused(arguments, message):
     given = {"prompts": PROMPTS, "methods": None if "scores" in arguments else "in_out"}
     arguments = given | arguments

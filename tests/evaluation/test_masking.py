@@ -109,10 +109,13 @@ def test_outcomes_are_read_off_the_model_s_logits(kind):
         with torch.no_grad(), quiet():
             logits = by_hand(model, ids, where, kind, way.token)[0].double()
         p = float(logits.softmax(-1)[targets[prompt]])
-        expected = {"probability": p, "log_odds": float(torch.tensor(p).logit()),
-                    "logit": float(logits[targets[prompt]]),
-                    "logit_diff": float(logits[targets[prompt]] - logits[foils[prompt]]),
-                    "agreement": float(logits.argmax() == targets[prompt])}  # fmt: skip
+        expected = {
+            "probability": p,
+            "log_odds": float(torch.tensor(p).logit()),
+            "logit": float(logits[targets[prompt]]),
+            "logit_diff": float(logits[targets[prompt]] - logits[foils[prompt]]),
+            "agreement": float(logits.argmax() == targets[prompt]),
+        }
         for metric in METRICS:
             (found,) = runs.outcomes(prompt, metric, [masked])
             tolerance = 2e-2 if metric == "log_odds" else 2e-4  # 1 − p loses digits, by hand

@@ -57,8 +57,15 @@ def test_a_sample_made_again(task):
     with quiet():
         model = demo.load_model()
         prompts = made.task_prompts(model, task, made.SAMPLE)
-        found = evaluate(model, prompts, made.SAMPLED, masking=made.MASKINGS, seed=made.SEED,
-                         keep_last=True, progress=False)  # fmt: skip
+        found = evaluate(
+            model,
+            prompts,
+            made.SAMPLED,
+            masking=made.MASKINGS,
+            seed=made.SEED,
+            keep_last=True,
+            progress=False,
+        )
     for method in made.SAMPLED:
         for masking in made.MASKINGS:
             ours = found.row(method, "positive", masking).values

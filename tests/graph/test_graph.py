@@ -6,9 +6,27 @@ pytestmark = pytest.mark.algebra
 
 
 @pytest.mark.parametrize(
-    "text", ["embed", "pos_embed", "logits", "L3H7", "L12MLP", "L0N512", "L3.b_O", "L1.ln1.b", "b_U", "ln_final.b",
-             "L3H7.v", "L3H7.q", "L3", "dim12", "order 3", "operator change", "L3.hook_z[user]"]
-)  # fmt: skip
+    "text",
+    [
+        "embed",
+        "pos_embed",
+        "logits",
+        "L3H7",
+        "L12MLP",
+        "L0N512",
+        "L3.b_O",
+        "L1.ln1.b",
+        "b_U",
+        "ln_final.b",
+        "L3H7.v",
+        "L3H7.q",
+        "L3",
+        "dim12",
+        "order 3",
+        "operator change",
+        "L3.hook_z[user]",
+    ],
+)
 def test_names_read_back(text):
     assert str(Node.parse(text)) == text
 

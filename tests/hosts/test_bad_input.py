@@ -21,9 +21,11 @@ from models import build_bridge_from_module as bridge_builder
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError, UnsupportedArchitectureError, demo
 
-every_host = pytest.mark.parametrize("case", [
-    next(c for c in SHAPES if c.host == host) for host in sorted({c.host for c in SHAPES})
-], ids=str)  # fmt: skip
+every_host = pytest.mark.parametrize(
+    "case",
+    [next(c for c in SHAPES if c.host == host) for host in sorted({c.host for c in SHAPES})],
+    ids=str,
+)
 
 
 def refused(model, inputs, match, error=ValueError, **kwargs):
@@ -40,9 +42,10 @@ def test_empty_prompt(case, empty):
 @every_host
 def test_too_long(case):
     refused(
-        case.model(), torch.zeros(1, N_CTX + 1).long(),
+        case.model(),
+        torch.zeros(1, N_CTX + 1).long(),
         rf"{N_CTX + 1} tokens, but the model's context holds n_ctx = {N_CTX}. Shorten the prompt",
-    )  # fmt: skip
+    )
 
 
 @every_host
@@ -57,9 +60,10 @@ def test_ids_outside_the_vocabulary(case, wrong):
 
 @every_host
 @pytest.mark.parametrize(
-    "inputs", [3.5, torch.zeros(2, 3), torch.zeros(1, 2, 3).long(), [[1, 2], [3]], {"a": 1}, 7],
+    "inputs",
+    [3.5, torch.zeros(2, 3), torch.zeros(1, 2, 3).long(), [[1, 2], [3]], {"a": 1}, 7],
     ids=["float", "floats", "three axes", "ragged", "dict", "one id"],
-)  # fmt: skip
+)
 def test_no_tokens(case, inputs):
     refused(case.model(), inputs, "The input is .*Pass ")
 
@@ -134,9 +138,11 @@ def test_an_edit_that_is_not_served(case):
     if "unembed.hook_out" in model.hook_dict:
         with model.hooks(fwd_hooks=[("unembed.hook_out", double)]):
             refused(
-                model, tokens(), r"logits.*your own hooks at (.*_out|hook_unembed): .*not served",
+                model,
+                tokens(),
+                r"logits.*your own hooks at (.*_out|hook_unembed): .*not served",
                 error=CaptureMismatchError,
-            )  # fmt: skip
+            )
 
 
 @every_host
@@ -146,9 +152,11 @@ def test_a_hook_that_edits_the_pattern_is_frozen_as_seen(case):
     def first_key_only(t, hook):
         return torch.zeros_like(t).index_fill(-1, torch.tensor([0]), 1.0)
 
-    with quiet(), torch.no_grad(), model.hooks(
-        fwd_hooks=[("blocks.1.attn.hook_pattern", first_key_only)]
-    ):  # fmt: skip
+    with (
+        quiet(),
+        torch.no_grad(),
+        model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", first_key_only)]),
+    ):
         _, lens = tensorlens_tl.capture(model, tokens())
     assert lens.completeness_error <= case.tol()
     assert lens.capture.blocks[1].attn.pattern[..., 0].min() == 1
@@ -233,9 +241,12 @@ if HookedTransformer is not None:
         ("config", "match"),
         [
             ({"positional_embedding_type": "shortformer"}, "'shortformer' positions"),
-            ({"num_experts": 2, "experts_per_token": 1, "gated_mlp": True, "act_fn": "silu"}, "the MLP MoE"),
+            (
+                {"num_experts": 2, "experts_per_token": 1, "gated_mlp": True, "act_fn": "silu"},
+                "the MLP MoE",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_hooked_refusals(config, match):
         model = build_hooked(config, torch.float32)
         refused(

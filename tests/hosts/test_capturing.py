@@ -16,10 +16,14 @@ every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 
 
 def snapshot(model):
-    hooks = {n: (list(p.fwd_hooks), list(p.bwd_hooks), list(p._forward_hooks))
-             for n, p in model.hook_dict.items()}  # fmt: skip
-    weights = {n: (p.data_ptr(), p._version, p.detach().clone(), p.requires_grad, p.grad)
-               for n, p in model.named_parameters()}  # fmt: skip
+    hooks = {
+        n: (list(p.fwd_hooks), list(p.bwd_hooks), list(p._forward_hooks))
+        for n, p in model.hook_dict.items()
+    }
+    weights = {
+        n: (p.data_ptr(), p._version, p.detach().clone(), p.requires_grad, p.grad)
+        for n, p in model.named_parameters()
+    }
     modes = {n: m.training for n, m in model.named_modules()}
     config = {k: repr(v) for k, v in vars(model.cfg).items()}
     return hooks, weights, modes, config, torch.is_grad_enabled()

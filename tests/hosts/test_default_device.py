@@ -12,14 +12,18 @@ from tensorlens_tl.sublayers.linear_map import dot_test
 pytestmark = pytest.mark.algebra
 CHOSEN = [CASES.get("hooked-gpt2") or SHAPES[0], CASES.get("bridge-llama") or SHAPES[-1]]
 ASKED = {
-    **{f"attribute {by}": lambda lens, by=by: lens.attribute(3, 4, by=by).values
-       for by in ("token", "component", "head", "layer", "edge")},
+    **{
+        f"attribute {by}": lambda lens, by=by: lens.attribute(3, 4, by=by).values
+        for by in ("token", "component", "head", "layer", "edge")
+    },
     "q and k": lambda lens: lens.attribute(3, 4, by="edge", qk=True).values,
     "total": lambda lens: lens.attribute(3, 4, by="head", effect="total").values,
     "baseline": lambda lens: lens.attribute(3, 4, baseline="zero").values,
     "loadings": lambda lens: lens.loadings(2, 3, 4).values,
-    **{kind: lambda lens, kind=kind: lens.token_matrix(kind).values
-       for kind in ("norm", "in", "out", "in_out")},
+    **{
+        kind: lambda lens, kind=kind: lens.token_matrix(kind).values
+        for kind in ("norm", "in", "out", "in_out")
+    },
     "probes": lambda lens: lens.token_matrix("norm", probes=4).values,
     "bfloat16": lambda lens: lens.token_matrix("norm", precision="bfloat16").values,
     "rollout": lambda lens: lens.token_scores("rollout").values,
@@ -27,10 +31,14 @@ ASKED = {
     "block": lambda lens: lens.operator.block(-1, None),
     "frobenius": lambda lens: lens.operator.frobenius_norm(),
     "svd": lambda lens: lens.operator.svd(3).S,
-    "circuit": lambda lens: torch.tensor([*lens.discover(3, 4, n_edges=5).scores.values()], device="cpu"),
-    "paths": lambda lens: torch.tensor([path.contribution for path in lens[0].paths(3, 4)], device="cpu"),
+    "circuit": lambda lens: torch.tensor(
+        [*lens.discover(3, 4, n_edges=5).scores.values()], device="cpu"
+    ),
+    "paths": lambda lens: torch.tensor(
+        [path.contribution for path in lens[0].paths(3, 4)], device="cpu"
+    ),
     "plan": lambda lens: torch.tensor(lens.plan("svd").flops, device="cpu"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("pattern", ["stored", "recomputed"])

@@ -66,7 +66,7 @@ def has(case, name):
 
 
 def discards_patterns(case):
-    """GPT-J's Bridge and boot_native of 3.9 run on with the pattern they had before a hook edited it."""
+    """GPT-J's Bridge and boot_native of 3.9 run on with the pattern before a hook's edit."""
     return attends_apart(case.model())
 
 

@@ -154,7 +154,7 @@ if HookedTransformer is not None:
 
 def test_text_over_the_context_is_refused_not_cut():
     with pytest.raises(
-        ValueError, match="tokens, but the model's context holds n_ctx = 64. Shorten"
+        ValueError, match=r"tokens, but the model's context holds n_ctx = 64\. Shorten"
     ):
         capture(demo.load_model(), "Mary " * 100)
 

@@ -1,4 +1,4 @@
-"""The laws of the other modules, once over, for families that are known block shapes in another dress."""
+"""The laws of the other modules, once over, for families whose block shapes are known."""
 
 import inspect
 from dataclasses import replace
@@ -76,8 +76,20 @@ LAWS = [
     test_edits.test_an_edit_that_the_host_discards_is_refused,
     test_baselines_gradient.test_attnlrp_in_every_family,
 ]
-BRIEF = {"gpt-bigcode", "codegen", "smollm3", "seed-oss", "ministral3", "ernie4.5", "glm", "glm4",
-         "arcee", "jais2", "vaultgemma", "cohere2"}  # fmt: skip
+BRIEF = {
+    "gpt-bigcode",
+    "codegen",
+    "smollm3",
+    "seed-oss",
+    "ministral3",
+    "ernie4.5",
+    "glm",
+    "glm4",
+    "arcee",
+    "jais2",
+    "vaultgemma",
+    "cohere2",
+}
 """Nothing but weights in another dress: these meet the laws that need the host, and no others."""
 OF_THE_HOST = [
     test_operator.test_operator_reproduces_the_logits,
@@ -103,16 +115,29 @@ SCORES = [
 ]
 """Laws of what queries and keys are made of."""
 APART = {"gptj", "gpt-neo", "opt"}
-"""Whose attention is Hugging Face's own: patterns are shown, but neither made nor edited outside."""
+"""Families that run Hugging Face's attention: patterns are shown, not made or edited outside."""
 NO_QUERIES = {"codegen", "smollm3", "cohere2"}
 """Whose own classes of attention are not known here: pattern="recomputed" is refused, too."""
 NO_SCORES = {"gemma3", "olmo2", "olmo3"} | NO_QUERIES | APART
 """Whose scores' layout is not known here: two rotations, norms over all heads."""
-FLOAT32_SOFTMAX = {"phi", "cohere", "stablelm", "starcoder2", "mpt", "bloom", "gpt-bigcode", "codegen",
-                   "jais2", "cohere2"}  # fmt: skip
+FLOAT32_SOFTMAX = {
+    "phi",
+    "cohere",
+    "stablelm",
+    "starcoder2",
+    "mpt",
+    "bloom",
+    "gpt-bigcode",
+    "codegen",
+    "jais2",
+    "cohere2",
+}
 """Whose Bridges compute it so: a pattern made anew is as inexact as their norms would be."""
-MADE_ANEW = [*SCORES, test_recomputed.test_recomputed_equals_stored,
-             test_padding.test_a_batch_is_its_prompts]  # fmt: skip
+MADE_ANEW = [
+    *SCORES,
+    test_recomputed.test_recomputed_equals_stored,
+    test_padding.test_a_batch_is_its_prompts,
+]
 """Laws of patterns made anew, or of padding, whose mask overflows float64 in that softmax."""
 if HookedTransformer is None:
     NO_SCORES |= {"cohere"}  # transformer_lens 4 turns queries another way; the self-check finds it

@@ -1,4 +1,4 @@
-"""Ragged batches, padded left and right: each prompt is what it is alone, whatever the host pads."""
+"""Ragged batches, padded left and right: each prompt is what it is alone."""
 
 from functools import cache
 

@@ -48,8 +48,11 @@ def test_the_error_is_the_models_own_rounding(case, name):
         assert torch.equal(model(tokens(), return_type="logits"), logits)
 
 
-KINDS = [k for k, there in (("hooked", "hooked-gpt2" in CASES), ("bridge", build_bridge_from_module))
-         if there]  # fmt: skip
+KINDS = [
+    k
+    for k, there in (("hooked", "hooked-gpt2" in CASES), ("bridge", build_bridge_from_module))
+    if there
+]
 
 
 @pytest.mark.parametrize("name", HALF)

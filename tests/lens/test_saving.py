@@ -265,9 +265,10 @@ def _parameters() -> list[str]:
     # Queries and keys are no part of an operator: a wrong one is found by the run's pattern.
     others = (".q.", ".k.", "qkv", "W_Q", "W_K", "b_Q", "b_K")
     found = [
-        name for name, p in named
+        name
+        for name, p in named
         if p.untyped_storage().data_ptr() in used and not any(q in name for q in others)
-    ]  # fmt: skip
+    ]
     return found[:: max(1, len(found) // 9)]
 
 
@@ -500,38 +501,67 @@ HEADER_EDITS = {
     "span of text": (_set("frame", "spans", ["07", "07"]), "expected tuple"),
     "other spans": (_set("capture", "prompts", "spans", [[0, 7], [0, 6]]), "prompts: expected"),
     "strings": (_set("capture", "prompts", "strings", [["a"], ["b"]]), "prompts: expected"),
-    "ids for strings": (_set("capture", "prompts", "strings", [[1] * 7] * 2), "expected <class 'str'>"),
+    "ids for strings": (
+        _set("capture", "prompts", "strings", [[1] * 7] * 2),
+        "expected <class 'str'>",
+    ),
     "no blocks": (_set("capture", "blocks", []), "damaged"),
     "no checks": (_set("capture", "checks", "items", []), "at least one block"),
-    "text for a check": (_set("capture", "checks", "items", [["a", "b"]]), "expected <class 'float'>"),
-    "list for a check": (_set("capture", "checks", "items", [[["a"], 1.0]]), "expected <class 'str'>"),
+    "text for a check": (
+        _set("capture", "checks", "items", [["a", "b"]]),
+        "expected <class 'float'>",
+    ),
+    "list for a check": (
+        _set("capture", "checks", "items", [[["a"], 1.0]]),
+        "expected <class 'str'>",
+    ),
     "gate": (_set("capture", "convention", "gate", "open"), "is not known. Pass one of gate, up"),
-    "class": (_set("capture", "convention", "$", "Popen"), "expected a part of a lens, got 'Popen'"),
-    "library class": (_set("capture", "convention", "$", "TensorLens"), "expected a part of a lens"),
+    "class": (
+        _set("capture", "convention", "$", "Popen"),
+        "expected a part of a lens, got 'Popen'",
+    ),
+    "library class": (
+        _set("capture", "convention", "$", "TensorLens"),
+        "expected a part of a lens",
+    ),
     "builder": (_set("capture", "convention", "$", "Builder"), "expected a part of a lens"),
-    "other part": (_set("capture", "convention", {"$": "Frame"}), "expected .*Convention.*got Frame"),
+    "other part": (
+        _set("capture", "convention", {"$": "Frame"}),
+        "expected .*Convention.*got Frame",
+    ),
     "unknown field": (_set("capture", "more", 1), "Capture has no more"),
     "lost field": (_set("capture", {"$": "Capture"}), "damaged"),
     "no capture": (_set("capture", 3), "expected .*Capture.*got int"),
     "no header": (_set("frame", None), "damaged"),
     "attention is none": (_set(*BLOCK, "attn", None), "expected .*Attention.*got NoneType"),
     "norm as attention": (_set(*BLOCK, "attn", "$", "Norm"), "Norm has no"),
-    "weights of another class": (_set(*BLOCK, "attn", "weights", "$", "NormWeights"), "NormWeights has no"),
+    "weights of another class": (
+        _set(*BLOCK, "attn", "weights", "$", "NormWeights"),
+        "NormWeights has no",
+    ),
     "wide weights": (_set(*BLOCK, "attn", "weights", "W_O", "shape", [4, 8, 33]), "expected shape"),
     "heads": (_set(*BLOCK, "attn", "weights", "W_O", "shape", [5, 8, 32]), "Two maps do not fit"),
     "layer": (_set(*BLOCK, "attn", "layer", "0"), "expected <class 'int'>, got str"),
     "model name": (_set("capture", "model_name", 1), "expected <class 'str'>, got int"),
-    "no key": (_set("capture", "embed", {"$": "tensor", "dtype": "float64", "shape": [2, 7, 32],
-                                         "products": ["0.0", "0.0"]}), "embed has no tensor"),
+    "no key": (
+        _set(
+            "capture",
+            "embed",
+            {"$": "tensor", "dtype": "float64", "shape": [2, 7, 32], "products": ["0.0", "0.0"]},
+        ),
+        "embed has no tensor",
+    ),
     "weights maybe": (_set("weights", None), "does not say whether it holds weights"),
     "weights said to be there": (_set("weights", True), "has no tensor"),
     "order": (_set("capture", "embed", "order", [0, 0, 1]), "expected an order of axes"),
     "products": (_set("capture", "embed", "products", ["a", "b"]), "damaged"),
     "another tensor": (_set("capture", "embed", "key", "resid_final"), "tensor embed is unknown"),
     "key": (_set("capture", "embed", "key", [1]), "damaged"),
-    "fingerprint of the data": (_set("capture", "embed", "products", ["1.0", "2.0"]),
-                                "the values of embed are not those that were saved"),
-}  # fmt: skip
+    "fingerprint of the data": (
+        _set("capture", "embed", "products", ["1.0", "2.0"]),
+        "the values of embed are not those that were saved",
+    ),
+}
 
 
 @pytest.mark.parametrize("edit", HEADER_EDITS)

@@ -33,8 +33,16 @@ FAMILIES = ("gpt2", "llama", "neox", "gemma2", "attn-only", "qwen3", "mistral", 
 FEW = [c for c in CASES.values() if c.name.split("-", 1)[1] in FAMILIES]
 every_few = pytest.mark.parametrize("case", FEW, ids=str)
 # Their rows are shares of one: products of row-normalized layers.
-STOCHASTIC = ("mean_attention", "last_layer_attention", "rollout", "norm_attention",
-              "norm_attention_resln", "globenc", "alti", "value_zeroing")  # fmt: skip
+STOCHASTIC = (
+    "mean_attention",
+    "last_layer_attention",
+    "rollout",
+    "norm_attention",
+    "norm_attention_resln",
+    "globenc",
+    "alti",
+    "value_zeroing",
+)
 
 
 def matrix(name, lens, model=None, **options):
@@ -84,10 +92,22 @@ def by_hand(patterns, mlp=False, norm=True):
     y = final.apply(state)
     unembed = Unembed(frame, UnembedWeights(t([1], [10]), None), y)
     prompts = Prompts(torch.tensor([[0, 0]]), frame.spans, (("a", "b"),))
-    return SimpleNamespace(capture=Capture(
-        "by hand", frame, prompts, X, None, tuple(blocks), state, final, unembed, y @ t([1], [10]),
-        Convention(), {"none": 0.0},
-    ))  # fmt: skip
+    return SimpleNamespace(
+        capture=Capture(
+            "by hand",
+            frame,
+            prompts,
+            X,
+            None,
+            tuple(blocks),
+            state,
+            final,
+            unembed,
+            y @ t([1], [10]),
+            Convention(),
+            {"none": 0.0},
+        )
+    )
 
 
 A1, A2 = [[1, 0], [1 / 4, 3 / 4]], [[1, 0], [1 / 2, 1 / 2]]
@@ -121,8 +141,11 @@ def test_norms_by_hand():
     """
     plain, sequential = by_hand([A1]), by_hand([A1], mlp=True)
     assert_close(matrix("norm_attention", plain), t([[1, 0], [1 / 14, 13 / 14]]), 1e-15)
-    rows = {"norm_attention_resln": (2 / 19, 17 / 19), "globenc": (2 / 13, 11 / 13),
-            "alti": (2 / 21, 19 / 21)}  # fmt: skip
+    rows = {
+        "norm_attention_resln": (2 / 19, 17 / 19),
+        "globenc": (2 / 13, 11 / 13),
+        "alti": (2 / 21, 19 / 21),
+    }
     for name, row in rows.items():
         assert_close(matrix(name, sequential), t([[1, 0], row]), 1e-15, name)
     assert_close(matrix("norm_attention_resln", plain), t([[1, 0], [2 / 13, 11 / 13]]), 1e-15)
@@ -147,7 +170,7 @@ def test_value_zeroing_by_hand():
 
 
 def test_decompx_by_hand():
-    """One layer, A1, biases left out: W_V = (1, 1)ᵀ, W_O = (2, 0): a's value vector (6, 0), b's (14, 0).
+    """One layer, A1, no biases: W_V = (1, 1)ᵀ, W_O = (2, 0): a's value vector (6, 0), b's (14, 0).
 
     To b: x_{b⇐a} = 1/4·(6, 0) = (1.5, 0), x_{b⇐b} = (3, 4) + 3/4·(14, 0) = (13.5, 4).
     The MLP, ratio 1, adds 2·x₂·(1, 1): (1.5, 0) and (21.5, 12). Under ln_final and u = (1, 10):
@@ -188,7 +211,7 @@ def test_the_split_by_source_is_attention_s_step(case):
 
 @every_few
 def test_second_norm(case):
-    """GlobEnc reads the norm behind the MLP; the two are one where no MLP reads attention's output."""
+    """GlobEnc reads the norm behind the MLP: the same one where no MLP reads attention's output."""
     lens = lens_of(case)
     first, second = matrix("norm_attention_resln", lens), matrix("globenc", lens)
     one = all(block.resid_mid is None for block in lens.capture.blocks)
@@ -227,15 +250,17 @@ def test_flow_is_the_maximum():
     flow = matrix("attention_flow", lens)[0]
     for i, j in ((n - 1, 0), (n - 1, 3), (4, 2)):
         gain = [-(e[0] == 0 and e[2] == j) for e in edges]
-        shut = [(0, 0) if (e[0] == 1 and e[1] != i) or (e[0] == 0 and e[2] != j) else b
-                for e, b in zip(edges, bounds, strict=True)]  # fmt: skip
+        shut = [
+            (0, 0) if (e[0] == 1 and e[1] != i) or (e[0] == 0 and e[2] != j) else b
+            for e, b in zip(edges, bounds, strict=True)
+        ]
         best = linprog(gain, A_eq=conserve, b_eq=[0] * n, bounds=shut)
         assert math.isclose(float(flow[i, j]), -best.fun, rel_tol=1e-9)
 
 
 @every_few
 def test_value_zeroing_is_the_real_model_s(case):
-    """The real model with one token's value vectors at zero, in one layer, everything behind live."""
+    """The real model with one token's value vectors at zero in one layer, all behind it live."""
     lens, model, ids = lens_of(case), case.model(), tokens()
     for layer, distances in enumerate(value_zeroing_layers(lens.capture)):
         assert (distances >= 0).all() and (distances <= 2).all()

@@ -47,8 +47,14 @@ def live_by_hand():
     W_V = (4, 0)ᵀ: v = (4, 8), z = 1/4·4 + 3/4·8 = 7, W_O = (0, 1): y_b = (2, 1 + 7).
     The target is y₂ = 8.
     """
-    config = {**HOOKED["attn-only-no-norm"], "n_layers": 1, "d_model": 2, "n_heads": 1, "d_head": 1,
-              "d_vocab": 3}  # fmt: skip
+    config = {
+        **HOOKED["attn-only-no-norm"],
+        "n_layers": 1,
+        "d_model": 2,
+        "n_heads": 1,
+        "d_head": 1,
+        "d_vocab": 3,
+    }
     model = build_hooked(config, torch.float64)
     with torch.no_grad():
         for p in model.parameters():
@@ -70,15 +76,20 @@ def test_gradients_by_hand():
 
     Residual: 1 from b. Values: dz/dv = A: 1/4·4·1 = 1 from a, 3/4·4·2 = 6 from b.
     Scores: dz/dS = A ⊙ (v − z) = (−3/4, 3/4), times S = (0, ln 3): 0 and ¾ ln 3.
-    Gradient × input: [1, 7 + ¾ ln 3]. AttnLRP halves values and quarters scores: [½, 4 + 3/16 ln 3].
+    Gradient × input: [1, 7 + ¾ ln 3].
+    AttnLRP halves values and quarters scores: [½, 4 + 3/16 ln 3].
     Chefer: A ⊙ ∇A = A ⊙ v = (1, 6), R = I + E: [1, 7].
-    IG from 0: at αX the scores are (0, α ln 3), a's value 4α enters with weight 1/(1 + 3^α), and a's
-    score is 0: 4 ∫ dα / (1 + 3^α) = 4 (1 − ln 2 / ln 3); b has the rest of y₂(X) − y₂(0) = 8.
+    IG from 0: at αX the scores are (0, α ln 3), a's value 4α enters with weight 1/(1 + 3^α), and
+    a's score is 0: 4 ∫ dα / (1 + 3^α) = 4 (1 − ln 2 / ln 3); b has the rest of y₂(X) − y₂(0) = 8.
     """
     lens, model = live_by_hand()
     ln3, a = math.log(3), 4 * (1 - math.log(2) / math.log(3))
-    expected = {"grad_x_input": [1, 7 + 0.75 * ln3], "attnlrp": [0.5, 4 + 3 / 16 * ln3],
-                "chefer": [1, 7], "integrated_gradients": [a, 8 - a]}  # fmt: skip
+    expected = {
+        "grad_x_input": [1, 7 + 0.75 * ln3],
+        "attnlrp": [0.5, 4 + 3 / 16 * ln3],
+        "chefer": [1, 7],
+        "integrated_gradients": [a, 8 - a],
+    }
     for name, row in expected.items():
         # captum's quadrature weights are float32
         tol = 1e-6 if name == "integrated_gradients" else 1e-14
@@ -202,8 +213,10 @@ def relevance_by_the_rules(model, lens, query, u):
         attn, x, host = block.attn, block.resid_pre, model.blocks[layer].attn
         n, out = block.ln1.apply(x) + block.ln1.bias, after - x
         R_x, R_out, R_n = x * R / after, out * R / after, torch.zeros_like(x)
-        zs = [attn.pattern[:, h] @ (n @ cast(attn.weights.W_V[h]) + cast(attn.weights.b_V[h]))
-              for h in range(4)]  # fmt: skip
+        zs = [
+            attn.pattern[:, h] @ (n @ cast(attn.weights.W_V[h]) + cast(attn.weights.b_V[h]))
+            for h in range(4)
+        ]
         for h, z in enumerate(zs):
             A, v = attn.pattern[:, h], n @ cast(attn.weights.W_V[h]) + cast(attn.weights.b_V[h])
             R_z = linear(z, cast(attn.weights.W_O[h]), out, R_out) / z
@@ -257,11 +270,14 @@ def test_attnlrp_in_every_family(case):
     hooks = [(name, hook) for name, hook in frozen._hooks() if not name.endswith(live)]
     for layer in range(2):
         attn = f"blocks.{layer}.attn"
-        # All that reaches queries and keys comes through the pattern: a share of it is one of theirs.
+        # All that reaches queries and keys comes through the pattern: its share is theirs.
         of = ("q.hook_out", "k.hook_out") if attends_apart(model) else ("hook_pattern",)
         hooks += [(f"{attn}.{name}", share(0.25)) for name in of] + [(f"{attn}.hook_v", share(0.5))]
-        hooks += [(name, lambda x, hook, name=name: frozen.cache[name].clone()) for name in (
-            f"{attn}.q_norm.hook_scale", f"{attn}.k_norm.hook_scale") if name in frozen.cache]  # fmt: skip
+        hooks += [
+            (name, lambda x, hook, name=name: frozen.cache[name].clone())
+            for name in (f"{attn}.q_norm.hook_scale", f"{attn}.k_norm.hook_scale")
+            if name in frozen.cache
+        ]
         if adapt(model).soft_cap("attn_scores_soft_cap"):
             hooks.append((f"{attn}.hook_attn_scores", uncapped))
     x = lens.embedding.clone().requires_grad_()
@@ -454,8 +470,11 @@ def test_bos_as_the_reference():
     case = FEW[0]
     lens, model = lens_of(case), case.model()
     with live_models(lens.capture, model) as (live,):
-        live.adapter.__class__ = type("WithBos", (type(live.adapter),), {
-            "tokenizer": type("Tokenizer", (), {"bos_token_id": 5, "padding_side": "right"})()})  # fmt: skip
+        live.adapter.__class__ = type(
+            "WithBos",
+            (type(live.adapter),),
+            {"tokenizer": type("Tokenizer", (), {"bos_token_id": 5, "padding_side": "right"})()},
+        )
         ours = gradient.reference(live, "bos")
     with quiet(), torch.no_grad():
         theirs = tensorlens_tl.capture(model, torch.full_like(tokens(), 5))[1].embedding

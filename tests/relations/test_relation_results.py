@@ -1,4 +1,4 @@
-"""The page of relations and local validity: made of its results, a part of which is measured again."""
+"""The page of relations and local validity: made of its results, some of them measured again."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Relations decoded linearly: their maps against the real model, selection, edits, studies, files."""
+"""Relations decoded linearly: maps against the real model, selection, edits, studies, files."""
 
 import json
 from dataclasses import replace
@@ -21,8 +21,10 @@ FILES = SHARED / "text" / "relations"
 LAYERS, POS = (0, 1), 2
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 few = pytest.mark.parametrize(
-    "case", [c for c in SHAPES if c.name.split("-", 1)[1] in ("gpt2", "gemma2", "neox", "no-norm")], ids=str
-)  # fmt: skip
+    "case",
+    [c for c in SHAPES if c.name.split("-", 1)[1] in ("gpt2", "gemma2", "neox", "no-norm")],
+    ids=str,
+)
 
 
 def times(maps, h):
@@ -335,8 +337,10 @@ def test_a_model_written_to_since_is_refused():
     statements = state(model, small(n=3))
     with torch.no_grad():
         next(p for p in model.unembed.parameters() if p.ndim == 2).mul_(2)
-    for ask in (lambda: statements.rerun([0], 1, statements.hidden[:1, 1]),
-                lambda: statements.fit("operator", [0, 1])):  # fmt: skip
+    for ask in (
+        lambda: statements.rerun([0], 1, statements.hidden[:1, 1]),
+        lambda: statements.fit("operator", [0, 1]),
+    ):
         with pytest.raises(
             ValueError, match="The model's weights were written to after the capture"
         ):
@@ -363,7 +367,7 @@ def test_hooks_and_state_are_left_as_they_were(model, statements):
         ({"layers": (9,)}, r"layers=\(9,\) is not a list of blocks. Pass indices from 0 to 3"),
         ({"ranks": (0, 300)}, "0 ranks from 1 to d_model"),
     ],
-)  # fmt: skip
+)
 def test_what_no_study_can_be_made_of_is_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         decode(model, [small()], **{"n_train": (3,), "splits": 1} | arguments)
@@ -455,7 +459,7 @@ def test_files_are_read(tmp_path):
         ({"samples": GOOD["samples"][:1]}, "two different subjects"),
         ({"samples": [{"subject": "", "object": "x"}, *GOOD["samples"]]}, "not empty"),
     ],
-)  # fmt: skip
+)
 def test_files_of_another_shape_are_refused(tmp_path, change, message):
     path = tmp_path / "relation.json"
     path.write_text(json.dumps(GOOD | change))

@@ -1,4 +1,4 @@
-"""Local validity: both errors against slow oracles, what is frozen held by hooks, radii, studies."""
+"""Local validity: both errors against slow oracles, frozen parts held by hooks, radii, studies."""
 
 import json
 import math
@@ -164,10 +164,12 @@ def test_a_whole_swap_is_the_other_prompts_run(case):
     (pos,) = delta.norm(dim=-1).nonzero().flatten().tolist()
     assert math.isclose(float(delta.norm()), float(lens.embedding[0, pos].norm()), rel_tol=1e-9)
     swapped = [
-        ids for t in range(50)
-        if t != tokens()[0, pos] and (ids := tokens()[:1].clone()).__setitem__((0, pos), t) is None
+        ids
+        for t in range(50)
+        if t != tokens()[0, pos]
+        and (ids := tokens()[:1].clone()).__setitem__((0, pos), t) is None
         and (captured(model, ids).embedding - lens.embedding - whole * delta).abs().max() < 1e-9
-    ]  # fmt: skip
+    ]
     assert len(swapped) == 1
     found = direction_errors(lens, model, delta[None], (whole,))
     change = captured(model, swapped[0]).capture.unembed.final - lens.capture.unembed.final

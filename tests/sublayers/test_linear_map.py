@@ -122,9 +122,14 @@ def test_scipy_wants_one_prompt():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    batch=st.integers(1, 3), pos=st.integers(1, 5), kv=st.integers(1, 3), rep=st.integers(1, 3),
-    d_head=st.integers(1, 4), many=st.lists(st.integers(1, 2), max_size=2), seed=st.integers(0, 9),
-)  # fmt: skip
+    batch=st.integers(1, 3),
+    pos=st.integers(1, 5),
+    kv=st.integers(1, 3),
+    rep=st.integers(1, 3),
+    d_head=st.integers(1, 4),
+    many=st.lists(st.integers(1, 2), max_size=2),
+    seed=st.integers(0, 9),
+)
 def test_primitives_are_linear_with_exact_adjoints(batch, pos, kv, rep, d_head, many, seed):
     g = torch.Generator().manual_seed(seed)
     frame = Frame(((0, pos),) * batch, pos, torch.float64, torch.device("cpu"))
@@ -137,10 +142,16 @@ def test_primitives_are_linear_with_exact_adjoints(batch, pos, kv, rep, d_head, 
     maps = [
         Mix(frame, pattern, kv, d_head),
         Gate(frame, randn(batch, pos, width), randn(width), "offset"),
-        Norm(frame, "ln", randn(batch, pos, 1).abs() + 0.1, NormWeights(randn(width), randn(width), True), width),
+        Norm(
+            frame,
+            "ln",
+            randn(batch, pos, 1).abs() + 0.1,
+            NormWeights(randn(width), randn(width), True),
+            width,
+        ),
         Norm(frame, "rms", randn(batch, pos, 1).abs() + 0.1, NormWeights(None, None, False), width),
         Linear(frame, randn(width, 3), randn(3), "b"),
-    ]  # fmt: skip
+    ]
     for op in maps:
         assert dot_test(op, seed) <= 1e-12
         x = randn(*many, batch, pos, width)

@@ -1,4 +1,4 @@
-"""Recomputed patterns equal stored ones, for every family and mask, without any heads × L² array."""
+"""Recomputed patterns equal stored ones, for every family and mask, with no heads × L² array."""
 
 import math
 from dataclasses import replace
@@ -264,7 +264,8 @@ def test_every_tile_of_a_sweep(attention, transposed, seed):
         if found.numel():
             assert_close(found + 1, A[:, :, to, source] + 1, 1e-10)
     assert tiles.dtype is None and replace(tiles, dtype=torch.bfloat16)[every, every].dtype == (
-        torch.bfloat16)  # fmt: skip
+        torch.bfloat16
+    )
 
 
 def test_extreme_scores_stay_finite():
@@ -389,7 +390,7 @@ def test_attention_sinks():
     assert 0 < stored.capture.blocks[0].attn.pattern.sum(-1).min() < 0.9
 
 
-# --- Edits, mistakes, refusals ----------------------------------------------------------------------
+# --- Edits, mistakes, refusals --------------------------------------------------------------------
 
 
 def nudge(t, hook):
@@ -436,8 +437,11 @@ def test_other_edits_are_served_as_ever(case, name):
 @pytest.mark.parametrize("wrong", [{"scale": 0.4}, {"soft_cap": 0.5}, {"window": 2}], ids=str)
 def test_a_wrong_score_is_found_by_the_self_check(case, wrong, monkeypatch):
     of = RecomputedMix.of
-    monkeypatch.setattr(RecomputedMix, "of", lambda frame, q, k, scores, d, sinks: of(
-        frame, q, k, replace(scores, **wrong), d, sinks))  # fmt: skip
+    monkeypatch.setattr(
+        RecomputedMix,
+        "of",
+        lambda frame, q, k, scores, d, sinks: of(frame, q, k, replace(scores, **wrong), d, sinks),
+    )
     with pytest.raises(
         CaptureMismatchError, match=r'attention with a recomp.*pattern="stored".* mixing'
     ):

@@ -29,8 +29,12 @@ REMEDY = (
     "VERSION.json`, then `python -m tensorlens_tl.support --merge docs/support/*.json --into "
     "docs/models.md`"
 )
-CLASSES = {"hooked": "HookedTransformer", "bridge": "Bridge", "native": "boot_native",
-           "compat": "Bridge, compatibility mode"}  # fmt: skip
+CLASSES = {
+    "hooked": "HookedTransformer",
+    "bridge": "Bridge",
+    "native": "boot_native",
+    "compat": "Bridge, compatibility mode",
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +88,13 @@ def test_every_host_is_kept_with_every_family():
         assert {row.family for row in report.rows} == set(families.FAMILIES)
         statuses = [row.status for row in report.rows]
         assert statuses.count("supported") >= 15 and statuses.count("refused") >= 5
-    built = {*families.HOOKED, *families._OTHER_HOOKED, *families.BRIDGE, *families.MORE_BRIDGE,
-             *families._OTHER_BRIDGE}  # fmt: skip
+    built = {
+        *families.HOOKED,
+        *families._OTHER_HOOKED,
+        *families.BRIDGE,
+        *families.MORE_BRIDGE,
+        *families._OTHER_BRIDGE,
+    }
     assert built == set(families.FAMILIES)
 
 
@@ -158,19 +167,38 @@ def lens(error):
 REFUSED = UnsupportedArchitectureError("cannot freeze X exactly: v2.5 of it. Supported: Y")
 
 
-@pytest.mark.parametrize(("build", "capture", "status", "reason", "shown"), [
-    (failing(KeyError("embed")), None, "not built", "KeyError: 'embed'", "not built"),
-    (lambda *_: None, None, "not offered", "", "–"),
-    (lambda *_: object, failing(REFUSED), "refused",
-     "UnsupportedArchitectureError: cannot freeze X exactly: v2.5 of it", "refused"),
-    (lambda *_: len, failing(ValueError("one.\nmore")), "refused", "ValueError: one", "refused"),
-    (lambda *_: len, failing(TypeError("no")), "crashed", "TypeError: no", "crashed"),
-    (lambda *_: failing(OSError()), failing(TypeError("no")), "not built", "TypeError: no",
-     "not built"),
-    (lambda *_: len, lens(3e-16), "supported", "", "3e-16"),
-    (lambda *_: len, lens(3e-3), "wrong", "", "wrong: 3e-03"),
-    (lambda *_: len, lens(float("nan")), "wrong", "", "wrong: nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("build", "capture", "status", "reason", "shown"),
+    [
+        (failing(KeyError("embed")), None, "not built", "KeyError: 'embed'", "not built"),
+        (lambda *_: None, None, "not offered", "", "–"),
+        (
+            lambda *_: object,
+            failing(REFUSED),
+            "refused",
+            "UnsupportedArchitectureError: cannot freeze X exactly: v2.5 of it",
+            "refused",
+        ),
+        (
+            lambda *_: len,
+            failing(ValueError("one.\nmore")),
+            "refused",
+            "ValueError: one",
+            "refused",
+        ),
+        (lambda *_: len, failing(TypeError("no")), "crashed", "TypeError: no", "crashed"),
+        (
+            lambda *_: failing(OSError()),
+            failing(TypeError("no")),
+            "not built",
+            "TypeError: no",
+            "not built",
+        ),
+        (lambda *_: len, lens(3e-16), "supported", "", "3e-16"),
+        (lambda *_: len, lens(3e-3), "wrong", "", "wrong: 3e-03"),
+        (lambda *_: len, lens(float("nan")), "wrong", "", "wrong: nan"),
+    ],
+)
 def test_what_becomes_of_a_row(one_row, capsys, build, capture, status, reason, shown):
     row = one_row(build, capture)
     assert (row.status, row.reason, str(row)) == (status, reason, shown)
@@ -187,11 +215,17 @@ def test_a_report_survives_its_file(tmp_path, measured):
     assert Report.load(tmp_path / "a.json") == measured
 
 
-@pytest.mark.parametrize("text", [
-    "", "[]", "{}", '{"versions": {"transformer_lens": "x"}, "rows": []}',
-    '{"versions": {"transformer_lens": "3.9.0"}, "rows": [{"family": "gpt2"}]}',
-    Report({"transformer_lens": "3.9.0"}, (Row("gpt2", "Bridge", "fine"),)).to_json(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"versions": {"transformer_lens": "x"}, "rows": []}',
+        '{"versions": {"transformer_lens": "3.9.0"}, "rows": [{"family": "gpt2"}]}',
+        Report({"transformer_lens": "3.9.0"}, (Row("gpt2", "Bridge", "fine"),)).to_json(),
+    ],
+)
 def test_foreign_files_are_refused(tmp_path, capsys, text):
     (tmp_path / "a.json").write_text(text)
     assert support.main(["--merge", str(tmp_path / "a.json")]) == 2
