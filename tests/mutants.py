@@ -39,7 +39,16 @@ from pathlib import Path
 PACKAGE = "tensorlens_tl"
 CORE_SHARE = 0.9
 """Share of the faults that the core tests must catch."""
-LEFT_OUT = (".git", "__pycache__", ".*_cache", ".hypothesis", ".venv*", "*.egg-info", "build", "_build")
+LEFT_OUT = (
+    ".git",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    ".venv*",
+    "*.egg-info",
+    "build",
+    "_build",
+)
 TOO_LONG = "no test: it ran longer than --limit"
 NOTES = """
 def pytest_runtest_logreport(report):

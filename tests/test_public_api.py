@@ -78,14 +78,14 @@ def results() -> dict[str, dict[str, float]]:
     """Numbers by label, of one question to each part of the library, in float64."""
     model = demo.load_model().to(torch.float64)
     pairs = demo.prompts("ioi", 4)
-    texts, twins = [p.clean for p in pairs], [p.corrupted for p in pairs]
+    texts, corrupted = [p.clean for p in pairs], [p.corrupted for p in pairs]
     goal = {"target": [p.answer for p in pairs], "versus": [p.foil for p in pairs]}
     _, lens = tensorlens_tl.capture(model, PROMPT)
-    _, twin = tensorlens_tl.capture(model, TWIN)
-    both = {"baseline": twin, "at": "secant", "qk": True}
+    _, other = tensorlens_tl.capture(model, TWIN)
+    both = {"baseline": other, "at": "secant", "qk": True}
     matrix = lens.token_matrix("in_out", "Mary").values.flatten().tolist()
-    circuit = tensorlens_tl.discover(model, texts, twins, *goal.values(), n_edges=24)
-    proof = circuit.faithfulness(model, texts, twins, **goal)
+    circuit = tensorlens_tl.discover(model, texts, corrupted, *goal.values(), n_edges=24)
+    proof = circuit.faithfulness(model, texts, corrupted, **goal)
     means = tensorlens_tl.attribute(model, texts, goal["target"], by="component")
     saved = tensorlens_tl.load(SAVED, model=demo.load_model())
     return {

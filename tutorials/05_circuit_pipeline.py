@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A circuit over many prompts, in a file
 #
-# One prompt's circuit may be that prompt's. Over a few hundred, with a corrupted twin for each, an
+# One prompt's circuit may be that prompt's. Over a few hundred, with a corrupted prompt for each, an
 # edge's score is the mean of what its reader makes of what its writer adds in the prompt and not in
-# the twin. The search keeps what it has in a file, so it can be stopped and gone on with.
+# the corrupted one. The search keeps what it has in a file, so it can be stopped and gone on with.
 
 # %%
 import json
@@ -96,12 +96,12 @@ assert abs(whole.share[0] - 1) < 1e-4
 
 # %%
 unseen = demo.prompts("ioi", 40, seed=1)
-texts, twins, right, wrong = (
+texts, corrupted, right, wrong = (
     [getattr(pair, name) for pair in unseen] for name in ("clean", "corrupted", "answer", "foil")
 )
 for n in (5, 10, 20, 40):
     verdict = circuit.resized(n_edges=n).faithfulness(
-        model, texts, twins, target=right, versus=wrong
+        model, texts, corrupted, target=right, versus=wrong
     )
     print(verdict)
 assert verdict.interval[0] > 0.9

@@ -167,8 +167,8 @@ def queries_and_keys(capture: Capture) -> Callable[[Branch], QueryKey]:
     weights = capture.score_weights
     if weights is None:
         raise ValueError(
-            "qk=True needs W_Q and W_K, which this lens does not hold. Load the lens with model=, "
-            "capture it anew with the model, or drop qk=."
+            "qk=True needs W_Q and W_K, which this lens does not know. Load a saved lens with "
+            "model=; if the model's attention is not served, drop qk=."
         )
 
     def of(branch: Branch) -> QueryKey:

@@ -449,7 +449,7 @@ def test_an_induction_circuit_is_found_by_its_keys(at, selection):
     """The previous-token head L0H0 is read by the induction heads' keys: T alone cannot see it."""
     model, clean, corrupted, answers = demo.load_model(), [], [], []
     for drawn in demo.unseen("induction", 20, seed=1):
-        words = list(drawn.words[: len(drawn.twin)])
+        words = list(drawn.words[: len(drawn.corrupted)])
         first = words.index(words[-1])  # whose next word is to be repeated
         other = [*words[:first], drawn.foil, *words[first + 1 :]]
         clean.append(demo.text(words))

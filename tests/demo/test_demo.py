@@ -138,9 +138,9 @@ def test_unknown_words_are_unk(model):
 
 @pytest.mark.parametrize("task", demo.TASKS)
 def test_prompt_pairs(model, task):
-    pairs = demo.prompts(task, 40, seed=5)
-    assert len(pairs) == 40
-    assert pairs == demo.prompts(task, 40, seed=5) != demo.prompts(task, 40, seed=6)
+    pairs = demo.prompts(task, 20, seed=5)
+    assert len(pairs) == 20
+    assert pairs == demo.prompts(task, 20, seed=5) != demo.prompts(task, 20, seed=6)
     right = better = 0
     for pair in pairs:
         clean, corrupted = model.to_tokens(pair.clean), model.to_tokens(pair.corrupted)
@@ -154,8 +154,8 @@ def test_prompt_pairs(model, task):
             logits, other = model(clean)[0, -1], model(corrupted)[0, -1]
         right += (logits[answer] > logits[foil]).item()
         better += (logits[answer] - logits[foil] > other[answer] - other[foil]).item()
-    assert right >= 38
-    assert better >= 38
+    assert right >= 19
+    assert better >= 19
 
 
 def test_no_held_out_combination_in_the_training_stream():

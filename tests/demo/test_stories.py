@@ -5,7 +5,7 @@ import torch
 from models import SHARED, HookedTransformer, build_bridge_from_module, quiet
 
 import tensorlens_tl
-from tensorlens_tl.hosts.loading import load_model
+from tensorlens_tl.hosts import load_model
 
 FOLDER = SHARED / "stories260K"
 SAMPLE = SHARED / "text" / "tinystories_sample" / "tinystories_sample.txt"
@@ -49,7 +49,7 @@ def test_text_prompts_and_targets(model):
     assert torch.equal(lens.attribute().values, lens.attribute("Lily").values)
     assert torch.equal(lens.attribute(" Lily").values, lens.attribute("Lily").values)
     assert lens.attribute().labels[0][0] == '"<s>"@0'
-    with pytest.raises(ValueError, match=r"the target ' Mary' is \d tokens \(.*\), expected one"):
+    with pytest.raises(ValueError, match=r"Target ' Mary' is \d tokens: .*Pass one of them"):
         lens.attribute(" Mary")
 
 
