@@ -2,9 +2,9 @@
 # # A circuit over many prompts, in a file
 #
 # One prompt's circuit may be that prompt's. So take a few hundred, each with a corrupted prompt
-# beside it. An edge's score is then the mean of what its reader makes of what its writer adds in the
-# prompt and not in the corrupted one. The search keeps its state in a file, so you can stop it and
-# go on later.
+# beside it. An edge's score is then the mean of what its reader makes of what its writer adds in
+# the prompt and not in the corrupted one. The search keeps its state in a file, so you can stop it
+# and go on later.
 
 # %%
 import json
