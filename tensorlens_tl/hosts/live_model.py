@@ -76,6 +76,7 @@ class LiveModel:
             The final normalized residual y, connected to x [many · prompt, pos, d_model].
         """
         ids = self.ids.repeat(len(x) // len(self.ids), 1) if ids is None else ids
+        # 2. X replaces what enters block 0, so a gradient of y reaches it.
         seen: list[Tensor] = []
         entry = self.adapter.points()[0, "resid_pre"]
         end = self.adapter.model.unembed.register_forward_pre_hook(
@@ -101,7 +102,7 @@ class LiveModel:
         Raises:
             ValueError: If the model gave another one.
         """
-        # As exact as the host, which may compute norms in float32 inside float64.
+        # 3. As exact as the host, which may compute norms in float32 inside float64.
         tolerance = max(torch.finfo(y.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
         off = (y.detach().to(self.final.dtype) - self.final).abs().max()
         if not off <= tolerance * self.final.abs().max():
@@ -147,6 +148,7 @@ def live_models(capture: Capture, model: Any) -> Iterator[list[LiveModel]]:
     Yields:
         One live model per length of prompt.
     """
+    # 1. Prompts of one length run side by side, and none is padded.
     adapter, frame = adapt(model), capture.frame
     spans = torch.tensor(frame.spans, device=frame.device)
     lengths = spans[:, 1] - spans[:, 0]

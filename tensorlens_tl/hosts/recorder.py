@@ -119,6 +119,7 @@ class Recorder:
         labels = [label for stage in stages for label in self.hooked.get((layer, stage), ())]
         if not labels or seen.shape != (predicted := predict()).shape:
             return None
+        # 3. Padding belongs to nobody, so an edit there is none.
         change = torch.where(self.frame.real[..., None], seen - predicted, 0)
         # A hook that only looks leaves rounding: no source of its own.
         if change.abs().max() <= 0.1 * self.check.tolerance * seen.abs().max():
@@ -151,10 +152,12 @@ class Recorder:
 
     def freeze_block(self, layer: int) -> None:
         """Freeze one block from what was read of it, and check it."""
+        # 4. Whatever is popped here and not kept by a sublayer is forgotten at the end.
         weights: BlockWeights = self.adapter.weights.blocks[layer]
         before, after = self.pop(layer, "resid_pre"), self.pop(layer, "resid_post")
         before = self.enter(layer, before)
         self.state = after
+        # 1. The frozen sublayers; each also notes its own products for the check.
         ln1 = self.norm(layer, "ln1", weights.ln1)
         ln1_post = self.norm(layer, "ln1_post", weights.ln1_post)
         ln2 = self.norm(layer, "ln2", weights.ln2)
@@ -183,6 +186,7 @@ class Recorder:
             mlp, own = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, mid)
             label = f"L{layer} MLP output (W_out, b_out)"
             post_edits = self.step(layer, label, ("mlp_out",), mid, after, own)
+        # 2. All products of the block are judged together, which costs one transfer to the CPU.
         self.check.check_block(self.adapter.foreign_hooks)
         self.blocks.append(
             FrozenBlock(before, mid, attn, mlp, ln1, ln2, ln1_post, ln2_post, mid_edits, post_edits)
