@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), *(str(p) for p in HERE.iterdir() if p.is_dir())]
 
-import torch  # noqa: E402  (after HF_HUB_OFFLINE)
+import torch  # noqa: E402  (after the environment)
 from core import is_core  # noqa: E402
 
-torch.set_num_threads(1)  # tiny models: threads only wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
