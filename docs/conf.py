@@ -11,6 +11,9 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -31,9 +34,11 @@ html_title = f"{project} {version}"
 # --- 2. Pages
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "_extra", "support", "conf.py", "check.py"]
+exclude_patterns = ["_build", "_extra", "support", "conf.py", "check.py", "rooms.py"]
 html_theme = "furo"
 html_static_path = ["_static"]
+HERE = Path(__file__).parent
+subprocess.run([sys.executable, HERE / "rooms.py", HERE / "_static" / "rooms.svg"], check=True)
 html_css_files = ["pages.css"]
 html_extra_path = ["_extra"]
 html_show_sphinx = False
