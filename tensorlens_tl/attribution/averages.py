@@ -264,4 +264,5 @@ def _captures(
         else:
             for prompt in batch:
                 with torch.no_grad():
-                    yield freeze(adapter, prompt, **kwargs)[1]
+                    captured = freeze(adapter, prompt, **kwargs)[1]
+                yield captured
