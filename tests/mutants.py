@@ -356,7 +356,7 @@ class Runner:
         """Which tests to run, one list after the other."""
         files = sorted(str(p.relative_to(checkout)) for p in checkout.glob("tests/**/test_*.py"))
         likely = [file for word in mutant.first for file in files if word in Path(file).stem]
-        if likely and not self.options.tests and not self.options.core:
+        if likely and not self.options.tests:
             yield list(dict.fromkeys(likely))
         yield self.options.tests or ["tests"]
 
