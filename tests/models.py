@@ -51,6 +51,20 @@ try:
 except ImportError:  # before transformer_lens 4; 3.9's boot_native passes over edited patterns
     TransformerBridgeConfig = None
 
+TOLERANCES = {
+    # what is compared, relative to the largest value: (float64 throughout, norms in float32)
+    "products": (1e-13, 5e-6),  # the self-check's random projections
+    "run": (1e-12, 1e-6),  # the operator with the run it is of; other dtypes are in TOL
+    "padded": (1e-12, 1e-4),  # prompts in a padded batch with themselves alone, by all methods
+    "oracle": (1e-10, 1e-6),  # another way to compute the same
+    "padded gradient": (1e-10, 1e-4),  # padded batches of methods that differentiate the model
+    "ratio": (1e-10, 1e-5),  # quotients of differences
+    "two runs": (1e-9, 1e-5),  # sums over differences of two runs
+    "gradient of two runs": (1e-8, 1e-5),  # against autograd through a path between two runs
+    "slope": (1e-6, 1e-3),  # finite differences
+}
+"""Tolerances of tests that meet a host, by what limits them."""
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEQ = 7
 
@@ -73,6 +87,10 @@ class Case:
 
     def tol(self, dtype: torch.dtype = torch.float64) -> float:
         return TOL[dtype, self.float32_norms]
+
+    def within(self, compared: str) -> float:
+        """The tolerance of a comparison: a key of :data:`TOLERANCES`."""
+        return TOLERANCES[compared][self.float32_norms]
 
 
 def _hooked_case(name: str, config: dict[str, Any]) -> Case:

@@ -46,7 +46,7 @@ def test_contributions_sum_to_the_target(case, by, gate):
         value = ours[torch.arange(2), ids] - (0 if versus is None else ours[:, versus])
         scale = a.values.abs().sum(1)
         # The soft cap's ratio is taken at the run's own state, which a float32 norm moves a little.
-        tol = 1e-6 if case.float32_norms else 1e-10
+        tol = case.within("oracle")
         assert ((a.values.sum(1) - value).abs() <= tol * scale).all()
         own = lens.logits[torch.arange(2), p, ids] - (
             0 if versus is None else lens.logits[:, p, versus]
@@ -85,7 +85,7 @@ def test_token_contributions_are_gradient_times_input_of_the_frozen_model(case):
         (g,) = torch.autograd.grad(target.sum(), x)
         a = lens.attribute(3, 4)
         parts = {"embed": lens.capture.embed, "pos_embed": lens.capture.pos_embed}
-        tol = 1e-6 if case.float32_norms else 1e-10
+        tol = case.within("oracle")
         for kind, part in parts.items():
             if part is not None:
                 columns = [i for i, s in enumerate(a.sources) if s.node.kind == kind]

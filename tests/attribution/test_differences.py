@@ -108,7 +108,7 @@ def test_fixed_baselines_run_no_second_pass_and_have_no_operator_term(case):
             a = lens.attribute(3, 4, by=by, baseline=baseline)
             assert a.completeness_error <= 10 * case.tol()
             assert not any(s.node.kind == "change" for s in a.sources)
-            tol = 1e-5 if case.float32_norms else 1e-9
+            tol = case.within("two runs")
             assert_close(a.target_value, expected, tol, f"{baseline} {by}")
     own = lens.attribute(3, 4, baseline=mean * scale)
     assert_close(own.values, lens.attribute(3, 4, baseline="mean").values, 1e-10)
@@ -161,7 +161,7 @@ def test_edges_of_a_difference(case):
         component = by_node(clean.attribute(3, 4, by="component", baseline=corrupted, at=at))
         for i, source in enumerate(a.select(dest="logits").sources):
             v = a.select(dest="logits").values[:, i]
-            tol = 1e-6 if case.float32_norms else 1e-10
+            tol = case.within("oracle")
             assert ((v - component[source.node.src, None]).abs() <= tol * scale).all()
         readers = a.sum("src")  # what a reader makes of the whole difference of its input
         for step, pulls in zip(
@@ -253,8 +253,7 @@ def test_every_layers_loadings_sum_to_the_effect(case, gate):
         layers = a.sum("layer")
         assert len(layers.sources) == (2 if source in (2, -1, "embed") else 1)
         assert (
-            (layers.values - effect[:, None]).abs()
-            <= (1e-6 if case.float32_norms else 1e-10) * scale[:, None]
+            (layers.values - effect[:, None]).abs() <= case.within("oracle") * scale[:, None]
         ).all()
         assert not a.sums_to_target and a.target[0].endswith(
             f"from {'position ' if key is not None else ''}{source}"

@@ -54,7 +54,7 @@ def assert_same(ours, theirs, scale, what, tol=1e-10):
 
 def between_states(case):
     """Tolerance of sums over several states of the run: the host may have normed in float32."""
-    return 1e-6 if case.float32_norms else 1e-10
+    return case.within("oracle")
 
 
 @every_convention
@@ -124,7 +124,7 @@ def test_what_branches_write(case, gate):
 def test_totals_are_what_injecting_a_writers_output_into_the_real_model_changes(case):
     """The real model, frozen by hooks: without a node's output, later sites change as predicted."""
     lens, frozen = lens_of(case), FrozenModel(case.model(), tokens())
-    op, tol = lens.operator, 1e-6 if case.float32_norms else 1e-10
+    op, tol = lens.operator, case.within("oracle")
     u = gradient_of(lens, 3, 4).target.covector
     totals = rows(lens.attribute(3, 4, by="component", effect="total"))
     with torch.no_grad():

@@ -179,7 +179,7 @@ def test_all_paths_from_all_sources_sum_to_the_target(case):
     assert paths.exact and paths.largest_unexplored == 0
     total = sum(path.contribution for path in paths)
     size = sum(abs(path.contribution) for path in paths)
-    tol = 1e-6 if case.float32_norms else 1e-10
+    tol = case.within("oracle")
     assert abs(total - paths.target_value) <= tol * size
     brute = brute_force(lens, target, pos)
     assert_largest(paths, brute, EVERYTHING)

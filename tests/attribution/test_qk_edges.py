@@ -87,7 +87,7 @@ def test_query_and_key_edges_are_gradients_of_the_real_model(case, gate):
             ours = torch.stack([found[Edge(node, reader)] for node in nodes], 1)
             g_all = (g + around).flatten(1).norm(dim=-1)
             size = outputs.flatten(2).norm(dim=-1).amax(1) * g_all
-            tol = 1e-6 if case.float32_norms else 1e-10
+            tol = case.within("oracle")
             assert ((ours - expected).abs() <= tol * size[:, None]).all(), str(reader)
             checked += ours.numel()
         assert max(g.abs().max() for g in live.values()) > 1e-6
@@ -150,7 +150,7 @@ def test_patterns_recomputed_block_by_block(case, monkeypatch):
     lens = lens_of(case)
     expected = lens.attribute(3, 4, by="edge", qk=True)
     recomputed = lens_of(case, pattern="recomputed").attribute(3, 4, by="edge", qk=True)
-    assert_close(recomputed.values, expected.values, 1e-6 if case.float32_norms else 1e-10)
+    assert_close(recomputed.values, expected.values, case.within("oracle"))
     monkeypatch.setattr(query_key, "CELLS", 1)  # one key/value head at a time
     assert_close(lens.attribute(3, 4, by="edge", qk=True).values, expected.values, 1e-10)
 

@@ -37,7 +37,7 @@ def test_eap_is_the_slope_at_the_clean_run(case):
     slopes = (up - down) / (2 * h) / 3  # the mean over prompts
     ours = torch.tensor([scores[edge] for edge in edges]).double()
     assert set(scores) == set(universe.edges) and slopes.abs().max() > 1e-2
-    assert_close(ours, slopes, 1e-3 if case.float32_norms else 1e-6)
+    assert_close(ours, slopes, case.within("slope"))
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH[:2], ids=str)
@@ -70,8 +70,8 @@ def test_eap_ig_is_the_mean_slope_along_the_embeddings(case):
             ]
             slopes.append(sum(values[::2]) / (2 * h) - sum(values[1::2]) / (2 * h))
     ours = torch.tensor([scores[edge] for edge in edges]).double()
-    assert_close(ours, torch.cat(slopes) / steps / 3, 1e-3 if case.float32_norms else 1e-6)
-    assert one == pytest.approx(plain, abs=1e-6 if case.float32_norms else 1e-12)
+    assert_close(ours, torch.cat(slopes) / steps / 3, case.within("slope"))
+    assert one == pytest.approx(plain, abs=case.within("run"))
     assert max(abs(scores[e] - plain[e]) for e in scores) > 1e-2
 
 
