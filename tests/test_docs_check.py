@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.algebra
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "check.py"
 
 

@@ -14,6 +14,8 @@ import pytest
 
 import tensorlens_tl
 
+pytestmark = pytest.mark.algebra
+
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):$", re.MULTILINE)
 ENTRY = re.compile(r"^ {4}(\*{0,2}\w+)(?: \([^)]*\))?: (.*(?:\n {5,}.*)*)", re.MULTILINE)

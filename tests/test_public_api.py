@@ -8,8 +8,9 @@ import json
 from importlib import import_module
 from pathlib import Path
 
+import pytest
 import torch
-from models import quiet
+from models import HookedTransformer, quiet
 
 import tensorlens_tl
 from tensorlens_tl import demo
@@ -67,6 +68,7 @@ def _signature(thing: object) -> str:
     return shown.replace("tensorlens_tl.", "").replace(" at 0x", " at ").split(" object at ")[0]
 
 
+@pytest.mark.algebra
 def test_public_surface():
     assert surface() == SURFACE.read_text()
 
@@ -116,6 +118,7 @@ def _mean(values) -> float:
     return float(torch.as_tensor(values, dtype=torch.double).mean())
 
 
+@pytest.mark.offered(HookedTransformer is not None)
 def test_eight_results_are_what_they_were():
     """To 1e-9 of a table's largest value; the file was captured in float32, by the first build."""
     stored = json.loads(RESULTS.read_text())

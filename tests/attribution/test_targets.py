@@ -9,6 +9,8 @@ from models import D_VOCAB, SHAPES, lens_of, quiet, tokens
 import tensorlens_tl
 from tensorlens_tl.attribution.splits import BY
 
+pytestmark = pytest.mark.algebra
+
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 
 

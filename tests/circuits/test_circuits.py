@@ -21,6 +21,8 @@ from tensorlens_tl.circuits.model_id import ModelInfo
 from tensorlens_tl.graph.selection import SELECTIONS, connected, influences, ranked_by, select
 from tensorlens_tl.graph.wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
+pytestmark = pytest.mark.algebra
+
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 DIRECT = ("embed→logits", "pos_embed→logits")
 

@@ -21,6 +21,8 @@ from tensorlens_tl.evaluation.runner import evaluate
 from tensorlens_tl.evaluation.scoring import score
 from tensorlens_tl.evaluation.significance import rank_correlation
 
+pytestmark = pytest.mark.algebra
+
 PROMPTS = (PROMPT, "The capital of France is", "The keys near the cabinet")
 SHAPES = tuple(PROTOCOLS)
 

@@ -20,6 +20,8 @@ from tensorlens_tl.lens import saved_file as saving
 from tensorlens_tl.lens import saved_tree as headers
 from tensorlens_tl.lens.tensor_lens import TensorLens
 
+pytestmark = pytest.mark.algebra
+
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 FIRST = SHAPES[0]
 NEEDS_MODEL = re.escape("Pass model= to tensorlens_tl.load")

@@ -12,6 +12,8 @@ from tensorlens_tl.methods.baselines import BASELINES
 from tensorlens_tl.methods.operator_matrices import OPERATOR_METHODS
 from tensorlens_tl.methods.registry import METHODS
 
+pytestmark = pytest.mark.algebra
+
 FEW = [c for c in CASES.values() if c.name.split("-", 1)[1] in ("gpt2", "llama")]
 every_few = pytest.mark.parametrize("case", FEW, ids=str)
 
