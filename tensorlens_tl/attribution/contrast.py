@@ -139,11 +139,12 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
         token = int(capture.prompts.tokens[0, start])
         baseline = mean_embedding(capture.embed[0, start], token, capture.embed_weights)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
-        found = repr(baseline) if isinstance(baseline, str) else f"type {type(baseline).__name__}"
-        found = f"shape {list(baseline.shape)}" if isinstance(baseline, Tensor) else found
+        kind = f"a {type(baseline).__name__}"
+        kind = f"a tensor of shape {list(baseline.shape)}" if isinstance(baseline, Tensor) else kind
+        found = f"={baseline!r}" if isinstance(baseline, str) else f"= is {kind}, which"
         raise ValueError(
-            f"A baseline of {found} is not known. Pass the lens of a corrupted prompt, 'zero', "
-            f"'mean', or an embedding [{width}]."
+            f"baseline{found} is no baseline. Pass the lens of another prompt of equal length, "
+            f"'zero', 'mean', or an embedding [{width}]."
         )
     return baseline.detach().to(capture.embed).expand_as(capture.embed)
 

@@ -142,13 +142,16 @@ def load_model(kind: str | None = None) -> Any:
 
     Raises:
         ValueError: If ``kind`` is neither, or the installed TransformerLens lacks it.
+        ImportError: If another package that TransformerLens needs is broken.
     """
     if kind not in (None, *_CLASSES):
         raise ValueError(f"kind={kind!r} does not exist. Choose 'hooked', 'bridge' or None.")
     for name in (kind,) if kind else tuple(_CLASSES):
         try:
             getattr(import_module(_CLASSES[name][0]), _CLASSES[name][1])
-        except ImportError:
+        except ImportError as error:
+            if not (error.name or "").startswith("transformer_lens"):
+                raise  # a broken dependency, not a class that this host lacks
             continue
         with redirect_stdout(sys.stderr):
             model = load_host(str(model_folder()), name, device="cpu")

@@ -132,8 +132,10 @@ def select(
     """
     values = ranked_by(scores, wiring, selection)
     if (n_edges is None) == (threshold is None):
-        given = "Neither" if n_edges is None else "Each"
-        raise ValueError(f"{given} of n_edges and threshold was given. Give exactly one of them.")
+        given = (
+            "neither n_edges= nor threshold=" if n_edges is None else "both n_edges= and threshold="
+        )
+        raise ValueError(f"The call gives {given}. Give exactly one of them.")
     size, least = len(scores), -math.inf
     if threshold is None:
         size = _count(n_edges, len(scores))

@@ -56,7 +56,8 @@ def adapt(model: Any) -> Adapter:
         return BridgeAdapter(model)
     raise UnsupportedArchitectureError(
         f"model is a {type(model).__name__}, which is neither a HookedTransformer nor a "
-        "TransformerBridge. Pass one of these, or a causal language model of Hugging Face."
+        "TransformerBridge. Pass one of these; wrap a Hugging Face model first: "
+        "model = tensorlens_tl.wrap(model, tokenizer)."
     )
 
 

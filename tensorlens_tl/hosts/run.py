@@ -100,7 +100,7 @@ def record(
     """
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(
-            f"dtype={dtype} is no compute dtype of the operator. "
+            f"dtype={dtype!r} is no compute dtype of the operator. "
             "Give torch.float32 or torch.float64."
         )
     how = choose_reading(adapter, pattern)

@@ -175,7 +175,7 @@ def _checked_method(name: str, model: Any, options: dict[str, Any]) -> Baseline:
     if wrong := options.keys() - baseline.options.keys():
         known = ", ".join(f"{k}={v!r}" for k, v in baseline.options.items()) or "none"
         raise ValueError(
-            f"{name} has no option {', '.join(sorted(wrong))}. Its options are {known}."
+            f"{name} has no option {', '.join(sorted(wrong))}. Drop it; the options are {known}."
         )
     if baseline.needs_model and model is None:
         raise ValueError(f"{name} runs the model again. Pass the captured model as model=.")

@@ -82,7 +82,7 @@ def matrix_options(name: str, given: Mapping[str, Any]) -> MatrixOptions:
     known = [field.name for field in fields(MatrixOptions)]
     if wrong := sorted(given.keys() - set(known)):
         raise ValueError(
-            f"{name} has no option {', '.join(wrong)}. Its options are {', '.join(known)}."
+            f"{name} has no option {', '.join(wrong)}. Drop it; the options are {', '.join(known)}."
         )
     return MatrixOptions(**given)
 
@@ -248,7 +248,7 @@ def _ask(
     if probes is not None and (not is_int(probes) or not 2 <= probes <= part.out_dim):
         raise ValueError(
             f"probes must be an integer from 2 to d_model = {part.out_dim}, not {probes!r}. "
-            "Two are the least that tell their own error; drop probes= for exact norms."
+            "Give one of these, or drop probes= for exact norms."
         )
     if target is not None and operator.site_index(sites[1]) != len(operator.sites) - 1:
         raise ValueError(

@@ -248,7 +248,9 @@ def validity(
         0.1
     """
     if isinstance(prompts, str) or len(prompts) < 3:
-        raise ValueError(f"prompts={prompts!r} are not three prompts or more. Pass a list of them.")
+        raise ValueError(
+            f"prompts={prompts!r} holds fewer than three prompts. Pass a list of at least three."
+        )
     unknown = [kind for kind in kinds if kind not in DIRECTION_KINDS]
     if unknown or not kinds:
         shown = f"kinds holds {', '.join(map(repr, unknown)) or 'nothing'}"

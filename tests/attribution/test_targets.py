@@ -55,7 +55,7 @@ def test_integers_of_every_kind():
         ({"pos": 1.5}, "Position 1.5 is not an integer"),
         ({"at": "corrupted"}, "at='corrupted' needs a baseline"),
         ({"by": "expert"}, "by='expert' needs a model with experts"),
-        ({"baseline": ["zero"]}, r"A baseline of type list is not known.* embedding \[32\]"),
+        ({"baseline": ["zero"]}, r"baseline= is a list, which is no baseline.* embedding \[32\]"),
     ],
 )
 def test_refusals(kwargs, message):

@@ -570,8 +570,8 @@ def test_refused_sizes_and_runs():
         ({"n_edges": 0}, "n_edges=0 is not an integer from 1"),
         ({"n_edges": 2.5}, "n_edges=2.5 is not an integer from 1"),
         ({"n_edges": True}, "n_edges=True is not an integer from 1"),
-        ({}, "Neither of n_edges and threshold was given"),
-        ({"n_edges": 3, "threshold": 0.1}, "Each of n_edges and threshold was given"),
+        ({}, "gives neither n_edges= nor threshold="),
+        ({"n_edges": 3, "threshold": 0.1}, "gives both n_edges= and threshold="),
         ({"threshold": math.nan}, "threshold=nan is not finite"),
         (
             {"n_edges": 3, "selection": "best"},

@@ -221,7 +221,7 @@ def test_refusals(model, tmp_path):
         ((rows[0], rows[1][0]), {}, "3 prompts but 1 corrupted prompts"),
         ((rows[0], None, ["Mary"]), {}, "target has 1 entries for 3 prompts"),
         (rows, {"n_edges": 10**6}, "n_edges=1000000 is not an integer from 1 to 479"),
-        (rows, {"n_edges": None}, "Neither of n_edges and threshold was given"),
+        (rows, {"n_edges": None}, "gives neither n_edges= nor threshold="),
         (rows, {"selection": "luck"}, "selection='luck' does not exist. Use one of greedy"),
         (rows, {"batch_size": 0}, "batch_size=0 is not an integer ≥ 1"),
         (

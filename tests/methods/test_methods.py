@@ -94,10 +94,12 @@ def test_refusals():
         with pytest.raises(ValueError, match=r"no method 'roll'. Choose one of norm, .*random"):
             call("roll")
         with pytest.raises(
-            ValueError, match=r"in_out has no option steps. Its options are probes, seed"
+            ValueError, match=r"in_out has no option steps. Drop it; the options are probes, seed"
         ):
             call("in_out", steps=3)
-        with pytest.raises(ValueError, match=r"rollout has no option probes. Its options are none"):
+        with pytest.raises(
+            ValueError, match=r"rollout has no option probes. Drop it; the options are none"
+        ):
             call("rollout", probes=3)
         with pytest.raises(
             ValueError, match=r"chefer runs the model again. Pass the captured model as model="

@@ -288,8 +288,8 @@ def test_half_precision_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": "The capital"}, "prompts='The capital' are not three prompts or more"),
-        ({"prompts": ["The capital"]}, "are not three prompts or more"),
+        ({"prompts": "The capital"}, "prompts='The capital' holds fewer than three prompts"),
+        ({"prompts": ["The capital"]}, "holds fewer than three prompts"),
         (
             {"kinds": ("random", "mail")},
             "kinds holds 'mail'. Choose some of random, swap, steering",
