@@ -13,7 +13,8 @@ are first-order, and in no sum.
 Both sides are kept narrow: d_head numbers per head and position. For one span of positions a time
 
 1. all writers are widened to [writer, span · d_model], at 2 pos d_model² flops a layer,
-2. the readers of a few layers are widened to [reader, span · d_model], at as many,
+2. the readers of a few layers are widened to [reader, span · d_model], at 2 pos d_model² flops
+   a layer,
 3. the two are multiplied, at 2 · readers · writers · pos · d_model flops in all.
 
 So the memory in use is that of one span, whatever the prompt's length. A constant that is the same
@@ -254,7 +255,7 @@ def _groups(sizes: list[int]) -> list[slice]:
         if held >= FEW_READERS:
             found.append(slice(start, i + 1))
             start, held = i + 1, 0
-    if held:  # a few readers alone would take as long as many
+    if held:  # a product with few rows takes as long as one with FEW_READERS rows
         start = found.pop().start if found and held < FEW_READERS // 2 else start
         found.append(slice(start, len(sizes)))
     return found

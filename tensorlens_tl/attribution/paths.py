@@ -240,7 +240,7 @@ def find_paths(
     Args:
         capture: The captured run, of one prompt.
         operator: The operator of that run.
-        target: The functional, from :func:`resolve_target`.
+        target: The functional, from ``resolve_target``.
         k: How many paths to find.
         from_token: Position of a token among the real ones: only paths that start at the embedding
             of this token. None for all sources.

@@ -66,6 +66,7 @@ class AblationOptions:
     Attributes:
         ablation: What replaces the output of an ablated writer: "resample" (its output in the run
             of the corrupted prompt), "mean" (its mean at each position over prompts) or "zero".
+            Only "resample" takes ``corrupted``; call without it for "mean" and "zero".
         attention: "live" for patterns that follow from the queries and keys of the ablated run,
             "frozen" for those of the clean run.
         metric: A function measured in place of target − versus: (logits at ``pos``
@@ -152,7 +153,7 @@ def faithfulness(
         circuit_or_edges: A :class:`Circuit`, or edges or their names, or nodes (then all edges
             between them are kept). Constants are kept in any case.
         corrupted: One corrupted prompt per prompt, of the same number of tokens. Needed for
-            ablation="resample".
+            ablation="resample"; None for "mean" and "zero", which refuse corrupted prompts.
         target: Token whose logit is measured, as a string or an id: one for all prompts, or a list
             with one per prompt. None for the token that the clean run predicts.
         versus: Token whose logit is subtracted, in the same forms. None for no subtraction.

@@ -148,7 +148,8 @@ class Circuit:
         Args:
             model: The model that the circuit is of. The call leaves the model unchanged.
             prompts: As for :func:`tensorlens_tl.faithfulness`.
-            corrupted: One corrupted prompt per prompt; needed for ablation="resample".
+            corrupted: One corrupted prompt per prompt. Needed for ablation="resample"; None for
+                "mean" and "zero", which refuse corrupted prompts.
             target: Token whose logit is measured: a string or an id, or one per prompt.
             versus: Token whose logit is subtracted, in the same forms.
             options: How edges are ablated and what is measured.

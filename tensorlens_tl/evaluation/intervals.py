@@ -73,6 +73,6 @@ def bootstrap(
     return Estimate(float(statistic(x)), low, high, len(x))
 
 
-@lru_cache(maxsize=4)  # many statistics are of as many values
+@lru_cache(maxsize=4)  # many calls have the same n and seed
 def _resamples(n: int, seed: int) -> Int[Tensor, "draw n"]:
     return torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(seed), device="cpu")

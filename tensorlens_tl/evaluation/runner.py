@@ -66,8 +66,8 @@ def evaluate(
             where ``scores`` are given).
         protocol: Names of :data:`tensorlens_tl.evaluation.protocols.PROTOCOLS`, or measures of
             :func:`tensorlens_tl.evaluation.protocols.measures`.
-        masking: How tokens are masked: "delete", "token" or "mean", or several of them; see
-            ``masking``.
+        masking: How tokens are masked, by one or several names: "delete" takes the token out of the
+            prompt, "token" puts ``mask_token`` in its place, "mean" puts the mean embedding there.
         preset: Fractions of the tokens that are masked: a key of
             :data:`tensorlens_tl.evaluation.protocols.PRESETS`, or fractions. By default, the preset
             of the protocol.

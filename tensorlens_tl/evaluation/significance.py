@@ -87,7 +87,7 @@ def compare(first: Sequence[Number], second: Sequence[Number], seed: int = 0) ->
     return Comparison(difference, (reached + seen) / (len(flips) + seen))
 
 
-@lru_cache(maxsize=4)  # many comparisons are of as many inputs
+@lru_cache(maxsize=4)  # many calls have the same n and seed
 def _signs(n: int, seed: int) -> Int8[Tensor, "flip n"]:
     if n <= EXACT:
         flips, inputs = (torch.arange(m, device="cpu") for m in (2**n, n))

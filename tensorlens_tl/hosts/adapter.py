@@ -189,7 +189,7 @@ class Adapter(ABC):
         """What the attention scores of every block are made of, by reference.
 
         Nothing of a run is read for it. The run still tells whether the layout is right: the
-        pattern recomputed from it must be the captured one (:class:`QueryKey`).
+        pattern recomputed from it must be the captured one (``QueryKey``).
 
         Args:
             n_pos: Number of positions for which rotations are needed.

@@ -7,7 +7,7 @@ Either way a block's reading becomes the map v → z over positions:
 
 For the second, queries and keys are read as the scores are the product of them: normalized and
 rotated. A host that rotates without a hook behind it is read before, and rotated here by its own
-cosines. Scale, soft cap and window are the host's (:meth:`Adapter.recomputed_reading`). A wrong
+cosines. Scale, soft cap and window are the host's (``Adapter.recomputed_reading``). A wrong
 one is found by the self-check, which mixes the run's values with the recomputed pattern.
 
 The host's own forward pass computes the patterns all the same, one layer at a time. Nothing keeps

@@ -44,7 +44,7 @@ class TensorLens(AttributedRun):
     ===============================================  ==============================================
     Which words does a logit come from?              ``lens.attribute("Paris", versus="Rome")``
     Which heads, MLPs, neurons, constants, edges?    ``lens.attribute("Paris", by="head")``
-    What changed between two prompts?                ``lens.attribute("Paris", baseline=corrupted)``
+    What changed between two prompts?                ``lens.attribute(baseline=other_lens)``
     What do many targets or positions come from?     ``lens.attribute_many(pos=range(3))``
     Which chains of heads and MLPs carry it?         ``lens.paths("Paris", k=10)``
     Which heads carry what a token contributes?      ``lens.loadings(4, "Paris")``
@@ -63,7 +63,9 @@ class TensorLens(AttributedRun):
     no causal claim: it decomposes this run, and only the real model tells what an ablation does.
 
     Weights and logits are referenced, not copied. Once the weights or the returned logits are
-    written to, the lens refuses to answer, as it would describe another run.
+    written to, the lens refuses to answer, as it would describe another run. It does not notice
+    writes through ``.data``. They show in ``lens.verify()`` and in the ``completeness_error`` of a
+    result.
 
     A lens of several prompts is a batch: ``len(lens)``, ``lens[i]`` and a loop give its prompts.
 

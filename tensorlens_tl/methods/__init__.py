@@ -1,4 +1,4 @@
-"""Every way to score tokens, the operator's and fifteen earlier ones, by one call.
+"""Every way to score tokens, the operator's own and earlier ones, by one call.
 
 Key concepts:
     METHODS: Every method by name.

@@ -103,7 +103,7 @@ def norm_attention(capture: Capture) -> Matrix:
     """Norm-based attention (Kobayashi et al. 2020): norms of moved value vectors, rolled out.
 
     A layer's matrix is N_ij = ‖Σ_h A_h[i, j] v_j^h W_O^h‖ with rows normalized. The result is
-    Π_l (½ N_l + ½ I): N lacks the residual, which counts half, as in :func:`rollout`. Cost: L² H D
+    Π_l (½ N_l + ½ I): N lacks the residual, which counts half, as in ``rollout``. Cost: L² H D
     per layer.
 
     Args:

@@ -1,6 +1,6 @@
 """Local validity: how far from a prompt the frozen operator tells what the real model would do.
 
-:mod:`validity_errors` defines the errors of the operator and of the Jacobian. This file measures
+``validity_errors`` defines the errors of the operator and of the Jacobian. This file measures
 them on many prompts.
 
 1. Capture every prompt.
