@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -130,10 +129,6 @@ if TransformerBridgeConfig is not None:
 # these.
 _SHAPES = ("gpt2", "llama", "neox", "gemma2", "qwen3", "attn-only", "solu")
 SHAPES = [case for case in CASES.values() if case.name.split("-", 1)[1] in _SHAPES]
-if chosen := os.environ.get(
-    "CASES"
-):  # by name, for runs that are slow: "hooked-gemma2,bridge-llama"
-    SHAPES = [case for case in SHAPES if case.name in chosen.split(",")] or SHAPES[:2]
 GATED = [case for case in SHAPES if case.gated]
 every_convention = pytest.mark.parametrize(
     ("case", "gate"),

@@ -107,7 +107,8 @@ class FaithfulnessCurve:
         >>> from tensorlens_tl import demo, faithfulness_curve, score_edges
         >>> model, pair = demo.load_model(), demo.prompts("ioi", 1)[0]
         >>> scores = score_edges(model, [pair.clean], [pair.corrupted])
-        >>> curve = faithfulness_curve(model, [pair.clean], scores, [pair.corrupted], sizes=(0, 1))
+        >>> prompts = [pair.clean], scores, [pair.corrupted]
+        >>> curve = faithfulness_curve(model, *prompts, sizes=(0.0, 1.0))
         >>> [abs(round(float(share), 2)) for share in curve.shares]
         [0.0, 1.0]
     """
