@@ -26,7 +26,7 @@ from .edge_averages import NO_SCORES
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
 
-FORMAT = "tensorlens_tl circuit 1"
+FORMAT = "tensorlens_tl circuit 2"
 
 
 @dataclass(frozen=True)

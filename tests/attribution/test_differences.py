@@ -136,7 +136,7 @@ def test_baseline_refusals(tmp_path):
     with pytest.raises(ValueError, match="effect='total' is not available with a baseline"):
         clean.attribute(3, by="component", effect="total", baseline=corrupted)
     for wrong in ("median", torch.zeros(3), 3):
-        with pytest.raises(ValueError, match=r"not known\. Pass the lens of .* embedding \[32\]"):
+        with pytest.raises(ValueError, match=r"no baseline\. Pass the lens of .* embedding \[32\]"):
             clean.attribute(3, baseline=wrong)
     clean.save(tmp_path / "lens.safetensors", weights=True)
     loaded = tensorlens_tl.load(tmp_path / "lens.safetensors")
