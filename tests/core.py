@@ -7,7 +7,8 @@ MODELS = ("hooked-gpt2", "hooked-gemma2", "bridge-llama", "native-llama")
 """Models that core tests run on, where they take one: biases; caps, windows, post-norms; groups."""
 
 TESTS = {
-    "sublayers": "parts_sum_to_the_whole ratio_times_z_is_the_activation soft_cap_ratio",
+    "sublayers": "parts_sum_to_the_whole ratio_times_z_is_the_activation soft_cap_ratio "
+    "a_unit_at_zero_is_off",
     "linear_map": "primitives_are_linear_with_exact_adjoints",
     "recomputed": "recomputed_equals_stored padding what_cannot_be_recomputed_is_refused",
     "operator": "operator_reproduces_the_logits adjoint gradient_and_curvature_of_the_frozen_model "

@@ -36,6 +36,11 @@ def test_an_unknown_activation_is_refused():
         gating_ratio("swoosh", torch.zeros(1))
 
 
+def test_a_unit_at_zero_is_off():
+    """At z = 0 any ratio gives act(z); the library takes 0, as PyTorch takes for the derivative."""
+    assert gating_ratio("relu", torch.tensor([-1.0, 0.0, 1.0])).tolist() == [0, 0, 1]
+
+
 def test_soft_cap_ratio():
     logits = torch.tensor([-200.0, -1.0, 0.0, 1e-9, 3.0]).double()
     assert_close(soft_cap_ratio(logits, 5.0) * logits, 5 * torch.tanh(logits / 5), 1e-14)
