@@ -96,7 +96,7 @@ if HookedTransformer is not None:
     def test_enough_distinct_configurations():
         if not SEEN:
             test_hooked_transformers_of_any_shape()
-        assert len(SEEN) >= 0.8 * N_EXAMPLES
+        assert len(SEEN) >= 200
 
 else:
 
