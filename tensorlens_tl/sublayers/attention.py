@@ -53,6 +53,7 @@ class Attention(Sublayer):
         """The map x → v, with all key/value heads side by side."""
         w = self.weights
         b_V = None if w.b_V is None else w.b_V.flatten()
+        # Heads side by side make one product of all values. Grouped heads are not repeated here.
         return Linear(self.frame, rearrange(w.W_V, "h d e -> d (h e)"), b_V, f"L{self.layer}.b_V")
 
     @property
@@ -74,6 +75,7 @@ class Attention(Sublayer):
     def kv_of(self) -> list[int]:
         """Number of the key/value head that each query head reads."""
         heads, kv_heads = self.weights.W_O.shape[0], self.weights.W_V.shape[0]
+        # Neighbouring query heads share a key/value head, as all hosts lay them out.
         return [h * kv_heads // heads for h in range(heads)]
 
     def nodes(self) -> tuple[Node, ...]:
@@ -87,6 +89,8 @@ class Attention(Sublayer):
         return replace(
             self,
             mix=self.mix.head(h),
+            # The user's edits belong to no head, and b_O is added once for all heads: both stay
+            # outside.
             v_edit=None,
             z_edit=None,
             weights=AttentionWeights(
@@ -98,6 +102,7 @@ class Attention(Sublayer):
         )
 
     def hidden(self, x):
+        # b_V goes through the pattern, as a row of A may sum to less than 1.
         return self.mix.apply(self.values.apply(x) + self.values.bias)
 
     def hidden_at(self, x, query):
@@ -110,6 +115,7 @@ class Attention(Sublayer):
             "bgrd,gde->bgre", mixed.unflatten(1, (kv_heads, -1)), frame.cast(w.W_V)
         ).flatten(1, 2)
         if w.b_V is not None:
+            # Σ_k A[q, k] b_V: the constant arrives with the weight that the row sums to.
             z = z + row.sum(-1, keepdim=True) * frame.cast(w.b_V)[self.kv_of]
         return z.flatten(1)
 
@@ -123,6 +129,7 @@ class Attention(Sublayer):
 
     def pull_at(self, y, query, effects):
         own: dict[str, Tensor] = {}
+        # y is nonzero at one query only, so the pull by A is an outer product with the row A[q].
         z = self.by_node(self.output.apply_t(y, own)[..., 0, :])
         effects |= put_effects(own, query, self.frame.n_pos)
         by_head = torch.einsum("...bhe,bhk->...bkhe", z, self.mix.rows(query))
@@ -131,6 +138,7 @@ class Attention(Sublayer):
     def _pull_values(
         self, by_head: Float[Tensor, "*many batch pos head d_head"], effects: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
+        # Query heads of one group read the same values, so their covectors add up there.
         v = by_head.unflatten(-2, (self.weights.W_V.shape[0], -1)).sum(-2).flatten(-2)
         v = v if self.v_edit is None else self.v_edit.apply_t(v, effects)
         return self.values.apply_t(v, effects), by_head
@@ -151,6 +159,7 @@ class Attention(Sublayer):
         w, cast = self.weights, self.frame.cast
         by_head, own = kept.permute(2, 0, 1, 3), {}  # [head, batch, pos, d_head]
         if norm is not None and norm.weights.b is not None:
+            # The norm's bias is the same at every position: it meets only the sum of the covectors.
             own[f"{norm.name}.b"] = cast(norm.weights.b) @ cast(w.W_V)
         if w.b_V is not None:
             own[self.values.name] = cast(w.b_V)
@@ -167,6 +176,7 @@ class Attention(Sublayer):
         z = torch.einsum("bd,hed->bhe", y, frame.cast(w.W_O))
         grouped = z.unflatten(1, (w.W_V.shape[0], -1))
         v = torch.einsum("bgre,gde->bgrd", grouped, frame.cast(w.W_V)).flatten(1, 2)
+        # ⟨y, A[q, k] x_k W_V W_O⟩ = A[q, k] ⟨y W_Oᵀ W_Vᵀ, x_k⟩: the pattern multiplies in the end.
         shares = v @ x.mT
         if w.b_V is not None:
             shares = shares + (z * frame.cast(w.b_V)[self.kv_of]).sum(-1, keepdim=True)

@@ -58,6 +58,7 @@ class Scores:
             return 0, length
         window = length if self.window is None else self.window
         if pull:
+            # A key is seen by itself, by later queries, and by none beyond its window.
             return start, min(length, stop + window - 1)
         return max(0, start - window + 1), stop
 
@@ -74,6 +75,8 @@ class Scores:
         """
         if not self.causal:
             return block
+        # Exponentials may overflow to inf above the diagonal. tril_ sets cells to 0 and multiplies
+        # none.
         near = block.triu_(offset) if pull else block.tril_(offset)
         if self.window is None:
             return near
@@ -84,6 +87,7 @@ class Scores:
         """The slopes in bits [repeat, kv_head, 1, 1] in the dtype of ``like``, or None."""
         if self.slopes is None:
             return None
+        # Scores are kept in bits, so that exp2 serves, which is cheaper than exp.
         slopes = torch.tensor(self.slopes, dtype=like.dtype, device=like.device) / LN2
         return slopes.view(kv_heads, -1, 1, 1).transpose(0, 1)
 
@@ -96,6 +100,7 @@ def capped_(products: Tensor, scores: Scores) -> Tensor:
 def _block_sizes(like: Tensor, heads: int, length: int, width: int) -> tuple[int, int, int]:
     """Heads, rows and columns of a block, when a position has ``width`` numbers of values."""
     rows, columns, cells = (ROWS, COLUMNS, CELLS) if like.device.type == "cpu" else ACCELERATOR
+    # As many heads at once as leave both the block and the values of those heads in the cache.
     rows, columns = min(rows, length), min(columns, length)
     return max(1, min(heads, cells // max(rows * columns, length * width))), rows, columns
 
@@ -104,6 +109,7 @@ def add_alibi_bias_(block: Tensor, slopes: Tensor, offset: int, pull: bool) -> T
     """Subtract ALiBi's slope · (query − key) from scores, in place; ``offset`` as in ``mask_``."""
     like = {"dtype": block.dtype, "device": block.device}
     rows, columns = (torch.arange(n, **like) for n in block.shape[-2:])
+    # Rows are keys in a pull, so (row − column) is minus the distance there.
     return block.addcmul_(slopes, rows[:, None] + offset - columns, value=1 if pull else -1)
 
 
@@ -128,6 +134,8 @@ def mix_blocks(
         slopes: ALiBi's slopes in bits [repeat, head, 1, 1], or None.
         pull: Whether rows are keys and columns queries.
     """
+    # −lse rides along as one more coordinate, so the product is the exponent at once. Under a soft
+    # cap, tanh comes between, and −lse is added afterwards.
     width = slice(None) if scores.soft_cap is None else slice(-1)
     repeat, many, n_heads, length, d = values.shape
     n, height, broad = _block_sizes(q, n_heads, length, many * d)
@@ -143,6 +151,8 @@ def mix_blocks(
         for start in range(0, length, height):
             i = slice(start, min(start + height, length))
             left, right = scores.reach(i.start, i.stop, length, pull)
+            # Columns outside [left, right) are masked for every row of the block: they are not
+            # computed.
             for at in range(left, right, broad):
                 j = slice(at, min(at + broad, right))
                 size = c, i.stop - start, j.stop - at
@@ -154,6 +164,8 @@ def mix_blocks(
                 if slopes is not None:
                     add_alibi_bias_(block, slopes[r, h], start - at, pull)
                 scores.mask_(block.exp2_(), start - at, pull)
+                # beta=0 overwrites what is left of the group before; later blocks and repeats add
+                # up.
                 sums[:c, i].baddbmm_(block, v[:, j], beta=0 if at == left and r == 0 else 1)
         if r == repeat - 1:
             out[:, h] = sums[:c].unflatten(2, (many, d)).permute(2, 0, 1, 3)

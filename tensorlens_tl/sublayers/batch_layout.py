@@ -70,6 +70,7 @@ class Frame:
                     f"Position {pos} is outside prompt {prompt}, which has {stop - start} tokens. "
                     f"Pass {start - stop} to {stop - start - 1}; −1 is the last token."
                 )
+        # −1 is the last real token, wherever padding stands.
         indices = [(stop if pos < 0 else start) + pos for start, stop in self.spans]
         return torch.tensor(indices, device=self.device)
 
@@ -87,6 +88,7 @@ class Frame:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """Detach a tensor and convert it to the compute dtype, without a copy where it has it."""
+        # The operator is a constant of its run: no gradient flows into the weights.
         return tensor.detach().to(self.dtype)
 
 

@@ -35,6 +35,7 @@ class Factored:
         self, scale: Float[Tensor, "batch pos 1"], finish: Callable[[Tensor], None]
     ) -> Factored:
         """The vectors after a norm, whose scale divides the narrow ones; ``finish`` is the rest."""
+        # A scale is one number per position, so it may divide d_head numbers in place of d_model.
         found = replace(self, narrow=self.narrow / scale, finish=lambda wide, span: finish(wide))
         return found if self.matrix is not None else Factored(found.wide())
 
@@ -57,6 +58,8 @@ class Factored:
             W = self.matrix()
             groups, _, width = W.shape
             into = None if out is None else out.view(groups, -1, width)
+            # Query heads of one group share a matrix, so they stand side by side as rows of one
+            # product.
             found = torch.bmm(narrow.reshape(groups, -1, W.shape[1]), W, out=into)
             found = found.view(*narrow.shape[:-1], width)
         if self.finish is not None:
@@ -73,11 +76,14 @@ class Factored:
             return self.narrow.sum(0)
         W = self.matrix()
         groups, narrow, _ = W.shape
+        # Σ_h z_h W_g(h) = Σ_g (Σ_{h in g} z_h) W_g, and side by side that is one product.
         together = self.narrow.unflatten(0, (groups, -1)).sum(1).permute(1, 2, 0, 3)
         return together.flatten(2) @ W.reshape(groups * narrow, -1)
 
     def __sub__(self, other: Factored) -> Factored:
         """The difference to the vectors of the same nodes in another run of the model."""
         if (self.matrix is None) != (other.matrix is None):
+            # One of the runs has a matrix and the other has none: only wide vectors can be
+            # compared.
             return Factored(self.wide() - other.wide())
         return replace(self, narrow=self.narrow - other.narrow)

@@ -144,6 +144,7 @@ class MLP(FeedForward):
         pre, ln = self.pre + change @ self.frame.cast(self.weights.W_in), self.ln
         if ln is None:
             return replace(self, pre=pre)
+        # The norm behind SoLU sees post-activations: its scale follows what they become.
         posts = (gating_ratio(self.weights.act, z) * z for z in (self.pre, pre))
         return replace(self, pre=pre, ln_scale=ln.moved(*posts).scale)
 
@@ -180,6 +181,7 @@ class GatedMLP(FeedForward):
 
     @cached_property
     def map(self) -> Chain:
+        # act(g) ⊙ u = ratio ⊙ g ⊙ u with ratio = act(g) / g, which is finite at g = 0, too.
         share = 0.5 if self.convention == "half" else 1.0
         ratio = gating_ratio(self.weights.act, self.pre) * share
         on_up = None if self.convention == "up" else ratio * self.pre
@@ -204,6 +206,8 @@ class GatedMLP(FeedForward):
         branches: list[LinearMap] = []
         if on_up is not None:
             up = Linear(frame, w.W_in, w.b_in, f"{name}.b_in")
+            # Each half reads its own projection, so an edit of g counts in the half that is linear
+            # in g.
             branches.append(_chain((up, self.pre_linear_edit, Gate(frame, on_up))))
         if on_gate is not None:
             into = Linear(frame, w.W_gate, w.b_gate, f"{name}.b_gate")
@@ -221,6 +225,7 @@ class GatedMLP(FeedForward):
 
     @property
     def edits(self) -> dict[str, Shift]:
+        # An edit of the frozen factor is inside that factor already and is no constant of the map.
         used = {"post": self.post_edit}
         if self.convention in ("gate", "half"):
             used["pre_linear"] = self.pre_linear_edit

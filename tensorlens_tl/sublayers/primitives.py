@@ -104,6 +104,7 @@ class Mix(LinearMap):
 
     @property
     def _grouped(self) -> Tensor:
+        # The r query heads of a group read the same values: their rows stand below each other.
         return rearrange(self.pattern, "b (g r) q k -> b g (r q) k", g=self.kv_heads)
 
     # Many vectors are put side by side in the last axis. So one product serves all of them, and the
@@ -136,6 +137,7 @@ class Mix(LinearMap):
 
     def sum_heads(self, values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos"]:
         """Mix one number per position and query head, and sum over heads: Σ_h A_h values_h."""
+        # Σ_k A[q, k] v_k as a row vector times Aᵀ, which views the pattern and copies nothing.
         return (values.mT[..., None, :] @ self.pattern.mT).sum((1, 2))
 
     def head(self, index: int) -> Mix:
@@ -145,6 +147,7 @@ class Mix(LinearMap):
     def looks_ahead(self, prompt: int) -> bool:
         """Whether a query of the prompt attends to a later key, as an edited pattern may."""
         start, stop = self.frame.spans[prompt]
+        # Padding is cut off first: hosts leave any numbers in rows that no real token reads.
         return bool(self.pattern[prompt, :, start:stop, start:stop].triu(1).any())
 
     def rows(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key_pos"]:
@@ -302,6 +305,8 @@ class Norm(LinearMap):
 
     def apply(self, x):
         w = self.weights.gain
+        # Subtracting the mean is linear, and only the scale is not: freezing s makes the norm
+        # linear.
         y = (x - x.mean(-1, keepdim=True) if self.weights.center else x) / self.scale
         return y if w is None else y.mul_(self.frame.cast(w))
 
@@ -309,6 +314,7 @@ class Norm(LinearMap):
         w, b = self.weights.gain, self.weights.b
         if effects is not None and b is not None:
             effects[f"{self.name}.b"] = y @ self.frame.cast(b)
+        # (C S W)ᵀ = W S C: centring is symmetric and acts last.
         y = (y if w is None else y * self.frame.cast(w)) / self.scale
         return y.sub_(y.mean(-1, keepdim=True)) if self.weights.center else y
 

@@ -101,6 +101,8 @@ class RecomputedMix(LinearMap):
             raise ValueError(
                 f"{len(scores.slopes)} slopes were given for {q.shape[2]} heads. Give one for each."
             )
+        # Scale and the change from nats to bits are put into the queries once, not into every
+        # block.
         scale = scores.scale / (scores.soft_cap or LN2)
         queries = torch.nn.functional.pad((q * scale).permute(0, 2, 3, 1), (0, 0, 0, 1))
         keys = torch.nn.functional.pad(k.permute(0, 2, 3, 1), (0, 0, 0, 1), value=1.0)
@@ -111,6 +113,8 @@ class RecomputedMix(LinearMap):
             for _, _, heads, keys in mix._prompts():
                 for r, queries in enumerate(heads):
                     lse = log_sum_exp(queries, keys, scores, None if slopes is None else slopes[r])
+                    # A sink takes part in the softmax's sum and has no value: it only makes lse
+                    # larger.
                     lse = lse if beside is None else torch.logaddexp(lse, beside[:, r])
                     queries[:, -1] = -lse / LN2
         return mix
@@ -166,12 +170,15 @@ class RecomputedMix(LinearMap):
         source = many.unflatten(-1, size).permute(1, 4, 0, 3, 2, 5)
         size[1] = self._repeat if to_heads else 1
         whole = all(span == (0, self.frame.n_pos) for span in self.frame.spans)
+        # Without padding every number is written, so zeros would be written twice.
         out = (many.new_empty if whole else many.new_zeros)(*many.shape[:-1], *size)
         target = out.permute(1, 4, 0, 3, 2, 5)
         slopes = self.scores.slopes_in_bits(x, self.kv_heads)
         for prompt, pos, q, k in self._prompts():
             values, sums = source[prompt, ..., pos, :], target[prompt, ..., pos, :]
+            # A view: query heads of one group see the same values at no cost in memory.
             values = values.expand(self._repeat, *values.shape[1:])
+            # Sums over the group are added up inside the kernel; single heads need a call for each.
             if not to_heads:
                 mix_blocks(q, k, values, sums[0], self.scores, slopes, pull)
                 continue
@@ -305,6 +312,7 @@ class Tiles:
                 block.addcmul_(self.slopes, behind.to(block), value=-1)
             hidden = behind < 0
             hidden = hidden if scores.window is None else hidden | (behind >= scores.window)
+            # 2^−inf = 0 exactly, so hidden cells add nothing.
             block.masked_fill_(hidden, -math.inf)
         block.exp2_()
         for gain in (

@@ -119,6 +119,7 @@ class Sublayer(Mapped):
             One row per node. Rows stay narrow where the matrix makes them wider.
         """
         nodes = len(self.nodes())
+        # An MLP is wider inside than outside: nothing is gained by keeping it narrow.
         if hidden.shape[-1] // nodes >= self.out_dim:
             W = self.frame.cast(self.output.W).unflatten(0, (nodes, -1))
             return Factored(self.by_node(hidden).permute(2, 0, 1, 3) @ W[:, None])
@@ -166,6 +167,7 @@ class Sublayer(Mapped):
             The covectors at the input, and the covectors of the single readers: per head for
             attention, the same covectors for an MLP.
         """
+        # Where nodes share one covector, as in an MLP, no second one is kept.
         covector = self.apply_t(y, effects)
         return covector, covector
 
@@ -209,6 +211,8 @@ class Sublayer(Mapped):
         """
         shares = x.new_zeros(x.shape[0], len(self.nodes()), x.shape[1])
         prompts = torch.arange(len(query), device=query.device)
+        # An MLP acts on each position alone, so all it reads for a position stands at that
+        # position.
         shares[prompts, :, query] = torch.einsum("bnd,bd->bn", self.outputs_at(x, query), y)
         return shares
 

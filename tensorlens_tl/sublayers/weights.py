@@ -53,12 +53,14 @@ class EmbedWeights:
         if self.norm is None:
             return rows
         w, b = (None if x is None else x.detach().to(dtype) for x in (self.norm.w, self.norm.b))
+        # Not a frozen scale: rows of words that the prompt lacks have a scale of their own.
         return torch.nn.functional.layer_norm(rows, rows.shape[-1:], w, b, self.eps)
 
     def mean(self, dtype: torch.dtype) -> Float[Tensor, " d_model"]:
         """The mean of all rows, after the norm if there is one."""
         if self.norm is None:
             return self.W_E.detach().mean(0, dtype=dtype)
+        # The norm of a mean is not the mean of norms. Slices keep the normalized copy small.
         n, step = len(self.W_E), 4096
         sums = [self.rows(slice(i, i + step), dtype).sum(0) for i in range(0, n, step)]
         return torch.stack(sums).sum(0) / n
