@@ -225,6 +225,7 @@ class BatchedSweep:
                 if isinstance(folded, FoldedNorm) or not folded.mixing:  # 1. Rows
                     rows = self._rows(folded, rows, t)
                     continue
+                # Coordinates ascend, and nothing moves upwards: a block ends at its last start.
                 ends = [int(t[s][-1]) + 1 if self.causal else self.n_pos for s in spans]
                 blocks = self._spread(folded, rows, t, spans, ends)  # 2. Spread
             elif i == len(self.stages) - 1 and reduce.with_x is not None:
@@ -261,6 +262,7 @@ class BatchedSweep:
         blocks = []
         for span, end in zip(spans, ends, strict=True):
             state = _placed(own[span], t[span], end)
+            # Branches side by side read the same rows: none sees what another one added.
             for branch in step.mixing:
                 _spread_one(branch, rows[span], t[span], state)
             blocks.append(state)
@@ -303,6 +305,7 @@ class BatchedSweep:
         """Σ_from A[to, from] (state · into), before ``out``: [pos, rows, width]."""
         n, rows, _ = state.shape
         groups, repeats = b.groups
+        # Narrow first: d_head numbers per head are mixed, not d_model.
         z = state.flatten(0, 1) @ b.into
         inner = (groups, repeats, -1) if b.gathers else (groups, 1, -1)
         z = z.view(n, rows, *inner).permute(2, 3, 0, 1, 4).flatten(3)  # [group, repeat, from, …]
@@ -316,6 +319,7 @@ class BatchedSweep:
             if not b.gathers:
                 torch.matmul(pattern, z[:, :, source], out=mixed[:, :, to])
                 continue
+            # A pull sums the query heads of a group, so they add up in one buffer.
             out = torch.bmm(pattern[:, 0], z[:, 0, source])
             for r in range(1, repeats):
                 out.baddbmm_(pattern[:, r], z[:, r, source])
@@ -332,6 +336,8 @@ class BatchedSweep:
         eye = torch.eye(d_model, dtype=b.into.dtype, device=b.into.device)
         for first in range(0, below, group):
             pos = slice(first, min(first + group, below))
+            # 1 + into · diag(r_t) · out: one map [d_model, d_model] serves all vectors at position
+            # t.
             maps = torch.matmul(b.into * b.ratio[pos, None], b.out).add_(eye)
             for state in reversed(blocks):  # the largest first: the others fit into what it frees
                 if len(part := state[pos]):
@@ -393,6 +399,7 @@ def _spread_one(b: Mixing, rows: Tensor, t: Tensor, state: Tensor) -> None:
         z = z.view(n * many, groups, 1, -1).permute(1, 2, 0, 3)
         heads = torch.matmul(z, b.out.view(groups, repeats, -1, d_model))
     heads = heads.view(groups * repeats, n, many * d_model).transpose(0, 1)
+    # Every row stands at one position, so mixing is an outer product with a column of A.
     pattern = b.tiles[slice(len(state)), t].flatten(0, 1).permute(2, 1, 0)  # [n, to, head]
     spread = torch.bmm(pattern, heads).unflatten(2, (many, d_model))
     state.unflatten(1, (n, many)).add_(spread.transpose(0, 1))

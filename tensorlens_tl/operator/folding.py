@@ -59,6 +59,8 @@ class Positionwise:
     def flipped(self, transposed: bool) -> Positionwise:
         """The branch in causal coordinates; see :func:`fold`."""
         if transposed:
+            # (into diag(r) out)ᵀ = outᵀ diag(r) intoᵀ: the normal form is closed under
+            # transposition.
             return Positionwise(self.out.T, self.into.T, self.ratio)
         return Positionwise(self.into, self.out, self.ratio.flip(0))
 
@@ -170,6 +172,8 @@ class FoldedNorm:
         w, scale = self.norm.weights, self.inverse[at][:, None]
         gain = None if w.gain is None else self.norm.frame.cast(w.gain)
         if self.transposed:
+            # (C diag(w) / s)ᵀ = diag(w) C / s: centring is symmetric, and comes last in the
+            # adjoint.
             x = (x if gain is None else x * gain) * scale
             return x - x.mean(-1, keepdim=True) if w.center else x
         x = (x - x.mean(-1, keepdim=True) if w.center else x) * scale
@@ -297,6 +301,7 @@ class _Folding:
         W = part.frame.cast(part.W)
         for norm in reversed(self.norms):  # x C diag(w) W: the norm's matrix from the left
             gain = norm.weights.gain
+            # Nearest norm first: x N1 N2 W takes N2 into W before N1.
             W = W if gain is None else W * norm.frame.cast(gain)[:, None]
             W = _centred(W, 0) if norm.weights.center else W
         self.norms = []
@@ -329,10 +334,12 @@ class _Folding:
         halves = []
         for half in part.maps:
             folding = _Folding(self.prompt, self.real)
+            # Both halves read through the same norm.
             folding.norms, folding.before = list(self.norms), self.before
             for primitive in _primitives(half):
                 folding.take(primitive)
             halves.append(folding)
+        # Σ_i (x · into_i ⊙ r_i) · out is one product over both widths with out twice below itself.
         self.into = torch.cat([_found(half.into) for half in halves], -1)
         self.ratio = torch.cat([_found(half.ratio) for half in halves], -1)
         self.norms, self.before, self.halves = [], None, len(halves)

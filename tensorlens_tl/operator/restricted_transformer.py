@@ -68,6 +68,7 @@ class RestrictedTransformer(LinearMap):
     @cached_property
     def live(self) -> frozenset[Node]:
         """The nodes with a kept path to the logits."""
+        # Backwards from the logits: a node that reaches nothing would be computed for nothing.
         found, todo = set(), [LOGITS]
         while todo:
             new = set(self.reads.get(todo.pop(), ())) - found
@@ -103,6 +104,7 @@ class RestrictedTransformer(LinearMap):
         everywhere: Tensor | float = 0.0
 
         def read(node: Node) -> Tensor:
+            # Constants belong to no writer, so every reader gets them, whatever edges are kept.
             found = sum((written[src] for src in self.reads.get(node, ())), everywhere)
             return found if isinstance(found, Tensor) else torch.zeros_like(x)
 
@@ -113,6 +115,7 @@ class RestrictedTransformer(LinearMap):
                 everywhere = everywhere + constant(branch.outside)
             for edit in step.edits:
                 everywhere = everywhere + constant(edit.constants)
+        # The final norm's scale is the run's, so the readout stays linear in what is kept.
         return self.last.apply(read(LOGITS)) + constant(self.last.constants)
 
     def apply(self, x):
@@ -140,6 +143,7 @@ class RestrictedTransformer(LinearMap):
             for branch in step.branches:
                 outside = branch.outside()
                 enter({name: (everywhere * k).sum(-1) for name, k in outside.items()})
+            # Readers of one step first, all of them, as none writes to another.
             pulled = []
             for node, part in parts:
                 own: dict[str, Tensor] = {}

@@ -143,6 +143,7 @@ class LinearMap(ABC):
         prompts = torch.arange(self.frame.batch, device=self.frame.device)
         query, key = self.frame.index(query_pos), self.frame.index(key_pos)
         u = self.frame.zeros(self.out_dim, self.out_dim)
+        # Row i of the block is the pull of the unit covector i.
         u[:, prompts, query] = self.frame.eye(self.out_dim)[:, None]
         return self.apply_t(u)[:, prompts, key].transpose(0, 1)
 
@@ -306,6 +307,7 @@ class Chain(LinearMap):
 
     @property
     def bias(self):
+        # The value at 0: each map's linear part carries what came before, and adds its constant.
         return reduce(lambda c, m: m.apply(c) + m.bias, self.maps[1:], self.maps[0].bias)
 
     def constants(self):
