@@ -192,9 +192,9 @@ def test_conventions_differ_but_agree_on_the_run(case):
     x = randn_like(lens.embedding, 11)
     assert_close(others["gate"].operator @ x, lens.operator @ x, 1e-12)
     assert (others["up"].operator @ x - lens.operator @ x).abs().max() > 1e-3
-    # gate and up differ, half is no average of the two beyond one block, but each is a fresh
-    # capture
+    # gate and up differ, and half is not their average beyond one block. Each reproduces the run.
     for gate, other in others.items():
+        assert other.completeness_error <= case.tol(), gate
         fresh = lens_of(case, gate=gate)
         assert_close(other.operator @ x, fresh.operator @ x, 1e-12, gate)
 
