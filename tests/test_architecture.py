@@ -36,6 +36,7 @@ ROOMS = [
     "relations",
     "demo",
     "support",
+    "cli",
     "__main__",
 ]
 """From the ground up: a room imports only rooms before it."""

@@ -6,7 +6,8 @@ its tasks, and :func:`relation` gives its countries' relations.
 
 import random
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -117,6 +118,20 @@ def unseen(task: str, n: int, seed: int, length: int | None = None) -> list[Docu
     return [document(task, rng, unseen=True) for _ in range(n)]
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers: the model is loaded in a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _pair(drawn: Document) -> PromptPair:
     end = len(drawn.corrupted)
     return PromptPair(
@@ -153,7 +168,7 @@ def load_model(kind: str | None = None) -> Any:
             if not (error.name or "").startswith("transformer_lens"):
                 raise  # a broken dependency, not a class that this host lacks
             continue
-        with redirect_stdout(sys.stderr):
+        with _without_bars(), redirect_stdout(sys.stderr):
             model = load_host(str(model_folder()), name, device="cpu")
         model.cfg.model_name = "tensorlens_tl demo"
         return model

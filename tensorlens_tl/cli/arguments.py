@@ -1,0 +1,429 @@
+"""The commands and their options, parsed and checked without torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tensorlens_tl import __version__
+
+from . import choices
+
+COMMANDS = {
+    "explain": "where the next token's logit comes from (the default command)",
+    "evaluate": "which of many methods names the tokens that the model needs",
+    "discover": "the edges between heads and MLPs that make a prediction",
+    "circuit": "print such edges from a file, or test them in the model",
+}
+DEFAULT_BY = ("token", "component")
+DEMO_METHODS = ("norm", "in_out", "rollout", "last_layer_attention", "random")
+OVERVIEW = "\n".join(
+    [
+        "Explain what a transformer predicts, exactly, from one run.",
+        "",
+        "commands:",
+        *(f"  {name:<10}{what}" for name, what in COMMANDS.items()),
+        "",
+        "examples:",
+        "  tensorlens-tl 'The capital of France is'",
+        "  tensorlens-tl --model gpt2 --by head --output report.html 'The capital of France is'",
+        "  tensorlens-tl evaluate --methods in_out,rollout --file prompts.txt",
+        "",
+        "Each command has its own --help. A prompt that is a command's name follows the command:",
+        "tensorlens-tl explain discover.",
+    ]
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.replace("FILE, PROMPT", "FILE")
+        found = re.match(r"argument (\S+): (.*)", message, re.DOTALL)
+        text = f"{found[1]} {found[2]}" if found else f"{message[:1].upper()}{message[1:]}"
+        raise ValueError(
+            text if text.endswith((".", "?")) else f"{text}. See tensorlens-tl --help."
+        )
+
+
+class _Names(argparse.Action):
+    """A list of names, separated by commas or spaces.
+
+    An option of several values also catches a prompt that follows. A value with a space that is no
+    list of names is such a prompt.
+    """
+
+    def __init__(self, *args: Any, known: Sequence[str], **kwargs: Any):
+        self.known = known
+        super().__init__(*args, **kwargs)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        names = getattr(namespace, self.dest)
+        names = [] if names is self.default else list(names)
+        for value in [values] if isinstance(values, str) else values:
+            parts = [part.strip() for part in value.split(",")]
+            wrong = [part for part in parts if part not in self.known]
+            if wrong and " " in value and self.nargs == "+":
+                namespace.caught = [*getattr(namespace, "caught", []), value]
+            elif wrong:
+                remedy = choices.remedy(wrong[0], self.known)
+                raise argparse.ArgumentError(self, f"{wrong[0]!r} does not exist. {remedy}")
+            else:
+                names += parts
+        if not names:
+            raise argparse.ArgumentError(self, "has no name. Write prompts before the option.")
+        setattr(namespace, self.dest, names)
+
+
+class _Version(argparse.Action):
+    """Print the versions of the library and of what it stands on, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        others = (f"{name} {metadata.version(name)}" for name in ("transformer-lens", "torch"))
+        print(f"tensorlens-tl {__version__} ({', '.join(others)})")
+        parser.exit()
+
+
+def _one_of(known: Sequence[str]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in known:
+            remedy = choices.remedy(text, known)
+            raise argparse.ArgumentTypeError(f"{text!r} does not exist. {remedy}")
+        return text
+
+    return read
+
+
+def _number(least: int | None) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or (least is not None and int(text) < least):
+            bound = "" if least is None else f" ≥ {least}"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number{bound}. Pass one such as {max(8, least or 0)}."
+            )
+        return int(text)
+
+    return read
+
+
+def _score(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number. Pass one such as 0.05."
+        ) from None
+
+
+# --- The commands --------------------------------------------------------------------------------
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    """Make the argument parser of a command.
+
+    Args:
+        command: One of :data:`COMMANDS`.
+
+    Returns:
+        The parser, with the options of this command.
+    """
+    name = "tensorlens-tl" if command == "explain" else f"tensorlens-tl {command}"
+    first = {"explain": "[COMMAND] ", "circuit": "FILE "}.get(command, "")
+    about = OVERVIEW if command == "explain" else f"Find {COMMANDS[command]}."
+    if command == "circuit":
+        about = "Print a circuit from a file of discover's, or test it in the model."
+    if command == "evaluate":
+        about = (
+            "Mask the tokens that each method names, run the real model, and see what is left of\n"
+            "its prediction."
+        )
+    p = _Parser(
+        prog=name,
+        usage=f"{name} {first}[PROMPT ...] [options]",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--version", action=_Version, nargs=0, help="print the versions in use")
+    {"explain": _explain, "evaluate": _evaluate, "discover": _discover, "circuit": _circuit}[
+        command
+    ](p)
+    return p
+
+
+def _common(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="a prompt in quotes, taken as typed; several give several results; '-' or none reads "
+        "standard input, one prompt per line",
+    )
+    p.add_argument(
+        "--file",
+        type=Path,
+        help="read prompts from a file in UTF-8, one per line; blank lines and line ends are no "
+        "part of a prompt",
+    )
+    p.add_argument("--ids", action="store_true", help="prompts are token ids, such as '5 17 42'")
+    p.add_argument(
+        "--model", help="hub name, or Hugging Face folder (default: the bundled demo model)"
+    )
+    p.add_argument(
+        "--kind",
+        type=_one_of(choices.KINDS),
+        help="host class: bridge or hooked (default: what is installed)",
+    )
+    p.add_argument(
+        "--dtype",
+        type=_one_of(choices.DTYPES),
+        help=f"{', '.join(choices.DTYPES)} (default: as the model is loaded)",
+    )
+    p.add_argument("--target", help="token, or '#' and its id (default: the model's prediction)")
+    p.add_argument("--versus", help="explain the target's advantage over this token, or '#' and id")
+    forms = p.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print JSON, with all numbers")
+    forms.add_argument("--html", action="store_true", help="print one HTML page")
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write to a file, not to standard output; a name in .json or .html chooses the form",
+    )
+
+
+def _drawn(p: argparse.ArgumentParser) -> None:
+    task = choices.TASKS
+    p.add_argument(
+        "--task",
+        type=_one_of(task),
+        default="ioi",
+        help=f"without prompts, those of the demo model: {', '.join(task)} (default: ioi)",
+    )
+    p.add_argument("--n", type=_number(1), default=20, help="number of these prompts (default: 20)")
+
+
+def _seeded(p: argparse.ArgumentParser, least: int, of: str) -> None:
+    p.add_argument(
+        "--batch-size", type=_number(1), default=least, help=f"prompts at once (default: {least})"
+    )
+    p.add_argument("--seed", type=_number(0), default=0, help=f"seed of {of} (default: 0)")
+
+
+def _explain(p: argparse.ArgumentParser) -> None:
+    _common(p)
+    p.add_argument(
+        "--by",
+        action=_Names,
+        known=choices.BY,
+        default=DEFAULT_BY,
+        help=f"one or more, comma-separated: {', '.join(choices.BY)} (default: token,component)",
+    )
+    p.add_argument(
+        "--effect",
+        type=_one_of(("direct", "total")),
+        default="direct",
+        help="direct, or total along all paths (default: direct)",
+    )
+    p.add_argument("--qk", action="store_true", help="with --by edge: queries and keys read, too")
+    p.add_argument("--top", type=_number(1), default=12, help="rows to show (default: 12)")
+
+
+def _evaluate(p: argparse.ArgumentParser) -> None:
+    _common(p)
+
+    def several(name: str, known: Sequence[str], default: tuple[str, ...]) -> None:
+        p.add_argument(
+            f"--{name}",
+            action=_Names,
+            known=known,
+            nargs="+",
+            default=default,
+            metavar="NAMES",
+            help=f"comma-separated: {', '.join(known)} (default: {','.join(default)})",
+        )
+
+    several("methods", choices.METHODS, DEMO_METHODS)
+    several("protocol", choices.PROTOCOLS, ("perturbation",))
+    several("masking", choices.MASKINGS, ("delete",))
+    p.add_argument(
+        "--preset",
+        type=_one_of(choices.PRESETS),
+        help=f"fractions of masked tokens: {', '.join(choices.PRESETS)}",
+    )
+    p.add_argument(
+        "--metric",
+        type=_one_of(choices.METRICS),
+        default="probability",
+        help=f"{', '.join(choices.METRICS)} (default: probability)",
+    )
+    p.add_argument("--keep-last", action="store_true", help="never mask the last token")
+    _drawn(p)
+    _seeded(p, 64, "prompts, ties and intervals")
+
+
+def _discover(p: argparse.ArgumentParser) -> None:
+    _common(p)
+    _corrupted(p)
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--n-edges", type=_number(1), help="number of edges (default: 40)")
+    size.add_argument("--threshold", type=_score, help="keep edges that rank at or above this")
+    p.add_argument(
+        "--selection",
+        type=_one_of(choices.SELECTIONS),
+        default="greedy",
+        help=f"{', '.join(choices.SELECTIONS)} (default: greedy)",
+    )
+    p.add_argument(
+        "--at",
+        type=_one_of(choices.AT),
+        help="whose operator reads the difference: clean, corrupted, secant",
+    )
+    p.add_argument("--top", type=_number(1), default=12, help="edges to show (default: 12)")
+    _drawn(p)
+    _seeded(p, 8, "prompts")
+
+
+def _circuit(p: argparse.ArgumentParser) -> None:
+    p.add_argument("circuit", type=Path, metavar="FILE", help="JSON of discover's, or of EAP-IG's")
+    _common(p)
+    p.add_argument(
+        "--test", action="store_true", help="run the model with every other edge ablated"
+    )
+    _corrupted(p)
+    p.add_argument(
+        "--ablation",
+        type=_one_of(choices.ABLATIONS),
+        default="resample",
+        help="what replaces the other edges: resample, mean, zero (default: resample)",
+    )
+    p.add_argument(
+        "--attention",
+        type=_one_of(choices.ATTENTION),
+        default="live",
+        help="live or frozen patterns (default: live)",
+    )
+    p.add_argument("--top", type=_number(1), default=12, help="edges to show (default: 12)")
+    _drawn(p)
+    _seeded(p, 8, "prompts and intervals")
+
+
+def _corrupted(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--corrupted",
+        type=Path,
+        metavar="FILE",
+        help="corrupted prompts, one per line: of as many tokens, one for each prompt",
+    )
+
+
+# --- From what was typed to arguments ------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse and check all that can be checked before torch is imported.
+
+    Args:
+        argv: What was typed after the program's name.
+
+    Returns:
+        The arguments, with the command's name as ``command``.
+
+    Raises:
+        ValueError: If a command, an option or a value does not exist.
+    """
+    named = bool(argv) and argv[0] in COMMANDS
+    command = argv[0] if named else "explain"
+    rest = list(argv[1:] if named else argv)
+    cut = rest.index("--") if "--" in rest else len(rest)
+    p = parser(command)
+    args, unknown = p.parse_known_intermixed_args(rest[:cut])
+    if unknown:
+        raise ValueError(f"There is no option {unknown[0]}. {_nearest(unknown[0], p, command)}")
+    if not named and args.prompts:
+        _check_command(args.prompts[0])
+    args.prompts = [*args.prompts, *getattr(args, "caught", ()), *rest[cut + 1 :]]
+    args.command = command
+    _check_files(args)
+    _check_together(args)
+    return args
+
+
+def _nearest(option: str, p: argparse.ArgumentParser, command: str) -> str:
+    name = option.partition("=")[0]
+    if others := [c for c in COMMANDS if name in parser(c)._option_string_actions]:
+        return f"It is an option of {' and '.join(others)}, not of {command}."
+    close = get_close_matches(name, p._option_string_actions, 1)
+    if close:
+        return f"Did you mean {close[0]}?"
+    return "See tensorlens-tl --help; a prompt that begins so goes behind --."
+
+
+def _check_command(word: str) -> None:
+    """Refuse a lone word that is nearly a command, or a command behind an option."""
+    if " " not in word and (close := get_close_matches(word, COMMANDS, 1, 0.8)):
+        raise ValueError(
+            f"{word!r} may be a command or a prompt. Did you mean tensorlens-tl {close[0]}? "
+            f"For the prompt, write tensorlens-tl explain {word}."
+        )
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    if args.output is not None and (args.output.is_dir() or not args.output.parent.is_dir()):
+        raise ValueError(
+            f"--output {args.output} cannot be written. Pass a file in a folder that exists."
+        )
+    if args.model is None:
+        return
+    folder = Path(args.model).expanduser()
+    if folder.is_dir():
+        args.model = str(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"--model {folder} is not a model, as it has no config.json. Pass the folder that "
+                "save_pretrained wrote."
+            )
+    elif folder.exists() or args.model.startswith((".", "/", "~")) or args.model.count("/") > 1:
+        raise ValueError(
+            f"--model {args.model} is not a folder. Pass a hub name, or the folder that "
+            "save_pretrained wrote."
+        )
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Refuse options that do not fit each other."""
+    if args.command == "explain":
+        if args.qk and "edge" not in args.by:
+            raise ValueError("--qk is for --by edge. Drop --qk, or add --by edge.")
+        if args.effect == "total" and args.by == DEFAULT_BY:
+            args.by = ["component"]
+        wrong = [by for by in args.by if args.effect == "total" and by not in choices.TOTALS]
+        if wrong:
+            raise ValueError(
+                f"--effect total is not available for --by {wrong[0]}. Use --by with "
+                f"{', '.join(choices.TOTALS)}."
+            )
+    testing = getattr(args, "test", False)
+    if args.command == "circuit":
+        given = [
+            name
+            for name, value in (("PROMPT", args.prompts), ("--file", args.file))
+            if value and not testing
+        ]
+        if given:
+            raise ValueError(f"{given[0]} is for --test. Add --test, or drop {given[0]}.")
+        if args.corrupted and args.ablation != "resample":
+            raise ValueError(
+                f"--corrupted is not used by --ablation {args.ablation}. Drop one of the two."
+            )

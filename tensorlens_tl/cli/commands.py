@@ -1,0 +1,215 @@
+"""The commands: what each loads, runs and gives back.
+
+1. Parse the arguments, check them, and read the prompts; nothing of this needs torch.
+2. Load the model, once for all prompts.
+3. Run the command.
+4. Print text, JSON or HTML on standard output, and everything else on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+from .arguments import parse
+from .explanation import explained, render, token
+from .output import Output, emit
+from .prompt_input import Prompt, read_corrupted, read_prompts, read_text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program's name. None takes those of the process.
+
+    Returns:
+        0, or 2 after a user error, which is one line on standard error.
+    """
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        with redirect_stdout(sys.stderr):  # hosts print while they load
+            found = _COMMANDS[args.command](args)
+        emit(found, args)
+    except (ValueError, OSError) as error:
+        print(f"tensorlens-tl: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def explain(args: argparse.Namespace) -> Output:
+    """Split the prediction of every prompt."""
+    prompts = read_prompts(args)
+    if not prompts:
+        raise ValueError("--ids needs prompts. Pass token ids, such as '5 17 42'.")
+    model = load(args)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # our own model: no graph, half the memory
+    reports, results = [], []
+    for i, prompt in enumerate(prompts, 1):
+        try:
+            report, tables = explained(model, prompt, args)
+        except ValueError as error:
+            where = f"Prompt {i} ({prompt!r}): " if len(prompts) > 1 else ""
+            raise ValueError(f"{where}{error}") from None
+        reports.append(report)
+        heading = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+        summary = render(report | {"rows": {}}, args.top)
+        results += [(heading, summary), *((f"By {by}", table) for by, table in tables.items())]
+    text = "\n\n\n".join(render(report, args.top) for report in reports)
+    return Output(text, json.dumps(reports, ensure_ascii=False), results)
+
+
+def evaluate(args: argparse.Namespace) -> Output:
+    """Test methods on prompts."""
+    prompts = read_prompts(args)
+    model = load(args)
+    from ..evaluation import evaluate
+
+    found = evaluate(
+        model,
+        prompts or [pair.clean for pair in _pairs(args)],
+        args.methods,
+        args.protocol,
+        args.masking,
+        preset=args.preset,
+        metric=args.metric,
+        target=token(args.target),
+        versus=token(args.versus),
+        seed=args.seed,
+        keep_last=args.keep_last,
+        batch_size=args.batch_size,
+        progress=True,
+    )
+    return Output(repr(found), found.to_json(), [("Evaluation", found)])
+
+
+def discover(args: argparse.Namespace) -> Output:
+    """Find a circuit over prompts."""
+    prompts, corrupted = _with_corrupted(args)
+    model = load(args)
+    from ..circuits import discover
+
+    if not prompts:
+        pairs = _pairs(args)
+        prompts, corrupted = [p.clean for p in pairs], [p.corrupted for p in pairs]
+    size = 40 if args.n_edges is None and args.threshold is None else args.n_edges
+    found = discover(
+        model,
+        prompts,
+        corrupted,
+        token(args.target),
+        token(args.versus),
+        n_edges=size,
+        threshold=args.threshold,
+        selection=args.selection,
+        at=args.at,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=True,
+    )
+    return _of_circuit(found, args.top)
+
+
+def circuit(args: argparse.Namespace) -> Output:
+    """Print a circuit of a file, or test it in the model."""
+    text = read_text(args.circuit, "FILE")
+    if args.test:
+        prompts, corrupted = _with_corrupted(args)
+        if prompts and corrupted is None and args.ablation == "resample":
+            raise ValueError(
+                "--ablation resample needs --corrupted FILE. Pass it, or use --ablation mean or "
+                "zero."
+            )
+    from ..circuits import Circuit
+
+    try:
+        found = Circuit.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"FILE {args.circuit}: {error}") from None
+    if not args.test:
+        return _of_circuit(found, args.top)
+    model = load(args)
+    if not prompts:
+        pairs = _pairs(args)
+        prompts = [pair.clean for pair in pairs]
+        if args.ablation == "resample":
+            corrupted = [pair.corrupted for pair in pairs]
+    proof = found.faithfulness(
+        model,
+        prompts,
+        corrupted,
+        token(args.target),
+        token(args.versus),
+        ablation=args.ablation,
+        attention=args.attention,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        progress=True,
+    )
+    return Output(repr(proof), proof.to_json(), [("Faithfulness", proof), ("Circuit", found)])
+
+
+_COMMANDS = {"explain": explain, "evaluate": evaluate, "discover": discover, "circuit": circuit}
+
+
+# --- What several commands need ------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace) -> Any:
+    """Load the model of ``--model``, in the dtype of ``--dtype``.
+
+    Args:
+        args: Parsed arguments of the command.
+
+    Returns:
+        The host model.
+
+    Raises:
+        ValueError: If there is no such model, or it has no tokenizer for text.
+    """
+    if args.model is None:
+        from ..demo import load_model as load_demo
+
+        model = load_demo(args.kind)
+    else:
+        from ..hosts import load_model
+
+        model = load_model(args.model, args.kind)
+    if model.tokenizer is None and not args.ids:
+        raise ValueError(
+            f"--model {args.model} has no tokenizer, so it reads no text. Pass token ids: --ids "
+            "'5 17 42'."
+        )
+    if args.dtype is not None:
+        import torch
+
+        model = model.to(getattr(torch, args.dtype))
+    return model
+
+
+def _with_corrupted(args: argparse.Namespace) -> tuple[Sequence[Prompt], Sequence[Prompt] | None]:
+    prompts = read_prompts(args)
+    return prompts, read_corrupted(args, prompts)
+
+
+def _pairs(args: argparse.Namespace) -> Sequence[Any]:
+    """Prompts of the demo model's own tasks."""
+    from ..demo import prompts
+
+    return prompts(args.task, args.n, args.seed)
+
+
+def _of_circuit(found: Any, top: int) -> Output:
+    order = sorted(found.edges, key=lambda edge: -abs(found.scores.get(edge, 0.0)))
+    lines = [repr(found).splitlines()[0]]
+    for edge in order[:top]:
+        score = f"{found.scores[edge]:+9.4f}" if edge in found.scores else " " * 9
+        lines.append(f"  {score}  {edge}")
+    lines += [f"  … {len(order) - top} more"] if len(order) > top else []
+    text = "\n".join(lines)
+    return Output(text, found.to_json(), [("Circuit", found)], found.to_dot())

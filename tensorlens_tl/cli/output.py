@@ -1,0 +1,83 @@
+"""What a command found, in the form that was asked for, printed or written to a file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from ..checks import write_whole
+
+STYLE = "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:64em}pre{overflow:auto}"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A command's results in every form.
+
+    Attributes:
+        text: What a person reads in the terminal.
+        json: All numbers, for other programs.
+        results: Pairs of a heading and a result, or a text, for the HTML page.
+        dot: Graph for Graphviz, of circuits only.
+    """
+
+    text: str
+    json: str
+    results: Sequence[tuple[str, Any]]
+    dot: str | None = None
+
+    def form(self, args: argparse.Namespace) -> str:
+        """Choose the form: by option, then by the name of the file, or else text."""
+        suffix = "" if args.output is None else args.output.suffix.lower()
+        if args.json or (suffix == ".json" and not args.html):
+            return self.json
+        if args.html or suffix in (".html", ".htm"):
+            return page(self.results)
+        return self.dot if self.dot is not None and suffix in (".dot", ".gv") else self.text
+
+
+def emit(found: Output, args: argparse.Namespace) -> None:
+    """Print the results, or write them to the file of ``--output``.
+
+    Args:
+        found: The results of the command.
+        args: Parsed arguments of the command.
+    """
+    text = found.form(args)
+    if args.output is not None:
+        write_whole(args.output, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        return
+    try:
+        print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has what it wanted
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def page(results: Sequence[tuple[str, Any]]) -> str:
+    """Make one HTML page that needs nothing beside it.
+
+    Args:
+        results: Pairs of a heading and a result. A result that draws itself in notebooks is drawn,
+            any other is text.
+
+    Returns:
+        The text of the page.
+    """
+    body = "\n".join(f"<h2>{escape(heading)}</h2>\n{_drawn(result)}" for heading, result in results)
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>tensorlens_tl</title>\n'
+        f"<style>{STYLE}</style>\n{body}\n</html>"
+    )
+
+
+def _drawn(result: Any) -> str:
+    draw = getattr(result, "_repr_html_", None)
+    if draw is not None:
+        return draw()
+    return f"<pre>{escape(result if isinstance(result, str) else repr(result))}</pre>"
