@@ -40,13 +40,14 @@ from .hook_points import (
     LAYER_HOOKS,
     NORMS,
     Read,
+    alone,
     edited_labels,
     edited_points,
     foreign_hooks,
     host_names,
 )
-from .supported import UnsupportedArchitectureError, refusal
-from .tokens import as_ids, check_arguments, check_tokens, is_text, mask_spans, tokenize
+from .supported import UnsupportedArchitectureError, check_weights, refusal
+from .tokens import prepare
 
 _ACTIVATIONS = {
     "relu": "relu",
@@ -104,6 +105,7 @@ class Adapter(ABC):
         self.model: Any = model
         self.cfg: Any = model.cfg
         self.hooks: dict[str, Any] = self.model.hook_dict  # a Bridge gathers it anew at every look
+        check_weights(self.model)
         self.check_model()
         if len(self.model.blocks) == 0:
             raise UnsupportedArchitectureError(refusal(self.name, "it has no blocks"))
@@ -198,12 +200,11 @@ class Adapter(ABC):
             One entry per block, or None where it is not known how this model computes scores.
         """
         try:
-            how = self.recomputed_reading()
-        except NotRecomputableError:
+            how, weights = self.recomputed_reading(), self.query_key_weights()
+        except (NotRecomputableError, UnsupportedArchitectureError):  # such as a LoRA adapter
             return None
         if how.sinks:  # a pattern with sinks is no softmax of the scores alone
             return None
-        weights = self.query_key_weights()
         with torch.no_grad():
             rotations = self.rotations(n_pos)
         if rotations is None:
@@ -331,9 +332,11 @@ class Adapter(ABC):
             names[layer, "resid_post"] = resid_site(layer, "post")
         hooks = self.hooks
         if missing := [name for name in names.values() if name not in hooks]:
+            kind = type(self.model).__name__
             raise ValueError(
-                f"{self.name} has no hook point {', '.join(missing)}, as models of "
-                "transformer_lens 2.18 to 4.x have. Update transformer_lens, or report the model."
+                f"{self.name}, a {kind}, has no hook point {', '.join(missing[:3])}. Load the "
+                "model as HookedTransformer or TransformerBridge itself, of transformer_lens 2.18 "
+                "to 4.x."
             )
         points = {read: hooks[name] for read, name in names.items()}
         if self.weights.unembed.soft_cap is not None:
@@ -377,34 +380,22 @@ class Adapter(ABC):
     def _final_edits(self) -> tuple[str, ...]:
         return edited_labels(self.hooks, "", host_names(FINAL_EDITS, {}))
 
-    def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Prompts]:
+    def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Prompts]:
         """Check an input and tokenize it.
 
         Args:
-            inputs: A string, a list of strings, or token ids [pos] or [batch, pos].
+            inputs: A string, a list of strings, token ids [pos] or [batch, pos], or what a
+                tokenizer returns. :class:`Prompts` are taken as they are.
             kwargs: Arguments of the model's own forward pass.
 
         Returns:
-            The input for :meth:`run`, and the prompts.
+            The arguments for :meth:`run`, and the prompts, whose tokens are what is run.
 
         Raises:
             ValueError: On arguments that change the run or are unknown, an empty prompt, one longer
                 than n_ctx, ids outside the vocabulary or padded, or text without a tokenizer.
         """
-        wrapped = getattr(self.model, "original_model", self.model)
-        check_arguments(kwargs, self.forbidden, (self.model, wrapped))
-        if is_text(inputs):
-            texts = [inputs] if isinstance(inputs, str) else inputs
-            tokens, spans = tokenize(self.model, texts, kwargs)
-        else:
-            inputs = tokens = as_ids(inputs, self.weights.unembed.W_U.device)
-            knows_padding = None if "padding_side" in kwargs else self.tokenizer
-            spans = mask_spans(self.mask(tokens, kwargs), tokens, knows_padding)
-        check_tokens(tokens, self.n_ctx, self.cfg.d_vocab)
-        rows = [row[start:stop] for row, (start, stop) in zip(tokens.tolist(), spans, strict=True)]
-        text = {token: self.token_string(token) for row in rows for token in dict.fromkeys(row)}
-        strings = tuple(tuple(text[token] for token in row) for row in rows)
-        return inputs, Prompts(tokens, tuple(spans), strings)
+        return prepare(self, inputs, kwargs)
 
     def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """The attention mask under which the host runs token ids, or None."""
@@ -427,8 +418,9 @@ class Adapter(ABC):
         return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
 
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_vocab"]:
-        """One ordinary forward pass."""
-        return self.model(inputs, return_type="logits", **kwargs)
+        """One ordinary forward pass, when no other thread of the library runs the model."""
+        with alone(self.model):
+            return self.model(inputs, return_type="logits", **kwargs)
 
 
 def norm_eps(norm: Any) -> float:

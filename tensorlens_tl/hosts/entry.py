@@ -2,6 +2,7 @@
 
     load_model   a hub name or a local Hugging Face folder → a host model
     wrap         a Hugging Face model → a TransformerBridge
+    unwrap       a TransformerBridge → the Hugging Face model as it was
     as_host      whatever a user passes as ``model`` → a host model
     adapt        a host model → its adapter
 
@@ -18,65 +19,59 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..checks import as_device
 from .adapter import Adapter
-from .bridge import BridgeAdapter
-from .hooked_transformer import HookedTransformerAdapter
-from .supported import SUPPORTED, UnsupportedArchitectureError, refusal
+from .bridge import BEFORE, BRIDGE, BridgeAdapter, build_bridge
+from .hooked_transformer import HookedTransformerAdapter, hooked_from_folder
+from .supported import NotFoldedError, UnsupportedArchitectureError, restore
+from .tokens import CONVENTION
 
 KINDS = ("bridge", "hooked")
 """The two classes of host models, as ``load_model`` calls them."""
 
-_BRIDGE = "_tensorlens_bridge"
-"""Attribute of a Hugging Face model that holds the Bridge around it."""
+_GIVEN = "_tensorlens_tokenizer"
+"""Attribute of a wrapped model: the tokenizer that the user gave, and what it was like then."""
 
 
 # --- From what a user passes to the adapter -------------------------------------------------------
 
 
 def adapt(model: Any) -> Adapter:
-    """Make the adapter of a TransformerLens model.
+    """Make the adapter of a model.
 
     Args:
-        model: A ``HookedTransformer`` or a ``TransformerBridge``.
+        model: A ``HookedTransformer``, a ``TransformerBridge``, or a Hugging Face model, which is
+            wrapped (:func:`wrap`).
 
     Returns:
         A fresh adapter; it holds references to the weights.
 
     Raises:
         UnsupportedArchitectureError: If ``model`` is neither, or has a part that cannot be frozen.
+        ValueError: If it cannot be captured as it is, such as a Bridge that was unwrapped.
     """
+    model = as_host(model)
     names = {cls.__name__ for cls in type(model).__mro__}
+    if vars(model).get(BRIDGE, True) is None:
+        raise ValueError(
+            f"This {type(model).__name__} was taken off its model by unwrap, and runs no longer. "
+            "Use what tensorlens_tl.wrap returns for the model now."
+        )
     if "HookedTransformer" in names:
         return HookedTransformerAdapter(model)
     if any("TransformerBridge" in name for name in names):
         return BridgeAdapter(model)
     raise UnsupportedArchitectureError(
         f"model is a {type(model).__name__}, which is neither a HookedTransformer nor a "
-        "TransformerBridge. Pass one of these; wrap a Hugging Face model first: "
-        "model = tensorlens_tl.wrap(model, tokenizer)."
+        "TransformerBridge. Pass one of these, or a Hugging Face causal language model."
     )
-
-
-@contextmanager
-def unsplit(model: Any) -> Iterator[None]:
-    """Switch off, for a while, the flags under which each head has inputs of its own.
-
-    Args:
-        model: A ``HookedTransformer`` or a ``TransformerBridge``.
-    """
-    cfg = getattr(model, "cfg", None)
-    flags = [flag for flag in Adapter.split_flags if getattr(cfg, flag, False)]
-    try:
-        for flag in flags:
-            getattr(model, f"set_{flag}")(False)
-        yield
-    finally:
-        for flag in flags:
-            getattr(model, f"set_{flag}")(True)
 
 
 def as_host(model: Any, tokenizer: Any = None) -> Any:
@@ -90,12 +85,23 @@ def as_host(model: Any, tokenizer: Any = None) -> Any:
         The host model.
 
     Raises:
-        ValueError: If a host is given a tokenizer.
+        ValueError: If a host is given a tokenizer, or the model is a name, or cannot be captured
+            as it is. A Hugging Face model that was not wrapped before is then as it was.
     """
-    # On the class first: a Bridge gathers its hook points at every look.
-    hooked = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
-    if not hooked and hasattr(model, "config"):
-        return wrap(model, tokenizer)
+    if isinstance(model, (str, os.PathLike)):
+        raise ValueError(
+            f"model is {str(model)!r}, which is the name of a model. "
+            f"Load the model first: tensorlens_tl.load_model({str(model)!r})."
+        )
+    if not _is_host(model) and hasattr(model, "config"):
+        fresh = BRIDGE not in vars(model)
+        bridge = wrap(model, tokenizer)
+        try:
+            adapt(bridge) if fresh else None
+        except ValueError:
+            unwrap(model)
+            raise
+        return bridge
     if tokenizer is not None:
         raise ValueError(
             f"tokenizer is for Hugging Face models only, and this {type(model).__name__} has its "
@@ -104,11 +110,18 @@ def as_host(model: Any, tokenizer: Any = None) -> Any:
     return model
 
 
+def _is_host(model: Any) -> bool:
+    # On the class first: a Bridge gathers its hook points at every look.
+    return hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
+
+
 def wrap(model: Any, tokenizer: Any = None) -> Any:
     """Wrap a Hugging Face causal language model as a TransformerBridge, in place.
 
     The Bridge replaces submodules of the model it wraps, and attention is set to "eager": use the
-    returned Bridge from then on. A model is wrapped once; a second call returns the same Bridge.
+    returned Bridge from then on, and :func:`unwrap` to have the model back. Once, on a few random
+    tokens, the Bridge's logits are compared with the model's. A model is wrapped once; a second
+    call returns the same Bridge. A TransformerLens model is returned as it is.
 
     Args:
         model: A ``transformers`` causal language model.
@@ -118,8 +131,9 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
         The ``TransformerBridge`` around the model.
 
     Raises:
-        ValueError: If the installed transformer_lens has no Bridge.
-        UnsupportedArchitectureError: If the model cannot be frozen; it is then left as it was.
+        ValueError: If the installed transformer_lens has no Bridge, or ``model`` is no model.
+        UnsupportedArchitectureError: If the model cannot be frozen, or its Bridge gives other
+            logits; it is then left as it was.
 
     Example:
         >>> import tensorlens_tl
@@ -130,9 +144,11 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
         >>> lens.completeness_error < 1e-4
         True
     """
-    if (bridge := vars(model).get(_BRIDGE)) is not None:
+    if _is_host(model) or not hasattr(model, "config"):
+        return adapt(model).model if tokenizer is None else as_host(model, tokenizer)
+    if (bridge := vars(model).get(BRIDGE)) is not None:
         if tokenizer is not None:
-            bridge.tokenizer = tokenizer
+            give_tokenizer(bridge, tokenizer)
         return bridge
     try:
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -142,12 +158,153 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
             "transformer_lens 3 or later. Upgrade transformer_lens, or load a HookedTransformer."
         ) from None
     name = type(model).__name__
-    if name not in SUPPORTED:  # before anything of the model is replaced
-        raise UnsupportedArchitectureError(refusal(name, "this architecture is not tested"))
-    model.set_attn_implementation("eager")
-    bridge = build_bridge_from_module(model, name, hf_config=model.config, tokenizer=tokenizer)
-    vars(model)[_BRIDGE] = bridge  # beside the submodules, not among them
+
+    def build() -> Any:
+        model.set_attn_implementation("eager")
+        return build_bridge_from_module(model, name, hf_config=model.config)
+
+    bridge = build_bridge(model, build)
+    source = str(getattr(model, "name_or_path", ""))
+    bridge.cfg.model_name = Path(source).resolve().name if os.path.isdir(source) else source
+    try:
+        with suppress(NotFoldedError):  # a call on the Bridge mends it
+            adapt(bridge)
+    except UnsupportedArchitectureError:
+        unwrap(model)
+        raise
+    except ValueError:  # so does a call on the model, such as model.eval()
+        pass
+    if tokenizer is not None:
+        give_tokenizer(bridge, tokenizer)
     return bridge
+
+
+def unwrap(model: Any) -> Any:
+    """Give a Hugging Face model back as it was before :func:`wrap` or :func:`capture`.
+
+    Its submodules, hooks and attention implementation are the model's own again, so that
+    ``save_pretrained`` works. Weights keep the values and the place that they have now. The Bridge
+    runs no longer; lenses that were captured with it do.
+
+    Args:
+        model: The Bridge that :func:`wrap` returned, or the Hugging Face model inside.
+
+    Returns:
+        The Hugging Face model.
+
+    Raises:
+        ValueError: If the Bridge was made by other means, or its weights have been processed.
+
+    Example:
+        >>> import tensorlens_tl
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=50)
+        >>> bridge = tensorlens_tl.wrap(GPT2LMHeadModel(config).eval())
+        >>> model = tensorlens_tl.unwrap(bridge)
+        >>> type(model.lm_head).__name__
+        'Linear'
+    """
+    inner = model.original_model if _is_host(model) and hasattr(model, "original_model") else model
+    bridge = vars(inner).get(BRIDGE)
+    if bridge is None:
+        if not _is_host(model) and hasattr(model, "config"):
+            return model  # it is in no Bridge of this library
+        raise ValueError(
+            f"This {type(model).__name__} was not made by tensorlens_tl.wrap, so its former model "
+            "is not known. Load the Hugging Face model again."
+        )
+    if getattr(bridge, "compatibility_mode", False):
+        raise ValueError(
+            "enable_compatibility_mode has processed the weights of this model, which are no "
+            "longer the ones it had. Load the Hugging Face model again."
+        )
+    restore(vars(inner)[BEFORE])
+    vars(bridge)[BRIDGE] = None  # adapt refuses it from now on
+    return inner
+
+
+# --- The tokenizer of a wrapped model ------------------------------------------------------------
+
+
+def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
+    """Give a wrapped model the user's own tokenizer, under the host's convention.
+
+    The host would load the tokenizer again from where it came from, without what was added to it
+    since, and fails where it came from nowhere. Here it gets a copy of the tokenizer as it is, with
+    the special tokens that the host needs. The user's own tokenizer is not touched.
+
+    Args:
+        bridge: The Bridge that :func:`tensorlens_tl.wrap` made.
+        tokenizer: A tokenizer of ``transformers``.
+
+    Raises:
+        ValueError: If it is no such tokenizer.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"tokenizer is a {type(tokenizer).__name__}, and not a tokenizer of transformers. Pass "
+            "one, such as PreTrainedTokenizerFast(tokenizer_object=...) around a Tokenizer."
+        )
+    probe = _probe(tokenizer)
+    plain, own = (tokenizer.encode(probe, add_special_tokens=s) for s in (False, True))
+    about = len(tokenizer), tokenizer.padding_side, str(tokenizer.special_tokens_map), own
+    known, before, told = vars(bridge).get(_GIVEN, (None, None, None))
+    if known is tokenizer and before == about:
+        return
+    # 1. What the tokenizer itself puts before and after a text.
+    start = next((i for i in range(len(own)) if own[i : i + len(plain)] == plain), 0)
+    first, last = own[:start], own[start + len(plain) :]
+    # 2. The special tokens that the host needs, in a copy.
+    copy, cfg = deepcopy(tokenizer), bridge.cfg
+    copy.padding_side = getattr(cfg, "default_padding_side", None) or copy.padding_side or "right"
+    if copy.bos_token is None:
+        copy.bos_token = tokenizer.decode(first) if len(first) == 1 else copy.eos_token
+    if copy.pad_token is None:
+        copy.add_special_tokens({"pad_token": str(copy.eos_token or "<pad>")})
+    bos = copy.bos_token_id
+    if not first and bos is not None and hasattr(copy, "add_bos_token"):
+        # The host would write the token into the text, which can change how the text is cut.
+        changed = deepcopy(copy)
+        with suppress(ValueError, TypeError):  # a token that its post-processor cannot name
+            changed.add_bos_token = True
+            copy = changed if changed.encode(probe) == [bos, *own] else copy
+    cfg.tokenizer_prepends_bos = bos is not None and copy.encode(probe)[:1] == [bos]
+    cfg.tokenizer_appends_eos = bool(last) and last[-1] == copy.eos_token_id
+    # 3. From None on, the host takes a tokenizer as it is, and keeps the size of the vocabulary.
+    bridge.tokenizer = None
+    bridge.tokenizer = copy
+    # 4. What differs from the tokenizer's own ids.
+    ids = bridge.to_tokens(probe)[0].tolist()
+    how = "token ids"
+    for flag in (False, True):
+        if bridge.to_tokens(probe, prepend_bos=flag)[0].tolist() == own:
+            how = f"prepend_bos={flag}"
+    host, alone = ([tokenizer.decode([i]) for i in row] for row in (ids, own))
+    text = (
+        f"TransformerLens reads {probe!r} as the tokens {host}, and the tokenizer itself as "
+        f"{alone}. Pass {how} for the tokenizer's own."
+    )
+    vars(bridge)[CONVENTION] = text if ids != own and text != told else None
+    vars(bridge)[_GIVEN] = tokenizer, about, text
+
+
+def _probe(tokenizer: Any) -> str:
+    """A text that the tokenizer has ordinary tokens for."""
+
+    def texts() -> Iterator[str]:
+        yield "a"
+        yield from sorted(tokenizer.get_vocab(), key=lambda text: (not text.isalpha(), text))
+
+    for text in texts():
+        if text in tokenizer.all_special_tokens:
+            continue
+        with suppress(Exception):  # the tokenizers library raises no class of its own
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids and tokenizer.unk_token_id not in ids:
+                return text
+    raise ValueError("The tokenizer knows no text. Pass token ids.")
 
 
 # --- Loading by name or folder --------------------------------------------------------------------
@@ -179,6 +336,12 @@ def load_model(name_or_folder: str, kind: str | None = None, **kwargs: Any) -> A
     """
     if kind not in (None, *KINDS):
         raise ValueError(f'kind={kind!r} is no class of host models. Give "bridge" or "hooked".')
+    if kwargs.get("device") is not None:
+        as_device(kwargs["device"])
+    if isinstance(dtype := kwargs.get("dtype"), str):
+        kwargs["dtype"] = dtype = vars(torch).get(dtype, dtype)
+    if not isinstance(dtype, torch.dtype | None) or (dtype and not dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} is no dtype of weights. Pass one such as torch.float32.")
     folder = Path(name_or_folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -189,6 +352,8 @@ def load_model(name_or_folder: str, kind: str | None = None, **kwargs: Any) -> A
         with _neutral_link(folder) as link:
             model = _load(link, kind, True, kwargs)
         model.cfg.model_name = folder.resolve().name
+        if not any(p for name in ("tokenizer*", "vocab*", "*.model") for p in folder.glob(name)):
+            model.tokenizer = None  # transformers makes an empty one, which knows no word
         return model
     check_reachable(name_or_folder)
     return _load(name_or_folder, kind, False, kwargs)
@@ -214,29 +379,8 @@ def _load(name: str, kind: str | None, is_folder: bool, kwargs: dict[str, Any]) 
             'Install transformer_lens 3, or use kind="bridge".'
         ) from None
     if is_folder:
-        return _hooked_from_folder(name, **kwargs).eval()
+        return hooked_from_folder(name, **kwargs).eval()
     return HookedTransformer.from_pretrained_no_processing(name, **kwargs).eval()
-
-
-def _hooked_from_folder(folder: str, dtype: Any = None, device: str | None = None) -> Any:
-    import torch
-    from transformer_lens import HookedTransformer, loading_from_pretrained
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = dtype or torch.float32
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    cfg = loading_from_pretrained.get_pretrained_model_config(
-        folder, hf_cfg=hf.config.to_dict(), fold_ln=False, device=device, dtype=dtype
-    )
-    state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf, dtype=dtype)
-    has_tokenizer = any(Path(folder).glob("tokenizer*"))
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-    cfg.tokenizer_name = folder if has_tokenizer else None
-    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
-    # Not load_and_process_state_dict: it passes through float32 even when nothing is processed.
-    model.load_state_dict(model.fill_missing_keys(state), strict=False)
-    model.move_model_modules_to_device()
-    return model
 
 
 @contextmanager
@@ -272,7 +416,7 @@ def check_reachable(name: str, timeout: float = 3.0) -> None:
 
 def _hub_answers(timeout: float) -> bool:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answered = threading.Event()
+    answers: list[bool] = []
 
     def ask() -> None:
         try:
@@ -282,8 +426,10 @@ def _hub_answers(timeout: float) -> bool:
             pass  # a server that refuses HEAD is there
         except OSError:
             return
-        answered.set()
+        answers.append(True)
 
     # A thread, as name resolution has no time limit of its own.
-    threading.Thread(target=ask, daemon=True).start()
-    return answered.wait(timeout)
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout)
+    return bool(answers)

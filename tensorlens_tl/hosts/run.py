@@ -2,14 +2,13 @@
 
 1. Adapt the model and record one forward pass, frozen and checked block by block.
 2. Attach what only some questions need: the embedding matrix, and the weights of the scores.
-3. On request, run a float32 copy. The model's own rounding is the noise floor of a half-precision
+3. On request, run the model in float32. Its own rounding is the noise floor of a half-precision
    lens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +22,8 @@ from ..sublayers import HALF, TINY, Frame
 from .adapter import Adapter
 from .attention_reading import RecomputedReading, StoredReading
 from .entry import adapt
+from .hook_points import alone
+from .live_model import in_float32, inference_weights
 from .recorder import Recorder
 
 
@@ -56,19 +57,20 @@ def freeze(
         UnsupportedArchitectureError: If the model cannot be frozen exactly.
         CaptureMismatchError: If the run is not what the operator would compute.
     """
-    adapter = model if isinstance(model, Adapter) else adapt(model)
-    if noise_floor:
-        _require_half_precision(adapter.dtype)
-    # 1. One forward pass.
-    logits, capture = record(adapter, inputs, Convention(gate), dtype, pattern, **kwargs)
-    # 2. What some questions need. This is done now, although few lenses ask for query and key
-    # edges: a capture holds no host, and it must know the version of every weight it may use, so
-    # that a later change is refused. Only rotation tables are computed; weights are referenced.
-    scores = adapter.score_weights(capture.frame.n_pos)
-    capture = replace(capture, embed_weights=adapter.embed_weights(), score_weights=scores)
-    # 3. The model's own rounding.
-    if noise_floor:
-        capture = _with_noise_floor(capture, adapter.model, inputs, kwargs)
+    with alone(model.model if isinstance(model, Adapter) else model):
+        adapter = model if isinstance(model, Adapter) else adapt(model)
+        if noise_floor:
+            _require_half_precision(adapter.dtype)
+        # 1. One forward pass.
+        logits, capture = record(adapter, inputs, Convention(gate), dtype, pattern, **kwargs)
+        # 2. What some questions need. This is done now, although few lenses ask for query and key
+        # edges: a capture holds no host, and it must know the version of every weight it may use,
+        # so that a later change is refused. Only rotation tables are computed.
+        scores = adapter.score_weights(capture.frame.n_pos)
+        capture = replace(capture, embed_weights=adapter.embed_weights(), score_weights=scores)
+        # 3. The model's own rounding.
+        if noise_floor:
+            capture = _with_noise_floor(capture, adapter.model, inputs, kwargs)
     return logits, capture
 
 
@@ -104,25 +106,27 @@ def record(
             "Give torch.float32 or torch.float64."
         )
     how = choose_reading(adapter, pattern)
-    inputs, prompts = adapter.prepare(inputs, kwargs)
     dtype = dtype or torch.promote_types(adapter.dtype, torch.float32)
     device = adapter.weights.unembed.W_U.device
     no_autocast(device.type)
-    frame = Frame(prompts.spans, prompts.tokens.shape[1], dtype, device)
-    recorder = Recorder(adapter, prompts, frame, convention or Convention(), how)
-    handles = how.guards(adapter.hooked_patterns())
-    try:
-        for read, point in adapter.points(how.reads).items():
-            early = read[1] in adapter.before_edits
-            add = point.register_forward_pre_hook if early else point.register_forward_hook
-            handles.append(add(recorder.listen(read)))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and how.needs_grad):
-            logits = adapter.run(inputs, kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    with torch.no_grad():
-        return logits, recorder.finish(logits)
+    with alone(adapter.model):
+        kwargs, prompts = adapter.prepare(inputs, kwargs)
+        frame = Frame(prompts.spans, prompts.tokens.shape[1], dtype, device)
+        recorder = Recorder(adapter, prompts, frame, convention or Convention(), how)
+        handles = how.guards(adapter.hooked_patterns())
+        try:
+            for read, point in adapter.points(how.reads).items():
+                early = read[1] in adapter.before_edits
+                add = point.register_forward_pre_hook if early else point.register_forward_hook
+                handles.append(add(recorder.listen(read)))
+            keeps_graph = how.needs_grad and not inference_weights(adapter.model)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and keeps_graph):
+                logits = adapter.run(prompts.tokens, kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.no_grad():
+            return logits, recorder.finish(logits)
 
 
 def choose_reading(adapter: Adapter, pattern: str) -> StoredReading | RecomputedReading:
@@ -164,29 +168,21 @@ def _with_noise_floor(
 ) -> Capture:
     """Measure the model's own rounding, max |logits − exact| / max |exact|.
 
-    ``exact`` are the logits [batch, pos, d_vocab] at real tokens of a deep copy of the model in
-    float32, with the same weights, prompts and hooks of the user's own.
+    ``exact`` are the logits [batch, pos, d_vocab] at real tokens of the model in float32, with the
+    same weights, prompts and hooks of the user's own.
 
     Args:
         capture: Capture of the model's run.
-        model: The model that ran, which is not touched.
+        model: The model that ran; it has its own weights back at the end.
         inputs: Input of the run: a string, a list of strings or token ids.
         kwargs: Arguments of the run.
 
     Returns:
         The capture with its ``noise_floor``.
     """
-    held = [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor)]
-    # Some Bridges keep a run's pattern, graph and all, which deepcopy refuses.
-    copy = deepcopy(model, {id(v): v.detach() for v in held if not v.is_leaf})
-    copy = copy.to(torch.float32, print_details=False)
-    for module in copy.modules():
-        # Processed weights of 3.9 are attributes, which .to() passes over.
-        tensors = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
-        vars(module).update({k: v.float() for k, v in tensors.items() if v.dtype in HALF})
-    adapter = adapt(copy)
-    inputs, _ = adapter.prepare(inputs, kwargs)
-    with torch.no_grad():
-        exact = adapter.run(inputs, kwargs)[capture.frame.real]
+    with in_float32(model), torch.no_grad():
+        adapter = adapt(model)
+        kwargs, prompts = adapter.prepare(inputs, kwargs)
+        exact = adapter.run(prompts.tokens, kwargs)[capture.frame.real]
     off = (capture.logits[capture.frame.real].to(exact) - exact).abs().max()
     return replace(capture, noise_floor=float(off / exact.abs().max().clamp_min(TINY)))

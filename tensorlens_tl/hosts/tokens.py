@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..operator import Prompts
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 EMPTY = "The prompt is empty. Give at least one token."
 Spans = list[tuple[int, int]]
+
+CONVENTION = "_tensorlens_convention"
+"""Attribute of a wrapped model: where its token ids differ from the tokenizer's own. Told once."""
 
 
 def is_text(inputs: Any) -> bool:
@@ -21,8 +31,60 @@ def is_text(inputs: Any) -> bool:
     return isinstance(inputs, str)
 
 
-def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[Tensor, Spans]:
-    """Tokenize texts as the host does, and find where each text's real tokens stand.
+def prepare(
+    adapter: Adapter, inputs: Any, kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], Prompts]:
+    """Check an input and tokenize it; see :meth:`Adapter.prepare`."""
+    if isinstance(inputs, Prompts):
+        return {**adapter.all_real(inputs.tokens), **kwargs}, inputs
+    model, device, mask = adapter.model, adapter.weights.unembed.W_U.device, None
+    hosts = model, getattr(model, "original_model", model)
+    inputs, kwargs = unpacked(inputs, kwargs, hosts)
+    check_arguments(kwargs, adapter.forbidden, hosts)
+    if is_text(inputs):
+        tokens, mask = tokenize(model, [inputs] if isinstance(inputs, str) else inputs, kwargs)
+        tokens, mask = tokens.to(device), mask.to(device)
+        kwargs.pop("prepend_bos", None)
+    else:
+        tokens = as_ids(inputs, device)
+    if kwargs.get("attention_mask") is not None:
+        kwargs["attention_mask"] = mask = as_mask(kwargs["attention_mask"], tokens)
+    elif mask is None:
+        mask = adapter.mask(tokens, kwargs)
+    elif not mask[:, 0].all() or adapter.mask(tokens, kwargs) is not None:
+        kwargs["attention_mask"] = mask
+    return kwargs, prompts_of(adapter, tokens, mask_spans(mask, tokens, adapter.tokenizer))
+
+
+def prompts_of(
+    adapter: Adapter, tokens: Int[Tensor, "batch pos"], spans: Spans | None = None
+) -> Prompts:
+    """Describe token ids whose real tokens are known.
+
+    Args:
+        adapter: Adapter of the model that reads them.
+        tokens: Token ids of all prompts.
+        spans: The (start, stop) of each prompt's real tokens; None where all are real.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        ValueError: If they are longer than n_ctx, or have ids outside the vocabulary.
+    """
+    spans = [(0, tokens.shape[1])] * len(tokens) if spans is None else spans
+    check_tokens(tokens, adapter.n_ctx, adapter.cfg.d_vocab)
+    rows = [row[start:stop] for row, (start, stop) in zip(tokens.tolist(), spans, strict=True)]
+    text = {token: adapter.token_string(token) for row in rows for token in dict.fromkeys(row)}
+    strings = tuple(tuple(text[token] for token in row) for row in rows)
+    return Prompts(tokens, tuple(spans), strings)
+
+
+def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Tokenize texts one by one as the host does, and pad them to one length.
+
+    Hosts pad with a token that a text may begin or end with, and guess by its id what is padding.
+    Here each text has the ids that it has alone, and the mask knows which they are.
 
     Args:
         model: A host model with a method ``to_tokens``.
@@ -30,22 +92,76 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
         kwargs: Arguments of the model; ``prepend_bos`` and ``padding_side`` matter here.
 
     Returns:
-        Token ids [batch, pos], and the (start, stop) of each prompt's real tokens.
+        Token ids [batch, pos], and the mask of the real tokens among them [batch, pos].
 
     Raises:
-        ValueError: If the model has no tokenizer.
+        ValueError: If the model has no tokenizer, or a text has no tokens.
     """
     if model.tokenizer is None:
-        raise ValueError("This model has no tokenizer. Pass token ids, or set model.tokenizer.")
+        remedy = "wrap the Hugging Face model with its tokenizer: tensorlens_tl.wrap(hf, tokenizer)"
+        if hasattr(model, "set_tokenizer"):
+            remedy = "call model.set_tokenizer(tokenizer)"
+        raise ValueError(f"This model has no tokenizer. Pass token ids, or {remedy}.")
+    if kwargs.get("prepend_bos") is None:
+        tell_convention(model)
     keys = {k: kwargs[k] for k in ("prepend_bos", "padding_side") if k in kwargs}
     keys["truncate"] = False  # a text over n_ctx is refused, not cut
-    counts = [model.to_tokens(text, **keys).shape[-1] if text else 0 for text in texts]
-    if 0 in counts:
+    rows = [model.to_tokens(text, **keys)[0] for text in texts if text]
+    if len(rows) < len(texts) or not all(map(len, rows)):
         raise ValueError(EMPTY)
-    tokens = model.to_tokens(list(texts), **keys)
-    width = tokens.shape[-1]
     side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
-    return tokens, [(width - n, width) if side == "left" else (0, n) for n in counts]
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    # A padding token that was made up has an id beyond the vocabulary.
+    pad = pad if pad is not None and 0 <= pad < model.cfg.d_vocab else 0
+    padded = [
+        pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side)
+        for parts, value in ((rows, pad), ([torch.ones_like(row) for row in rows], 0))
+    ]
+    return padded[0], padded[1]
+
+
+def tell_convention(model: Any) -> None:
+    """Tell once where the token ids of a wrapped model's texts differ from the tokenizer's own."""
+    if text := vars(model).pop(CONVENTION, None):
+        warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def unpacked(
+    inputs: Any, kwargs: Mapping[str, Any], hosts: Sequence[Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Take what a tokenizer returns apart: its ids, and what the model's forward pass knows of it.
+
+    Args:
+        inputs: What the user gave as the prompt.
+        kwargs: Arguments that the user gave for the model.
+        hosts: The host model, and the model that it wraps.
+
+    Returns:
+        The prompt, and all arguments for the model.
+
+    Raises:
+        ValueError: If a mapping has no ids, or holds an argument that was also given by itself.
+    """
+    if not isinstance(inputs, Mapping):
+        return inputs, dict(kwargs)
+    if "input_ids" not in inputs:
+        raise ValueError(
+            f"The input is a {type(inputs).__name__} without input_ids. Pass what a tokenizer "
+            "returns, or token ids."
+        )
+    # The model's own call ignores the rest, such as the offsets of tokens in the text.
+    known = {k: v for k, v in inputs.items() if k != "input_ids" and k in _known(hosts)}
+    if twice := sorted(known.keys() & kwargs.keys()):
+        raise ValueError(
+            f"{', '.join(twice)} is given twice, in the prompt's {type(inputs).__name__} and by "
+            "itself. Drop one of them."
+        )
+    return inputs["input_ids"], {**known, **kwargs}
+
+
+def _known(hosts: Sequence[Any]) -> set[str]:
+    """Names of the arguments of the hosts' forward passes."""
+    return {name for host in hosts for name in inspect.signature(type(host).forward).parameters}
 
 
 def check_arguments(
@@ -63,61 +179,90 @@ def check_arguments(
     Raises:
         ValueError: If there is one.
     """
+    if kwargs.get("token_type_ids") is not None:
+        raise ValueError(
+            "token_type_ids adds an embedding of its own to the residual stream, which the "
+            "operator does not know. Call without it: pass input_ids and attention_mask only."
+        )
     if wrong := [key for key in forbidden if key in kwargs]:
         raise ValueError(
             f"{', '.join(wrong)} would change what is run, and a capture is one whole forward pass "
             "to the logits. Call without it."
         )
-    known = {name for host in hosts for name in inspect.signature(type(host).forward).parameters}
-    if wrong := [key for key in kwargs if key not in known]:
+    if wrong := sorted(kwargs.keys() - _known(hosts)):
         raise ValueError(
             f"{', '.join(wrong)} is no argument of this function or of the model's forward pass. "
             "Check the name; prepend_bos, padding_side and attention_mask are known, for example."
         )
 
 
-def each_prompt(prompts: Any, tokenizer: Any, masked: bool = False) -> list[Any]:
+def each_prompt(
+    prompts: Any, tokenizer: Any, masked: bool = False, name: str = "prompts"
+) -> list[Any]:
     """List prompts, each as a string or as its own ids [pos].
 
     Args:
         prompts: Strings, ids [pos] or [1, pos] as the host's ``to_tokens`` gives them, or ids
-            [prompt, pos].
+            [prompt, pos]; any iterable of them, or what a tokenizer returns for several texts.
         tokenizer: Tokenizer of the model, which knows the padding token, or None.
         masked: Whether an attention mask tells padding.
+        name: Name of the argument in error messages.
 
     Returns:
         One string or tensor of ids [pos] per prompt.
 
     Raises:
-        ValueError: If an entry is several prompts, or some prompts are padded.
+        ValueError: If there are no prompts, if an entry is several prompts, or if some prompts are
+            padded.
     """
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        ids = as_ids(prompts["input_ids"], torch.device("cpu"))
+        spans = mask_spans(prompts.get("attention_mask"), ids, tokenizer)
+        return [row[start:stop] for row, (start, stop) in zip(ids, spans, strict=True)]
+    one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
+    if one or not (given := list(prompts)):
+        raise ValueError(
+            f"{name}={prompts!r} is not a non-empty list. Put a single prompt in a list."
+        )
+    if isinstance(prompts, Tensor) and prompts.ndim == 1:
+        raise ValueError(
+            f"{name} are token ids of one dimension, not [prompt, pos]. Add one with ids[None]."
+        )
     found: list[Any] = []
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(given):
         if isinstance(prompt, str):
             found.append(prompt)
             continue
-        ids = as_ids(prompt, torch.device("cpu"))
-        if len(ids) != 1:
+        if isinstance(prompt, Mapping) and "input_ids" in prompt:
+            rows = each_prompt(prompt, tokenizer)
+        else:
+            rows = list(as_ids(prompt, torch.device("cpu")))
+        if len(rows) != 1:
             raise ValueError(
-                f"prompts[{i}] has ids of shape {list(ids.shape)}, which are {len(ids)} prompts. "
-                "List each prompt by itself, as a string or token ids [pos]."
+                f"{name}[{i}] has ids of shape {[len(rows), len(rows[0])]}, which are {len(rows)} "
+                "prompts. List each prompt by itself, as a string or token ids [pos]."
             )
-        found.append(ids[0])
+        found += rows
     rows = [prompt for prompt in found if not isinstance(prompt, str)]
     if len({len(row) for row in rows}) == 1 and not masked:
         check_padding(torch.stack(rows), tokenizer, "a list of each prompt's own ids")
     return found
 
 
-def check_padding(tokens: Int[Tensor, "batch pos"], tokenizer: Any, remedy: str) -> None:
-    """Refuse ids some of whose rows, and not all, end or begin in padding that nothing masks.
+def check_padding(
+    tokens: Int[Tensor, "batch pos"], tokenizer: Any, remedy: str, alone: bool = False
+) -> None:
+    """Refuse ids that begin or end in padding that nothing masks.
 
-    They would be taken for real tokens, and the last of them for the prompt's last word.
+    It would be taken for real tokens, and the last of them for the prompt's last word. Where all
+    prompts begin or end alike, the token may be meant, as in a prompt that ends in its own
+    end-of-sequence token. What cannot be meant is refused there, too, if ``alone``.
 
     Args:
         tokens: Token ids of all prompts.
         tokenizer: Tokenizer of the model, or None.
         remedy: What may be passed instead of such ids, beside strings.
+        alone: Whether to refuse padding that all prompts have.
 
     Raises:
         ValueError: If there are such rows.
@@ -125,16 +270,26 @@ def check_padding(tokens: Int[Tensor, "batch pos"], tokenizer: Any, remedy: str)
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or tokens.shape[1] < 2:
         return
-    padded = tokens == pad
+    padded, bos = tokens == pad, getattr(tokenizer, "bos_token_id", None)
     # A beginning-of-sequence token may be the padding token, too: two of them are padding.
-    begins = padded[:, 0] & (padded[:, 1] | (pad != getattr(tokenizer, "bos_token_id", None)))
+    begins = padded[:, 0] & (padded[:, 1] | (pad != bos))
+    special = pad in (bos, getattr(tokenizer, "eos_token_id", None))
+    sure = {"begins": padded[:, 0], "ends": padded[:, -1]}
+    if special:
+        sure["begins"] = sure["begins"] & (padded[:, 1] | ((tokens[:, 1] == bos) & (pad != bos)))
+        sure["ends"] = sure["ends"] & padded[:, -2]
     for where, rows in (("ends", padded[:, -1]), ("begins", begins)):
         if rows.any() and not rows.all():
-            prompt = int(rows.nonzero()[0])
-            raise ValueError(
-                f"prompt {prompt} {where} in the padding token (id {pad}) and others do not, so "
-                f"padding would count as real tokens. Pass strings, or {remedy}."
-            )
+            others = " and others do not"
+        elif alone and sure[where].any():
+            others, rows = "", sure[where]
+        else:
+            continue
+        prompt = int(rows.nonzero()[0])
+        raise ValueError(
+            f"prompt {prompt} {where} in the padding token (id {pad}){others}, so "
+            f"padding would count as real tokens. Pass strings, or {remedy}."
+        )
 
 
 def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
@@ -151,7 +306,7 @@ def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
         ValueError: If there are no ids, or ``inputs`` are not ids.
     """
     try:
-        ids = torch.as_tensor(inputs)
+        ids = torch.as_tensor(_stacked(inputs))
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"The input is a {type(inputs).__name__} that is neither text nor a rectangle of token "
@@ -167,11 +322,53 @@ def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
     return (ids if ids.ndim == 2 else ids[None]).to(device=device, dtype=torch.long)
 
 
+def _stacked(inputs: Any) -> Any:
+    """Ids of several prompts as one tensor, where they are a list of tensors [pos] or [1, pos]."""
+    if not isinstance(inputs, list | tuple) or not all(isinstance(row, Tensor) for row in inputs):
+        return inputs
+    rows = [row[0] if row.ndim == 2 and len(row) == 1 else row for row in inputs]
+    return torch.stack(rows) if rows else inputs
+
+
+def as_mask(mask: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Make an attention mask of ones and zeros, beside the token ids.
+
+    Args:
+        mask: Attention mask [batch, pos], or [pos] of one prompt, as a tensor, an array or lists.
+        tokens: Token ids of all prompts.
+
+    Returns:
+        The mask as integers of 64 bits, on the device of the ids.
+
+    Raises:
+        ValueError: If the mask is no rectangle of ones and zeros, or its shape is another one.
+    """
+    try:
+        found = torch.as_tensor(_stacked(mask))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__} that is no rectangle of numbers. Give one "
+            "entry per token: 1 where it is real, 0 at padding."
+        ) from None
+    found = found[None] if found.ndim == 1 and len(tokens) == 1 else found
+    if found.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(found.shape)}, but the token ids have "
+            f"{list(tokens.shape)}. Give one entry per token."
+        )
+    if ((found != 0) & (found != 1)).any():
+        raise ValueError(
+            "attention_mask holds other numbers than 1 and 0. Give 1 where a token is real, and 0 "
+            "at padding."
+        )
+    return found.to(device=tokens.device, dtype=torch.long)
+
+
 def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> Spans:
     """Find the run of real tokens that an attention mask leaves each prompt.
 
     Args:
-        mask: Attention mask [batch, pos], true at real tokens; None where all tokens are real.
+        mask: Attention mask as for :func:`as_mask`; None where all tokens are real.
         tokens: Token ids of all prompts.
         tokenizer: Tokenizer of the model; None where padding is no question.
 
@@ -179,22 +376,14 @@ def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> S
         The (start, stop) of each prompt's real tokens.
 
     Raises:
-        ValueError: If the shapes differ, if a prompt has no real tokens or more than one run of
-            them, or if some prompts are padded and no mask tells it.
+        ValueError: If the mask is none, if a prompt has no real tokens or more than one run of
+            them, or if prompts are padded and no mask tells it.
     """
-    shape = tokens.shape
     if mask is None:
-        check_padding(tokens, tokenizer, "the attention_mask that tells it")
-        return [(0, shape[1])] * len(tokens)
-    mask = torch.as_tensor(mask)
-    if mask.shape != shape:
-        raise ValueError(
-            f"attention_mask has shape {list(mask.shape)}, but the token ids have {list(shape)}. "
-            "Give one entry per token."
-        )
-    real_numbers, mask = mask.is_floating_point(), mask.bool()
+        check_padding(tokens, tokenizer, "the attention_mask that tells it", alone=True)
+        return [(0, tokens.shape[1])] * len(tokens)
     spans = []
-    for prompt, row in enumerate(mask):
+    for prompt, row in enumerate(as_mask(mask, tokens)):
         real = row.nonzero().flatten().tolist()
         if not real or real != list(range(real[0], real[-1] + 1)):
             raise ValueError(
@@ -202,10 +391,6 @@ def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> S
                 "tokens, with padding only before or after it."
             )
         spans.append((real[0], real[-1] + 1))
-    if real_numbers:  # hosts index with it
-        raise ValueError(
-            "attention_mask holds real numbers, by which hosts cannot index. Pass mask.long()."
-        )
     return spans
 
 
