@@ -52,6 +52,18 @@ def need(module: str, extra: str, for_what: str) -> Any:
         ) from None
 
 
+def as_device(device: Any) -> Any:
+    """Return ``device`` as a ``torch.device``; refuse what is none."""
+    import torch
+
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(
+            f"device={device!r} is no device of PyTorch. Pass one such as \"cpu\" or \"cuda\"."
+        ) from None
+
+
 def is_int(number: object) -> TypeGuard[int]:
     """Tell whether a number is an integer. NumPy's integers are; True is not."""
     return isinstance(number, Integral) and not isinstance(number, bool)
@@ -82,6 +94,55 @@ def one_each(given: Any, n: int, name: str) -> list[Any]:
             f"{name} has {len(given)} entries for {n} prompts. Pass one for each, or one for all."
         )
     return list(given)
+
+
+def pick_prompts(given: Any, n: int, what: str, rows: str) -> range:
+    """Return the numbers of the prompts that an index or a slice picks.
+
+    Args:
+        given: What stands in the brackets.
+        n: Number of prompts.
+        what: Name of what is indexed, such as "attribution".
+        rows: Names of the methods that read rows, for the message.
+
+    Returns:
+        At least one number from 0 to n − 1.
+
+    Raises:
+        IndexError: If there is no such prompt. Loops end by it.
+        ValueError: If ``given`` is neither an integer nor a slice, or picks no prompt.
+    """
+    if is_int(given):
+        if not -n <= given < n:
+            raise IndexError(f"There is no prompt {given}. The number of prompts is {n}.")
+        return range(given % n, given % n + 1)
+    if not isinstance(given, slice):
+        raise ValueError(
+            f"{what}[{given!r}] does not exist, as the index is a prompt's number or a slice. "
+            f"For rows use {rows}."
+        )
+    try:
+        found = range(n)[given]
+    except (TypeError, ValueError):  # a slice of no integers, or with step 0
+        found = range(0)
+    if not found:
+        raise ValueError(f"{what}[{given}] holds no prompt. Take a slice such as [:{n}].")
+    return found
+
+
+def as_array(tensor: Any, dtype: Any = None, copy: bool | None = None) -> Any:
+    """Give a tensor to NumPy: a copy, so that writing to it leaves the tensor as it is.
+
+    Args:
+        tensor: Numbers on any device.
+        dtype: NumPy's dtype of the array. None keeps the tensor's.
+        copy: NumPy's own argument. False shares the memory.
+
+    Returns:
+        The numbers as an array on the CPU.
+    """
+    array = tensor.detach().cpu().numpy()
+    return array.astype(array.dtype if dtype is None else dtype, copy=copy is not False)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from ..checks import at_least_one, need, one_each
 from ..graph import Edge, Node
-from ..hosts import adapt, as_host, each_prompt, freeze
+from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, prompts_of
 from ..operator import Capture, FrozenTransformer
-from .html import table_html
+from .html import ROWS, left_out, legend_html, sum_html, table_html
 from .splits import attribute
 from .table import Source
 from .target_gradient import TargetGradient
@@ -71,7 +71,7 @@ class MeanAttribution:
     completeness_error: float | None
 
     def top(self, k: int = 10) -> list[tuple[str, float, float]]:
-        """The k largest means by absolute value.
+        """The k largest means by absolute value, without those that are exactly 0.
 
         Args:
             k: How many rows to give.
@@ -84,7 +84,8 @@ class MeanAttribution:
         """
         k = at_least_one(k, "k")
         order = self.mean.abs().argsort(descending=True)[:k].tolist()
-        return [(str(self.nodes[i]), float(self.mean[i]), float(self.sem[i])) for i in order]
+        rows = [(str(self.nodes[i]), float(self.mean[i]), float(self.sem[i])) for i in order]
+        return [row for row in rows if row[1] != 0]
 
     def to_dataframe(self) -> pandas.DataFrame:
         """The rows as a pandas table.
@@ -114,15 +115,21 @@ class MeanAttribution:
         return json.dumps(data | {"rows": rows}, ensure_ascii=False)
 
     def _repr_html_(self) -> str:
-        head = f"<div><b>by {self.by} ({self.effect}), mean of {self.n} prompts</b></div>"
-        rows = [(f"{name} (± {sem:.3g})", mean) for name, mean, sem in self.top(20)]
-        return head + table_html(rows)
+        rows = [(f"{name} (± {sem:.3g})", mean) for name, mean, sem in self.top(ROWS)]
+        parts = [
+            f"<div><b>mean of {self.n} prompts = {self.target_mean:.4g}</b>, by {self.by} "
+            f"({self.effect})</div>",
+            table_html(rows, left_out(self.mean, len(rows))),
+            legend_html([mean for _, mean in rows]),
+            sum_html(float(self.mean.sum()), self.completeness_error),
+        ]
+        return "".join(parts)
 
     def __repr__(self) -> str:
         head = f"Attribution by {self.by}, mean of {self.n} prompts = {self.target_mean:.4g}"
-        rows = (f"  {mean:+9.4f} ± {sem:.4f}  {name}" for name, mean, sem in self.top(10))
-        more = len(self.nodes) - 10
-        return "\n".join([head, *rows, *([f"  … {more} more"] if more > 0 else [])])
+        rows = [f"  {mean:+9.4f} ± {sem:.4f}  {name}" for name, mean, sem in self.top(10)]
+        left = left_out(self.mean, len(rows))
+        return "\n".join([head, *rows, *([f"  … {left}"] if left else [])])
 
 
 def mean_attribution(
@@ -146,7 +153,7 @@ def mean_attribution(
 
     Args:
         model: The model, as for :func:`tensorlens_tl.capture`.
-        prompts: Strings, or token ids [pos], one sequence per prompt.
+        prompts: Strings, or token ids [pos], one sequence per prompt; any iterable of them.
         target: One target for all prompts, a list with one for each, or None for each prompt's own
             prediction. Each is as in :meth:`TensorLens.attribute`.
         versus: What is subtracted from the target: one for all prompts, a list with one for each,
@@ -178,12 +185,9 @@ def mean_attribution(
         >>> [(name, round(mean, 1)) for name, mean, sem in means.top(2)]
         [('L2', 6.8), ('L1', 4.2)]
     """
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(
-            f"prompts={prompts!r} is not a list of prompts. Put the prompts in a list."
-        )
-    masked = "attention_mask" in kwargs
-    prompts = each_prompt(prompts, getattr(model, "tokenizer", None), masked)
+    with torch.no_grad():
+        adapter = adapt(as_host(model, kwargs.pop("tokenizer", None)))  # once for all batches
+    prompts = each_prompt(prompts, adapter.tokenizer, kwargs.pop("attention_mask", None))
     batch_size = at_least_one(batch_size, "batch_size")
     targets = one_each(target, len(prompts), "target")
     foils = one_each(versus, len(prompts), "versus")
@@ -193,7 +197,7 @@ def mean_attribution(
     with open(os.devnull if path is None else Path(path), "w", encoding="utf-8") as file:
         # 1. Capture.
         captures = tqdm(
-            _captures(model, prompts, batch_size, kwargs),
+            _captures(adapter, prompts, batch_size, kwargs),
             "prompts",
             len(prompts),
             disable=not progress,
@@ -248,21 +252,16 @@ def _finite(x: float) -> float | None:
 
 
 def _captures(
-    model: Any, prompts: Sequence[Any], size: int, kwargs: dict[str, Any]
+    adapter: Adapter, prompts: Sequence[Any], size: int, kwargs: dict[str, Any]
 ) -> Iterator[Capture]:
     """One capture per prompt. Strings run together, and so do ids of one length."""
-    with torch.no_grad():
-        adapter = adapt(as_host(model, kwargs.pop("tokenizer", None)))  # once for all batches
     for start in range(0, len(prompts), size):
         batch = list(prompts[start : start + size])
-        text = all(isinstance(prompt, str) for prompt in batch)
-        if text or len({len(prompt) for prompt in batch}) == 1:
-            ids = batch if text else torch.stack([torch.as_tensor(prompt) for prompt in batch])
+        texts = [isinstance(prompt, str) for prompt in batch]
+        together = all(texts) or (not any(texts) and len(set(map(len, batch))) == 1)
+        for part in [batch] if together else [[prompt] for prompt in batch]:
+            text = isinstance(part[0], str)
             with torch.no_grad():
-                captured = freeze(adapter, ids, **kwargs)[1]
+                given = part if text else prompts_of(adapter, torch.stack(part))
+                captured = freeze(adapter, given, **kwargs)[1]
             yield from map(captured.prompt, range(captured.frame.batch))
-        else:
-            for prompt in batch:
-                with torch.no_grad():
-                    captured = freeze(adapter, prompt, **kwargs)[1]
-                yield captured

@@ -1,4 +1,4 @@
-"""Where a logit comes from: one target, split by source in ten ways.
+"""Where a logit comes from: one target, split by source in many ways.
 
 One transposed sweep carries the target's covector u to every residual site. Whatever is written to
 the residual, at any position, adds ⟨what is written, covector there⟩ to the target. So one sweep
@@ -37,7 +37,6 @@ BY = (
     "layer",
     "component",
     "head",
-    "mlp",
     "neuron",
     "dimension",
     "edge",
@@ -58,7 +57,8 @@ def attribute(
 
     Args:
         gradient: The target, pulled to every site.
-        by: The kind of source, one of :data:`BY`; see :meth:`TensorLens.attribute`.
+        by: The kind of source, one of :data:`BY`, or of :data:`TOTALS` for total effects; see
+            :meth:`TensorLens.attribute`.
         effect: "direct" or "total".
         qk: Whether queries and keys are readers, too; only by edge.
 
@@ -70,7 +70,12 @@ def attribute(
     """
     if by == "expert":
         raise ValueError("by='expert' needs a model with experts. No such model can be frozen yet.")
-    if by not in BY:
+    if by == "mlp" and effect == "direct":
+        raise ValueError(
+            "by='mlp' has no direct split of its own, as an MLP reads the target's position alone. "
+            "Use by='component' and .select(kind='mlp'), or by='neuron'."
+        )
+    if by not in {*BY, *TOTALS}:
         raise ValueError(f"by={by!r} does not exist. Use one of {', '.join(BY)}.")
     if effect not in ("direct", "total"):
         raise ValueError(f"effect={effect!r} does not exist. Use 'direct' or 'total'.")
@@ -99,7 +104,7 @@ def attribute(
         _direct(gradient, table, "component" if by == "layer" else by)
     whole = effect == "direct" and by != "order"
     if whole or (effect, by) == ("total", "component"):
-        table.add_b_U()
+        table.add_constants()
     found = table.to_attribution(by, effect)
     return found.sum("layer") if by == "layer" and effect == "direct" else found
 
@@ -135,8 +140,7 @@ def by_edge(
     target, constants = gradient.target, None
     if own:
         constants = {name: effect.sum(-1) for name, effect in gradient.trace.top.items()}
-        if gradient.capture.unembed.weights.b_U is not None:
-            constants["b_U"] = target.constant
+        constants |= target.constants
     scores_of = queries_and_keys(gradient.capture) if qk else None
     readers = frozen_readers(gradient.operator, writers.below, gradient.trace, constants, scores_of)
     return edge_result(gradient, writers, readers)

@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, astuple, dataclass, fields, replace
-from html import escape
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import at_least_one, need
+from ..checks import as_array, at_least_one, need, pick_prompts
 from ..graph import Edge, Node
 from ..operator import Convention
-from ..sublayers import TINY
-from .html import grid_html, strip_html, table_html
+from .html import UNIT, attribution_html, changes, left_out
 
 if TYPE_CHECKING:
     import pandas
@@ -84,23 +82,40 @@ class Attribution:
     def __len__(self) -> int:
         return self.values.shape[0]
 
-    def __getitem__(self, prompt: int) -> Attribution:
-        """Take one prompt's attribution, without its padding."""
-        if not -len(self) <= prompt < len(self):
-            raise IndexError(f"There is no prompt {prompt}. The number of prompts is {len(self)}.")
-        prompt %= len(self)
-        start, stop = self.spans[prompt]
+    def __getitem__(self, prompt: int | slice) -> Attribution:
+        """Take one prompt's attribution, or a slice of prompts, without padding around them."""
+        rows = ".top, .select or .to_dataframe"
+        chosen = list(pick_prompts(prompt, len(self), "attribution", rows))
+        spans = tuple(self.spans[i] for i in chosen)
+        start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
         keep = [i for i, s in enumerate(self.sources) if s.pos is None or start <= s.pos < stop]
-        one = slice(prompt, prompt + 1)
         return replace(
             self,
-            values=self.values[one, keep],
+            values=self.values[chosen][:, keep],
             sources=tuple(self.sources[i] for i in keep),
-            labels=(tuple(self.labels[prompt][i] for i in keep),),
-            target=self.target[one],
-            target_value=self.target_value[one],
-            spans=self.spans[one],
+            labels=tuple(tuple(self.labels[prompt][i] for i in keep) for prompt in chosen),
+            target=tuple(self.target[i] for i in chosen),
+            target_value=self.target_value[chosen],
+            spans=spans,
         )
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """The values [prompt, source] for NumPy, by ``numpy.asarray(attribution)``."""
+        return as_array(self.values, dtype, copy)
+
+    def __sub__(self, other: Attribution) -> Attribution:
+        """Subtract another attribution, row by row: of another target, run or prompt.
+
+        Args:
+            other: What is subtracted. Rows match by node and by position among the real tokens.
+
+        Returns:
+            The differences. They sum to the difference of the targets, where both sum to theirs.
+
+        Raises:
+            ValueError: If the two are of different kinds, or if their rows do not match.
+        """
+        return _difference(self, other) if isinstance(other, Attribution) else NotImplemented
 
     @property
     def completeness_error(self) -> float | None:
@@ -131,63 +146,90 @@ class Attribution:
         """
         if axis not in AXES:
             raise ValueError(f"There is no axis {axis!r}. Use one of {', '.join(AXES)}.")
-        groups: dict[Source, int] = {}
-        column = [groups.setdefault(_merged(s, axis), len(groups)) for s in self.sources]
-        zeros = self.values.new_zeros(len(self), len(groups))
-        index = torch.tensor(column, device=self.values.device)
-        first: dict[int, int] = {}
-        for i, group in enumerate(column):
-            first.setdefault(group, i)
+        groups: dict[Source, list[int]] = {}
+        for i, source in enumerate(self.sources):
+            groups.setdefault(_merged(source, axis), []).append(i)
+        column = torch.empty(len(self.sources), dtype=torch.long, device=self.values.device)
+        for group, rows in enumerate(groups.values()):
+            column[rows] = group
         labels = tuple(
-            tuple(
-                own[i] if group in (self.sources[i], _at(self.sources[i])) else _name(group, start)
-                for i, group in zip(first.values(), groups, strict=True)
-            )
-            for own, (start, _) in zip(self.labels, self.spans, strict=True)
+            tuple(self._sum_label(group, rows, prompt) for group, rows in groups.items())
+            for prompt in range(len(self))
         )
-        values = zeros.index_add(1, index, self.values)
+        values = self.values.new_zeros(len(self), len(groups)).index_add(1, column, self.values)
         return replace(self, values=values, sources=tuple(groups), labels=labels)
 
-    def select(self, src: str | Node | None = None, dest: str | Node | None = None) -> Attribution:
-        """Select edges of a split by edge: out of a writer, into a reader, or both.
+    def _sum_label(self, group: Source, rows: list[int], prompt: int) -> str:
+        """A name for a sum of rows that no single row has."""
+        label = self.labels[prompt][rows[0]]
+        if group == self.sources[rows[0]] or (label == "padding" and group.pos is not None):
+            return label
+        at = "" if group.pos is None else f"@{group.pos - self.spans[prompt][0]}"
+        if group.node != Node("pos"):
+            return f"{group.node}{at}"
+        if len(rows) == 1:
+            return label
+        kinds = {getattr(self.sources[i].node, "kind", "edge") for i in rows}
+        if kinds == {"embed", "pos_embed"}:
+            return f"{label} + position"
+        if " ← " in label:  # heads by the position that they read
+            return f"heads ← {label.partition(' ← ')[2]}"
+        return f"{kinds.pop()}s{at}" if len(kinds) == 1 else f"all at {label}"
+
+    def select(
+        self,
+        src: str | Node | None = None,
+        dest: str | Node | None = None,
+        *,
+        kind: str | None = None,
+        layer: int | None = None,
+    ) -> Attribution:
+        """Select rows: edges by their ends, any rows by the kind and layer of their node.
 
         Args:
-            src: A writer, such as "L0H3"; None for every writer.
-            dest: A reader, such as "L2H1.v"; None for every reader. All edges into one reader sum
-                to the reader's total effect, and all edges into "logits" sum to the target.
+            src: A writer, such as "L0H3", in a split by edge; None for every writer.
+            dest: A reader, such as "L2H1.v", in a split by edge; None for every reader. All edges
+                into one reader sum to the reader's total effect, and all edges into "logits" sum to
+                the target.
+            kind: A kind of node, such as "neuron" or "head"; of an edge, the kind of its writer.
+            layer: The number of a block; of an edge, the block of its writer.
 
         Returns:
-            The rows of the selected edges.
+            The rows that fit everything given.
 
         Raises:
-            ValueError: If this is no split by edge, or if there is no such writer or reader. The
-                message names those that there are.
+            ValueError: If nothing fits. The message names what there is.
         """
-        edges = [source.node for source in self.sources if isinstance(source.node, Edge)]
-        if not edges:
+        wanted = {"src": src, "dest": dest, "kind": kind, "layer": layer}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        edges = any(isinstance(source.node, Edge) for source in self.sources)
+        if not edges and wanted.keys() & {"src", "dest"}:
             raise ValueError(
-                f"select needs a split by edge, but this one is by {self.by}. Call "
-                "attribute(by='edge')."
+                f"src= and dest= need a split by edge, but this one is by {self.by}. Call "
+                "attribute(by='edge'), or select by kind= and layer=."
             )
         keep = range(len(self.sources))
-        for end, wanted in (("src", src), ("dest", dest)):
-            if wanted is None:
-                continue
-            node = Node.parse(wanted) if isinstance(wanted, str) else wanted
-            there = dict.fromkeys(str(getattr(edge, end)) for edge in edges)
-            if str(node) not in there:
-                raise ValueError(f"No edge has {end} {node}. Use one of {', '.join(there)}.")
-            keep = [i for i in keep if getattr(self.sources[i].node, end, None) == node]
+        for name, value in wanted.items():
+            has = [_property(source.node, name) for source in self.sources]
+            if name in ("src", "dest"):
+                value = str(Node.parse(value) if isinstance(value, str) else value)
+            if value not in has:
+                raise ValueError(_nothing_has(name, value, list(dict.fromkeys(has))))
+            keep = [i for i in keep if has[i] == value]
+        if not keep:
+            given = ", ".join(f"{name}={str(value)!r}" for name, value in wanted.items())
+            raise ValueError(f"No row has {given} together. Drop one of them.")
+        to_logits = list(wanted) == ["dest"] and str(dest) == "logits"
         return replace(
             self,
             values=self.values[:, list(keep)],
             sources=tuple(self.sources[i] for i in keep),
             labels=tuple(tuple(own[i] for i in keep) for own in self.labels),
-            sums_to_target=src is None and dest is not None and str(dest) == "logits",
+            sums_to_target=to_logits or (self.sums_to_target and len(keep) == len(self.sources)),
         )
 
     def top(self, k: int = 10) -> list[tuple[str, float]]:
-        """The k largest contributions by absolute value.
+        """The k largest contributions by absolute value, without those that are exactly 0.
 
         Args:
             k: How many rows to give.
@@ -204,7 +246,8 @@ class Attribution:
             )
         k = at_least_one(k, "k")
         order = self.values[0].abs().argsort(descending=True)[:k].tolist()
-        return [(self.labels[0][i], float(self.values[0, i])) for i in order]
+        values = self.values[0].tolist()
+        return [(self.labels[0][i], values[i]) for i in order if values[i] != 0]
 
     def to_dataframe(self) -> pandas.DataFrame:
         """The rows as a pandas table.
@@ -230,6 +273,7 @@ class Attribution:
     def to_json(self) -> str:
         """Write the attribution as JSON. :meth:`from_json` gives the same numbers back."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data |= {"unit": UNIT, "completeness_error": self.completeness_error}
         data |= {"format": FORMAT, "dtype": str(self.values.dtype).removeprefix("torch.")}
         data["values"] = [[_number(x) for x in row] for row in self.values.tolist()]
         data["target_value"] = [_number(x) for x in self.target_value.tolist()]
@@ -253,6 +297,8 @@ class Attribution:
             data = json.loads(text)
             if data.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
+            for name in ("unit", "completeness_error"):  # they follow from the rest
+                data.pop(name, None)
             dtype = {"float32": torch.float32, "float64": torch.float64}[data.pop("dtype")]
             for name in ("values", "target_value"):
                 data[name] = _tensor(data[name], dtype)
@@ -282,32 +328,7 @@ class Attribution:
 
     def _repr_html_(self) -> str:
         """For notebooks: tokens as a heat strip, heads as a grid, anything else as a table."""
-        parts = []
-        for i in range(min(3, len(self))):
-            one = self[i]
-            value = f"{escape(one.target[0])} = {float(one.target_value[0]):.4g}"
-            parts += [f"<div><b>{value}</b>, by {self.by} ({self.effect})</div>", one._picture()]
-        more = len(self) - 3
-        return "".join(parts) + (f"<div>… {more} more prompts</div>" if more > 0 else "")
-
-    def _picture(self) -> str:
-        if self.by == "token":
-            of_tokens = self.sum("node")
-            columns = of_tokens.sources, of_tokens.labels[0], of_tokens.values[0].tolist()
-            pairs = list(zip(*columns, strict=True))
-            shown = [(label, value) for source, label, value in pairs if source.pos is not None]
-            tokens = [label.rpartition("@")[0].strip('"') or label for label, _ in shown]
-            beside = [(s.node, v) for s, _, v in pairs if s.pos is None]
-            return strip_html(tokens, [value for _, value in shown]) + _beside(beside, "constants")
-        heads = self.sum("pos")
-        pairs = [(s.node, float(heads.values[0, i])) for i, s in enumerate(heads.sources)]
-        at = {(node.layer, node.index): value for node, value in pairs if _is_head(node)}
-        if self.by in ("head", "loading") and at:
-            layers, width = (1 + max(key[axis] or 0 for key in at) for axis in (0, 1))
-            grid = grid_html([[at.get((a, h), 0.0) for h in range(width)] for a in range(layers)])
-            beside = [(node, value) for node, value in pairs if not _is_head(node)]
-            return grid + _beside(beside if self.sums_to_target else [], "other components")
-        return table_html(self.top(20))
+        return attribution_html(self)
 
     def __repr__(self) -> str:
         effect = " (total effect)" if self.effect == "total" else ""
@@ -315,39 +336,14 @@ class Attribution:
         if len(self) > 1:
             dots = ", …" if len(self) > 3 else ""
             return f"{head}{dots}: {len(self)} prompts × {len(self.sources)} rows"
-        values, size = self.values[0], self.values[0].abs().sum().clamp_min(TINY)
-        error = self.completeness_error
-        nothing = error is None or not bool(values.any())  # 0/0 tells nothing
-        exact = "" if nothing else f" (sum off by {error:.0e} of Σ|·|)"
-        shown = [(label, value) for label, value in self.top(10) if value != 0]
+        rows = self.top(10)
+        nothing = self.completeness_error is None or not rows  # 0/0 tells nothing
+        exact = "" if nothing else f" (sum off by {self.completeness_error:.0e} of Σ|·|)"
         lines = [f"{head} = {float(self.target_value[0]):.4g}{exact}"]
-        lines += [f"  {value:+9.4f}  {label}" for label, value in shown]
-        zeros = int((values == 0).sum())
-        counts = {"more": len(self.sources) - len(shown) - zeros, "exactly 0": zeros}
-        left = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        lines += [f"  {value:+9.4f}  {label}" for label, value in rows]
+        left = left_out(self.values[0], len(rows))
         lines += [f"  … {left}"] if left else []
-        for source, value in zip(self.sources, values.tolist(), strict=True):
-            if _is_change(source.node):  # always shown: it qualifies all other rows
-                lines.append(
-                    f"  {source.node}: {value:+.4f}, {float(abs(value) / size):.0%} of Σ|·|"
-                )
-        return "\n".join(lines)
-
-
-def _is_head(node: Node | Edge) -> TypeGuard[Node]:
-    return isinstance(node, Node) and node.kind == "head"
-
-
-def _is_change(node: Node | Edge) -> bool:
-    return isinstance(node, Node) and node.kind == "change"
-
-
-def _beside(rows: list[tuple[Node | Edge, float]], name: str) -> str:
-    """What a picture of positions or heads has no place for: changes apart, the rest summed."""
-    changes = [(str(node), value) for node, value in rows if _is_change(node)]
-    rest = [value for node, value in rows if not _is_change(node)]
-    sums = ([(name, math.fsum(rest))] if rest else []) + changes
-    return f"<div>{' · '.join(f'{escape(n)} {v:+.4g}' for n, v in sums)}</div>" if sums else ""
+        return "\n".join(lines + [f"  {line}" for line in changes(self)])
 
 
 def _number(x: float) -> float | str:
@@ -377,11 +373,61 @@ def _merged(source: Source, axis: str) -> Source:
     return Source(Node("pos"), pos) if axis == "node" and pos is not None else source
 
 
-def _at(source: Source) -> Source | None:
-    # A position is called by its token: '"Mary"@2'.
-    embedded = isinstance(source.node, Node) and source.node.kind == "embed"
-    return Source(Node("pos"), source.pos) if embedded else None
+def _property(node: Node | Edge, name: str) -> Any:
+    """What :meth:`Attribution.select` asks of a row. An edge has its writer's kind and layer."""
+    if name in ("src", "dest"):
+        return str(getattr(node, name)) if isinstance(node, Edge) else None
+    return getattr(node.src if isinstance(node, Edge) else node, name)
 
 
-def _name(source: Source, start: int) -> str:
-    return str(source.node) if source.pos is None else f"{source.node}@{source.pos - start}"
+def _nothing_has(name: str, value: Any, there: list[Any]) -> str:
+    names = [str(one) for one in there if one is not None]
+    # A head is named where one of its inputs is meant.
+    near = [one for one in names if one.startswith(f"{value}.")] if name == "dest" else []
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Use one of {', '.join(names)}."
+    return f"No {'edge' if name in ('src', 'dest') else 'row'} has {name} {value}. {hint}"
+
+
+def _difference(a: Attribution, b: Attribution) -> Attribution:
+    for name in ("by", "effect", "convention"):
+        ours, theirs = getattr(a, name), getattr(b, name)
+        if ours != theirs:
+            raise ValueError(f"One has {name}={ours}, the other {theirs}. Make both alike.")
+    if (a.sources, a.spans) != (b.sources, b.spans):
+        if len(a) != 1 or len(b) != 1:
+            raise ValueError("The two batches have different rows. Take one prompt of each.")
+        a, b = a[0], b[0]
+        ours, theirs = _places(a), _places(b)
+        if alone := ours.keys() ^ theirs.keys():
+            place = next(place for place in (*ours, *theirs) if place in alone)
+            label = a.labels[0][ours[place]] if place in ours else b.labels[0][theirs[place]]
+            raise ValueError(
+                f"Only one of the attributions has the row {label}. Take prompts of one length, or "
+                "sum positions first, with .sum('pos')."
+            )
+        order = [theirs[place] for place in ours]
+        b = replace(b, values=b.values[:, order], labels=(tuple(b.labels[0][i] for i in order),))
+    pairs = zip(a.labels, b.labels, strict=True)
+    return replace(
+        a,
+        values=a.values - b.values,
+        labels=tuple(
+            tuple(x if x == y else f"{x} − {y}" for x, y in zip(*pair, strict=True))
+            for pair in pairs
+        ),
+        target=tuple(
+            f"change of {x}" if x == y else f"{x} − {y}"
+            for x, y in zip(a.target, b.target, strict=True)
+        ),
+        target_value=a.target_value - b.target_value,
+        sums_to_target=a.sums_to_target and b.sums_to_target,
+    )
+
+
+def _places(one: Attribution) -> dict[Source, int]:
+    """The column of every row of one prompt, by node and position among the real tokens."""
+    start = one.spans[0][0]
+    return {
+        Source(s.node, None if s.pos is None else s.pos - start): i
+        for i, s in enumerate(one.sources)
+    }

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from html import unescape
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from models import SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Attribution, Node, demo
-from tensorlens_tl.attribution.html import grid_html, strip_html, table_html
+from tensorlens_tl.attribution.html import changes, grid_html, strip_html, table_html
 
 pytestmark = pytest.mark.algebra
 
@@ -98,7 +99,7 @@ def test_ids_as_the_host_gives_them():
 def test_refusals():
     model = FIRST.model()
     for wrong in ([], "a prompt"):
-        with pytest.raises(ValueError, match="is not a list of prompts"):
+        with pytest.raises(ValueError, match=r"prompts=.* is not a non-empty list. Put a single prompt in a list"):
             tensorlens_tl.attribute(model, wrong)
     with pytest.raises(ValueError, match="target has 2 entries for 5 prompts"):
         tensorlens_tl.attribute(model, prompts(), [1, 2])
@@ -126,7 +127,7 @@ def test_sums_over_axes():
     columns = {p: [i for i, s in enumerate(a.sources) if s.pos == p] for p in range(7)}
     for i, source in enumerate(by_pos.sources[:7]):
         assert_close(by_pos.values[:, i], a.values[:, columns[source.pos]].sum(1), 1e-12)
-        assert by_pos.labels[1][i] == a.labels[1][columns[source.pos][0]]
+        assert by_pos.labels[1][i] == a.labels[1][columns[source.pos][0]] + " + position"
     heads = lens_of(FIRST).attribute(3, 4, by="head")
     assert heads.labels[0][7].startswith("L0H1 ← ") and heads.sum("pos").labels[0][1] == "L0H1"
     edges = lens_of(FIRST).attribute(3, 4, by="edge")
@@ -146,6 +147,12 @@ def test_every_kind_of_row_survives_json():
         assert again.sources == a.sources and again.labels == a.labels and again.effect == a.effect
 
 
+def text_of(html):
+    """What a reader of a page sees, and what hovering shows."""
+    titles = [unescape(t) for t in re.findall(r'title="(.*?)"', html, re.DOTALL)]
+    return unescape(re.sub(r"<[^>]*>", "|", html)), titles
+
+
 def test_a_notebook_shows_tokens_heads_and_tables():
     lens = lens_of(FIRST)
     strip = lens.attribute(3, 4)._repr_html_()
@@ -158,31 +165,91 @@ def test_a_notebook_shows_tokens_heads_and_tables():
     assert "rgba(214, 96, 77, 1.00)" in strip + grid + table
 
 
-def test_pictures_tell_what_they_have_no_place_for():
-    """Constants, other components and the operator's change: nothing of the sum is hidden."""
+@pytest.mark.parametrize("by", ["token", "head", "neuron", "layer"])
+def test_a_picture_says_all_that_the_text_says(by):
+    """The target, the sum and its error, what is left out, units, and what the colours mean."""
+    a = lens_of(FIRST)[0].attribute(3, 4, by=by)
+    shown, _ = text_of(a._repr_html_())
+    assert f"{a.target[0]} = {float(a.target_value[0]):.4g}" in shown
+    assert (
+        f"sum to {float(a.values.sum()):+.4g}, off by at most {a.completeness_error:.0e}" in shown
+    )
+    assert "takes away" in shown and "adds, in units of the target, logits for tokens" in shown
+    if by == "neuron":
+        zeros = int((a.values == 0).sum())
+        left = f"… {len(a.sources) - 20 - zeros} more" + f" and {zeros} exactly 0" * bool(zeros)
+        assert left in shown
+
+
+def test_a_strip_tells_token_from_position():
+    a = lens_of(FIRST)[0].attribute(3, 4)
+    shown, titles = text_of(a._repr_html_())
+    rest = [float(v) for s, v in zip(a.sources, a.values[0], strict=True) if s.pos is None]
+    assert f"{len(rest)} constants {math.fsum(rest):+.4g}. A token is shown with" in shown
+    at = {(str(s.node), s.pos): float(v) for s, v in zip(a.sources, a.values[0], strict=True)}
+    for pos in range(7):
+        parts = [at["embed", pos], at["pos_embed", pos]]
+        (title,) = (t for t in titles if f"@{pos} + position: " in t)
+        assert title.splitlines()[0].endswith(f": {sum(parts):+.4g}")
+        assert title.splitlines()[1:] == [
+            f"embed {parts[0]:+.4g}",
+            f"pos_embed {parts[1]:+.4g}",
+        ]
+
+
+def test_a_grid_shows_every_row_of_a_split_by_head():
+    """Heads, MLPs and constants by layer, the rest below; positions read are in the titles."""
+    a = lens_of(FIRST)[0].attribute(3, 4, by="head")
+    shown, titles = text_of(a._repr_html_())
+    assert "|H0||H1||H2||H3||MLP||constants|" in shown
+    nodes = {
+        str(s.node): float(v)
+        for s, v in zip(a.sum("pos").sources, a.sum("pos").values[0], strict=True)
+    }
+    cells = [float(x) for x in re.findall(r"\|([+-]\d+\.\d\d)\|", shown)]
+    of_layers = [
+        [nodes[f"L{i}{name}"] for name in ("H0", "H1", "H2", "H3", "MLP")] for i in range(2)
+    ]
+    for i, row in enumerate(of_layers):
+        constants = sum(v for name, v in nodes.items() if name.startswith(f"L{i}."))
+        assert cells[6 * i : 6 * i + 6] == [float(f"{v:.2f}") for v in (*row, constants)]
+    names = re.findall(r"[| ](\w[\w.]*) \|[+-]", shown)
+    assert names == [name for name in nodes if not name.startswith("L")]
+    # Hovering over a head shows the positions that it read, largest first.
+    title = next(t for t in titles if t.startswith("L1H2: "))
+    own = [
+        (float(v), s.pos)
+        for s, v in zip(a.sources, a.values[0], strict=True)
+        if str(s.node) == "L1H2"
+    ]
+    largest = sorted(own, key=lambda row: -abs(row[0]))
+    for line, (value, pos) in zip(title.splitlines()[1:], largest[:6], strict=False):
+        assert line.startswith(f"{value:+.4g}  ") and line.endswith(f"@{pos}")
+    assert title.endswith("… 1 more")
+
+
+def test_pictures_tell_what_changed():
     lens = lens_of(FIRST)[0]
-    for by in ("token", "head"):
-        a = lens.attribute(3, 4, by=by)
-        shown = "embed" if by == "token" else "head"
-        beside = sum(
-            float(a.values[0, i])
-            for i, s in enumerate(a.sources)
-            if (s.pos is None if by == "token" else s.node.kind != shown)
-        )
-        name = "constants" if by == "token" else "other components"
-        assert f"<div>{name} {beside:+.4g}</div>" in a._repr_html_()
     with quiet(), torch.no_grad():
         other = tensorlens_tl.capture(FIRST.model(), tokens(1, seed=1))[1]
     a = lens.attribute(3, baseline=other)
-    assert f"operator change {float(a.values[0, -1]):+.4g}</div>" in a._repr_html_()
+    (line,) = changes(a)
+    assert line.startswith(f"operator change: {float(a.values[0, -1]):+.4f}, ")
+    assert line in text_of(a._repr_html_())[0] and f"  {line}" in repr(a).splitlines()
     nothing = lens.attribute(3, baseline=lens)
     assert repr(nothing).splitlines()[1] == f"  … {len(nothing.sources)} exactly 0"
+    assert nothing.top() == [] and "takes away" not in nothing._repr_html_()
+    overlapping = lens.attribute(3, by="component", effect="total")
+    assert "The rows do not sum to the target." in overlapping._repr_html_()
 
 
 def test_pictures_escape_what_they_show():
     text = strip_html(['<b>"&', " x"], [1.0, -2.0])
     assert "<b>" not in text and "&lt;b&gt;" in text and "rgba(67, 147, 195, 1.00)" in text
-    assert strip_html(["a"], [0.0]).count("0.00)") == 1
+    assert strip_html(["a\nb"], [0.0]).count("0.00)") == 1 and "\n" not in strip_html(["\n"], [1.0])
+    assert 'title="&quot;&#10;&lt;"' in strip_html(["a"], [1.0], ['"\n<'])
     assert "nan" in table_html([("x", math.nan), ("y", 1.0)])
-    assert re.findall(r">([+-][\d.]+)<", grid_html([[0.5, -1.0]])) == ["+0.50", "-1.00"]
+    grid = grid_html(["<"], ["a", "b", "c"], [[0.5, None, -1.0]])
+    assert re.findall(r">([+-][\d.]+)<", grid) == ["+0.50", "-1.00"] and "<td>&lt;</td>" in grid
+    assert grid.count("<td></td>") == 2
     assert Node.parse("L3") == Node("layer", 3)

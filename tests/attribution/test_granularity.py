@@ -77,11 +77,10 @@ def test_finer_splits_sum_to_the_components(case, gate):
     lens = lens_of(case, gate=gate)
     component = rows(lens.attribute(3, 4, by="component"))
     scale = sum(v.abs() for v in component.values())
-    for by in ("head", "mlp"):
-        finer = rows(lens.attribute(3, 4, by=by))
-        assert finer.keys() == component.keys()
-        for node, v in finer.items():
-            assert_same(v, component[node], scale, f"{by} {node}")
+    finer = rows(lens.attribute(3, 4, by="head"))
+    assert finer.keys() == component.keys()
+    for node, v in finer.items():
+        assert_same(v, component[node], scale, f"head {node}")
     neurons = rows(lens.attribute(3, 4, by="neuron"))
     layers = rows(lens.attribute(3, 4, by="layer"), "layer")
     for layer in range(2):
@@ -260,7 +259,7 @@ def test_edge_names_and_selection(case):
         edges.select(dest="L9MLP")
     with pytest.raises(ValueError, match=r"No edge has src L9H0. Use one of embed"):
         edges.select("L9H0")
-    with pytest.raises(ValueError, match=r"select needs a split by edge, but this one is by token"):
+    with pytest.raises(ValueError, match=r"src= and dest= need a split by edge, but this one is b"):
         lens.attribute(3).select("L0H3")
 
 
@@ -345,6 +344,8 @@ def test_refusals():
         lens.attribute(by="heads")
     with pytest.raises(ValueError, match="effect='indirect' does not exist"):
         lens.attribute(effect="indirect")
+    with pytest.raises(ValueError, match=r"'mlp' has no direct split.*by='component' and .select"):
+        lens.attribute(by="mlp")
     for by in ("token", "constant", "dimension", "edge", "order"):
         with pytest.raises(
             ValueError, match=rf"effect='total' is not available for by='{by}'.*Drop effect"
