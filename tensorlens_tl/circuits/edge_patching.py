@@ -46,6 +46,7 @@ from ..hosts import (
     UnsupportedArchitectureError,
     adapt,
     hooked,
+    in_this_thread,
     unsplit,
 )
 from ..sublayers import NormWeights
@@ -196,7 +197,7 @@ def _before(module: nn.Module, replace: Callable[[], Tensor]) -> Any:
             return (replace(), *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): replace()}
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True)
 
 
 def _scaled(w: NormWeights | None, scale: Tensor | None, x: Tensor, b: bool = False) -> Tensor:

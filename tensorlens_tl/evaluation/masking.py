@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attribution import mean_embedding
-from ..hosts import Adapter, hooked
+from ..hosts import Adapter, alone, hooked, in_this_thread
 
 MASKINGS = ("delete", "token", "mean")
 
@@ -137,14 +137,15 @@ def end_logits(
         mean = masking.embedding
         point = adapter.points()[None, "embed"]
         edits.append((point, lambda x: torch.where(masked[..., None], mean.to(x), x)))
-    last = adapter.model.unembed.register_forward_pre_hook(
-        lambda module, args: (args[0][:, -1:], *args[1:])
-    )
-    try:
-        with hooked(edits):
-            return adapter.run(ids, adapter.all_real(ids))[:, -1]
-    finally:
-        last.remove()
+    with alone(adapter.model):
+        last = adapter.model.unembed.register_forward_pre_hook(
+            in_this_thread(lambda module, args: (args[0][:, -1:], *args[1:]))
+        )
+        try:
+            with hooked(edits):
+                return adapter.run(ids, adapter.all_real(ids))[:, -1]
+        finally:
+            last.remove()
 
 
 @dataclass(eq=False)

@@ -7,12 +7,12 @@ Key concepts:
 """
 
 from .adapter import Adapter, QueryKeyWeights
-from .entry import adapt, as_host, load_model, unsplit, wrap
-from .hook_points import Read
-from .live_model import Edit, LiveModel, Scores, hooked, live_models, target_of
+from .entry import adapt, as_host, load_model, unwrap, wrap
+from .hook_points import Read, alone, in_this_thread
+from .live_model import Edit, LiveModel, Scores, hooked, live_models, target_of, unsplit
 from .run import freeze, record
 from .supported import UnsupportedArchitectureError
-from .tokens import each_prompt, is_text, mask_spans
+from .tokens import each_prompt, own_ids, prompts_of
 
 __all__ = [
     "Adapter",
@@ -23,16 +23,19 @@ __all__ = [
     "Scores",
     "UnsupportedArchitectureError",
     "adapt",
+    "alone",
     "as_host",
     "each_prompt",
     "freeze",
     "hooked",
-    "is_text",
+    "in_this_thread",
     "live_models",
     "load_model",
-    "mask_spans",
+    "own_ids",
+    "prompts_of",
     "record",
     "target_of",
     "unsplit",
+    "unwrap",
     "wrap",
 ]

@@ -5,8 +5,11 @@ Names are those of TransformerLens, without the number of the block. Both host c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +91,36 @@ EDITS = {
 
 FINAL_EDITS = ("ln_final.hook_in", "ln_final.hook_normalized", "ln_final.hook_out", FINAL_SITE)
 """Hook points after the last block whose edits become a constant."""
+
+
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_first_come = threading.Lock()
+
+
+@contextmanager
+def alone(model: Any) -> Iterator[None]:
+    """Wait until no other thread of the library runs this model or has hooks in it.
+
+    A thread that is alone with a model may be so again inside.
+
+    Args:
+        model: A host model, or the model that a Bridge wraps.
+    """
+    inner = getattr(model, "original_model", model)
+    with _first_come:
+        lock = _locks.setdefault(inner, threading.RLock())
+    with lock:
+        yield
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a hook that passes over what the user runs beside it in another thread."""
+    thread = threading.get_ident()
+
+    def only(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if threading.get_ident() == thread else None
+
+    return only
 
 
 def host_names(names: tuple[str, ...], norms: Mapping[str, str]) -> dict[str, str]:

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..operator import Capture
+from ..sublayers import HALF
 from .adapter import Adapter
-from .entry import adapt
+from .entry import adapt, as_host
+from .hook_points import alone, in_this_thread
 
 Scores = Float[Tensor, "prompt pos"]
 """One score per token, in the target's units."""
@@ -36,13 +38,50 @@ def hooked(edits: Iterable[Edit]) -> Iterator[None]:
     try:
         for point, edit in edits:
             # The host's own way: its norms look at fwd_hooks to decide how they compute.
-            point.add_hook(lambda tensor, hook, edit=edit: edit(tensor))
+            point.add_hook(in_this_thread(lambda tensor, hook, edit=edit: edit(tensor)))
             handles.append((point, point.fwd_hooks[-1]))
         yield
     finally:
         for point, handle in handles:
             handle.hook.remove()
             point.fwd_hooks.remove(handle)
+
+
+def inference_weights(model: nn.Module) -> bool:
+    """Whether the model was built under ``torch.inference_mode``, without any gradients."""
+    return any(p.is_inference() for p in model.parameters())
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Hold a half-precision model in float32 for a while. A deep copy of a host is not safe.
+
+    At the end, also after an error, every weight is the same tensor with the same storage.
+
+    Args:
+        model: A ``HookedTransformer`` or a ``TransformerBridge``.
+    """
+    modules = list(model.modules())
+    held: dict[int, Tensor] = {}
+    # Weights and buffers; processed weights of transformer_lens 3.9 are plain attributes.
+    for owner in (vars(module) for module in modules):
+        for tensors in (owner, owner["_parameters"], owner["_buffers"]):
+            found = [t for t in tensors.values() if isinstance(t, Tensor) and t.dtype in HALF]
+            held |= {id(t): t for t in found}
+    own = [(t, t.data) for t in held.values()]
+    found: list[Any] = [getattr(module, "cfg", None) for module in modules]
+    configs = {id(c): (c, c.dtype) for c in found if getattr(c, "dtype", None) in HALF}
+    try:
+        for tensor, data in own:
+            tensor.data = data.float()
+        for config, _ in configs.values():
+            config.dtype = torch.float32
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data
+        for config, dtype in configs.values():
+            config.dtype = dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +118,16 @@ class LiveModel:
         # 2. X replaces what enters block 0, so a gradient of y reaches it.
         seen: list[Tensor] = []
         entry = self.adapter.points()[0, "resid_pre"]
-        end = self.adapter.model.unembed.register_forward_pre_hook(
-            lambda module, args: seen.append(args[0])
-        )
-        try:
-            with hooked([(entry, lambda tensor: x), *edits]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a Bridge says that norms are computed in python
-                self.adapter.run(ids, self.adapter.all_real(ids))
-        finally:
-            end.remove()
+        with alone(self.adapter.model):
+            end = self.adapter.model.unembed.register_forward_pre_hook(
+                in_this_thread(lambda module, args: seen.append(args[0]))
+            )
+            try:
+                with hooked([(entry, lambda tensor: x), *edits]), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a Bridge says how it computes norms
+                    self.adapter.run(ids, self.adapter.all_real(ids))
+            finally:
+                end.remove()
         return seen[-1]
 
     def checked(self, y: Tensor) -> Tensor:
@@ -147,13 +187,21 @@ def live_models(capture: Capture, model: Any) -> Iterator[list[LiveModel]]:
 
     Yields:
         One live model per length of prompt.
+
+    Raises:
+        ValueError: If the weights are inference tensors, which know no gradients.
     """
     # 1. Prompts of one length run side by side, and none is padded.
-    adapter, frame = adapt(model), capture.frame
+    frame = capture.frame
     spans = torch.tensor(frame.spans, device=frame.device)
     lengths = spans[:, 1] - spans[:, 0]
-    with torch.inference_mode(False), torch.enable_grad():
-        lives = []
+    with alone(model), torch.inference_mode(False), torch.enable_grad():
+        adapter, lives = adapt(model), []
+        if inference_weights(adapter.model):
+            raise ValueError(
+                "model was built under torch.inference_mode, and such weights have no gradients. "
+                "Build or load the model outside of it."
+            )
         for n in sorted(set(lengths.tolist())):
             prompts = (lengths == n).nonzero().flatten()
             columns = spans[prompts, :1] + torch.arange(n, device=frame.device)
@@ -162,3 +210,25 @@ def live_models(capture: Capture, model: Any) -> Iterator[list[LiveModel]]:
             ids, final = capture.prompts.tokens[here], capture.unembed.final[here]
             lives.append(LiveModel(adapter, ids, x.requires_grad_(), final, (prompts, columns)))
         yield lives
+
+
+@contextmanager
+def unsplit(model: Any) -> Iterator[None]:
+    """Switch off, for a while, the flags under which each head has inputs of its own.
+
+    Other threads of the library wait meanwhile.
+
+    Args:
+        model: A ``HookedTransformer``, a ``TransformerBridge`` or a Hugging Face model.
+    """
+    model = as_host(model)
+    cfg = getattr(model, "cfg", None)
+    with alone(model):
+        flags = [flag for flag in Adapter.split_flags if getattr(cfg, flag, False)]
+        try:
+            for flag in flags:
+                getattr(model, f"set_{flag}")(False)
+            yield
+        finally:
+            for flag in flags:
+                getattr(model, f"set_{flag}")(True)

@@ -40,7 +40,7 @@ from ..sublayers import (
 )
 from .adapter import Adapter
 from .attention_reading import RecomputedReading, StoredReading
-from .hook_points import Activations, Read
+from .hook_points import Activations, Read, in_this_thread
 from .self_check import SelfCheck
 
 Added = tuple[Tensor, Callable[[], Tensor]]
@@ -80,7 +80,7 @@ class Recorder:
 
     def listen(self, read: Read) -> Callable[..., None]:
         """Make the hook that stores one activation, and freezes a block when it was the last."""
-        return partial(self._on_activation, read)
+        return in_this_thread(partial(self._on_activation, read))
 
     def _on_activation(
         self, read: Read, module: Any, args: Any, output: Tensor | None = None

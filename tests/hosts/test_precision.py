@@ -25,7 +25,7 @@ def test_the_error_is_the_models_own_rounding(case, name):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     logits, lens = capture(model, tokens(), noise_floor=True)
     assert lens.capture.frame.dtype == torch.float32 and logits.dtype == dtype
-    # The copy by another way: the weights of the half model in a model built in float32.
+    # The same by another way: the weights of the half model in a model built in float32.
     exact = case.build(torch.float32)
     exact.load_state_dict(before, strict=False)
     with quiet(), torch.no_grad():
@@ -75,12 +75,12 @@ def test_the_demo_model_padded_and_saved(kind, name, tmp_path):
 
 
 @pytest.mark.parametrize("case", SHAPES[:1] + SHAPES[-1:], ids=str)
-def test_edits_run_in_the_copy_too(case):
+def test_edits_run_in_float32_too(case):
     model = copy.deepcopy(case.model(torch.bfloat16))
     hook = ("blocks.1.hook_attn_out", lambda t, hook: t * 20)
     with model.hooks(fwd_hooks=[hook]):
         _, lens = capture(model, tokens(), noise_floor=True)
-    assert 1e-4 < lens.noise_floor < 0.1  # without the edit the copy would be far off
+    assert 1e-4 < lens.noise_floor < 0.1  # without the edit the second run is far off
     assert "L1.hook_attn_out[user]" in lens.operator.constants()
 
 
@@ -88,12 +88,46 @@ FUSED = [c for c in SHAPES if c.name in ("hooked-gpt2", "bridge-gpt2", "bridge-n
 
 
 @pytest.mark.parametrize("case", FUSED, ids=str)
-def test_a_model_that_keeps_its_runs_graph_is_copied(case):
+def test_a_model_that_keeps_its_runs_graph_is_served(case):
     """Bridges with fused queries, keys and values leave their pattern on the attention."""
     model = case.build(torch.bfloat16)
     with quiet(), torch.enable_grad():
         lens = tensorlens_tl.capture(model, tokens(), noise_floor=True)[1]
     assert lens.noise_floor == capture(model, tokens(), noise_floor=True)[1].noise_floor > 0
+
+
+@pytest.mark.parametrize("case", [c for c in CASES.values() if "falcon" in c.name], ids=str)
+def test_the_noise_floor_of_a_host_with_patched_modules(case):
+    """Falcon's layers hold on to their own modules, so that a deep copy runs the original's."""
+    model = case.build(torch.bfloat16)
+    logits, lens = capture(model, tokens(), noise_floor=True)
+    exact = case.build(torch.float32)
+    with quiet(), torch.no_grad():
+        for own, half in zip(exact.buffers(), model.buffers(), strict=True):
+            own.copy_(half)  # frequencies of the rotation, which no state holds
+        exact.load_state_dict(model.state_dict())
+        theirs = exact(tokens(), return_type="logits")
+    noise = float((logits.float() - theirs).abs().max() / theirs.abs().max())
+    assert lens.noise_floor == pytest.approx(noise, rel=1e-3) and noise > 1e-4
+
+
+@pytest.mark.parametrize("case", SHAPES[:1] + SHAPES[-1:], ids=str)
+def test_weights_are_the_same_tensors_after_an_error(case):
+    model = case.build(torch.bfloat16)
+    before = {name: (p, p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+
+    def fail(z, hook):
+        if z.dtype == torch.float32:
+            raise RuntimeError("in the second run")
+
+    point = "blocks.1.attn.hook_z"
+    with model.hooks([(point, fail)]), pytest.raises(RuntimeError, match="second run"):
+        capture(model, tokens(), noise_floor=True)
+    after = dict(model.named_parameters())
+    for name, (p, pointer, values) in before.items():
+        assert after[name] is p and p.data_ptr() == pointer and torch.equal(p, values)
+    assert model.cfg.dtype == torch.bfloat16
+    assert model(tokens(), return_type="logits").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
