@@ -37,7 +37,7 @@ from ..attribution import (
 )
 from ..checks import as_list, at_least_one, one_each, write_whole
 from ..graph import Edge
-from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, mask_spans
+from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
 from .circuit import Circuit, select_circuit
 from .edge_averages import edge_columns, edge_sums
@@ -126,9 +126,9 @@ def discover(
     adapter = adapt(as_host(model, kwargs.pop("tokenizer", None)))
     info = ModelInfo.of(adapter.name, adapter.weights)
     mask = kwargs.pop("attention_mask", None)
-    prompts = _own_tokens(adapter, prompts, mask)
+    prompts = each_prompt(prompts, adapter.tokenizer, mask)
     if corrupted is not None:
-        corrupted = _own_tokens(adapter, corrupted, mask)
+        corrupted = each_prompt(corrupted, adapter.tokenizer, mask, "corrupted")
     # 2. The question.
     at = at or ("clean" if corrupted is None else "secant")
     edges = info.wiring.edges(qk)
@@ -209,10 +209,6 @@ class _Work:
         edges: tuple[Edge, ...],
     ):
         n = len(prompts)
-        if isinstance(prompts, str) or n == 0:
-            raise ValueError(
-                f"prompts={prompts!r} is not a non-empty list. Put a single prompt in a list."
-            )
         if corrupted is not None and (isinstance(corrupted, str) or len(corrupted) != n):
             count = 1 if isinstance(corrupted, str) else len(corrupted)
             raise ValueError(
@@ -273,7 +269,7 @@ class _Work:
             split = attribute(gradient, "edge", qk=self.qk)
         else:
             run = self.run(model, corrupted)
-            check_comparable(clean, run)
+            check_comparable(clean, run, "corrupted run")
             baseline = self.gradient(run, targets, versus, predicted)
             split = difference(gradient, baseline, "edge", self.at, self.qk)
         if split.labels[0] != self._names:  # the same for all prompts of a model, and thousands
@@ -284,13 +280,12 @@ class _Work:
         """Capture some prompts; ids of several lengths are padded."""
         if isinstance(prompts[0], str):
             return freeze(model, list(prompts), **self.kwargs)[1]
-        ids = [torch.as_tensor(p) for p in prompts]
-        lengths, padding = torch.tensor([len(p) for p in ids]), {}
-        if (lengths != lengths[0]).any():
-            real = torch.arange(int(lengths.max())) < lengths[:, None]
-            padding = {"attention_mask": real.long()}
-        rows = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        return freeze(model, rows, **padding, **self.kwargs)[1]
+        lengths = torch.tensor([len(p) for p in prompts])
+        rows = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+        if (lengths == lengths[0]).all():
+            return freeze(model, prompts_of(model, rows), **self.kwargs)[1]
+        real = torch.arange(int(lengths.max())) < lengths[:, None]
+        return freeze(model, rows, attention_mask=real, **self.kwargs)[1]
 
     def gradient(
         self, run: Capture, targets: Sequence[Any], versus: Sequence[Any], predicted: Tensor
@@ -298,18 +293,11 @@ class _Work:
         """The gradient of every prompt's own target."""
         goal = resolve_each(run, targets, self.pos, predicted)
         if any(other is not None for other in versus):
-            both = goal.minus(resolve_each(run, versus, self.pos, predicted))
+            both = goal.minus(resolve_each(run, versus, self.pos, predicted, "versus"))
             goal = Target.stack(
                 [(goal if other is None else both).row(i) for i, other in enumerate(versus)]
             )
         return TargetGradient(run, FrozenTransformer.of(run), goal)
-
-
-def _own_tokens(adapter: Adapter, prompts: Any, mask: Any) -> Any:
-    """Each prompt as a string, or as its own ids without padding."""
-    if isinstance(prompts, str):
-        return prompts  # refused with the question
-    return _unpadded(each_prompt(prompts, adapter.tokenizer, mask is not None), mask)
 
 
 def _by_length(rows: Sequence[_Row]) -> list[_Row]:
@@ -330,25 +318,6 @@ def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         kind = i if len(found) > 1 else isinstance(row[0], str)
         kinds.setdefault((len(found), kind), []).append(row)
     yield from kinds.values()
-
-
-def _unpadded(prompts: list[Any], mask: Any) -> list[Any]:
-    """Each prompt's own ids, where a mask tells them from padding: batches are padded here."""
-    if mask is None:
-        return prompts
-    if any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(
-            "attention_mask= is for token ids, but these prompts are strings. Drop attention_mask=."
-        )
-    rows = [torch.as_tensor(prompt) for prompt in prompts]
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError(
-            "attention_mask= is for ids padded to one length, but these have several lengths. Drop "
-            "attention_mask=: each prompt is then taken without padding."
-        )
-    ids = torch.stack(rows)
-    spans = mask_spans(torch.as_tensor(mask), ids, None)
-    return [row[start:stop] for row, (start, stop) in zip(ids, spans, strict=True)]
 
 
 def _plain(value: Any) -> Any:

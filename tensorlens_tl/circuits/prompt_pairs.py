@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attribution import token_id
 from ..checks import is_int
-from ..hosts import Adapter, each_prompt, is_text
+from ..hosts import Adapter, each_prompt, own_ids
 
 Metric = Callable[
     [Float[Tensor, "prompt d_vocab"], Int[Tensor, " prompt"]], Float[Tensor, " prompt"]
@@ -48,7 +48,7 @@ def token_rows(adapter: Adapter, prompts: Any, name: str = "prompts") -> list[In
 
     Args:
         adapter: Adapter of the model that reads the prompts.
-        prompts: Strings, or token ids [prompt, pos], or a list of ids [pos] of any lengths.
+        prompts: Strings, or token ids [prompt, pos], or ids [pos] of any lengths; any iterable.
         name: Name of the argument in error messages.
 
     Returns:
@@ -57,20 +57,9 @@ def token_rows(adapter: Adapter, prompts: Any, name: str = "prompts") -> list[In
     Raises:
         ValueError: If the list is empty, or something in it is not a prompt.
     """
-    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or len(prompts) == 0:
-        raise ValueError(
-            f"{name}={prompts!r} is not a non-empty list. Put a single prompt in a list."
-        )
-    if isinstance(prompts, Tensor) and prompts.ndim == 1:
-        raise ValueError(
-            f"{name} are token ids of one dimension, not [prompt, pos]. Add one with ids[None]."
-        )
-    prompts = each_prompt(prompts, adapter.tokenizer)
-    if is_text(prompts):
-        _, found = adapter.prepare(prompts, {})
-        rows = zip(found.tokens, found.spans, strict=True)
-        return [tokens[start:stop] for tokens, (start, stop) in rows]
-    return [adapter.prepare(prompt, {})[1].tokens[0] for prompt in prompts]
+    return [
+        own_ids(adapter, prompt) for prompt in each_prompt(prompts, adapter.tokenizer, None, name)
+    ]
 
 
 def paired(adapter: Adapter, prompts: Any, corrupted: Any = None) -> list[Pairs]:
@@ -225,7 +214,7 @@ def _ids(adapter: Adapter, given: Any, n: int, name: str) -> Tensor | None:
         raise ValueError(
             f"{name} has {len(each)} entries for {n} prompts. Pass one for each, or one for all."
         )
-    ids = [token_id(adapter, one) if isinstance(one, str) else _id(one, name) for one in each]
+    ids = [token_id(adapter, one, name) if isinstance(one, str) else _id(one, name) for one in each]
     d_vocab = int(adapter.cfg.d_vocab)
     if wrong := [i for i in ids if not 0 <= i < d_vocab]:
         raise ValueError(

@@ -22,7 +22,7 @@ from typing import Any, SupportsIndex
 from torch import Tensor
 
 from ..checks import at_least_one
-from ..hosts import Adapter, adapt
+from ..hosts import Adapter, adapt, each_prompt
 from ..methods import METHODS, check_method
 from .masking import METRICS, MaskedRuns, Masking
 from .protocols import BEAM, Measure, as_set, measures
@@ -107,10 +107,6 @@ def evaluate(
         ('in_out', 'random')
     """
     # 1. The question.
-    if not isinstance(prompts, Scored) and (isinstance(prompts, str) or len(prompts) == 0):
-        raise ValueError(
-            f"prompts={prompts!r} is not a non-empty list. Put a single one in a list."
-        )
     if scores is not None and not isinstance(scores, Mapping):
         raise ValueError(
             f"scores is a {type(scores).__name__}, not a dictionary by method. Pass "
@@ -125,6 +121,7 @@ def evaluate(
     if isinstance(prompts, Scored):
         scored = _selected(prompts, methods, target, versus, options)
     else:
+        prompts = each_prompt(prompts, adapter.tokenizer)
         names = _names(methods, own, options or {})
         goals = _one_each("target", target, len(prompts))
         foils = versus if versus in CONTRASTS else _one_each("versus", versus, len(prompts))

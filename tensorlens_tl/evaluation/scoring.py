@@ -27,7 +27,7 @@ from ..attribution import (
     resolve_target,
     resolve_token,
 )
-from ..hosts import adapt, each_prompt, record
+from ..hosts import adapt, each_prompt, own_ids, prompts_of, record
 from ..methods import token_scores
 from ..operator import Capture, Convention, FrozenTransformer
 
@@ -103,7 +103,7 @@ def score(
     """
     adapter, options = adapt(model), options or {}
     alone = each_prompt(prompts, adapter.tokenizer)
-    ids = [adapter.prepare(prompt, {})[1].tokens[0] for prompt in alone]
+    ids = [own_ids(adapter, prompt) for prompt in alone]
     goals, foils, predicted = [0] * len(ids), [0] * len(ids), [0] * len(ids)
     scores: dict[str, list[Any]] = {name: [None] * len(ids) for name in methods}
     plain, seconds = 0.0, dict.fromkeys(methods, 0.0)
@@ -116,7 +116,8 @@ def score(
             adapter.run(tokens, kwargs)
             plain += time.perf_counter() - start
             # 2. The operator.
-            _, capture = record(adapter, tokens, Convention(gate), None, "stored", **kwargs)
+            given = prompts_of(adapter, tokens)
+            _, capture = record(adapter, given, Convention(gate), None, "stored")
             operator, own = FrozenTransformer.of(capture), own_prediction(capture)
             # 3. Targets.
             wanted = own if target is None else _ids(capture, batch, target)

@@ -72,12 +72,20 @@ def prompts_of(
     Raises:
         ValueError: If they are longer than n_ctx, or have ids outside the vocabulary.
     """
+    tokens = tokens.to(adapter.weights.unembed.W_U.device)
     spans = [(0, tokens.shape[1])] * len(tokens) if spans is None else spans
     check_tokens(tokens, adapter.n_ctx, adapter.cfg.d_vocab)
     rows = [row[start:stop] for row, (start, stop) in zip(tokens.tolist(), spans, strict=True)]
     text = {token: adapter.token_string(token) for row in rows for token in dict.fromkeys(row)}
     strings = tuple(tuple(text[token] for token in row) for row in rows)
     return Prompts(tokens, tuple(spans), strings)
+
+
+def own_ids(adapter: Adapter, prompt: Any) -> Int[Tensor, " pos"]:
+    """The token ids of one prompt of :func:`each_prompt`, all of them real."""
+    if isinstance(prompt, str):
+        return prepare(adapter, prompt, {})[1].tokens[0]
+    return prompts_of(adapter, prompt[None]).tokens[0]
 
 
 def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -196,16 +204,14 @@ def check_arguments(
         )
 
 
-def each_prompt(
-    prompts: Any, tokenizer: Any, masked: bool = False, name: str = "prompts"
-) -> list[Any]:
+def each_prompt(prompts: Any, tokenizer: Any, mask: Any = None, name: str = "prompts") -> list[Any]:
     """List prompts, each as a string or as its own ids [pos].
 
     Args:
         prompts: Strings, ids [pos] or [1, pos] as the host's ``to_tokens`` gives them, or ids
             [prompt, pos]; any iterable of them, or what a tokenizer returns for several texts.
         tokenizer: Tokenizer of the model, which knows the padding token, or None.
-        masked: Whether an attention mask tells padding.
+        mask: Attention mask of ids [prompt, pos], which tells padding, or None.
         name: Name of the argument in error messages.
 
     Returns:
@@ -216,9 +222,8 @@ def each_prompt(
             padded.
     """
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
-        ids = as_ids(prompts["input_ids"], torch.device("cpu"))
-        spans = mask_spans(prompts.get("attention_mask"), ids, tokenizer)
-        return [row[start:stop] for row, (start, stop) in zip(ids, spans, strict=True)]
+        mask = prompts.get("attention_mask") if mask is None else mask
+        prompts = as_ids(prompts["input_ids"], torch.device("cpu"))
     one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
     if one or not (given := list(prompts)):
         raise ValueError(
@@ -244,9 +249,22 @@ def each_prompt(
             )
         found += rows
     rows = [prompt for prompt in found if not isinstance(prompt, str)]
-    if len({len(row) for row in rows}) == 1 and not masked:
-        check_padding(torch.stack(rows), tokenizer, "a list of each prompt's own ids")
-    return found
+    equal = len({len(row) for row in rows}) == 1
+    if mask is None:
+        if equal:
+            check_padding(torch.stack(rows), tokenizer, "a list of each prompt's own ids")
+        return found
+    if len(rows) < len(found):
+        raise ValueError(
+            "attention_mask= is for token ids, but these prompts are strings. Drop attention_mask=."
+        )
+    if not equal:
+        raise ValueError(
+            "attention_mask= is for ids padded to one length, but these have several lengths. Drop "
+            "attention_mask=: each prompt is then taken without padding."
+        )
+    spans = mask_spans(mask, torch.stack(rows), None)
+    return [row[start:stop] for row, (start, stop) in zip(rows, spans, strict=True)]
 
 
 def check_padding(
