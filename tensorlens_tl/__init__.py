@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .plugin import capture, install, uninstall
 
 if TYPE_CHECKING:
+    from . import demo, evaluation, methods, relations
     from .attribution import Attribution, MeanAttribution, Paths, mean_attribution
     from .attribution import mean_attribution as attribute
     from .circuits import (
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
         score_edges,
     )
     from .graph import Edge, Node
-    from .hosts import UnsupportedArchitectureError, load_model, wrap
-    from .lens import TensorLens, load
+    from .hosts import UnsupportedArchitectureError, load_model, unwrap, wrap
+    from .lens import SequenceAttribution, TensorLens, load
+    from .methods import LogitLens
     from .operator import Capture, CaptureMismatchError, Convention, FrozenTransformer
     from .relations import validity
     from .sublayers import LinearMap, dot_test
@@ -56,8 +58,9 @@ _ROOMS = {
         "score_edges",
     ),
     "graph": ("Edge", "Node"),
-    "hosts": ("UnsupportedArchitectureError", "load_model", "wrap"),
-    "lens": ("TensorLens", "load"),
+    "hosts": ("UnsupportedArchitectureError", "load_model", "unwrap", "wrap"),
+    "lens": ("SequenceAttribution", "TensorLens", "load"),
+    "methods": ("LogitLens",),
     "operator": ("Capture", "CaptureMismatchError", "Convention", "FrozenTransformer"),
     "relations": ("validity",),
     "sublayers": ("LinearMap", "dot_test"),
@@ -68,10 +71,15 @@ _HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 _OLD_NAMES = {"attribute": "mean_attribution"}
 """Earlier names of public functions, kept until 1.0."""
 
+_SUBMODULES = ("demo", "evaluation", "methods", "relations")
+"""Rooms that are public by themselves: ``tensorlens_tl.demo`` needs no import of its own."""
+
 __all__ = sorted([*_HOMES, *_OLD_NAMES, "capture", "install", "uninstall"])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
     name = _OLD_NAMES.get(name, name)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -79,7 +87,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, *_SUBMODULES, "__version__"])
 
 
 install()

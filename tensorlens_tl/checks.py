@@ -8,7 +8,9 @@ from collections.abc import Callable
 from importlib import import_module
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
+
+Class = TypeVar("Class", bound=type)
 
 
 def no_autocast(kind: str) -> None:
@@ -60,13 +62,27 @@ def as_device(device: Any) -> Any:
         return torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         raise ValueError(
-            f"device={device!r} is no device of PyTorch. Pass one such as \"cpu\" or \"cuda\"."
+            f'device={device!r} is no device of PyTorch. Pass one such as "cpu" or "cuda".'
         ) from None
 
 
 def is_int(number: object) -> TypeGuard[int]:
     """Tell whether a number is an integer. NumPy's integers are; True is not."""
     return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def kind_of(given: object) -> str:
+    """Name the type of what a user passed, with its article: "an int", "a list"."""
+    name = type(given).__name__
+    return "None" if given is None else f"a{'n' * (name[0].lower() in 'aeiou')} {name}"
+
+
+def plain_names(cls: Class) -> Class:
+    """Let Python's own errors call the methods of a class that users never see by name alone."""
+    for name, method in vars(cls).items():
+        if callable(method) and getattr(method, "__qualname__", "").endswith(f".{name}"):
+            method.__qualname__ = name
+    return cls
 
 
 def at_least_one(number: Any, name: str) -> int:

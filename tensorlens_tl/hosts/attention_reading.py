@@ -19,12 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..sublayers import AttentionWeights, Frame, Mix, RecomputedMix, Scores, version
+from ..sublayers import HALF, AttentionWeights, Frame, Mix, RecomputedMix, Scores, version
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 Take = Callable[[int, str], Tensor]
 """Gives what was read of a block, by the adapter's name of it."""
@@ -185,3 +189,128 @@ def refuse_edits(name: str, point: nn.Module) -> list[Any]:
             )
 
     return [point.register_forward_pre_hook(before), point.register_forward_hook(after)]
+
+
+# --- How the scores of each component of a Bridge are computed ------------------------------------
+
+
+def _rotated_by_host(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+    """Queries and keys are shown normalized and rotated; the rest is in the wrapped module."""
+    if getattr(parts[0], "sinks", None) is not None:
+        raise NotRecomputableError(
+            what="attention sinks", why="they change the scores after the last hook"
+        )
+
+    def scores(attn: Any, layer: int) -> Scores:
+        window, kinds = (getattr(attn.config, n, None) for n in ("sliding_window", "layer_types"))
+        local = kinds is None or kinds[layer] == "sliding_attention"
+        cap = getattr(attn, "attn_logit_softcapping", None)
+        return Scores(float(attn.scaling), True, cap, window if window and local else None)
+
+    reads = ("rot_q", "rot_k")
+    return RecomputedReading(reads, tuple(map(scores, parts, range(len(parts)))), reads)
+
+
+def _joint_rotary(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+    """Queries and keys are shown before they are rotated, beside the cosines and sines."""
+    scores = (Scores(adapter.cfg.d_head**-0.5),) * len(parts)
+    return RecomputedReading(("q", "k", "cos", "sin"), scores, rotate=_rotate_halves)
+
+
+def _joint(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+    """Nothing rotates; GPT-2 may divide the scores by the number of the layer, too."""
+    by_layer = getattr(adapter.cfg, "scale_attn_by_inverse_layer_idx", False)
+    scale = adapter.cfg.d_head**-0.5
+    scores = (Scores(scale / (i + 1 if by_layer else 1)) for i in range(len(parts)))
+    return RecomputedReading(("q", "k"), tuple(scores))
+
+
+def _alibi(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+    """ALiBi's slope · distance is subtracted from the scores, in the model's dtype."""
+    cfg = adapter.cfg
+    slopes = alibi_slopes(cfg.n_heads)
+    scales = (getattr(part, "softmax_scale", cfg.d_head**-0.5) for part in parts)
+    return RecomputedReading(("q", "k"), tuple(Scores(s, slopes=slopes) for s in scales))
+
+
+def _bloom(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+    if adapter.dtype in HALF:
+        raise NotRecomputableError(
+            what="BLOOM in half precision",
+            why="the host rounds ALiBi's biases, which float32 would not",
+        )
+    return _alibi(adapter, parts)
+
+
+def _native(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+    """The module of ``boot_native``, which the Bridge wraps like a Hugging Face one."""
+    if type(parts[0]).__name__ != "NativeAttention":
+        raise NotRecomputableError.unknown("AttentionBridge")
+    cap = adapter.soft_cap("attn_scores_soft_cap")
+    scores = tuple(Scores(1 / part.scale, part.causal, cap) for part in parts)
+    if getattr(adapter.cfg, "positional_embedding_type", None) != "rotary":
+        return RecomputedReading(("q", "k"), scores)
+    tables = _NativeTables(parts)
+    return RecomputedReading(("q", "k"), scores, rotate=tables, listen=tables.listen)
+
+
+BRIDGE_READINGS: dict[str, Callable[[Adapter, list[Any]], RecomputedReading]] = {
+    "PositionEmbeddingsAttentionBridge": _rotated_by_host,
+    "JointQKVPositionEmbeddingsAttentionBridge": _joint_rotary,
+    "JointQKVAttentionBridge": _joint,
+    "BloomAttentionBridge": _bloom,
+    "MPTALiBiAttentionBridge": _alibi,
+    "AttentionBridge": _native,
+}
+"""How scores are computed, by the class of the attention component."""
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """ALiBi's slopes (Press et al. 2022): 2^(−8 i / n), i = 1 … n, for n heads, a power of 2.
+
+    Any other number of heads goes on, after the n of the next power below, with the odd steps of
+    the series for 2n. HookedTransformer takes the first formula for every n.
+
+    Args:
+        heads: Number of query heads.
+
+    Returns:
+        One slope per query head, in scores per position.
+    """
+    n = 2 ** (heads.bit_length() - 1)
+    exponents = [i / n for i in range(1, n + 1)] + [i / (2 * n) for i in range(1, 2 * n, 2)]
+    return tuple(2 ** (-8 * e) for e in exponents[:heads])
+
+
+def _rotate_halves(layer: int, read: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    cos, sin = read["cos"], read["sin"]  # [batch or 1, pos, rotary]
+    a, b = x[..., : cos.shape[-1]].chunk(2, -1)
+    return rotated(x, torch.cat((-b, a), -1), cos, sin)
+
+
+class _NativeTables:
+    """The native host's rotation: its own tables, at the positions it gave its attention."""
+
+    def __init__(self, parts: list[Any]):
+        self.parts, self.positions = parts, [None] * len(parts)
+
+    def listen(self) -> list[Any]:
+        def see(layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            self.positions[layer] = kwargs.get("position_ids")
+
+        return [
+            part.register_forward_pre_hook(partial(see, layer), with_kwargs=True)
+            for layer, part in enumerate(self.parts)
+        ]
+
+    def __call__(self, layer: int, read: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        at, rotary = self.positions[layer], self.parts[layer].rotary
+        at = torch.arange(x.shape[1], device=x.device)[None] if at is None else at
+        cos, sin = rotary.cos_cached[at].to(x), rotary.sin_cached[at].to(x)
+        a, b = x[..., : cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
+        return rotated(x, torch.stack((-b, a), -1).flatten(-2), cos, sin)
+
+
+def drop_pattern(module: Any, args: Any, output: Any) -> None:
+    """Forget, as a hook on a Bridge's attention, the pattern that the Bridge keeps there."""
+    module._pattern = None

@@ -1,39 +1,78 @@
 """TransformerBridge of transformer_lens 3.x and 4.x: weight layout, attention scores, refusals.
 
 A Bridge wraps each module of a Hugging Face model in a component. How scores are made is told by
-the component's class: see ``_READINGS``, one entry per component and none per architecture.
+the component's class: see ``BRIDGE_READINGS``, one entry per component and none per architecture.
+``build_bridge`` wraps a model, and compares the Bridge with the model as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..sublayers import (
-    HALF,
+    TINY,
     AttentionWeights,
     BlockWeights,
     GatedMLPWeights,
     MLPWeights,
     NormWeights,
     Rotation,
-    Scores,
     UnembedWeights,
 )
-from .adapter import Adapter, QueryKeyWeights
-from .attention_reading import NotRecomputableError, RecomputedReading, rotated
-from .supported import SUPPORTED, UnsupportedArchitectureError, flags_off, refusal
+from .adapter import Adapter, QueryKeyWeights, norm_eps
+from .attention_reading import (
+    BRIDGE_READINGS,
+    NotRecomputableError,
+    RecomputedReading,
+    drop_pattern,
+)
+from .supported import (
+    NotFoldedError,
+    UnsupportedArchitectureError,
+    adapter_at,
+    check_architecture,
+    faulty_option,
+    flags_off,
+    is_adapted,
+    merge_first,
+    refusal,
+    restore,
+    snapshot,
+)
 
-_ACT_FNS = {"FalconForCausalLM": "gelu", "MptForCausalLM": "gelu", "BloomForCausalLM": "gelu_bloom"}
-"""What these compute whatever their Bridge's config says (the self-check would tell)."""
+_ACT_FNS = {
+    "BloomGelu": "gelu_bloom",
+    "FastGELUActivation": "gelu_fast",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_new",
+    "NewGELUActivation": "gelu_new",
+    "PytorchGELUTanh": "gelu_new",
+    "QuickGELUActivation": "quick_gelu",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+"""Activations by the class of their module. A Bridge's config may name another one."""
 
 _HALVES_INTERLEAVED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM")
 """Architectures that turn neighbours by the first half of their tables, each entry for two."""
+
+
+BRIDGE = "_tensorlens_bridge"
+"""Attribute of a Hugging Face model that holds the Bridge around it."""
+
+BEFORE = "_tensorlens_before"
+"""Attribute of such a model that holds what it was before."""
 
 
 class BridgeAdapter(Adapter):
@@ -43,31 +82,23 @@ class BridgeAdapter(Adapter):
 
     def check_model(self) -> None:
         flags_off(self.cfg)
-        if self.architecture not in SUPPORTED:
-            raise UnsupportedArchitectureError(
-                refusal(f"{self.architecture}", "this architecture is not tested")
-            )
-        if getattr(self.model.original_model, "logit_scale", 1) != 1:
-            raise UnsupportedArchitectureError(
-                f"Cannot freeze {self.architecture} as it is: its logits are scaled after the "
-                "unembedding. Call model.enable_compatibility_mode() first, which folds that in."
-            )
+        check_architecture(self.architecture, self.model.original_model)
         config = getattr(self.model.original_model, "config", None)
-        width = getattr(config, "word_embed_proj_dim", self.cfg.d_model)
-        if not getattr(config, "do_layer_norm_before", True) or width != self.cfg.d_model:
-            raise UnsupportedArchitectureError(
-                refusal(
-                    f"{self.architecture} built like opt-350m",
-                    "its norms stand on the stream itself, or its embeddings are projected",
-                )
+        what, remedy = faulty_option(self.architecture, config)
+        # Of a wrapped model the comparison with Hugging Face has told.
+        if what != self.architecture and BRIDGE not in vars(self.model.original_model):
+            why = "its Bridge gives other logits than Hugging Face's model"
+            raise UnsupportedArchitectureError(refusal(what, why, remedy))
+        if getattr(self.model.original_model, "logit_scale", 1) != 1:
+            raise NotFoldedError(
+                f"Cannot freeze {self.architecture} as it is: its logits are scaled after the "
+                "unembedding. Call tensorlens_tl.wrap(model).enable_compatibility_mode() first, "
+                "which folds that in."
             )
-        if getattr(config, "apply_residual_connection_post_layernorm", False):
-            raise UnsupportedArchitectureError(
-                refusal(
-                    f"{self.architecture} with apply_residual_connection_post_layernorm",
-                    "its blocks add to the normalized residual",
-                )
-            )
+        for name, module in self.model.named_modules():
+            where = re.sub(r"\._?original_component\b.*", "", name)
+            if is_adapted(module) and not where.endswith(("attn.q", "attn.k")):
+                raise UnsupportedArchitectureError(merge_first(where))
         attention = getattr(config, "_attn_implementation", "eager")
         if attention not in ("eager", None) and self.attends_apart:
             raise ValueError(
@@ -87,7 +118,13 @@ class BridgeAdapter(Adapter):
 
     @property
     def act_fn(self) -> str:
-        return _ACT_FNS.get(self.architecture or "") or self.cfg.act_fn
+        for name, module in self.model.blocks[0].named_modules():
+            if re.search(r"\b(act|act_fn|activation_fn|gelu_impl)$", name):
+                kind = type(module).__name__
+                if kind == "GELU":
+                    return "gelu" if module.approximate == "none" else "gelu_new"
+                return _ACT_FNS.get(kind, kind)
+        return self.cfg.act_fn
 
     def norm_names(self, block: Any) -> dict[str, str]:
         names = super().norm_names(block)
@@ -125,7 +162,7 @@ class BridgeAdapter(Adapter):
             )
         offset = 1.0 if rms and getattr(self.cfg, "rmsnorm_uses_offset", False) else 0.0
         w, b = getattr(component, "weight", None), getattr(component, "bias", None)
-        return NormWeights(w, b, center=not rms, offset=offset)
+        return NormWeights(w, b, center=not rms, offset=offset, eps=norm_eps(component) or None)
 
     def block_weights(self, block: Any) -> BlockWeights:
         norm = partial(self._norm_weights_of, block)
@@ -168,18 +205,40 @@ class BridgeAdapter(Adapter):
             b_U = None  # zeros that the Bridge adds where the model has no bias
         return UnembedWeights(W_U, b_U, self.soft_cap())
 
+    def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        config = getattr(self.model.original_model, "config", None)
+        config = getattr(config, "attn_config", config)  # MPT
+        clip = getattr(config, "clip_qkv", None)
+        points = [] if clip is None else [block.attn.hook_v for block in self.model.blocks]
+
+        def see(module: Any, args: Any, output: Tensor) -> None:
+            if bool((output.abs() > clip).any()):
+                raise UnsupportedArchitectureError(
+                    refusal(
+                        f"{self.architecture} with clip_qkv={clip}",
+                        "it clips values of this run, after the last hook that shows them",
+                    )
+                )
+
+        handles = [point.register_forward_hook(see) for point in points]
+        try:
+            return super().run(inputs, kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
     # --- Attention scores
 
     def recomputed_reading(self) -> RecomputedReading:
         attentions = [block.attn for block in self.model.blocks]
         kind = type(attentions[0]).__name__
-        if kind not in _READINGS:
+        if kind not in BRIDGE_READINGS:
             raise NotRecomputableError.unknown(kind)
-        found = _READINGS[kind](self, [attn.original_component for attn in attentions])
+        found = BRIDGE_READINGS[kind](self, [attn.original_component for attn in attentions])
         keepers = [attn for attn in attentions if hasattr(attn, "_pattern")]
 
         def listen() -> list[Any]:
-            return found.listen() + [a.register_forward_hook(_drop_pattern) for a in keepers]
+            return found.listen() + [a.register_forward_hook(drop_pattern) for a in keepers]
 
         return replace(found, listen=listen)
 
@@ -222,6 +281,8 @@ def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
     """A Bridge's linear module as x @ W + b."""
     # The orientation is told by the module's type, never by the shape: square weights have both.
     module = bridge.original_component
+    if is_adapted(module):
+        raise UnsupportedArchitectureError(merge_first(getattr(bridge, "name", "a linear module")))
     if isinstance(module, nn.Linear):
         return module.weight.T, module.bias
     if type(module).__name__ == "Conv1D":
@@ -231,125 +292,130 @@ def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
     )
 
 
-# --- How the scores of each component are computed ------------------------------------------------
+# --- Around a Hugging Face model ------------------------------------------------------------------
 
 
-def _rotated_by_host(adapter: BridgeAdapter, parts: list[Any]) -> RecomputedReading:
-    """Queries and keys are shown normalized and rotated; the rest is in the wrapped module."""
-    if getattr(parts[0], "sinks", None) is not None:
-        raise NotRecomputableError(
-            what="attention sinks", why="they change the scores after the last hook"
-        )
-
-    def scores(attn: Any, layer: int) -> Scores:
-        window, kinds = (getattr(attn.config, n, None) for n in ("sliding_window", "layer_types"))
-        local = kinds is None or kinds[layer] == "sliding_attention"
-        cap = getattr(attn, "attn_logit_softcapping", None)
-        return Scores(float(attn.scaling), True, cap, window if window and local else None)
-
-    reads = ("rot_q", "rot_k")
-    return RecomputedReading(reads, tuple(map(scores, parts, range(len(parts)))), reads)
-
-
-def _joint_rotary(adapter: BridgeAdapter, parts: list[Any]) -> RecomputedReading:
-    """Queries and keys are shown before they are rotated, beside the cosines and sines."""
-    scores = (Scores(adapter.cfg.d_head**-0.5),) * len(parts)
-    return RecomputedReading(("q", "k", "cos", "sin"), scores, rotate=_rotate_halves)
-
-
-def _joint(adapter: BridgeAdapter, parts: list[Any]) -> RecomputedReading:
-    """Nothing rotates; GPT-2 may divide the scores by the number of the layer, too."""
-    by_layer = getattr(adapter.cfg, "scale_attn_by_inverse_layer_idx", False)
-    scale = adapter.cfg.d_head**-0.5
-    scores = (Scores(scale / (i + 1 if by_layer else 1)) for i in range(len(parts)))
-    return RecomputedReading(("q", "k"), tuple(scores))
-
-
-def _alibi(adapter: BridgeAdapter, parts: list[Any]) -> RecomputedReading:
-    """ALiBi's slope · distance is subtracted from the scores, in the model's dtype."""
-    cfg = adapter.cfg
-    slopes = alibi_slopes(cfg.n_heads)
-    scales = (getattr(part, "softmax_scale", cfg.d_head**-0.5) for part in parts)
-    return RecomputedReading(("q", "k"), tuple(Scores(s, slopes=slopes) for s in scales))
-
-
-def _bloom(adapter: BridgeAdapter, parts: list[Any]) -> RecomputedReading:
-    if adapter.dtype in HALF:
-        raise NotRecomputableError(
-            what="BLOOM in half precision",
-            why="the host rounds ALiBi's biases, which float32 would not",
-        )
-    return _alibi(adapter, parts)
-
-
-def _native(adapter: BridgeAdapter, parts: list[Any]) -> RecomputedReading:
-    """The module of ``boot_native``, which the Bridge wraps like a Hugging Face one."""
-    if type(parts[0]).__name__ != "NativeAttention":
-        raise NotRecomputableError.unknown("AttentionBridge")
-    cap = adapter.soft_cap("attn_scores_soft_cap")
-    scores = tuple(Scores(1 / part.scale, part.causal, cap) for part in parts)
-    if getattr(adapter.cfg, "positional_embedding_type", None) != "rotary":
-        return RecomputedReading(("q", "k"), scores)
-    tables = _NativeTables(parts)
-    return RecomputedReading(("q", "k"), scores, rotate=tables, listen=tables.listen)
-
-
-_READINGS: dict[str, Callable[[BridgeAdapter, list[Any]], RecomputedReading]] = {
-    "PositionEmbeddingsAttentionBridge": _rotated_by_host,
-    "JointQKVPositionEmbeddingsAttentionBridge": _joint_rotary,
-    "JointQKVAttentionBridge": _joint,
-    "BloomAttentionBridge": _bloom,
-    "MPTALiBiAttentionBridge": _alibi,
-    "AttentionBridge": _native,
-}
-"""How scores are computed, by the class of the attention component."""
-
-
-def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """ALiBi's slopes (Press et al. 2022): 2^(−8 i / n), i = 1 … n, for n heads, a power of 2.
-
-    Any other number of heads goes on, after the n of the next power below, with the odd steps of
-    the series for 2n. HookedTransformer takes the first formula for every n.
+def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
+    """Wrap a Hugging Face model, and compare its logits before and after.
 
     Args:
-        heads: Number of query heads.
+        model: The Hugging Face model.
+        build: Function without arguments that builds the Bridge around the model.
 
     Returns:
-        One slope per query head, in scores per position.
+        The Bridge around the model, in the same mode (training or evaluation).
+
+    Raises:
+        UnsupportedArchitectureError: If the Bridge cannot be built or run, or gives other logits.
+            The model is then as it was.
     """
-    n = 2 ** (heads.bit_length() - 1)
-    exponents = [i / n for i in range(1, n + 1)] + [i / (2 * n) for i in range(1, 2 * n, 2)]
-    return tuple(2 ** (-8 * e) for e in exponents[:heads])
+    name = type(model).__name__
+    check_architecture(name, model)
+    adapted, (what, remedy) = adapter_at(model), faulty_option(name, model.config)
+    before = snapshot(model)
+    kept = [(module, module.training) for module in model.modules()]
+    ids = _probe_ids(model)
+    try:
+        failing = "the model itself does not run on token ids"
+        try:
+            with _at_rest(model):
+                expected = model(ids).logits
+            failing = f"transformer_lens {metadata.version('transformer_lens')} cannot bridge it"
+            bridge = build()
+            with _at_rest(model, bridge):
+                off, rounding = _difference(model, bridge, ids, expected)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0].rstrip(".: ")
+            raise UnsupportedArchitectureError(
+                refusal(what, f"{failing} ({reason})", remedy)
+            ) from error
+        if not off <= rounding:
+            if adapted:
+                raise UnsupportedArchitectureError(merge_first(adapted))
+            why = (
+                f"its Bridge gives logits that differ from Hugging Face's by {off:.1e} of the "
+                f"largest, where rounding explains {rounding:.0e}"
+            )
+            raise UnsupportedArchitectureError(refusal(what, why, remedy))
+    except BaseException:
+        restore(before)
+        raise
+    finally:
+        for module, training in kept:
+            module.training = training
+    vars(model)[BRIDGE], vars(model)[BEFORE] = bridge, before  # not among the submodules
+    return bridge
 
 
-def _rotate_halves(layer: int, read: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    cos, sin = read["cos"], read["sin"]  # [batch or 1, pos, rotary]
-    a, b = x[..., : cos.shape[-1]].chunk(2, -1)
-    return rotated(x, torch.cat((-b, a), -1), cos, sin)
+def _probe_ids(model: Any) -> Tensor:
+    """Eight random ids, or as many as the model has positions for [1, pos]."""
+    config, weight = model.config, model.get_input_embeddings().weight
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    room = min([8, *(int(getattr(config, n, None) or 8) for n in names)])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(weight), (1, room), generator=generator, device="cpu")
+    return ids.to(weight.device)
 
 
-class _NativeTables:
-    """The native host's rotation: its own tables, at the positions it gave its attention."""
-
-    def __init__(self, parts: list[Any]):
-        self.parts, self.positions = parts, [None] * len(parts)
-
-    def listen(self) -> list[Any]:
-        def see(layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            self.positions[layer] = kwargs.get("position_ids")
-
-        return [
-            part.register_forward_pre_hook(partial(see, layer), with_kwargs=True)
-            for layer, part in enumerate(self.parts)
-        ]
-
-    def __call__(self, layer: int, read: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        at, rotary = self.positions[layer], self.parts[layer].rotary
-        at = torch.arange(x.shape[1], device=x.device)[None] if at is None else at
-        cos, sin = rotary.cos_cached[at].to(x), rotary.sin_cached[at].to(x)
-        a, b = x[..., : cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
-        return rotated(x, torch.stack((-b, a), -1).flatten(-2), cos, sin)
+@contextmanager
+def _at_rest(*models: Any) -> Iterator[None]:
+    """Run models without dropout, graph or a trace in torch's random numbers."""
+    modules = {id(m): m for model in models for m in model.modules()}.values()
+    modes = [(module, module.training) for module in modules]
+    devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
+    try:
+        for module in modules:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
-def _drop_pattern(module: Any, args: Any, output: Any) -> None:
-    module._pattern = None
+def _difference(model: Any, bridge: Any, ids: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Compare a Bridge with what the model gave: max |Δ logits|, and what rounding explains.
+
+    Both are relative to the largest logit. A Bridge computes the same in another order, so every
+    number may round another way. What that does depends on the model: it may amplify one feature.
+    So it is measured. Every embedding is moved by its last digit, and the logits move by n. The
+    last digit is that of the coarsest dtype in the model, or of float32 where that is coarser, as
+    hosts compute norms, softmax and rotations in float32. In half precision, the move changes all
+    roundings after it, as another order does: 4 n is allowed. In float32 and float64 it may be one
+    rounding for the many of a deep model, and n is small: 32 n is allowed.
+
+    Args:
+        model: The Hugging Face model, inside the Bridge.
+        bridge: The Bridge around it, at rest.
+        ids: Token ids [1, pos].
+        expected: Logits that the model gave before it was wrapped [1, pos, d_vocab].
+
+    Returns:
+        The difference and the largest that rounding explains.
+    """
+    dtypes = {torch.float32} | {p.dtype for p in model.parameters() if p.is_floating_point()}
+    digit = max(torch.finfo(dtype).eps for dtype in dtypes)
+    times = 4 if digit > 1e-4 else 32
+    found = bridge(ids, return_type="logits")
+    size = expected.abs().max().clamp_min(TINY)
+    off, rounding = _largest(found - expected, found, expected) / size, times * digit
+    if off > rounding:
+
+        def move(module: Any, args: Any, output: Tensor) -> Tensor:
+            signs = torch.ones_like(output)
+            signs[..., ::2] = -1
+            return output * (1 + digit * signs)
+
+        handle = model.get_input_embeddings().register_forward_hook(move)
+        try:
+            moved = bridge(ids, return_type="logits")
+        finally:
+            handle.remove()
+        rounding = max(rounding, times * float(_largest(moved - found, moved, found) / size))
+    return float(off), rounding
+
+
+def _largest(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The largest difference, where not both are NaN or infinite: a later check tells of those."""
+    same = ~a.isfinite() & ~b.isfinite()
+    return difference.masked_fill(same, 0).abs().nan_to_num(torch.inf).max()

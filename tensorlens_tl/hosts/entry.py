@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..checks import as_device
+from ..checks import as_device, kind_of
 from .adapter import Adapter
 from .bridge import BEFORE, BRIDGE, BridgeAdapter, build_bridge
 from .hooked_transformer import HookedTransformerAdapter, hooked_from_folder
@@ -69,7 +69,7 @@ def adapt(model: Any) -> Adapter:
     if any("TransformerBridge" in name for name in names):
         return BridgeAdapter(model)
     raise UnsupportedArchitectureError(
-        f"model is a {type(model).__name__}, which is neither a HookedTransformer nor a "
+        f"model is {kind_of(model)}, which is neither a HookedTransformer nor a "
         "TransformerBridge. Pass one of these, or a Hugging Face causal language model."
     )
 
@@ -244,7 +244,7 @@ def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
 
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
-            f"tokenizer is a {type(tokenizer).__name__}, and not a tokenizer of transformers. Pass "
+            f"tokenizer is {kind_of(tokenizer)}, and not a tokenizer of transformers. Pass "
             "one, such as PreTrainedTokenizerFast(tokenizer_object=...) around a Tokenizer."
         )
     probe = _probe(tokenizer)

@@ -214,10 +214,11 @@ class Activations:
     Args:
         frame: Spans of real tokens, positions, dtype and device of the run.
         heads_first: Names of what the host has as [batch, head, pos, …].
+        model: The host model, for messages.
     """
 
-    def __init__(self, frame: Frame, heads_first: tuple[str, ...]):
-        self.frame, self.heads_first = frame, heads_first
+    def __init__(self, frame: Frame, heads_first: tuple[str, ...], model: nn.Module):
+        self.frame, self.heads_first, self.model = frame, heads_first, model
         self.padded = any(span != (0, frame.n_pos) for span in frame.spans)
         self.tensors: dict[Read, Tensor] = {}
         self._sources: dict[Read, tuple[Tensor, int]] = {}
@@ -253,7 +254,8 @@ class Activations:
         real = real.reshape(*real.shape, *[1] * (tensor.ndim - real.ndim))
         cleaned = torch.where(real, tensor, 1 if key.endswith("scale") else 0)
         if not bool(cleaned.isfinite().all()):
-            raise ValueError(not_finite(key if layer is None else f"L{layer} {key}"))
+            name = key if layer is None else f"L{layer} {key}"
+            raise ValueError(not_finite(name, self.model))
         return cleaned
 
     def pop(self, layer: int | None, key: str) -> Tensor:

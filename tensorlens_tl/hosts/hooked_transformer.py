@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..sublayers import (
@@ -18,7 +20,7 @@ from ..sublayers import (
     Scores,
     UnembedWeights,
 )
-from .adapter import Adapter, QueryKeyWeights
+from .adapter import Adapter, QueryKeyWeights, norm_eps
 from .attention_reading import NotRecomputableError, RecomputedReading
 from .supported import UnsupportedArchitectureError, flags_off, refusal
 
@@ -44,9 +46,8 @@ class HookedTransformerAdapter(Adapter):
             raise UnsupportedArchitectureError(
                 refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
             )
-        return NormWeights(
-            getattr(norm, "w", None), getattr(norm, "b", None), center=kind.startswith("Layer")
-        )
+        w, b = getattr(norm, "w", None), getattr(norm, "b", None)
+        return NormWeights(w, b, center=kind.startswith("Layer"), eps=norm_eps(norm) or None)
 
     def block_weights(self, block: Any) -> BlockWeights:
         for module in (block, block.attn):
@@ -78,9 +79,8 @@ class HookedTransformerAdapter(Adapter):
             return GatedMLPWeights(
                 mlp.W_gate, None, mlp.W_in, None, mlp.b_in, mlp.W_out, mlp.b_out, act
             )
-        raise UnsupportedArchitectureError(
-            refusal(f"the MLP {kind}", "it is neither MLP nor GatedMLP")
-        )
+        why = "a mixture of experts" if "MoE" in kind else "neither MLP nor GatedMLP"
+        raise UnsupportedArchitectureError(refusal(f"the MLP {kind}", f"it is {why}"))
 
     def unembed_weights(self) -> UnembedWeights:
         unembed = self.model.unembed
@@ -153,3 +153,33 @@ class HookedTransformerAdapter(Adapter):
         bos = kwargs.get("prepend_bos")
         bos = self.cfg.default_prepend_bos if bos is None else bos
         return get_attention_mask(self.tokenizer, tokens, bos)
+
+
+def hooked_from_folder(folder: str, dtype: Any = None, device: str | None = None) -> Any:
+    """Load a HookedTransformer from a Hugging Face folder, which its own loader refuses.
+
+    Args:
+        folder: Path of the folder.
+        dtype: Dtype of the weights; None is float32.
+        device: Device of the model, or None for the host's default.
+
+    Returns:
+        The model, with raw weights.
+    """
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = dtype or torch.float32
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    cfg = loading_from_pretrained.get_pretrained_model_config(
+        folder, hf_cfg=hf.config.to_dict(), fold_ln=False, device=device, dtype=dtype
+    )
+    state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf, dtype=dtype)
+    has_tokenizer = any(Path(folder).glob("tokenizer*"))
+    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    cfg.tokenizer_name = folder if has_tokenizer else None
+    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    # Not load_and_process_state_dict: it passes through float32 even when nothing is processed.
+    model.load_state_dict(model.fill_missing_keys(state), strict=False)
+    model.move_model_modules_to_device()
+    return model

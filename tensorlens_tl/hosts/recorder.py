@@ -41,10 +41,11 @@ from ..sublayers import (
 from .adapter import Adapter
 from .attention_reading import RecomputedReading, StoredReading
 from .hook_points import Activations, Read, in_this_thread
-from .self_check import SelfCheck
+from .self_check import Rounding, SelfCheck
 
-Added = tuple[Tensor, Callable[[], Tensor]]
-"""What a branch adds to the residual: projected [batch, pos], and whole when it is called."""
+Added = tuple[Tensor, Callable[[], Tensor], Rounding]
+"""What a branch adds to the residual: projected [batch, pos], and whole when it is called; and what
+rounding may have made of it."""
 
 
 class Recorder:
@@ -70,7 +71,7 @@ class Recorder:
         self.convention = convention
         self.check = SelfCheck(adapter.model, frame, adapter.dtype)
         self.hooked = adapter.edits()
-        self.reads = Activations(frame, reading.heads_first)
+        self.reads = Activations(frame, reading.heads_first, adapter.model)
         self.pop = self.reads.pop
         self.blocks: list[FrozenBlock] = []
         self.state: Tensor | None = None
@@ -163,26 +164,24 @@ class Recorder:
         ln2 = self.norm(layer, "ln2", weights.ln2)
         ln2_post = self.norm(layer, "ln2_post", weights.ln2_post)
 
-        attn, (attn_added, attn_out) = self.freeze_attention(
-            layer, weights.attn, ln1, ln1_post, before
-        )
+        attn, attn_own = self.freeze_attention(layer, weights.attn, ln1, ln1_post, before)
         mid, mlp, mid_edits = None, None, ()
         name = f"L{layer} attention{self.reading.note}"
         if weights.mlp is None:
             stages = ("attn_out", "mlp_out")
             label = f"{name} output (W_O, b_O)"
-            post_edits = self.step(layer, label, stages, before, after, (attn_added, attn_out))
+            post_edits = self.step(layer, label, stages, before, after, attn_own)
         elif weights.parallel:
-            mlp, (added, out) = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, before)
+            mlp, (added, out, _) = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, before)
+            attn_added, attn_out, rounding = attn_own
             stages = ("attn_out", "mlp_out")
             label = f"{name} and MLP output (W_O, b_O, W_out, b_out)"
-            both = attn_added + added, lambda: attn_out() + out()
+            both = attn_added + added, lambda: attn_out() + out(), rounding
             post_edits = self.step(layer, label, stages, before, after, both)
         else:
             mid = self.pop(layer, "resid_mid")
             label = f"{name} output (W_O, b_O)"
-            own = attn_added, attn_out
-            mid_edits = self.step(layer, label, ("attn_out",), before, mid, own)
+            mid_edits = self.step(layer, label, ("attn_out",), before, mid, attn_own)
             mlp, own = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, mid)
             label = f"L{layer} MLP output (W_out, b_out)"
             post_edits = self.step(layer, label, ("mlp_out",), mid, after, own)
@@ -243,10 +242,10 @@ class Recorder:
         Returns:
             The edit, if there is one.
         """
-        projected, whole = branches
+        projected, whole, rounding = branches
         if edit := self.edit(layer, stages, after, lambda: before + whole()):
             return (edit,)
-        self.check.residual(name, before, after, projected)
+        self.check.residual(name, before, after, projected, rounding)
         return ()
 
     def freeze_attention(
@@ -283,10 +282,11 @@ class Recorder:
             return _normed(post, attn.output.apply(z) + attn.output.bias)
 
         if attn.edits:
-            return attn, (self.check.project(out()), out)
+            return attn, (self.check.project(out()), out, float)
         self.check.check_later(f"{name} values (W_V, b_V)", v, predict_v)
         self.check.check_later(f"{name} mixing (pattern · values)", z, lambda: mix.apply(v))
-        return attn, (self.check.attention(norm, x, mix, w, post), out)
+        added, rounding = self.check.attention(norm, x, mix, w, post)
+        return attn, (added, out, rounding)
 
     def freeze_mlp(
         self,
@@ -337,7 +337,7 @@ class Recorder:
         if post_edit is None:
             self.check.activation(label, seen, lambda rows: _at(mlp, rows).posts)
         added = self.check.output(w.W_out, w.b_out, post_norm, seen)
-        return replace(mlp, **edits, post_edit=post_edit), (added, out)
+        return replace(mlp, **edits, post_edit=post_edit), (added, out, float)
 
     def linear(
         self,

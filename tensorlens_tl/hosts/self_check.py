@@ -16,14 +16,29 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..operator import CaptureMismatchError
 from ..sublayers import TINY, AnyMix, AttentionWeights, Frame, Norm, NormWeights, version
 
 
-def not_finite(name: str) -> str:
-    """Message that refuses NaN and infinity in a real token, with the likely cause."""
+def not_finite(name: str, model: nn.Module) -> str:
+    """Message that refuses NaN and infinity in a real token, with the weight or the likely cause.
+
+    Args:
+        name: What is not finite.
+        model: The host model, whose weights may hold the cause.
+
+    Returns:
+        The message, in two sentences.
+    """
+    held = (n for n, p in model.named_parameters() if not bool(p.isfinite().all()))
+    if weight := next(held, None):
+        weight = weight.replace("_original_component.", "").replace("original_component.", "")
+        return (
+            f"{name}: activations of a real token are not finite, as the weight {weight} holds NaN "
+            "or infinity. Load weights that are numbers."
+        )
     # In float64 a padding mask overflows the host's float32 softmax; later layers read the NaN.
     return (
         f"{name}: activations of a real token are not finite (usual causes: padding in a float64 "
@@ -40,7 +55,15 @@ Hosts compute norms in float32 inside float64 models, which alone costs 1e-7.
 _SAMPLE = 16
 """Positions at which an activation is compared: it is the same function everywhere."""
 
+_ROUNDINGS = 8
+"""Units of rounding by which a mean and a sum over the width may be off, in all.
+
+A sum of d terms in pairs or blocks is off by a few units of its terms' norm, whatever d is.
+"""
+
 Suspect = tuple[str, Tensor, Callable[[], Tensor]]
+Rounding = Callable[[], Tensor | float]
+"""What rounding alone may have made of a product [batch, pos]; asked for when one is refused."""
 
 _products: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 """Products that weights alone decide, by model; they are dropped with the model."""
@@ -65,14 +88,18 @@ class SelfCheck:
     """
 
     def __init__(self, model: Any, frame: Frame, model_dtype: torch.dtype):
-        self.frame, self.real = frame, frame.real
+        self.model, self.frame, self.real = model, frame, frame.real
         self.tolerance = max(_TOLERANCE.get(dtype, 1e-4) for dtype in (model_dtype, frame.dtype))
         # A state rounds at its own size: in half precision that hides small changes.
         self.rounding = 1.0 if model_dtype in (torch.bfloat16, torch.float16) else 0.05
+        # Hosts compute norms in float32 at least, and the operator in its own dtype.
+        norms = frame.dtype, torch.promote_types(model_dtype, torch.float32)
+        self.unit = max(torch.finfo(dtype).eps for dtype in norms)
         self.errors: dict[str, float] = {}
         self._names: list[str] = []
         self._errors: list[Tensor] = []
         self._sizes: list[Tensor] = []
+        self._roundings: list[Rounding] = []
         self._suspects: list[Suspect] = []
         self._states: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         self.remembered = False
@@ -119,7 +146,7 @@ class SelfCheck:
         """Drop all cached products, and all notes: an edit through ``.data`` changes no version."""
         self._known.clear()
         self._names, self._errors, self._sizes, self._suspects = [], [], [], []
-        self._states, self.remembered = [], False
+        self._roundings, self._states, self.remembered = [], [], False
 
     def state(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Projection and norm of a residual state, each [batch, pos]."""
@@ -151,9 +178,39 @@ class SelfCheck:
         """The product b · p, or 0 where there is no bias."""
         return 0.0 if b is None else self.frame.cast(b) @ p
 
+    def of_the_mean(self, norm: Norm | None, x: Tensor, p: Tensor) -> Tensor | float:
+        """What rounding of the mean, and of the projection, makes of a product with N(x).
+
+        Either is off by some units u of the row's own length. LayerNorm then divides by its scale,
+        which may be as small as √ε: the product is off by u ‖x‖ ‖w ⊙ p‖ / s. In a row without a
+        large mean that is u of the product's size, which no comparison notices.
+
+        Args:
+            norm: The frozen norm, or None.
+            x: The residual that the norm reads [batch, pos, d_model].
+            p: Covectors after the norm [d_model] or [d_model, head].
+
+        Returns:
+            The largest error [batch, pos] or [batch, pos, head]; 0 where no mean is subtracted.
+        """
+        if norm is None or not norm.weights.center:
+            return 0.0
+        gain = norm.weights.gain
+        p = p.T if gain is None else p.T * self.frame.cast(gain)
+        unit = _ROUNDINGS * self.unit * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        found = unit / norm.scale * torch.linalg.vector_norm(p, dim=-1)
+        return found.squeeze(-1) if p.ndim == 1 else found
+
     # --- Judging
 
-    def compare(self, name: str, seen: Tensor, predicted: Tensor, size: Tensor) -> None:
+    def compare(
+        self,
+        name: str,
+        seen: Tensor,
+        predicted: Tensor,
+        size: Tensor,
+        rounding: Rounding = float,
+    ) -> None:
         """Note |seen − predicted| / size for every position.
 
         A row much smaller than the largest one is measured against a hundredth of that one. Rows
@@ -164,13 +221,15 @@ class SelfCheck:
             seen: Projection of the run's activation [batch, pos].
             predicted: Projection of the operator's prediction [batch, pos].
             size: Size of a relative error of 1 [batch, pos].
+            rounding: What rounding alone may have made of it.
         """
-        self._note(name, (seen - predicted).abs(), size)
+        self._note(name, (seen - predicted).abs(), size, rounding)
 
-    def _note(self, name: str, errors: Tensor, sizes: Tensor) -> None:
+    def _note(self, name: str, errors: Tensor, sizes: Tensor, rounding: Rounding = float) -> None:
         self._names.append(name)
         self._errors.append(errors)
         self._sizes.append(sizes)
+        self._roundings.append(rounding)
 
     def check_later(self, name: str, seen: Tensor, predict: Callable[[], Tensor]) -> None:
         """Remember an inner prediction. It is made only if the output is wrong, to tell where."""
@@ -190,24 +249,29 @@ class SelfCheck:
             return
         sizes = torch.stack(self._sizes)  # [product, batch, pos]
         sizes = sizes + 0.01 * sizes.amax((1, 2), keepdim=True) + TINY
-        errors = torch.where(self.real, torch.stack(self._errors) / sizes, 0)
-        errors = errors.flatten(1).amax(-1).tolist()
-        names, suspects = self._names, self._suspects
+        differences = torch.stack(self._errors)
+        errors = torch.where(self.real, differences / sizes, 0).flatten(1).amax(-1).tolist()
+        names, suspects, roundings = self._names, self._suspects, self._roundings
         self._names, self._errors, self._sizes, self._suspects = [], [], [], []
-        for name, error in zip(names, errors, strict=True):
-            if not math.isfinite(error):
-                raise ValueError(not_finite(name))
-            if error > self.tolerance:
+        self._roundings = []
+        for i, name in enumerate(names):
+            if not math.isfinite(errors[i]):
+                raise ValueError(not_finite(name, self.model))
+            if errors[i] > self.tolerance:
+                beyond = (differences[i] - roundings[i]()).clamp_min(0) / sizes[i]
+                errors[i] = float(torch.where(self.real, beyond, 0).max())
+            if errors[i] > self.tolerance:
                 at = ", ".join(hooked())
                 remedy = (
                     f"Take off your own hooks at {at}: an edit there is not served."
                     if at
-                    else "Please report the model: its weights are not laid out as they are read, "
-                    "or it computes something else there."
+                    else "Likely causes, in this order: a module there was replaced or patched, "
+                    "the model's configuration has an option that is not known here, or the "
+                    "weights are laid out in another way. Load the plain model, or report it."
                 )
                 raise CaptureMismatchError(
                     f"{self._culprit(name, suspects)}: the run differs from what the operator "
-                    f"predicts by {error:.1e} (relative; expected are at most "
+                    f"predicts by {errors[i]:.1e} (relative; expected are at most "
                     f"{self.tolerance:.0e}). {remedy}"
                 )
         self.errors.update(zip(names, errors, strict=True))
@@ -231,7 +295,7 @@ class SelfCheck:
         mix: AnyMix,
         w: AttentionWeights,
         post: Norm | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Rounding]:
         """Predict what attention adds: post(Σ_h A_h (N(x) W_V^h + b_V) W_O^h + b_O) · r.
 
         Args:
@@ -242,16 +306,21 @@ class SelfCheck:
             post: The frozen norm after attention, or None.
 
         Returns:
-            The projection of what is added to the residual [batch, pos].
+            The projection of what is added to the residual [batch, pos], and what rounding may
+            have made of it.
         """
         before, after = _affine(norm), _affine(post)
 
-        def compute() -> tuple:
+        def heads() -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
             grouped = w.W_O.unflatten(0, (w.W_V.shape[0], -1))  # [kv_head, repeat, d_head, d_model]
             r, end = self.through(after, self.probe(w.W_O.shape[-1]))
             out = self.frame.cast(grouped) @ r
             # As rows: a matrix times a single column runs at half the memory's speed.
             both = (out @ self.frame.cast(w.W_V).mT).flatten(0, 1).T  # [d_model, head]
+            return both, out, r, end
+
+        def compute() -> tuple:
+            both, out, r, end = heads()
             start, c = self.through(before, both)
             if w.b_V is not None:
                 c = c + (out @ self.frame.cast(w.b_V)[..., None]).flatten()
@@ -261,7 +330,13 @@ class SelfCheck:
         start, c, b_O, end = self.cached_product("attention", parts, compute)
         values = (x @ start if norm is None else x @ start / norm.scale) + c  # [batch, pos, head]
         mixed = mix.sum_heads(values) + b_O
-        return mixed if post is None else mixed / post.scale.squeeze(-1) + end
+
+        def rounding() -> Tensor | float:
+            off = self.of_the_mean(norm, x, heads()[0])
+            off = mix.sum_heads(off) if isinstance(off, Tensor) else off
+            return off if post is None else off / post.scale.squeeze(-1)
+
+        return (mixed if post is None else mixed / post.scale.squeeze(-1) + end), rounding
 
     def linear(
         self, name: str, norm: Norm | None, x: Tensor, seen: Tensor, W: Tensor, b: Tensor | None
@@ -279,7 +354,11 @@ class SelfCheck:
         seen = seen @ r
         # E ⟨row, r⟩² = ‖row‖²: the projections tell the rows' size; a bias may dwarf them.
         size = torch.where(self.real, seen - c, 0).square().mean().sqrt() + terms
-        self.compare(name, seen, predicted, size.expand_as(seen))
+
+        def rounding() -> Tensor | float:
+            return self.of_the_mean(norm, x, self.frame.cast(W) @ r)
+
+        self.compare(name, seen, predicted, size.expand_as(seen), rounding)
 
     def activation(self, name: str, seen: Tensor, post: Callable[[slice], Tensor]) -> None:
         """Compare post-activations at evenly spaced positions up to the last."""
@@ -304,13 +383,15 @@ class SelfCheck:
         added = x @ start + c
         return added if post is None else added / post.scale.squeeze(-1) + end
 
-    def residual(self, name: str, before: Tensor, after: Tensor, added: Tensor) -> None:
+    def residual(
+        self, name: str, before: Tensor, after: Tensor, added: Tensor, rounding: Rounding = float
+    ) -> None:
         """Compare the next state with the last one plus what the branches add."""
         (was, before_size), (seen, after_size) = self.state(before), self.state(after)
         change = seen - was
         # The difference rounds at the size of both states, so that counts a little, too.
         size = torch.maximum(before_size, after_size)
-        self.compare(name, change, added, change.abs() + self.rounding * size)
+        self.compare(name, change, added, change.abs() + self.rounding * size, rounding)
 
     def same(self, name: str, seen: Tensor, predicted: Tensor) -> None:
         """Compare two residual states that should be one."""

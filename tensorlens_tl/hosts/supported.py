@@ -1,6 +1,18 @@
-"""Which architectures can be frozen, and the refusal of what cannot. Imports no torch."""
+"""Which architectures can be frozen, and what is in the way of the others. Imports no torch.
+
+What is in the way is found by looking at the model's own modules and configuration:
+
+    unreadable     weights that are packed or elsewhere
+    faulty_option  what the host builds wrongly, or not at all
+    obstacle       the first part of an untested architecture that no sublayer here computes
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
 
 SUPPORTED = {
     "GPT2LMHeadModel": "GPT-2",
@@ -42,6 +54,19 @@ SUPPORTED = {
 }
 """Architectures that the tests cover, by Hugging Face class name."""
 
+_FAULTY = {
+    ("GPT2LMHeadModel", "scale_attn_weights"): False,
+    ("GPTBigCodeForCausalLM", "scale_attn_weights"): False,
+    ("GPTBigCodeForCausalLM", "multi_query"): False,
+    ("GPTNeoXForCausalLM", "attention_bias"): False,
+    ("FalconForCausalLM", "new_decoder_architecture"): True,
+    ("OPTForCausalLM", "_remove_final_layer_norm"): True,
+}
+"""Values of options under which the host's Bridge is another model, or none."""
+
+_RECURRENT = r"mamba|rwkv|recurrent|rglru|deltanet|shortconv"
+_EXPERTS = r"(moe|moa|moeblock|moelayer|moemlp|experts|sparsemlp)$"
+
 
 class UnsupportedArchitectureError(ValueError):
     """A model, or a part of one, cannot be frozen exactly; the message names it.
@@ -56,20 +81,225 @@ class UnsupportedArchitectureError(ValueError):
     """
 
 
-def refusal(what: str, why: str) -> str:
+class NotFoldedError(UnsupportedArchitectureError):
+    """A Bridge that can be frozen once it is in compatibility mode."""
+
+
+def refusal(what: str, why: str, remedy: str = "") -> str:
     """Word the message that refuses something by name.
 
     Args:
         what: The model, or the part of one, that is refused.
         why: What keeps it from being frozen exactly.
+        remedy: What to do, as a sentence; "" tells where the supported models are listed.
+
+    Returns:
+        The message, in two sentences.
+    """
+    listed = "Supported models are listed in docs/models.md and by python -m tensorlens_tl.support."
+    return f"Cannot freeze {what} exactly: {why}. {remedy or listed}"
+
+
+def check_weights(model: Any) -> None:
+    """Refuse weights that are packed or elsewhere, and modules in the place of hook points.
+
+    Args:
+        model: A host model, or a Hugging Face model.
+
+    Raises:
+        UnsupportedArchitectureError: If there is such a module; the message names the first.
+    """
+    for name, module in model.named_modules():
+        kind = f"{type(module).__name__} of {type(module).__module__.split('.')[0]}"
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        hook = vars(module).get("_hf_hook")  # accelerate's
+        hooks = getattr(hook, "hooks", [hook])
+        problem = ""
+        if any(getattr(hook, "offload", False) for hook in hooks):
+            problem = f"The weights of {name or 'the model'} are offloaded"
+            remedy = "Load the model whole on one device, without a device map that offloads"
+        elif any(t is not None and t.is_meta for t in tensors):
+            problem = f"The weights of {name or 'the model'} are on the meta device, without values"
+            remedy = "Load the model with its weights, whole on one device"
+        elif name.rpartition(".")[2].startswith("hook_") and "fwd_hooks" not in vars(module):
+            problem = f"A {type(module).__name__} stands at {name} in place of the hook point"
+            remedy = (
+                "Take it off (model.reset_saes()), or call it in a hook of your own, "
+                "which is served"
+            )
+        elif _is_packed(module):
+            problem = f"The weights of {name} are quantized ({kind})"
+            remedy = "Load the model without quantization, or dequantize it first"
+        if problem:
+            raise UnsupportedArchitectureError(f"{problem}. {remedy}.")
+
+
+def _is_packed(module: Any) -> bool:
+    """Whether a linear module's weight is no matrix of numbers that can be multiplied with."""
+    own = vars(module)  # not hasattr: a Bridge looks through all its modules for what it lacks
+    if {"qweight", "W_q", "quant_state"} & {*own, *own["_parameters"], *own["_buffers"]}:
+        return True
+    weight = own["_parameters"].get("weight")
+    if weight is None or not {"in_features", "out_features"} <= own.keys():
+        return False
+    shape = (module.out_features, module.in_features)
+    if tuple(weight.shape) != shape or not weight.is_floating_point() or weight.itemsize < 2:
+        return True
+    try:  # what is done to a weight here; packed tensors know few operations
+        weight.detach().permute(1, 0).unflatten(0, (1, -1))
+    except Exception:
+        return True
+    return False
+
+
+def adapter_at(model: Any) -> str:
+    """Name of the first module of a model that holds a LoRA adapter or the like; "" for none."""
+    return next((name for name, module in model.named_modules() if is_adapted(module)), "")
+
+
+def is_adapted(module: Any) -> bool:
+    """Whether a module wraps a linear layer and adds to it, as the layers of peft do."""
+    return "base_layer" in getattr(module, "_modules", {})
+
+
+def merge_first(where: str) -> str:
+    """Word the refusal of an adapter that is still beside its weights.
+
+    Args:
+        where: Name of the module that holds the adapter.
 
     Returns:
         The message, in two sentences.
     """
     return (
-        f"Cannot freeze {what} exactly: {why}. "
-        "Supported models are listed in docs/models.md and by python -m tensorlens_tl.support."
+        f"A LoRA adapter is still in the model: LoRA adapter at {where}. "
+        "Merge it first: model = model.merge_and_unload()."
     )
+
+
+def faulty_option(architecture: str | None, config: Any) -> tuple[str, str]:
+    """Name what the installed host is known to build wrongly.
+
+    Args:
+        architecture: Hugging Face's name of the model's class.
+        config: Hugging Face's configuration of the model.
+
+    Returns:
+        The model's name and what it is with, such as an option and its value; and the remedy, or
+        "". The name alone if nothing is known.
+    """
+    found = remedy = ""
+    for (name, option), value in _FAULTY.items():
+        if name == architecture and getattr(config, option, None) is value:
+            found = f"{option}={value}"
+    if architecture == "Gemma3ForCausalLM" and getattr(config, "attn_logit_softcapping", None):
+        found = f"attn_logit_softcapping={config.attn_logit_softcapping}"
+    if architecture == "BloomForCausalLM" and config.slow_but_exact and config.pretraining_tp > 1:
+        found = f"slow_but_exact=True and pretraining_tp={config.pretraining_tp}"
+    if architecture in ("CohereForCausalLM", "Cohere2ForCausalLM") and _version() < (4,):
+        found, remedy = "transformer_lens 3", "Install transformer_lens 4."
+    if architecture == "CodeGenForCausalLM" and _version("transformers") >= (5, 24):
+        found, remedy = "transformers 5.24 or later", "Install an earlier one: transformers<5.24."
+    return f"{architecture} with {found}" if found else f"{architecture}", remedy
+
+
+def _version(package: str = "transformer_lens") -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", metadata.version(package))[:2])
+
+
+def obstacle(model: Any) -> str:
+    """Find the first part of a model of an untested architecture that is in the way.
+
+    Args:
+        model: A Hugging Face model, also one inside a Bridge.
+
+    Returns:
+        The part, as a noun phrase.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder and a decoder, with attention between them"
+    if not _ids_enter(model):
+        return "no token embedding, so its input is no token ids"
+    blocks, where = _blocks(model)
+    for number, block in enumerate(blocks):
+        for part in _parts(block, number):
+            return part
+    for option in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+        if (factor := getattr(config, option, 1)) not in (None, 1):
+            return f"a multiplier: {option}={factor}"
+    outputs = getattr(model, "get_output_embeddings", lambda: None)()
+    if outputs is None and not hasattr(model, "lm_head"):
+        return "no unembedding, so its output is no logits of tokens"
+    kind = type(blocks[0]).__name__ if blocks else type(model).__name__
+    return f"blocks{where} that no test covers: {kind}"
+
+
+def _ids_enter(model: Any) -> bool:
+    try:
+        return hasattr(model.get_input_embeddings(), "num_embeddings") or hasattr(
+            getattr(model.get_input_embeddings(), "original_component", None), "num_embeddings"
+        )
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def _blocks(model: Any) -> tuple[list[Any], str]:
+    """The model's longest list of modules of a class of their own, and its name for messages."""
+    found: list[Any] = []
+    where = ""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "ModuleList" and len(module) > len(found):
+            found, where = list(module), f" in {name}"
+    return [getattr(block, "original_component", block) for block in found], where
+
+
+def _parts(block: Any, number: int) -> Iterator[str]:
+    """What is known to be in the way inside a block, in the order of its modules."""
+    at = f"in block {number}"
+    for name, module in block.named_modules():
+        kind, own = type(module).__name__, {*module._modules, *module._parameters}
+        word = kind.lower() if name else ""
+        if "Bridge" in kind or "Norm" in kind:  # what a Bridge holds comes next
+            continue
+        if re.search(_RECURRENT, word) or own & {"A_log", "time_decay"}:
+            yield f"a state space or other recurrence {at}: {kind}"
+        elif re.search(_EXPERTS, word) or "experts" in own:
+            yield f"a mixture of experts {at}: {kind}"
+        elif any(part.startswith(("kv_a_proj", "kv_b_proj")) for part in own):
+            yield f"latent attention {at}: {kind}"
+        elif name.rpartition(".")[2] in ("crossattention", "encoder_attn"):
+            yield f"attention to an encoder {at}: {kind}"
+        elif name and {"dense", "LayerNorm"} <= own:
+            yield f"a norm after the sum {at}: {kind}"
+
+
+def check_architecture(name: str | None, model: Any) -> None:
+    """Refuse an untested architecture, and weights that cannot be read.
+
+    Args:
+        name: Hugging Face's name of the model's class.
+        model: The Hugging Face model.
+
+    Raises:
+        UnsupportedArchitectureError: The message names what is in the way.
+    """
+    if hasattr(model, "merge_and_unload"):
+        raise UnsupportedArchitectureError(merge_first(adapter_at(model) or type(model).__name__))
+    if name not in SUPPORTED:
+        raise UnsupportedArchitectureError(refusal(f"{name}", f"it has {obstacle(model)}"))
+    config = getattr(model, "config", None)
+    width = getattr(config, "hidden_size", None)
+    if not getattr(config, "do_layer_norm_before", True) or (
+        getattr(config, "word_embed_proj_dim", width) != width
+    ):
+        why = "its norms stand on the stream itself, or its embeddings are projected"
+        raise UnsupportedArchitectureError(refusal(f"{name} built like opt-350m", why))
+    option = "apply_residual_connection_post_layernorm"
+    if getattr(config, option, False):
+        why = "its blocks add to the normalized residual"
+        raise UnsupportedArchitectureError(refusal(f"{name} with {option}", why))
+    check_weights(model)
 
 
 def flags_off(cfg: object) -> None:
@@ -87,3 +317,32 @@ def flags_off(cfg: object) -> None:
                 f"cfg.{flag} is on, which gives every head its own norm. "
                 f"Call model.set_{flag}(False) before the capture."
             )
+
+
+Before = list[tuple[Any, type, dict[str, Any]]]
+"""Modules and configurations of a model, each with its class and its attributes."""
+
+
+def snapshot(model: Any) -> Before:
+    """Keep what a Bridge may change of a model: submodules, hooks, methods, configuration."""
+    held = {id(m): m for module in model.modules() for m in (module, vars(module).get("config"))}
+    return [
+        (m, type(m), {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).items()})
+        for m in held.values()
+        if m is not None
+    ]
+
+
+def restore(before: Before) -> None:
+    """Give a model back what :func:`snapshot` kept. Weights stay as they are now."""
+    for held, kind, attributes in before:
+        held.__class__ = kind
+        now = vars(held)
+        for name in now.keys() - attributes.keys():
+            del now[name]
+        for name, value in attributes.items():
+            if name in ("_parameters", "_buffers"):
+                tensors = {k: value[k] if now[name].get(k) is None else now[name][k] for k in value}
+                value = tensors | {k: None for k, v in value.items() if v is None}
+            if name != "training":
+                now[name] = value

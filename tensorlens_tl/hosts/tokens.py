@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..checks import kind_of
 from ..operator import Prompts
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def unpacked(
         return inputs, dict(kwargs)
     if "input_ids" not in inputs:
         raise ValueError(
-            f"The input is a {type(inputs).__name__} without input_ids. Pass what a tokenizer "
+            f"The input is {kind_of(inputs)} without input_ids. Pass what a tokenizer "
             "returns, or token ids."
         )
     # The model's own call ignores the rest, such as the offsets of tokens in the text.
@@ -327,7 +328,7 @@ def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
         ids = torch.as_tensor(_stacked(inputs))
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"The input is a {type(inputs).__name__} that is neither text nor a rectangle of token "
+            f"The input is {kind_of(inputs)} that is neither text nor a rectangle of token "
             "ids. Pass strings, or pad lists to one length and give their attention_mask."
         ) from None
     if ids.numel() == 0:
@@ -365,7 +366,7 @@ def as_mask(mask: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch p
         found = torch.as_tensor(_stacked(mask))
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"attention_mask is a {type(mask).__name__} that is no rectangle of numbers. Give one "
+            f"attention_mask is {kind_of(mask)} that is no rectangle of numbers. Give one "
             "entry per token: 1 where it is real, 0 at padding."
         ) from None
     found = found[None] if found.ndim == 1 and len(tokens) == 1 else found

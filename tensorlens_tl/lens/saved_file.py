@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import write_whole
+from ..checks import as_device, write_whole
 from ..hosts import Adapter, adapt
 from ..operator import Capture, FrozenTransformer
 from ..sublayers import Frame
@@ -34,9 +34,10 @@ from .fingerprints import agree, products
 from .missing_weights import missing
 from .saved_checks import Misfit, check
 from .saved_tree import DTYPES, Builder, Writer, differences, parse_dtype, weights_in
+from .saved_vocabulary import read_vocabulary, write_vocabulary
 
 FORMAT, VERSION = "tensorlens_tl lens", 1
-_KEY = "tensorlens_tl"
+_KEY, _TOKENIZER = "tensorlens_tl", "tensorlens_tl tokenizer"
 
 
 def save_capture(capture: Capture, path: str | os.PathLike[str], weights: bool = False) -> None:
@@ -64,6 +65,8 @@ def save_capture(capture: Capture, path: str | os.PathLike[str], weights: bool =
         "capture": writer.node(capture, ""),
     }
     metadata = {_KEY: json.dumps(header)}
+    if (vocabulary := write_vocabulary(capture.tokenizer)) is not None:
+        metadata[_TOKENIZER] = vocabulary
     write_whole(target, lambda file: save_file(writer.tensors, file, metadata=metadata))
 
 
@@ -72,7 +75,8 @@ class _File:
 
     def __init__(self, file: Any, path: str | os.PathLike[str]):
         self.file, self.path = file, path
-        text = (file.metadata() or {}).get(_KEY)
+        metadata = file.metadata() or {}
+        text, self.vocabulary = metadata.get(_KEY), metadata.get(_TOKENIZER)
         if text is None:
             raise ValueError(
                 f"{path} is a safetensors file, but no saved lens. Pass one that lens.save wrote."
@@ -126,6 +130,15 @@ class _File:
             what = str(error) if isinstance(error, ValueError) else repr(error)
             self.damaged(what)
         return capture
+
+    def tokenizer(self) -> Any:
+        """Build the tokenizer of the run; None where the file has none."""
+        if self.vocabulary is None:
+            return None
+        try:
+            return read_vocabulary(self.vocabulary)
+        except Exception as error:  # whatever a foreign text makes go wrong
+            self.damaged(f"its tokenizer cannot be read ({error})")
 
     def frame(self, device: torch.device) -> Frame:
         """Build the frame, its spans checked."""
@@ -232,10 +245,10 @@ def load_capture(
     if not os.path.isfile(path):
         raise ValueError(f"There is no file {path}. Pass the path of a file that lens.save wrote.")
     adapter = None if model is None else adapt(model)
-    place = torch.device(device or "cpu")
+    place = as_device(device or "cpu")
     if adapter is not None:
         place = adapter.weights.unembed.W_U.device
-        if device is not None and torch.device(device) != place:
+        if device is not None and as_device(device) != place:
             raise ValueError(
                 f"device={str(device)!r} does not fit the model, which is on {place}. Drop "
                 "device=, or move the model."
@@ -261,13 +274,14 @@ def load_capture(
         elif not file.header["weights"]:
             attach = missing
         # 4.
+        tokenizer = getattr(adapter, "tokenizer", None) or file.tokenizer()
         builder = Builder(file.frame(place), partial(file.read, device=place), attach)
         capture: Capture = builder.value(file.header["capture"], "")
+    capture = replace(capture, tokenizer=tokenizer)
     if adapter is None:
         return capture
     scores = adapter.score_weights(capture.frame.n_pos)
-    own = {"tokenizer": adapter.tokenizer, "embed_weights": adapter.embed_weights()}
-    return replace(capture, **own, score_weights=scores)
+    return replace(capture, embed_weights=adapter.embed_weights(), score_weights=scores)
 
 
 def _attached(adapter: Adapter, cls: type, node: dict[str, Any], path: str) -> Any:

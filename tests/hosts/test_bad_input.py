@@ -270,10 +270,11 @@ if bridge_builder is not None:
         refused(bridge, tokens(), r"training mode with dropout \(.*p = 0.1\).*Call model\.eval\(\)")
 
     def test_bridge_with_an_unknown_activation():
-        bridge = CASES["bridge-gpt2"].build(torch.float32)
-        bridge.cfg.act_fn = "swoosh"
+        bridge = to_bridge(
+            build_hf("GPT2", {**BRIDGE["gpt2"][1], "activation_function": "mish"}, torch.float32)
+        )
         refused(
-            bridge, tokens(), "Cannot freeze the activation 'swoosh'", UnsupportedArchitectureError
+            bridge, tokens(), "Cannot freeze the activation 'Mish", UnsupportedArchitectureError
         )
 
     def test_a_hook_that_never_fires():

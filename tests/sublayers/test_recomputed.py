@@ -25,8 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorlens_tl
 from tensorlens_tl import dot_test
-from tensorlens_tl.hosts.attention_reading import NotRecomputableError
-from tensorlens_tl.hosts.bridge import alibi_slopes
+from tensorlens_tl.hosts.attention_reading import NotRecomputableError, alibi_slopes
 from tensorlens_tl.hosts.entry import adapt
 from tensorlens_tl.methods import baselines
 from tensorlens_tl.operator.capture import CaptureMismatchError
