@@ -93,7 +93,7 @@ def capture(
         [('"France"@4', 11.08...)]
     """
     from .hosts import as_host, freeze
-    from .lens import TensorLens
+    from .lens import TensorLens, WriteCheck
 
     logits, captured = freeze(
         as_host(model, tokenizer),
@@ -104,7 +104,7 @@ def capture(
         noise_floor=noise_floor,
         **kwargs,
     )
-    lens = TensorLens(captured, captured.versions())
+    lens = TensorLens(captured, WriteCheck.of(captured.tensors()))
     if noise_floor:
         _ = lens.completeness_error  # computed now, so that the lens's repr shows both errors
     return logits, lens
@@ -112,6 +112,11 @@ def capture(
 
 def _run_with_tensorlens(self: Any, input: Any, **kwargs: Any) -> tuple[Tensor, TensorLens]:
     return capture(self, input, **kwargs)
+
+
+_SAME_CALL = """
+    On a TransformerLens model, ``model.run_with_tensorlens(input, ...)`` is the same call.
+"""
 
 
 def _describe(method: Any) -> None:
@@ -123,7 +128,9 @@ def _describe(method: Any) -> None:
     method.__name__ = method.__qualname__ = METHOD
     # The model is the method's self, and has a tokenizer: neither is an argument here.
     entries = r"\n {8}(?:model|tokenizer): .*(?:\n {12}.*)*"
-    method.__doc__ = re.sub(entries, "", capture.__doc__ or "")
+    text = re.sub(entries, "", capture.__doc__ or "")
+    text = text.replace(_SAME_CALL, "").replace("import capture, demo", "import demo")
+    method.__doc__ = text.replace("capture(model, ", f"model.{METHOD}(")
 
 
 _describe(_run_with_tensorlens)

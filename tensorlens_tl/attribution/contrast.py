@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import kind_of
 from ..graph import Node
 from ..operator import Capture, FrozenTransformer, SecantOperator
 from ..sublayers import EmbedWeights
@@ -41,8 +42,13 @@ AT_OPERATORS = ("clean", "corrupted", "secant")
 """Whose operator reads the difference of two runs."""
 
 
-def check_comparable(clean: Capture, baseline: Capture) -> None:
+def check_comparable(clean: Capture, baseline: Capture, what: str = "baseline") -> None:
     """Refuse two runs that do not differ by their prompts alone.
+
+    Args:
+        clean: The run that is explained.
+        baseline: The run that it is compared with.
+        what: What the user calls the latter, for messages.
 
     Raises:
         ValueError: If the prompts have unequal lengths, or the models or conventions differ.
@@ -52,32 +58,29 @@ def check_comparable(clean: Capture, baseline: Capture) -> None:
     )
     if len(lengths) != len(reference):
         raise ValueError(
-            f"The baseline has {len(reference)} prompts for {len(lengths)}. Capture one corrupted "
+            f"The {what} has {len(reference)} prompts for {len(lengths)}. Capture one corrupted "
             "prompt for each prompt."
         )
     for i, (n, n_baseline) in enumerate(zip(lengths, reference, strict=True)):
         if n != n_baseline:
             raise ValueError(
-                f"Prompt and baseline must have the same number of tokens: prompt {i} has {n}, its "
-                f"baseline {n_baseline}. Reword the corrupted prompt so that both have {n}."
+                f"Prompt and {what} must have the same number of tokens: prompt {i} has {n}, its "
+                f"{what} {n_baseline}. Reword the corrupted prompt so that both have {n}."
             )
     if clean.frame.spans != baseline.frame.spans:
         raise ValueError(
-            "The prompts and their baselines are padded differently. Pad both alike, on one side "
+            f"The prompts and their {what}s are padded differently. Pad both alike, on one side "
             "and to one length."
         )
     if clean.frame != baseline.frame or clean.convention != baseline.convention:
         raise ValueError(
-            f"The lens was captured with {_settings(clean)}, its baseline with "
+            f"The lens was captured with {_settings(clean)}, its {what} with "
             f"{_settings(baseline)}. Capture both in the same way."
         )
-    weights = [
-        [tensor for tensor, _ in capture.versions(False) if tensor is not capture.logits]
-        for capture in (clean, baseline)
-    ]
+    weights = [capture.tensors(scores=False)[1:] for capture in (clean, baseline)]
     if len(weights[0]) != len(weights[1]) or not all(map(_equal, *weights)):
         raise ValueError(
-            f"The lens is of the model {clean.model_name}, its baseline of another one "
+            f"The lens is of the model {clean.model_name}, its {what} of another one "
             f"({baseline.model_name}). Capture the corrupted prompt with the same model."
         )
 
@@ -139,7 +142,7 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
         token = int(capture.prompts.tokens[0, start])
         baseline = mean_embedding(capture.embed[0, start], token, capture.embed_weights)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
-        kind = f"a {type(baseline).__name__}"
+        kind = kind_of(baseline)
         kind = f"a tensor of shape {list(baseline.shape)}" if isinstance(baseline, Tensor) else kind
         found = f"={baseline!r}" if isinstance(baseline, str) else f"= is {kind}, which"
         raise ValueError(
@@ -262,7 +265,7 @@ def _between(clean: TargetGradient, baseline: TargetGradient, by: str, qk: bool)
         for node, (a_c, a_k) in _aligned(_written(clean), _written(baseline)):
             if node.kind != "constant" or not torch.equal(a_c, a_k):  # a post-norm scales b_O
                 table.add([node], ((a_c - a_k) * c).sum(-1, keepdim=True))
-    if clean.capture.unembed.weights.soft_cap is not None:
+    if not torch.equal(goals[0].covector, goals[1].covector):  # a soft cap's, or a softmax's
         y = sum(run.capture.unembed.final[prompts, query] for run in (clean, baseline)) / 2
         change = ((goals[0].covector - goals[1].covector) * y).sum(-1)
         change = change + goals[0].constant - goals[1].constant

@@ -3,14 +3,20 @@
 Key concepts:
     FrozenRun: A captured run with its operator, and how exact that is.
     TensorLens: A frozen run, and every question to it as one method.
+    SequenceAttribution: Every token of a continuation, split by source.
+    WriteCheck: Whether the weights or the returned logits were written to.
     load: Reads a lens from a file. Nothing in the file is executed.
 """
 
 from .frozen_run import FrozenRun
+from .sequence_attribution import SequenceAttribution
 from .tensor_lens import TensorLens, load
+from .write_check import WriteCheck
 
 __all__ = [
     "FrozenRun",
+    "SequenceAttribution",
     "TensorLens",
+    "WriteCheck",
     "load",
 ]

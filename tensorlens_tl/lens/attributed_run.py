@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..attribution import (
     Attribution,
     GradientCache,
     Paths,
+    Target,
     TargetGradient,
     TargetLike,
     attribute,
@@ -24,19 +25,23 @@ from ..attribution import (
     loadings,
     own_prediction,
     resolve,
+    resolve_at_site,
 )
-from ..checks import as_list
-from ..graph import Edge, Node
+from ..checks import as_list, is_int, plain_names
+from ..graph import Edge, Node, resid_site
+from ..operator import Capture, FrozenTransformer
 from ..sublayers import DENSE_LIMIT
 from .frozen_run import FrozenRun
+from .sequence_attribution import Continuation, SequenceAttribution, continuation_targets
 
 
+@plain_names
 class AttributedRun(FrozenRun):
     """A captured run whose logits can be split by where they come from.
 
     Attributes:
         capture: The captured run.
-        versions: Tensors of the model or the user, each with its version at the capture.
+        writes: What tells whether the weights or the returned logits were written to.
     """
 
     def attribute(
@@ -49,6 +54,9 @@ class AttributedRun(FrozenRun):
         baseline: AttributedRun | str | Float[Tensor, "*shape"] | None = None,
         at: str = "clean",
         qk: bool = False,
+        *,
+        of: str = "logit",
+        site: str | int | None = None,
     ) -> Attribution:
         """Split a logit, or a difference of two logits, by where it comes from.
 
@@ -64,7 +72,8 @@ class AttributedRun(FrozenRun):
                 * "component": every writer: embeddings, heads, MLPs and constants (b_O, b_out, …).
                 * "layer": the same as "component", with one row per layer.
                 * "head": the same as "component", each head split over the positions it read.
-                * "mlp": the same as "component". "neuron": each MLP split into its neurons.
+                * "neuron": the same as "component", each MLP split into its neurons.
+                * "mlp": MLPs by position, as total effects only.
                 * "dimension": the residual before the final norm, by dimension.
                 * "order": the number of heads and MLPs passed on the way to the target.
                 * "edge": what each node reads of each other node's output. The rows of one reader,
@@ -87,13 +96,20 @@ class AttributedRun(FrozenRun):
             qk: Whether every head's queries and keys are readers, too, only by edge: "L2H1.q" and
                 "L2H1.k". Their rows are the target's sensitivity to the attention scores, times
                 what a writer adds to the scores. They are first-order and in no sum.
+            of: "logit", or "logprob" for the log-probability of a token in nats. That is
+                (z_t − Σ p z) − H(p), with the probabilities p of this run held: the bracket is
+                split, and the entropy H(p) is one row, "softmax". With ``versus`` both are equal.
+            site: A place in the residual stream whose own direction [d_model] is the target:
+                ⟨direction, residual at pos⟩. Pass a name such as "blocks.5.hook_resid_post", or 5
+                for the same. By edge, the reader called logits is then the site. None is the
+                logits.
 
         Returns:
             Contributions in logits, in the capture's compute dtype. ``.sum("pos")`` sums positions.
 
         Raises:
-            ValueError: If the target, the position, ``by`` or ``effect`` does not exist, or if the
-                baseline is of another length or model.
+            ValueError: If the target, the position, ``by``, ``effect`` or the site does not exist,
+                or if the baseline is of another length or model.
 
         Example:
             >>> from tensorlens_tl import demo
@@ -102,7 +118,7 @@ class AttributedRun(FrozenRun):
             >>> [(label, round(value, 1)) for label, value in found.top(2)]
             [('"France"@4', 15.6), ('"capital"@2', 6.0)]
         """
-        gradient = self._gradient(target, versus, pos)
+        gradient = self._gradient(target, versus, pos, None, of, site)
         if baseline is None:
             if at != "clean":
                 raise ValueError(f"at={at!r} needs a baseline. Pass baseline=, or drop at=.")
@@ -115,7 +131,42 @@ class AttributedRun(FrozenRun):
             return difference(gradient, fixed_baseline(gradient, baseline), by, at, qk)
         check_comparable(self.capture, baseline.capture)
         predicted = own_prediction(self.capture, pos)  # one target for both runs
-        return difference(gradient, baseline._gradient(target, versus, pos, predicted), by, at, qk)
+        reference = baseline._gradient(target, versus, pos, predicted, of, site)
+        return difference(gradient, reference, by, at, qk)
+
+    def dla(
+        self,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+        *,
+        of: str = "logit",
+    ) -> Attribution:
+        """Direct logit attribution: what every component writes at ``pos``, read by the logits.
+
+        This is ``attribute(..., by="component")`` by its usual name. The final norm's scale is
+        frozen, as in TransformerLens's ``cache.logit_attrs``. Unlike there, constants are rows of
+        their own (b_U, ln_final.b, b_O, …), so that all rows sum to the model's own logit.
+
+        Args:
+            target: As in :meth:`attribute`.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            of: "logit" or "logprob", as in :meth:`attribute`.
+
+        Returns:
+            One row per embedding, head, MLP and constant.
+
+        Raises:
+            ValueError: If the target or the position does not exist.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> [(label, round(value, 1)) for label, value in lens.dla("Paris").top(2)]
+            [('L3MLP', 10.9), ('L2MLP', 2.8)]
+        """
+        return self.attribute(target, versus, pos, "component", of=of)
 
     def attribute_many(
         self,
@@ -125,6 +176,9 @@ class AttributedRun(FrozenRun):
         effect: str = "direct",
         versus: TargetLike | Sequence[TargetLike] = None,
         qk: bool = False,
+        *,
+        of: str = "logit",
+        site: str | int | None = None,
     ) -> tuple[Attribution, ...]:
         """Split many targets at once: in one batched sweep, cut in chunks that bound memory.
 
@@ -139,6 +193,8 @@ class AttributedRun(FrozenRun):
             effect: "direct" or "total", as in :meth:`attribute`.
             versus: What is subtracted from the target: one for all, a list, or None.
             qk: Whether queries and keys are readers, too, as in :meth:`attribute`.
+            of: "logit" or "logprob" for all targets, as in :meth:`attribute`.
+            site: The site of all targets, as in :meth:`attribute`.
 
         Returns:
             One attribution per split, in order.
@@ -166,8 +222,51 @@ class AttributedRun(FrozenRun):
             )
         n = sizes.pop()
         rows = zip(*(lists.get(name, [value] * n) for name, value in given.items()), strict=True)
-        resolved = [resolve(self.capture, goal, foil, place) for goal, place, foil in rows]
-        return tuple(attribute_many(self.capture, self.operator, resolved, by, effect, qk=qk))
+        run = self._until(site)
+        resolved = [self._goal(run[0], goal, foil, at, None, of, site) for goal, at, foil in rows]
+        return tuple(attribute_many(*run, resolved, by, effect, qk=qk))
+
+    def attribute_sequence(
+        self, continuation: Continuation, by: str = "token", *, of: str = "logprob"
+    ) -> SequenceAttribution:
+        """Split every token of a continuation by source: a matrix of sources by output tokens.
+
+        Capture the prompt with its continuation, ``capture(model, prompt + continuation)``: that
+        run predicted every token of the continuation from all tokens before it. Each column is
+        exact and sums to its token, and all columns are made in one batched sweep.
+
+        Args:
+            continuation: What the prompt ends with: a text, whatever its white space, or token ids;
+                or the position of its first token, −2 for the last two tokens.
+            by: The kind of source, as in :meth:`attribute`.
+            of: "logprob" (in nats; the columns sum to the continuation's log-probability, see
+                ``.total()``) or "logit".
+
+        Returns:
+            The matrix, one for every prompt.
+
+        Raises:
+            ValueError: If the prompt does not end with the continuation, or if the continuations of
+                several prompts have different lengths.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("Paris is the capital of France")
+            >>> matrix = lens.attribute_sequence("of France")
+            >>> matrix.outputs
+            (('"of"@5', '"France"@6'),)
+            >>> logits = lens.logits[0, 4:6].log_softmax(-1)
+            >>> ids = lens.capture.prompts.tokens[0, 5:]
+            >>> round(float(matrix.total().target_value), 3) == round(
+            ...     float(logits[[0, 1], ids].sum()), 3
+            ... )
+            True
+        """
+        self._check_ready()
+        goals, names = continuation_targets(self.capture, continuation, of)
+        return SequenceAttribution(
+            tuple(attribute_many(self.capture, self.operator, goals, by)), names
+        )
 
     def paths(
         self,
@@ -265,9 +364,49 @@ class AttributedRun(FrozenRun):
         versus: TargetLike,
         pos: int,
         predicted: Int[Tensor, " batch"] | None = None,
+        of: str = "logit",
+        site: str | int | None = None,
     ) -> TargetGradient:
         self._check_ready()
-        return self._gradients.gradient(resolve(self.capture, target, versus, pos, predicted))
+        capture, operator = self._until(site)
+        goal = self._goal(capture, target, versus, pos, predicted, of, site)
+        return (
+            self._gradients.gradient(goal)
+            if site is None
+            else TargetGradient(capture, operator, goal)
+        )
+
+    def _goal(
+        self,
+        capture: Capture,
+        target: TargetLike,
+        versus: TargetLike,
+        pos: int,
+        predicted: Int[Tensor, " batch"] | None,
+        of: str,
+        site: str | int | None,
+    ) -> Target:
+        """The functional that is asked for, at the end of a run or of its part up to a site."""
+        if site is None:
+            return resolve(capture, target, versus, pos, predicted, of)
+        if of != "logit":
+            raise ValueError(f"of={of!r} is not available with site=. Drop of= or site=.")
+        return resolve_at_site(capture, self._site(site), target, versus, pos)
+
+    def _until(self, site: str | int | None) -> tuple[Capture, FrozenTransformer]:
+        """The run up to a site, with its operator; None is the whole run."""
+        if site is None:
+            return self.capture, self.operator
+        capture = self.capture.until(self._site(site))
+        return capture, FrozenTransformer.of(capture)
+
+    def _site(self, site: str | int) -> str:
+        """The name of a site; a number is what that block leaves."""
+        depth = len(self.capture.blocks)
+        if is_int(site) and -depth <= site < depth:
+            site = resid_site(site % depth, "post")
+        self.operator.site_index(cast(str, site))  # refuses others
+        return cast(str, site)
 
     @cached_property
     def _gradients(self) -> GradientCache:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import no_autocast
+from ..checks import as_device, kind_of, no_autocast, pick_prompts
 from ..operator import Capture, Convention, FrozenTransformer
-from ..sublayers import TINY, LinearMap, version
+from ..sublayers import TINY, LinearMap
 from .missing_weights import require_weights
+from .write_check import WriteCheck
 
 Run = TypeVar("Run", bound="FrozenRun")
 
@@ -24,11 +26,19 @@ class FrozenRun:
 
     Attributes:
         capture: The captured run.
-        versions: Tensors of the model or the user, each with its version at the capture.
+        writes: What tells whether the weights or the returned logits were written to.
     """
 
     capture: Capture
-    versions: tuple[tuple[Tensor, int], ...] = ()
+    writes: WriteCheck = field(default_factory=WriteCheck)
+
+    def __post_init__(self):
+        if not isinstance(self.capture, Capture):
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} is made of a captured run, not of {kind_of(self.capture)}. Call "
+                "tensorlens_tl.capture(model, prompt), which returns the logits and the lens."
+            )
 
     def __repr__(self) -> str:
         c = self.capture
@@ -45,14 +55,74 @@ class FrozenRun:
     def __len__(self) -> int:
         return self.capture.frame.batch
 
-    def __getitem__(self: Run, prompt: int) -> Run:
-        """The lens of one prompt of a batch, without padding. It shares the batch's memory."""
-        if not -len(self) <= prompt < len(self):
-            raise IndexError(f"There is no prompt {prompt}. The number of prompts is {len(self)}.")
-        return type(self)(self.capture.prompt(prompt % len(self)), self.versions)
+    def __getitem__(self: Run, prompt: int | slice) -> Run:
+        """Take one prompt without padding, or those of a slice; neighbours share memory."""
+        picked = pick_prompts(prompt, len(self), "lens", "lens.attribute")
+        return type(self)(self.capture.picked(picked), self.writes)
 
     def __iter__(self: Run) -> Iterator[Run]:
         return (self[i] for i in range(len(self)))
+
+    # --- Copies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy or pickle the lens with all its tensors, weights included, and no graph."""
+        self._check_unchanged()
+        return _again, (type(self), self.capture.mapped(_alone), bool(self.writes.tensors))
+
+    def to(self: Run, device: str | torch.device) -> Run:
+        """Give the same lens on another device. It no longer shares the model's weights there.
+
+        Args:
+            device: Where all tensors of the lens go, weights included, such as "cpu".
+
+        Returns:
+            The lens on that device: this lens, if it is there already. Once this one is dropped,
+            nothing of it stays on the old device.
+
+        Raises:
+            ValueError: If there is no such device, or it is a dtype.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.to("cpu") is lens  # it is there already
+            True
+        """
+        if isinstance(device, torch.dtype):
+            name = str(device).removeprefix("torch.")
+            raise ValueError(
+                f"A lens cannot change its dtype to {name}: rounding of the run would stay. "
+                f"Capture again with capture(..., dtype=torch.{name})."
+            )
+        try:
+            place = torch.empty(0, device=as_device(device)).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"device={str(device)!r} cannot be used: {reason}. Pass a device of this machine."
+            ) from None
+        if place.type == "meta":
+            raise ValueError("device='meta' holds no numbers. Pass a device of this machine.")
+        if place == self.device:
+            return self
+        self._check_unchanged()
+        capture = self.capture.mapped(lambda tensor: tensor.detach().to(place), place)
+        return _again(type(self), capture, bool(self.writes.tensors))
+
+    def cpu(self: Run) -> Run:
+        """Give the same lens on the CPU; see :meth:`to`."""
+        return self.to("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the lens computes on."""
+        return self.capture.frame.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the lens computes in: float32 or float64. The logits keep the model's."""
+        return self.capture.frame.dtype
 
     # --- The operator
 
@@ -72,14 +142,14 @@ class FrozenRun:
         self._check_unchanged()
 
     def _check_unchanged(self) -> None:
-        for tensor, seen in self.versions:
-            if version(tensor) != seen:
-                what = "logits it returned" if tensor is self.capture.logits else "model's weights"
-                raise ValueError(
-                    f"The {what} were written to after the capture, so the lens does not describe "
-                    "that run any more. Capture again, and clone logits before you edit them in "
-                    "place."
-                )
+        if (tensor := self.writes.written()) is not None:
+            # Logits are first among the tensors; lenses of one prompt share those of the batch.
+            what = "logits it returned" if tensor is self.writes.tensors[0] else "model's weights"
+            raise ValueError(
+                f"The {what} were written to after the capture, so the lens does not describe "
+                "that run any more. Capture again, and clone logits before you edit them in "
+                "place."
+            )
 
     @property
     def embedding(self) -> Float[Tensor, "batch pos d_model"]:
@@ -90,6 +160,23 @@ class FrozenRun:
     def tokens(self) -> tuple[tuple[str, ...], ...]:
         """Each prompt's real tokens as strings."""
         return self.capture.prompts.strings
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as the model read it: its tokens as one text, special tokens included.
+
+        Raises:
+            ValueError: If there are several prompts.
+        """
+        if len(self) != 1:
+            raise ValueError(
+                f"prompt needs one prompt, but there are {len(self)}. Take one with lens[i]."
+            )
+        prompts, tokenizer = self.capture.prompts, self.capture.tokenizer
+        start, stop = prompts.spans[0]
+        if tokenizer is None:
+            return " ".join(prompts.strings[0])
+        return tokenizer.decode(prompts.tokens[0, start:stop].tolist())
 
     @property
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
@@ -110,7 +197,7 @@ class FrozenRun:
         Returns:
             A lens of the same run, on the same tensors.
         """
-        return type(self)(self.capture.with_convention(Convention(gate)), self.versions)
+        return type(self)(self.capture.with_convention(Convention(gate)), self.writes)
 
     def readout(
         self, y: Float[Tensor, "*many batch pos d_model"]
@@ -126,12 +213,14 @@ class FrozenRun:
         self._check_ready()
         return self.capture.unembed @ y + self.capture.unembed.bias
 
-    def between(self, start: str, stop: str) -> LinearMap:
+    def between(self, start: str | int, stop: str | int) -> LinearMap:
         """Give the operator from one residual site to a later one.
 
         Args:
-            start: The first site, by TransformerLens's name, such as "blocks.2.hook_resid_pre".
-            stop: The last site, such as "blocks.8.hook_resid_post", or "unembed.hook_in".
+            start: The first site, by TransformerLens's name, such as "blocks.2.hook_resid_pre", or
+                the number of the first block.
+            stop: The last site, such as "blocks.8.hook_resid_post", or "unembed.hook_in", or the
+                number of the last block.
 
         Returns:
             The map between them; the identity where ``start`` is ``stop``.
@@ -186,3 +275,14 @@ class FrozenRun:
         ours = self.readout(self.operator.apply(self.embedding) + self.operator.bias)[real]
         logits = self.capture.frame.cast(self.capture.logits)[real]
         return float((ours - logits).abs().max() / logits.abs().max().clamp_min(TINY))
+
+
+def _again(cls: type[Run], capture: Capture, shared: bool) -> Run:
+    """A lens on a new capture, whose tensors are as they should be now."""
+    return cls(capture, WriteCheck.of(capture.tensors() if shared else ()))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, without its graph and without what shares its memory."""
+    whole = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.itemsize
+    return tensor.detach() if whole else tensor.detach().clone()

@@ -31,6 +31,9 @@ class MissingWeights:
     def __repr__(self) -> str:
         return "<weights not loaded>"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return missing, (type(self).__mro__[2], self.__node__, "")
+
 
 @cache
 def _missing_class(cls: type) -> type:

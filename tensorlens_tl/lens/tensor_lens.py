@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..attribution import TargetLike, resolve
+from ..attribution import TargetLike, check_comparable, resolve
+from ..checks import kind_of
 from ..circuits import (
     Circuit,
     ModelInfo,
@@ -20,8 +21,10 @@ from ..circuits import (
 from ..graph import Edge, Node
 from ..methods import (
     OPERATOR_METHODS,
+    LogitLens,
     TokenMatrix,
     TokenScores,
+    logit_lens,
     plan_token_matrix,
     token_matrix,
     token_scores,
@@ -29,6 +32,7 @@ from ..methods import (
 from ..operator import PLANNED, Plan
 from .attributed_run import AttributedRun
 from .saved_file import load_capture, save_capture
+from .write_check import WriteCheck
 
 
 class TensorLens(AttributedRun):
@@ -46,6 +50,10 @@ class TensorLens(AttributedRun):
     Which heads, MLPs, neurons, constants, edges?    ``lens.attribute("Paris", by="head")``
     What changed between two prompts?                ``lens.attribute(baseline=other_lens)``
     What do many targets or positions come from?     ``lens.attribute_many(pos=range(3))``
+    Where does every token of an answer come from?   ``lens.attribute_sequence("ele phant")``
+    What does every component write directly?        ``lens.dla("Paris", versus="Rome")``
+    What would the model say after each layer?       ``lens.logit_lens()``
+    What makes a direction at a layer?               ``lens.attribute(direction, site=5)``
     Which chains of heads and MLPs carry it?         ``lens.paths("Paris", k=10)``
     Which heads carry what a token contributes?      ``lens.loadings(4, "Paris")``
     How much of token j is in the output at i?       ``lens.token_matrix("norm")``
@@ -71,7 +79,7 @@ class TensorLens(AttributedRun):
 
     Attributes:
         capture: The captured run.
-        versions: Tensors of the model or the user, each with its version at the capture.
+        writes: What tells whether the weights or the returned logits were written to.
 
     Example:
         >>> from tensorlens_tl import demo
@@ -157,7 +165,16 @@ class TensorLens(AttributedRun):
             >>> len(lens.discover("Paris", versus="Rome", n_edges=20))
             20
         """
-        at = at or ("secant" if isinstance(corrupted, TensorLens) else "clean")
+        if corrupted is None and at not in (None, "clean"):
+            raise ValueError(f"at={at!r} needs a corrupted run. Pass corrupted=, or drop at=.")
+        if isinstance(corrupted, TensorLens):
+            check_comparable(self.capture, corrupted.capture, "corrupted run")
+        elif corrupted is not None:
+            raise ValueError(
+                f"corrupted is {kind_of(corrupted)}, not a lens. Capture the corrupted "
+                "prompt, and pass its lens."
+            )
+        at = at or ("clean" if corrupted is None else "secant")
         found = self.attribute(target, versus, pos, "edge", baseline=corrupted, at=at, qk=qk)
         names = list(dict.fromkeys(self._gradient(target, versus, pos).target.name))
         return select_circuit(
@@ -178,7 +195,7 @@ class TensorLens(AttributedRun):
         self,
         name: str,
         target: TargetLike = None,
-        layers: tuple[str, str] | None = None,
+        layers: tuple[str | int, str | int] | None = None,
         *,
         model: Any = None,
         **options: Any,
@@ -195,7 +212,8 @@ class TensorLens(AttributedRun):
             target: The u_i of "out" and "in_out". None is the output's own direction y_i / ‖y_i‖,
                 "prediction" the logit of each position's own prediction. A token, id or direction
                 is taken at all positions.
-            layers: Two residual sites, to measure only the operator between them; None for all.
+            layers: Two residual sites, to measure only the operator between them, or the first
+                and the last block: (0, 2) is blocks 0 to 2. None for all.
             model: The captured model, for methods that differentiate it. Their rows are for the own
                 prediction of each position.
             **options: Options of the method. Of the operator's own: ``probes`` (estimate "norm"
@@ -256,6 +274,32 @@ class TensorLens(AttributedRun):
         self._check_ready()
         goal = resolve(self.capture, target, versus, pos)
         return token_scores(name, self.capture, self.operator, goal, model, **options)
+
+    def logit_lens(self, pos: int | None = -1, norm: str = "anew") -> LogitLens:
+        """Read the residual at every site as if it were the last one: what the model would say.
+
+        Args:
+            pos: Position among the real tokens; −1 is the last. None is every position.
+            norm: How the final norm reads an earlier residual. "anew" computes its scale from that
+                residual, as the logit lens of nostalgebraist does. "frozen" keeps the scale of the
+                run: what a layer adds to the residual is then what it adds to the logits.
+
+        Returns:
+            The logits of every site, from the embeddings to the last block. The last ones are the
+            model's own.
+
+        Raises:
+            ValueError: If the position or ``norm`` does not exist, or the logits would fill memory.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> found = lens.logit_lens()
+            >>> said = [row.token for row in found.rows(k=1)]  # the likeliest token of each site
+            >>> said[0], said[-1]
+            ('is', 'Paris')
+        """
+        return logit_lens(self.capture, self.operator, pos, norm)
 
     def plan(self, what: str, **arguments: Any) -> Plan:
         """Estimate what a computation will cost, before it runs.
@@ -334,4 +378,4 @@ def load(
     """
     captured = load_capture(path, model, device)
     # Only a model's weights can be written to by others; a file's are the lens's own.
-    return TensorLens(captured, () if model is None else captured.versions())
+    return TensorLens(captured, WriteCheck.of(() if model is None else captured.tensors()))

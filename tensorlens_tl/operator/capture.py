@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..graph import FINAL_SITE, site_parts
 from ..sublayers import (
     MLP,
     Attention,
@@ -22,7 +24,6 @@ from ..sublayers import (
     ScoreWeights,
     Shift,
     Unembed,
-    version,
 )
 
 GATES = ("gate", "up", "half")
@@ -189,22 +190,23 @@ class Capture:
         storages = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None}
         return sum(t.untyped_storage().nbytes() for t in storages.values())
 
-    def versions(self, scores: bool = True) -> tuple[tuple[Tensor, int], ...]:
-        """The tensors that others could write to, logits and weights, each with its version now.
+    def tensors(self, scores: bool = True) -> tuple[Tensor, ...]:
+        """The tensors that others could write to: the logits, then the weights.
 
         Args:
-            scores: Whether to include the weights of queries and keys, which only some lenses have.
+            scores: Whether to include W_E and the weights of queries and keys, which only some
+                lenses have.
 
         Returns:
-            Pairs of a tensor and how often it was written to.
+            The logits as the model returned them, and every weight that the lens reads.
         """
-        weights: list[Any] = [self.unembed.weights, *((self.score_weights or ()) if scores else ())]
+        weights: list[Any] = [self.unembed.weights]
+        weights += [self.embed_weights, *(self.score_weights or ())] if scores else []
         for block in self.blocks:
             parts = (block.attn, block.mlp, *block.norms)
             weights += [getattr(part, "weights", None) for part in parts]
         weights.append(getattr(self.ln_final, "weights", None))
-        tensors = (self.logits, *(tensor for owner in weights for tensor in _tensors(owner)))
-        return tuple((tensor, version(tensor)) for tensor in tensors)
+        return self.logits, *(tensor for owner in weights for tensor in _tensors(owner))
 
     def prompt(self, index: int) -> Capture:
         """One prompt of the batch without its padding. Exact, as real tokens never read padding.
@@ -215,10 +217,25 @@ class Capture:
         Returns:
             A capture of batch size 1, whose tensors are views of this one's.
         """
-        start, stop = self.frame.spans[index]
-        one, pos = slice(index, index + 1), slice(start, stop)
-        frame = replace(self.frame, spans=((0, stop - start),), n_pos=stop - start)
-        tokens, strings = self.prompts.tokens[one, pos], self.prompts.strings[index]
+        return self.picked(range(index, index + 1))
+
+    def picked(self, rows: Sequence[int]) -> Capture:
+        """Some prompts of the batch, without the positions that are padding in all of them.
+
+        Args:
+            rows: The prompts' indices in the batch, at least one.
+
+        Returns:
+            A capture of those prompts. Its tensors are views of this one's if rows are neighbours.
+        """
+        spans = [self.frame.spans[row] for row in rows]
+        start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
+        one: Any = list(rows)
+        if one == list(range(one[0], one[-1] + 1)):
+            one = slice(one[0], one[-1] + 1)
+        pos, spans = slice(start, stop), tuple((a - start, b - start) for a, b in spans)
+        frame = replace(self.frame, spans=spans, n_pos=stop - start)
+        tokens, strings = self.prompts.tokens[one, pos], [self.prompts.strings[r] for r in rows]
 
         def cut(value: Any, name: str = "") -> Any:
             if isinstance(value, Frame):
@@ -237,7 +254,63 @@ class Capture:
                 return replace(value, **{name: cut(getattr(value, name), name) for name in names})
             return value
 
-        return replace(cut(self), prompts=Prompts(tokens, frame.spans, (strings,)))
+        return replace(cut(self), prompts=Prompts(tokens, frame.spans, tuple(strings)))
+
+    def until(self, site: str) -> Capture:
+        """The run up to a residual site. The residual there is its final one, and has no norm.
+
+        Args:
+            site: Name of a site that the run has; see ``FrozenTransformer.site_index``.
+
+        Returns:
+            A capture of the blocks below the site, whose tensors are those of this one.
+        """
+        if site == FINAL_SITE:
+            return self
+        layer, where = site_parts(site)
+        layer += where == "post"
+        blocks = self.blocks[:layer]
+        if where == "mid":
+            block = self.blocks[layer]
+            state, edits = block.resid_mid, block.mid_edits
+            attention = {"resid_mid": None, "mlp": None, "mid_edits": (), "post_edits": edits}
+            blocks = (*blocks, replace(block, **attention))
+        else:
+            state = self.resid_final if layer == len(self.blocks) else self.blocks[layer].resid_pre
+        ends = {"resid_final": state, "ln_final": None, "final_edit": None}
+        return replace(self, blocks=blocks, **ends, unembed=replace(self.unembed, final=state))
+
+    def mapped(
+        self, change: Callable[[Tensor], Tensor], device: torch.device | None = None
+    ) -> Capture:
+        """The same run on other tensors.
+
+        Args:
+            change: Function that makes the new tensor of an old one. It is called once for each.
+            device: Where the new tensors are; None for where the old ones are.
+
+        Returns:
+            The capture of the new tensors, weights included.
+        """
+        known: dict[int, Tensor] = {}
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if id(value) not in known:
+                    known[id(value)] = change(value)
+                return known[id(value)]
+            if isinstance(value, Frame):
+                return replace(value, device=device or value.device)
+            if isinstance(value, tuple):
+                return tuple(map(changed, value))
+            if is_dataclass(value) and not isinstance(value, type):
+                held = vars(value)  # the stand-in of weights that were not loaded holds none
+                names = [f.name for f in fields(value) if f.name in held]
+                parts = {name: changed(held[name]) for name in names}
+                return replace(value, **parts) if parts else value
+            return value
+
+        return changed(self)
 
     def with_convention(self, convention: Convention) -> Capture:
         """The same run under another convention. Nothing is run again.
@@ -262,8 +335,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif is_dataclass(value):
-        for f in fields(value):
-            yield from _tensors(getattr(value, f.name))
+        for part in vars(value).values():
+            yield from _tensors(part)
 
 
 @dataclass(frozen=True, eq=False)

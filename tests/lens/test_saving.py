@@ -5,6 +5,7 @@ import json
 import os
 import re
 import struct
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import models
 import pytest
 import torch
 from models import SHAPES
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import tensorlens_tl
-from tensorlens_tl import Attribution, CaptureMismatchError
+from tensorlens_tl import Attribution, CaptureMismatchError, demo
 from tensorlens_tl.lens import saved_file as saving
 from tensorlens_tl.lens import saved_tree as headers
 from tensorlens_tl.lens.tensor_lens import TensorLens
@@ -194,7 +196,49 @@ def test_views_of_one_memory_are_saved(lens, path):
     assert torch.equal(loaded.logits, torch.zeros_like(capture.logits))
 
 
-def test_the_models_tokenizer_is_attached_and_none_is_saved(lens, path):
+def test_a_saved_lens_reads_words_without_its_model(path):
+    """Its tokenizer's own JSON is in the file, with words that were added; nothing is executed."""
+    tokenizer = deepcopy(demo.load_model().tokenizer)
+    tokenizer.add_tokens(["Quux"])
+    lens = demo.load_model().run_with_tensorlens("The capital of France is")[1]
+    TensorLens(replace(lens.capture, tokenizer=tokenizer)).save(path, weights=True)
+    loaded = tensorlens_tl.load(path)
+    assert torch.equal(loaded.attribute("Paris").values, lens.attribute("Paris").values)
+    with pytest.raises(ValueError, match="target='Brie' is not known to the tokenizer"):
+        loaded.attribute("Brie")
+    ours, every = loaded.capture.tokenizer, range(len(tokenizer))
+    assert [ours.decode([i]) for i in every] == [tokenizer.decode([i]) for i in every]
+    for text in ("The Quux of France", " Paris", "", "<pad>"):
+        assert ours.encode(text, add_special_tokens=False) == tokenizer.encode(
+            text, add_special_tokens=False
+        )
+    assert ours.special_tokens_map == tokenizer.special_tokens_map
+    loaded.save(path, weights=True)  # from a file into a file
+    assert tensorlens_tl.load(path).attribute("Paris").target == ("'Paris'",)
+
+
+@pytest.mark.parametrize("text", ["", "!", "eJw=", None], ids=["empty", "no text", "cut", "other"])
+def test_damaged_or_missing_tokenizers(text, path):
+    _, lens = demo.load_model().run_with_tensorlens("The capital")
+    lens.save(path, weights=True)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    del metadata["tensorlens_tl tokenizer"]
+    if text is not None:
+        save_file(tensors, path, metadata | {"tensorlens_tl tokenizer": text})
+        with pytest.raises(ValueError, match="is damaged: its tokenizer cannot be read"):
+            tensorlens_tl.load(path)
+        return
+    save_file(tensors, path, metadata)  # as files of earlier releases
+    loaded = tensorlens_tl.load(path)
+    assert torch.equal(loaded.attribute(5).values, lens.attribute(5).values)
+    with pytest.raises(ValueError, match=r"no tokenizer. Pass .* load\(path, model=model\)"):
+        loaded.attribute("Paris")
+    model = demo.load_model()
+    assert tensorlens_tl.load(path, model=model).attribute("Paris").target == ("'Paris'",)
+
+
+def test_the_models_tokenizer_is_attached_and_one_without_json_is_not_saved(lens, path):
     class Tokenizer:
         def encode(self, text, add_special_tokens=False):
             return [3]
@@ -204,7 +248,7 @@ def test_the_models_tokenizer_is_attached_and_none_is_saved(lens, path):
 
     model = FIRST.model()
     TensorLens(replace(lens.capture, tokenizer=Tokenizer())).save(path, weights=True)
-    with pytest.raises(ValueError, match="Target 'x' is a string, but the model has no tokenizer"):
+    with pytest.raises(ValueError, match="target='x' is a string, but the model has no tokenizer"):
         tensorlens_tl.load(path).attribute("x")
     before, model.tokenizer = model.tokenizer, Tokenizer()
     try:
@@ -262,7 +306,7 @@ def test_a_lens_without_weights_is_saved_again(lens, path):
 
 def _parameters() -> list[str]:
     """Names of parameters that the operator uses: those whose storage a capture refers to."""
-    used = {tensor.untyped_storage().data_ptr() for tensor, _ in models.lens_of(FIRST).versions}
+    used = {t.untyped_storage().data_ptr() for t in models.lens_of(FIRST).capture.tensors(False)}
     named = FIRST.model().named_parameters()
     # Queries and keys are no part of an operator: a wrong one is found by the run's pattern.
     others = (".q.", ".k.", "qkv", "W_Q", "W_K", "b_Q", "b_K")
