@@ -4,16 +4,26 @@ A target is u · y + constant, with y the final normalized residual at one posit
 
     a token            u is the token's column of W_U, the constant its entry of b_U
     a logit direction  u = W_U w, the constant b_U · w, for weights w [d_vocab]
-    a residual one     u is the direction itself, the constant 0
+    a residual one     u is the direction itself, without constants
+    a log-probability  see below
     a difference       the first functional minus the second
 
 A soft cap of the logits is frozen: column and bias are multiplied by the cap's ratio in this run.
+
+The log-probability of a token t is not linear in the logits z. With p = softmax(z) held,
+
+    log p_t = (z_t − Σ_i p_i z_i) − H(p),     H(p) = −Σ_i p_i log p_i
+
+holds exactly. The bracket is a logit direction, the gradient of log p_t at this run. The entropy
+H(p) is a constant, the row "softmax", in nats. It is what no part of the run is given. In the
+difference of two log-probabilities the softmax cancels: it is the difference of the logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from operator import index as operator_index
 from typing import Any, SupportsIndex
 
@@ -27,6 +37,9 @@ from ..sublayers import soft_cap_ratio, take_row
 TargetLike = str | SupportsIndex | Sequence[float] | Tensor | None
 """A token string, a token id, a direction [d_vocab] or [d_model], or None: the own prediction."""
 
+OF = ("logit", "logprob")
+"""What of a token is split: the logit, or the log-probability in nats."""
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -36,35 +49,52 @@ class Target:
         name: What people call the target, one string per prompt.
         query: The position in each prompt, as a tensor index that counts padding [batch].
         covector: The direction u, so that target = u · y + constant [batch, d_model].
-        constant: What b_U adds to the target, in logits [batch].
+        constants: What constants above y add to the target, by name: b_U in logits, and softmax,
+            in nats, where the target is a log-probability [batch].
         value: The target in the model's own logits, not in the operator's [batch].
     """
 
     name: tuple[str, ...]
     query: Int[Tensor, " batch"]
     covector: Float[Tensor, "batch d_model"]
-    constant: Float[Tensor, " batch"]
+    constants: dict[str, Float[Tensor, " batch"]]
     value: Float[Tensor, " batch"]
+
+    @property
+    def constant(self) -> Float[Tensor, " batch"]:
+        """The sum of the constants [batch]."""
+        return sum(self.constants.values(), torch.zeros_like(self.value))
 
     def same(self, target: Target) -> bool:
         """Tell whether another target is the same functional under the same name."""
-        tensors = ("query", "covector", "constant", "value")
-        return self.name == target.name and all(
-            torch.equal(getattr(self, n), getattr(target, n)) for n in tensors
+        mine, others = (
+            {"query": t.query, "covector": t.covector, "value": t.value} | t.constants
+            for t in (self, target)
+        )
+        return (self.name, mine.keys()) == (target.name, others.keys()) and all(
+            torch.equal(mine[name], others[name]) for name in mine
         )
 
     def row(self, prompt: int) -> Target:
         """Take the target of one prompt of the batch."""
         one = slice(prompt, prompt + 1)
-        parts = (self.query, self.covector, self.constant, self.value)
-        return Target(self.name[one], *(part[one] for part in parts))
+        constants = {name: constant[one] for name, constant in self.constants.items()}
+        parts = self.query[one], self.covector[one], constants, self.value[one]
+        return Target(self.name[one], *parts)
 
     @classmethod
     def stack(cls, targets: Sequence[Target]) -> Target:
         """Put targets of single prompts together into one target of the batch."""
         names = tuple(name for target in targets for name in target.name)
-        parts = ("query", "covector", "constant", "value")
-        return cls(names, *(torch.cat([getattr(t, part) for t in targets]) for part in parts))
+        query, covector, value = (
+            torch.cat([getattr(t, part) for t in targets])
+            for part in ("query", "covector", "value")
+        )
+        constants = {
+            name: torch.cat([t.constants.get(name, torch.zeros_like(t.value)) for t in targets])
+            for name in dict.fromkeys(name for t in targets for name in t.constants)
+        }
+        return cls(names, query, covector, constants, value)
 
     def minus(self, versus: Target) -> Target:
         """Subtract another target at the same position.
@@ -79,16 +109,20 @@ class Target:
             The advantage of this target over ``versus``.
         """
         names = (f"{a} − {b}" for a, b in zip(self.name, versus.name, strict=True))
-        covector, constant = self.covector - versus.covector, self.constant - versus.constant
+        covector, zero = self.covector - versus.covector, torch.zeros_like(self.value)
         eps = 10 * torch.finfo(covector.dtype).eps
         size = self.covector.norm(dim=-1) + versus.covector.norm(dim=-1)
         equal = covector.norm(dim=-1) <= eps * size
-        nothing = equal & (constant.abs() <= eps * (self.constant.abs() + versus.constant.abs()))
+        nothing, constants = equal, {}
+        for name in dict.fromkeys((*self.constants, *versus.constants)):
+            a, b = self.constants.get(name, zero), versus.constants.get(name, zero)
+            constants[name] = a - b
+            nothing = nothing & ((a - b).abs() <= eps * (a.abs() + b.abs()))
         return Target(
             tuple(names),
             self.query,
             covector.masked_fill(equal[:, None], 0),
-            constant.masked_fill(nothing, 0),
+            {name: constant.masked_fill(nothing, 0) for name, constant in constants.items()},
             (self.value - versus.value).masked_fill(nothing, 0),
         )
 
@@ -96,24 +130,26 @@ class Target:
 # --- Tokens --------------------------------------------------------------------------------------
 
 
-def token_id(capture: Any, text: str) -> int:
+def token_id(capture: Any, text: str, name: str = "target") -> int:
     """Find the id of a one-token string: as given, or else without its leading space.
 
     Args:
         capture: A captured run, or anything else with a ``tokenizer``.
         text: The token as a string, such as " Mary".
+        name: The name of the user's argument, for messages.
 
     Returns:
         The id of the token.
 
     Raises:
         ValueError: If there is no tokenizer, if the string is not one token (the message shows the
-            pieces), or if the tokenizer does not know the string.
+            pieces), or if the tokenizer does not know the string (the message shows near ones).
     """
     tokenizer = capture.tokenizer
     if tokenizer is None:
         raise ValueError(
-            f"Target {text!r} is a string, but the model has no tokenizer. Pass a token id."
+            f"{name}={text!r} is a string, but the model has no tokenizer. Pass a token id, or "
+            "load a saved lens with its model: load(path, model=model)."
         )
     unknown = getattr(tokenizer, "unk_token_id", None)
     pieces: list[int] = []
@@ -122,13 +158,20 @@ def token_id(capture: Any, text: str) -> int:
         if len(ids) == 1 and ids[0] != unknown:
             return ids[0]
         pieces = pieces or ids
-    if len(pieces) == 1 or all(piece == unknown for piece in pieces):
+    if len(pieces) <= 1 or all(piece == unknown for piece in pieces):
+        words = [word.lstrip("Ġ▁") for word in tokenizer.get_vocab()]  # without marks of a space
+        near = get_close_matches(text.strip(), words)
+        like = f" such as {' or '.join(map(repr, near))}" if near else ""
+        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        whole = ", which knows whole words only" if type(model).__name__ == "WordLevel" else ""
         raise ValueError(
-            f"The tokenizer does not know the target {text!r}. Pass a known token, or a token id."
+            f"{name}={text!r} is not known to the tokenizer{whole}. Pass a known token{like}, or a "
+            "token id."
         )
     shown = ", ".join(f"{tokenizer.decode([piece])!r} #{piece}" for piece in pieces)
     raise ValueError(
-        f"Target {text!r} is {len(pieces)} tokens: {shown}. Pass one of them, or a token id."
+        f"{name}={text!r} is {len(pieces)} tokens: {shown}. Pass one of them or its id, or end the "
+        "prompt with them and call lens.attribute_sequence."
     )
 
 
@@ -150,12 +193,13 @@ def is_token(target: TargetLike) -> bool:
     return isinstance(target, str | int | None) or getattr(target, "ndim", None) == 0
 
 
-def resolve_token(capture: Capture, target: TargetLike) -> int:
+def resolve_token(capture: Capture, target: TargetLike, name: str = "target") -> int:
     """Find the id that a token string or an id stands for.
 
     Args:
         capture: The captured run, for its tokenizer and its vocabulary.
         target: A token as a string, or a token id.
+        name: The name of the user's argument, for messages.
 
     Returns:
         The id of the token.
@@ -163,11 +207,11 @@ def resolve_token(capture: Capture, target: TargetLike) -> int:
     Raises:
         ValueError: If there is no such token in the vocabulary.
     """
-    index = token_id(capture, target) if isinstance(target, str) else _as_id(target)
+    index = token_id(capture, target, name) if isinstance(target, str) else _as_id(target, name)
     d_vocab = capture.logits.shape[-1]
     if not 0 <= index < d_vocab:
         raise ValueError(
-            f"Target id {index} is outside the vocabulary. Pass an id from 0 to {d_vocab - 1}."
+            f"{name}={index} is outside the vocabulary. Pass an id from 0 to {d_vocab - 1}."
         )
     return index
 
@@ -181,6 +225,7 @@ def resolve(
     versus: TargetLike = None,
     pos: int = -1,
     predicted: Int[Tensor, " batch"] | None = None,
+    of: str = "logit",
 ) -> Target:
     """Turn a target, or a difference of two, into a functional of the final normalized residual.
 
@@ -191,15 +236,25 @@ def resolve(
         pos: Position of the prediction among the real tokens; −1 is the last.
         predicted: Ids that stand for the model's own prediction [batch]; None to read the
             prediction from this run's logits.
+        of: "logit", or "logprob" for a token's log-probability; of a difference both are the same.
 
     Returns:
         The functional, for every prompt.
 
     Raises:
-        ValueError: If a target or the position does not exist.
+        ValueError: If a target, the position or ``of`` does not exist, or if a direction is to have
+            a log-probability.
     """
+    if of not in OF:
+        raise ValueError(f"of={of!r} does not exist. Use 'logit' or 'logprob'.")
+    if of == "logprob" and not (is_token(target) and is_token(versus)):
+        raise ValueError(
+            "of='logprob' is for tokens, and a direction was passed. Pass a token, or drop of=."
+        )
     goal = resolve_target(capture, target, pos, predicted)
-    return goal if versus is None else goal.minus(resolve_target(capture, versus, pos))
+    if versus is not None:
+        return goal.minus(resolve_target(capture, versus, pos, name="versus"))
+    return goal if of == "logit" else _log_probability(capture, goal, target, pos, predicted)
 
 
 def resolve_target(
@@ -207,6 +262,7 @@ def resolve_target(
     target: TargetLike,
     pos: int = -1,
     predicted: Int[Tensor, " batch"] | None = None,
+    name: str = "target",
 ) -> Target:
     """Turn what a user names into a functional of the final normalized residual.
 
@@ -217,6 +273,7 @@ def resolve_target(
         pos: Position of the prediction among the real tokens; −1 is the last.
         predicted: Ids that stand for the model's own prediction [batch]; None to read the
             prediction from this run's logits.
+        name: The name of the user's argument, for messages.
 
     Returns:
         The functional, for every prompt.
@@ -228,22 +285,28 @@ def resolve_target(
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
     y, logits = capture.unembed.final[prompts, query], frame.cast(capture.logits[prompts, query])
     if not is_token(target):
-        return _direction(capture, target, query, y, logits)
+        return _direction(capture, target, query, y, logits, name)
     if target is None:
         ids = own_prediction(capture, pos) if predicted is None else predicted
     else:
-        ids = torch.full_like(query, resolve_token(capture, target))
+        ids = torch.full_like(query, resolve_token(capture, target, name))
     covector = frame.cast(unembed.W_U[:, ids].T)
-    constant = torch.zeros_like(y[:, 0]) if unembed.b_U is None else frame.cast(unembed.b_U[ids])
+    constants = {} if unembed.b_U is None else {"b_U": frame.cast(unembed.b_U[ids])}
     if unembed.soft_cap is not None:  # c · tanh(l / c) = ratio · l, with the ratio held
-        ratio = soft_cap_ratio((covector * y).sum(-1) + constant, unembed.soft_cap)
-        covector, constant = covector * ratio[:, None], constant * ratio
+        own = sum(constants.values(), (covector * y).sum(-1))
+        ratio = soft_cap_ratio(own, unembed.soft_cap)
+        covector = covector * ratio[:, None]
+        constants = {name: constant * ratio for name, constant in constants.items()}
     names = tuple(repr(_decode(capture, int(i))) for i in ids)
-    return Target(names, query, covector, constant, logits[prompts, ids])
+    return Target(names, query, covector, constants, logits[prompts, ids])
 
 
 def resolve_each(
-    capture: Capture, targets: Sequence[TargetLike], pos: int, predicted: Int[Tensor, " batch"]
+    capture: Capture,
+    targets: Sequence[TargetLike],
+    pos: int,
+    predicted: Int[Tensor, " batch"],
+    name: str = "target",
 ) -> Target:
     """Turn one target per prompt into one functional per prompt.
 
@@ -252,15 +315,16 @@ def resolve_each(
         targets: One target per prompt, each as in :func:`resolve_target`.
         pos: Position of the prediction among the real tokens; −1 is the last.
         predicted: Ids that stand for the model's own predictions [batch].
+        name: The name of the user's argument, for messages.
 
     Returns:
         The functional of each prompt's own target.
     """
     if not all(map(is_token, targets)):
-        goals = (resolve_target(capture, target, pos, predicted) for target in targets)
+        goals = (resolve_target(capture, target, pos, predicted, name) for target in targets)
         return Target.stack([goal.row(prompt) for prompt, goal in enumerate(goals)])
     ids = [
-        own if target is None else resolve_token(capture, target)
+        own if target is None else resolve_token(capture, target, name)
         for target, own in zip(targets, predicted.tolist(), strict=True)
     ]
     return resolve_target(capture, None, pos, torch.tensor(ids, device=predicted.device))
@@ -284,54 +348,77 @@ def expected_others(capture: Capture, ids: Int[Tensor, " batch"], pos: int = -1)
     frame = capture.frame
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
     p = _without(capture, ids, pos).softmax(-1)
-    covector, constant = _weighted(capture, p, query)
     value = (p * frame.cast(capture.logits[prompts, query])).sum(-1)
-    return Target(("the others",) * frame.batch, query, covector, constant, value)
+    return Target(("the others",) * frame.batch, query, *_weighted(capture, p, query), value)
+
+
+def _log_probability(
+    capture: Capture, goal: Target, target: TargetLike, pos: int, predicted: Tensor | None
+) -> Target:
+    """The log-probability of a token whose logit is ``goal``: z_t − Σ p z, and −H(p)."""
+    frame, query = capture.frame, goal.query
+    prompts = torch.arange(frame.batch, device=frame.device)
+    log_p = frame.cast(capture.logits[prompts, query]).log_softmax(-1)
+    p = log_p.exp()
+    if target is None:
+        ids = own_prediction(capture, pos) if predicted is None else predicted
+    else:
+        ids = torch.full_like(query, resolve_token(capture, target))
+    gradient = torch.nn.functional.one_hot(ids, p.shape[-1]) - p
+    covector, constants = _weighted(capture, gradient, query)
+    entropy = torch.special.entr(p).sum(-1)
+    names = tuple(f"log p({name})" for name in goal.name)
+    return Target(names, query, covector, constants | {"softmax": -entropy}, log_p[prompts, ids])
+
+
+def as_direction(direction: Any, name: str) -> Tensor:
+    """A direction as a tensor of one axis, detached."""
+    try:
+        u = torch.as_tensor(direction)
+    except (TypeError, ValueError, RuntimeError):
+        raise _no_target(direction, name) from None
+    if u.ndim == 0:
+        raise _no_target(direction, name)
+    if u.is_complex() or not u.isfinite().all():
+        what = "complex numbers" if u.is_complex() else "nan or inf"
+        raise ValueError(f"{name}= is a direction with {what}. Pass finite real numbers.")
+    return u.detach()
 
 
 def _direction(
-    capture: Capture, direction: Any, query: Tensor, y: Tensor, logits: Tensor
+    capture: Capture, direction: Any, query: Tensor, y: Tensor, logits: Tensor, name: str
 ) -> Target:
     """A direction in the logits [d_vocab] or in the residual [d_model], told apart by its width."""
     frame = capture.frame
     d_model, d_vocab = capture.unembed.weights.W_U.shape
-    try:
-        u = torch.as_tensor(direction)
-    except (TypeError, ValueError, RuntimeError):
-        raise _no_target(direction) from None
-    if u.ndim == 0:
-        raise _no_target(direction)
+    u = as_direction(direction, name)
     if u.ndim != 1 or u.shape[0] not in (d_model, d_vocab):
         raise ValueError(
-            f"A target of shape {list(u.shape)} is no direction of this model. Pass a direction in "
-            f"logits [{d_vocab}] or in the final residual [{d_model}]."
+            f"{name}= of shape {list(u.shape)} is no direction of this model. Pass a "
+            f"direction in logits [{d_vocab}] or in the final residual [{d_model}]."
         )
     if d_model == d_vocab:
         raise ValueError(
             f"A direction [{d_model}] has two meanings, as d_model = d_vocab. Pass a token."
         )
-    if u.is_complex() or not u.isfinite().all():
-        what = "complex numbers" if u.is_complex() else "nan or inf"
-        raise ValueError(f"The direction holds {what}. Pass finite real numbers.")
-    u = u.detach().to(y)
+    u = u.to(y)
     if u.shape[0] == d_model:
-        covector, zeros = u.expand(frame.batch, -1), torch.zeros_like(y[:, 0])
-        return Target(("residual direction",) * frame.batch, query, covector, zeros, y @ u)
-    covector, constant = _weighted(capture, u.expand(frame.batch, -1), query)
-    return Target(("logit direction",) * frame.batch, query, covector, constant, logits @ u)
+        covector = u.expand(frame.batch, -1)
+        return Target(("residual direction",) * frame.batch, query, covector, {}, y @ u)
+    weighted = _weighted(capture, u.expand(frame.batch, -1), query)
+    return Target(("logit direction",) * frame.batch, query, *weighted, logits @ u)
 
 
 def _weighted(
     capture: Capture, weights: Float[Tensor, "batch d_vocab"], query: Tensor
-) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:
-    """The covector and the constant of a weighted sum of logits, a soft cap's ratio held."""
+) -> tuple[Float[Tensor, "batch d_model"], dict[str, Float[Tensor, " batch"]]]:
+    """The covector and the constants of a weighted sum of logits, a soft cap's ratio held."""
     frame, unembed = capture.frame, capture.unembed
     ratio = unembed.ratio
     weights = weights * (take_row(ratio, query)[:, 0] if isinstance(ratio, Tensor) else ratio)
     covector = weights @ frame.cast(unembed.weights.W_U).T
     b_U = unembed.weights.b_U
-    constant = torch.zeros_like(covector[:, 0]) if b_U is None else weights @ frame.cast(b_U)
-    return covector, constant
+    return covector, {} if b_U is None else {"b_U": weights @ frame.cast(b_U)}
 
 
 def _without(capture: Capture, ids: Tensor, pos: int) -> Float[Tensor, "batch d_vocab"]:
@@ -341,18 +428,18 @@ def _without(capture: Capture, ids: Tensor, pos: int) -> Float[Tensor, "batch d_
     return frame.cast(capture.logits[prompts, query]).scatter(1, ids[:, None], -torch.inf)
 
 
-def _as_id(target: Any) -> int:
+def _as_id(target: Any, name: str) -> int:
     try:
         if isinstance(target, bool):  # True is an int to Python, but no token id
             raise TypeError
         return operator_index(target)
     except TypeError:
-        raise _no_target(target) from None
+        raise _no_target(target, name) from None
 
 
-def _no_target(target: Any) -> ValueError:
+def _no_target(target: Any, name: str) -> ValueError:
     return ValueError(
-        f"Target {target!r} of type {type(target).__name__} is no token and no direction. Pass a "
+        f"{name}={target!r} of type {type(target).__name__} is no token and no direction. Pass a "
         "string, an integer or a one-dimensional tensor."
     )
 

@@ -218,7 +218,7 @@ def test_refusals(model, tmp_path):
         (("one prompt",), {}, "prompts='one prompt' is not a non-empty list. Put"),
         (([],), {}, r"prompts=\[\] is not a non-empty list"),
         ((rows[0], rows[1][:2]), {}, "3 prompts but 2 corrupted prompts"),
-        ((rows[0], rows[1][0]), {}, "3 prompts but 1 corrupted prompts"),
+        ((rows[0], rows[1][0]), {}, "corrupted='.*' is not a non-empty list"),
         ((rows[0], None, ["Mary"]), {}, "target has 1 entries for 3 prompts"),
         (rows, {"n_edges": 10**6}, "n_edges=1000000 is not an integer from 1 to 479"),
         (rows, {"n_edges": None}, "gives neither n_edges= nor threshold="),
@@ -273,8 +273,8 @@ def test_refusals(model, tmp_path):
         ),
         (
             ([torch.tensor([1, 5, 6])] * 2,),
-            {"attention_mask": torch.ones(2, 3)},
-            r"attention_mask holds real numbers, .* Pass mask.long\(\)",
+            {"attention_mask": torch.full((2, 3), 0.5)},
+            "attention_mask holds other numbers than 1 and 0. Give 1 where a token is real",
         ),
         (
             rows,
