@@ -85,6 +85,13 @@ def plain_names(cls: Class) -> Class:
     return cls
 
 
+def whole(number: Any, name: str) -> int:
+    """Return ``number`` as an int; refuse it, calling it ``name``, unless it is an integer."""
+    if not is_int(number):
+        raise ValueError(f"{name}={number!r} is not an integer. Pass a whole number, such as 0.")
+    return int(number)
+
+
 def at_least_one(number: Any, name: str) -> int:
     """Return ``number`` as an int; refuse it, calling it ``name``, unless it is an integer ≥ 1."""
     if not is_int(number) or number < 1:

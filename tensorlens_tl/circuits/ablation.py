@@ -35,6 +35,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -42,13 +43,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import at_least_one
+from ..checks import at_least_one, whole
 from ..graph import Edge, Node
 from .edge_averages import first_edges, ranked_scores
 from .edge_patching import EdgeModel, Writes, edge_model
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
-from .prompt_pairs import LogitMetric, Metric, Pairs, paired
+from .prompt_pairs import LogitMetric, Metric, Pairs, check_metric, paired
 
 ABLATIONS = ("resample", "mean", "zero")
 ATTENTION = ("live", "frozen")
@@ -104,6 +105,8 @@ class AblationOptions:
             )
         if self.batch_size is not None:
             at_least_one(self.batch_size, "batch_size")
+        whole(self.seed, "seed")
+        check_metric(self.metric, self.pos)
 
     @classmethod
     def of(cls, options: AblationOptions, changes: Mapping[str, Any]) -> AblationOptions:
@@ -117,8 +120,14 @@ class AblationOptions:
             The options with the new values.
 
         Raises:
-            ValueError: If there is no field of a name, or a value is not allowed.
+            ValueError: If ``options`` is something else, there is no field of a name, or a value is
+                not allowed.
         """
+        if not isinstance(options, cls):
+            raise ValueError(
+                f"options={options!r} is not AblationOptions. Pass AblationOptions(…), or its "
+                "fields as arguments, such as ablation='zero'."
+            )
         names = [field.name for field in fields(cls)]
         for name in changes:
             if name not in names:
@@ -222,6 +231,11 @@ def faithfulness_of_many(
         True
     """
     options = AblationOptions.of(options, changes)
+    if not isinstance(circuits, Mapping):
+        raise ValueError(
+            f"circuits is a {type(circuits).__name__}, not a dictionary of circuits by name. Pass "
+            "{'mine': circuit}."
+        )
     with edge_model(model) as edged, torch.no_grad():
         for circuit in circuits.values():
             _check_model(edged, circuit)
@@ -283,7 +297,8 @@ def faithfulness_curve(
     """
     options = AblationOptions.of(options, changes)
     shares = list(sizes) if isinstance(sizes, Iterable) else []
-    if not shares or not all(0 <= s <= 1 for s in shares) or sorted(set(shares)) != shares:
+    numbers = all(isinstance(s, Real) and 0 <= s <= 1 for s in shares)
+    if not shares or not numbers or sorted(set(shares)) != shares:
         raise ValueError(
             f"sizes={sizes!r} are not increasing shares of all edges. Pass numbers from 0 to 1, "
             "smallest first."

@@ -35,7 +35,7 @@ from ..attribution import (
     own_prediction,
     resolve_each,
 )
-from ..checks import as_list, at_least_one, one_each, write_whole
+from ..checks import as_list, at_least_one, one_each, whole, write_whole
 from ..graph import Edge
 from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
@@ -154,6 +154,8 @@ def discover(
     # 3. What is done already.
     file = None
     if path is not None:
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"path={path!r} is not the path of a file. Pass a string.")
         file = _File(Path(os.path.realpath(path)), work.digest(info), len(work))
         scores, n = file.read(info)
         means = torch.tensor([scores.get(edge, 0.0) for edge in edges], dtype=torch.double)
@@ -232,6 +234,7 @@ class _Work:
         goals = one_each(target, n, "target"), one_each(versus, n, "versus")
         others = [None] * n if corrupted is None else list(corrupted)
         rows = list(zip(prompts, others, *goals, strict=True))
+        whole(seed, "seed")
         if sample is not None:
             if at_least_one(sample, "sample") > n:
                 raise ValueError(f"sample={sample} is more than the {n} prompts. Pass at most {n}.")

@@ -94,10 +94,20 @@ def ranked_scores(
     if given is not ranking and not given:
         raise ValueError(NO_SCORES)
     ranked = isinstance(given, Mapping)
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(
+            f"ranking={ranking!r} does not rank edges. Pass scores by edge, or a list of edges, "
+            "best first."
+        )
     scores: Mapping[Any, float] = given if ranked else dict.fromkeys(given, 0.0)
     found: dict[Edge, float] = {}
     for edge, score in scores.items():
         edge = Edge.parse(edge) if isinstance(edge, str) else edge
+        if not isinstance(edge, Edge) or not hasattr(score, "__float__"):
+            raise ValueError(
+                f"ranking holds {edge} with the score {score!r}, but needs an edge and a number. "
+                "Pass edges such as 'L0H1→logits'."
+            )
         if edge.src.kind in ("embed", "pos_embed"):
             edge = Edge(INPUT, edge.dest)
         found[edge] = found.get(edge, 0.0) + score

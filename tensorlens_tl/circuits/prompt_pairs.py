@@ -97,6 +97,21 @@ def paired(adapter: Adapter, prompts: Any, corrupted: Any = None) -> list[Pairs]
     return found
 
 
+def check_metric(metric: Any, pos: Any) -> None:
+    """Refuse a metric that is not a function, and a position that is not an integer.
+
+    Raises:
+        ValueError: If one of them is something else.
+    """
+    if metric is not None and not callable(metric):
+        raise ValueError(
+            f"metric={metric!r} is not a function. Pass a function of logits and indices, or "
+            "use target= and versus=."
+        )
+    if not is_int(pos):
+        raise ValueError(f"pos={pos!r} is not an integer. The last position is -1.")
+
+
 @dataclass(frozen=True, eq=False)
 class LogitMetric:
     """One number per prompt, read off the logits at one position.
@@ -135,13 +150,7 @@ class LogitMetric:
             ValueError: If a token does not exist, a list has another length than n, a metric is not
                 a function, or both a metric and a target are given.
         """
-        if metric is not None and not callable(metric):
-            raise ValueError(
-                f"metric={metric!r} is not a function. Pass a function of logits and indices, or "
-                "use target= and versus=."
-            )
-        if not is_int(pos):
-            raise ValueError(f"pos={pos!r} is not an integer. The last position is -1.")
+        check_metric(metric, pos)
         if metric is not None and (target is not None or versus is not None):
             raise ValueError(
                 "metric= and target= (or versus=) are both given, but only one is measured. Drop "

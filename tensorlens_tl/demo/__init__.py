@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from ..checks import at_least_one
 from ..hosts import load_model as load_host
 from .facts import COUNTRIES, PHRASINGS, RELATIONS
 from .grammar import TASKS, Document, document, induction, text
@@ -110,8 +111,7 @@ def unseen(task: str, n: int, seed: int, length: int | None = None) -> list[Docu
     """
     if task not in TASKS:
         raise ValueError(f"There is no task {task!r}. Choose one of {', '.join(TASKS)}.")
-    if n < 1:
-        raise ValueError(f"n={n} is below 1. Ask for at least one prompt.")
+    at_least_one(n, "n")
     rng = random.Random(f"{task} {seed}")
     if task == "induction":
         return [induction(rng, length or rng.randrange(4, 26)) for _ in range(n)]

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+from ..checks import is_int
 from .significance import Number, rank_correlation
 
 Masked = int
@@ -359,8 +360,8 @@ def measures(
             Eraser("sufficiency", metric, name, shares, keeps=True),
         )
     if protocol == "naopc":
-        if beam < 1:
-            raise ValueError(f"beam={beam} keeps no order in the search. Use 1 or more.")
+        if not is_int(beam) or beam < 1:
+            raise ValueError(f"beam={beam!r} keeps no order in the search. Use 1 or more.")
         return (Naopc("naopc", metric, f"beam {beam}", beam=beam),)
     return (LeaveOneOut("leave_one_out", metric),)
 
@@ -383,11 +384,14 @@ def _fractions(
                 f"preset={name!r} does not exist. Use one of {', '.join(PRESETS)}, or fractions."
             )
         return name, PRESETS[name]
-    shares = tuple(float(f) for f in preset)
+    try:
+        shares = tuple(float(f) for f in preset)
+    except (TypeError, ValueError):
+        shares = ()
     if len(shares) < 2 or not all(0 <= f <= 1 for f in shares):
         raise ValueError(
-            f"preset={list(shares)} is not at least two fractions between 0 and 1. Write 30 % as "
-            "0.3."
+            f"preset={list(shares) or preset!r} is not at least two fractions between 0 and 1. "
+            "Write 30 % as 0.3."
         )
     if any(b <= a for a, b in pairwise(shares)):
         raise ValueError(f"preset={list(shares)} does not grow. List the smallest fraction first.")

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-from ..checks import at_least_one
+from ..checks import at_least_one, kind_of, whole
 from ..hosts import Adapter, adapt, each_prompt
 from ..methods import METHODS, check_method
 from .masking import METRICS, MaskedRuns, Masking
@@ -109,12 +109,12 @@ def evaluate(
     # 1. The question.
     if scores is not None and not isinstance(scores, Mapping):
         raise ValueError(
-            f"scores is a {type(scores).__name__}, not a dictionary by method. Pass "
-            f"{{'mine': scores}}."
+            f"scores is {kind_of(scores)}, not a dictionary by method. Pass {{'mine': scores}}."
         )
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r} does not exist. Use one of {', '.join(METRICS)}.")
-    batch_size, own = at_least_one(batch_size, "batch_size"), dict(scores or {})
+    batch_size, seed = at_least_one(batch_size, "batch_size"), whole(seed, "seed")
+    own = dict(scores or {})
     asked, adapter = _measures(protocol, preset, metric, beam), adapt(model)
     maskings = _maskings(masking, adapter, mask_token)
     # 2. Scores.
@@ -205,12 +205,16 @@ def _read(
 # --- What a user asks for ------------------------------------------------------------------------
 
 
-def _listed(given: Any) -> list[Any]:
-    return [given] if isinstance(given, str | Measure) else list(given)
+def _listed(given: Any, name: str) -> list[Any]:
+    if isinstance(given, str | Measure):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{name}={given!r} is not a name or a list of names. Pass one of them.")
+    return list(given)
 
 
 def _maskings(masking: Any, adapter: Adapter, mask_token: str | int | None) -> list[Masking]:
-    kinds = _listed(masking)
+    kinds = _listed(masking, "masking")
     if mask_token is not None and "token" not in kinds:
         raise ValueError(
             f"mask_token= is used by masking='token' only, not by masking={masking!r}. Drop "
@@ -225,7 +229,7 @@ def _selected(scored: Scored, methods: Any, *others: Any) -> Scored:
             "target=, versus= and options= cannot change scores that are made already. Pass them "
             "to score()."
         )
-    names = list(scored.scores) if methods is None else _listed(methods)
+    names = list(scored.scores) if methods is None else _listed(methods, "methods")
     if absent := [name for name in names if name not in scored.scores]:
         raise ValueError(
             f"There are no scores by {', '.join(absent)}. The scores are by "
@@ -240,7 +244,14 @@ def _names(
     """The methods that are asked for, known and with known options."""
     if methods is None:
         methods = [] if own else list(METHODS)
-    names = list(dict.fromkeys(_listed(methods)))
+    names = list(dict.fromkeys(_listed(methods, "methods")))
+    if not isinstance(options, Mapping) or not all(
+        isinstance(own, Mapping) for own in options.values()
+    ):
+        raise ValueError(
+            f"options={options!r} is not a dictionary of dictionaries. Pass options by method: "
+            "{'norm': {'probes': 16}}."
+        )
     if both := [name for name in own if name in METHODS]:
         raise ValueError(
             f"scores={{{both[0]!r}: …}} has the name of a method. Give your scores another name."
@@ -261,7 +272,7 @@ def _measures(
     protocol: Any, preset: str | Sequence[Number] | None, metric: str, beam: int
 ) -> list[Measure]:
     asked: list[Measure] = []
-    for one in _listed(protocol):
+    for one in _listed(protocol, "protocol"):
         asked += [one] if isinstance(one, Measure) else measures(one, preset, metric, beam)
     if not asked:
         raise ValueError("protocol=[] names no protocol. Name at least one.")

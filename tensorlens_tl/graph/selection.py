@@ -24,6 +24,7 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 from ..checks import is_int
 from .nodes import Edge, Node
@@ -139,8 +140,12 @@ def select(
     size, least = len(scores), -math.inf
     if threshold is None:
         size = _count(n_edges, len(scores))
-    elif isinstance(threshold, bool) or not math.isfinite(threshold):
-        raise ValueError(f"threshold={threshold!r} is not finite. Pass a finite number.")
+    elif (
+        isinstance(threshold, bool)
+        or not isinstance(threshold, Real)
+        or not math.isfinite(threshold)
+    ):
+        raise ValueError(f"threshold={threshold!r} is not a finite number. Pass one such as 0.05.")
     else:
         least = threshold
     growth = _Growth(values, size)

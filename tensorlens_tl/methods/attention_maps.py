@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import need
+from ..checks import need, whole
 from ..operator import Capture
 
 Matrix = Float[Tensor, "batch query_pos key_pos"]
@@ -155,6 +155,7 @@ def random(capture: Capture, seed: int = 0) -> Matrix:
     Returns:
         Numbers in [0, 1); 0 where attention cannot carry the source to the destination.
     """
+    whole(seed, "seed")
     numbers = torch.zeros_like(identity(capture))
     for prompt, (start, stop) in enumerate(capture.frame.spans):
         ids = capture.prompts.tokens[prompt, start:stop].tolist()
