@@ -9,12 +9,12 @@ Key concepts:
 from .averages import MeanAttribution, mean_attribution
 from .contrast import check_comparable, difference, fixed_baseline, mean_embedding
 from .head_loadings import loadings
-from .html import strip_html
+from .html import grid_html, legend_html, strip_html
 from .paths import Paths, find_paths
 from .splits import attribute, attribute_many
 from .table import Attribution, Source
 from .table_builder import TableBuilder
-from .target_gradient import GradientCache, TargetGradient
+from .target_gradient import GradientCache, TargetGradient, resolve_at_site
 from .targets import (
     Target,
     TargetLike,
@@ -45,12 +45,15 @@ __all__ = [
     "expected_others",
     "find_paths",
     "fixed_baseline",
+    "grid_html",
+    "legend_html",
     "likeliest_others",
     "loadings",
     "mean_attribution",
     "mean_embedding",
     "own_prediction",
     "resolve",
+    "resolve_at_site",
     "resolve_each",
     "resolve_target",
     "resolve_token",

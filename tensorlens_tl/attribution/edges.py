@@ -88,7 +88,7 @@ class Writers:
         parts: list[Factored | Tensor | None] = [Factored(e[None]) for e in embeddings.values()]
         fine = capture.logits.dtype == operator.frame.dtype  # a coarser residual is mostly rounding
         after = [step.state if fine else None for step in steps[1:]]
-        for step, then in zip(steps, [*after, None], strict=True):
+        for step, then in zip(steps, [*after, None][: len(steps)], strict=True):
             last = step.layer == steps[-1].layer
             parts += _write(step, query if last else None, then)
         return cls(sum(names, ()), tuple(accumulate(map(len, names))), tuple(parts))

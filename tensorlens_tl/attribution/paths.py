@@ -32,6 +32,7 @@ from ..checks import at_least_one, need
 from ..graph import Node
 from ..operator import Capture, Convention, FrozenTransformer
 from ..sublayers import DENSE_LIMIT
+from .html import UNIT
 from .path_bounds import NodeMap, StepParts, bounds_by_site
 from .targets import Target
 
@@ -146,7 +147,8 @@ class Paths(Sequence[Path]):
     def to_json(self) -> str:
         """Write the paths as JSON, with all that is needed to read them."""
         names = ("target", "target_value", "exact", "largest_unexplored", "expansions")
-        data: dict[str, Any] = {"format": FORMAT} | {name: getattr(self, name) for name in names}
+        data: dict[str, Any] = {"format": FORMAT, "unit": UNIT}
+        data |= {name: getattr(self, name) for name in names}
         data |= {"convention": asdict(self.convention), "paths": [_plain(path) for path in self]}
         return json.dumps(data, ensure_ascii=False)
 
@@ -283,8 +285,8 @@ def find_paths(
     u[:, target.query] = target.covector
     at = int(target.query) if by_position else None
     if constants:  # those above the last site
-        if capture.unembed.weights.b_U is not None:
-            best.offer(float(target.constant), "b_U", None, ((), ()))
+        for name, constant in target.constants.items():
+            best.offer(float(constant), name, None, ((), ()))
         for name, constant in ln_final.constants().items():
             best.offer(float((u * constant).sum()), name, at, ((), ()))
     root = ln_final.apply_t(u)

@@ -14,8 +14,6 @@ from ..operator import Capture
 from .table import Attribution, Source
 from .targets import Target
 
-_B_U = Node("constant", name="b_U")
-
 
 class TableBuilder:
     """Collects sources and their contributions to one target, and makes an Attribution of them."""
@@ -45,10 +43,10 @@ class TableBuilder:
         self.sources += [Source(node, pos) for pos in range(values.shape[1])]
         self.values.append(values)
 
-    def add_b_U(self) -> None:
-        """Add the row of the unembedding's bias, where the model has one."""
-        if self.capture.unembed.weights.b_U is not None:
-            self.add([_B_U], self.target.constant[:, None])
+    def add_constants(self) -> None:
+        """Add the rows of what stands above the final norm: b_U, and the softmax."""
+        for name, constant in self.target.constants.items():
+            self.add([Node.parse(name)], constant[:, None])
 
     def to_attribution(
         self,
@@ -70,7 +68,7 @@ class TableBuilder:
         if labels is None:
             labels = _labels(capture, self.sources, read=(by, effect) == ("head", "direct"))
         return Attribution(
-            values=torch.cat(self.values, -1),
+            values=torch.cat([target.value.new_zeros(len(target.value), 0), *self.values], -1),
             sources=tuple(self.sources),
             labels=labels,
             by=by,

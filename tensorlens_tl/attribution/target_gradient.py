@@ -1,4 +1,4 @@
-"""One target of a run, and its gradient at every site of the residual stream."""
+"""One target of a run, its gradient at every site, and targets at a site of the residual stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..operator import Capture, FrozenTransformer, Trace
-from .targets import Target
+from ..sublayers import take_row
+from .targets import Target, TargetLike, as_direction, is_token
 
 Effects = dict[str, Float[Tensor, "batch pos"]]
 """What constants add to a target, by the constant's name, in units of the target."""
@@ -87,6 +88,47 @@ class GradientCache:
         found = TargetGradient(self.capture, self.operator, target)
         self.latest = [*self.latest, found][-self.size :]
         return found
+
+
+def resolve_at_site(
+    capture: Capture, site: str, target: TargetLike, versus: TargetLike = None, pos: int = -1
+) -> Target:
+    """Turn a direction into a functional of the residual that a run was cut at.
+
+    Args:
+        capture: The run up to the site, of ``Capture.until``.
+        site: Name of the site, for the target's name.
+        target: A direction [d_model].
+        versus: A direction that is subtracted, or None.
+        pos: Position of the residual among the real tokens; −1 is the last.
+
+    Returns:
+        The functional ⟨direction, residual⟩, for every prompt.
+
+    Raises:
+        ValueError: If a direction is something else, or the position does not exist.
+    """
+    query, width = capture.frame.index(pos), capture.embed.shape[-1]
+    state = take_row(capture.unembed.final, query)[:, 0]
+
+    def one(direction: TargetLike, name: str) -> Target:
+        if is_token(direction):
+            raise ValueError(
+                f"{name}={direction!r} is no direction, which site= needs. Pass one [{width}], or "
+                "drop site=."
+            )
+        u = as_direction(direction, name)
+        if u.shape != (width,):
+            raise ValueError(
+                f"{name}= of shape {list(u.shape)} is no direction at {site}. Pass a "
+                f"direction [{width}]."
+            )
+        u = u.to(state)
+        names = (f"direction at {site}",) * len(state)
+        return Target(names, query, u.expand(len(state), -1), {}, state @ u)
+
+    goal = one(target, "target")
+    return goal if versus is None else goal.minus(one(versus, "versus"))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

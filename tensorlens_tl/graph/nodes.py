@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..checks import is_int
+
 FINAL_SITE = "unembed.hook_in"
 """Site of the final normalized residual, which the unembedding reads."""
 
@@ -45,6 +47,25 @@ def site_parts(site: str) -> tuple[int, str]:
     layer = start.removeprefix("blocks.")
     named = layer.isdecimal() and resid_site(int(layer), where) == site
     return (int(layer), where) if named else (-1, "")
+
+
+def numbered_site(site: str | int, n_layers: int, where: str) -> str | int:
+    """Name a site that was given by the number of its block.
+
+    Args:
+        site: Number of the block, negative ones from the end, or anything else.
+        n_layers: Number of blocks.
+        where: "pre" for what the block reads, "post" for what it leaves.
+
+    Returns:
+        The name of the site; ``site`` itself where it is not the number of a block.
+
+    >>> numbered_site(-1, 12, "post")
+    'blocks.11.hook_resid_post'
+    """
+    if is_int(site) and -n_layers <= site < n_layers:
+        return resid_site(int(site) % n_layers, where)
+    return site
 
 
 @dataclass(frozen=True)
@@ -116,7 +137,7 @@ class Node:
         """
         if text in ("embed", "pos_embed", "input", "logits"):
             return cls(text)
-        if text in ("b_U", "ln_final.b") or (text.endswith("[user]") and text[0] != "L"):
+        if text in ("b_U", "ln_final.b", "softmax") or (text.endswith("[user]") and text[0] != "L"):
             return cls("constant", name=text)
         if text in _CHANGES:
             return cls("change", name=text)

@@ -95,10 +95,13 @@ class BridgeAdapter(Adapter):
                 "unembedding. Call tensorlens_tl.wrap(model).enable_compatibility_mode() first, "
                 "which folds that in."
             )
-        for name, module in self.model.named_modules():
-            where = re.sub(r"\._?original_component\b.*", "", name)
-            if is_adapted(module) and not where.endswith(("attn.q", "attn.k")):
-                raise UnsupportedArchitectureError(merge_first(where))
+        if adapter_at(self.model):
+            # A module has several names here; the Bridge's own leads through no wrapped module.
+            for name, module in self.model.named_modules(remove_duplicate=False):
+                where, inner, rest = name.partition("._original_component")
+                if is_adapted(module) and inner and not rest:
+                    if not where.endswith(("attn.q", "attn.k")):
+                        raise UnsupportedArchitectureError(merge_first(where))
         attention = getattr(config, "_attn_implementation", "eager")
         if attention not in ("eager", None) and self.attends_apart:
             raise ValueError(
@@ -306,10 +309,16 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
         The Bridge around the model, in the same mode (training or evaluation).
 
     Raises:
+        ValueError: If the model is inside another Bridge.
         UnsupportedArchitectureError: If the Bridge cannot be built or run, or gives other logits.
             The model is then as it was.
     """
     name = type(model).__name__
+    if any(type(module).__module__.startswith("transformer_lens.") for module in model.modules()):
+        raise ValueError(
+            f"This {name} is inside a TransformerBridge already, which wrap did not make. "
+            "Pass that Bridge in its place."
+        )
     check_architecture(name, model)
     adapted, (what, remedy) = adapter_at(model), faulty_option(name, model.config)
     before = snapshot(model)

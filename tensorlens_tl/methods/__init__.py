@@ -2,20 +2,24 @@
 
 Key concepts:
     METHODS: Every method by name.
+    LogitLens: What every residual of a run says as logits.
     TokenMatrix: How much of token j is in position i, for every prompt.
     TokenScores: How much of a target is due to every token.
 """
 
+from .logit_lens import LogitLens, logit_lens
 from .operator_matrices import OPERATOR_METHODS, plan_token_matrix
 from .registry import METHODS, check_method, token_matrix, token_scores
 from .tables import TokenMatrix, TokenScores
 
 __all__ = [
+    "LogitLens",
     "METHODS",
     "OPERATOR_METHODS",
     "TokenMatrix",
     "TokenScores",
     "check_method",
+    "logit_lens",
     "plan_token_matrix",
     "token_matrix",
     "token_scores",

@@ -18,7 +18,16 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph import FINAL_SITE, Edge, Node, Wiring, as_edges, resid_site, site_parts
+from ..graph import (
+    FINAL_SITE,
+    Edge,
+    Node,
+    Wiring,
+    as_edges,
+    numbered_site,
+    resid_site,
+    site_parts,
+)
 from ..sublayers import Chain, Frame, Identity, LinearMap, Norm, Shift
 from .blocks import StepChain
 from .capture import Capture
@@ -118,7 +127,7 @@ class FrozenTransformer(StepChain):
         last = resid_site(self.steps[-1].layer, "post")
         return (*(step.site for step in self.steps), last, FINAL_SITE)
 
-    def site_index(self, site: str) -> int:
+    def site_index(self, site: str | int) -> int:
         """The place of a site in :attr:`sites`.
 
         Args:
@@ -135,18 +144,25 @@ class FrozenTransformer(StepChain):
         if site not in self.sites and where == "post":
             name = resid_site(layer + 1, "pre")
         if name not in self.sites:
+            names = []
+            for known in self.sites:
+                layer, where = site_parts(known)
+                # What a block leaves is what the next one reads: one site with two names.
+                names += [resid_site(layer - 1, "post")] if where == "pre" and layer else []
+                names.append(known)
             raise ValueError(
-                f"This model has no residual site {site!r}. Pass one of {', '.join(self.sites)}."
+                f"This model has no residual site {site!r}. Pass one of {', '.join(names)}."
             )
         return self.sites.index(name)
 
-    def between(self, start: str, stop: str) -> Segment:
+    def between(self, start: str | int, stop: str | int) -> Segment:
         """The operator from one residual site to a later one.
 
         Args:
-            start: Site that the part starts from, such as "blocks.2.hook_resid_pre".
+            start: Site that the part starts from, such as "blocks.2.hook_resid_pre". A number is
+                the first block of the part.
             stop: Site that the part ends at, such as "blocks.8.hook_resid_post". "unembed.hook_in"
-                is the site after the final norm.
+                is the site after the final norm. A number is the last block of the part.
 
         Returns:
             The part of the operator. It is the identity where both sites are the same.
@@ -154,7 +170,9 @@ class FrozenTransformer(StepChain):
         Raises:
             ValueError: If a site does not exist, or ``stop`` comes before ``start``.
         """
-        first, last = self.site_index(start), self.site_index(stop)
+        n_layers = self.steps[-1].layer + 1
+        first = self.site_index(numbered_site(start, n_layers, "pre"))
+        last = self.site_index(numbered_site(stop, n_layers, "post"))
         if last < first:
             raise ValueError(f"The site {stop!r} comes before {start!r}. Swap the two sites.")
         return Segment(self.frame, self.in_dim, self.map.maps[first:last])

@@ -18,12 +18,14 @@ class NormWeights:
         b: The bias, or None.
         center: Whether the norm subtracts the mean, as LayerNorm does and RMSNorm does not.
         offset: Number added to the weight (1 for Gemma).
+        eps: The ε that the norm adds to the variance; None where it is not known.
     """
 
     w: Float[Tensor, " d"] | None
     b: Float[Tensor, " d"] | None
     center: bool
     offset: float = 0.0
+    eps: float | None = None
 
     @property
     def gain(self) -> Float[Tensor, " d"] | None:

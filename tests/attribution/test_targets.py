@@ -45,12 +45,15 @@ def test_integers_of_every_kind():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"target": torch.full((D_VOCAB,), torch.nan)}, "holds nan or inf. Pass finite real"),
+        (
+            {"target": torch.full((D_VOCAB,), torch.nan)},
+            "target= is a direction with nan or inf. Pass finite real",
+        ),
         (
             {"target": torch.zeros(D_VOCAB, dtype=torch.complex64)},
-            "direction holds complex numbers",
+            "direction with complex numbers",
         ),
-        ({"target": 3.0}, "Target 3.0 of type float is no token and no direction"),
+        ({"target": 3.0}, "target=3.0 of type float is no token and no direction"),
         ({"target": [3, 4]}, r"shape \[2\] is no direction .* direction in logits \[50\]"),
         ({"pos": 1.5}, "Position 1.5 is not an integer"),
         ({"at": "corrupted"}, "at='corrupted' needs a baseline"),

@@ -582,7 +582,7 @@ def test_refused_sizes_and_runs():
             lens.discover(3, **kwargs)
     with quiet(), torch.no_grad():
         _, shorter = tensorlens_tl.capture(case.model(), tokens()[:, :5])
-    with pytest.raises(ValueError, match=r"prompt 0 has 7, its baseline 5. Reword the corr"):
+    with pytest.raises(ValueError, match=r"prompt 0 has 7, its corrupted run 5. Reword the corr"):
         lens.discover(3, n_edges=5, corrupted=shorter)
     scores = dict.fromkeys(lens.operator.wiring.edges(), math.nan)
     with pytest.raises(ValueError, match=r"The score of input→L0H0\.q is nan"):

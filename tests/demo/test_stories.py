@@ -49,7 +49,7 @@ def test_text_prompts_and_targets(model):
     assert torch.equal(lens.attribute().values, lens.attribute("Lily").values)
     assert torch.equal(lens.attribute(" Lily").values, lens.attribute("Lily").values)
     assert lens.attribute().labels[0][0] == '"<s>"@0'
-    with pytest.raises(ValueError, match=r"Target ' Mary' is \d tokens: .*Pass one of them"):
+    with pytest.raises(ValueError, match=r"target=' Mary' is \d tokens: .*Pass one of them"):
         lens.attribute(" Mary")
 
 
