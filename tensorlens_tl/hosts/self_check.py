@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..operator import CaptureMismatchError
+from ..operator import CaptureMismatchError, tolerance
 from ..sublayers import TINY, AnyMix, AttentionWeights, Frame, Norm, NormWeights, version
 
 
@@ -46,19 +46,13 @@ def not_finite(name: str, model: nn.Module) -> str:
     )
 
 
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative error at which a product is refused, by the model's dtype.
-
-Hosts compute norms in float32 inside float64 models, which alone costs 1e-7.
-"""
-
 _SAMPLE = 16
 """Positions at which an activation is compared: it is the same function everywhere."""
 
-_ROUNDINGS = 8
+_ROUNDINGS = 2
 """Units of rounding by which a mean and a sum over the width may be off, in all.
 
-A sum of d terms in pairs or blocks is off by a few units of its terms' norm, whatever d is.
+A sum of d terms in blocks is off by about a unit of its terms' norm, whatever d is.
 """
 
 Suspect = tuple[str, Tensor, Callable[[], Tensor]]
@@ -89,7 +83,7 @@ class SelfCheck:
 
     def __init__(self, model: Any, frame: Frame, model_dtype: torch.dtype):
         self.model, self.frame, self.real = model, frame, frame.real
-        self.tolerance = max(_TOLERANCE.get(dtype, 1e-4) for dtype in (model_dtype, frame.dtype))
+        self.tolerance = tolerance(model_dtype, frame.dtype)
         # A state rounds at its own size: in half precision that hides small changes.
         self.rounding = 1.0 if model_dtype in (torch.bfloat16, torch.float16) else 0.05
         # Hosts compute norms in float32 at least, and the operator in its own dtype.
