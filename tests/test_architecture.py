@@ -79,7 +79,7 @@ def cross_room_imports(path: Path, tree: ast.Module, package: Path):
             parts = (*above, *(node.module or "").split(".")) if node.module else above
             names = [alias.name for alias in node.names]
             rooms = (
-                [(*parts[:1], len(parts) > 1, names)] if parts else [(n, False, [n]) for n in names]
+                [(*parts[:1], len(parts) > 1, names)] if parts else [(n, False, []) for n in names]
             )
             for there, inside, taken in rooms:
                 if there != room_of(path, package):
@@ -254,7 +254,23 @@ def test_public_names_exist_and_are_documented():
         assert not (PACKAGE / f"{name}.py").exists()
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = tensorlens_tl.nothing
-    assert set(tensorlens_tl.__all__) <= set(dir(tensorlens_tl))
+
+
+def test_tab_completion_shows_the_public_names_and_only_those():
+    documented = sorted((PACKAGE.parent / "docs" / "api").glob("*.rst"))
+    modules = re.findall(
+        r"^.. module:: tensorlens_tl\.(\w+)", "".join(map(Path.read_text, documented)), re.M
+    )
+    assert dir(tensorlens_tl) == sorted([*tensorlens_tl.__all__, *modules, "__version__"])
+    code = (
+        "import sys, tensorlens_tl; print('torch' in sys.modules)\n"
+        f"for name in {modules}: print(getattr(tensorlens_tl, name).__name__)\n"
+        "names = {}; exec('from tensorlens_tl import *', names); names.pop('__builtins__')\n"
+        "print(sorted(names) == tensorlens_tl.__all__)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = ["False", *(f"tensorlens_tl.{name}" for name in modules), "True"]
+    assert out.stdout.split() == expected
 
 
 def test_the_stub_names_what_is_loaded_late():
@@ -264,7 +280,6 @@ def test_the_stub_names_what_is_loaded_late():
     stubbed = {
         alias.asname or alias.name: node.module for node in stub.body for alias in node.names
     }
-    old = tensorlens_tl._OLD_NAMES
-    homes = {name: tensorlens_tl._HOMES[old.get(name, name)] for name in stubbed}
-    assert stubbed == homes
-    assert stubbed.keys() == {*tensorlens_tl._HOMES, *old}
+    homes = tensorlens_tl._HOMES
+    old = {name: homes[new] for name, new in tensorlens_tl._OLD_NAMES.items()}
+    assert stubbed == homes | old | dict.fromkeys(tensorlens_tl._SUBMODULES)

@@ -1,5 +1,7 @@
 """The method on the host classes: there before or after the host's import, and off again."""
 
+import doctest
+import pydoc
 import re
 import subprocess
 import sys
@@ -45,5 +47,13 @@ def test_every_model_has_the_method(case):
     assert all(ours[name] == theirs[name] for name in list(ours)[1:])
     documented = set(re.findall(r"^ {8}\**(\w+): ", method.__doc__.split("Returns:")[0], re.M))
     assert documented == set(ours) - {"self"}
+    assert "same call" not in method.__doc__ and "capture(" not in method.__doc__
+    assert "same call" in tensorlens_tl.capture.__doc__
+    shown = pydoc.render_doc(case.model().run_with_tensorlens, renderer=pydoc.plaintext)
+    assert "run_with_tensorlens(input: 'Any', *, gate: 'str' = 'gate'" in shown
+    (example,) = doctest.DocTestFinder(recurse=False).find(method, "method", False, globs={})
+    assert "model.run_with_tensorlens(" in example.examples[2].source
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.DocTestRunner(optionflags=flags).run(example).failed == 0
     tensorlens_tl.install()
     assert type(case.model()).run_with_tensorlens is method
