@@ -1,5 +1,8 @@
 """Targets at the edge of what may be asked: equal ones, odd types, many at once."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from models import D_VOCAB, SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl.attribution.splits import BY
+from tensorlens_tl.lens.tensor_lens import TensorLens
 
 pytestmark = pytest.mark.algebra
 
@@ -92,8 +96,28 @@ def test_many_targets_against_others(case):
     directions = torch.eye(D_VOCAB)[[3, 4]]
     for i, a in enumerate(lens.attribute_many(directions)):
         assert_close(a.values, lens.attribute(directions[i]).values, 1e-10)
+    pairs = [(3, 0), (None, 2), (5, -1), (3, 4)]  # several targets at several positions
+    versus = [None, 4, 6, None]
+    many = lens.attribute_many(*(list(x) for x in zip(*pairs, strict=True)), versus=versus)
+    for (target, pos), foil, a in zip(pairs, versus, many, strict=True):
+        own = lens.attribute(target, foil, pos=pos)
+        assert a.target == own.target and a.labels == own.labels
+        assert_close(a.values, own.values, 1e-10)
     (one,) = lens.attribute_many(directions[1])
     assert_close(one.values, lens.attribute(directions[1]).values, 1e-10)
+
+
+def test_a_target_with_and_without_its_leading_space():
+    """What is typed is what is meant; the space is dropped only where no token has it."""
+    ids = {"Mary": [3], " Mary": [4], "John": [5], " John": [9, 5], " to": [6], "to": [0]}
+    tokenizer = SimpleNamespace(
+        unk_token_id=0, encode=lambda text, add_special_tokens: ids[text], decode=str
+    )
+    lens = lens_of(SHAPES[0])
+    lens = TensorLens(replace(lens.capture, tokenizer=tokenizer))
+    for text, token in (("Mary", 3), (" Mary", 4), ("John", 5), (" John", 5), (" to", 6)):
+        assert lens.attribute(text).target == (f"'[{token}]'",) * 2
+        assert torch.equal(lens.attribute(text).values, lens.attribute(token).values)
 
 
 @pytest.mark.wrong_types

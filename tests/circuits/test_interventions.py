@@ -689,6 +689,28 @@ def test_bad_sizes_are_refused(sizes):
         faithfulness_curve(FIRST.model(), CLEAN, [], CORRUPTED, target=3, sizes=sizes)
 
 
+def test_prompts_that_begin_with_pad_ids():
+    """Each prompt's ids are its own, also for a host that hides pad ids where it pads left."""
+    model, pair = demo.load_model(), demo.prompts("ioi", 1)[0]
+    ids = [model.to_tokens(text) for text in (pair.clean, pair.corrupted)]
+    for row in ids:
+        row[0, :2] = model.tokenizer.pad_token_id
+    found, side = {}, model.tokenizer.padding_side
+    try:
+        for model.tokenizer.padding_side in ("right", "left"):
+            where = model.tokenizer.padding_side
+            found[where] = faithfulness(model, ids[0], ["L2H1"], ids[1], target=pair.answer)
+    finally:
+        model.tokenizer.padding_side = side
+    with quiet(), torch.no_grad():
+        logits = model(ids[0], attention_mask=torch.ones_like(ids[0]))
+    expected = logits[0, -1, model.to_single_token(pair.answer)]
+    for name in ("full", "ablated", "circuit"):
+        ours, other = (getattr(found[where], name) for where in ("right", "left"))
+        assert_close(ours, other, 1e-6, name)
+    assert_close(torch.as_tensor(found["left"].full).flatten(), expected[None], 1e-5, "full")
+
+
 @pytest.mark.parametrize("prompts", ["text", [], tokens(1)[0]])
 def test_bad_prompts_are_refused(prompts):
     with (

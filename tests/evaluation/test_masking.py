@@ -8,6 +8,7 @@ from comparisons import assert_close
 from models import CASES, quiet, tokens
 
 from tensorlens_tl import demo
+from tensorlens_tl.evaluation import evaluate
 from tensorlens_tl.evaluation.masking import MASKINGS, METRICS, MaskedRuns, Masking, end_logits
 from tensorlens_tl.hosts.entry import adapt
 
@@ -131,6 +132,24 @@ def test_the_mask_token():
     assert Masking.of("token", adapter).token == adapter.tokenizer.unk_token_id
     assert Masking.of("token", adapter, "Mary").token == adapter.model.to_single_token("Mary")
     assert Masking.of("token", adapter, 7).token == 7
+
+
+@pytest.mark.parametrize("given", [0, None])
+def test_a_mask_token_whose_id_is_0(given):
+    """Given as an id, or as the first that the tokenizer has: 0 is an id and not nothing."""
+    model, ids = demo_model(), demo_model().to_tokens(PROMPT)
+    adapter, masked = adapt(model), torch.zeros_like(ids).bool()
+    masked[0, [1, 3]] = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.tokenizer), "mask_token_id", 0, raising=False)
+        masking = Masking.of("token", adapter, given)
+        found = evaluate(
+            model, [PROMPT], "random", "insertion_deletion", masking="token", mask_token=given
+        )
+    assert masking.token == found.mask_token == 0 and found.runs["token"] > 0
+    with quiet(), torch.no_grad():
+        expected = by_hand(model, ids, masked, "token", 0)
+    assert_close(end_logits(adapter, ids, masked, masking), expected, 1e-6)
 
 
 def test_pad_ids_in_a_row_are_no_padding():
