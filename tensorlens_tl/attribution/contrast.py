@@ -34,7 +34,7 @@ from ..sublayers import EmbedWeights
 from .edges import Writers
 from .splits import by_edge, check_qk, edge_result, top_covector, written_at
 from .table import Attribution
-from .table_builder import TableBuilder
+from .table_builder import TableBuilder, check_sum
 from .target_gradient import TargetGradient
 
 BY = ("token", "component", "edge")
@@ -225,7 +225,10 @@ def difference(
         found = table.to_attribution(by)
     names = tuple(f"{name}, less the baseline's" for name in clean.target.name)
     value = clean.target.value - baseline.target.value
-    return replace(found, target=names, target_value=value)
+    found = replace(found, target=names, target_value=value)
+    # A baseline that is no run has no states of a run to compare with.
+    runs = (clean,) if _same_operator(clean, baseline) else (clean, baseline)
+    return check_sum(found, *runs)
 
 
 def _same_operator(clean: TargetGradient, baseline: TargetGradient) -> bool:

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checks import need
 from ..graph import INPUT, LOGITS, Edge, Node, Wiring, as_edges, connected, owner, select
@@ -25,6 +25,9 @@ from .eap_names import eap_name, parse_eap
 from .edge_averages import NO_SCORES
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
+
+if TYPE_CHECKING:
+    import pandas
 
 FORMAT = "tensorlens_tl circuit 2"
 
@@ -196,6 +199,24 @@ class Circuit:
         )
 
     # --- In other forms
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Give the edges as a pandas table.
+
+        Returns:
+            One row per edge that is in the circuit or has a score, with columns edge, src, dest,
+            score (nan where there is none) and in_circuit.
+
+        Raises:
+            ValueError: If pandas is missing.
+        """
+        pandas = need("pandas", "pandas", "to_dataframe")
+        kept = set(self.edges)
+        rows = [
+            (str(e), str(e.src), str(e.dest), self.scores.get(e, math.nan), e in kept)
+            for e in dict.fromkeys((*self.scores, *self.edges))
+        ]
+        return pandas.DataFrame(rows, columns=["edge", "src", "dest", "score", "in_circuit"])
 
     def to_networkx(self) -> Any:
         """Turn the circuit into a ``networkx.MultiDiGraph``, with one edge per reader of a node.

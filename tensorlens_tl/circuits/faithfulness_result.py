@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import need
+
+if TYPE_CHECKING:
+    import pandas
+
+UNIT = "the unit of the metric, logits by default; shares have none"
 Interval = tuple[float, float]
 Prompt = Float[Tensor, " prompt"]
 
@@ -67,12 +73,28 @@ class Faithfulness:
         shares = _resampled(self.full, self.ablated, self.circuit[None], self.seed)
         return _quantiles(shares[:, 0], len(self.full))
 
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Give the metrics as a pandas table.
+
+        Returns:
+            One row per prompt, with columns prompt, full, ablated, empty and circuit, in the unit
+            of the metric.
+
+        Raises:
+            ValueError: If pandas is missing.
+        """
+        pandas = need("pandas", "pandas", "to_dataframe")
+        names = ("full", "ablated", "empty", "circuit")
+        columns = {name: getattr(self, name).tolist() for name in names}
+        return pandas.DataFrame({"prompt": range(len(self.full))} | columns)
+
     def to_json(self) -> str:
         """Write all numbers as JSON; nan is null."""
         tensors = ("full", "ablated", "empty", "circuit")
         names = ("ablation", "attention", "n_edges", "n_total", "seed")
         names += ("share", "empty_share", "interval")
-        data = {"format": "tensorlens_tl faithfulness 1"} | {n: getattr(self, n) for n in names}
+        data = {"format": "tensorlens_tl faithfulness 1", "unit": UNIT}
+        data |= {n: getattr(self, n) for n in names}
         return json.dumps(_finite(data | {n: getattr(self, n).tolist() for n in tensors}))
 
     def __repr__(self) -> str:
@@ -159,12 +181,26 @@ class FaithfulnessCurve:
     def _area(self, f: Float[Tensor, "*many size"]) -> Float[Tensor, "*many"]:
         return torch.trapezoid(f, f.new_tensor(self.sizes), dim=-1)
 
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Give the shares as a pandas table.
+
+        Returns:
+            One row per size, with columns size, n_edges, signed and absolute: the shares recovered
+            by the highest scores and by the highest absolute scores.
+
+        Raises:
+            ValueError: If pandas is missing.
+        """
+        pandas = need("pandas", "pandas", "to_dataframe")
+        shares = {"signed": self.shares.tolist(), "absolute": self.absolute_shares.tolist()}
+        return pandas.DataFrame({"size": self.sizes, "n_edges": self.n_edges} | shares)
+
     def to_json(self) -> str:
         """Write all numbers as JSON; nan is null."""
         tensors = ("full", "ablated", "signed", "absolute", "shares", "absolute_shares")
         names = ("sizes", "n_edges", "ablation", "attention", "n_total", "seed")
         names += ("cpr", "cpr_interval", "cmd", "cmd_interval")
-        data = {"format": "tensorlens_tl faithfulness curve 1"}
+        data = {"format": "tensorlens_tl faithfulness curve 1", "unit": UNIT}
         data |= {n: getattr(self, n) for n in names}
         return json.dumps(_finite(data | {n: getattr(self, n).tolist() for n in tensors}))
 

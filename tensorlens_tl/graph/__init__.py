@@ -8,7 +8,7 @@ Key concepts:
 No torch in this room.
 """
 
-from .nodes import FINAL_SITE, Edge, Node, resid_site, site_parts
+from .nodes import FINAL_SITE, Edge, Node, numbered_site, resid_site, site_parts
 from .selection import connected, select
 from .wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
@@ -21,6 +21,7 @@ __all__ = [
     "Wiring",
     "as_edges",
     "connected",
+    "numbered_site",
     "owner",
     "resid_site",
     "select",

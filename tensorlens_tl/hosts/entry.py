@@ -29,6 +29,7 @@ import torch
 from ..checks import as_device, kind_of
 from .adapter import Adapter
 from .bridge import BEFORE, BRIDGE, BridgeAdapter, build_bridge
+from .hook_points import alone
 from .hooked_transformer import HookedTransformerAdapter, hooked_from_folder
 from .supported import NotFoldedError, UnsupportedArchitectureError, restore
 from .tokens import CONVENTION
@@ -59,7 +60,7 @@ def adapt(model: Any) -> Adapter:
     """
     model = as_host(model)
     names = {cls.__name__ for cls in type(model).__mro__}
-    if vars(model).get(BRIDGE, True) is None:
+    if getattr(model, "__dict__", {}).get(BRIDGE, True) is None:
         raise ValueError(
             f"This {type(model).__name__} was taken off its model by unwrap, and runs no longer. "
             "Use what tensorlens_tl.wrap returns for the model now."
@@ -94,13 +95,14 @@ def as_host(model: Any, tokenizer: Any = None) -> Any:
             f"Load the model first: tensorlens_tl.load_model({str(model)!r})."
         )
     if not _is_host(model) and hasattr(model, "config"):
-        fresh = BRIDGE not in vars(model)
-        bridge = wrap(model, tokenizer)
-        try:
-            adapt(bridge) if fresh else None
-        except ValueError:
-            unwrap(model)
-            raise
+        with alone(model):
+            fresh = BRIDGE not in vars(model)
+            bridge = wrap(model, tokenizer)
+            try:
+                adapt(bridge) if fresh else None
+            except ValueError:
+                unwrap(model)
+                raise
         return bridge
     if tokenizer is not None:
         raise ValueError(
@@ -146,18 +148,23 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
     """
     if _is_host(model) or not hasattr(model, "config"):
         return adapt(model).model if tokenizer is None else as_host(model, tokenizer)
-    if (bridge := vars(model).get(BRIDGE)) is not None:
+    with alone(model):
+        if (bridge := vars(model).get(BRIDGE)) is None:
+            bridge = _bridge_around(model)
         if tokenizer is not None:
             give_tokenizer(bridge, tokenizer)
-        return bridge
+    return bridge
+
+
+def _bridge_around(model: Any) -> Any:
+    name = type(model).__name__
     try:
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     except ImportError:
         raise ValueError(
-            f"model is a Hugging Face {type(model).__name__}, which needs the TransformerBridge of "
+            f"model is a Hugging Face {name}, which needs the TransformerBridge of "
             "transformer_lens 3 or later. Upgrade transformer_lens, or load a HookedTransformer."
         ) from None
-    name = type(model).__name__
 
     def build() -> Any:
         model.set_attn_implementation("eager")
@@ -174,8 +181,6 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
         raise
     except ValueError:  # so does a call on the model, such as model.eval()
         pass
-    if tokenizer is not None:
-        give_tokenizer(bridge, tokenizer)
     return bridge
 
 
@@ -250,8 +255,8 @@ def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
     probe = _probe(tokenizer)
     plain, own = (tokenizer.encode(probe, add_special_tokens=s) for s in (False, True))
     about = len(tokenizer), tokenizer.padding_side, str(tokenizer.special_tokens_map), own
-    known, before, told = vars(bridge).get(_GIVEN, (None, None, None))
-    if known is tokenizer and before == about:
+    known, before, told, given = vars(bridge).get(_GIVEN, (None,) * 4)
+    if known is tokenizer and before == about and bridge.tokenizer is given:
         return
     # 1. What the tokenizer itself puts before and after a text.
     start = next((i for i in range(len(own)) if own[i : i + len(plain)] == plain), 0)
@@ -281,13 +286,13 @@ def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
     for flag in (False, True):
         if bridge.to_tokens(probe, prepend_bos=flag)[0].tolist() == own:
             how = f"prepend_bos={flag}"
-    host, alone = ([tokenizer.decode([i]) for i in row] for row in (ids, own))
+    host, itself = ([tokenizer.decode([i]) for i in row] for row in (ids, own))
     text = (
         f"TransformerLens reads {probe!r} as the tokens {host}, and the tokenizer itself as "
-        f"{alone}. Pass {how} for the tokenizer's own."
+        f"{itself}. Pass {how} for the tokenizer's own."
     )
     vars(bridge)[CONVENTION] = text if ids != own and text != told else None
-    vars(bridge)[_GIVEN] = tokenizer, about, text
+    vars(bridge)[_GIVEN] = tokenizer, about, text, bridge.tokenizer
 
 
 def _probe(tokenizer: Any) -> str:

@@ -27,8 +27,8 @@ from ..attribution import (
     resolve,
     resolve_at_site,
 )
-from ..checks import as_list, is_int, plain_names
-from ..graph import Edge, Node, resid_site
+from ..checks import as_list, plain_names
+from ..graph import Edge, Node, numbered_site
 from ..operator import Capture, FrozenTransformer
 from ..sublayers import DENSE_LIMIT
 from .frozen_run import FrozenRun
@@ -402,11 +402,9 @@ class AttributedRun(FrozenRun):
 
     def _site(self, site: str | int) -> str:
         """The name of a site; a number is what that block leaves."""
-        depth = len(self.capture.blocks)
-        if is_int(site) and -depth <= site < depth:
-            site = resid_site(site % depth, "post")
-        self.operator.site_index(cast(str, site))  # refuses others
-        return cast(str, site)
+        name = numbered_site(site, len(self.capture.blocks), "post")
+        self.operator.site_index(name)  # refuses others
+        return cast(str, name)
 
     @cached_property
     def _gradients(self) -> GradientCache:

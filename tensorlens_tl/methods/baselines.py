@@ -173,10 +173,9 @@ def _checked_method(name: str, model: Any, options: dict[str, Any]) -> Baseline:
         raise ValueError(f"There is no method {name!r}. Choose one of {', '.join(BASELINES)}.")
     baseline = BASELINES[name]
     if wrong := options.keys() - baseline.options.keys():
-        known = ", ".join(f"{k}={v!r}" for k, v in baseline.options.items()) or "none"
-        raise ValueError(
-            f"{name} has no option {', '.join(sorted(wrong))}. Drop it; the options are {known}."
-        )
+        known = ", ".join(f"{k}={v!r}" for k, v in baseline.options.items())
+        remedy = f"Use {known}, or none" if known else "Drop it, as this method has no options"
+        raise ValueError(f"{name} has no option {', '.join(sorted(wrong))}. {remedy}.")
     if baseline.needs_model and model is None:
         raise ValueError(f"{name} runs the model again. Pass the captured model as model=.")
     return baseline

@@ -26,8 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import Target, TargetLike, resolve_target
-from ..checks import is_int
-from ..graph import FINAL_SITE
+from ..checks import is_int, whole
+from ..graph import FINAL_SITE, numbered_site
 from ..operator import (
     BatchedSweep,
     Capture,
@@ -65,6 +65,14 @@ class MatrixOptions:
     precision: str | None = None
     memory_limit: int | None = None
 
+    def __post_init__(self):
+        whole(self.seed, "seed")
+        if self.precision not in (None, "bfloat16"):
+            raise ValueError(
+                f"precision must be 'bfloat16' or None, not {self.precision!r}. "
+                "None keeps the operator's own dtype."
+            )
+
 
 def matrix_options(name: str, given: Mapping[str, Any]) -> MatrixOptions:
     """Options of one of the operator's own methods, as a user gave them.
@@ -82,7 +90,7 @@ def matrix_options(name: str, given: Mapping[str, Any]) -> MatrixOptions:
     known = [field.name for field in fields(MatrixOptions)]
     if wrong := sorted(given.keys() - set(known)):
         raise ValueError(
-            f"{name} has no option {', '.join(wrong)}. Drop it; the options are {', '.join(known)}."
+            f"{name} has no option {', '.join(wrong)}. Use one of {', '.join(known)}, or none."
         )
     return MatrixOptions(**given)
 
@@ -222,15 +230,10 @@ def _ask(
     capture: Capture,
     operator: FrozenTransformer,
     target: TargetLike,
-    layers: tuple[str, str] | None,
+    layers: tuple[str | int, str | int] | None,
     options: MatrixOptions,
 ) -> _Question:
     """Step 1: check every argument, and find the part of the operator."""
-    if options.precision not in PRECISIONS:
-        raise ValueError(
-            f"precision must be 'bfloat16' or None, not {options.precision!r}. "
-            "None keeps the operator's own dtype."
-        )
     if target is not None and name in ("norm", "in"):
         raise ValueError(f"{name!r} takes no target. Drop target=, or ask for 'out' or 'in_out'.")
     if options.probes is not None and name != "norm":
@@ -240,10 +243,12 @@ def _ask(
     layers = (operator.sites[0], FINAL_SITE) if layers is None else layers
     if isinstance(layers, str) or not (isinstance(layers, Sequence) and len(layers) == 2):
         raise ValueError(
-            f"layers must be a pair of residual sites, not {layers!r}. "
-            f"Choose two of {', '.join(operator.sites)}."
+            f"layers must be a pair of residual sites, not {layers!r}. Pass two blocks, such as "
+            f"(0, 2) for blocks 0 to 2, or two of {', '.join(operator.sites)}."
         )
-    part, sites = operator.between(*layers), (str(layers[0]), str(layers[1]))
+    part, n_layers = operator.between(*layers), len(capture.blocks)
+    start = numbered_site(layers[0], n_layers, "pre")
+    sites = str(start), str(numbered_site(layers[1], n_layers, "post"))
     probes = options.probes
     if probes is not None and (not is_int(probes) or not 2 <= probes <= part.out_dim):
         raise ValueError(
@@ -267,7 +272,7 @@ def operator_matrix(
     capture: Capture,
     operator: FrozenTransformer,
     target: TargetLike = None,
-    layers: tuple[str, str] | None = None,
+    layers: tuple[str | int, str | int] | None = None,
     options: MatrixOptions | None = None,
 ) -> TokenMatrix:
     """Collapse the operator to a token-by-token matrix (Atad et al. 2026).
@@ -279,7 +284,8 @@ def operator_matrix(
         target: What u_i reads, for "out" and "in_out". None is the output's own direction
             y_i / ‖y_i‖, and "prediction" the logit of each position's own prediction. A token, id
             or direction is read at every position.
-        layers: A pair of residual sites, for that part of the operator only. None is all of it.
+        layers: A pair of residual sites, for that part of the operator only, or the first and the
+            last block of that part: (0, 2) is blocks 0 to 2. None is all of it.
         options: Options of the method.
 
     Returns:
@@ -374,7 +380,7 @@ def plan_token_matrix(
     capture: Capture,
     operator: FrozenTransformer,
     target: TargetLike = None,
-    layers: tuple[str, str] | None = None,
+    layers: tuple[str | int, str | int] | None = None,
     **options: Any,
 ) -> Plan:
     """Tell what :func:`operator_matrix` would cost, with the same arguments.

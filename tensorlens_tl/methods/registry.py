@@ -57,7 +57,7 @@ def token_matrix(
     capture: Capture,
     operator: FrozenTransformer,
     target: TargetLike = None,
-    layers: tuple[str, str] | None = None,
+    layers: tuple[str | int, str | int] | None = None,
     model: Any = None,
     **options: Any,
 ) -> TokenMatrix:
@@ -68,7 +68,8 @@ def token_matrix(
         capture: The captured run.
         operator: The operator of that run.
         target: What the output is read by, for "out" and "in_out"; see :func:`operator_matrix`.
-        layers: A pair of residual sites, for the operator's own methods on a part of the model.
+        layers: A pair of residual sites, for the operator's own methods on a part of the model;
+            see :func:`operator_matrix`.
         model: The host model of the run, for methods that run it again. Each row of theirs is for
             the model's own prediction at that position.
         **options: Options of the method.
@@ -150,7 +151,7 @@ def check_method(name: str, options: Mapping[str, Any] | None = None) -> None:
     Raises:
         ValueError: If there is no such method or option.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"There is no method {name!r}. Choose one of {', '.join(METHODS)}.")
     if name in OPERATOR_METHODS:
         matrix_options(name, options or {})

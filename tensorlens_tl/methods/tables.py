@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attribution import strip_html
-from ..checks import at_least_one, need
+from ..attribution import legend_html, strip_html
+from ..checks import as_array, at_least_one, need, pick_prompts
 from ..operator import Convention
 from ..sublayers import TINY
+
+if TYPE_CHECKING:
+    import pandas
+
+MATRIX_FORMAT, SCORES_FORMAT = "tensorlens_tl token matrix 1", "tensorlens_tl token scores 1"
+SHOWN = 3
+"""How many prompts a notebook shows."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,10 +61,22 @@ class TokenMatrix:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, prompt: int) -> Float[Tensor, "query_pos key_pos"]:
-        """One prompt's matrix, without padding."""
-        start, stop = self.spans[prompt]
-        return self.values[prompt, start:stop, start:stop]
+    @overload
+    def __getitem__(self, prompt: int) -> Float[Tensor, "query_pos key_pos"]: ...
+    @overload
+    def __getitem__(self, prompt: slice) -> TokenMatrix: ...
+    def __getitem__(self, prompt: int | slice) -> Tensor | TokenMatrix:
+        """One prompt's matrix, without padding; or the result of a slice of prompts."""
+        picked = list(pick_prompts(prompt, len(self), "matrix", ".to_dataframe"))
+        if isinstance(prompt, slice):
+            names = ("values", "constants", "target_value", "standard_error")
+            return replace(self, **_picked(self, names, picked))
+        start, stop = self.spans[picked[0]]
+        return self.values[picked[0], start:stop, start:stop]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """The values [batch, query_pos, key_pos] for NumPy, by ``numpy.asarray(matrix)``."""
+        return as_array(self.values, dtype, copy)
 
     def __repr__(self) -> str:
         size = f"{len(self)} × " if len(self) > 1 else ""
@@ -96,7 +117,7 @@ class TokenMatrix:
         factor = torch.exp(spread / self.values.clamp_min(TINY))
         return self.values / factor, self.values * factor
 
-    def to_dataframe(self, prompt: int = 0) -> Any:
+    def to_dataframe(self, prompt: int = 0) -> pandas.DataFrame:
         """Give one prompt's matrix as a pandas DataFrame, with its tokens on both sides.
 
         Args:
@@ -111,6 +132,53 @@ class TokenMatrix:
         pandas = need("pandas", "pandas", "to_dataframe")
         names = [f"{token}@{i}" for i, token in enumerate(self.labels[prompt])]
         return pandas.DataFrame(self[prompt].cpu().numpy(), index=names, columns=names)
+
+    def to_json(self) -> str:
+        """Write the matrix of every prompt as JSON, with its tokens and without its padding."""
+        names = ("values", "constants", "target_value", "standard_error")
+        prompts = []
+        for prompt, (start, stop) in enumerate(self.spans):
+            here = slice(start, stop)
+            one = {"tokens": self.labels[prompt], "values": self[prompt].tolist()}
+            for name in names[1:]:
+                given = getattr(self, name)
+                if given is not None:
+                    own = given[prompt, here]
+                    one[name] = (own if own.ndim == 1 else own[:, here]).tolist()
+            prompts.append(one)
+        return json.dumps(
+            {
+                "format": MATRIX_FORMAT,
+                "method": self.kind,
+                "layers": self.layers,
+                "axes": ["query_pos", "key_pos"],
+                "unit": _UNITS.get(self.kind, "a share or score of the method's own"),
+                "completeness_error": self.completeness_error,
+                "probes": self.probes,
+                "convention": asdict(self.convention),
+                "prompts": prompts,
+            },
+            ensure_ascii=False,
+        )
+
+
+_UNITS = {
+    "norm": "a norm of the operator's block",
+    "in": "a norm of the output",
+    "out": "a norm of the covector",
+    "in_out": "units of the target, logits for tokens",
+}
+
+
+def _picked(result: TokenMatrix | TokenScores, names: Sequence[str], rows: list[int]) -> Any:
+    """The fields of some prompts of a result."""
+    found = {
+        name: tuple(getattr(result, name)[i] for i in rows)
+        for name in ("labels", "spans", "target")
+        if hasattr(result, name)
+    }
+    tensors = {name: getattr(result, name) for name in names}
+    return found | {name: t[rows] for name, t in tensors.items() if t is not None}
 
 
 def student_t(p: float, freedom: int) -> float:
@@ -164,12 +232,23 @@ class TokenScores:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, prompt: int) -> Float[Tensor, " pos"]:
-        """One prompt's scores, without padding."""
-        return self.values[prompt, slice(*self.spans[prompt])]
+    @overload
+    def __getitem__(self, prompt: int) -> Float[Tensor, " pos"]: ...
+    @overload
+    def __getitem__(self, prompt: slice) -> TokenScores: ...
+    def __getitem__(self, prompt: int | slice) -> Tensor | TokenScores:
+        """One prompt's scores, without padding; or the result of a slice of prompts."""
+        picked = list(pick_prompts(prompt, len(self), "scores", ".top or .to_dataframe"))
+        if isinstance(prompt, slice):
+            return replace(self, **_picked(self, ("values",), picked))
+        return self.values[picked[0], slice(*self.spans[picked[0]])]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """The values [batch, pos] for NumPy, by ``numpy.asarray(scores)``."""
+        return as_array(self.values, dtype, copy)
 
     def top(self, k: int = 10, prompt: int = 0) -> list[tuple[str, float]]:
-        """Give the k tokens with the largest scores by absolute value.
+        """Give the k tokens with the largest scores by absolute value, without exact zeros.
 
         Args:
             k: Number of tokens.
@@ -183,7 +262,40 @@ class TokenScores:
         """
         scores = self[prompt]
         order = scores.abs().argsort(descending=True)[: at_least_one(k, "k")].tolist()
-        return [(f'"{self.labels[prompt][i]}"@{i}', float(scores[i])) for i in order]
+        found = [(f'"{self.labels[prompt][i]}"@{i}', float(scores[i])) for i in order]
+        return [(name, score) for name, score in found if score != 0]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Give the scores as a pandas table.
+
+        Returns:
+            One row per prompt and token, with columns prompt, token, pos and score.
+
+        Raises:
+            ValueError: If pandas is missing.
+        """
+        pandas = need("pandas", "pandas", "to_dataframe")
+        rows = [
+            (prompt, token, pos, score)
+            for prompt, tokens in enumerate(self.labels)
+            for pos, (token, score) in enumerate(zip(tokens, self[prompt].tolist(), strict=True))
+        ]
+        return pandas.DataFrame(rows, columns=["prompt", "token", "pos", "score"])
+
+    def to_json(self) -> str:
+        """Write the scores of every prompt as JSON, with its tokens and without its padding."""
+        prompts = [
+            {"target": self.target[i], "tokens": self.labels[i], "scores": self[i].tolist()}
+            for i in range(len(self))
+        ]
+        data = {
+            "format": SCORES_FORMAT,
+            "method": self.method,
+            "unit": _UNITS.get(self.method, "a share or score of the method's own"),
+            "convention": asdict(self.convention),
+            "prompts": prompts,
+        }
+        return json.dumps(data, ensure_ascii=False)
 
     def __repr__(self) -> str:
         head = f"{self.method} of {self.target[0]}"
@@ -191,10 +303,10 @@ class TokenScores:
         return "\n".join([head, *(f"  {value:+10.4f}  {name}" for name, value in self.top())])
 
     def _repr_html_(self) -> str:
-        rows = zip(self.target, self.labels, range(len(self)), strict=True)
-        strips = (
-            f"<div><b>{self.method}</b> of {escape(target)}</div>"
-            + strip_html(tokens, self[i].tolist())
-            for target, tokens, i in rows
-        )
-        return "".join(strips)
+        parts = []
+        for i in range(min(SHOWN, len(self))):
+            scores = self[i].tolist()
+            head = f"<div><b>{self.method}</b> of {escape(self.target[i])}</div>"
+            parts += [head, strip_html(self.labels[i], scores), legend_html(scores, "scores")]
+        more = len(self) - SHOWN
+        return "".join(parts) + (f"<div>… {more} more prompts</div>" if more > 0 else "")

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import is_int, no_autocast
+from ..checks import is_int, no_autocast, plain_names
 from ..sublayers import DENSE_LIMIT, Chain, Mapped
 from .batched_sweep import BatchedSweep, Reduction, squares, states
 from .cost_model import Plan, make_plan, memory_budget
@@ -28,6 +28,7 @@ Positions = int | slice | None
 """A position among the real tokens (−1 is the last), a slice of them, or None for all."""
 
 
+@plain_names
 class StepChain(Mapped):
     """An operator that is a chain of residual steps and norms.
 
@@ -46,6 +47,21 @@ class StepChain(Mapped):
         """The residual steps and norms. torch.autocast must be off."""
         no_autocast(self.frame.device.type)  # every product of the operator starts here
         return self.chain
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """The shape of T, [batch, query_pos, d_out, key_pos, d_in], as of :meth:`to_dense`."""
+        frame = self.frame
+        return frame.batch, frame.n_pos, self.out_dim, frame.n_pos, self.in_dim
+
+    def __getitem__(self, at: tuple[Positions, Positions]) -> Tensor:
+        """The block T[i, j], of what token j adds to position i: ``block(i, j)``."""
+        if not (isinstance(at, tuple) and len(at) == 2):
+            raise ValueError(
+                f"T[{at!r}] does not name a block, which has a destination and a source. "
+                "Write T[i, j], with a number, a slice or None (all) for each."
+            )
+        return self.block(*at)
 
     def block(
         self, query_pos: Positions, key_pos: Positions, memory_limit: int | None = None

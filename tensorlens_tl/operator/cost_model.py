@@ -7,9 +7,10 @@ and stage by stage. Only the rates at which this machine multiplies are measured
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 import torch
@@ -371,6 +372,10 @@ class Plan:
     memory_limit: int
     chunks: int
     notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Write the prediction as JSON: seconds, bytes and floating-point operations."""
+        return json.dumps({"format": "tensorlens_tl plan 1"} | asdict(self))
 
     def __repr__(self) -> str:
         time_ = f"{self.seconds:.2g} s" if self.seconds < 120 else f"{self.seconds / 60:.1f} min"

@@ -18,6 +18,7 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import is_int
 from ..graph import (
     FINAL_SITE,
     Edge,
@@ -173,7 +174,8 @@ class FrozenTransformer(StepChain):
         n_layers = self.steps[-1].layer + 1
         first = self.site_index(numbered_site(start, n_layers, "pre"))
         last = self.site_index(numbered_site(stop, n_layers, "post"))
-        if last < first:
+        blocks = [number % n_layers for number in (start, stop) if is_int(number)]
+        if last < first or blocks != sorted(blocks):
             raise ValueError(f"The site {stop!r} comes before {start!r}. Swap the two sites.")
         return Segment(self.frame, self.in_dim, self.map.maps[first:last])
 

@@ -15,9 +15,11 @@ Lehoucq, Sorensen, Yang, "ARPACK Users' Guide" (1998).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -25,11 +27,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import is_int, need
-from ..sublayers import LinearMap
+from ..sublayers import TINY, LinearMap
 from .batched_sweep import BatchedSweep, states
 from .cost_model import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
 from .folding import shape_of, stages_of
 from .machine_rates import Cost
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT = "tensorlens_tl svd 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +56,32 @@ class SVD:
     V: Float[Tensor, "k key_pos d_model"]
     query_pos: tuple[int, ...]
     key_pos: tuple[int, ...]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Give the triples as a pandas table.
+
+        Returns:
+            One row per triple: its number k, its singular value and its share of Σ S² of those
+            found.
+
+        Raises:
+            ValueError: If pandas is missing.
+        """
+        pandas = need("pandas", "pandas", "to_dataframe")
+        square = self.S.double() ** 2
+        shares = (square / square.sum().clamp_min(TINY)).tolist()
+        columns = {"k": range(len(self.S)), "singular_value": self.S.tolist(), "share": shares}
+        return pandas.DataFrame(columns)
+
+    def to_json(self) -> str:
+        """Write values, vectors and the positions that the vectors stand at as JSON."""
+        data = {
+            "format": FORMAT,
+            "query_pos": self.query_pos,
+            "key_pos": self.key_pos,
+            "axes": {"U": ["k", "query_pos", "d_model"], "V": ["k", "key_pos", "d_model"]},
+        }
+        return json.dumps(data | {name: getattr(self, name).tolist() for name in "SUV"})
 
     def __repr__(self) -> str:
         values = ", ".join(f"{s:.3g}" for s in self.S[:5].tolist())

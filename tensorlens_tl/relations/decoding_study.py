@@ -16,16 +16,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import need
 from ..evaluation import Estimate, bootstrap, read_study, study_text
 from .linear_relation import MAP_METHODS
 from .relation import Relation
 from .statements import RANKS, Statements, state
+
+if TYPE_CHECKING:
+    import pandas
 
 BETAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 """Values of β to choose from where β is tuned."""
@@ -182,6 +186,18 @@ class RelationStudy:
                     f"    {variant:<19} " + " ".join(f"{cell:<22}" for cell in cells).rstrip()
                 )
         return "\n".join(lines)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Give the decodings as a pandas table.
+
+        Returns:
+            One row per decoding, with its fields as columns.
+
+        Raises:
+            ValueError: If pandas is missing.
+        """
+        pandas = need("pandas", "pandas", "to_dataframe")
+        return pandas.DataFrame([asdict(row) for row in self.rows])
 
     def to_json(self) -> str:
         """Write the study as JSON; :meth:`from_json` reads it."""

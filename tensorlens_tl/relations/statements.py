@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import is_int
+from ..checks import is_int, kind_of
 from ..hosts import LiveModel, adapt
 from ..lens import TensorLens
 from ..plugin import capture
@@ -341,7 +341,7 @@ def state(
     """
     if not isinstance(relation, Relation):
         raise ValueError(
-            f"relation is a {type(relation).__name__}, not a Relation. "
+            f"relation is {kind_of(relation)}, not a Relation. "
             "Make one, or read one with Relation.load."
         )
     if isinstance(template, int) and not 0 <= template < len(relation.templates):

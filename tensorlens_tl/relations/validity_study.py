@@ -14,15 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
+from ..checks import need
 from ..evaluation import Estimate, bootstrap, median, read_study, study_text
 from ..plugin import capture
 from .linear_relation import MAP_METHODS
 from .validity_errors import DIRECTION_KINDS, SIZES, direction_errors, draw, radius
+
+if TYPE_CHECKING:
+    import pandas
 
 STUDY_FORMAT = "tensorlens_tl validity study 1"
 
@@ -168,6 +172,25 @@ class ValidityStudy:
                 lines.append(f"{'':>6}10 % is passed at {self.radius(kind, method)}")
             lines.append(f"{'':>6}the operator's error at δ → 0: {self.limit(kind)}")
         return "\n".join(lines)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Give the errors as a pandas table.
+
+        Returns:
+            One row per prompt, kind of direction and size, with columns prompt, kind, size,
+            operator and jacobian.
+
+        Raises:
+            ValueError: If pandas is missing.
+        """
+        pandas = need("pandas", "pandas", "to_dataframe")
+        each = len(self.rows) // self.n
+        lines = [
+            (i // each, row.kind, size, *(getattr(row, method)[at] for method in MAP_METHODS))
+            for i, row in enumerate(self.rows)
+            for at, size in enumerate(self.sizes)
+        ]
+        return pandas.DataFrame(lines, columns=["prompt", "kind", "size", *MAP_METHODS])
 
     def to_json(self) -> str:
         """Write the study as JSON, curves to five digits; :meth:`from_json` reads it."""

@@ -77,6 +77,16 @@ def test_three_tokens_by_hand():
     assert read("leave_one_out", m, order, (5, 6, 7))["leave_one_out"] == pytest.approx(-1)
 
 
+def test_areas_are_divided_by_the_span_of_their_fractions():
+    """From 1/3 to 1: MoRF .5, .2, .1 and LeRF .9, .6, .1; areas (.35 + .15)/2 and (.75 + .35)/2."""
+    m = additive((0.5, 0.3, 0.1))
+    found = read("perturbation", m, (0, 1, 2), preset=(1 / 3, 2 / 3, 1))
+    assert found == pytest.approx({"positive": 0.25, "negative": 0.55}, abs=1e-12)
+    # Deletion and insertion from 2/3: (.2 + .1)/2 and (.9 + 1)/2.
+    found = read("insertion_deletion", m, (0, 1, 2), preset=(2 / 3, 1))
+    assert found == pytest.approx({"deletion": 0.15, "insertion": 0.95}, abs=1e-12)
+
+
 def test_relative_outcomes_are_divided_by_the_unmasked_one():
     m = additive((0.5, 0.3, 0.1))
     half = lambda sets: [0.5 * value for value in m(sets)]  # noqa: E731

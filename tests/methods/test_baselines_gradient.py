@@ -448,12 +448,10 @@ def test_refusals(monkeypatch):
         matrix("roll", lens)
     with pytest.raises(ValueError, match=r"chefer runs the model again. Pass the captured model"):
         scores("chefer", lens)
-    with pytest.raises(
-        ValueError, match=r"random has no option sed. Drop it; the options are seed=0"
-    ):
+    with pytest.raises(ValueError, match=r"random has no option sed. Use seed=0, or none"):
         matrix("random", lens, sed=1)
     with pytest.raises(
-        ValueError, match=r"rollout has no option query. Drop it; the options are none"
+        ValueError, match=r"rollout has no option query. Drop it, as this method has no options"
     ):
         matrix("rollout", lens, query=None)
     with pytest.raises(ValueError, match=r"baseline='noise' does not exist. Choose 'zero'"):

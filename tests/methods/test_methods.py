@@ -94,11 +94,12 @@ def test_refusals():
         with pytest.raises(ValueError, match=r"no method 'roll'. Choose one of norm, .*random"):
             call("roll")
         with pytest.raises(
-            ValueError, match=r"in_out has no option steps. Drop it; the options are probes, seed"
+            ValueError, match=r"in_out has no option steps. Use one of probes, seed, .*, or none"
         ):
             call("in_out", steps=3)
         with pytest.raises(
-            ValueError, match=r"rollout has no option probes. Drop it; the options are none"
+            ValueError,
+            match=r"rollout has no option probes. Drop it, as this method has no opt",
         ):
             call("rollout", probes=3)
         with pytest.raises(

@@ -1,5 +1,8 @@
 """The operator against the model itself: logits, gradients, curvature, injections, laws 1 to 3."""
 
+import json
+import math
+
 import pytest
 import torch
 from comparisons import assert_close
@@ -159,6 +162,67 @@ def test_dense_block_and_scipy(case):
     flat = dense[1].flatten(2).flatten(0, 1).numpy()
     assert abs(scipy_op @ x[1].flatten().numpy() - flat @ x[1].flatten().numpy()).max() <= 1e-10
     assert abs(scipy_op.T @ x[1].flatten().numpy() - flat.T @ x[1].flatten().numpy()).max() <= 1e-10
+
+
+def test_blocks_by_the_brackets_of_the_paper():
+    op = lens_of(SHAPES[0]).operator
+    assert op.shape == op.to_dense().shape == (2, 7, 32, 7, 32)
+    assert op.between(0, 0).shape == op.shape
+    for at in ((3, 1), (-1, None), (slice(2), slice(1, 3)), (None, 0)):
+        assert torch.equal(op[at], op.block(*at)), at
+    for wrong in (2, slice(2), (1, 2, 3), "3"):
+        with pytest.raises(ValueError, match=r"does not name a block, .*Write T\[i, j\]"):
+            op[wrong]
+    with pytest.raises(ValueError, match=r"query_pos=7 is outside prompt 0"):
+        op[7, 0]
+    with pytest.raises(ValueError, match="does not name a block"):  # and no endless loop
+        list(op)
+
+
+def test_python_s_own_errors_name_no_hidden_class():
+    lens = lens_of(SHAPES[0])
+    with pytest.raises(TypeError, match=r"^block\(\) missing 1 required positional argument"):
+        lens.operator.block(2)
+    with pytest.raises(TypeError, match=r"^attribute\(\) got an unexpected keyword argument 'vs'"):
+        lens.attribute(vs=3)
+
+
+def test_parts_by_numbers_of_blocks():
+    """A number is a block: the part starts at what it reads, or ends at what it leaves."""
+    op = lens_of(SHAPES[0]).operator
+    x = randn_like(lens_of(SHAPES[0]).embedding)
+    names = {
+        (0, 0): (op.sites[0], "blocks.0.hook_resid_post"),
+        (1, 1): ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"),
+        (0, -1): (op.sites[0], "blocks.1.hook_resid_post"),
+        (1, "unembed.hook_in"): ("blocks.1.hook_resid_pre", "unembed.hook_in"),
+    }
+    for numbers, sites in names.items():
+        assert torch.equal(op.between(*numbers) @ x, op.between(*sites) @ x), numbers
+    for wrong in (2, -3, 1.0, True):
+        with pytest.raises(ValueError, match=f"This model has no residual site {wrong}. Pass one"):
+            op.between(0, wrong)
+    with pytest.raises(ValueError, match=r"comes before"):
+        op.between(1, 0)
+
+
+def test_svd_results_in_other_forms():
+    svd = lens_of(SHAPES[0]).operator.svd(3, query_pos=-1, key_pos=slice(0, 2))
+    table = svd.to_dataframe()
+    assert table["singular_value"].tolist() == svd.S.tolist() and list(table["k"]) == [0, 1, 2]
+    assert math.isclose(table["share"].sum(), 1)
+    assert math.isclose(table["share"][0], float(svd.S[0] ** 2 / (svd.S**2).sum()))
+    data = json.loads(svd.to_json())
+    assert (data["query_pos"], data["key_pos"]) == ([6], [0, 1]) and data["S"] == svd.S.tolist()
+    assert torch.equal(torch.tensor(data["V"], dtype=torch.float64), svd.V)
+    assert data["axes"]["U"] == ["k", "query_pos", "d_model"]
+
+
+def test_plans_in_json():
+    plan = lens_of(SHAPES[0]).plan("norm")
+    data = json.loads(plan.to_json())
+    assert data.pop("format") == "tensorlens_tl plan 1" and data["notes"] == list(plan.notes)
+    assert data | {"notes": plan.notes} == vars(plan)
 
 
 def test_svds_of_the_matrix_free_operator():

@@ -37,6 +37,22 @@ def test_the_page_is_made_of_the_results():
     assert benchmark().page(DATA) == (ROOT / "docs" / "relations.md").read_text()
 
 
+def test_studies_as_tables():
+    study = RelationStudy.from_json(json.dumps(DATA["relations"]))
+    table = study.to_dataframe()
+    assert len(table) == len(study.rows)
+    for name in ("relation", "variant", "faithfulness"):
+        assert table[name].tolist() == [getattr(row, name) for row in study.rows]
+    curves = benchmark().validity_study(DATA["validity"][0])[0]
+    table = curves.to_dataframe()
+    assert list(table.columns) == ["prompt", "kind", "size", "operator", "jacobian"]
+    assert len(table) == len(curves.rows) * len(curves.sizes)
+    one = table[(table.kind == "swap") & (table.prompt == 3)]
+    row = curves.select("swap")[3]
+    assert tuple(one["operator"]) == row.operator and tuple(one["jacobian"]) == row.jacobian
+    assert tuple(one["size"]) == curves.sizes
+
+
 def test_a_draw_measured_again(model):
     study = RelationStudy.from_json(json.dumps(DATA["relations"]))
     with quiet():
