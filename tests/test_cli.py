@@ -276,7 +276,7 @@ def test_errors_of_the_model_name_the_prompt(capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and "Prompt 2 ('The The The" in captured.err.splitlines()[-1]
     assert main(["--target", "Zurich", PROMPT]) == 2
-    assert "the target 'Zurich'" in capsys.readouterr().err
+    assert "tensorlens-tl: --target 'Zurich' is not known to the" in capsys.readouterr().err
 
 
 def test_a_hub_name_that_cannot_be_reached(monkeypatch, tmp_path, capsys):
@@ -379,7 +379,8 @@ def test_evaluate_draws_the_demo_s_own_prompts(capsys):
 def test_evaluate_s_own_errors(capsys):
     assert main(["evaluate", "--target", "John", PROMPT]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and "target='John' is predicted by no prompt" in captured.err
+    assert captured.out == "" and "--target 'John' is predicted by no prompt" in captured.err
+    assert "Drop --target to use the model's own predictions." in captured.err
 
 
 # --- Circuits -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -30,15 +31,26 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or 2 after a user error, which is one line on standard error.
     """
+    args = None
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         with redirect_stdout(sys.stderr):  # hosts print while they load
             found = _COMMANDS[args.command](args)
         emit(found, args)
     except (ValueError, OSError) as error:
-        print(f"tensorlens-tl: {' '.join(str(error).split())}", file=sys.stderr)
+        message = as_typed(" ".join(str(error).split()), args)
+        print(f"tensorlens-tl: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def as_typed(message: str, args: argparse.Namespace | None) -> str:
+    """Write the arguments that a message names as options: ``--n-edges 3`` for ``n_edges=3``."""
+    for name in () if args is None else vars(args):
+        option = f"--{name.replace('_', '-')}"
+        message = re.sub(rf"(?<![\w.]){name}=(?=[\s,.;:)]|$)", option, message)
+        message = re.sub(rf"(?<![\w.]){name}=", f"{option} ", message)
+    return message
 
 
 def explain(args: argparse.Namespace) -> Output:
