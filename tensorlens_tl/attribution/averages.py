@@ -142,6 +142,7 @@ def mean_attribution(
     effect: str = "direct",
     *,
     qk: bool = False,
+    of: str = "logit",
     batch_size: int = 8,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -162,6 +163,7 @@ def mean_attribution(
         by: The kind of source to split by, as in :meth:`TensorLens.attribute`.
         effect: "direct" or "total", as in :meth:`TensorLens.attribute`.
         qk: Whether queries and keys are readers, too; only with ``by="edge"``.
+        of: "logit" or "logprob", as in :meth:`TensorLens.attribute`.
         batch_size: How many prompts to capture at once. Strings are padded to one length; ids of
             unequal lengths are captured one by one.
         path: A file to which every prompt's attribution is written as one line of JSON, which
@@ -205,7 +207,7 @@ def mean_attribution(
         for capture, goal, foil in zip(captures, targets, foils, strict=True):
             # 2. Split.
             with torch.no_grad():
-                resolved = resolve(capture, goal, foil, pos)
+                resolved = resolve(capture, goal, foil, pos, of=of)
                 operator = FrozenTransformer.of(capture)
                 one = attribute(TargetGradient(capture, operator, resolved), by, effect, qk)
             # 3. Write.

@@ -358,17 +358,18 @@ def _log_probability(
     """The log-probability of a token whose logit is ``goal``: z_t − Σ p z, and −H(p)."""
     frame, query = capture.frame, goal.query
     prompts = torch.arange(frame.batch, device=frame.device)
-    log_p = frame.cast(capture.logits[prompts, query]).log_softmax(-1)
+    # In float64: where p_t is near 1, 1 − p_t would be mostly rounding.
+    log_p = capture.logits[prompts, query].detach().double().log_softmax(-1)
     p = log_p.exp()
     if target is None:
         ids = own_prediction(capture, pos) if predicted is None else predicted
     else:
         ids = torch.full_like(query, resolve_token(capture, target))
     gradient = torch.nn.functional.one_hot(ids, p.shape[-1]) - p
-    covector, constants = _weighted(capture, gradient, query)
-    entropy = torch.special.entr(p).sum(-1)
+    covector, constants = _weighted(capture, frame.cast(gradient), query)
+    constants["softmax"] = frame.cast(-torch.special.entr(p).sum(-1))
     names = tuple(f"log p({name})" for name in goal.name)
-    return Target(names, query, covector, constants | {"softmax": -entropy}, log_p[prompts, ids])
+    return Target(names, query, covector, constants, frame.cast(log_p[prompts, ids]))
 
 
 def as_direction(direction: Any, name: str) -> Tensor:

@@ -76,6 +76,15 @@ def test_the_difference_of_two_log_probabilities_is_that_of_the_logits():
     assert_close(a.target_value, log_p[:, 5] - log_p[:, 6], 1e-12)
 
 
+def test_means_of_log_probabilities():
+    model, prompts = SHAPES[0].model(), list(tokens())
+    with quiet():
+        found = tensorlens_tl.mean_attribution(model, prompts, 3, by="component", of="logprob")
+    expected = lens_of(SHAPES[0]).attribute(3, by="component", of="logprob")
+    assert_close(found.mean, expected.values.mean(0), 1e-10)
+    assert found.target_mean == pytest.approx(float(expected.target_value.mean()))
+
+
 # --- Directions at a site
 
 
