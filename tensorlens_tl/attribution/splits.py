@@ -27,7 +27,7 @@ from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, St
 from ..sublayers import Attention, take_row
 from .edges import Writers, edge_products, frozen_readers
 from .table import Attribution
-from .table_builder import TableBuilder
+from .table_builder import TableBuilder, check_sum
 from .target_gradient import Effects, TargetGradient, dot
 from .targets import Target
 
@@ -67,6 +67,7 @@ def attribute(
 
     Raises:
         ValueError: If ``by`` or ``effect`` does not exist, or ``by`` has no total effect.
+        CaptureMismatchError: If the contributions do not sum to the target, up to rounding.
     """
     if by == "expert":
         raise ValueError("by='expert' needs a model with experts. No such model can be frozen yet.")
@@ -105,7 +106,7 @@ def attribute(
     whole = effect == "direct" and by != "order"
     if whole or (effect, by) == ("total", "component"):
         table.add_constants()
-    found = table.to_attribution(by, effect)
+    found = check_sum(table.to_attribution(by, effect), gradient)
     return found.sum("layer") if by == "layer" and effect == "direct" else found
 
 
@@ -168,12 +169,8 @@ def queries_and_keys(capture: Capture) -> Callable[[Branch], QueryKey]:
     Raises:
         ValueError: If the capture does not hold the weights of queries and keys.
     """
-    weights = capture.score_weights
-    if weights is None:
-        raise ValueError(
-            "qk=True needs W_Q and W_K, which this lens does not know. Load a saved lens with "
-            "model=; if the model's attention is not served, drop qk=."
-        )
+    otherwise = "drop qk=: edges into values, MLPs and logits do not need the scores"
+    weights = capture.required_scores("qk=True", otherwise)
 
     def of(branch: Branch) -> QueryKey:
         attn = cast(Attention, branch.body)

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import Edge, Node
-from ..operator import Capture
+from ..operator import Capture, CaptureMismatchError, tolerance
 from .table import Attribution, Source
+from .target_gradient import TargetGradient
 from .targets import Target
 
 
@@ -79,6 +80,82 @@ class TableBuilder:
             spans=capture.frame.spans,
             effect=effect,
         )
+
+
+# --- The last guard ------------------------------------------------------------------------------
+
+
+def check_sum(found: Attribution, *runs: TargetGradient) -> Attribution:
+    """Refuse a table whose rows do not sum to its target, up to rounding.
+
+    Most sums are well within a share of Σ |rows|. Terms that cancel inside a row round at their own
+    size, however, and a model in half precision rounds at every step. So a larger error is
+    compared with what rounding there was: all maps are affine, hence a state that a step gave is
+    off by δ, and the target by ⟨covector, δ⟩.
+
+    Args:
+        found: A table of contributions to a target.
+        *runs: The target in the captured runs that it is made of, one or two.
+
+    Returns:
+        The same table.
+
+    Raises:
+        CaptureMismatchError: If the sum is off by more. The message names the step that no longer
+            gives what it gave in the run, if there is one.
+    """
+    if not found.sums_to_target:
+        return found
+    rows, target = found.values.double(), found.target_value.double()
+    off, size = (rows.sum(1) - target).abs(), rows.abs().sum(1) + target.abs()
+    share = tolerance(runs[0].capture.logits.dtype, found.values.dtype) * size
+    if bool((off <= share).all()):
+        return found
+    if bool((off <= share + sum(_rounding(run) for run in runs)).all()):
+        return found
+    i = int((off / size).nan_to_num(torch.inf).argmax())
+    raise CaptureMismatchError(
+        f"The contributions sum to {float(rows[i].sum()):.6g}, but the target is "
+        f"{float(target[i]):.6g}, more than rounding explains. Capture again; if it stays, report "
+        "the model and the call."
+    )
+
+
+def _rounding(run: TargetGradient) -> Float[Tensor, " batch"]:
+    """How far a sum may be off by what the run and the sweeps rounded.
+
+    Args:
+        run: The target in a captured run.
+
+    Returns:
+        A bound on the error of the sum [batch].
+
+    Raises:
+        CaptureMismatchError: If a step gives something else than in the run.
+    """
+    capture, operator, real = run.capture, run.operator, run.capture.frame.real
+    dtype, within = capture.logits.dtype, tolerance(capture.logits.dtype, capture.frame.dtype)
+
+    def norm(x: Tensor) -> Tensor:
+        return x.double().masked_fill(~real[..., None], 0).flatten(1).norm(dim=1)
+
+    # The logits are rounded at their own size, and a target may be a difference of two.
+    largest = capture.logits[real.nonzero(as_tuple=True)].detach().abs().max().double()
+    total = 4 * torch.finfo(dtype).eps * largest * torch.ones_like(run.target.value).double()
+    states = [*operator.states().values(), capture.resid_final, capture.unembed.final]
+    covectors, maps = run.trace.covectors, operator.map.maps
+    for i, (map_, x, y) in enumerate(zip(maps, states[:-1], states[1:], strict=True)):
+        off, size = norm(y - (map_.apply(x) + map_.bias)), norm(x) + norm(y)
+        if not bool((off <= within * size).all()):
+            raise CaptureMismatchError(
+                f"The step from {operator.sites[i]} no longer gives what it gave in the run, so "
+                "the contributions would not sum to the target. Its weights were written to: "
+                "capture again."
+            )
+        # Total effects are read by the covector after the step, direct ones by the last norm's.
+        reads = norm(covectors[i + 1]) + norm(covectors[-2])
+        total = total + 2 * reads * (off + 64 * torch.finfo(capture.frame.dtype).eps * size)
+    return total
 
 
 # --- Labels --------------------------------------------------------------------------------------

@@ -8,7 +8,14 @@ Key concepts:
 
 from .batched_sweep import BatchedSweep, Reduction, dots, squares
 from .blocks import PLANNED
-from .capture import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
+from .capture import (
+    Capture,
+    CaptureMismatchError,
+    Convention,
+    FrozenBlock,
+    Prompts,
+    tolerance,
+)
 from .cost_model import Plan, make_plan, memory_budget
 from .frozen_transformer import FrozenTransformer, Segment
 from .query_key import QueryKey
@@ -39,4 +46,5 @@ __all__ = [
     "make_plan",
     "memory_budget",
     "squares",
+    "tolerance",
 ]

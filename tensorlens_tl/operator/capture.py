@@ -123,9 +123,9 @@ class Capture:
             of the model. None where it was not measured.
         embed_weights: The embedding matrix and its norm, where the host gave them. They are not
             saved with a lens.
-        score_weights: For every block, the weights that its attention scores are made of. None
-            where they are not known. They are not saved, but a lens that is loaded with its model
-            has them again.
+        score_weights: For every block, the weights that its attention scores are made of, or the
+            reason why they are not known. They are not saved, but a lens that is loaded with its
+            model has them again; None without it.
 
     Example:
         >>> from tensorlens_tl import demo
@@ -151,7 +151,7 @@ class Capture:
     final_edit: Shift | None = None
     noise_floor: float | None = None
     embed_weights: EmbedWeights | None = field(repr=False, default=None)
-    score_weights: tuple[ScoreWeights, ...] | None = field(repr=False, default=None)
+    score_weights: tuple[ScoreWeights, ...] | str | None = field(repr=False, default=None)
 
     def __repr__(self) -> str:
         shape = f"{self.frame.batch} × {self.frame.n_pos} tokens, {len(self.blocks)} layers"
@@ -164,6 +164,34 @@ class Capture:
         if self.edit is not None:
             parts[self.edit.name] = self.edit.constant
         return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def known_scores(self) -> tuple[ScoreWeights, ...]:
+        """:attr:`score_weights`; empty where they are not known."""
+        return self.score_weights if isinstance(self.score_weights, tuple) else ()
+
+    def required_scores(self, asked: str, otherwise: str) -> tuple[ScoreWeights, ...]:
+        """:attr:`score_weights` for a question that needs them.
+
+        Args:
+            asked: The question as the user typed it.
+            otherwise: What to ask instead.
+
+        Returns:
+            One entry per block.
+
+        Raises:
+            ValueError: If they are not known; the message says why.
+        """
+        if isinstance(self.score_weights, tuple):
+            return self.score_weights
+        reason, remedy = "it was loaded without its model", "Load it with model=, or"
+        if self.score_weights is not None:
+            reason, remedy = self.score_weights, "Instead,"
+        raise ValueError(
+            f"{asked} needs W_Q and W_K, which this lens does not know ({reason}). "
+            f"{remedy} {otherwise}."
+        )
 
     @property
     def check(self) -> float:
@@ -201,7 +229,7 @@ class Capture:
             The logits as the model returned them, and every weight that the lens reads.
         """
         weights: list[Any] = [self.unembed.weights]
-        weights += [self.embed_weights, *(self.score_weights or ())] if scores else []
+        weights += [self.embed_weights, *self.known_scores] if scores else []
         for block in self.blocks:
             parts = (block.attn, block.mlp, *block.norms)
             weights += [getattr(part, "weights", None) for part in parts]
@@ -352,6 +380,23 @@ class Prompts:
     tokens: Int[Tensor, "batch pos"]
     spans: tuple[tuple[int, int], ...]
     strings: tuple[tuple[str, ...], ...]
+
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def tolerance(*dtypes: torch.dtype) -> float:
+    """Relative error at which what a run did and what its operator computes are two things.
+
+    Hosts compute norms in float32 inside float64 models, which alone costs 1e-7.
+
+    Args:
+        *dtypes: Dtypes of the model and of the computation. The coarsest decides.
+
+    Returns:
+        The largest relative error that is rounding.
+    """
+    return max(_TOLERANCE.get(dtype, 1e-4) for dtype in dtypes)
 
 
 class CaptureMismatchError(ValueError):

@@ -18,6 +18,7 @@ from models import (
 from oracles import FrozenModel, gradient_of, written
 
 import tensorlens_tl
+from tensorlens_tl import CaptureMismatchError
 from tensorlens_tl.attribution import edges
 from tensorlens_tl.attribution.edges import Writers
 from tensorlens_tl.attribution.splits import BY, TOTALS
@@ -329,7 +330,10 @@ def test_no_split_has_a_remainder(by):
             for b in lens.capture.blocks
         )
         broken = TensorLens(replace(lens.capture, blocks=blocks))
-        assert broken.attribute(3, by=by).completeness_error > 1e-3, case
+        with pytest.raises(
+            CaptureMismatchError, match=r"The step from blocks\.0\.hook_resid_pre no"
+        ):
+            broken.attribute(3, by=by)
     if by == "component":
         edges = broken.attribute(3, by="edge").select(dest="logits")
         assert edges.completeness_error > 1e-3
