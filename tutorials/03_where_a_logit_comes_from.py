@@ -52,14 +52,10 @@ assert all(abs(whole[label] - value) < 1e-4 for label, value in components.top(3
 # target.
 
 # %%
-neurons = lens.attribute(**target, by="neuron")
-own = [
-    float(v)
-    for source, v in zip(neurons.sources, neurons.values[0], strict=True)
-    if source.node.kind == "neuron"
-]
-print(f"{len(own)} neurons, the largest {max(map(abs, own)):.2f} of {gap:.2f}")
-assert max(map(abs, own)) < 0.1 * gap
+neurons = lens.attribute(**target, by="neuron").select(kind="neuron")
+((label, largest),) = neurons.top(1)
+print(f"{len(neurons.sources)} neurons, the largest, {label}, with {largest:.2f} of {gap:.2f}")
+assert abs(largest) < 0.1 * gap
 for by in ("neuron", "dimension", "layer", "constant"):
     assert lens.attribute(**target, by=by).completeness_error < 2e-6
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import Attribution, TableBuilder, Target, TargetLike, resolve
+from ..checks import need
 from ..graph import Node
 from ..operator import Capture, FrozenTransformer, RestrictedTransformer
 from .circuit import Circuit
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,25 @@ class CircuitShare:
         """Value / target value, one per prompt; nan where the target is 0."""
         pairs = zip(self.value, self.target_value, strict=True)
         return tuple(part / whole if whole else float("nan") for part, whole in pairs)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Give the values as a pandas table.
+
+        Returns:
+            One row per prompt, with columns name, value, target_value, share and contributions.
+
+        Raises:
+            ValueError: If pandas is missing.
+        """
+        pandas = need("pandas", "pandas", "to_dataframe")
+        names = ("name", "value", "target_value", "share", "contributions")
+        return pandas.DataFrame({name: getattr(self, name) for name in names})
+
+    def to_json(self) -> str:
+        """Write the values as JSON, in logits; a share that is nan is null."""
+        share = [None if math.isnan(s) else s for s in self.share]
+        data = {"format": "tensorlens_tl circuit share 1", "unit": "logits; shares have none"}
+        return json.dumps(data | vars(self) | {"share": share}, ensure_ascii=False)
 
     def __repr__(self) -> str:
         columns = (self.name, self.value, self.target_value, self.share, self.contributions)
@@ -111,7 +137,7 @@ class Subgraph:
             rows.spread(Node.parse(name), (c * embedding).sum(-1))
         for name, effect in effects.items():
             rows.add([Node.parse(name)], effect.sum(-1, keepdim=True))
-        rows.add_b_U()
+        rows.add_constants()
         names = tuple(f"{name} in the circuit" for name in goal.name)
         found = rows.to_attribution("token")
         return replace(found, target=names, target_value=self._value(goal))

@@ -50,6 +50,7 @@ def test_a_slice_of_prompts_is_those_prompts(padded):
     assert [one.values.shape for one in a] == [a[i].values.shape for i in range(3)]
 
 
+@pytest.mark.wrong_types
 def test_what_is_no_prompt_is_refused():
     a = lens_of(FIRST).attribute(3, 4)
     message = r"attribution\['Mary'\] does not exist.*For rows use .top, .select or .to_dataframe"
@@ -152,6 +153,7 @@ def test_edges_by_the_kind_and_layer_of_their_writer():
     assert {str(s.node.src) for s in into.sources} == {"embed"}
 
 
+@pytest.mark.wrong_types
 def test_what_no_row_has_is_refused_with_what_there_is():
     lens = lens_of(FIRST)
     edges, a = lens.attribute(3, by="edge", qk=True), lens.attribute(3, by="component")
@@ -222,6 +224,7 @@ def test_prompts_of_two_lengths_subtract_where_positions_are_summed(padded):
     assert summed.completeness_error <= 1e-11
 
 
+@pytest.mark.wrong_types
 def test_what_cannot_be_subtracted_is_refused(padded):
     lens = lens_of(FIRST)
     a = lens.attribute(3)

@@ -11,6 +11,7 @@ from tensorlens_tl import faithfulness_curve
 from tensorlens_tl.circuits.edge_averages import ranked_scores
 from tensorlens_tl.circuits.edge_patching import edge_model
 from tensorlens_tl.circuits.faithfulness_result import Faithfulness, FaithfulnessCurve
+from tensorlens_tl.circuits.subgraph import CircuitShare
 
 pytestmark = pytest.mark.algebra
 
@@ -36,6 +37,14 @@ def test_a_circuit_as_a_table():
     assert (table["src"] + "→" + table["dest"] == table["edge"]).all()
     named = lens.circuit(["L0H1", "L1H2"]).circuit.to_dataframe()
     assert len(named) > 0 and named["score"].isna().all() and named["in_circuit"].all()
+
+
+def test_a_share_as_a_table_and_json():
+    found = CircuitShare((1.0, 2.0), (4.0, 0.0), (3.0, 5.0), ("a", "b"))
+    table = found.to_dataframe()
+    assert table["name"].tolist() == ["a", "b"] and table["share"][0] == 0.25
+    data = json.loads(found.to_json())
+    assert data["share"] == [0.25, None] and data["value"] == [1, 2]
 
 
 def test_faithfulness_as_a_table():

@@ -572,7 +572,7 @@ def test_refused_sizes_and_runs():
         ({"n_edges": True}, "n_edges=True is not an integer from 1"),
         ({}, "gives neither n_edges= nor threshold="),
         ({"n_edges": 3, "threshold": 0.1}, "gives both n_edges= and threshold="),
-        ({"threshold": math.nan}, "threshold=nan is not finite"),
+        ({"threshold": math.nan}, "threshold=nan is not a finite number"),
         (
             {"n_edges": 3, "selection": "best"},
             "selection='best' does not exist. Use one of greedy, absolute",

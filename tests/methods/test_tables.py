@@ -31,6 +31,7 @@ def results(lens):
     return lens.token_matrix("in_out", 3), lens.token_scores("in_out", 3, 4)
 
 
+@pytest.mark.wrong_types
 def test_slices_of_prompts(padded):
     for whole in results(padded):
         some = whole[1:]
@@ -106,6 +107,7 @@ def test_a_notebook_shows_three_prompts_and_what_the_colours_mean():
     assert f"-{largest:.3g}| takes away, |+{largest:.3g}| adds, in scores" in shown
 
 
+@pytest.mark.wrong_types
 def test_layers_by_number():
     lens = lens_of(FIRST)
     first, last = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"
@@ -121,6 +123,7 @@ def test_layers_by_number():
         lens.token_matrix("in", layers=(0, 2))
 
 
+@pytest.mark.wrong_types
 def test_types_are_named_with_their_article():
     with pytest.raises(ValueError, match="baseline= is an int, which is no baseline"):
         lens_of(FIRST).attribute(baseline=3)

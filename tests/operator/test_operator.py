@@ -164,6 +164,7 @@ def test_dense_block_and_scipy(case):
     assert abs(scipy_op.T @ x[1].flatten().numpy() - flat.T @ x[1].flatten().numpy()).max() <= 1e-10
 
 
+@pytest.mark.wrong_types
 def test_blocks_by_the_brackets_of_the_paper():
     op = lens_of(SHAPES[0]).operator
     assert op.shape == op.to_dense().shape == (2, 7, 32, 7, 32)
@@ -179,6 +180,7 @@ def test_blocks_by_the_brackets_of_the_paper():
         list(op)
 
 
+@pytest.mark.wrong_types
 def test_python_s_own_errors_name_no_hidden_class():
     lens = lens_of(SHAPES[0])
     with pytest.raises(TypeError, match=r"^block\(\) missing 1 required positional argument"):
@@ -187,6 +189,7 @@ def test_python_s_own_errors_name_no_hidden_class():
         lens.attribute(vs=3)
 
 
+@pytest.mark.wrong_types
 def test_parts_by_numbers_of_blocks():
     """A number is a block: the part starts at what it reads, or ends at what it leaves."""
     op = lens_of(SHAPES[0]).operator
