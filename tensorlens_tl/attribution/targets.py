@@ -147,6 +147,8 @@ def token_id(capture: Any, text: str, name: str = "target") -> int:
     """
     tokenizer = capture.tokenizer
     if tokenizer is None:
+        if text.startswith("#") and text[1:].isdecimal():  # as labels name tokens then
+            return int(text[1:])
         raise ValueError(
             f"{name}={text!r} is a string, but the model has no tokenizer. Pass a token id, or "
             "load a saved lens with its model: load(path, model=model)."
@@ -193,11 +195,11 @@ def is_token(target: TargetLike) -> bool:
     return isinstance(target, str | int | None) or getattr(target, "ndim", None) == 0
 
 
-def resolve_token(capture: Capture, target: TargetLike, name: str = "target") -> int:
+def resolve_token(capture: Any, target: TargetLike, name: str = "target") -> int:
     """Find the id that a token string or an id stands for.
 
     Args:
-        capture: The captured run, for its tokenizer and its vocabulary.
+        capture: The captured run, or anything else with ``tokenizer`` and ``logits``.
         target: A token as a string, or a token id.
         name: The name of the user's argument, for messages.
 
@@ -446,4 +448,4 @@ def _no_target(target: Any, name: str) -> ValueError:
 
 
 def _decode(capture: Capture, token: int) -> str:
-    return str(token) if capture.tokenizer is None else capture.tokenizer.decode([token])
+    return f"#{token}" if capture.tokenizer is None else capture.tokenizer.decode([token])

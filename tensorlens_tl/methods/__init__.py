@@ -7,9 +7,9 @@ Key concepts:
     TokenScores: How much of a target is due to every token.
 """
 
-from .logit_lens import LogitLens, logit_lens
 from .operator_matrices import OPERATOR_METHODS, plan_token_matrix
 from .registry import METHODS, check_method, token_matrix, token_scores
+from .residual_readings import LogitLens, logit_lens
 from .tables import TokenMatrix, TokenScores
 
 __all__ = [
