@@ -14,7 +14,7 @@ It never edits the run. The two classes of hosts are in ``hooked_transformer`` a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -88,6 +88,8 @@ class Adapter(ABC):
         "past_key_values",
         "use_cache",
         "names_filter",
+        "inputs_embeds",
+        "logits_to_keep",
     )
     """Keyword arguments that would make the run something else than prompt → logits."""
 
@@ -187,7 +189,9 @@ class Adapter(ABC):
         """W_Q, b_Q, W_K and b_K of every block, by reference; norms and rotations come after."""
         return tuple(self.query_key_weights_of(block.attn) for block in self.model.blocks)
 
-    def score_weights(self, n_pos: int) -> tuple[ScoreWeights, ...] | None:
+    def score_weights(
+        self, n_pos: int, kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[ScoreWeights, ...] | str:
         """What the attention scores of every block are made of, by reference.
 
         Nothing of a run is read for it. The run still tells whether the layout is right: the
@@ -195,41 +199,47 @@ class Adapter(ABC):
 
         Args:
             n_pos: Number of positions for which rotations are needed.
+            kwargs: Arguments of the run.
 
         Returns:
-            One entry per block, or None where it is not known how this model computes scores.
+            One entry per block, or the reason why it is not known how scores were computed.
         """
         try:
-            how, weights = self.recomputed_reading(), self.query_key_weights()
-        except (NotRecomputableError, UnsupportedArchitectureError):  # such as a LoRA adapter
-            return None
-        if how.sinks:  # a pattern with sinks is no softmax of the scores alone
-            return None
+            return tuple(self._score_weights(n_pos, (kwargs or {}).get("position_ids")))
+        except NotRecomputableError as error:
+            return error.cause
+        except UnsupportedArchitectureError as error:  # such as a LoRA adapter
+            reason = str(error).split(". ")[0].removeprefix("Cannot freeze ")
+            return reason.replace(" exactly:", ":")
+
+    def _score_weights(self, n_pos: int, position_ids: Any) -> Iterator[ScoreWeights]:
+        how, weights = self.recomputed_reading(), self.query_key_weights()
+        if how.sinks:
+            raise NotRecomputableError("sinks", "the pattern is no softmax of the scores alone")
         with torch.no_grad():
             rotations = self.rotations(n_pos)
         if rotations is None:
-            return None
-        found = []
+            raise NotRecomputableError("rotations", "the model's tables of them are not found")
+        given = torch.as_tensor([0] if position_ids is None else position_ids)
+        if any(rotations) and bool((given.diff() != 1).any()):
+            raise NotRecomputableError("position_ids", "they are not consecutive")
         blocks, d_head = self.model.blocks, self.cfg.d_head
         for block, own, s, rotation in zip(blocks, weights, how.scores, rotations, strict=True):
             norms = [getattr(block.attn, name, None) for name in ("q_norm", "k_norm")]
             q_norm, k_norm = map(self.norm_weights, norms)
             gains = [n.w for n in (q_norm, k_norm) if n is not None and n.w is not None]
-            if any(len(w) != d_head for w in gains):
-                return None  # OLMo-2 norms all heads together
-            found.append(
-                ScoreWeights(
-                    *own,
-                    scale=s.scale,
-                    soft_cap=s.soft_cap,
-                    q_norm=q_norm,
-                    k_norm=k_norm,
-                    eps=norm_eps(norms[0]),
-                    rotation=rotation,
-                    slopes=s.slopes,
-                )
+            if any(w.shape != (d_head,) for w in gains):  # OLMo-2, Cohere
+                raise NotRecomputableError("the norm of queries and keys", "heads differ in it")
+            yield ScoreWeights(
+                *own,
+                scale=s.scale,
+                soft_cap=s.soft_cap,
+                q_norm=q_norm,
+                k_norm=k_norm,
+                eps=norm_eps(norms[0]),
+                rotation=rotation,
+                slopes=s.slopes,
             )
-        return tuple(found)
 
     @property
     def attends_apart(self) -> bool:
@@ -275,7 +285,7 @@ class Adapter(ABC):
 
     @property
     def n_ctx(self) -> int:
-        """Tokens that a prompt may have."""
+        """Tokens that a prompt may have: as many as learned positions, or tables of them, hold."""
         return self.cfg.n_ctx
 
     @property
@@ -414,8 +424,8 @@ class Adapter(ABC):
         return {} if self.mask(ids, {}) is None else {"attention_mask": torch.ones_like(ids)}
 
     def token_string(self, token: int) -> str:
-        """A token as text; its id where there is no tokenizer."""
-        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+        """A token as text; "#" and its id where there is no tokenizer."""
+        return f"#{token}" if self.tokenizer is None else self.tokenizer.decode([token])
 
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_vocab"]:
         """One ordinary forward pass, when no other thread of the library runs the model."""

@@ -8,6 +8,7 @@ the component's class: see ``BRIDGE_READINGS``, one entry per component and none
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +36,7 @@ from .attention_reading import (
     RecomputedReading,
     drop_pattern,
 )
+from .self_check import not_finite
 from .supported import (
     NotFoldedError,
     UnsupportedArchitectureError,
@@ -99,9 +101,9 @@ class BridgeAdapter(Adapter):
             # A module has several names here; the Bridge's own leads through no wrapped module.
             for name, module in self.model.named_modules(remove_duplicate=False):
                 where, inner, rest = name.partition("._original_component")
-                if is_adapted(module) and inner and not rest:
-                    if not where.endswith(("attn.q", "attn.k")):
-                        raise UnsupportedArchitectureError(merge_first(where))
+                read = inner and not rest and not where.endswith(("attn.q", "attn.k"))
+                if read and is_adapted(module):
+                    raise UnsupportedArchitectureError(merge_first(where))
         attention = getattr(config, "_attn_implementation", "eager")
         if attention not in ("eager", None) and self.attends_apart:
             raise ValueError(
@@ -116,8 +118,13 @@ class BridgeAdapter(Adapter):
 
     @property
     def n_ctx(self) -> int:
-        config = getattr(self.model.original_model, "config", None)
-        return min(self.cfg.n_ctx, getattr(config, "max_seq_len", self.cfg.n_ctx))  # MPT's own
+        # Learned positions end, and so do tables: MPT's biases, rotations of GPT-J, CodeGen and
+        # boot_native. Other rotations and ALiBi are computed for any position.
+        kind = getattr(self.cfg, "positional_embedding_type", "standard")
+        part = self.model.blocks[0].attn.original_component
+        if kind == "standard" or hasattr(part, "embed_positions") or hasattr(part, "rotary"):
+            return self.cfg.n_ctx
+        return getattr(self.model.original_model.config, "max_seq_len", sys.maxsize)
 
     @property
     def act_fn(self) -> str:
@@ -159,9 +166,9 @@ class BridgeAdapter(Adapter):
             return None
         kind = type(component).__name__
         rms = "RMSNorm" in kind
-        if not (rms or "LayerNorm" in kind):
+        if not (rms or "LayerNorm" in kind) or any(True for _ in component.children()):
             raise UnsupportedArchitectureError(
-                refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
+                refusal(f"the norm {kind}", "it is neither one LayerNorm nor one RMSNorm")
             )
         offset = 1.0 if rms and getattr(self.cfg, "rmsnorm_uses_offset", False) else 0.0
         w, b = getattr(component, "weight", None), getattr(component, "bias", None)
@@ -264,7 +271,14 @@ class BridgeAdapter(Adapter):
         if type(part).__name__ == "NativeAttention":
             tables = (part.rotary.cos_cached[:n_pos], part.rotary.sin_cached[:n_pos])
             return [Rotation(*tables, True)] * len(blocks)
-        adjacent = bool(getattr(cfg, "rotary_adjacent_pairs", False))
+        config = getattr(self.model.original_model, "config", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        beta, first = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+        if beta and first and n_pos > first:
+            why = f"queries from position {first} on are scaled after their rotation"
+            raise NotRecomputableError(f"llama_4_scaling_beta={beta}", why)
+        flags = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
+        adjacent = any(getattr(cfg, flag, False) for flag in flags)
         for name, module in self.model.original_model.named_modules():
             if name.rpartition(".")[2] == "rotary_emb":
                 rotary = getattr(module, "original_component", module)  # no hook is to fire
@@ -309,7 +323,7 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
         The Bridge around the model, in the same mode (training or evaluation).
 
     Raises:
-        ValueError: If the model is inside another Bridge.
+        ValueError: If the model is inside another Bridge, or its logits are not finite.
         UnsupportedArchitectureError: If the Bridge cannot be built or run, or gives other logits.
             The model is then as it was.
     """
@@ -324,15 +338,19 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
     before = snapshot(model)
     kept = [(module, module.training) for module in model.modules()]
     ids = _probe_ids(model)
+    devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
         failing = "the model itself does not run on token ids"
         try:
-            with _at_rest(model):
-                expected = model(ids).logits
-            failing = f"transformer_lens {metadata.version('transformer_lens')} cannot bridge it"
-            bridge = build()
-            with _at_rest(model, bridge):
-                off, rounding = _difference(model, bridge, ids, expected)
+            with torch.random.fork_rng(devices):  # a Bridge draws the weights that it then replaces
+                with _at_rest(model):
+                    expected = model(ids).logits
+                failing = (
+                    f"transformer_lens {metadata.version('transformer_lens')} cannot bridge it"
+                )
+                bridge = build()
+                with _at_rest(model, bridge):
+                    off, rounding = _difference(model, bridge, ids, expected)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0].rstrip(".: ")
             raise UnsupportedArchitectureError(
@@ -341,6 +359,8 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
         if not off <= rounding:
             if adapted:
                 raise UnsupportedArchitectureError(merge_first(adapted))
+            if not expected.isfinite().all():
+                raise ValueError(not_finite("logits", model))
             why = (
                 f"its Bridge gives logits that differ from Hugging Face's by {off:.1e} of the "
                 f"largest, where rounding explains {rounding:.0e}"
@@ -368,14 +388,13 @@ def _probe_ids(model: Any) -> Tensor:
 
 @contextmanager
 def _at_rest(*models: Any) -> Iterator[None]:
-    """Run models without dropout, graph or a trace in torch's random numbers."""
+    """Run models without dropout and without a graph."""
     modules = {id(m): m for model in models for m in model.modules()}.values()
     modes = [(module, module.training) for module in modules]
-    devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
     try:
         for module in modules:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad():
             yield
     finally:
         for module, mode in modes:

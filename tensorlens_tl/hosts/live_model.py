@@ -189,14 +189,21 @@ def live_models(capture: Capture, model: Any) -> Iterator[list[LiveModel]]:
         One live model per length of prompt.
 
     Raises:
-        ValueError: If the weights are inference tensors, which know no gradients.
+        ValueError: If the model has other sizes than the captured one, or its weights are inference
+            tensors, which know no gradients.
     """
     # 1. Prompts of one length run side by side, and none is padded.
     frame = capture.frame
     spans = torch.tensor(frame.spans, device=frame.device)
     lengths = spans[:, 1] - spans[:, 0]
-    with alone(model), torch.inference_mode(False), torch.enable_grad():
-        adapter, lives = adapt(model), []
+    adapter, lives = adapt(model), []
+    sizes = [capture.unembed.final.shape[-1], capture.logits.shape[-1]]
+    if [*adapter.weights.unembed.W_U.shape] != sizes:
+        raise ValueError(
+            f"The model does not repeat the captured run: {adapter.name} has other sizes than "
+            f"{capture.model_name}. Pass the model of the capture."
+        )
+    with alone(adapter.model), torch.inference_mode(False), torch.enable_grad():
         if inference_weights(adapter.model):
             raise ValueError(
                 "model was built under torch.inference_mode, and such weights have no gradients. "

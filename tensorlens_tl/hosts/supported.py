@@ -122,7 +122,7 @@ def check_weights(model: Any) -> None:
             problem = f"The weights of {name or 'the model'} are on the meta device, without values"
             remedy = "Load the model with its weights, whole on one device"
         elif name.rpartition(".")[2].startswith("hook_") and "fwd_hooks" not in vars(module):
-            problem = f"A {type(module).__name__} stands at {name} in place of the hook point"
+            problem = f"An {type(module).__name__} stands at {name} in place of the hook point"
             remedy = (
                 "Take it off (model.reset_saes()), or call it in a hook of your own, "
                 "which is served"
@@ -172,7 +172,7 @@ def merge_first(where: str) -> str:
         The message, in two sentences.
     """
     return (
-        f"A LoRA adapter is still in the model: LoRA adapter at {where}. "
+        f"There is a LoRA adapter at {where}, beside the weights that are read. "
         "Merge it first: model = model.merge_and_unload()."
     )
 

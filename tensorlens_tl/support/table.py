@@ -3,8 +3,10 @@
 ``python -m tensorlens_tl.support`` measures the installed host:
 
 1. Build a tiny random model of every family, for every class that transformer_lens offers.
-2. Capture one run of each in float64.
-3. Print its completeness error, or the reason why there is none.
+2. Capture one run of each in float64. For a Bridge, also run the Hugging Face model inside, built
+   again and never wrapped.
+3. Print the larger of the completeness error and the Bridge's difference from Hugging Face, or the
+   reason why there is none.
 
 ``--json`` prints the same for machines. ``--merge`` makes the tables of docs/models.md from such
 reports of several hosts.
@@ -24,12 +26,24 @@ from pathlib import Path
 import torch
 
 from ..plugin import capture
-from .tiny_models import D_VOCAB, FAMILIES, TOL, host_classes, norms_in_float32, quiet
+from .tiny_models import (
+    D_VOCAB,
+    FAMILIES,
+    TOL,
+    host_classes,
+    hugging_face_logits,
+    norms_in_float32,
+    quiet,
+)
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 STATUSES = ("supported", "refused", "not offered", "not built", "wrong", "crashed")
 """Outcomes. "not offered": the host has no such model. "not built": the host fails to build or run
 the model. "wrong" and "crashed": errors of this library."""
+
+HUGGING_FACE_TOL = 1e-6
+"""Largest difference of a Bridge from Hugging Face that counts as supported. Either may compute
+norms, softmax and rotations in float32."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,9 @@ class Row:
         tolerance: Largest error that counts as supported. None if there was no capture.
         reason: Class of the error behind a refusal or failure, and the first sentence of its
             message.
+        hugging_face: Largest |Δ logits| / |logits| between a Bridge and the Hugging Face model; the
+            mean logit of each position is taken off, which compatibility mode moves. None if the
+            model is no Bridge of such a model, or there was no capture.
     """
 
     family: str
@@ -53,12 +70,14 @@ class Row:
     error: float | None = None
     tolerance: float | None = None
     reason: str = ""
+    hugging_face: float | None = None
 
     def __str__(self) -> str:
-        """Give the table's cell: the error, or the status."""
+        """Give the table's cell: the larger error, or the status."""
         if self.error is None:
             return "–" if self.status == "not offered" else self.status
-        return f"{'' if self.status == 'supported' else 'wrong: '}{self.error:.0e}"
+        error = self.error if self.hugging_face is None else max(self.error, self.hugging_face)
+        return f"{'' if self.status == 'supported' else 'wrong: '}{error:.0e}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +153,8 @@ def measure(family: str, host_class: str) -> Row:
         if model is None:
             return Row(family, host_class, "not offered")
         try:
-            error = capture(model, ids)[1].completeness_error
+            logits, lens = capture(model, ids)
+            error = lens.completeness_error
         except ValueError as refusal:
             return Row(family, host_class, "refused", reason=_reason(refusal))
         except Exception as crash:
@@ -144,9 +164,33 @@ def measure(family: str, host_class: str) -> Row:
             except Exception:  # the host cannot run it either
                 status = "not built"
             return Row(family, host_class, status, reason=_reason(crash))
+        theirs = against_hugging_face(family, host_class, ids, logits)
     tolerance = TOL[torch.float64, norms_in_float32(family, host_class)]
-    status = "supported" if error <= tolerance else "wrong"  # NaN is wrong, too
-    return Row(family, host_class, status, float(f"{error:.1e}"), tolerance)
+    same = theirs is None or theirs <= HUGGING_FACE_TOL
+    status = "supported" if error <= tolerance and same else "wrong"  # NaN is wrong, too
+    theirs = None if theirs is None else float(f"{theirs:.1e}")
+    return Row(family, host_class, status, float(f"{error:.1e}"), tolerance, "", theirs)
+
+
+def against_hugging_face(
+    family: str, host_class: str, ids: torch.Tensor, logits: torch.Tensor
+) -> float | None:
+    """Compare a Bridge's logits with those of the Hugging Face model, built again.
+
+    Args:
+        family: Name of the family, a key of :data:`FAMILIES`.
+        host_class: Name of the class, a key of :func:`host_classes`.
+        ids: Token ids [batch, pos].
+        logits: Logits of the host [batch, pos, d_vocab].
+
+    Returns:
+        The difference, as in :attr:`Row.hugging_face`; None for other classes of hosts.
+    """
+    if not host_class.startswith("Bridge"):
+        return None
+    theirs = hugging_face_logits(family, ids, torch.float64)
+    ours, theirs = (t - t.mean(-1, keepdim=True) for t in (logits, theirs))
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def measure_all() -> Report:

@@ -154,6 +154,7 @@ _OTHER_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": D_VOCAB,
                         "state_size": 4}),
 }  # fmt: skip
+_ROWS = {**BRIDGE, **MORE_BRIDGE, **_OTHER_BRIDGE}
 _HEADS = {"GPT2": "LMHeadModel", "Bert": "ForMaskedLM", "T5": "ForConditionalGeneration"}
 
 NATIVE = {
@@ -305,6 +306,21 @@ def build_hf(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> 
     return model
 
 
+def hugging_face_logits(name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Logits of the Hugging Face model that a family's Bridge is built around.
+
+    Args:
+        name: Name of the family.
+        ids: Token ids [batch, pos].
+        dtype: Dtype of the model.
+
+    Returns:
+        The logits [batch, pos, d_vocab] of the model, which no host has touched.
+    """
+    with torch.no_grad():
+        return build_hf(*_ROWS[name], dtype)(ids).logits
+
+
 def to_bridge(hf: Any, tokenizer: Any = None) -> Any:
     """A Hugging Face model as a Bridge, without asking the hub."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -325,7 +341,7 @@ def build_bridge(
 
 def _hooked_from_hf(name: str, dtype: torch.dtype) -> Any:
     """Build a HookedTransformer from a Hugging Face configuration, by the host's own loader."""
-    cfg = hf_config(*({**BRIDGE, **MORE_BRIDGE, **_OTHER_BRIDGE}[name]))
+    cfg = hf_config(*_ROWS[name])
     if cfg is None:
         return None
     loader = import_module("transformer_lens.loading_from_pretrained")
@@ -362,14 +378,14 @@ def bridge_offered(name: str) -> bool:
     """Tell whether the installed host can build Bridges of a family."""
     factory = "transformer_lens.factories.architecture_adapter_factory"
     known = find(factory, "SUPPORTED_ARCHITECTURES")
-    cfg = hf_config(*{**BRIDGE, **MORE_BRIDGE, **_OTHER_BRIDGE}.get(name, ("", {})))
+    cfg = hf_config(*_ROWS.get(name, ("", {})))
     return cfg is not None and known is not None and cfg.architectures[0] in known
 
 
 def _bridge(name: str, dtype: torch.dtype, compat: bool = False) -> Any:
     if not bridge_offered(name):
         return None
-    return build_bridge(*{**BRIDGE, **MORE_BRIDGE, **_OTHER_BRIDGE}[name], dtype, compat)
+    return build_bridge(*_ROWS[name], dtype, compat)
 
 
 def _native(name: str, dtype: torch.dtype) -> Any:

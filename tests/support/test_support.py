@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from models import CASES
 
 from tensorlens_tl import UnsupportedArchitectureError
@@ -70,6 +71,9 @@ def test_errors_within_tolerance(measured):
             if row.error is not None:
                 float32 = families.norms_in_float32(row.family, row.host_class)
                 assert row.error <= row.tolerance == (1e-6 if float32 else 1e-12), row
+            compared = row.error is not None and row.host_class.startswith("Bridge")
+            assert (row.hugging_face is not None) == compared, row
+            assert not compared or row.hugging_face <= 1e-6, row
 
 
 def test_whatever_the_tests_cover_is_supported(measured):
@@ -150,8 +154,9 @@ def failing(error):
 def one_row(monkeypatch):
     """A table of one family as one class, whose builder and capture are given."""
 
-    def make(build, capture=None):
+    def make(build, capture=None, theirs=None):
         monkeypatch.setattr(support, "host_classes", lambda: {"Bridge": build})
+        monkeypatch.setattr(support, "against_hugging_face", lambda *_: theirs)
         monkeypatch.setattr(support, "FAMILIES", {"gpt2": "GPT-2"})
         if capture is not None:
             monkeypatch.setattr(support, "capture", capture)
@@ -208,6 +213,26 @@ def test_what_becomes_of_a_row(one_row, capsys, build, capture, status, reason, 
         assert "Traceback" not in out and (shown in out or "--json" in options)
     versions = json.loads(out)["versions"]
     assert list(versions) == ["transformer_lens", "transformers", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "shown"), [(2e-7, "2e-07"), (1e-17, "3e-16"), (0.5, "wrong: 5e-01")]
+)
+def test_a_bridge_that_is_another_model_is_wrong(one_row, theirs, shown):
+    """Whatever the capture says of itself, the larger error is shown and decides."""
+    row = one_row(lambda *_: len, lens(3e-16), theirs)
+    assert (row.status == "wrong", str(row)) == (theirs > 1e-6, shown)
+
+
+def test_compatibility_mode_moves_all_logits_of_a_position(monkeypatch):
+    theirs = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(support, "hugging_face_logits", lambda *_: theirs)
+    moved = theirs + torch.arange(3)[:, None]
+    off = support.against_hugging_face("gpt2", "Bridge, compatibility mode", None, moved)
+    assert off < 1e-15
+    moved[0, 0, 0] += 1
+    assert support.against_hugging_face("gpt2", "Bridge", None, moved) > 0.1
+    assert support.against_hugging_face("gpt2", "HookedTransformer", None, moved) is None
 
 
 def test_a_report_survives_its_file(tmp_path, measured):
