@@ -107,6 +107,9 @@ def alone(model: Any) -> Iterator[None]:
         model: A host model, or the model that a Bridge wraps.
     """
     inner = getattr(model, "original_model", model)
+    if not isinstance(inner, nn.Module):  # refused inside
+        yield
+        return
     with _first_come:
         lock = _locks.setdefault(inner, threading.RLock())
     with lock:

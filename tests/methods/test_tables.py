@@ -129,3 +129,5 @@ def test_types_are_named_with_their_article():
         lens_of(FIRST).attribute(baseline=3)
     with pytest.raises(ValueError, match="baseline= is a list, which is no baseline"):
         lens_of(FIRST).attribute(baseline=[3])
+    with pytest.raises(ValueError, match="model is an int, which is neither"):
+        tensorlens_tl.capture(3, "a prompt")
