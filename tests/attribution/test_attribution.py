@@ -136,7 +136,7 @@ def test_results():
     top = one.top(3)
     assert [abs(v) for _, v in top] == sorted((abs(v) for _, v in top), reverse=True)
     assert abs(top[0][1]) == float(one.values.abs().max())
-    assert repr(one).count("\n") == 11 and "Attribution by token of '3' − '4'" in repr(one)
+    assert repr(one).count("\n") == 11 and "Attribution by token of '#3' − '#4'" in repr(one)
     assert "2 prompts" in repr(a)
     with pytest.raises(ValueError, match=r"one prompt, but there are 2.*attribution\[i\]"):
         a.top()

@@ -452,10 +452,10 @@ def test_runs_edited_by_the_users_own_hooks():
 def test_results():
     lens = lens_of(SHAPES[0])[0]
     paths = lens.paths(3, 5, versus=4)
-    assert isinstance(paths, Paths) and len(paths) == 5 and paths.target == "'3' − '4'"
+    assert isinstance(paths, Paths) and len(paths) == 5 and paths.target == "'#3' − '#4'"
     assert len(paths[:2]) == 2 and paths[0] is next(iter(paths)) and paths[0] in paths
     lines = repr(paths).splitlines()
-    assert len(lines) == 6 and lines[0].startswith("Paths to '3' − '4' = ")
+    assert len(lines) == 6 and lines[0].startswith("Paths to '#3' − '#4' = ")
     assert "the 5 largest" in lines[0] and lines[1].endswith(f"  {paths[0].name}")
     frame = paths.to_dataframe()
     assert list(frame.contribution) == [path.contribution for path in paths]

@@ -88,7 +88,7 @@ def test_many_targets_against_others(case):
         assert a.target == own.target
         assert_close(a.values, own.values, 1e-10)
     for a in lens.attribute_many(pos=range(2), versus=4):
-        assert all(name.endswith("− '4'") for name in a.target)
+        assert all(name.endswith("− '#4'") for name in a.target)
     for pos, a in enumerate(lens.attribute_many(3, pos=range(2))):
         assert_close(a.values, lens.attribute(3, pos=pos).values, 1e-10)
     (one,) = lens.attribute_many(3)
@@ -105,6 +105,21 @@ def test_many_targets_against_others(case):
         assert_close(a.values, own.values, 1e-10)
     (one,) = lens.attribute_many(directions[1])
     assert_close(one.values, lens.attribute(directions[1]).values, 1e-10)
+
+
+def test_without_a_tokenizer_tokens_are_named_by_number():
+    """Labels, targets and the command line write an id as "#3", which is a target, too."""
+    lens = lens_of(SHAPES[0])
+    named, by_id = lens.attribute("#3", versus="#4"), lens.attribute(3, versus=4)
+    assert named.target == by_id.target == ("'#3' − '#4'",) * 2
+    assert torch.equal(named.values, by_id.values)
+    assert lens.tokens[0][0] == f"#{int(lens.capture.prompts.tokens[0, 0])}"
+    assert named.labels[0][0].startswith(f'"{lens.tokens[0][0]}"@0')
+    for wrong in ("#", "#x", "3", "#-1"):
+        with pytest.raises(ValueError, match="is a string, but the model has no tokenizer"):
+            lens.attribute(wrong)
+    with pytest.raises(ValueError, match="target=50 is outside"):
+        lens.attribute("#50")
 
 
 def test_a_target_with_and_without_its_leading_space():

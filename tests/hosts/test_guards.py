@@ -177,7 +177,7 @@ def test_targets_of_other_types():
 def test_a_target_against_itself_is_nothing(case):
     itself = lens_of(case).attribute(3, versus=3)[0]
     assert itself.values.abs().max() == 0 and itself.completeness_error == 0
-    assert str(itself).splitlines()[0] == "Attribution by token of '3' − '3' = 0"
+    assert str(itself).splitlines()[0] == "Attribution by token of '#3' − '#3' = 0"
 
 
 @every_host
