@@ -17,8 +17,17 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark the core; leave out tests of what the installed host lacks: ``offered(condition)``."""
-    absent = [item for item in items if not all(m.args[0] for m in item.iter_markers("offered"))]
+    """Mark the core; leave out tests of what the installed host lacks: ``offered(condition)``.
+
+    Tests marked ``fuzz`` take minutes. They run only where the marker is asked for by its name.
+    """
+    fuzz = "fuzz" in (config.option.markexpr or "")
+    absent = [
+        item
+        for item in items
+        if not all(m.args[0] for m in item.iter_markers("offered"))
+        or (not fuzz and item.get_closest_marker("fuzz"))
+    ]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in set(absent)]
@@ -26,3 +35,11 @@ def pytest_collection_modifyitems(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if is_core(item.path.stem.removeprefix("test_"), item.originalname, parameters):
             item.add_marker("core")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests have counted by ``record_property("counts", ...)``."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "counts":
+                terminalreporter.write_line(f"{report.nodeid}: {value}")

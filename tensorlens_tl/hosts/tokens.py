@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 EMPTY = "The prompt is empty. Give at least one token."
 Spans = list[tuple[int, int]]
+_SIDES = (None, "left", "right")
 
 CONVENTION = "_tensorlens_convention"
 """Attribute of a wrapped model: where its token ids differ from the tokenizer's own. Told once."""
@@ -111,6 +112,11 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
         if hasattr(model, "set_tokenizer"):
             remedy = "call model.set_tokenizer(tokenizer)"
         raise ValueError(f"This model has no tokenizer. Pass token ids, or {remedy}.")
+    if hasattr(model, "set_tokenizer") and model.cfg.tokenizer_prepends_bos is None:
+        raise ValueError(
+            "model.tokenizer was not set by set_tokenizer, so the host does not know whether it "
+            "begins a text with BOS. Call model.set_tokenizer(tokenizer), or pass token ids."
+        )
     if kwargs.get("prepend_bos") is None:
         tell_convention(model)
     keys = {k: kwargs[k] for k in ("prepend_bos", "padding_side") if k in kwargs}
@@ -186,8 +192,12 @@ def check_arguments(
         hosts: The host model, and the model that it wraps.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If there is one, or if prepend_bos or padding_side has an unknown value.
     """
+    for key, values in (("prepend_bos", (None, True, False)), ("padding_side", _SIDES)):
+        if kwargs.get(key) not in values:
+            known = ", ".join(map(repr, values))
+            raise ValueError(f"{key}={kwargs[key]!r} is not known. Pass one of {known}.")
     if kwargs.get("token_type_ids") is not None:
         raise ValueError(
             "token_type_ids adds an embedding of its own to the residual stream, which the "
