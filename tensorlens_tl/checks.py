@@ -168,6 +168,29 @@ def as_array(tensor: Any, dtype: Any = None, copy: bool | None = None) -> Any:
     return array.astype(array.dtype if dtype is None else dtype, copy=copy is not False)
 
 
+PROGRESS_AFTER = 2.0
+"""Seconds of work after which a progress bar is shown."""
+
+
+def progress_bar(what: str, total: int | None, shown: bool = True, **options: Any) -> Any:
+    """Make a bar on standard error. It appears after 2 s of work, and goes when the work is done.
+
+    Args:
+        what: Name of what is counted, such as "prompts".
+        total: How many there are; None where that is not known.
+        shown: Whether to show it at all.
+        **options: Further arguments of tqdm, such as ``initial`` or ``unit``.
+
+    Returns:
+        The bar, to be used in a ``with`` statement and moved by ``update``.
+    """
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        desc=what, total=total, delay=PROGRESS_AFTER, leave=False, disable=not shown, **options
+    )
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all: ``write`` fills a new file, which then takes its place."""
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..checks import at_least_one, need, one_each
+from ..checks import at_least_one, need, one_each, progress_bar
 from ..graph import Edge, Node
 from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, prompts_of
 from ..operator import Capture, FrozenTransformer
@@ -145,7 +144,7 @@ def mean_attribution(
     of: str = "logit",
     batch_size: int = 8,
     path: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool = True,
     **kwargs: Any,
 ) -> MeanAttribution:
     """Split a target of each of many prompts, and average the splits row by row.
@@ -168,7 +167,7 @@ def mean_attribution(
             unequal lengths are captured one by one.
         path: A file to which every prompt's attribution is written as one line of JSON, which
             :meth:`Attribution.from_json` reads back. None writes no file.
-        progress: Whether to show a progress bar on standard error.
+        progress: Whether to show a progress bar on standard error after 2 s.
         **kwargs: Arguments of the capture (``gate``, ``dtype``) and of the model itself.
 
     Returns:
@@ -198,11 +197,11 @@ def mean_attribution(
     sources: tuple[Source, ...] = ()
     with open(os.devnull if path is None else Path(path), "w", encoding="utf-8") as file:
         # 1. Capture.
-        captures = tqdm(
-            _captures(adapter, prompts, batch_size, kwargs),
+        captures = progress_bar(
             "prompts",
             len(prompts),
-            disable=not progress,
+            progress,
+            iterable=_captures(adapter, prompts, batch_size, kwargs),
         )
         for capture, goal, foil in zip(captures, targets, foils, strict=True):
             # 2. Split.

@@ -41,9 +41,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..checks import at_least_one, whole
+from ..checks import at_least_one, progress_bar, whole
 from ..graph import Edge, Node
 from .edge_averages import first_edges, ranked_scores
 from .edge_patching import EdgeModel, Writes, edge_model
@@ -77,7 +76,7 @@ class AblationOptions:
             prompts. By default, the tested prompts themselves.
         seed: Seed of the bootstrap over prompts.
         batch_size: Number of sequences run at once. By default, as many as write 256 MiB.
-        progress: Whether to show a progress bar on standard error.
+        progress: Whether to show a progress bar on standard error after 2 s.
 
     Example:
         >>> from tensorlens_tl import AblationOptions
@@ -92,7 +91,7 @@ class AblationOptions:
     mean_over: Any = None
     seed: int = 0
     batch_size: int | None = None
-    progress: bool = False
+    progress: bool = True
 
     def __post_init__(self):
         for name, known in (("ablation", ABLATIONS), ("attention", ATTENTION)):
@@ -408,7 +407,7 @@ class _Study:
         masks, which = torch.unique(masks, dim=0, return_inverse=True)
         values = torch.zeros(2 + len(masks), n, dtype=torch.float64, device="cpu")
         mean = self.mean() if self.options.ablation == "mean" else None
-        with tqdm(desc="prompts", total=n, disable=not self.options.progress) as bar:
+        with progress_bar("prompts", n, self.options.progress) as bar:
             for group in self.groups:
                 size = self.at_once(group.ids.shape[1])
                 circuits = min(len(masks), size)

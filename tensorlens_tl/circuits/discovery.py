@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..attribution import (
     Target,
@@ -35,7 +34,7 @@ from ..attribution import (
     own_prediction,
     resolve_each,
 )
-from ..checks import as_list, at_least_one, one_each, whole, write_whole
+from ..checks import as_list, at_least_one, one_each, progress_bar, whole, write_whole
 from ..graph import Edge
 from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
@@ -70,7 +69,7 @@ def discover(
     sample: int | None = None,
     seed: int = 0,
     path: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool = True,
     **kwargs: Any,
 ) -> Circuit:
     """Find the edges that make a target, over many prompts: average their scores, then select.
@@ -103,7 +102,7 @@ def discover(
         seed: Seed of the draw.
         path: File for the circuit, and to resume from: the circuit's JSON with an entry of
             progress.
-        progress: Whether to show a progress bar on standard error.
+        progress: Whether to show a progress bar on standard error after 2 s.
         **kwargs: Arguments of the capture: ``gate``, ``dtype``, and the model's own arguments.
 
     Returns:
@@ -176,7 +175,7 @@ def _average(
     """Mean scores over all prompts, from the means over the first n; keeps the file current."""
     written, last = n, time.monotonic()
     try:
-        with tqdm(desc="prompts", total=len(work), initial=n, disable=not progress) as bar:
+        with progress_bar("prompts", len(work), progress, initial=n) as bar:
             for start in range(n, len(work), batch_size):
                 with torch.no_grad():
                     found = work.scores(adapter, start, start + batch_size)

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..checks import at_least_one
+from ..checks import at_least_one, progress_bar
 from ..graph import LOGITS, Edge, Node, owner
 from .edge_masks import EdgeUniverse
 from .edge_patching import EdgeModel, edge_model
@@ -56,7 +55,7 @@ def score_edges(
     pos: int = -1,
     seed: int = 0,
     batch_size: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> dict[Edge, float]:
     """Score every edge of the model by an earlier method, e.g. for :func:`faithfulness_curve`.
 
@@ -74,7 +73,7 @@ def score_edges(
         pos: Position of the prediction. Negative positions count from the end, as in Python.
         seed: Seed of the walks of "random".
         batch_size: Number of sequences run at once.
-        progress: Whether to show a progress bar on standard error.
+        progress: Whether to show a progress bar on standard error after 2 s.
 
     Returns:
         The score of every edge, in the unit of the metric (logits by default).
@@ -102,7 +101,7 @@ def score_edges(
         measured = LogitMetric.of(edged.adapter, n, target, versus, metric, pos)
         # 2. Gradients of all edges.
         total = torch.zeros(len(universe.readers), len(universe.writers), dtype=edged.dtype)
-        with tqdm(desc="prompts", total=n, disable=not progress) as bar:
+        with progress_bar("prompts", n, progress) as bar:
             for group in groups:
                 # A backward pass keeps the graph: about four times the memory.
                 size = batch_size or max(1, edged.at_once(group.ids.shape[1]) // 4)

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from ..attribution import mean_embedding
+from ..checks import progress_bar
 from ..hosts import Adapter, alone, hooked, in_this_thread
 
 MASKINGS = ("delete", "token", "mean")
@@ -159,7 +159,7 @@ class MaskedRuns:
         foils: Token id whose logit "logit_diff" subtracts, per prompt.
         masking: How tokens are masked.
         batch_size: Number of masked prompts run at once.
-        progress: Whether to show a progress bar on standard error.
+        progress: Whether to show a progress bar on standard error after 2 s.
         runs: Number of masked prompts run so far.
     """
 
@@ -169,7 +169,7 @@ class MaskedRuns:
     foils: Sequence[int]
     masking: Masking
     batch_size: int = 64
-    progress: bool = False
+    progress: bool = True
     runs: int = 0
     _known: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict, repr=False)
 
@@ -186,13 +186,7 @@ class MaskedRuns:
             length = len(self.prompts[prompt])
             left = length - masked.bit_count() if self.masking.kind == "delete" else length
             groups.setdefault((length, left), []).append((prompt, masked))
-        with tqdm(
-            total=len(missing),
-            desc=f"masked by {self.masking.kind}",
-            delay=2,
-            leave=False,
-            disable=not self.progress,
-        ) as bar:
+        with progress_bar(f"masked by {self.masking.kind}", len(missing), self.progress) as bar:
             for (length, _), keys in groups.items():
                 for start in range(0, len(keys), self.batch_size):
                     batch = keys[start : start + self.batch_size]

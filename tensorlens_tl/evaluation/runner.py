@@ -53,7 +53,7 @@ def evaluate(
     gate: str = "gate",
     seed: int = 0,
     batch_size: int = 64,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Evaluation:
     """Test methods on prompts: mask the tokens they score, run the model, measure what is left.
 
@@ -89,7 +89,7 @@ def evaluate(
         gate: How gated MLPs are made linear; see :class:`tensorlens_tl.Convention`.
         seed: Seed of ties between scores, of the bootstrap and of the permutations.
         batch_size: Number of masked prompts run at once.
-        progress: Whether to show progress bars on standard error.
+        progress: Whether to show progress bars on standard error after 2 s.
 
     Returns:
         One number per prompt, measure, masking and method.

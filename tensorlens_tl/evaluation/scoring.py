@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from ..attribution import (
     expected_others,
@@ -27,6 +26,7 @@ from ..attribution import (
     resolve_target,
     resolve_token,
 )
+from ..checks import progress_bar
 from ..hosts import adapt, each_prompt, own_ids, prompts_of, record
 from ..methods import token_scores
 from ..operator import Capture, Convention, FrozenTransformer
@@ -81,7 +81,7 @@ def score(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     gate: str = "gate",
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Scored:
     """Score every prompt's tokens by some methods; prompts of one length are captured together.
 
@@ -96,7 +96,7 @@ def score(
         options: Options of methods, by name.
         gate: How gated MLPs are made linear; see :class:`tensorlens_tl.Convention`.
         batch_size: Number of prompts captured at once.
-        progress: Whether to show a progress bar on standard error.
+        progress: Whether to show a progress bar on standard error after 2 s.
 
     Returns:
         The scores of every method, with targets and times.
@@ -107,7 +107,7 @@ def score(
     goals, foils, predicted = [0] * len(ids), [0] * len(ids), [0] * len(ids)
     scores: dict[str, list[Any]] = {name: [None] * len(ids) for name in methods}
     plain, seconds = 0.0, dict.fromkeys(methods, 0.0)
-    bar = tqdm(total=len(ids), desc="scores", delay=2, leave=False, disable=not progress)
+    bar = progress_bar("scores", len(ids), progress)
     with torch.no_grad(), bar:
         for batch in _by_length(ids, batch_size):
             # 1. A plain run.

@@ -31,8 +31,8 @@ from functools import cached_property
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..checks import progress_bar
 from ..sublayers import LinearMap
 from .cost_model import (
     CAUSAL_TILE,
@@ -190,11 +190,13 @@ class BatchedSweep:
         size = (len(at), many, self.n_pos, *([reduce.kept] if reduce.kept > 1 else []))
         kind = torch.promote_types(self.dtype, torch.float32)
         found = torch.zeros(size, dtype=kind, device=device)
-        for part, blocks in tqdm(chunks, desc="sweep", delay=2, leave=False):
-            first = blocks[0].first
-            index = order[first : blocks[-1].first + blocks[-1].n]
-            spans = [slice(b.first - first, b.first - first + b.n) for b in blocks]
-            found[index, part] = self.run(at[index], vectors(index, part), reduce, spans)
+        with progress_bar("sweep", len(chunks) * len(self.stages), unit=" steps") as bar:
+            for part, blocks in chunks:
+                first = blocks[0].first
+                index = order[first : blocks[-1].first + blocks[-1].n]
+                spans = [slice(b.first - first, b.first - first + b.n) for b in blocks]
+                rows = vectors(index, part)
+                found[index, part] = self.run(at[index], rows, reduce, spans, bar.update)
         return found
 
     def run(
@@ -203,6 +205,7 @@ class BatchedSweep:
         vectors: Float[Tensor, "n many d_model"],
         reduce: Reduction,
         spans: Sequence[slice],
+        moved: Callable[[], object],
     ) -> Tensor:
         """Carry vectors from some positions, all blocks together through one stage after another.
 
@@ -211,6 +214,7 @@ class BatchedSweep:
             vectors: The vectors that start there.
             reduce: What to return of every vector.
             spans: Slices of ``at`` that form a block each, in order.
+            moved: Called after every stage, for a progress bar.
 
         Returns:
             The reductions [n, many, pos, …], at the prompt's positions.
@@ -219,6 +223,8 @@ class BatchedSweep:
         last: list[tuple[Mixing, list[Tensor]]] = []
         blocks: list[Tensor] | None = None
         for i, stage in enumerate(self.stages):
+            if i:
+                moved()
             folded = fold(stage, self.prompt, self.transposed)
             folded = folded if self.precision is None else folded.cast(self.precision)
             if blocks is None:
@@ -232,6 +238,7 @@ class BatchedSweep:
                 last = self._step(folded, blocks, finish=False)  # 3. and 5.
             else:
                 self._step(folded, blocks)  # 3. Full, with 4. inside
+        moved()
         if blocks is None:  # no attention: every vector is where it started
             blocks = [_placed(rows[s], t[s], int(t[s][-1]) + 1) for s in spans]
         return self._reduced(reduce, blocks, last, spans, rows.shape[1])

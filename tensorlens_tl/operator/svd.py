@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..checks import is_int, need
+from ..checks import is_int, need, progress_bar
 from ..sublayers import TINY, LinearMap
 from .batched_sweep import BatchedSweep, states
 from .cost_model import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
@@ -257,7 +256,7 @@ class SVDProblem:
 
         op, frame = self.op, self.op.frame
         start = frame.spans[self.prompt][0]
-        steps = tqdm(desc="svd", unit=" products", delay=2, leave=False)
+        steps = progress_bar("svd", None, unit=" products")
 
         # ARPACK knows flat vectors of the entries at some positions; the operator knows batches.
         def act(at: Sequence[int], to: Sequence[int], dim: int, apply):

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..checks import need
+from ..checks import need, progress_bar
 from ..evaluation import Estimate, bootstrap, read_study, study_text
 from .linear_relation import MAP_METHODS
 from .relation import Relation
@@ -243,7 +242,7 @@ def decode(
     layers: Sequence[int] | None = None,
     betas: Sequence[float] = BETAS,
     ranks: Sequence[int] = RANKS,
-    progress: bool = False,
+    progress: bool = True,
     **kwargs: Any,
 ) -> RelationStudy:
     """Decode relations by linear maps of the operator and of the Jacobian, on held-out subjects.
@@ -262,7 +261,7 @@ def decode(
         layers: Indices of the blocks before which h may be read. None is all blocks.
         betas: Values of β to choose from where β is tuned.
         ranks: Ranks of edits to choose from.
-        progress: Whether to show a progress bar, one step per draw.
+        progress: Whether to show a bar after 2 s, one step per draw.
         **kwargs: Arguments of :func:`tensorlens_tl.capture`.
 
     Returns:
@@ -299,7 +298,7 @@ def decode(
             )
     rows: list[Decoding] = []
     right: dict[str, list[float]] = {relation.name: [] for relation in relations}
-    with tqdm(total=len(relations) * splits, desc="relations", disable=not progress) as bar:
+    with progress_bar("relations", len(relations) * splits, progress) as bar:
         for relation in relations:
             for template in range(min(splits, len(relation.templates))):
                 statements = state(model, relation, template, layers, **kwargs)

@@ -17,9 +17,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
-from ..checks import need
+from ..checks import need, progress_bar
 from ..evaluation import Estimate, bootstrap, median, read_study, study_text
 from ..plugin import capture
 from .linear_relation import MAP_METHODS
@@ -233,7 +232,7 @@ def validity(
     sizes: Sequence[float] = SIZES,
     seed: int = 0,
     held: Sequence[str] = (),
-    progress: bool = False,
+    progress: bool = True,
     **kwargs: Any,
 ) -> ValidityStudy:
     """Measure how far from its prompt the operator holds, beside the Jacobian.
@@ -251,7 +250,7 @@ def validity(
         seed: Seed of the directions.
         held: Parts of the real model to hold, each in turn: "pattern", "scale", "ratio" or "all".
             Their limits tell which frozen part the operator's error comes from.
-        progress: Whether to show a progress bar, one step per prompt.
+        progress: Whether to show a bar after 2 s, one step per prompt.
         **kwargs: Arguments of :func:`tensorlens_tl.capture`.
 
     Returns:
@@ -292,7 +291,7 @@ def validity(
         )
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for i, lens in enumerate(tqdm(lenses, desc="validity", disable=not progress)):
+    for i, lens in enumerate(progress_bar("validity", len(lenses), progress, iterable=lenses)):
         # 2. Directions; two prompts other than this one steer.
         drawn = torch.randperm(len(lenses) - 1, generator=generator, device="cpu")[:2].tolist()
         a, b = (j + (j >= i) for j in drawn)

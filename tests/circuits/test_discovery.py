@@ -172,11 +172,12 @@ def test_the_file_is_written_along_the_way(model, tmp_path, monkeypatch):
     assert seen == [0, 1, 2, 3]
 
 
-def test_progress_and_the_model_as_it_was(model, capsys):
+def test_progress_and_the_model_as_it_was(model, capsys, monkeypatch):
+    monkeypatch.setattr("tensorlens_tl.checks.PROGRESS_AFTER", 0)
     rows = task(3)
     before = {n: p.clone() for n, p in model.named_parameters()}
     flags = [p.requires_grad for p in model.parameters()], model.training, torch.is_grad_enabled()
-    tensorlens_tl.discover(model, *rows, n_edges=5, batch_size=2, progress=True)
+    tensorlens_tl.discover(model, *rows, n_edges=5, batch_size=2)
     shown = capsys.readouterr().err
     assert "prompts:" in shown and "3/3" in shown
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
