@@ -55,8 +55,9 @@ def capture(
         model: Model to run: a ``HookedTransformer``, a ``TransformerBridge``, or a Hugging Face
             causal language model. A Hugging Face model is wrapped by a Bridge *in place*; see
             :func:`wrap`.
-        input: Prompt or prompts: a string, a list of strings, or token ids [pos] or [batch, pos].
-            Strings are tokenized and padded by the model. Padded ids need ``attention_mask=``.
+        input: Prompt or prompts: a string, a list of strings, token ids [pos] or [batch, pos], or
+            what a tokenizer returns. Strings are tokenized by the model's tokenizer, and padded.
+            Padded ids need ``attention_mask=``.
         gate: Frozen factor of a gated MLP act(g) ⊙ u. "gate" freezes act(g), "up" freezes u, and
             "half" takes half of each; see :class:`Convention`. Models without gated MLPs ignore
             the argument.
@@ -66,8 +67,8 @@ def capture(
             "recomputed" keeps queries and keys instead, and makes patterns anew where they are
             used: for long prompts. The results are the same to rounding, but the returned logits
             then carry no autograd graph.
-        tokenizer: Tokenizer of a Hugging Face model, for text prompts. Leave it None for a
-            TransformerLens model, which has its own.
+        tokenizer: Tokenizer of a Hugging Face model, for text prompts; it is not changed. Leave it
+            None for a TransformerLens model, which has its own.
         noise_floor: Whether to measure how much a bfloat16 or float16 model rounds. The prompt
             then also runs on a float32 copy of the model, and the lens shows its own error beside
             the model's rounding. It costs the memory of the copy and a second run.

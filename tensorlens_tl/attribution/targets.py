@@ -142,8 +142,7 @@ def token_id(capture: Any, text: str, name: str = "target") -> int:
         The id of the token.
 
     Raises:
-        ValueError: If there is no tokenizer, if the string is not one token (the message shows the
-            pieces), or if the tokenizer does not know the string (the message shows near ones).
+        ValueError: If no tokenizer knows the string as one token; the message shows near ones.
     """
     tokenizer = capture.tokenizer
     if tokenizer is None:

@@ -69,7 +69,7 @@ def prompts_of(
         spans: The (start, stop) of each prompt's real tokens; None where all are real.
 
     Returns:
-        The prompts.
+        The prompts, with the strings of their real tokens.
 
     Raises:
         ValueError: If they are longer than n_ctx, or have ids outside the vocabulary.

@@ -138,7 +138,7 @@ class _File:
         try:
             return read_vocabulary(self.vocabulary)
         except Exception as error:  # whatever a foreign text makes go wrong
-            self.damaged(f"its tokenizer cannot be read ({error})")
+            self.damaged(f"its tokenizer cannot be read ({str(error).rstrip('.')})")
 
     def frame(self, device: torch.device) -> Frame:
         """Build the frame, its spans checked."""

@@ -54,11 +54,11 @@ def read_vocabulary(text: str) -> Any:
     packed = zlib.decompressobj()
     about = json.loads(packed.decompress(base64.b64decode(text, validate=True), _LIMIT))
     if not packed.eof:
-        raise ValueError("it is larger than any vocabulary")
+        raise ValueError("It is larger than any vocabulary. Save the lens again.")
     spaces = about["clean_up_tokenization_spaces"]
     special = {str(name): str(token) for name, token in about["special"].items()}
     if wrong := sorted(name for name in special if not name.endswith("_token")):
-        raise ValueError(f"{wrong[0]} is no special token")
+        raise ValueError(f"{wrong[0]} is not a special token. Save the lens again.")
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(about["rules"]),
         clean_up_tokenization_spaces=spaces is True,

@@ -170,7 +170,7 @@ class LogitLens:
         return json.dumps(data, ensure_ascii=False)
 
     def _text(self, token: int) -> str:
-        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+        return f"#{token}" if self.tokenizer is None else self.tokenizer.decode([token])
 
     def _table(self) -> tuple[list[str], list[tuple[str, list[tuple[str, float]]]]]:
         """Names of columns, and rows of cells: the best five of one position, or one of each."""
