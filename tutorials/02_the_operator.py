@@ -93,15 +93,14 @@ assert abs(float(last_rows["in_out"][0])) < 0.1 * float(last_rows["in_out"][fran
 
 # %% [markdown]
 # ## Where in the depth
-# `layers=` takes the operator between any two residual sites. Block by block: how large is the part
+# `layers=` takes the operator from one block to another. Block by block: how large is the part
 # that moves something from France to the last position? The first two layers move the word; the
 # others only rework it where it has arrived.
 
 # %%
 steps = []
 for layer in range(4):
-    sites = f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_resid_post"
-    steps.append(float(lens.token_matrix("norm", layers=sites)[0][-1, france]))
+    steps.append(float(lens.token_matrix("norm", layers=(layer, layer))[0][-1, france]))
 print("block by block:", *(f"{step:.1f}" for step in steps))
 assert max(steps[2:]) < 0.1 * min(steps[:2])
 
