@@ -71,11 +71,11 @@ class TensorLens(AttributedRun):
     no causal claim: it decomposes this run, and only the real model tells what an ablation does.
 
     Weights and logits are referenced, not copied. Once the weights or the returned logits are
-    written to, the lens refuses to answer, as it would describe another run. It does not notice
-    writes through ``.data``. They show in ``lens.verify()`` and in the ``completeness_error`` of a
-    result.
+    written to, the lens refuses to answer, as it would describe another run. It compares some
+    numbers of every weight for that; only a write to a few numbers of a matrix may be missed.
 
-    A lens of several prompts is a batch: ``len(lens)``, ``lens[i]`` and a loop give its prompts.
+    A lens of several prompts is a batch: ``len(lens)``, ``lens[i]``, ``lens[0:2]`` and a loop give
+    its prompts. ``lens.to("cpu")`` moves it. Pickles and copies have their own weights.
 
     Attributes:
         capture: The captured run.

@@ -89,6 +89,7 @@ def _read(views: Sequence[Group]) -> tuple[Tensor, ...]:
         return tuple(torch.cat(own) for _, own in views)
 
 
+@torch.no_grad()
 def _views(tensors: Sequence[Tensor]) -> tuple[Group, ...]:
     groups: dict[tuple, Group] = {}
     for i, tensor in enumerate(tensors):
@@ -96,7 +97,7 @@ def _views(tensors: Sequence[Tensor]) -> tuple[Group, ...]:
         # torch.cat is fast where all parts are contiguous.
         places, views = groups.setdefault((tensor.device, step == 1), ([], []))
         places.append(i)
-        views.append(tensor.detach().as_strided((n,), (step,)))
+        views.append(tensor.as_strided((n,), (step,)))
     return tuple(groups.values())
 
 
