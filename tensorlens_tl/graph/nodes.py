@@ -135,6 +135,8 @@ class Node:
         >>> Node.parse("L3H7")
         Node(kind='head', layer=3, index=7, name='')
         """
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} is not a node. Pass a name such as 'L3H7' or 'embed'.")
         if text in ("embed", "pos_embed", "input", "logits"):
             return cls(text)
         if text in ("b_U", "ln_final.b", "softmax") or (text.endswith("[user]") and text[0] != "L"):
@@ -209,7 +211,7 @@ class Edge:
         >>> str(Edge.parse("L0H3->L2H1.v"))
         'L0H3→L2H1.v'
         """
-        src, arrow, dest = text.replace("->", "→").partition("→")
+        src, arrow, dest = str(text).replace("->", "→").partition("→")
         if not arrow:
             raise ValueError(f"{text!r} is not an edge. Name both ends, such as 'L0H3→L2H1.v'.")
         edge = cls(Node.parse(src.strip()), Node.parse(dest.strip()))

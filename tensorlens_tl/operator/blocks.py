@@ -48,6 +48,14 @@ class StepChain(Mapped):
         no_autocast(self.frame.device.type)  # every product of the operator starts here
         return self.chain
 
+    def apply(self, x):
+        self.frame.check(x, self.in_dim)
+        return super().apply(x)
+
+    def apply_t(self, y, effects=None):
+        self.frame.check(y, self.out_dim)
+        return super().apply_t(y, effects)
+
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """The shape of T, [batch, query_pos, d_out, key_pos, d_in], as of :meth:`to_dense`."""

@@ -222,6 +222,7 @@ class FrozenTransformer(StepChain):
         Returns:
             The states by site, in order.
         """
+        self.frame.check(x, self.in_dim)
         states = [x]
         for map_ in self.map.maps:
             states.append(map_.apply(states[-1]))
@@ -262,6 +263,7 @@ class FrozenTransformer(StepChain):
         Returns:
             The covectors at every site and the effect of every constant.
         """
+        self.frame.check(u, self.out_dim)
         # 1. Above the last step: the final norm and the edit after it.
         top: dict[str, Tensor] = {}
         covectors = [u, self.map.maps[-1].apply_t(u, top)]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import is_int
+from ..checks import is_int, kind_of
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes that a model may have and the operator never has."""
@@ -73,6 +73,21 @@ class Frame:
         # −1 is the last real token, wherever padding stands.
         indices = [(stop if pos < 0 else start) + pos for start, stop in self.spans]
         return torch.tensor(indices, device=self.device)
+
+    def check(self, x: Tensor, width: int) -> None:
+        """Refuse what is not a tensor [..., batch, pos, width] of this frame's dtype and device."""
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"The vector is {kind_of(x)}, and not a tensor. Give a torch tensor like "
+                "lens.embedding; @ also takes another map."
+            )
+        expected = self.batch, self.n_pos, width
+        if (x.shape[-3:], x.dtype, x.device) != (expected, self.dtype, self.device):
+            raise ValueError(
+                f"The vector is {list(x.shape)} of {x.dtype} on {x.device}, but this map takes "
+                f"[..., {', '.join(map(str, expected))}] of {self.dtype} on {self.device}. Shape "
+                "the vector like lens.embedding, and convert it by tensor.to(lens.embedding)."
+            )
 
     def spread(self, b: Float[Tensor, " d"]) -> Float[Tensor, "batch pos d"]:
         """Repeat one vector at every position, as a view."""

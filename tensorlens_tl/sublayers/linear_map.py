@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import need, no_autocast
+from ..checks import kind_of, need, no_autocast, whole
 from .batch_layout import Frame
 
 DENSE_LIMIT = 2 * 2**30
@@ -106,21 +106,8 @@ class LinearMap(ABC):
     def __matmul__(self, other: LinearMap | Tensor) -> LinearMap | Tensor:
         if isinstance(other, LinearMap):
             return Chain((other, self))
-        if not isinstance(other, Tensor):
-            raise ValueError(
-                f"The right side of @ is of type {type(other).__name__}. Give another map, or a "
-                "torch tensor like lens.embedding."
-            )
         no_autocast(self.frame.device.type)
-        frame, expected = self.frame, (self.frame.batch, self.frame.n_pos, self.in_dim)
-        found = other.shape[-3:], other.dtype, other.device
-        if found != (expected, frame.dtype, frame.device):
-            raise ValueError(
-                f"The vector is {list(other.shape)} of {other.dtype} on {other.device}, but this "
-                f"map takes [..., {', '.join(map(str, expected))}] of {frame.dtype} on "
-                f"{frame.device}. Shape the vector like lens.embedding, and convert it by "
-                "tensor.to(lens.embedding)."
-            )
+        self.frame.check(other, self.in_dim)
         return self.apply(other)
 
     def block(self, query_pos: int, key_pos: int) -> Float[Tensor, "batch out_dim in_dim"]:
@@ -235,14 +222,19 @@ def dot_test(op: LinearMap, seed: int = 0) -> float:
     Returns:
         The relative error. Rounding in float64 gives about 1e-16.
 
+    Raises:
+        ValueError: If ``op`` is not a map, or ``seed`` is not an integer.
+
     Example:
         >>> from tensorlens_tl import demo, dot_test
         >>> _, lens = demo.load_model().run_with_tensorlens("Paris is in France")
         >>> dot_test(lens.operator) < 1e-5
         True
     """
+    if not isinstance(op, LinearMap):
+        raise ValueError(f"op is {kind_of(op)}, and not a map. Pass one such as lens.operator.")
     no_autocast(op.frame.device.type)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(whole(seed, "seed"))
 
     def draw(dim: int) -> Tensor:
         like = op.frame.zeros(dim)
