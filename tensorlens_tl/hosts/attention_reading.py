@@ -46,9 +46,8 @@ class NotRecomputableError(ValueError):
     """
 
     def __init__(self, what: str, why: str):
-        super().__init__(
-            f'pattern="recomputed" does not serve {what}: {why}. Use pattern="stored".'
-        )
+        self.cause = f"{what}: {why}"
+        super().__init__(f'pattern="recomputed" does not serve {self.cause}. Use pattern="stored".')
 
     @classmethod
     def unknown(cls, kind: str) -> NotRecomputableError:
@@ -202,10 +201,8 @@ def _rotated_by_host(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
         )
 
     def scores(attn: Any, layer: int) -> Scores:
-        window, kinds = (getattr(attn.config, n, None) for n in ("sliding_window", "layer_types"))
-        local = kinds is None or kinds[layer] == "sliding_attention"
         cap = getattr(attn, "attn_logit_softcapping", None)
-        return Scores(float(attn.scaling), True, cap, window if window and local else None)
+        return Scores(float(attn.scaling), True, cap, _window(attn, layer))
 
     reads = ("rot_q", "rot_k")
     return RecomputedReading(reads, tuple(map(scores, parts, range(len(parts)))), reads)
@@ -213,8 +210,17 @@ def _rotated_by_host(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
 
 def _joint_rotary(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
     """Queries and keys are shown before they are rotated, beside the cosines and sines."""
-    scores = (Scores(adapter.cfg.d_head**-0.5),) * len(parts)
+    scale = adapter.cfg.d_head**-0.5
+    scores = tuple(Scores(scale, window=_window(part, i)) for i, part in enumerate(parts))
     return RecomputedReading(("q", "k", "cos", "sin"), scores, rotate=_rotate_halves)
+
+
+def _window(attn: Any, layer: int) -> int | None:
+    """The sliding window of a layer by the configuration that its module holds, or None."""
+    config = getattr(attn, "config", None)
+    window, kinds = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
+    local = kinds is None or kinds[layer] == "sliding_attention"
+    return window if window and local else None
 
 
 def _joint(adapter: Adapter, parts: list[Any]) -> RecomputedReading:

@@ -66,7 +66,7 @@ def freeze(
         # 2. What some questions need. This is done now, although few lenses ask for query and key
         # edges: a capture holds no host, and it must know the version of every weight it may use,
         # so that a later change is refused. Only rotation tables are computed.
-        scores = adapter.score_weights(capture.frame.n_pos)
+        scores = adapter.score_weights(capture.frame.n_pos, kwargs)
         capture = replace(capture, embed_weights=adapter.embed_weights(), score_weights=scores)
         # 3. The model's own rounding.
         if noise_floor:

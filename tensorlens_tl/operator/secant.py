@@ -222,13 +222,8 @@ def _attention(
     captures: tuple[Capture, Capture],
 ) -> list[Reads]:
     """Covectors at what W_V, W_Q and W_K read, head by head."""
-    weights = captures[0].score_weights
-    if weights is None:
-        raise ValueError(
-            "This lens does not know W_Q and W_K, which at='secant' needs. Capture with the model, "
-            "or load the file with model=. If the model's attention is not served, pass at='clean' "
-            "and qk=False."
-        )
+    otherwise = "pass at='clean' and qk=False"
+    weights = captures[0].required_scores("at='secant'", otherwise)
     # 1. Queries, keys and values of both runs.
     w, frame = weights[clean.layer], clean.frame
     heads, kv_heads = len(clean.nodes()), w.W_K.shape[0]

@@ -261,7 +261,7 @@ def test_refusals(tmp_path):
     path = tmp_path / "lens.safetensors"
     lens.save(path, weights=True)
     with pytest.raises(
-        ValueError, match=r"qk=True needs W_Q and W_K.*Load a saved lens with model="
+        ValueError, match=r"qk=True needs W_Q and W_K.*Load it with model="
     ):
         tensorlens_tl.load(path).attribute(by="edge", qk=True)
     again = tensorlens_tl.load(path, model=case.model())

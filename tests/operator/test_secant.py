@@ -342,7 +342,7 @@ def test_refusals(tmp_path):
     clean.save(tmp_path / "lens", weights=True)
     loaded = tensorlens_tl.load(tmp_path / "lens")
     with pytest.raises(
-        ValueError, match=r"does not know W_Q and W_K, which at='secant' needs.*load"
+        ValueError, match=r"at='secant' needs W_Q and W_K.*Load it with model="
     ):
         loaded.attribute(3, 4, baseline=corrupted, at="secant")
     edited = case.model()
