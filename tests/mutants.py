@@ -139,7 +139,7 @@ final_norm_not_watched (guards capturing): A lens does not notice that ln_final 
 known_products_survive (capturing guards): An edit through .data is checked with the old products.
     self._known.clear() self._names, self._errors, ⇒ self._names, self._errors,
 target_of_same_name_reused (attribution targets): Another position's sweep is taken for this one's.
-    .name and all( ⇒ .name or all(
+    others.keys()) and all( ⇒ others.keys()) or all(
 hooks_stay_after_error (guards capturing): The recorder's hooks stay when the run fails.
     for handle in handles: ⇒ for handle in handles if "logits" in locals() else ():
 autocast_accepted (guards precision): Autocast is not refused.
@@ -172,7 +172,7 @@ sem_of_biased_variance (datasets): The standard error divides by n where n − 1
 
 # --- Attribution
 versus_adds_b_u (targets attribution): b_U of the other token is added, not subtracted.
-    , self.constant - ⇒ , self.constant +
+    constants[name] = a - b ⇒ constants[name] = a + b
 many_targets_one_position (attribution): Targets of several positions are pulled at the first's.
     query if same else None ⇒ query
 orders_off_by_one (granularity): Constants of nodes are of order 0, and those of none of order 1.
