@@ -65,6 +65,7 @@ REFUSED = {
     "--ids 5 Paris": "--ids takes whole numbers, and 'Paris' is not one",
     "--qk": "--qk is for --by edge",
     "--effect total --by token": "--effect total is not available for --by token",
+    "--by mlp": "--effect direct is not available for --by mlp. Use --by with token, constant",
     "--effect half": "--effect 'half' does not exist",
     "discovr": "'discovr' may be a command or a prompt. Did you mean tensorlens-tl discover? For",
     "--top 3 evaluate": "Did you mean tensorlens-tl evaluate? For the prompt, write tensorlens-tl",

@@ -226,7 +226,7 @@ def _explain(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--by",
         action=_Names,
-        known=choices.BY,
+        known=tuple(dict.fromkeys((*choices.BY, *choices.TOTALS))),
         default=DEFAULT_BY,
         help=f"one or more, comma-separated: {', '.join(choices.BY)} (default: token,component)",
     )
@@ -408,11 +408,11 @@ def _check_together(args: argparse.Namespace) -> None:
             raise ValueError("--qk is for --by edge. Drop --qk, or add --by edge.")
         if args.effect == "total" and args.by == DEFAULT_BY:
             args.by = ["component"]
-        wrong = [by for by in args.by if args.effect == "total" and by not in choices.TOTALS]
-        if wrong:
+        served = choices.TOTALS if args.effect == "total" else choices.BY
+        if wrong := [by for by in args.by if by not in served]:
             raise ValueError(
-                f"--effect total is not available for --by {wrong[0]}. Use --by with "
-                f"{', '.join(choices.TOTALS)}."
+                f"--effect {args.effect} is not available for --by {wrong[0]}. Use --by with "
+                f"{', '.join(served)}."
             )
     testing = getattr(args, "test", False)
     if args.command == "circuit":

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -254,3 +255,23 @@ def test_json_says_what_the_numbers_are():
     for name in ("unit", "completeness_error"):  # texts of earlier versions have neither
         del data[name]
     assert Attribution.from_json(json.dumps(data)).to_json() == a.to_json()
+
+
+RESULTS = {
+    "attribution": ("Attribution", "MeanAttribution", "Paths"),
+    "circuits.circuit": ("Circuit",),
+    "circuits.faithfulness_result": ("Faithfulness", "FaithfulnessCurve"),
+    "circuits.subgraph": ("CircuitShare",),
+    "evaluation.report": ("Evaluation",),
+    "lens.sequence_attribution": ("SequenceAttribution",),
+    "methods": ("LogitLens", "TokenMatrix", "TokenScores"),
+    "operator.svd": ("SVD",),
+    "relations.decoding_study": ("RelationStudy",),
+    "relations.validity_study": ("ValidityStudy",),
+}
+
+
+@pytest.mark.parametrize(("room", "name"), [(r, n) for r, names in RESULTS.items() for n in names])
+def test_every_result_has_the_same_two_verbs(room, name):
+    result = getattr(import_module(f"tensorlens_tl.{room}"), name)
+    assert callable(result.to_json) and callable(result.to_dataframe)
