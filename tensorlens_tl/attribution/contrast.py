@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import kind_of
@@ -138,9 +138,9 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
                 "baseline='mean' needs W_E, which this lens does not hold. Load the lens with "
                 "model=, or pass the mean embedding as baseline."
             )
-        start = capture.frame.spans[0][0]
-        token = int(capture.prompts.tokens[0, start])
-        baseline = mean_embedding(capture.embed[0, start], token, capture.embed_weights)
+        real = capture.frame.real
+        tokens = capture.prompts.tokens.to(real.device)[real]
+        baseline = mean_embedding(capture.embed[real], tokens, capture.embed_weights)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
         kind = kind_of(baseline)
         kind = f"a tensor of shape {list(baseline.shape)}" if isinstance(baseline, Tensor) else kind
@@ -153,24 +153,26 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
 
 
 def mean_embedding(
-    seen: Float[Tensor, " d_model"], token: int, weights: EmbedWeights
+    seen: Float[Tensor, "token d_model"], tokens: Int[Tensor, " token"], weights: EmbedWeights
 ) -> Float[Tensor, " d_model"]:
     """The mean of W_E's rows as they enter the residual: scaled (Gemma) or normalized (BLOOM).
 
     Args:
-        seen: The embedding of one token as it entered the residual. It tells the scale.
-        token: The id of that token.
+        seen: Embeddings of some tokens as they entered the residual. The largest tells the scale.
+        tokens: The ids of those tokens; a row of 0, as of many padding tokens, tells nothing.
         weights: The embedding matrix, and its norm if there is one.
 
     Returns:
         The mean embedding, in the dtype of ``seen``.
 
     Raises:
-        ValueError: If ``seen`` is no multiple of the token's row of W_E.
+        ValueError: If that embedding is no multiple of its token's row of W_E.
     """
     # float16 has no room for sums of squares.
     exact = torch.promote_types(seen.dtype, torch.float32)
-    row, wanted = weights.rows(token, exact), seen.to(exact)
+    rows = weights.rows(tokens, exact)
+    largest = rows.square().sum(-1).argmax()
+    row, wanted = rows[largest], seen[largest].to(exact)
     scale = (wanted @ row) / (row @ row)
     if not (wanted - scale * row).abs().max() <= 1e-2 * wanted.abs().max():
         raise ValueError(

@@ -105,11 +105,14 @@ def _mean_embedding(adapter: Adapter) -> Tensor:
             f"masking='mean' needs W_E, which {adapter.name} does not show. Use 'delete' or "
             "'token'."
         )
-    ids, seen = torch.ones(1, 1, dtype=torch.long, device=weights.W_E.device), []
+    # A token whose row is not 0, as the padding token's often is.
+    sizes = torch.linalg.vector_norm(weights.W_E.detach(), dim=-1).nan_to_num(0.0)
+    ids, seen = sizes.argmax().view(1, 1), []
     point = adapter.points()[None, "embed"]
-    with torch.no_grad(), hooked([(point, lambda x: seen.append(x.detach()))]):
+    look = hooked([(point, lambda x: seen.append(x.detach()))])
+    with alone(adapter.model), torch.no_grad(), look:
         adapter.run(ids, adapter.all_real(ids))
-    return mean_embedding(seen[0][0, 0], 1, weights)
+    return mean_embedding(seen[0][0], ids[0], weights)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class EmbedWeights:
     norm: NormWeights | None = None
     eps: float = 0.0
 
-    def rows(self, ids: int | slice, dtype: torch.dtype) -> Float[Tensor, "*ids d_model"]:
+    def rows(self, ids: slice | Tensor, dtype: torch.dtype) -> Float[Tensor, "*ids d_model"]:
         """Rows of the matrix, after the norm if there is one."""
         rows = self.W_E[ids].detach().to(dtype)
         if self.norm is None:

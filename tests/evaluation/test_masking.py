@@ -7,6 +7,7 @@ import torch
 from comparisons import assert_close
 from models import CASES, quiet, tokens
 
+import tensorlens_tl
 from tensorlens_tl import demo
 from tensorlens_tl.evaluation import evaluate
 from tensorlens_tl.evaluation.masking import MASKINGS, METRICS, MaskedRuns, Masking, end_logits
@@ -56,6 +57,24 @@ def test_masked_runs_are_calls_of_the_model(case, kind):
         assert_close(plain, model(ids)[:, -1], case.tol())
     assert_close(ours, theirs, case.tol())
     assert (ours - plain).abs().max() > 1e-3
+
+
+NO_ROW = [c for c in CASES.values() if c.name in ("hooked-gpt2", "bridge-opt", "bridge-gemma2")]
+
+
+@pytest.mark.parametrize("case", NO_ROW, ids=str)
+def test_a_row_of_zeros_as_of_a_padding_token_tells_no_scale(case):
+    """Token 1 is OPT's padding, whose row is 0; a prompt may begin with it."""
+    with quiet(), torch.no_grad():
+        model = case.build(torch.float64)
+        model.W_E[1] = 0
+        mean = model.W_E.mean(0) * (32**0.5 if "gemma" in case.name else 1)
+        lens = tensorlens_tl.capture(model, [1, 5, 1, 7])[1]
+        found = Masking.of("mean", adapt(model)).embedding
+    assert found is not None
+    assert_close(found, mean, case.tol())
+    given, own = (lens.attribute(3, baseline=one).values for one in (mean, "mean"))
+    assert_close(own, given, case.tol())
 
 
 @pytest.mark.parametrize("kind", MASKINGS)
