@@ -42,6 +42,7 @@ from .supported import (
     UnsupportedArchitectureError,
     adapter_at,
     check_architecture,
+    check_weights,
     faulty_option,
     flags_off,
     is_adapted,
@@ -97,13 +98,6 @@ class BridgeAdapter(Adapter):
                 "unembedding. Call tensorlens_tl.wrap(model).enable_compatibility_mode() first, "
                 "which folds that in."
             )
-        if adapter_at(self.model):
-            # A module has several names here; the Bridge's own leads through no wrapped module.
-            for name, module in self.model.named_modules(remove_duplicate=False):
-                where, inner, rest = name.partition("._original_component")
-                read = inner and not rest and not where.endswith(("attn.q", "attn.k"))
-                if read and is_adapted(module):
-                    raise UnsupportedArchitectureError(merge_first(where))
         attention = getattr(config, "_attn_implementation", "eager")
         if attention not in ("eager", None) and self.attends_apart:
             raise ValueError(
@@ -218,7 +212,7 @@ class BridgeAdapter(Adapter):
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Tensor:
         config = getattr(self.model.original_model, "config", None)
         config = getattr(config, "attn_config", config)  # MPT
-        clip = getattr(config, "clip_qkv", None)
+        clip: Any = getattr(config, "clip_qkv", None)
         points = [] if clip is None else [block.attn.hook_v for block in self.model.blocks]
 
         def see(module: Any, args: Any, output: Tensor) -> None:
@@ -299,7 +293,9 @@ def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
     # The orientation is told by the module's type, never by the shape: square weights have both.
     module = bridge.original_component
     if is_adapted(module):
-        raise UnsupportedArchitectureError(merge_first(getattr(bridge, "name", "a linear module")))
+        raise UnsupportedArchitectureError(
+            merge_first(bridge.hook_in.name.removesuffix(".hook_in"))
+        )
     if isinstance(module, nn.Linear):
         return module.weight.T, module.bias
     if type(module).__name__ == "Conv1D":
@@ -334,6 +330,7 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
             "Pass that Bridge in its place."
         )
     check_architecture(name, model)
+    check_weights(model)
     adapted, (what, remedy) = adapter_at(model), faulty_option(name, model.config)
     before = snapshot(model)
     kept = [(module, module.training) for module in model.modules()]

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..checks import as_device, kind_of
+from ..checks import as_device, file_path, kind_of
 from .adapter import Adapter
 from .bridge import BEFORE, BRIDGE, BridgeAdapter, build_bridge
 from .hook_points import alone
@@ -104,7 +104,10 @@ def as_host(model: Any, tokenizer: Any = None) -> Any:
                 unwrap(model)
                 raise
         return bridge
-    if tokenizer is not None:
+    wrapped = getattr(model, "original_model", None)
+    if tokenizer is not None and wrapped is not None and vars(wrapped).get(BRIDGE) is model:
+        give_tokenizer(model, tokenizer)
+    elif tokenizer is not None:
         raise ValueError(
             f"tokenizer is for Hugging Face models only, and this {type(model).__name__} has its "
             "own. Leave tokenizer out, or set model.tokenizer."
@@ -210,7 +213,7 @@ def unwrap(model: Any) -> Any:
         'Linear'
     """
     inner = model.original_model if _is_host(model) and hasattr(model, "original_model") else model
-    bridge = vars(inner).get(BRIDGE)
+    bridge = getattr(inner, "__dict__", {}).get(BRIDGE)
     if bridge is None:
         if not _is_host(model) and hasattr(model, "config"):
             return model  # it is in no Bridge of this library
@@ -347,7 +350,7 @@ def load_model(name_or_folder: str, kind: str | None = None, **kwargs: Any) -> A
         kwargs["dtype"] = dtype = vars(torch).get(dtype, dtype)
     if not isinstance(dtype, torch.dtype | None) or (dtype and not dtype.is_floating_point):
         raise ValueError(f"dtype={dtype!r} is no dtype of weights. Pass one such as torch.float32.")
-    folder = Path(name_or_folder)
+    folder = file_path(name_or_folder, "name_or_folder")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(

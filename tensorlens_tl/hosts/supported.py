@@ -110,28 +110,27 @@ def check_weights(model: Any) -> None:
         UnsupportedArchitectureError: If there is such a module; the message names the first.
     """
     for name, module in model.named_modules():
-        kind = f"{type(module).__name__} of {type(module).__module__.split('.')[0]}"
-        tensors = [*module._parameters.values(), *module._buffers.values()]
-        hook = vars(module).get("_hf_hook")  # accelerate's
-        hooks = getattr(hook, "hooks", [hook])
-        problem = ""
-        if any(getattr(hook, "offload", False) for hook in hooks):
+        own = vars(module)
+        if "fwd_hooks" in own:  # a hook point, as most modules of a host are
+            continue
+        tensors = [*own["_parameters"].values(), *own["_buffers"].values()]
+        hook = own.get("_hf_hook")  # accelerate's
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
             problem = f"The weights of {name or 'the model'} are offloaded"
-            remedy = "Load the model whole on one device, without a device map that offloads"
+            remedy = "Load the model whole on one device, without a device map that offloads."
         elif any(t is not None and t.is_meta for t in tensors):
             problem = f"The weights of {name or 'the model'} are on the meta device, without values"
-            remedy = "Load the model with its weights, whole on one device"
-        elif name.rpartition(".")[2].startswith("hook_") and "fwd_hooks" not in vars(module):
+            remedy = "Load the model with its weights, whole on one device."
+        elif name.rpartition(".")[2].startswith("hook_"):
             problem = f"An {type(module).__name__} stands at {name} in place of the hook point"
-            remedy = (
-                "Take it off (model.reset_saes()), or call it in a hook of your own, "
-                "which is served"
-            )
-        elif _is_packed(module):
+            remedy = "Take it off (model.reset_saes()), or call it in a hook of your own."
+        elif tensors and _is_packed(module):
+            kind = f"{type(module).__name__} of {type(module).__module__.split('.')[0]}"
             problem = f"The weights of {name} are quantized ({kind})"
-            remedy = "Load the model without quantization, or dequantize it first"
-        if problem:
-            raise UnsupportedArchitectureError(f"{problem}. {remedy}.")
+            remedy = "Load the model without quantization, or dequantize it first."
+        else:
+            continue
+        raise UnsupportedArchitectureError(f"{problem}. {remedy}")
 
 
 def _is_packed(module: Any) -> bool:
@@ -275,7 +274,7 @@ def _parts(block: Any, number: int) -> Iterator[str]:
 
 
 def check_architecture(name: str | None, model: Any) -> None:
-    """Refuse an untested architecture, and weights that cannot be read.
+    """Refuse an untested architecture, and options of a tested one that change its shape.
 
     Args:
         name: Hugging Face's name of the model's class.
@@ -299,7 +298,6 @@ def check_architecture(name: str | None, model: Any) -> None:
     if getattr(config, option, False):
         why = "its blocks add to the normalized residual"
         raise UnsupportedArchitectureError(refusal(f"{name} with {option}", why))
-    check_weights(model)
 
 
 def flags_off(cfg: object) -> None:

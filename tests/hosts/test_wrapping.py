@@ -186,6 +186,15 @@ def test_a_model_in_training_mode_is_left_as_it_was():
 
 
 @wraps
+def test_a_model_whose_tokenizer_is_refused_is_left_as_it_was():
+    model = build("gpt2")
+    before = state(model)
+    with quiet(), pytest.raises(ValueError, match="tokenizer is an object"):
+        tensorlens_tl.wrap(model, object())
+    assert state(model) == before
+
+
+@wraps
 @pytest.mark.offered(FIXED)
 @pytest.mark.parametrize("family", ["cohere", "cohere2"])
 def test_cohere_is_hugging_face_s_in_compatibility_mode(family):
