@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +22,14 @@ from ..checks import no_autocast
 from ..operator import Capture, Convention
 from ..sublayers import HALF, TINY, Frame
 from .adapter import Adapter
-from .attention_reading import RecomputedReading, StoredReading
+from .attention_reading import NotRecomputableError, RecomputedReading, StoredReading
 from .entry import adapt
 from .hook_points import alone
 from .live_model import in_float32, inference_weights
 from .recorder import Recorder
+
+NOTED_BYTES = 2**30
+"""Bytes of stored attention patterns from which on a warning names the other way."""
 
 
 def freeze(
@@ -112,6 +117,8 @@ def record(
     with alone(adapter.model):
         kwargs, prompts = adapter.prepare(inputs, kwargs)
         frame = Frame(prompts.spans, prompts.tokens.shape[1], dtype, device)
+        if pattern == "stored":
+            _note_patterns(adapter, frame)
         recorder = Recorder(adapter, prompts, frame, convention or Convention(), how)
         handles = how.guards(adapter.hooked_patterns())
         try:
@@ -127,6 +134,21 @@ def record(
                 handle.remove()
         with torch.no_grad():
             return logits, recorder.finish(logits)
+
+
+def _note_patterns(adapter: Adapter, frame: Frame) -> None:
+    """Warn before patterns are stored that take much memory, where they need not be stored."""
+    blocks, cells = adapter.weights.blocks, frame.batch * frame.n_pos**2
+    taken = sum(len(block.attn.W_O) for block in blocks) * cells * frame.dtype.itemsize
+    if taken < NOTED_BYTES:
+        return
+    with suppress(NotRecomputableError):
+        adapter.recomputed_reading()
+        warnings.warn(
+            f"The attention patterns of this run take {taken / 2**30:.2g} GiB. Pass "
+            'pattern="recomputed" to keep queries and keys instead.',
+            stacklevel=4,
+        )
 
 
 def choose_reading(adapter: Adapter, pattern: str) -> StoredReading | RecomputedReading:

@@ -306,7 +306,8 @@ class TensorLens(AttributedRun):
 
         Args:
             what: A method of the operator's own for :meth:`token_matrix` ("norm", "in", "out",
-                "in_out"), or "block", "to_dense", "frobenius_norm", "svd" or "spectral_norm".
+                "in_out"), "attribute", or "block", "to_dense", "frobenius_norm", "svd" or
+                "spectral_norm". Of attribute it is one sweep, which splits by token need.
             **arguments: The arguments that the call itself would get.
 
         Returns:
@@ -324,8 +325,15 @@ class TensorLens(AttributedRun):
         """
         if what in PLANNED:
             return self.operator.plan(what, **arguments)
+        if what == "attribute":
+            if arguments.get("by") == "edge" or arguments.get("baseline") is not None:
+                raise ValueError(
+                    "Edges and baselines of attribute cannot be planned. Plan it without: they "
+                    "take a few times as long."
+                )
+            return self.operator.plan_pull(what)
         if what not in OPERATOR_METHODS:
-            known = ", ".join((*OPERATOR_METHODS, *PLANNED))
+            known = ", ".join(("attribute", *OPERATOR_METHODS, *PLANNED))
             raise ValueError(f"There is no plan of {what!r}. Use one of {known}.")
         return plan_token_matrix(what, self.capture, self.operator, **arguments)
 

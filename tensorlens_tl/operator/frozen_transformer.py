@@ -32,6 +32,9 @@ from ..graph import (
 from ..sublayers import Chain, Frame, Identity, LinearMap, Norm, Shift
 from .blocks import StepChain
 from .capture import Capture
+from .cost_model import Plan, memory_budget, rates_of
+from .folding import shape_of, stages_of
+from .machine_rates import Cost
 from .residual_stream import Branch, Step, Trace
 from .restricted_transformer import RestrictedTransformer
 
@@ -286,6 +289,35 @@ class FrozenTransformer(StepChain):
             for f in reversed(found):
                 effects |= f.effects
         return Trace(tuple(reversed(covectors)), tuple(reversed(kept)), top, effects)
+
+    def plan_pull(self, what: str = "pull") -> Plan:
+        """Predict what one transposed sweep of :meth:`pull` costs, all positions kept.
+
+        Args:
+            what: Name of what is planned, for display.
+
+        Returns:
+            The plan. Nothing has run but products that measure the machine.
+        """
+        frame, D, cost = self.frame, self.in_dim, Cost()
+        rows = frame.batch * frame.n_pos
+        shapes = [shape_of(stage, True) for stage in stages_of(self.map)]
+        for step, stage in zip(self.steps, shapes, strict=False):
+            # In the last layer the covector is at one position until attention spreads it.
+            top = frame.batch if step.layer == self.steps[-1].layer else rows
+            for b in stage:
+                below = rows if b.heads else top
+                cost.product += 2 * D * (top * b.width_in + below * b.width_out)
+                cost.moved += D * (b.width_in + b.width_out) + rows * (3 * D + b.width_in)
+                cost.calls += 20
+                if b.heads:
+                    cells = b.heads * frame.batch * frame.n_pos**2
+                    cost.mixing += 2 * cells * (b.width_in // b.heads + b.score)
+        measured = rates_of(shapes, D, frame.n_pos, rows, frame.dtype, frame.device)
+        # A step keeps about four arrays of the size of the residual.
+        peak = 4 * (len(self.steps) + 1) * rows * D * frame.dtype.itemsize
+        budget = memory_budget(None, frame.device)
+        return Plan(what, cost.flops, measured.seconds(cost), peak, budget, 1)
 
     def states(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
         """The run's own states at every site before the last block's output, by site."""
