@@ -66,6 +66,23 @@ def as_device(device: Any) -> Any:
         ) from None
 
 
+def file_path(path: Any, name: str = "path") -> Path:
+    """Return ``path`` as a Path; refuse it, calling it ``name``, unless it is text or a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name}={path!r} is not a path. Pass a string or a pathlib.Path.")
+    return Path(path)
+
+
+def new_file(path: Any) -> Path:
+    """Return ``path`` as a Path; refuse it unless it is a file in a folder that exists."""
+    file = file_path(path)
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(
+            f"path={str(path)!r} cannot be written. Pass a file in a folder that exists."
+        )
+    return file
+
+
 def is_int(number: object) -> TypeGuard[int]:
     """Tell whether a number is an integer. NumPy's integers are; True is not."""
     return isinstance(number, Integral) and not isinstance(number, bool)

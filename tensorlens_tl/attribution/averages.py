@@ -13,18 +13,17 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import at_least_one, need, one_each, progress_bar
+from ..checks import at_least_one, need, new_file, one_each, progress_bar
 from ..graph import Edge, Node
 from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, prompts_of
 from ..operator import Capture, FrozenTransformer
-from .html import ROWS, left_out, legend_html, sum_html, table_html
+from .html import ROWS, UNIT, left_out, legend_html, sum_html, table_html
 from .splits import attribute
 from .table import Source
 from .target_gradient import TargetGradient
@@ -110,7 +109,7 @@ class MeanAttribution:
             for n, m, s in zip(self.nodes, self.mean.tolist(), self.sem.tolist(), strict=True)
         ]
         names = ("by", "effect", "n", "target_mean", "completeness_error")
-        data = {"format": FORMAT} | {name: getattr(self, name) for name in names}
+        data = {"format": FORMAT, "unit": UNIT} | {name: getattr(self, name) for name in names}
         return json.dumps(data | {"rows": rows}, ensure_ascii=False)
 
     def _repr_html_(self) -> str:
@@ -195,7 +194,8 @@ def mean_attribution(
     means, target_sum = _Means(), 0.0
     errors: list[float | None] = []
     sources: tuple[Source, ...] = ()
-    with open(os.devnull if path is None else Path(path), "w", encoding="utf-8") as file:
+    written = os.devnull if path is None else new_file(path)
+    with open(written, "w", encoding="utf-8") as file:
         # 1. Capture.
         captures = progress_bar(
             "prompts",

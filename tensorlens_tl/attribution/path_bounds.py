@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import at_least_one
 from ..graph import Node
 from ..operator import Step
 from ..sublayers import AnyMix, Chain, LinearMap, Sublayer
@@ -150,6 +151,7 @@ def bounds_by_site(
     n_pos, width = next(iter(sources.values())).shape[1:]
     one, sites = 8 * n_pos * width**2, len(steps) + 1
     rank = None
+    at_least_one(memory_limit, "memory_limit")
     if (sites + 5) * one > memory_limit:  # five more are at work in a step
         rank = (memory_limit - 5 * one) // (8 * n_pos * width * sites)
         if rank < 1:

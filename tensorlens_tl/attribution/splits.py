@@ -76,7 +76,7 @@ def attribute(
             "by='mlp' has no direct split of its own, as an MLP reads the target's position alone. "
             "Use by='component' and .select(kind='mlp'), or by='neuron'."
         )
-    if by not in {*BY, *TOTALS}:
+    if by not in (*BY, *TOTALS):
         raise ValueError(f"by={by!r} does not exist. Use one of {', '.join(BY)}.")
     if effect not in ("direct", "total"):
         raise ValueError(f"effect={effect!r} does not exist. Use 'direct' or 'total'.")

@@ -42,7 +42,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..checks import at_least_one, progress_bar, whole
+from ..checks import at_least_one, kind_of, progress_bar, whole
 from ..graph import Edge, Node
 from .edge_averages import first_edges, ranked_scores
 from .edge_patching import EdgeModel, Writes, edge_model
@@ -232,7 +232,7 @@ def faithfulness_of_many(
     options = AblationOptions.of(options, changes)
     if not isinstance(circuits, Mapping):
         raise ValueError(
-            f"circuits is a {type(circuits).__name__}, not a dictionary of circuits by name. Pass "
+            f"circuits is {kind_of(circuits)}, not a dictionary of circuits by name. Pass "
             "{'mine': circuit}."
         )
     with edge_model(model) as edged, torch.no_grad():

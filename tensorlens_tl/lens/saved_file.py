@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import as_device, write_whole
+from ..checks import as_device, file_path, write_whole
 from ..hosts import Adapter, adapt
 from ..operator import Capture, FrozenTransformer
 from ..sublayers import Frame
@@ -51,7 +51,7 @@ def save_capture(capture: Capture, path: str | os.PathLike[str], weights: bool =
     Raises:
         ValueError: If the folder does not exist, or if weights are asked for that were not loaded.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(file_path(path)))
     if not target.parent.is_dir() or target.is_dir():
         wrong = "is a folder" if target.is_dir() else "is in a folder that does not exist"
         raise ValueError(f"{path} {wrong}. Pass the path of a file in an existing folder.")
@@ -242,7 +242,7 @@ def load_capture(
         ValueError: If the file is no saved lens or is damaged, or if the model is another one.
         OSError: If the file cannot be read.
     """
-    if not os.path.isfile(path):
+    if not file_path(path).is_file():
         raise ValueError(f"There is no file {path}. Pass the path of a file that lens.save wrote.")
     adapter = None if model is None else adapt(model)
     place = as_device(device or "cpu")

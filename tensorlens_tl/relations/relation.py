@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, equal
 
+from ..checks import file_path
 from ..hosts import adapt
 
 
@@ -72,7 +73,7 @@ class Relation:
             ValueError: If the file does not exist, is not JSON or has another shape.
         """
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(file_path(path), encoding="utf-8") as file:
                 data = json.load(file)
         except (OSError, ValueError) as error:
             raise ValueError(

@@ -269,7 +269,7 @@ def validity(
         >>> round(study.error("random", "jacobian", 0.1).value, 1)
         0.1
     """
-    if isinstance(prompts, str) or len(prompts) < 3:
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or len(prompts) < 3:
         raise ValueError(
             f"prompts={prompts!r} holds fewer than three prompts. Pass a list of at least three."
         )

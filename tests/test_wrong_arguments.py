@@ -1,0 +1,203 @@
+"""Wrong arguments at every public call: a ValueError that names the argument as it was typed."""
+
+import inspect
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import quiet
+
+import tensorlens_tl as tl
+from tensorlens_tl import demo, evaluation, relations
+
+FRANCE, ITALY = "The capital of France is", "The capital of Italy is"
+
+
+@cache
+def given():
+    """What the calls below start from."""
+    with quiet(), torch.no_grad():
+        model = demo.load_model()
+        lens, other = (tl.capture(model, text)[1] for text in (FRANCE, ITALY))
+        return SimpleNamespace(
+            model=model,
+            lens=lens,
+            other=other,
+            rows=lens.attribute("Paris"),
+            edges=lens.attribute("Paris", by="edge"),
+            circuit=lens.discover("Paris", n_edges=20),
+            op=lens.operator,
+            narrow=lens.embedding[..., :3],
+        )
+
+
+def evaluate(g, **changes):
+    arguments = {"model": g.model, "prompts": [FRANCE], "methods": ["in_out"]}
+    return evaluation.evaluate(**{**arguments, **changes})
+
+
+WRONG = {
+    # The model, and how it is captured
+    "model=None": (lambda g: tl.capture(None, FRANCE), "model is None, which is neither"),
+    "model=7": (lambda g: tl.capture(7, FRANCE), "model is an int, which is neither"),
+    "a name": (lambda g: tl.capture("gpt2", FRANCE), "model is 'gpt2', which is the name"),
+    "wrap(None)": (lambda g: tl.wrap(None), "model is None, which is neither"),
+    "wrap(7)": (lambda g: tl.wrap(7), "model is an int, which is neither"),
+    "wrap(Linear)": (lambda g: tl.wrap(torch.nn.Linear(2, 2)), "model is a Linear"),
+    "gate": (lambda g: tl.capture(g.model, FRANCE, gate="both"), "gate='both' is not known"),
+    "pattern": (lambda g: tl.capture(g.model, FRANCE, pattern="kept"), "pattern='kept' is not"),
+    "dtype": (lambda g: tl.capture(g.model, FRANCE, dtype="float32"), "dtype='float32' is no"),
+    "prepend_bos": (
+        lambda g: tl.capture(g.model, FRANCE, prepend_bos="yes"),
+        "prepend_bos='yes' is not known. Pass one of None, True, False",
+    ),
+    "padding_side": (
+        lambda g: tl.capture(g.model, FRANCE, padding_side="middle"),
+        "padding_side='middle' is not known. Pass one of None, 'left', 'right'",
+    ),
+    "tokenizer": (
+        lambda g: tl.capture(g.model, FRANCE, tokenizer=object()),
+        "tokenizer is for Hugging Face models only",
+    ),
+    "logits_to_keep": (
+        lambda g: tl.capture(g.model, FRANCE, logits_to_keep=1),
+        "logits_to_keep would change what is run",
+    ),
+    "load_model(None)": (lambda g: tl.load_model(None), "name_or_folder=None is not a path"),
+    "load_model(7)": (lambda g: tl.load_model(7), "name_or_folder=7 is not a path"),
+    "load_model, kind": (
+        lambda g: tl.load_model(str(demo.model_folder()), kind="both"),
+        "kind='both' is no class of host models",
+    ),
+    "load_model, dtype": (
+        lambda g: tl.load_model(str(demo.model_folder()), dtype="float99"),
+        "dtype='float99' is no dtype",
+    ),
+    "load_model, device": (
+        lambda g: tl.load_model(str(demo.model_folder()), device="nowhere"),
+        "device='nowhere' is no device",
+    ),
+    # Attribution
+    "target": (lambda g: g.lens.attribute({}), r"target=\{\} of type dict is no token"),
+    "target, floats": (lambda g: g.lens.attribute(1.5), "target=1.5"),
+    "target, an id": (lambda g: g.lens.attribute(-99999), "target=-99999 is outside"),
+    "versus": (lambda g: g.lens.attribute("Paris", ""), "versus='' is not known"),
+    "pos": (lambda g: g.lens.attribute("Paris", pos=99), "Position 99 is outside prompt 0"),
+    "pos, a word": (lambda g: g.lens.attribute("Paris", pos="last"), "Position 'last' is not"),
+    "by": (lambda g: g.lens.attribute(by="tokens"), "by='tokens' does not exist"),
+    "by, a list": (lambda g: g.lens.attribute(by=["token"]), r"by=\['token'\] does not exist"),
+    "effect": (lambda g: g.lens.attribute(by="head", effect="both"), "effect='both'"),
+    "at": (lambda g: g.lens.attribute(at="secant"), "at='secant' needs a baseline"),
+    "at, unknown": (
+        lambda g: g.lens.attribute(by="component", baseline=g.other, at="x"),
+        "at='x' does not exist",
+    ),
+    "qk": (lambda g: g.lens.attribute(qk=True), "qk=True is not available"),
+    "lists": (lambda g: g.lens.attribute_many(["Paris"], [0, 1]), "The lists cannot be paired"),
+    "no positions": (lambda g: g.lens.attribute_many(pos=[]), "pos has 0 entries"),
+    "k": (lambda g: g.lens.paths("Paris", k=0), "k=0 is not an integer ≥ 1"),
+    "from_token": (lambda g: g.lens.paths("Paris", from_token=99), "Position 99 is outside"),
+    "max_expansions": (lambda g: g.lens.paths(max_expansions="x"), "max_expansions='x' is not"),
+    "memory_limit": (lambda g: g.lens.paths(memory_limit="x"), "memory_limit='x' is not"),
+    "source": (lambda g: g.lens.loadings("L9H9", "Paris"), "L9H9"),
+    "source, None": (lambda g: g.lens.loadings(None, "Paris"), "Position None is not an integer"),
+    "top": (lambda g: g.rows.top(0), "k=0 is not an integer ≥ 1"),
+    "axis": (lambda g: g.rows.sum("word"), "There is no axis 'word'"),
+    "dest": (lambda g: g.edges.select(dest="L9H9"), "L9H9"),
+    "select(layer=)": (lambda g: g.edges.select(layer=99), "No row has layer 99"),
+    "a word as index": (lambda g: g.rows["Mary"], r"attribution\['Mary'\] does not exist"),
+    "attribution from_json": (lambda g: tl.Attribution.from_json("{}"), "not an attribution"),
+    # The operator and its names
+    "@": (lambda g: g.op @ [1.0], "The vector is a list, and not a tensor"),
+    "apply": (lambda g: g.op.apply(None), "The vector is None, and not a tensor"),
+    "apply, width": (lambda g: g.op.apply(g.narrow), r"The vector is \[1, 6, 3\]"),
+    "apply, dtype": (lambda g: g.op.apply(g.lens.embedding.double()), "of torch.float64 on cpu"),
+    "apply_t": (lambda g: g.op.apply_t("x"), "The vector is a str, and not a tensor"),
+    "pull": (lambda g: g.op.pull(g.narrow), r"The vector is \[1, 6, 3\]"),
+    "trace": (lambda g: g.op.trace(3), "The vector is an int, and not a tensor"),
+    "trace_t": (lambda g: g.op.trace_t(g.narrow), r"The vector is \[1, 6, 3\]"),
+    "readout": (lambda g: g.lens.readout([1.0]), "The vector is a list, and not a tensor"),
+    "block": (lambda g: g.op.block(99, 0), "Position 99|99"),
+    "svd": (lambda g: g.op.svd(0), "k=0 does not fit"),
+    "to_dense": (lambda g: g.op.to_dense(0), "memory_limit=0 is not"),
+    "restrict": (lambda g: g.op.restrict(3), "3 is not a list of nodes or edges"),
+    "between": (lambda g: g.lens.between("x", "unembed.hook_in"), "no residual site 'x'"),
+    "dot_test": (lambda g: tl.dot_test("T"), "op is a str, and not a map"),
+    "dot_test, seed": (lambda g: tl.dot_test(g.op, "x"), "seed='x' is not an integer"),
+    "Node": (lambda g: tl.Node.parse(3), "3 is not a node"),
+    "Edge": (lambda g: tl.Edge.parse(None), "None is not an edge"),
+    "Edge, backwards": (lambda g: tl.Edge.parse("logits→L0H0"), "is not an edge"),
+    "Convention": (lambda g: tl.Convention("x"), "gate='x' is not known"),
+    # Tokens by tokens, plans, files
+    "method": (lambda g: g.lens.token_matrix("nrm"), "There is no method 'nrm'"),
+    "layers": (lambda g: g.lens.token_matrix("norm", layers=3), "layers must be a pair"),
+    "probes": (lambda g: g.lens.token_matrix("norm", probes=1.5), "probes must be an integer"),
+    "a method's model": (lambda g: g.lens.token_scores("attnlrp"), "Pass the captured model"),
+    "a wrong model": (lambda g: g.lens.token_matrix("attnlrp", model=3), "model is an int"),
+    "plan": (lambda g: g.lens.plan("x"), "There is no plan of 'x'"),
+    "save": (lambda g: g.lens.save(None), "path=None is not a path"),
+    "save, folder": (lambda g: g.lens.save("/no/such/folder/lens"), "existing folder"),
+    "load": (lambda g: tl.load(3), "path=3 is not a path"),
+    "load, nothing": (lambda g: tl.load("/no/such/lens"), "There is no file /no/such/lens"),
+    # Prompts and circuits
+    "no prompts": (lambda g: tl.mean_attribution(g.model, []), r"prompts=\[\] is not a non-empty"),
+    "batch_size": (lambda g: tl.mean_attribution(g.model, [FRANCE], batch_size=0), "batch_size=0"),
+    "path": (lambda g: tl.mean_attribution(g.model, [FRANCE], path=3), "path=3 is not a path"),
+    "path, folder": (
+        lambda g: tl.mean_attribution(g.model, [FRANCE], path="/no/such/rows"),
+        "path='/no/such/rows' cannot be written. Pass a file in a folder that exists",
+    ),
+    "n_edges": (lambda g: g.lens.discover(n_edges=0), "n_edges=0 is not an integer from 1"),
+    "selection": (lambda g: g.lens.discover(n_edges=5, selection="x"), "selection='x' does not"),
+    "corrupted": (lambda g: g.lens.discover(n_edges=5, corrupted="x"), "corrupted is a str"),
+    "circuit": (lambda g: g.lens.circuit([3]), "3 is neither a node nor an edge"),
+    "circuit from_json": (lambda g: tl.Circuit.from_json("x"), "not a circuit of to_json"),
+    "resized": (lambda g: g.circuit.resized(n_edges="x"), "n_edges='x' is not an integer"),
+    "ablation": (lambda g: tl.AblationOptions(ablation="x"), "ablation='x' does not exist"),
+    "metric": (lambda g: tl.AblationOptions(metric="x"), "metric='x' is not a function"),
+    "ranking": (
+        lambda g: tl.faithfulness_curve(g.model, [FRANCE], 3, [ITALY]),
+        "ranking=3 does not rank edges",
+    ),
+    "corrupted prompts": (
+        lambda g: tl.score_edges(g.model, [FRANCE], ["The"], target="Paris"),
+        "Prompt 0 has 6 tokens, its corrupted prompt 2",
+    ),
+    "prompts": (lambda g: tl.discover(g.model, 3, n_edges=5), "prompts=3 is not a non-empty list"),
+    "edges": (
+        lambda g: tl.faithfulness(g.model, [FRANCE], ["x"], [ITALY]),
+        "'x' is not a node",
+    ),
+    "circuits": (
+        lambda g: tl.faithfulness_of_many(g.model, [FRANCE], 3, [ITALY]),
+        "circuits is an int, not a dictionary",
+    ),
+    "unwrap": (lambda g: tl.unwrap(3), "This int was not made by tensorlens_tl.wrap"),
+    "attribute": (lambda g: tl.attribute(g.model, 3), "prompts=3 is not a non-empty list"),
+    # Studies
+    "too few prompts": (lambda g: tl.validity(g.model, [FRANCE]), "fewer than three prompts"),
+    "prompts=3": (lambda g: tl.validity(g.model, 3), "prompts=3 holds fewer than three prompts"),
+    "protocol": (lambda g: evaluate(g, protocol="x"), "'x'"),
+    "scores": (lambda g: evaluate(g, scores=3), "scores is an int, not a dictionary"),
+    "evaluate's metric": (lambda g: evaluate(g, metric="x"), "metric='x' does not exist"),
+    "relation": (lambda g: demo.relation("x"), "There is no relation 'x'"),
+    "Relation.load": (lambda g: relations.Relation.load(None), "path=None is not a path"),
+    "task": (lambda g: demo.prompts("x", 3), "'x'"),
+    "n": (lambda g: demo.prompts("ioi", -1), "n=-1 is not an integer ≥ 1"),
+}
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_named(name):
+    call, match = WRONG[name]
+    with quiet(), torch.no_grad(), pytest.raises(ValueError, match=match) as caught:
+        call(given())
+    assert str(caught.value).count(". ") >= 1, "two sentences: what was wrong, and what to do"
+
+
+def test_every_public_function_is_called_wrongly():
+    called = {name for call, _ in WRONG.values() for name in call.__code__.co_names}
+    public = {name for name in dir(tl) if inspect.isfunction(getattr(tl, name))}
+    assert public - called == {"install", "uninstall"}  # take no arguments
