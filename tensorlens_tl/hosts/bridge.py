@@ -212,8 +212,8 @@ class BridgeAdapter(Adapter):
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Tensor:
         config = getattr(self.model.original_model, "config", None)
         config = getattr(config, "attn_config", config)  # MPT
-        clip: Any = getattr(config, "clip_qkv", None)
-        points = [] if clip is None else [block.attn.hook_v for block in self.model.blocks]
+        clip: float = getattr(config, "clip_qkv", None) or 0.0
+        points = [block.attn.hook_v for block in self.model.blocks] if clip else []
 
         def see(module: Any, args: Any, output: Tensor) -> None:
             if bool((output.abs() > clip).any()):
