@@ -146,12 +146,13 @@ class Attribution:
         """
         if axis not in AXES:
             raise ValueError(f"There is no axis {axis!r}. Use one of {', '.join(AXES)}.")
+        if axis == "pos" and all(source.pos is None for source in self.sources):
+            return self
         groups: dict[Source, list[int]] = {}
         for i, source in enumerate(self.sources):
             groups.setdefault(_merged(source, axis), []).append(i)
-        column = torch.empty(len(self.sources), dtype=torch.long, device=self.values.device)
-        for group, rows in enumerate(groups.values()):
-            column[rows] = group
+        at = {i: group for group, rows in enumerate(groups.values()) for i in rows}
+        column = torch.tensor([at[i] for i in range(len(at))], device=self.values.device)
         labels = tuple(
             tuple(self._sum_label(group, rows, prompt) for group, rows in groups.items())
             for prompt in range(len(self))

@@ -63,7 +63,11 @@ def test_targets_of_their_own_and_prompts_of_several_lengths(capsys, monkeypatch
     one = tensorlens_tl.attribute(model, ragged[:1], effect="total")
     assert one.sem.isnan().all() and one.completeness_error is None
     data = json.loads(one.to_json())
-    assert data["n"] == 1 and {row["sem"] for row in data["rows"]} == {None}
+    assert (
+        data["n"] == 1
+        and data["unit"].startswith("units of the target")
+        and {row["sem"] for row in data["rows"]} == {None}
+    )
     data = json.loads(found.to_json())
     assert [row["mean"] for row in data["rows"]] == found.mean.tolist()
     assert [row["node"] for row in data["rows"]] == list(map(str, found.nodes))
@@ -100,7 +104,9 @@ def test_ids_as_the_host_gives_them():
 def test_refusals():
     model = FIRST.model()
     for wrong in ([], "a prompt"):
-        with pytest.raises(ValueError, match=r"prompts=.* is not a non-empty list. Put a single prompt in a list"):
+        with pytest.raises(
+            ValueError, match=r"prompts=.* is not a non-empty list. Put a single prompt in a list"
+        ):
             tensorlens_tl.attribute(model, wrong)
     with pytest.raises(ValueError, match="target has 2 entries for 5 prompts"):
         tensorlens_tl.attribute(model, prompts(), [1, 2])
