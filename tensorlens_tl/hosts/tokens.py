@@ -93,8 +93,8 @@ def own_ids(adapter: Adapter, prompt: Any) -> Int[Tensor, " pos"]:
 def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Tokenize texts one by one as the host does, and pad them to one length.
 
-    Hosts pad with a token that a text may begin or end with, and guess by its id what is padding.
-    Here each text has the ids that it has alone, and the mask knows which they are.
+    Hosts guess by a token's id what is padding. Here each text has the ids that it has alone, and
+    the mask knows which they are.
 
     Args:
         model: A host model with a method ``to_tokens``.
@@ -105,7 +105,7 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
         Token ids [batch, pos], and the mask of the real tokens among them [batch, pos].
 
     Raises:
-        ValueError: If the model has no tokenizer, or a text has no tokens.
+        ValueError: If the model has no tokenizer, or a text has no tokens or would lose one.
     """
     if model.tokenizer is None:
         remedy = "wrap the Hugging Face model with its tokenizer: tensorlens_tl.wrap(hf, tokenizer)"
@@ -124,6 +124,12 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
     rows = [model.to_tokens(text, **keys)[0] for text in texts if text]
     if len(rows) < len(texts) or not all(map(len, rows)):
         raise ValueError(EMPTY)
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) < len(model.tokenizer(text, add_special_tokens=False)["input_ids"]):
+            raise ValueError(
+                f"The model would lose a token of {text!r}: it runs {model.tokenizer.decode(row)!r}. "
+                "Pass token ids, or mend model.cfg.tokenizer_prepends_bos."
+            )
     side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
     pad = getattr(model.tokenizer, "pad_token_id", None)
     # A padding token that was made up has an id beyond the vocabulary.
@@ -247,9 +253,8 @@ def each_prompt(prompts: Any, tokenizer: Any, mask: Any = None, name: str = "pro
     found: list[Any] = []
     for i, prompt in enumerate(given):
         if isinstance(prompt, str):
-            found.append(prompt)
-            continue
-        if isinstance(prompt, Mapping) and "input_ids" in prompt:
+            rows = [prompt]
+        elif isinstance(prompt, Mapping) and "input_ids" in prompt:
             rows = each_prompt(prompt, tokenizer)
         else:
             rows = list(as_ids(prompt, torch.device("cpu")))
@@ -284,8 +289,7 @@ def check_padding(
     """Refuse ids that begin or end in padding that nothing masks.
 
     It would be taken for real tokens, and the last of them for the prompt's last word. Where all
-    prompts begin or end alike, the token may be meant, as in a prompt that ends in its own
-    end-of-sequence token. What cannot be meant is refused there, too, if ``alone``.
+    prompts begin or end alike, the token may be meant; what cannot be is refused if ``alone``.
 
     Args:
         tokens: Token ids of all prompts.
@@ -405,8 +409,7 @@ def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> S
         The (start, stop) of each prompt's real tokens.
 
     Raises:
-        ValueError: If the mask is none, if a prompt has no real tokens or more than one run of
-            them, or if prompts are padded and no mask tells it.
+        ValueError: If a prompt has not one run of real tokens, or is padded and no mask tells it.
     """
     if mask is None:
         check_padding(tokens, tokenizer, "the attention_mask that tells it", alone=True)

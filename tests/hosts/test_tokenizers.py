@@ -85,6 +85,19 @@ def test_a_tokenizer_given_after_a_first_capture():
 
 
 @wrapped
+def test_a_tokenizer_set_on_a_bridge():
+    """A Bridge of ours takes one by name; one set by hand may cut the first word: refused."""
+    bridge = tensorlens_tl.wrap(llama())
+    assert capture(bridge, "we", tokenizer=tokenizer(**NAMES)).tokens == (("<s>", "we"),)
+    bridge = tensorlens_tl.wrap(llama())
+    bridge.tokenizer = tokenizer(**NAMES)  # the host still takes it for one that prepends BOS
+    with pytest.raises(ValueError, match=r"would lose a token of 'we went': it runs 'went'"):
+        capture(bridge, "we went", prepend_bos=False)
+    bridge.cfg.tokenizer_prepends_bos = False
+    assert capture(bridge, "we went", prepend_bos=False).tokens == (("we", "went"),)
+
+
+@wrapped
 @pytest.mark.parametrize(
     "names, ids",
     [
