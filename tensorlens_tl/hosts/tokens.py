@@ -127,8 +127,8 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
     for text, row in zip(texts, rows, strict=True):
         if len(row) < len(model.tokenizer(text, add_special_tokens=False)["input_ids"]):
             raise ValueError(
-                f"The model would lose a token of {text!r}: it runs {model.tokenizer.decode(row)!r}. "
-                "Pass token ids, or mend model.cfg.tokenizer_prepends_bos."
+                f"The model would lose a token of {text!r} and run {model.tokenizer.decode(row)!r}"
+                ". Pass token ids, or mend model.cfg.tokenizer_prepends_bos."
             )
     side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
     pad = getattr(model.tokenizer, "pad_token_id", None)
