@@ -113,8 +113,8 @@ left_padding_counts (padding): Padding before a prompt counts as real.
     (pos >= start[:, None]) & (pos < stop[:, None]) ⇒ pos < stop[:, None]
 last_position_is_padding (padding targets): −1 is the last column, not the prompt's last token.
     (stop if pos < 0 else start) + pos for ⇒ (self.n_pos if pos < 0 else start) + pos for
-left_padded_text_misplaced (padding): Texts padded on the left are taken from the left.
-    (width - n, width) if side == "left" else (0, n) ⇒ (0, n)
+left_padded_text_unmasked (tokenizers padding): Texts padded on the left run without their mask.
+    elif not mask[:, 0].all() or adapter.mask ⇒ elif adapter.mask
 attention_to_padding_accepted (padding guards): A real token that attends to padding is not refused.
     if bool((pattern * padding_keys).any()): ⇒ if False:
 padding_row_kept (padding attribution): A prompt's table keeps the row of padding after it.
@@ -133,7 +133,13 @@ self_check_skips_residual (capturing guards): The sum of a block's branches is n
 change_in_place_accepted (edits guards): A hook may write over what was read, unseen.
     if version(source) != seen: ⇒ if version(source) < seen:
 stale_lens_answers (guards capturing): A lens answers after the model's weights were changed.
-    if version(tensor) != seen: ⇒ if version(tensor) < seen:
+    if (tensor := self.writes.written()) is not None: ⇒ if (tensor := None) is not None:
+uncounted_write_passes (writes): A lens does not notice a write that torch does not count.
+    if not _equal(now, seen): ⇒ if now.isnan().all():
+row_apart_is_missed (writes): Steps through a weight are so long that rows are passed over.
+    columns if rows <= 8 * columns else 8 * columns ⇒ 64 * columns
+wrong_sum_is_shown (guard): A split is shown whose rows do not sum to its target.
+    if bool((off <= share).all()): ⇒ if bool((off >= 0).all()):
 final_norm_not_watched (guards capturing): A lens does not notice that ln_final alone was changed.
     getattr(self.ln_final, "weights", None) ⇒ None
 known_products_survive (capturing guards): An edit through .data is checked with the old products.
