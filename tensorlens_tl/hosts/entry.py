@@ -294,7 +294,8 @@ def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
         f"TransformerLens reads {probe!r} as the tokens {host}, and the tokenizer itself as "
         f"{itself}. Pass {how} for the tokenizer's own."
     )
-    vars(bridge)[CONVENTION] = text if ids != own and text != told else None
+    new = text != told or vars(bridge).get(CONVENTION) == text  # or not told yet
+    vars(bridge)[CONVENTION] = text if ids != own and new else None
     vars(bridge)[_GIVEN] = tokenizer, about, text, bridge.tokenizer
 
 

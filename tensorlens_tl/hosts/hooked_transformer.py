@@ -165,15 +165,24 @@ def hooked_from_folder(folder: str, dtype: Any = None, device: str | None = None
 
     Returns:
         The model, with raw weights.
+
+    Raises:
+        UnsupportedArchitectureError: If the host cannot make a HookedTransformer of the model.
     """
     from transformer_lens import HookedTransformer, loading_from_pretrained
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = dtype or torch.float32
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    cfg = loading_from_pretrained.get_pretrained_model_config(
-        folder, hf_cfg=hf.config.to_dict(), fold_ln=False, device=device, dtype=dtype
-    )
+    try:
+        cfg = loading_from_pretrained.get_pretrained_model_config(
+            folder, hf_cfg=hf.config.to_dict(), fold_ln=False, device=device, dtype=dtype
+        )
+    except NotImplementedError:
+        raise UnsupportedArchitectureError(
+            f"The HookedTransformer of this transformer_lens has no {type(hf).__name__}. Load it "
+            'with kind="bridge" of transformer_lens 3 or later.'
+        ) from None
     state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf, dtype=dtype)
     has_tokenizer = any(Path(folder).glob("tokenizer*"))
     tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None

@@ -348,8 +348,10 @@ class TensorLens(AttributedRun):
                 fingerprint of the weights, and the operator needs ``load(path, model=...)``.
 
         Raises:
-            ValueError: If the folder does not exist, or the lens has no weights to store.
+            ValueError: If the folder does not exist, if the lens has no weights to store, or if
+                the weights or the logits were written to.
         """
+        self._check_unchanged()
         save_capture(self.capture, path, weights)
 
 

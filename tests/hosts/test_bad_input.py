@@ -256,6 +256,11 @@ if HookedTransformer is not None:
             UnsupportedArchitectureError,
         )
 
+    def test_a_folder_that_the_host_cannot_load(tmp_path):
+        build_hf(*BRIDGE["gemma2"], torch.float32).save_pretrained(tmp_path)
+        with quiet(), pytest.raises(ValueError, match=r"has no Gemma2ForCausalLM. Load it with"):
+            tensorlens_tl.load_model(str(tmp_path), kind="hooked")
+
 
 if bridge_builder is not None:
 
