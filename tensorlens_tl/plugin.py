@@ -70,8 +70,8 @@ def capture(
         tokenizer: Tokenizer of a Hugging Face model, for text prompts; it is not changed. Leave it
             None for a TransformerLens model, which has its own.
         noise_floor: Whether to measure how much a bfloat16 or float16 model rounds. The prompt
-            then also runs on a float32 copy of the model, and the lens shows its own error beside
-            the model's rounding. It costs the memory of the copy and a second run.
+            then also runs with the model held in float32 for a while, and the lens shows its own
+            error beside the model's rounding. It costs that memory and a second run.
         **kwargs: Arguments of the model, such as ``prepend_bos`` or ``padding_side``.
 
     Returns:

@@ -51,7 +51,7 @@ def freeze(
         dtype: Compute dtype of the operator, float32 or float64; None for the wider of float32
             and the model's own.
         pattern: "stored" to keep attention patterns, "recomputed" to keep queries and keys.
-        noise_floor: Whether to run a float32 copy of a half-precision model, too.
+        noise_floor: Whether to run a half-precision model in float32, too.
         **kwargs: Arguments of the model's own forward pass.
 
     Returns:
