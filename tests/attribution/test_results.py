@@ -47,7 +47,7 @@ def test_a_slice_of_prompts_is_those_prompts(padded):
     assert min(s.pos for s in some.sources if s.pos is not None) == 1
     assert some.completeness_error <= 1e-11
     assert a[::-1].target_value.tolist() == a.target_value.flip(0).tolist()
-    assert torch.equal(a[np.int64(-1)].values, a[2].values)
+    assert torch.equal(a[-1].values, a[2].values)
     assert [one.values.shape for one in a] == [a[i].values.shape for i in range(3)]
 
 

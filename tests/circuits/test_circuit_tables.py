@@ -80,7 +80,7 @@ def test_areas_whose_sizes_do_not_start_at_0():
 def test_sizes_given_as_shares_are_rounded_to_whole_edges():
     """To the nearest number of edges, and never to none unless the share is 0."""
     total = len(universe().edges)
-    shares = (0, 1e-9, 0.4 / total, 2.4 / total, 2.6 / total, (total - 0.4) / total, 1)
+    shares = (0.0, 1e-9, 0.4 / total, 2.4 / total, 2.6 / total, (total - 0.4) / total, 1.0)
     with quiet():
         found = faithfulness_curve(
             FIRST.model(), CLEAN, universe().edges[::-1], CORRUPTED, target=3, sizes=shares

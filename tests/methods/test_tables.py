@@ -102,7 +102,7 @@ def test_a_notebook_shows_three_prompts_and_what_the_colours_mean():
         lens = tensorlens_tl.capture(FIRST.model(), tokens(5))[1]
     scores = lens.token_scores("in_out", 3)
     shown = unescape(re.sub(r"<[^>]*>", "|", scores._repr_html_()))
-    assert shown.count("in_out| of '3'") == 3 and "… 2 more prompts" in shown
+    assert shown.count(f"in_out| of {scores.target[0]}") == 3 and "… 2 more prompts" in shown
     largest = float(scores[0].abs().max())
     assert f"-{largest:.3g}| takes away, |+{largest:.3g}| adds, in scores" in shown
 
