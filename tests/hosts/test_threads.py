@@ -16,6 +16,7 @@ from models import CASES, quiet, tokens
 from torch import Tensor
 
 import tensorlens_tl
+from tensorlens_tl.support.tiny_models import BRIDGE, build_hf
 
 NAMES = [name for name in ("hooked-llama", "bridge-llama") if name in CASES]
 
@@ -74,5 +75,19 @@ def test_threads_get_what_each_gets_alone(name):
     jobs = [lambda: captured(first), lambda: captured(second), live, ablated, plain]
     with unhurried(model):
         alone, beside = [job() for job in jobs], together(jobs)
+    for one, other in zip(alone, beside, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.offered("bridge-llama" in CASES)
+def test_threads_wrap_a_model_once():
+    with quiet():
+        model = build_hf(*BRIDGE["llama"], torch.float64)
+    first, second = tokens(1, 6, 1), tokens(1, 6, 2)
+    jobs = [lambda ids=ids: tensorlens_tl.capture(model, ids)[0] for ids in (first, second) * 2]
+    with quiet():
+        beside = together(jobs)
+        bridge = tensorlens_tl.wrap(model)
+        alone = [bridge(ids, return_type="logits") for ids in (first, second) * 2]
     for one, other in zip(alone, beside, strict=True):
         assert torch.equal(one, other)
