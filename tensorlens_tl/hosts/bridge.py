@@ -224,12 +224,12 @@ class BridgeAdapter(Adapter):
                     )
                 )
 
-        handles = [point.register_forward_hook(see) for point in points]
+        watching = [point.register_forward_hook(see) for point in points]
         try:
             return super().run(inputs, kwargs)
         finally:
-            for handle in handles:
-                handle.remove()
+            for hook in watching:
+                hook.remove()
 
     # --- Attention scores
 
