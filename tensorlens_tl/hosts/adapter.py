@@ -215,21 +215,27 @@ class Adapter(ABC):
     def _score_weights(self, n_pos: int, position_ids: Any) -> Iterator[ScoreWeights]:
         how, weights = self.recomputed_reading(), self.query_key_weights()
         if how.sinks:
-            raise NotRecomputableError("sinks", "the pattern is no softmax of the scores alone")
+            raise NotRecomputableError(
+                what="sinks", why="the pattern is no softmax of the scores alone"
+            )
         with torch.no_grad():
             rotations = self.rotations(n_pos)
         if rotations is None:
-            raise NotRecomputableError("rotations", "the model's tables of them are not found")
+            raise NotRecomputableError(
+                what="rotations", why="the model's tables of them are not found"
+            )
         given = torch.as_tensor([0] if position_ids is None else position_ids)
         if any(rotations) and bool((given.diff() != 1).any()):
-            raise NotRecomputableError("position_ids", "they are not consecutive")
+            raise NotRecomputableError(what="position_ids", why="they are not consecutive")
         blocks, d_head = self.model.blocks, self.cfg.d_head
         for block, own, s, rotation in zip(blocks, weights, how.scores, rotations, strict=True):
             norms = [getattr(block.attn, name, None) for name in ("q_norm", "k_norm")]
             q_norm, k_norm = map(self.norm_weights, norms)
             gains = [n.w for n in (q_norm, k_norm) if n is not None and n.w is not None]
             if any(w.shape != (d_head,) for w in gains):  # OLMo-2, Cohere
-                raise NotRecomputableError("the norm of queries and keys", "heads differ in it")
+                raise NotRecomputableError(
+                    what="the norm of queries and keys", why="heads differ in it"
+                )
             yield ScoreWeights(
                 *own,
                 scale=s.scale,

@@ -40,7 +40,7 @@ class InTheMiddleError(RuntimeError):
 
 
 def broken(x, hook):
-    raise InTheMiddleError("in the middle")
+    raise InTheMiddleError("In the middle.")
 
 
 def fails_in_a_hook(model, lens):
