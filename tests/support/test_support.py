@@ -73,7 +73,7 @@ def test_errors_within_tolerance(measured):
                 assert row.error <= row.tolerance == (1e-6 if float32 else 1e-12), row
             compared = row.error is not None and row.host_class.startswith("Bridge")
             assert (row.hugging_face is not None) == compared, row
-            assert not compared or row.hugging_face <= 1e-6, row
+            assert not compared or row.hugging_face <= 2e-6, row
 
 
 def test_whatever_the_tests_cover_is_supported(measured):
@@ -221,7 +221,7 @@ def test_what_becomes_of_a_row(one_row, capsys, build, capture, status, reason, 
 def test_a_bridge_that_is_another_model_is_wrong(one_row, theirs, shown):
     """Whatever the capture says of itself, the larger error is shown and decides."""
     row = one_row(lambda *_: len, lens(3e-16), theirs)
-    assert (row.status == "wrong", str(row)) == (theirs > 1e-6, shown)
+    assert (row.status == "wrong", str(row)) == (theirs > 2e-6, shown)
 
 
 def test_compatibility_mode_moves_all_logits_of_a_position(monkeypatch):
