@@ -40,7 +40,7 @@ class InTheMiddleError(RuntimeError):
 
 
 def broken(x, hook):
-    raise InTheMiddleError
+    raise InTheMiddleError("This hook fails in the middle of a run. Take it off.")
 
 
 def fails_in_a_hook(model, lens):
