@@ -152,10 +152,14 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
     if _is_host(model) or not hasattr(model, "config"):
         return adapt(model).model if tokenizer is None else as_host(model, tokenizer)
     with alone(model), torch.inference_mode(False):  # the Bridge has weights of its own
-        if (bridge := vars(model).get(BRIDGE)) is None:
-            bridge = _bridge_around(model)
-        if tokenizer is not None:
-            give_tokenizer(bridge, tokenizer)
+        fresh = BRIDGE not in vars(model)
+        bridge = _bridge_around(model) if fresh else vars(model)[BRIDGE]
+        try:
+            if tokenizer is not None:
+                give_tokenizer(bridge, tokenizer)
+        except ValueError:
+            unwrap(model) if fresh else None
+            raise
     return bridge
 
 
