@@ -223,7 +223,7 @@ class Around:
 _OWN = (*_HF_WAYS, *_HOOKED_WAYS)
 _SPLIT = ("llama", "gemma2", "qwen3")  # families with a linear layer each for q, k and v
 _LINEAR = (*_SPLIT, "neox")
-_WRITTEN = "written|changed|not those"
+_WRITTEN = "written|changed|not those|not the one"
 AROUND: dict[str, Around] = {
     "nothing": Around(),
     "no_grad": Around(),
