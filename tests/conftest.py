@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in set(absent)]
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if is_core(item.path.stem.removeprefix("test_"), item.originalname, parameters):
+        file = item.path.stem.removeprefix("test_")
+        if is_core(file, item.name, item.originalname, parameters):
             item.add_marker("core")
 
 

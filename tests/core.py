@@ -59,9 +59,28 @@ TESTS = {
     "public_api": "eight_results_are_what_they_were",
 }
 NAMES = {(file, f"test_{name}") for file, names in TESTS.items() for name in names.split()}
+SINGLE = {
+    "differences": "fixed_baselines_run_no_second_pass_and_have_no_operator_term[bridge-gemma2]",
+    "edits": "an_edited_run_is_reproduced[hooked-gpt2-blocks.1.attn.hook_pattern] "
+    "an_edited_run_is_reproduced[bridge-gpt2-blocks.1.attn.hook_pattern]",
+    "more_families": "slopes_of_any_number_of_heads[hooked]",
+}
+"""Tests of one model each, which none of :data:`MODELS` can stand for."""
+CASES = {(file, f"test_{name}") for file, names in SINGLE.items() for name in names.split()}
 
 
-def is_core(file: str, test: str, parameters: dict) -> bool:
-    """Whether a test of a file, with its parameters, is of the core."""
+def is_core(file: str, name: str, test: str, parameters: dict) -> bool:
+    """Whether a test of a file is of the core.
+
+    Args:
+        file: Name of the file, without ``test_``.
+        name: Name of the test with its parameters.
+        test: Name of its function.
+        parameters: The parameters.
+
+    Returns:
+        Whether the test is listed here.
+    """
     case = parameters.get("case")
-    return (file, test) in NAMES and (case is None or str(case) in MODELS)
+    listed = (file, test) in NAMES and (case is None or str(case) in MODELS)
+    return listed or (file, name) in CASES
