@@ -260,9 +260,7 @@ def test_refusals(tmp_path):
         lens.attribute(qk=True, baseline="zero")
     path = tmp_path / "lens.safetensors"
     lens.save(path, weights=True)
-    with pytest.raises(
-        ValueError, match=r"qk=True needs W_Q and W_K.*Load it with model="
-    ):
+    with pytest.raises(ValueError, match=r"qk=True needs W_Q and W_K.*Load it with model="):
         tensorlens_tl.load(path).attribute(by="edge", qk=True)
     again = tensorlens_tl.load(path, model=case.model())
     expected = lens.attribute(3, 4, by="edge", qk=True)

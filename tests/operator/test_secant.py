@@ -341,9 +341,7 @@ def test_refusals(tmp_path):
         clean.attribute(3, 4, at="secant")
     clean.save(tmp_path / "lens", weights=True)
     loaded = tensorlens_tl.load(tmp_path / "lens")
-    with pytest.raises(
-        ValueError, match=r"at='secant' needs W_Q and W_K.*Load it with model="
-    ):
+    with pytest.raises(ValueError, match=r"at='secant' needs W_Q and W_K.*Load it with model="):
         loaded.attribute(3, 4, baseline=corrupted, at="secant")
     edited = case.model()
     with quiet(), torch.no_grad():
