@@ -62,7 +62,11 @@ TOLERANCES = {
     "gradient of two runs": (1e-8, 1e-5),  # against autograd through a path between two runs
     "slope": (1e-6, 1e-3),  # finite differences
 }
-"""Tolerances of tests that meet a host, by what limits them."""
+"""Relative tolerances by what limits a comparison. Tests that meet a host use ``case.within``."""
+ROUNDING, ORACLE, TWO_RUNS, GRADIENT = (
+    TOLERANCES[compared][0] for compared in ("run", "oracle", "two runs", "gradient of two runs")
+)
+"""Those of float64, for tests of the library's own algebra."""
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEQ = 7

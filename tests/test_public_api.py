@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import HookedTransformer, quiet
+from models import TWO_RUNS, HookedTransformer, quiet
 
 import tensorlens_tl
 from tensorlens_tl import demo
@@ -127,7 +127,7 @@ def test_eight_results_are_what_they_were():
     assert found.keys() == stored.keys()
     for question, table in stored.items():
         largest = max(map(abs, table.values()))
-        tolerance = 1e-5 if question == "file" else 1e-9
+        tolerance = 1e-5 if question == "file" else TWO_RUNS
         assert found[question].keys() == table.keys(), question
         for label, value in table.items():
             assert abs(found[question][label] - value) <= tolerance * largest, (question, label)

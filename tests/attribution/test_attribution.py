@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 from comparisons import assert_close
-from models import GATED, SEQ, SHAPES, lens_of, quiet, randn_like, tokens
+from models import (
+    GATED,
+    ORACLE,
+    ROUNDING,
+    SEQ,
+    SHAPES,
+    TWO_RUNS,
+    lens_of,
+    quiet,
+    randn_like,
+    tokens,
+)
 from oracles import FrozenModel
 
 import tensorlens_tl
@@ -52,7 +63,7 @@ def test_contributions_sum_to_the_target(case, by, gate):
         own = lens.logits[torch.arange(2), p, ids] - (
             0 if versus is None else lens.logits[:, p, versus]
         )
-        assert_close(a.target_value, own, 1e-12)
+        assert_close(a.target_value, own, ROUNDING)
 
 
 @every_case
@@ -118,11 +129,11 @@ def test_directions_are_targets(case):
     g = torch.Generator().manual_seed(0)
     logit_direction = torch.randn(d_vocab, generator=g)  # float32 is cast
     a = lens.attribute(logit_direction)
-    assert_close(a.target_value, lens.logits[:, -1] @ logit_direction.double(), 1e-12)
+    assert_close(a.target_value, lens.logits[:, -1] @ logit_direction.double(), ROUNDING)
     assert a.completeness_error <= 10 * case.tol()
     one_hot = torch.zeros(d_vocab)
     one_hot[3] = 1
-    assert_close(lens.attribute(one_hot).values, lens.attribute(3).values, 1e-10)
+    assert_close(lens.attribute(one_hot).values, lens.attribute(3).values, ORACLE)
     residual = lens.attribute(torch.randn(d_model, generator=g), by="component")
     assert residual.completeness_error <= 10 * case.tol()
 
@@ -148,7 +159,7 @@ def test_results():
     assert list(frame.columns) == ["prompt", "label", "node", "pos", "value"]
     assert len(frame) == 2 * len(a.sources)
     assert math.isclose(
-        frame[frame.prompt == 1].value.sum(), float(a.target_value[1]), rel_tol=1e-9
+        frame[frame.prompt == 1].value.sum(), float(a.target_value[1]), rel_tol=TWO_RUNS
     )
     with pytest.raises(ValueError, match=r"by='heads' does not exist. Use one of token, constant"):
         lens.attribute(by="heads")

@@ -8,7 +8,7 @@ from html import unescape
 import pytest
 import torch
 from comparisons import assert_close
-from models import SHAPES, lens_of, quiet, tokens
+from models import ORACLE, ROUNDING, SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import Attribution, Node, demo
@@ -31,15 +31,15 @@ def test_means_are_those_of_single_attributions(tmp_path):
             tensorlens_tl.capture(model, ids)[1].attribute(3, 4, by="head") for ids in prompts()
         ]
     values = torch.cat([a.sum("pos").values for a in singles])
-    assert_close(found.mean, values.mean(0), 1e-12)
-    assert_close(found.sem, values.std(0) / math.sqrt(5), 1e-10)
+    assert_close(found.mean, values.mean(0), ROUNDING)
+    assert_close(found.sem, values.std(0) / math.sqrt(5), ORACLE)
     assert found.n == 5 and found.nodes == tuple(s.node for s in singles[0].sum("pos").sources)
     assert math.isclose(found.target_mean, sum(float(a.target_value) for a in singles) / 5)
     assert found.completeness_error is not None and found.completeness_error <= 1e-11
     lines = [Attribution.from_json(line) for line in path.read_text().splitlines()]
     assert len(lines) == 5
     for line, single in zip(lines, singles, strict=True):
-        assert_close(line.values, single.values, 1e-10)
+        assert_close(line.values, single.values, ORACLE)
     table = found.to_dataframe()
     assert list(table.columns) == ["node", "mean", "sem"] and len(table) == len(found.nodes)
     assert [abs(mean) for _, mean, _ in found.top(3)] == sorted(found.mean.abs().tolist())[::-1][:3]
@@ -59,7 +59,7 @@ def test_targets_of_their_own_and_prompts_of_several_lengths(capsys, monkeypatch
             tensorlens_tl.capture(model, ids)[1].attribute(t, by="component").values[0]
             for ids, t in zip(ragged, (1, 2, None), strict=True)
         ]
-    assert_close(found.mean, torch.stack(values).mean(0), 1e-10)
+    assert_close(found.mean, torch.stack(values).mean(0), ORACLE)
     one = tensorlens_tl.attribute(model, ragged[:1], effect="total")
     assert one.sem.isnan().all() and one.completeness_error is None
     data = json.loads(one.to_json())
@@ -126,14 +126,14 @@ def test_sums_over_axes():
     total = a.values.sum(1)
     for axis in ("pos", "node", "layer"):
         b = a.sum(axis)
-        assert_close(b.values.sum(1), total, 1e-12)
+        assert_close(b.values.sum(1), total, ROUNDING)
         assert (
             b.completeness_error <= 1e-11 and len(b.sources) < len(a.sources)
         ) or axis == "layer"
     by_pos = a.sum("node")
     columns = {p: [i for i, s in enumerate(a.sources) if s.pos == p] for p in range(7)}
     for i, source in enumerate(by_pos.sources[:7]):
-        assert_close(by_pos.values[:, i], a.values[:, columns[source.pos]].sum(1), 1e-12)
+        assert_close(by_pos.values[:, i], a.values[:, columns[source.pos]].sum(1), ROUNDING)
         assert by_pos.labels[1][i] == a.labels[1][columns[source.pos][0]] + " + position"
     heads = lens_of(FIRST).attribute(3, 4, by="head")
     assert heads.labels[0][7].startswith("L0H1 ← ") and heads.sum("pos").labels[0][1] == "L0H1"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import SHAPES, every_convention, lens_of, quiet, tokens
+from models import ORACLE, ROUNDING, SHAPES, TWO_RUNS, every_convention, lens_of, quiet, tokens
 from oracles import gradient_of
 
 import tensorlens_tl
@@ -39,7 +39,7 @@ def test_a_difference_sums_to_the_difference_of_the_models_own_logits(case, gate
                 ids = clean.logits[:, pos].argmax(-1) if target is None else torch.tensor([3, 3])
                 gap = clean.logits[:, pos] - corrupted.logits[:, pos]
                 own = gap[torch.arange(2), ids] - (gap[:, 4] if versus else 0)
-                assert_close(a.target_value, own, 1e-9, f"{by} {at}")
+                assert_close(a.target_value, own, TWO_RUNS, f"{by} {at}")
                 name = "operator change" if by == "token" else "readout change"
                 assert name in a.labels[0]
 
@@ -64,14 +64,14 @@ def test_the_tokens_part_by_the_slow_way(case):
         moved = ((lenses[at].operator @ step)[:, -1] * u[at].covector).sum(-1)
         scale = sum(v.abs() for v in rows.values())
         ours = sum(v for (node, _), v in rows.items() if node.kind != "change")
-        assert ((ours - moved).abs() <= 1e-10 * scale).all()
+        assert ((ours - moved).abs() <= ORACLE * scale).all()
         change = value("clean", other.embedding) - value("corrupted", other.embedding)
         assert (
-            (rows[Node("change", name="operator change"), None] - change).abs() <= 1e-10 * scale
+            (rows[Node("change", name="operator change"), None] - change).abs() <= ORACLE * scale
         ).all()
         same = [p for p in range(7) if p not in (2, 3)]
         for p in same:  # equal tokens contribute nothing
-            assert rows[Node("embed"), p].abs().max() <= 1e-12
+            assert rows[Node("embed"), p].abs().max() <= ROUNDING
 
 
 @every_case
@@ -80,10 +80,10 @@ def test_components_are_differences_of_what_is_written(case):
     if clean.capture.ln_final is None and clean.capture.unembed.weights.soft_cap is None:
         a, k = (by_node(lens.attribute(3, 4, by="component")) for lens in (clean, corrupted))
         ours = by_node(clean.attribute(3, 4, by="component", baseline=corrupted))
-        assert ours.pop((Node("change", name="readout change"), None)).abs().max() <= 1e-12
+        assert ours.pop((Node("change", name="readout change"), None)).abs().max() <= ROUNDING
         scale = sum(v.abs() for v in a.values()) + sum(v.abs() for v in k.values())
         for key, v in ours.items():
-            assert ((v - (a[key] - k[key])).abs() <= 1e-12 * scale).all(), str(key)
+            assert ((v - (a[key] - k[key])).abs() <= ROUNDING * scale).all(), str(key)
     nothing = clean.attribute(3, 4, by="component", baseline=clean)
     assert nothing.values.abs().max() == 0
 
@@ -111,7 +111,7 @@ def test_fixed_baselines_run_no_second_pass_and_have_no_operator_term(case):
             tol = case.within("two runs")
             assert_close(a.target_value, expected, tol, f"{baseline} {by}")
     own = lens.attribute(3, 4, baseline=mean * scale)
-    assert_close(own.values, lens.attribute(3, 4, baseline="mean").values, 1e-10)
+    assert_close(own.values, lens.attribute(3, 4, baseline="mean").values, ORACLE)
 
 
 @pytest.mark.wrong_types
@@ -144,9 +144,9 @@ def test_baseline_refusals(tmp_path):
         loaded.attribute(3, baseline="mean")
     known = tensorlens_tl.load(tmp_path / "lens.safetensors", model=FIRST.model())
     ours, theirs = (lens.attribute(3, baseline="mean").values for lens in (known, clean))
-    assert_close(ours, theirs, 1e-12)
+    assert_close(ours, theirs, ROUNDING)
     again = loaded.attribute(3, 4, baseline=corrupted)  # copies of the weights are the same model
-    assert_close(again.values, clean.attribute(3, 4, baseline=corrupted).values, 1e-12)
+    assert_close(again.values, clean.attribute(3, 4, baseline=corrupted).values, ROUNDING)
 
 
 @every_case
@@ -192,7 +192,7 @@ def test_many_targets_are_one_batched_sweep(case, monkeypatch):
         many = lens.attribute_many(targets, by=by)
         assert len(calls) == (by != "component")
         for target, a in zip(targets, many, strict=True):
-            assert_close(a.values, lens.attribute(target, by=by).values, 1e-10, by)
+            assert_close(a.values, lens.attribute(target, by=by).values, ORACLE, by)
     own = lens.attribute_many(pos=range(7))
     assert [a.target for a in own] == [lens.attribute(pos=p).target for p in range(7)]
     assert max(a.completeness_error for a in own) <= 10 * case.tol()
@@ -249,7 +249,7 @@ def test_every_layers_loadings_sum_to_the_effect(case, gate):
         }
         effect = values[source if key is None else key]
         scale = token.values.abs().sum(1)
-        assert ((a.target_value - effect).abs() <= 1e-10 * scale).all() or case.float32_norms
+        assert ((a.target_value - effect).abs() <= ORACLE * scale).all() or case.float32_norms
         layers = a.sum("layer")
         assert len(layers.sources) == (2 if source in (2, -1, "embed") else 1)
         assert (
@@ -277,7 +277,7 @@ def test_loadings_are_what_zeroing_a_heads_values_for_this_state_takes():
             expected = (
                 (op.between(op.sites[op.site_index(site) + 1], op.sites[-1]) @ added)[:, -1] * u
             ).sum(-1)
-            assert_close(by_node(a)[node, None], expected, 1e-10, str(node))
+            assert_close(by_node(a)[node, None], expected, ORACLE, str(node))
 
 
 def test_loading_refusals():
@@ -316,4 +316,4 @@ def test_many_gradients_are_those_of_each_target():
         for many in TargetGradient.many(lens.capture, lens.operator, goals):
             alone = TargetGradient(lens.capture, lens.operator, many.target)
             for a, b in zip(many.trace.covectors, alone.trace.covectors, strict=True):
-                assert_close(a, b, 1e-12)
+                assert_close(a, b, ROUNDING)

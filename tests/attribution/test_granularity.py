@@ -7,6 +7,8 @@ import torch
 from comparisons import assert_close
 from models import (
     HOOKED,
+    ORACLE,
+    ROUNDING,
     SHAPES,
     HookedTransformer,
     build_hooked,
@@ -49,7 +51,7 @@ def rows(a, kind=None):
     }
 
 
-def assert_same(ours, theirs, scale, what, tol=1e-10):
+def assert_same(ours, theirs, scale, what, tol=ORACLE):
     assert ((ours - theirs).abs() <= tol * scale).all(), f"{what}: {ours} ≠ {theirs}"
 
 
@@ -102,7 +104,7 @@ def test_constants_are_those_of_the_token_split(case):
     token, constant = (rows(lens.attribute(3, 4, by=by)) for by in ("token", "constant"))
     assert token.keys() == constant.keys()
     for node, v in token.items():
-        assert_close(constant[node], v, 1e-12, str(node))
+        assert_close(constant[node], v, ROUNDING, str(node))
 
 
 @every_convention
@@ -371,7 +373,7 @@ def test_edges_do_not_depend_on_how_positions_and_readers_are_cut(case, few_read
     for n_pos in (0, 1, 2, 3, 7):  # seven spans, and with a short last one
         monkeypatch.setattr(edges, "SPAN_BYTES", n_pos * one)
         cut = lens.attribute(3, 4, by="edge", qk=True).values
-        assert_close(cut, whole, 1e-12, f"{n_pos} positions")
+        assert_close(cut, whole, ROUNDING, f"{n_pos} positions")
 
 
 @every_case
@@ -390,13 +392,13 @@ def test_factored_vectors_are_what_a_branch_writes_and_reads(case):
             )
             if not branch.body.edits:
                 assert_close(writes.wide(), expected, 10 * case.tol(), str(branch.body.nodes()[0]))
-            assert_close(reads.wide().sum(0), pull.covector, 1e-10)
+            assert_close(reads.wide().sum(0), pull.covector, ORACLE)
             for found in (writes, reads):
                 wide = found.wide()
-                assert_close(found.total(), wide.sum(2), 1e-12)
+                assert_close(found.total(), wide.sum(2), ROUNDING)
                 out = torch.full_like(wide[:, :, 2:5].contiguous(), torch.nan)
-                assert_close(found.wide(slice(2, 5), out), wide[:, :, 2:5], 1e-12)
-                assert_close(out, wide[:, :, 2:5], 1e-12)
+                assert_close(found.wide(slice(2, 5), out), wide[:, :, 2:5], ROUNDING)
+                assert_close(out, wide[:, :, 2:5], ROUNDING)
 
 
 @every_case
@@ -414,7 +416,7 @@ def test_what_edges_take_for_an_mlps_output_is_its_own_map(case, finer):
         for branch in step.branches:
             for i, node in enumerate(branch.body.nodes()):
                 mine, own = outputs[:, row[node]], branch.outputs(step.state)[:, i]
-                assert_close(mine, own, 1e-12 if finer else case.tol(), str(node))
+                assert_close(mine, own, ROUNDING if finer else case.tol(), str(node))
 
 
 @pytest.mark.offered("neox" in HOOKED and HookedTransformer is not None)
@@ -431,4 +433,4 @@ def test_a_parallel_block_of_as_many_heads_as_branches():
     own = torch.cat([branch.outputs(step.state) for branch in step.branches], 1)
     nodes = [node for branch in step.branches for node in branch.body.nodes()]
     mine = written(writers)[:, [writers.nodes.index(node) for node in nodes]]
-    assert_close(mine, own, 1e-12)
+    assert_close(mine, own, ROUNDING)

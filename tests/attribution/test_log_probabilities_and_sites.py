@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import D_VOCAB, SHAPES, lens_of, quiet, randn_like, tokens
+from models import D_VOCAB, ORACLE, ROUNDING, SHAPES, TWO_RUNS, lens_of, quiet, randn_like, tokens
 
 import tensorlens_tl
 from tensorlens_tl.attribution.splits import BY, TOTALS
@@ -33,19 +33,19 @@ def test_log_probabilities_sum_and_say_what_is_not_split(case):
     entropy = -(p * log_p).sum(-1)
     for by in SUMMED:
         found = lens.attribute(5, pos=3, by=by, of="logprob")
-        assert_close(found.target_value, log_p[:, 5], 1e-12)
+        assert_close(found.target_value, log_p[:, 5], ROUNDING)
         assert_close(found.values.sum(1), log_p[:, 5], case.within("run"))
         names = lens.attribute(5, pos=3, by=by).target
         assert found.sums_to_target and found.target == tuple(f"log p({name})" for name in names)
         if by != "order":  # there the constants have passed no node: order 0
-            assert_close(rows(found, "softmax")[0], -entropy, 1e-10)
+            assert_close(rows(found, "softmax")[0], -entropy, ORACLE)
     # Without the entropy it is the logit less the mean logit, a direction that is split as ever.
     found = lens.attribute(5, pos=3, by="component", of="logprob")
     for prompt in range(2):
         direction = torch.eye(D_VOCAB, dtype=torch.float64)[5] - p[prompt]
         plain = lens.attribute(direction, pos=3, by="component")
         kept = [i for i, s in enumerate(found.sources) if str(s.node) != "softmax"]
-        assert_close(found.values[prompt, kept], plain.values[prompt], 1e-10)
+        assert_close(found.values[prompt, kept], plain.values[prompt], ORACLE)
 
 
 @every_case
@@ -63,10 +63,10 @@ def test_log_probabilities_by_edge_between_runs_and_many_at_once(case):
         for by in ("token", "component"):
             found = lens.attribute(5, by=by, baseline=other, at=at, of="logprob")
             assert_close(found.values.sum(1), expected, case.within("two runs"))
-            assert_close(found.target_value, expected, 1e-10)
+            assert_close(found.target_value, expected, ORACLE)
     many = lens.attribute_many([3, None], pos=[1, 2], of="logprob")
     for (target, pos), one in zip(((3, 1), (None, 2)), many, strict=True):
-        assert_close(one.values, lens.attribute(target, pos=pos, of="logprob").values, 1e-10)
+        assert_close(one.values, lens.attribute(target, pos=pos, of="logprob").values, ORACLE)
 
 
 def test_the_difference_of_two_log_probabilities_is_that_of_the_logits():
@@ -74,7 +74,7 @@ def test_the_difference_of_two_log_probabilities_is_that_of_the_logits():
     a, b = lens.attribute(5, 6, of="logprob"), lens.attribute(5, 6)
     assert torch.equal(a.values, b.values) and a.target == b.target
     log_p = lens.logits[:, -1].log_softmax(-1)
-    assert_close(a.target_value, log_p[:, 5] - log_p[:, 6], 1e-12)
+    assert_close(a.target_value, log_p[:, 5] - log_p[:, 6], ROUNDING)
 
 
 def test_means_of_log_probabilities():
@@ -82,7 +82,7 @@ def test_means_of_log_probabilities():
     with quiet():
         found = tensorlens_tl.mean_attribution(model, prompts, 3, by="component", of="logprob")
     expected = lens_of(SHAPES[0]).attribute(3, by="component", of="logprob")
-    assert_close(found.mean, expected.values.mean(0), 1e-10)
+    assert_close(found.mean, expected.values.mean(0), ORACLE)
     assert found.target_mean == pytest.approx(float(expected.target_value.mean()))
 
 
@@ -117,7 +117,7 @@ def test_a_direction_at_any_site_is_split_exactly(case):
             assert_close(state, cache[site].double(), case.within("run"))
         for by in SUMMED:
             found = lens.attribute(d, site=site, pos=4, by=by)
-            assert_close(found.target_value, state[:, 4] @ d, 1e-12)
+            assert_close(found.target_value, state[:, 4] @ d, ROUNDING)
             assert_close(found.values.sum(1), state[:, 4] @ d, case.within("run"))
             assert "b_U" not in [str(s.node) for s in found.sources]
         total = lens.attribute(d, site=site, pos=4, by="component", effect="total")
@@ -137,7 +137,7 @@ def test_total_effects_on_a_site_are_those_along_the_operator_between(case):
     expected = ((part.T @ u) * lens.embedding).sum((-2, -1))
     found = lens.attribute(d, site=site, pos=4)
     embedded = [i for i, s in enumerate(found.sources) if "embed" in str(s.node)]
-    assert_close(found.values[:, embedded].sum(1), expected, 1e-10)
+    assert_close(found.values[:, embedded].sum(1), expected, ORACLE)
     for by in TOTALS:
         if by in ("mlp", "neuron") and lens.capture.blocks[0].mlp is None:
             continue
@@ -149,13 +149,13 @@ def test_names_of_sites_differences_and_many_directions(case):
     lens, model = lens_of(case), case.model()
     d, e = direction(lens), randn_like(lens.embedding[0, 0], seed=4)
     by_name = lens.attribute(d, e, site="blocks.0.hook_resid_post")
-    assert_close(by_name.target_value, lens.capture.blocks[1].resid_pre[:, -1] @ (d - e), 1e-10)
+    assert_close(by_name.target_value, lens.capture.blocks[1].resid_pre[:, -1] @ (d - e), ORACLE)
     assert_close(by_name.values.sum(1), by_name.target_value, case.within("run"))
     for site in (0, np.int64(0), -len(lens.capture.blocks), "blocks.1.hook_resid_pre"):
         again = lens.attribute(d, e, site=site)
         assert torch.equal(again.values, by_name.values)
     many = lens.attribute_many([d, e], site=0)
-    assert_close(many[0].values - many[1].values, by_name.values, 1e-9)
+    assert_close(many[0].values - many[1].values, by_name.values, TWO_RUNS)
     with quiet(), torch.no_grad():
         other = tensorlens_tl.capture(model, tokens(seed=1))[1]
     expected = by_name.target_value - other.attribute(d, e, site=0).target_value

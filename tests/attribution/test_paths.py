@@ -13,6 +13,8 @@ from models import (
     BRIDGE,
     CASES,
     HOOKED,
+    ORACLE,
+    ROUNDING,
     SEQ,
     SHAPES,
     SHARED,
@@ -151,7 +153,7 @@ def key_of(path):
     return label, nodes
 
 
-def assert_largest(paths, brute, k, tol=1e-10):
+def assert_largest(paths, brute, k, tol=ORACLE):
     """The k listed are k of the largest, each with its own contribution."""
     size = max(map(abs, brute.values()))
     keys = [key_of(path) for path in paths]
@@ -195,7 +197,7 @@ def test_paths_from_a_token_sum_to_its_attribution(case):
         assert {(str(path.start), path.pos) for path in paths} <= {("embed", token)}
         (own,) = (i for i, s in enumerate(a.sources) if (s.node, s.pos) == (Node("embed"), token))
         size = sum(abs(path.contribution) for path in paths)
-        assert abs(sum(p.contribution for p in paths) - a.values[0, own]) <= 1e-10 * size
+        assert abs(sum(p.contribution for p in paths) - a.values[0, own]) <= ORACLE * size
 
 
 def test_nothing_is_a_remainder():
@@ -266,7 +268,7 @@ def test_k_best_equal_brute_force(seed):
     listed = {key_of(path) for path in paths}
     others = max((abs(c) for key, c in brute.items() if key not in listed), default=0)
     size = max(map(abs, brute.values()))
-    assert others <= paths.largest_unexplored + 1e-10 * size
+    assert others <= paths.largest_unexplored + ORACLE * size
     if len(paths) == k:
         assert paths.largest_unexplored <= abs(paths[-1].contribution)
     # As good with the energies truncated to a few directions.
@@ -391,7 +393,7 @@ def test_energies_are_upper_bounds_of_all_states(run):
             C = torch.einsum("spd,spe->pde", states, states)
             assert torch.linalg.eigvalsh(energy.whole - C).min() >= 0
             if by_position:
-                assert_close(energy.whole, C, 1e-12)
+                assert_close(energy.whole, C, ROUNDING)
             for rank in (1, 4, 16):
                 sketch = PathBound.of(energy.whole, rank)
                 v = randn_like(states[:9], site)
@@ -410,7 +412,7 @@ def test_a_budget_stops_the_search_and_says_so():
         listed = {key_of(path) for path in paths}
         others = max(abs(c) for key, c in brute.items() if key not in listed)
         assert others <= paths.largest_unexplored
-        assert all(abs(p.contribution - brute[key_of(p)]) <= 1e-10 for p in paths)
+        assert all(abs(p.contribution - brute[key_of(p)]) <= ORACLE for p in paths)
         assert "found before the budget" in repr(paths)
 
 
@@ -443,7 +445,7 @@ def test_runs_edited_by_the_users_own_hooks():
     paths = lens.paths(3, EVERYTHING)
     assert_largest(paths, brute, EVERYTHING)
     size = sum(map(abs, brute.values()))
-    assert abs(sum(path.contribution for path in paths) - paths.target_value) <= 1e-10 * size
+    assert abs(sum(path.contribution for path in paths) - paths.target_value) <= ORACLE * size
 
 
 # --- What a user sees ----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import assert_close
-from models import SHAPES, every_convention, lens_of, quiet, tokens
+from models import ORACLE, ROUNDING, SHAPES, TWO_RUNS, every_convention, lens_of, quiet, tokens
 from oracles import FrozenModel, gradient_of, written
 
 import tensorlens_tl
@@ -105,7 +105,7 @@ def test_the_other_edges_stay_as_they_are_and_none_sums(case):
     plain, both = lens.attribute(3, 4, by="edge"), lens.attribute(3, 4, by="edge", qk=True)
     found = {s.node: both.values[:, i] for i, s in enumerate(both.sources)}
     for i, source in enumerate(plain.sources):
-        assert_close(found.pop(source.node), plain.values[:, i], 1e-12, str(source.node))
+        assert_close(found.pop(source.node), plain.values[:, i], ROUNDING, str(source.node))
     assert found and not any(edge.conserved for edge in found)
     assert {str(edge.dest) for edge in found} == {
         f"L{layer}H{head}.{side}" for layer in range(2) for head in range(4) for side in "qk"
@@ -113,7 +113,7 @@ def test_the_other_edges_stay_as_they_are_and_none_sums(case):
     assert not both.sums_to_target and not both.select(dest="L1H2.k").sums_to_target
     assert both.select(dest="logits").completeness_error <= 10 * case.tol()
     (many,) = lens.attribute_many([3], versus=4, by="edge", qk=True)
-    assert_close(many.values, both.values, 1e-10)
+    assert_close(many.values, both.values, ORACLE)
 
 
 @every_case
@@ -135,14 +135,14 @@ def test_differences_of_runs_are_read_by_one_runs_queries_and_keys(case):
     size = sum(v.abs() for v in [*ours.values(), *theirs.values()])
     for edge, v in at_clean.items():
         if not edge.conserved:
-            assert ((there[edge] + v).abs() <= 1e-10 * size).all(), str(edge)
+            assert ((there[edge] + v).abs() <= ORACLE * size).all(), str(edge)
             node = writers[0].nodes.index(edge.src)
             same = torch.equal(*(written(w)[:, node] for w in writers))
             assert not same or v.abs().max() == 0
     zero = edges_of(clean, baseline="zero")
     for edge, v in zero.items():
         if edge.src.kind == "embed" and not edge.conserved:
-            assert ((v - ours[edge]).abs() <= 1e-10 * size).all()
+            assert ((v - ours[edge]).abs() <= ORACLE * size).all()
 
 
 @every_case
@@ -152,7 +152,7 @@ def test_patterns_recomputed_block_by_block(case, monkeypatch):
     recomputed = lens_of(case, pattern="recomputed").attribute(3, 4, by="edge", qk=True)
     assert_close(recomputed.values, expected.values, case.within("oracle"))
     monkeypatch.setattr(query_key, "CELLS", 1)  # one key/value head at a time
-    assert_close(lens.attribute(3, 4, by="edge", qk=True).values, expected.values, 1e-10)
+    assert_close(lens.attribute(3, 4, by="edge", qk=True).values, expected.values, ORACLE)
 
 
 @every_case
@@ -169,8 +169,8 @@ def test_prompts_of_a_batch_and_their_padding(case):
     whole, cut = edges_of(batch), edges_of(batch[0])
     size = sum(v.abs() for v in expected.values())
     for edge, v in expected.items():
-        assert ((cut[edge] - v).abs() <= 1e-9 * size).all(), str(edge)
-        assert ((whole[edge][:1] - v).abs() <= 1e-9 * size).all(), str(edge)
+        assert ((cut[edge] - v).abs() <= TWO_RUNS * size).all(), str(edge)
+        assert ((whole[edge][:1] - v).abs() <= TWO_RUNS * size).all(), str(edge)
 
 
 @every_case
@@ -264,7 +264,7 @@ def test_refusals(tmp_path):
         tensorlens_tl.load(path).attribute(by="edge", qk=True)
     again = tensorlens_tl.load(path, model=case.model())
     expected = lens.attribute(3, 4, by="edge", qk=True)
-    assert_close(again.attribute(3, 4, by="edge", qk=True).values, expected.values, 1e-12)
+    assert_close(again.attribute(3, 4, by="edge", qk=True).values, expected.values, ROUNDING)
 
 
 def test_writing_to_query_weights_makes_the_lens_refuse():

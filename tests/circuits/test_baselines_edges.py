@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import SHAPES, quiet, tokens
+from models import ORACLE, SHAPES, quiet, tokens
 from test_interventions import CLEAN, CORRUPTED, ONE_OF_EACH, universe_of
 
 from tensorlens_tl import Edge, Node
@@ -85,8 +85,8 @@ def test_scores_are_means_whatever_the_batch_and_leave_no_gradient():
         with torch.no_grad():
             small = score_edges(model, list(CLEAN), list(CORRUPTED), target=3, batch_size=1)
     for edge, score in whole.items():
-        assert score == pytest.approx(sum(one[edge] for one in each) / 3, abs=1e-10)
-        assert score == pytest.approx(small[edge], abs=1e-10)
+        assert score == pytest.approx(sum(one[edge] for one in each) / 3, abs=ORACLE)
+        assert score == pytest.approx(small[edge], abs=ORACLE)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -127,7 +127,7 @@ def test_the_full_ranking_ends_at_the_full_model():
         for method in EDGE_METHODS:
             scores = score_edges(model, CLEAN, CORRUPTED, method, target=3)
             curve = faithfulness_curve(model, CLEAN, scores, CORRUPTED, target=3, sizes=(0.1, 1.0))
-            assert float(curve.shares[1]) == pytest.approx(1, abs=1e-10)
+            assert float(curve.shares[1]) == pytest.approx(1, abs=ORACLE)
 
 
 def test_bad_calls_are_refused():

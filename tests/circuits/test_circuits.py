@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import SHAPES, every_convention, lens_of, quiet, randn_like, tokens
+from models import (
+    GRADIENT,
+    ORACLE,
+    ROUNDING,
+    SHAPES,
+    TWO_RUNS,
+    every_convention,
+    lens_of,
+    quiet,
+    randn_like,
+    tokens,
+)
 from oracles import gradient_of
 
 import tensorlens_tl
@@ -31,7 +42,7 @@ def direct_edges(lens):
     return DIRECT if lens.capture.pos_embed is not None else DIRECT[:1]
 
 
-def assert_same(ours, theirs, tol=1e-12):
+def assert_same(ours, theirs, tol=ROUNDING):
     """Where both may be 0: against a size of 1 beside their own."""
     assert (ours - theirs).abs().max() <= tol * (1 + theirs.abs().max())
 
@@ -113,18 +124,18 @@ def test_restriction_the_slow_way(case, gate):
         edges = some_edges(op.wiring, seed, share)
         restricted = op.restrict(edges)
         ours = restricted @ lens.embedding + restricted.bias
-        assert_close(ours, slowly(lens, edges), 1e-10, f"seed {seed}")
-        assert dot_test(restricted) <= 1e-12
+        assert_close(ours, slowly(lens, edges), ORACLE, f"seed {seed}")
+        assert dot_test(restricted) <= ROUNDING
         constants = restricted.constants()
         if constants:
-            assert_close(sum(constants.values()), restricted.bias, 1e-12)
+            assert_close(sum(constants.values()), restricted.bias, ROUNDING)
         u, effects = randn_like(lens.embedding), {}
         restricted.apply_t(u, effects)
         assert effects.keys() == constants.keys()
         for name, share_of in effects.items():
             expected = (u * constants[name]).sum()
             size = (u * constants[name]).abs().sum() + share_of.abs().sum()
-            assert (share_of.sum() - expected).abs() <= 1e-12 * size, name
+            assert (share_of.sum() - expected).abs() <= ROUNDING * size, name
 
 
 @every_convention
@@ -133,9 +144,9 @@ def test_all_edges_are_the_operator_and_two_are_the_direct_path(case, gate):
     op, capture = lens.operator, lens.capture
     x, u = randn_like(lens.embedding), randn_like(lens.embedding, 1)
     whole, own, theirs = op.restrict(op.wiring.edges()), {}, {}
-    assert_close(whole @ x, op @ x, 1e-12)
+    assert_close(whole @ x, op @ x, ROUNDING)
     assert_same(whole.bias, op.bias)
-    assert_close(whole.apply_t(u, own), op.apply_t(u, theirs), 1e-12)
+    assert_close(whole.apply_t(u, own), op.apply_t(u, theirs), ROUNDING)
     assert own.keys() == theirs.keys()
     direct = op.restrict(direct_edges(lens))
     assert direct.live == frozenset() and direct.reads == {LOGITS: (INPUT,)}
@@ -175,25 +186,25 @@ def test_a_subgraphs_logits_share_and_attribution(case, gate):
     final = slowly(lens, edges)
     u = gradient_of(lens, 3, 4).target
     value = (final[:, -1] * u.covector).sum(-1) + u.constant
-    assert_close(sub.final, final, 1e-10)
-    assert_close(sub.logits, lens.readout(final), 1e-10)
+    assert_close(sub.final, final, ORACLE)
+    assert_close(sub.logits, lens.readout(final), ORACLE)
     share, a = sub.share(3, 4), sub.attribute(3, 4)
-    assert_close(torch.tensor(share.value, dtype=torch.float64), value, 1e-9)
+    assert_close(torch.tensor(share.value, dtype=torch.float64), value, TWO_RUNS)
     assert share.target_value == tuple(u.value.tolist()) and share.name == u.name
     assert_close(torch.tensor(share.contributions).double(), a.values.abs().sum(1), 1e-6)
-    assert a.sums_to_target and a.completeness_error <= 1e-10
-    assert_close(a.target_value, value, 1e-9)
+    assert a.sums_to_target and a.completeness_error <= ORACLE
+    assert_close(a.target_value, value, TWO_RUNS)
     whole = lens.circuit(lens.operator.wiring.edges())
     assert_close(
-        whole.logits, lens.readout(lens.operator @ lens.embedding + lens.operator.bias), 1e-12
+        whole.logits, lens.readout(lens.operator @ lens.embedding + lens.operator.bias), ROUNDING
     )
     ours, theirs = whole.attribute(3, 4), lens.attribute(3, 4)
     full = dict(zip(ours.labels[0], ours.values[0], strict=True))
     assert full.keys() == set(theirs.labels[0])
     for label, v in zip(theirs.labels[0], theirs.values[0], strict=True):
-        assert (full[label] - v).abs() <= 1e-10 * theirs.values[0].abs().sum(), label
+        assert (full[label] - v).abs() <= ORACLE * theirs.values[0].abs().sum(), label
     if case.float32_norms is False and lens.capture.unembed.weights.soft_cap is None:
-        assert whole.share(3, 4).share == pytest.approx((1.0, 1.0), rel=1e-8)
+        assert whole.share(3, 4).share == pytest.approx((1.0, 1.0), rel=GRADIENT)
 
 
 @every_case
@@ -207,10 +218,10 @@ def test_padded_batches(case):
         _, alone = tensorlens_tl.capture(case.model(), ids[:1, 2:])
     edges = some_edges(batch.operator.wiring, 4, 0.6)
     ours, theirs = batch.circuit(edges), alone.circuit(edges)
-    assert_close(ours.logits[:1, 2:], theirs.logits, 1e-9)
-    assert ours.share(3, 4).value[0] == pytest.approx(theirs.share(3, 4).value[0], rel=1e-8)
-    assert ours.attribute(3, 4)[0].completeness_error <= 1e-10
-    assert_close(ours.attribute(3, 4)[0].values, theirs.attribute(3, 4).values, 1e-8)
+    assert_close(ours.logits[:1, 2:], theirs.logits, TWO_RUNS)
+    assert ours.share(3, 4).value[0] == pytest.approx(theirs.share(3, 4).value[0], rel=GRADIENT)
+    assert ours.attribute(3, 4)[0].completeness_error <= ORACLE
+    assert_close(ours.attribute(3, 4)[0].values, theirs.attribute(3, 4).values, GRADIENT)
 
 
 @every_case
@@ -229,15 +240,15 @@ def test_edits_of_the_users_own_are_constants_that_all_read(case):
         _, lens = tensorlens_tl.capture(model, tokens())
     op, x, own, theirs = lens.operator, lens.embedding, {}, {}
     whole = op.restrict(op.wiring.edges())
-    assert_close(whole @ x + whole.bias, op @ x + op.bias, 1e-10)
+    assert_close(whole @ x + whole.bias, op @ x + op.bias, ORACLE)
     u = randn_like(x)
-    assert_close(whole.apply_t(u, own), op.apply_t(u, theirs), 1e-12)
+    assert_close(whole.apply_t(u, own), op.apply_t(u, theirs), ROUNDING)
     assert own.keys() == theirs.keys() and any(name.endswith("[user]") for name in own)
     for name, share in own.items():
-        assert_close(share.sum(), theirs[name].sum(), 1e-9, name)
+        assert_close(share.sum(), theirs[name].sum(), TWO_RUNS, name)
     some = op.restrict(some_edges(op.wiring, 5))
-    assert_close(sum(some.constants().values()), some.bias, 1e-12)
-    assert lens.circuit(op.wiring.edges()).attribute(3, 4).completeness_error <= 1e-9
+    assert_close(sum(some.constants().values()), some.bias, ROUNDING)
+    assert lens.circuit(op.wiring.edges()).attribute(3, 4).completeness_error <= TWO_RUNS
     plain = lens.discover(3, 4, n_edges=10, qk=False)
     assert plain.is_connected and len(plain) <= 10
 
@@ -268,7 +279,7 @@ def test_edges_are_those_of_the_attribution(case):
             key = Edge(src, source.node.dest)
             expected[key] = expected.get(key, 0.0) + float(a.values[:, i].mean())
     size = sum(map(abs, expected.values()))
-    assert all(abs(scores[e] - v) <= 1e-12 * size for e, v in expected.items())
+    assert all(abs(scores[e] - v) <= ROUNDING * size for e, v in expected.items())
 
 
 def test_names_of_other_tools():
@@ -375,7 +386,7 @@ def test_influence_is_what_random_walks_down_from_the_logits_take():
         return reach(owner(edge.dest)) * abs(scores[edge]) / math.fsum(own)
 
     for edge in scores:
-        assert found[edge] == pytest.approx(chance(edge), rel=1e-12)
+        assert found[edge] == pytest.approx(chance(edge), rel=ROUNDING)
     assert math.fsum(v for e, v in found.items() if e.src == INPUT) == pytest.approx(1.0)
     assert set(influences(dict.fromkeys(scores, 0.0), wiring).values()) == {0.0}
 

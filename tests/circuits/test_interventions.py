@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from comparisons import assert_close
-from models import CASES, D_VOCAB, SHAPES, HookedTransformer, quiet, tokens
+from models import CASES, D_VOCAB, ORACLE, ROUNDING, SHAPES, HookedTransformer, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import demo
@@ -59,7 +59,7 @@ def test_ablating_nothing_and_everything_gives_the_model_s_own_logits(case, dtyp
         patterns = [p[0] for p in edged.run(clean).patterns]
         held = edged.run(clean, keep[:1], other.writes[0], patterns)
         exact = case.model(torch.float64)(clean)
-    tol = 1e-6 if dtype == torch.float32 or case.float32_norms else 1e-10
+    tol = 1e-6 if dtype == torch.float32 or case.float32_norms else ORACLE
     noise = float((own - exact).abs().max() / own.abs().max())
     tol = max(tol, 2 * noise) if dtype == torch.float32 else tol
     assert noise <= 2e-6
@@ -262,7 +262,7 @@ def test_frozen_patterns_are_no_edges():
             p: faithfulness(model, clean, values, corrupted, attention=p, target=3).share
             for p in ("live", "frozen")
         }
-    assert abs(found["frozen"] - 1) <= 1e-10 and abs(found["live"] - 1) > 1e-3
+    assert abs(found["frozen"] - 1) <= ORACLE and abs(found["live"] - 1) > 1e-3
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
@@ -276,8 +276,8 @@ def test_mean_and_zero_against_replacements_by_hand(ablation):
         logits = edged.run(clean, keep, other).logits[:, :, -1, 3]
     with quiet():
         found = faithfulness(model, clean, edges, ablation=ablation, target=3)
-    assert_close(found.ablated, logits[0], 1e-12)
-    assert_close(found.circuit, logits[1], 1e-12)
+    assert_close(found.ablated, logits[0], ROUNDING)
+    assert_close(found.circuit, logits[1], ROUNDING)
 
 
 def test_means_are_over_the_prompts_given():
@@ -286,7 +286,7 @@ def test_means_are_over_the_prompts_given():
         both = torch.cat([clean, corrupted])
         given = faithfulness(model, clean, [], ablation="mean", target=3, mean_over=both)
         whole = faithfulness(model, both, [], ablation="mean", target=3)
-    assert_close(given.circuit, whole.circuit[:3], 1e-12)
+    assert_close(given.circuit, whole.circuit[:3], ROUNDING)
 
 
 def test_prompts_of_several_lengths_come_back_in_order_whatever_the_batch():
@@ -302,8 +302,8 @@ def test_prompts_of_several_lengths_come_back_in_order_whatever_the_batch():
             for i, (row, twin) in enumerate(zip(rows, corrupted, strict=True), 1)
         ]
     for name in ("full", "ablated", "circuit"):
-        assert_close(getattr(many, name), torch.cat([getattr(one, name) for one in each]), 1e-12)
-        assert_close(getattr(small, name), getattr(many, name), 1e-12)
+        assert_close(getattr(many, name), torch.cat([getattr(one, name) for one in each]), ROUNDING)
+        assert_close(getattr(small, name), getattr(many, name), ROUNDING)
     assert all(math.isnan(x) for x in each[0].interval)
 
 
@@ -319,8 +319,8 @@ def test_own_prediction_and_metrics():
         logits = model(clean)[:, -2]
         mine = faithfulness(model, clean, edges, corrupted, metric=metric)
         theirs = faithfulness(model, clean, edges, corrupted, target=7)
-    assert_close(own.full, logits.max(-1).values, 1e-12)
-    assert_close(mine.circuit, theirs.circuit * torch.tensor([1, 2, 3]), 1e-12)
+    assert_close(own.full, logits.max(-1).values, ROUNDING)
+    assert_close(mine.circuit, theirs.circuit * torch.tensor([1, 2, 3]), ROUNDING)
 
 
 def test_the_bundled_model_s_text_prompts():
@@ -348,7 +348,7 @@ def test_the_empty_frozen_circuit_is_the_corrupted_run_under_clean_patterns(case
         logits = model.run_with_hooks(corrupted, fwd_hooks=held)[:, -1, 3]
         found = faithfulness(model, clean, [], corrupted, attention="frozen", target=3)
     assert_close(found.empty, logits, case.within("oracle"))
-    assert_close(found.circuit, found.empty, 1e-12)
+    assert_close(found.circuit, found.empty, ROUNDING)
 
 
 # --- As a circuit's methods -----------------------------------------------------------------------
@@ -453,8 +453,8 @@ def test_many_circuits_are_each_as_alone():
                 model, clean, circuits["1"], corrupted, attention=attention, target=3
             )
         assert list(many) == ["0", "1", "2"] and many["0"].n_edges != many["1"].n_edges
-        assert_close(many["1"].circuit, one.circuit, 1e-12)
-        assert_close(many["1"].empty, one.empty, 1e-12)
+        assert_close(many["1"].circuit, one.circuit, ROUNDING)
+        assert_close(many["1"].empty, one.empty, ROUNDING)
         assert many["1"].n_edges == one.n_edges
 
 
@@ -509,13 +509,13 @@ def test_the_curve_is_faithfulness_at_every_size():
                 circuit = first_edges(universe, scores, n, absolute)
                 assert len(circuit) == n
                 one = faithfulness(model, clean, circuit, corrupted, target=3)
-                assert one.share == pytest.approx(float(share), abs=1e-10)
+                assert one.share == pytest.approx(float(share), abs=ORACLE)
         ranked = faithfulness_curve(
             model, clean, universe.edges, corrupted, target=3, sizes=(0.0, 0.5, 1.0)
         )
     assert curve.sizes == SIZES and curve.n_edges[-1] == len(universe.edges)
     assert torch.equal(ranked.signed, ranked.absolute)
-    assert_close(ranked.shares[[0, 2]], torch.tensor([0.0, 1.0]).double(), 1e-10)
+    assert_close(ranked.shares[[0, 2]], torch.tensor([0.0, 1.0]).double(), ORACLE)
 
 
 def test_nodes_and_both_names_of_the_input():
@@ -534,7 +534,7 @@ def test_nodes_and_both_names_of_the_input():
             model, clean, scores, corrupted, target=3, sizes=(len(edges) / 110,)
         )
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert_close(curve.signed[0], found[0], 1e-12)
+    assert_close(curve.signed[0], found[0], ROUNDING)
 
 
 # --- A guest's manners ----------------------------------------------------------------------------
@@ -585,7 +585,7 @@ def test_flags_that_change_a_host_s_shapes_change_nothing():
     finally:
         for flag in flags:
             getattr(model, f"set_{flag}")(False)
-    assert_close(found.circuit, plain.circuit, 1e-12)
+    assert_close(found.circuit, plain.circuit, ROUNDING)
 
 
 BAD = {

@@ -6,6 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from models import ROUNDING
 
 from tensorlens_tl.evaluation.protocols import (
     PRESETS,
@@ -66,9 +67,9 @@ def test_three_tokens_by_hand():
         "insertion_deletion": {"deletion": 1.25 / 3, "insertion": 2.05 / 3},
     }
     for protocol, numbers in expected.items():
-        assert read(protocol, m, order, preset=THIRDS) == pytest.approx(numbers, abs=1e-12)
+        assert read(protocol, m, order, preset=THIRDS) == pytest.approx(numbers, abs=ROUNDING)
     eraser = read("eraser", m, order, preset=(1 / 3, 2 / 3))
-    assert eraser == pytest.approx({"comprehensiveness": 0.65, "sufficiency": 0.25}, abs=1e-12)
+    assert eraser == pytest.approx({"comprehensiveness": 0.65, "sufficiency": 0.25}, abs=ROUNDING)
     assert aopc(m, order) == pytest.approx(2.2 / 3)
     assert exact_bounds(m, order) == pytest.approx((1.4 / 3, 2.2 / 3))
     assert read("naopc", m, order)["naopc"] == pytest.approx(1)
@@ -81,10 +82,10 @@ def test_areas_are_divided_by_the_span_of_their_fractions():
     """From 1/3 to 1: MoRF .5, .2, .1 and LeRF .9, .6, .1; areas (.35 + .15)/2 and (.75 + .35)/2."""
     m = additive((0.5, 0.3, 0.1))
     found = read("perturbation", m, (0, 1, 2), preset=(1 / 3, 2 / 3, 1))
-    assert found == pytest.approx({"positive": 0.25, "negative": 0.55}, abs=1e-12)
+    assert found == pytest.approx({"positive": 0.25, "negative": 0.55}, abs=ROUNDING)
     # Deletion and insertion from 2/3: (.2 + .1)/2 and (.9 + 1)/2.
     found = read("insertion_deletion", m, (0, 1, 2), preset=(2 / 3, 1))
-    assert found == pytest.approx({"deletion": 0.15, "insertion": 0.95}, abs=1e-12)
+    assert found == pytest.approx({"deletion": 0.15, "insertion": 0.95}, abs=ROUNDING)
 
 
 def test_relative_outcomes_are_divided_by_the_unmasked_one():
@@ -109,7 +110,7 @@ def test_the_best_order_is_the_best(protocol):
             order = drawn.sample(range(6), 6)
             scores = [6 - order.index(j) for j in range(6)]
             found = read(protocol, m, order, scores)[one.name]
-            assert sign * found <= sign * ideal[one.name] + 1e-12
+            assert sign * found <= sign * ideal[one.name] + ROUNDING
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -117,12 +118,12 @@ def test_bounds_of_aopc_are_those_of_all_orders(seed):
     m, positions = tangled(7, seed), (1, 2, 4, 5, 6)  # bits that are not all next to each other
     every = [aopc(m, order) for order in permutations(positions)]
     low, high = exact_bounds(m, positions)
-    assert (low, high) == pytest.approx((min(every), max(every)), abs=1e-12)
+    assert (low, high) == pytest.approx((min(every), max(every)), abs=ROUNDING)
     wide = [beam_bound(m, positions, 10, sign) for sign in (1, -1)]  # 10: the most sets of one size
-    assert wide == pytest.approx([low, high], abs=1e-12)
+    assert wide == pytest.approx([low, high], abs=ROUNDING)
     for beam in (1, 3):
         narrow = [beam_bound(m, positions, beam, sign) for sign in (1, -1)]
-        assert low - 1e-12 <= narrow[0] <= narrow[1] <= high + 1e-12
+        assert low - 1e-12 <= narrow[0] <= narrow[1] <= high + ROUNDING
 
 
 def test_naopc_of_a_long_prompt_stays_between_0_and_1():
@@ -185,7 +186,7 @@ def test_rank_correlation_is_scipy_s():
     for _ in range(20):
         a, b = ([drawn.randrange(5) for _ in range(12)] for _ in range(2))
         assert ranks(a).tolist() == rankdata(a).tolist()
-        assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+        assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=ROUNDING)
 
 
 def test_paired_comparisons():

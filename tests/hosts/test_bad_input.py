@@ -7,6 +7,7 @@ from models import (
     CASES,
     D_VOCAB,
     N_CTX,
+    ROUNDING,
     SHAPES,
     HookedTransformer,
     build_hf,
@@ -299,10 +300,10 @@ if bridge_builder is not None:
             expected = hf(tokens()).logits
             logits, _ = tensorlens_tl.capture(hf, tokens())
             _, again = tensorlens_tl.capture(hf, tokens())
-        assert (logits - expected).abs().max() <= 1e-12
-        assert again.completeness_error <= 1e-12 and tensorlens_tl.wrap(hf) is tensorlens_tl.wrap(
+        assert (logits - expected).abs().max() <= ROUNDING
+        assert again.completeness_error <= ROUNDING and tensorlens_tl.wrap(
             hf
-        )
+        ) is tensorlens_tl.wrap(hf)
 
     def test_bridge_of_a_hugging_face_model_equals_it():
         hf = build_hf(*BRIDGE["llama"], torch.float32)

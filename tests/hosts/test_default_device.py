@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import CASES, SHAPES, lens_of, quiet
+from models import CASES, ROUNDING, SHAPES, lens_of, quiet
 
 from tensorlens_tl.evaluation.significance import compare, estimate, rank_correlation
 from tensorlens_tl.methods.operator_matrices import orthogonal_probes
@@ -51,7 +51,7 @@ def test_a_lens_stays_on_its_models_device(case, pattern, asked, monkeypatch):
         lens = lens_of(case, pattern=pattern)
         with torch.device("meta"):
             found = ASKED[asked](lens)
-    assert_close(found, expected, 1e-12)
+    assert_close(found, expected, ROUNDING)
 
 
 def test_statistics_and_draws_are_made_on_the_cpu():

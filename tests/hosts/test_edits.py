@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import SHAPES, lens_of, quiet, tokens
+from models import ORACLE, SHAPES, lens_of, quiet, tokens
 from oracles import attends_apart
 
 import tensorlens_tl
@@ -95,7 +95,7 @@ def test_an_edited_run_is_reproduced(case, name):
             tol = 1e3 * case.tol() if amplified else case.tol()
             assert lens.completeness_error <= tol
             total = sum(lens.operator.constants().values(), torch.zeros_like(lens.embedding))
-            assert_close(total, lens.operator.bias, 1e-10)
+            assert_close(total, lens.operator.bias, ORACLE)
             for by in ("token", "component"):
                 a = lens.attribute(3, 4, by=by)
                 assert a.completeness_error <= 10 * tol
@@ -190,7 +190,7 @@ def test_a_hook_that_only_looks_leaves_no_source(case):
         _, lens = tensorlens_tl.capture(model, tokens())
     assert len(seen) == len(names) and lens.completeness_error <= case.tol()
     assert not any("[user]" in name for name in lens.operator.constants())
-    assert_close(lens.operator.bias, lens_of(case).operator.bias, 1e-10)
+    assert_close(lens.operator.bias, lens_of(case).operator.bias, ORACLE)
 
 
 @pytest.mark.parametrize("case", SHAPES[:3] + SHAPES[-3:], ids=str)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from models import (
+    ORACLE,
+    ROUNDING,
     SHAPES,
     SHARED,
     HookedTransformer,
@@ -131,10 +133,14 @@ def test_edits_through_data_are_no_false_refusal(case):
 @pytest.mark.parametrize("own", ["left", "right"])
 @pytest.mark.parametrize("given", ["left", "right"])
 def test_padding_side_given_against_the_tokenizers(own, given):
-    """Whatever the host masks, one prompt cut out of the batch is that prompt."""
+    """Padding that is masked is cut off; padding on a side that nothing masks is refused."""
     model = demo.load_model()
     ids = model.to_tokens(["When Mary and John went to", "The capital"], padding_side="left")
     model.tokenizer.padding_side = own
+    if given == "right":
+        with pytest.raises(ValueError, match="prompt 1 begins in the padding token"):
+            capture(model, ids, padding_side=given)
+        return
     _, lens = capture(model, ids, padding_side=given)
     assert lens.completeness_error <= 2e-6
     assert lens[1].completeness_error <= 2e-6
@@ -145,7 +151,7 @@ if HookedTransformer is not None:
 
     def test_real_tokens_that_read_padding_are_refused():
         model = build_hooked({"attention_dir": "bidirectional"}, torch.float64)
-        assert capture(model, tokens())[1].completeness_error <= 1e-12
+        assert capture(model, tokens())[1].completeness_error <= ROUNDING
         mask = torch.ones(2, 7).long()
         mask[1, 4:] = 0
         with pytest.raises(ValueError, match="real tokens attend to padding"):
@@ -166,8 +172,8 @@ def test_targets_of_other_types():
         assert torch.equal(lens.attribute(same).values, expected)
     direction = np.zeros(lens.logits.shape[-1])
     direction[3] = 1
-    assert (lens.attribute(direction).values - expected).abs().max() < 1e-10
-    assert (lens.attribute(direction.tolist()).values - expected).abs().max() < 1e-10
+    assert (lens.attribute(direction).values - expected).abs().max() < ORACLE
+    assert (lens.attribute(direction.tolist()).values - expected).abs().max() < ORACLE
     for wrong in (3.7, True, {"a": 1}, b"Mary", torch.tensor(3.7)):
         with pytest.raises(ValueError, match=r"is no token and no direction"):
             lens.attribute(wrong)

@@ -11,6 +11,7 @@ from models import (
     BRIDGE,
     HOOKED,
     MORE_BRIDGE,
+    ROUNDING,
     HookedTransformer,
     build_bridge_from_module,
     build_hf,
@@ -232,7 +233,7 @@ def test_unwrap_gives_the_model_back(family, tmp_path):
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
     again.set_attn_implementation(model.config._attn_implementation)
-    assert (plain(again) - expected).abs().max() < 1e-12
+    assert (plain(again) - expected).abs().max() < ROUNDING
     with pytest.raises(ValueError, match=r"taken off its model by unwrap.*tensorlens_tl\.wrap"):
         capture(bridge, tokens())
     assert tensorlens_tl.unwrap(model) is model
@@ -407,7 +408,7 @@ def test_adapters_on_queries_and_keys_are_served(family):
     expected = plain(model)
     assert (expected - plain(build(family, torch.float64))).abs().max() > 1e-3
     logits, lens = capture(model, tokens())
-    assert (logits - expected).abs().max() < 1e-12
+    assert (logits - expected).abs().max() < ROUNDING
     assert lens.completeness_error < 1e-6
     assert lens.attribute(3, by="head")[0].completeness_error < 1e-5
     with pytest.raises(ValueError, match="needs W_Q and W_K"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import CASES, D_VOCAB, SHAPES, lens_of, quiet, tokens
+from models import CASES, D_VOCAB, ORACLE, ROUNDING, SHAPES, TWO_RUNS, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl.methods import logit_lens
@@ -69,7 +69,7 @@ def test_norms_of_unknown_epsilon_and_none(name):
         for i, site in enumerate(names):
             final = getattr(model, "ln_final", None) or torch.nn.Identity()
             expected = model.unembed(final(cache[site])).double()
-            assert_close(found.logits[:, i], expected, max(case.within("run"), 1e-9))
+            assert_close(found.logits[:, i], expected, max(case.within("run"), TWO_RUNS))
 
 
 def test_padded_prompts_are_read_like_themselves_alone(demo_model):
@@ -163,18 +163,18 @@ def test_dla_is_transformer_lenss_logit_attrs():
             found = {str(s.node): ours.values[:, i] for i, s in enumerate(ours.sources)}
             for layer in range(len(model.blocks)):
                 for head in range(model.cfg.n_heads):
-                    assert_close(found[f"L{layer}H{head}"], theirs[f"L{layer}H{head}"], 1e-10)
+                    assert_close(found[f"L{layer}H{head}"], theirs[f"L{layer}H{head}"], ORACLE)
                 both = found[f"L{layer}MLP"] + found[f"L{layer}.b_out"]  # theirs holds its bias
-                assert_close(both, theirs[f"{layer}_mlp_out"], 1e-10)
+                assert_close(both, theirs[f"{layer}_mlp_out"], ORACLE)
             for name in ("embed", "pos_embed"):
-                assert_close(found[name], theirs[name], 1e-10)
+                assert_close(found[name], theirs[name], ORACLE)
             biases = sum(found[f"L{layer}.b_O"] for layer in range(len(model.blocks)))
             assert_close(biases, theirs["bias"], 1e-6)  # the host sums them in float32
             logits = lens.logits[:, -1]
             expected = logits[:, target] - (0 if versus is None else logits[:, versus])
-            assert_close(ours.values.sum(1), expected, 1e-12)
+            assert_close(ours.values.sum(1), expected, ROUNDING)
             b_U = model.b_U[target] - (0 if versus is None else model.b_U[versus])
-            assert_close(found["b_U"], b_U.expand(2), 1e-12)
+            assert_close(found["b_U"], b_U.expand(2), ROUNDING)
             # Theirs leave out b_U, and so miss the logit by it.
             assert_close(sum(theirs.values()) + b_U, expected, 1e-6)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import SHAPES, lens_of, quiet, tokens
+from models import ORACLE, ROUNDING, SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import SequenceAttribution
@@ -24,7 +24,7 @@ def test_columns_are_the_tokens_and_sum_exactly(case):
         wanted = torch.stack(
             [scores[[0, 1], at - 1, tokens()[:, at]] for at in range(4, 7)], dim=-1
         )
-        assert_close(found.target_value, wanted, 1e-12)
+        assert_close(found.target_value, wanted, ROUNDING)
         assert_close(found.values.sum(1), wanted, case.within("run"))
         assert found.completeness_error < case.within("run")
         # No token is a source of itself or of an earlier one.
@@ -35,7 +35,7 @@ def test_columns_are_the_tokens_and_sum_exactly(case):
             assert column.values[:, earlier].all()
         total = found.total()
         assert_close(total.values.sum(1), wanted.sum(-1), case.within("run"))
-        assert_close(total.target_value, wanted.sum(-1), 1e-12)
+        assert_close(total.target_value, wanted.sum(-1), ROUNDING)
     assert found.outputs[0] == tuple(f'"{t}"@{i}' for i, t in enumerate(lens.tokens[0][4:], 4))
 
 
@@ -48,7 +48,7 @@ def test_a_column_is_the_attribution_of_its_token(case):
             one, alone = found[prompt], lens[prompt]
             for i, column in enumerate(one.columns):
                 expected = alone.attribute(int(tokens()[prompt, 5 + i]), pos=4 + i, by=by)
-                assert_close(column.values, expected.values, 1e-10)
+                assert_close(column.values, expected.values, ORACLE)
                 assert column.labels == expected.labels and column.target == expected.target
 
 

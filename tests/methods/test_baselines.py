@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comparisons import assert_close
-from models import CASES, lens_of, quiet, tokens
+from models import CASES, ORACLE, ROUNDING, TWO_RUNS, lens_of, quiet, tokens
 
 from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.methods.attention_maps import FLOW_UNIT, halved, mean_patterns
@@ -164,9 +164,9 @@ def test_value_zeroing_by_hand():
     for mlp, (y, *without) in outputs.items():
         lens = by_hand([A1], mlp, norm=False)
         zeroed = [distance(y, other) for other in without]
-        assert_close(value_zeroing_layers(lens.capture)[0][:, 1], t(zeroed), 1e-12)
+        assert_close(value_zeroing_layers(lens.capture)[0][:, 1], t(zeroed), ROUNDING)
         row = [zeroed[0] / sum(zeroed), zeroed[1] / sum(zeroed)]
-        assert_close(matrix("value_zeroing", lens), t([[1, 0], row]), 1e-12)
+        assert_close(matrix("value_zeroing", lens), t([[1, 0], row]), ROUNDING)
 
 
 def test_decompx_by_hand():
@@ -190,7 +190,7 @@ def test_shares_of_one(case):
     lens = lens_of(case)
     for name in STOCHASTIC:
         m = matrix(name, lens)
-        assert_close(m.sum(-1), torch.ones_like(m[..., 0]), max(1e-12, case.tol()), name)
+        assert_close(m.sum(-1), torch.ones_like(m[..., 0]), max(ROUNDING, case.tol()), name)
         assert (m >= 0).all() and m.triu(1).abs().max() == 0
         assert torch.equal(scores(name, lens, pos=2), m[:, 2])
 
@@ -204,9 +204,9 @@ def test_the_split_by_source_is_attention_s_step(case):
         b_O = s.block.attn.weights.b_O
         rest = torch.zeros_like(whole) if b_O is None else torch.zeros_like(whole) + b_O
         parts = sum(s.with_residual(key) for key in range(n)) + normed(s.block.ln1_post, rest)
-        assert_close(parts, whole, 1e-12)
+        assert_close(parts, whole, ROUNDING)
         if s.block.resid_mid is not None:
-            assert_close(parts, s.block.resid_mid, max(1e-12, case.tol()))
+            assert_close(parts, s.block.resid_mid, max(ROUNDING, case.tol()))
 
 
 @every_few
@@ -220,7 +220,7 @@ def test_second_norm(case):
 
 def test_alti_is_row_normalized():
     for layer in alti_layers(lens_of(FEW[0]).capture):
-        assert_close(layer.sum(-1), torch.ones_like(layer[..., 0]), 1e-12)
+        assert_close(layer.sum(-1), torch.ones_like(layer[..., 0]), ROUNDING)
 
 
 @every_few
@@ -231,7 +231,7 @@ def test_flow_is_bounded_by_the_capacities(case):
     eps = 100 / FLOW_UNIT
     assert (flow <= 1 + eps).all(), "what leaves a token"
     assert (flow <= first.sum(1)[:, None] + eps).all(), "what enters an input"
-    assert (flow >= matrix("rollout", lens) - 1e-12).all(), "rollout's own flow is one of them"
+    assert (flow >= matrix("rollout", lens) - ROUNDING).all(), "rollout's own flow is one of them"
     assert torch.equal(scores("attention_flow", lens), flow[:, -1])
 
 
@@ -255,7 +255,7 @@ def test_flow_is_the_maximum():
             for e, b in zip(edges, bounds, strict=True)
         ]
         best = linprog(gain, A_eq=conserve, b_eq=[0] * n, bounds=shut)
-        assert math.isclose(float(flow[i, j]), -best.fun, rel_tol=1e-9)
+        assert math.isclose(float(flow[i, j]), -best.fun, rel_tol=TWO_RUNS)
 
 
 @every_few
@@ -298,10 +298,10 @@ def test_decompx_is_the_operator_before_the_final_norm(case, gate):
     for key in range(ours.shape[0]):
         x = torch.zeros_like(lens.embedding)
         x[:, key] = lens.embedding[:, key]
-        assert_close(ours[key], through @ x, 1e-12)
+        assert_close(ours[key], through @ x, ROUNDING)
     last = operator.block(-1, 2) @ lens.embedding[:, 2, :, None]
     u = resolve_target(lens.capture, 3).covector
-    assert_close(scores("decompx", lens)[:, 2], (u[:, None] @ last).flatten(), 1e-10)
+    assert_close(scores("decompx", lens)[:, 2], (u[:, None] @ last).flatten(), ORACLE)
 
 
 def test_decompx_shares_and_constants_sum_to_the_target():
@@ -309,7 +309,7 @@ def test_decompx_shares_and_constants_sum_to_the_target():
     by_token = lens.attribute(3)
     constants = [i for i, s in enumerate(by_token.sources) if s.pos is None]
     total = scores("decompx", lens).sum(-1) + by_token.values[:, constants].sum(-1)
-    assert_close(total, by_token.target_value, 1e-12)
+    assert_close(total, by_token.target_value, ROUNDING)
 
 
 def test_random_is_reproducible():

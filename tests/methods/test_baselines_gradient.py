@@ -10,6 +10,9 @@ from comparisons import assert_close
 from models import (
     CASES,
     HOOKED,
+    ORACLE,
+    ROUNDING,
+    TWO_RUNS,
     HookedTransformer,
     TransformerBridgeConfig,
     build_hooked,
@@ -243,7 +246,7 @@ def test_attnlrp_is_what_its_rules_give(name):
     for pos in (-1, 3):
         goal = resolve_target(lens.capture, 3, pos)
         theirs = relevance_by_the_rules(model, lens, goal.query, goal.covector)
-        assert_close(scores("attnlrp", lens, model, pos=pos), theirs, 1e-9)
+        assert_close(scores("attnlrp", lens, model, pos=pos), theirs, TWO_RUNS)
 
 
 @every_few
@@ -283,7 +286,7 @@ def test_attnlrp_in_every_family(case):
     x = lens.embedding.clone().requires_grad_()
     goal = resolve_target(lens.capture, 3)
     (g,) = torch.autograd.grad((final(x, hooks)[:, -1] * goal.covector).sum(), x)
-    assert_close(scores("attnlrp", lens, model), (g * x).sum(-1), max(1e-10, case.tol()))
+    assert_close(scores("attnlrp", lens, model), (g * x).sum(-1), max(ORACLE, case.tol()))
 
 
 @every_few
@@ -304,7 +307,7 @@ def test_attnlrp_conserves_relevance_where_it_holds(case):
     goal = resolve_target(lens.capture, 3)
     y = lens.capture.unembed.final[:, -1]
     total = scores("attnlrp", lens, model).sum(-1)
-    assert_close(total, (y * goal.covector).sum(-1), max(1e-10, case.tol()))
+    assert_close(total, (y * goal.covector).sum(-1), max(ORACLE, case.tol()))
 
 
 @with_native
@@ -361,7 +364,7 @@ def test_left_padding(name):
     lens, options = ragged(case, "left", torch.float64), QUICK.get(name, {})
     assert lens.capture.frame.spans[0] == (3, 7)
     whole, one = (matrix(name, x, case.model(), **options) for x in (lens, lens[0]))
-    assert_close(whole[0, 3:, 3:], one[0], 1e-10)
+    assert_close(whole[0, 3:, 3:], one[0], ORACLE)
     assert not whole[0, :3].any() and not whole[0, :, :3].any()
 
 
@@ -386,7 +389,7 @@ def test_the_model_is_left_as_it_was(case, name, monkeypatch):
     assert not first.requires_grad and state_of(model) == before
     with torch.inference_mode():
         inside = scores(name, lens, model, **options)
-    assert_close(first, inside, 1e-12)
+    assert_close(first, inside, ROUNDING)
 
     def broken(self, inputs, kwargs):
         run(self, inputs, kwargs)

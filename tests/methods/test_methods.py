@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import CASES, lens_of, quiet
+from models import CASES, ROUNDING, lens_of, quiet
 from test_baselines_gradient import QUICK, ragged
 
 from tensorlens_tl.attribution.targets import resolve_target
@@ -58,7 +58,7 @@ def test_in_out_and_the_constants_are_the_target():
     table = lens.attribute(3, 5)
     constants = [i for i, s in enumerate(table.sources) if s.pos is None]
     total = lens.token_scores("in_out", 3, 5).values.sum(-1) + table.values[:, constants].sum(-1)
-    assert_close(total, table.target_value, 1e-12)
+    assert_close(total, table.target_value, ROUNDING)
 
 
 @every_few
@@ -69,14 +69,14 @@ def test_decompx_is_in_before_the_final_norm(case):
         lens.token_matrix("decompx"),
         lens.token_matrix("in", layers=sites[:1] + sites[-2:-1]),
     )
-    assert_close(ours.values, before.values, max(1e-12, case.tol()))
+    assert_close(ours.values, before.values, max(ROUNDING, case.tol()))
 
 
 def test_estimated_rows():
     lens = lens_of(FEW[0])
     exact = lens.token_scores("norm").values
     whole = lens.token_scores("norm", probes=lens.embedding.shape[-1]).values
-    assert_close(whole, exact, 1e-12, "as many orthogonal probes as dimensions")
+    assert_close(whole, exact, ROUNDING, "as many orthogonal probes as dimensions")
     assert not torch.equal(lens.token_scores("norm", probes=4).values, exact)
 
 
@@ -84,7 +84,7 @@ def test_what_it_looks_like():
     scores = lens_of(FEW[0]).token_scores("in_out", 3)
     (name, value), *_ = scores.top(2)
     assert abs(value) == scores[0].abs().max() and name.startswith('"')
-    assert repr(scores).splitlines()[0] == "in_out of '3', prompt 1 of 2"
+    assert repr(scores).splitlines()[0] == "in_out of '#3', prompt 1 of 2"
     assert scores._repr_html_().count("<b>in_out</b>") == 2
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from comparisons import assert_close
-from models import CASES, GATED, HookedTransformer, build_hooked, lens_of, quiet, randn_like, tokens
+from models import (
+    CASES,
+    GATED,
+    ROUNDING,
+    HookedTransformer,
+    build_hooked,
+    lens_of,
+    quiet,
+    randn_like,
+    tokens,
+)
 from oracles import gradient_of
 from test_contraction import dense_of
 
@@ -29,10 +39,10 @@ def test_blocks_rows_and_dense_form_of_attention_that_looks_ahead(case):
     lens = hooked_lens(case, [("blocks.1.attn.hook_pattern", uniform)])
     T, dense = lens.operator, dense_of(lens.operator)
     assert dense[:, 0, :, -1].abs().max() > 1e-3  # the first position reads the last
-    assert_close(T.to_dense(), dense, 1e-12)
-    assert_close(T.block(0, None), dense[:, 0], 1e-12)
-    assert_close(T.block(None, 6), dense[:, :, :, 6], 1e-12)
-    assert_close(T.block(1, 5), dense[:, 1, :, 5], 1e-12)
+    assert_close(T.to_dense(), dense, ROUNDING)
+    assert_close(T.block(0, None), dense[:, 0], ROUNDING)
+    assert_close(T.block(None, 6), dense[:, :, :, 6], ROUNDING)
+    assert_close(T.block(1, 5), dense[:, 1, :, 5], ROUNDING)
     for block in lens.capture.blocks:
         for query in (0, 3):
             rows = block.attn.mix.rows(torch.tensor([query, query]))
@@ -51,12 +61,12 @@ if HookedTransformer is not None:
                 tensorlens_tl.capture(model, tokens(), pattern=pattern)[1]
                 for pattern in ("stored", "recomputed")
             )
-        assert_close(again.operator.to_dense(), stored.operator.to_dense(), 1e-12)
-        assert_close(again.operator.block(0, None), stored.operator.block(0, None), 1e-12)
+        assert_close(again.operator.to_dense(), stored.operator.to_dense(), ROUNDING)
+        assert_close(again.operator.block(0, None), stored.operator.block(0, None), ROUNDING)
         query = torch.tensor([0, 2])
         for one, other in zip(stored.capture.blocks, again.capture.blocks, strict=True):
             assert other.attn.mix.looks_ahead(0)
-            assert_close(other.attn.mix.rows(query), one.attn.mix.rows(query), 1e-12)
+            assert_close(other.attn.mix.rows(query), one.attn.mix.rows(query), ROUNDING)
 
 
 @pytest.mark.parametrize("case", GATED[:1], ids=str)
@@ -84,19 +94,19 @@ def test_restrictions_keep_every_edit(case):
     op, x, u = lens.operator, randn_like(lens.embedding), randn_like(lens.embedding, 1)
     assert sum("[user]" in name for name in op.constants()) == len(EDITS)
     whole = op.restrict(op.wiring.edges())
-    assert_close(whole @ x, op @ x, 1e-12)
-    assert_close(whole.bias, op.bias, 1e-12)
+    assert_close(whole @ x, op @ x, ROUNDING)
+    assert_close(whole.bias, op.bias, ROUNDING)
     part = op.restrict(list(op.wiring.edges())[::2])
     y = randn_like(lens.embedding, 2)
-    assert_close((part.apply(x) * y).sum(), (x * part.apply_t(y)).sum(), 1e-12)
+    assert_close((part.apply(x) * y).sum(), (x * part.apply_t(y)).sum(), ROUNDING)
     constants, effects = part.constants(), {}
     part.apply_t(u, effects)
     assert effects.keys() == constants.keys()
     assert sum("[user]" in name for name in constants) == len(EDITS)
-    assert_close(sum(constants.values()), part.bias, 1e-12)
+    assert_close(sum(constants.values()), part.bias, ROUNDING)
     for name, constant in constants.items():
         own = (u * constant).sum()
-        assert (effects[name].sum() - own).abs() <= 1e-12 * (u * constant).abs().sum(), name
+        assert (effects[name].sum() - own).abs() <= ROUNDING * (u * constant).abs().sum(), name
 
 
 @pytest.mark.parametrize("case", TWO, ids=str)

@@ -9,8 +9,9 @@ import test_granularity
 import test_operator
 import test_paths
 import torch
-from models import SHAPES, lens_of
+from models import ROUNDING, SHAPES, lens_of
 
+from tensorlens_tl.operator.capture import CaptureMismatchError
 from tensorlens_tl.operator.frozen_transformer import FrozenTransformer
 from tensorlens_tl.operator.residual_stream import Pull, Trace
 
@@ -64,9 +65,9 @@ def nothing(monkeypatch):
 def test_such_an_operator_is_complete(nothing):
     """So no check of completeness alone sees that it explains nothing."""
     lens = lens_of(CASE)
-    assert lens.completeness_error <= 1e-12
+    assert lens.completeness_error <= ROUNDING
     for by in ("token", "constant"):
-        assert lens.attribute(3, 4, by=by).completeness_error <= 1e-12
+        assert lens.attribute(3, 4, by=by).completeness_error <= ROUNDING
     token = lens.attribute(3, 4)
     assert not any(
         token.values[:, i].any() for i, s in enumerate(token.sources) if s.pos is not None
@@ -99,7 +100,7 @@ ORACLES = {
 
 @pytest.mark.parametrize("oracle", ORACLES)
 def test_and_every_oracle_refutes_it(oracle, nothing):
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, CaptureMismatchError)):  # by the library's own guard, too
         ORACLES[oracle]()
 
 

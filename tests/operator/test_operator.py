@@ -6,7 +6,17 @@ import math
 import pytest
 import torch
 from comparisons import assert_close
-from models import SHAPES, every_convention, lens_of, quiet, randn_like, tokens
+from models import (
+    GRADIENT,
+    ORACLE,
+    ROUNDING,
+    SHAPES,
+    every_convention,
+    lens_of,
+    quiet,
+    randn_like,
+    tokens,
+)
 from oracles import FrozenModel
 
 import tensorlens_tl
@@ -48,21 +58,21 @@ def test_float64_operator_of_a_float32_model(case):
 @every_convention
 def test_adjoint(case, gate):
     lens = lens_of(case, gate=gate)
-    assert dot_test(lens.operator) <= 1e-12
-    assert dot_test(lens.operator.T) <= 1e-12
-    assert dot_test(lens.capture.unembed) <= 1e-12
+    assert dot_test(lens.operator) <= ROUNDING
+    assert dot_test(lens.operator.T) <= ROUNDING
+    assert dot_test(lens.capture.unembed) <= ROUNDING
 
 
 @every_case
 def test_linear_and_bias_apart(case):
     op = lens_of(case).operator
     x, y = randn_like(op.frame.zeros(op.in_dim), 1), randn_like(op.frame.zeros(op.in_dim), 2)
-    assert_close(op @ (2 * x - 3 * y), 2 * (op @ x) - 3 * (op @ y), 1e-12)
+    assert_close(op @ (2 * x - 3 * y), 2 * (op @ x) - 3 * (op @ y), ROUNDING)
     assert (op @ torch.zeros_like(x)).abs().max() == 0
     many = torch.stack([x, y])[None]
-    assert_close(op @ many, torch.stack([op @ x, op @ y])[None], 1e-12, "leading axes")
+    assert_close(op @ many, torch.stack([op @ x, op @ y])[None], ROUNDING, "leading axes")
     assert_close(
-        op.T @ many, torch.stack([op.T @ x, op.T @ y])[None], 1e-12, "leading axes, adjoint"
+        op.T @ many, torch.stack([op.T @ x, op.T @ y])[None], ROUNDING, "leading axes, adjoint"
     )
 
 
@@ -125,22 +135,22 @@ def test_trace_is_between_from_the_first_site(case):
     states = op.trace(x)
     assert list(states) == list(op.sites)
     for site, state in states.items():
-        assert_close(op.between(op.sites[0], site) @ x, state, 1e-12, site)
-    assert_close(states["unembed.hook_in"], op @ x, 1e-12)
+        assert_close(op.between(op.sites[0], site) @ x, state, ROUNDING, site)
+    assert_close(states["unembed.hook_in"], op @ x, ROUNDING)
 
 
 @every_convention
 def test_constants_sum_to_the_bias(case, gate):
     op = lens_of(case, gate=gate).operator
     total = sum(op.constants().values(), torch.zeros_like(op.bias))
-    assert_close(total, op.bias, 1e-10, "Σ constants")
+    assert_close(total, op.bias, ORACLE, "Σ constants")
     # and the pull tells the same of each
     u, effects = randn_like(op.bias, 8), {}
     op.apply_t(u, effects)
     assert set(effects) == set(op.constants())
     for name, constant in op.constants().items():
         off = (effects[name].sum() - (constant * u).sum()).abs()
-        assert off <= 1e-10 * (constant * u).abs().sum().clamp_min(1), name
+        assert off <= ORACLE * (constant * u).abs().sum().clamp_min(1), name
 
 
 @every_case
@@ -149,19 +159,21 @@ def test_dense_block_and_scipy(case):
     op = lens.between("blocks.1.hook_resid_pre", "unembed.hook_in")
     dense = op.to_dense()
     x = randn_like(lens.embedding, 9)
-    assert_close(torch.einsum("bqokd,bkd->bqo", dense, x), op @ x, 1e-12)
-    assert_close(op.block(-1, 2), dense[:, -1, :, 2, :], 1e-12)
-    assert_close(op.block(3, -7), dense[:, 3, :, 0, :], 1e-12)
+    assert_close(torch.einsum("bqokd,bkd->bqo", dense, x), op @ x, ROUNDING)
+    assert_close(op.block(-1, 2), dense[:, -1, :, 2, :], ROUNDING)
+    assert_close(op.block(3, -7), dense[:, 3, :, 0, :], ROUNDING)
     future = torch.ones(dense.shape[1], dense.shape[3]).triu(1).bool()
     assert dense.permute(1, 3, 0, 2, 4)[future].abs().max() == 0, "causal"
     row = x[:, 2:3] @ op.block(-1, 2).mT
     only = torch.zeros_like(x)
     only[:, 2] = x[:, 2]
-    assert_close(row[:, 0], (op @ only)[:, -1], 1e-12, "rows: x @ block.mT")
+    assert_close(row[:, 0], (op @ only)[:, -1], ROUNDING, "rows: x @ block.mT")
     scipy_op = lens[1].between("blocks.1.hook_resid_pre", "unembed.hook_in").to_scipy()
     flat = dense[1].flatten(2).flatten(0, 1).numpy()
-    assert abs(scipy_op @ x[1].flatten().numpy() - flat @ x[1].flatten().numpy()).max() <= 1e-10
-    assert abs(scipy_op.T @ x[1].flatten().numpy() - flat.T @ x[1].flatten().numpy()).max() <= 1e-10
+    assert abs(scipy_op @ x[1].flatten().numpy() - flat @ x[1].flatten().numpy()).max() <= ORACLE
+    assert (
+        abs(scipy_op.T @ x[1].flatten().numpy() - flat.T @ x[1].flatten().numpy()).max() <= ORACLE
+    )
 
 
 @pytest.mark.wrong_types
@@ -234,7 +246,7 @@ def test_svds_of_the_matrix_free_operator():
     lens = lens_of(SHAPES[0])[0]
     dense = lens.operator.to_dense()[0].flatten(2).flatten(0, 1)
     found = torch.as_tensor(sorted(svds(lens.operator.to_scipy(), k=3)[1], reverse=True).copy())
-    assert_close(found, torch.linalg.svdvals(dense)[:3], 1e-8)
+    assert_close(found, torch.linalg.svdvals(dense)[:3], GRADIENT)
 
 
 @every_case
@@ -245,10 +257,10 @@ def test_one_prompt_of_a_batch(case):
     for i, one in enumerate(lens):
         with quiet(), torch.no_grad():
             _, alone = tensorlens_tl.capture(case.model(), tokens()[i])
-        assert_close(one.operator.bias, alone.operator.bias, 1e-10)
+        assert_close(one.operator.bias, alone.operator.bias, ORACLE)
         x = randn_like(alone.embedding, 10)
-        assert_close(one.operator @ x, alone.operator @ x, 1e-10)
-        assert_close(one.embedding, alone.embedding, 1e-12)
+        assert_close(one.operator @ x, alone.operator @ x, ORACLE)
+        assert_close(one.embedding, alone.embedding, ROUNDING)
         assert one.completeness_error <= case.tol()
 
 
@@ -257,13 +269,13 @@ def test_conventions_differ_but_agree_on_the_run(case):
     lens = lens_of(case)
     others = {gate: lens.with_convention(gate) for gate in ("gate", "up", "half")}
     x = randn_like(lens.embedding, 11)
-    assert_close(others["gate"].operator @ x, lens.operator @ x, 1e-12)
+    assert_close(others["gate"].operator @ x, lens.operator @ x, ROUNDING)
     assert (others["up"].operator @ x - lens.operator @ x).abs().max() > 1e-3
     # gate and up differ, and half is not their average beyond one block. Each reproduces the run.
     for gate, other in others.items():
         assert other.completeness_error <= case.tol(), gate
         fresh = lens_of(case, gate=gate)
-        assert_close(other.operator @ x, fresh.operator @ x, 1e-12, gate)
+        assert_close(other.operator @ x, fresh.operator @ x, ROUNDING, gate)
 
 
 if len({case.host for case in SHAPES}) == 2:  # transformer_lens 3 has both classes
@@ -283,7 +295,7 @@ if len({case.host for case in SHAPES}) == 2:  # transformer_lens 3 has both clas
             ours = {
                 k: tensorlens_tl.capture(m, tokens())[1] for k, m in (("h", hooked), ("b", bridge))
             }
-        tol = 1e-10 if name == "gpt2" else 1e-6  # norms or rotary in float32 on the Bridge
+        tol = ORACLE if name == "gpt2" else 1e-6  # norms or rotary in float32 on the Bridge
         h, b = ours["h"], ours["b"]
         x = randn_like(h.embedding, 12)
         assert_close(h.operator @ x, b.operator @ x, tol, "T·x")

@@ -5,7 +5,7 @@ import torch
 from comparisons import assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import HookedTransformer, build_bridge, build_hooked, quiet
+from models import ROUNDING, HookedTransformer, build_bridge, build_hooked, quiet
 
 import tensorlens_tl
 from tensorlens_tl import dot_test
@@ -59,8 +59,8 @@ def check(model, batch, pos, gate, seed, tol):
         logits, lens = tensorlens_tl.capture(model, ids, gate=gate)
     op = lens.operator
     y = op @ lens.embedding + op.bias
-    assert dot_test(op, seed) <= 1e-12
-    if tol <= 1e-12:
+    assert dot_test(op, seed) <= ROUNDING
+    if tol <= ROUNDING:
         assert_close(lens.readout(y), logits, tol)
         size = 0.0
     else:  # a norm in float32 rounds at the size of a logit's terms, which may cancel
@@ -173,4 +173,4 @@ def test_the_sweep_finds_a_wrong_operator():
     lens = lens_of(SHAPES[0])
     wrong = lens.readout(lens.operator @ lens.embedding + lens.operator.bias / 2)
     with pytest.raises(AssertionError, match="off by"):
-        assert_close(wrong, lens.logits, 1e-12)
+        assert_close(wrong, lens.logits, ROUNDING)

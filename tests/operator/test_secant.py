@@ -7,7 +7,17 @@ import torch
 from comparisons import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import SHAPES, HookedTransformer, build_hooked, lens_of, quiet, tokens
+from models import (
+    GRADIENT,
+    ORACLE,
+    ROUNDING,
+    SHAPES,
+    HookedTransformer,
+    build_hooked,
+    lens_of,
+    quiet,
+    tokens,
+)
 from oracles import gradient_of
 
 import tensorlens_tl
@@ -63,7 +73,7 @@ def test_the_softmaxs_secant_is_exact(pairs, masked):
         change = (S + shift - other).nan_to_num(0.0)
         found = L * (change - (L * change).sum() / L.sum())
         assert ((found - (A - B)).abs() <= 1e-11).all()
-    assert_close(mean, (A + B) / 2, 1e-12)
+    assert_close(mean, (A + B) / 2, ROUNDING)
     assert (mean >= 0).all() and (L >= 0).all()
     nothing = torch.full_like(S, -torch.inf)
     assert all((x == 0).all() for x in softmax_secant(nothing, nothing))
@@ -72,7 +82,7 @@ def test_the_softmaxs_secant_is_exact(pairs, masked):
 def test_the_softmaxs_secant_of_equal_rows_is_its_jacobian():
     S = torch.randn(3, 5, dtype=torch.float64)
     for x in softmax_secant(S, S):
-        assert_close(x, S.softmax(-1), 1e-12)
+        assert_close(x, S.softmax(-1), ROUNDING)
 
 
 @pytest.mark.parametrize("act", [a for a in RATIOS if a != "solu"])
@@ -87,7 +97,9 @@ def test_an_activations_secant_is_exact_and_its_derivative_where_nothing_changes
         leaf = z.clone().requires_grad_()
         with torch.enable_grad():
             (derivative,) = torch.autograd.grad((gating_ratio(act, leaf) * leaf).sum(), leaf)
-        assert_close(act_secant(act, z, z), derivative, 1e-8 if dtype == torch.float64 else 1e-4)
+        assert_close(
+            act_secant(act, z, z), derivative, GRADIENT if dtype == torch.float64 else 1e-4
+        )
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -103,7 +115,7 @@ def test_a_norms_secant_is_exact(center):
     (a, s), (b, t) = norm(x), norm(y)
     found = NormSecant.of(weights, x, y, s, t)
     c = torch.randn(3, 5, 8, dtype=torch.float64)
-    assert_close((found.pull_(c.clone()) * (x - y)).sum(-1), (c * (a - b)).sum(-1), 1e-12)
+    assert_close((found.pull_(c.clone()) * (x - y)).sum(-1), (c * (a - b)).sum(-1), ROUNDING)
     part = found.pull_(c[:, 1:3].clone(), slice(1, 3))
     assert_close(part, found.pull_(c.clone())[:, 1:3], 1e-15)
 
@@ -113,7 +125,7 @@ def test_the_sum_over_nodes_is_one_product(groups):
     narrow = torch.randn(4, 2, 5, 3, dtype=torch.float64)
     W = None if groups is None else torch.randn(groups, 3, 7, dtype=torch.float64)
     found = Factored(narrow, None if W is None else lambda: W)
-    assert_close(found.summed(), found.wide().sum(0), 1e-12)
+    assert_close(found.summed(), found.wide().sum(0), ROUNDING)
 
 
 # --- Whole models --------------------------------------------------------------------------------
@@ -232,7 +244,7 @@ def test_it_sees_the_function_and_not_how_its_biases_are_written(kv_heads):
         args = {"baseline": b, "at": "secant"}
         rows.append((a.attribute(3, 4, **args), a.attribute(3, 4, by="edge", qk=True, **args)))
     for before, after in zip(*rows, strict=True):
-        assert_close(after.values, before.values, 1e-10)
+        assert_close(after.values, before.values, ORACLE)
 
 
 @every_case
@@ -277,7 +289,7 @@ def test_heads_in_parts_are_the_same(case, monkeypatch):
     args = {"by": "edge", "baseline": corrupted, "at": "secant", "qk": True}
     whole = clean.attribute(3, 4, **args).values
     monkeypatch.setattr(secant, "CELLS", 1)
-    assert_close(clean.attribute(3, 4, **args).values, whole, 1e-12)
+    assert_close(clean.attribute(3, 4, **args).values, whole, ROUNDING)
     args["qk"] = False
     plain = clean.attribute(3, 4, **args)
     kept = [
@@ -285,7 +297,7 @@ def test_heads_in_parts_are_the_same(case, monkeypatch):
         for i, s in enumerate(clean.attribute(3, 4, **(args | {"qk": True})).sources)
         if s.node.dest.name not in ("q", "k")
     ]
-    assert_close(plain.values, whole[:, kept], 1e-12)
+    assert_close(plain.values, whole[:, kept], ROUNDING)
 
 
 @every_case

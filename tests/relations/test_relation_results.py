@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import quiet
+from models import ROUNDING, quiet
 
 from tensorlens_tl import demo
 from tensorlens_tl.relations.decoding_study import RelationStudy, decode
@@ -87,7 +87,7 @@ def test_what_the_pages_prose_says_is_what_was_measured():
     data = DATA["validity"]
     assert [one["dtype"] for one in data] == ["float64"] * 2 and data[0]["n"] == 200
     for one in data:
-        assert all(row["held"]["all"] < 1e-12 for row in one["rows"])
+        assert all(row["held"]["all"] < ROUNDING for row in one["rows"])
     study = RelationStudy.from_json(json.dumps(DATA["relations"]))
     missed = [row for n in study.sizes for row in study.select("operator, β = 1", n) if row.missed]
     own = DATA["own parts"]

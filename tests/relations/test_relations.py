@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import assert_close
-from models import SHAPES, SHARED, lens_of, quiet, randn_like, tokens, uniform_attention
+from models import (
+    ORACLE,
+    ROUNDING,
+    SHAPES,
+    SHARED,
+    lens_of,
+    quiet,
+    randn_like,
+    tokens,
+    uniform_attention,
+)
 from oracles import FrozenModel
 
 import tensorlens_tl
@@ -63,7 +73,7 @@ def test_the_jacobians_map_is_the_real_models_slope(case):
     before = [(p.requires_grad, p.grad, p.clone()) for p in model.parameters()]
     maps = jacobian_maps(lens, POS, LAYERS, model)
     h = torch.stack([lens.capture.blocks[layer].resid_pre[0, POS] for layer in LAYERS])
-    assert_close(times(maps, h), lens.capture.unembed.final[0, -1].expand(2, -1), 1e-10)
+    assert_close(times(maps, h), lens.capture.unembed.final[0, -1].expand(2, -1), ORACLE)
     direction = randn_like(h[0])
     for row, layer in enumerate(LAYERS):
         step, tolerance = (1e-3, 1e-3) if case.float32_norms else (1e-5, 1e-6)
@@ -102,12 +112,12 @@ def test_both_maps_are_one_where_nothing_is_frozen():
     with quiet(), torch.no_grad():
         lens = tensorlens_tl.capture(model, tokens()[:1])[1]
     ours, theirs = operator_maps(lens, POS, LAYERS), jacobian_maps(lens, POS, LAYERS, model)
-    assert_close(ours.W, theirs.W, 1e-10)
-    assert_close(ours.b, theirs.b, 1e-10)
+    assert_close(ours.W, theirs.W, ORACLE)
+    assert_close(ours.b, theirs.b, ORACLE)
     with torch.no_grad():
         far = final_of(model, 1, 10 * torch.ones_like(lens.embedding[0, 0]))
     h = lens.capture.blocks[1].resid_pre[0, POS]
-    assert_close(ours.W[1] @ (h + 10) + ours.b[1], far, 1e-10)
+    assert_close(ours.W[1] @ (h + 10) + ours.b[1], far, ORACLE)
 
 
 # --- One template of the demo model --------------------------------------------------------------
@@ -243,13 +253,13 @@ def test_steps_are_the_truncated_pseudo_inverse():
     W = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     relation = LinearRelation("operator", 0, 2.0, W, W[0], ("France",))
     change = randn_like(W[:2])
-    assert_close(relation.step(change, 6) @ W.mT, change, 1e-10)
+    assert_close(relation.step(change, 6) @ W.mT, change, ORACLE)
     U, S, Vh = torch.linalg.svd(W)
     low = (U[:, :2] * S[:2]) @ Vh[:2]
-    assert_close(relation.step(change, 2), change @ torch.linalg.pinv(low).mT, 1e-10)
-    assert_close(relation(change), 2 * change @ W.mT + W[0], 1e-12)
+    assert_close(relation.step(change, 2), change @ torch.linalg.pinv(low).mT, ORACLE)
+    assert_close(relation(change), 2 * change @ W.mT + W[0], ROUNDING)
     flat = replace(relation, W=low)  # singular: what is rounding is not inverted
-    assert_close(flat.step(change, 6), flat.step(change, 2), 1e-10)
+    assert_close(flat.step(change, 6), flat.step(change, 2), ORACLE)
     with pytest.raises(ValueError, match=r"rank=0 is below 1"):
         relation.step(change, 0)
 
@@ -287,7 +297,7 @@ def test_a_study_counts_what_it_says(study, model):
     one, two = "operator, β = 1", "jacobian, β = 1"
     means = [study.estimate("faithfulness", v, 5).value for v in (one, two)]
     gap = study.difference("faithfulness", one, two, 5)
-    assert abs(gap.value - (means[0] - means[1])) < 1e-12 and gap.low <= gap.value <= gap.high
+    assert abs(gap.value - (means[0] - means[1])) < ROUNDING and gap.low <= gap.value <= gap.high
     assert gap.n == 2  # of the splits: both relations of one count as one
     # One of its rows by the parts it is made of.
     statements = state(model, small("capital", 15))
@@ -493,7 +503,7 @@ def test_bootstrap_intervals():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = bootstrap(values.tolist())
     sem = float(values.std() / 20)
-    assert abs(found.value - float(values.mean())) < 1e-12 and found.n == 400
+    assert abs(found.value - float(values.mean())) < ROUNDING and found.n == 400
     assert abs(found.high - found.value - 1.96 * sem) < 0.2 * sem
     assert abs(found.value - found.low - 1.96 * sem) < 0.2 * sem
     assert bootstrap(values.tolist()) == found != bootstrap(values.tolist(), seed=1)

@@ -6,7 +6,18 @@ import math
 import pytest
 import torch
 from comparisons import assert_close
-from models import CASES, SHAPES, lens_of, quiet, randn_like, tokens, uniform_attention
+from models import (
+    CASES,
+    GRADIENT,
+    ORACLE,
+    SHAPES,
+    TWO_RUNS,
+    lens_of,
+    quiet,
+    randn_like,
+    tokens,
+    uniform_attention,
+)
 
 import tensorlens_tl
 from tensorlens_tl import demo
@@ -67,7 +78,7 @@ def test_errors_the_slow_way(case):
             predicted = torch.einsum("qdke,bke->bqd", T, moved) + c
             r = (final(model, moved) - predicted).norm() / change.norm()
             first = (change - size * slope).norm() / change.norm()
-            assert_close(found.operator[row, column], r, 1e-8, f"operator at {size}")
+            assert_close(found.operator[row, column], r, GRADIENT, f"operator at {size}")
             assert abs(found.jacobian[row, column] - first) < 1e-6, f"Jacobian at {size}"
         limit = (slope - torch.einsum("qdke,ke->qd", T, delta)).norm() / slope.norm()
         assert abs(found.limit[row] - limit) < 1e-6
@@ -93,7 +104,7 @@ def test_r_is_0_where_nothing_frozen_depends_on_the_input():
     lens = captured(model)
     found = direction_errors(lens, model, steps(lens), (1e-3, 1.0, 100.0))
     for errors in (found.operator, found.jacobian, found.limit):
-        assert errors.max() < 1e-10
+        assert errors.max() < ORACLE
 
 
 def test_relu_is_its_own_first_order_and_exact_until_a_unit_turns():
@@ -115,9 +126,9 @@ def test_relu_is_its_own_first_order_and_exact_until_a_unit_turns():
         signs.append(torch.stack([s.clone() for s in seen]))
     assert torch.equal(signs[0], signs[1]) and not torch.equal(signs[0], signs[2])
     found = direction_errors(lens, model, directions, (1e-6, 1.0))
-    assert found.operator[0, 0] < 1e-8 and found.limit[0] < 1e-10
+    assert found.operator[0, 0] < GRADIENT and found.limit[0] < ORACLE
     assert found.operator[0, 1] > 1e-3
-    assert_close(found.operator, found.jacobian, 1e-8)
+    assert_close(found.operator, found.jacobian, GRADIENT)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -151,7 +162,7 @@ def test_what_is_held_is_held_far_away_too():
     with live_models(lens.capture, model) as (live,), torch.no_grad():
         y = live.run(x, hold_frozen(live, FREEZABLE))
     predicted = lens.operator.apply(x[:, None])[:, 0] + lens.operator.bias
-    assert_close(y, predicted, 1e-10)
+    assert_close(y, predicted, ORACLE)
 
 
 # --- Directions ----------------------------------------------------------------------------------
@@ -162,19 +173,19 @@ def test_a_whole_swap_is_the_other_prompts_run(case):
     model, lens = case.model(), lens_of(case)[0]
     delta, whole = draw(lens, model, "swap", seed=3)
     (pos,) = delta.norm(dim=-1).nonzero().flatten().tolist()
-    assert math.isclose(float(delta.norm()), float(lens.embedding[0, pos].norm()), rel_tol=1e-9)
+    assert math.isclose(float(delta.norm()), float(lens.embedding[0, pos].norm()), rel_tol=TWO_RUNS)
     swapped = [
         ids
         for t in range(50)
         if t != tokens()[0, pos]
         and (ids := tokens()[:1].clone()).__setitem__((0, pos), t) is None
-        and (captured(model, ids).embedding - lens.embedding - whole * delta).abs().max() < 1e-9
+        and (captured(model, ids).embedding - lens.embedding - whole * delta).abs().max() < TWO_RUNS
     ]
     assert len(swapped) == 1
     found = direction_errors(lens, model, delta[None], (whole,))
     change = captured(model, swapped[0]).capture.unembed.final - lens.capture.unembed.final
     predicted = whole * lens.operator.apply(delta[None])
-    assert_close(found.operator[0, 0], (change - predicted).norm() / change.norm(), 1e-8)
+    assert_close(found.operator[0, 0], (change - predicted).norm() / change.norm(), GRADIENT)
 
 
 def test_directions_are_as_large_as_what_they_move():
@@ -185,11 +196,11 @@ def test_directions_are_as_large_as_what_they_move():
         delta, whole = draw(lens, model, kind, 1, steer)
         moved = delta.norm(dim=-1) > 0
         assert int(moved.sum()) == (1 if kind == "swap" else len(moved))
-        assert_close(delta.norm(), lens.embedding[0][moved].norm(), 1e-9)
+        assert_close(delta.norm(), lens.embedding[0][moved].norm(), TWO_RUNS)
         assert torch.equal(delta, draw(lens, model, kind, 1, steer)[0])
         if kind != "steering":
             assert not torch.equal(delta, draw(lens, model, kind, 2, steer)[0])
-    assert_close(whole * delta, steer.expand_as(delta), 1e-9)
+    assert_close(whole * delta, steer.expand_as(delta), TWO_RUNS)
     with pytest.raises(ValueError, match="random, swap, steering, the last with a vector"):
         draw(lens, model, "steering", 1)
     with pytest.raises(ValueError, match="'mail' is not a kind"):

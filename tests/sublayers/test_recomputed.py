@@ -10,8 +10,11 @@ from comparisons import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
+    GRADIENT,
     N_CTX,
     NATIVE,
+    ORACLE,
+    ROUNDING,
     SHAPES,
     HookedTransformer,
     build_hooked,
@@ -67,7 +70,7 @@ def assert_same_answers(lens, stored, tol):
         for pos in (-1, 0):
             a, b = (x.attribute(3, 5, pos=pos, by=by) for x in (lens, stored))
             assert_close(a.values, b.values, tol, by)
-            if tol < 1e-8:  # else the host's logits have the rounding of its float32 softmax
+            if tol < GRADIENT:  # else the host's logits have the rounding of its float32 softmax
                 assert a.completeness_error <= tol
     for mine, other in zip(lens.capture.blocks, stored.capture.blocks, strict=True):
         for i, (start, stop) in enumerate(stored.capture.frame.spans):
@@ -82,7 +85,7 @@ def assert_same_answers(lens, stored, tol):
 def test_recomputed_equals_stored(case):
     lens = lens_of(case, pattern="recomputed")
     assert_same_answers(lens, lens_of(case), case.tol())
-    assert dot_test(lens.operator) <= 1e-12
+    assert dot_test(lens.operator) <= ROUNDING
 
 
 @every_case
@@ -233,7 +236,7 @@ def test_every_mask_block_and_number_of_probes(attention, many, with_sinks, seed
         pairs["rows"] = (mix.rows(query), slow.rows(query))
         assert dot_test(mix) <= 1e-13
     for name, (ours, theirs) in pairs.items():
-        assert_close(ours, theirs, 1e-10, name)
+        assert_close(ours, theirs, ORACLE, name)
     # What a mask hides is exactly zero, not small.
     assert bool((mix.pattern[A == 0] == 0).all())
 
@@ -261,7 +264,7 @@ def test_every_tile_of_a_sweep(attention, transposed, seed):
     for to, source in ((every, every), (slice(first, last), slice(first, n)), (slice(last), some)):
         found = tiles[to, source]
         if found.numel():
-            assert_close(found + 1, A[:, :, to, source] + 1, 1e-10)
+            assert_close(found + 1, A[:, :, to, source] + 1, ORACLE)
     assert tiles.dtype is None and replace(tiles, dtype=torch.bfloat16)[every, every].dtype == (
         torch.bfloat16
     )
@@ -385,7 +388,7 @@ def test_attention_sinks():
     for block in model.blocks:
         block.attn.sinks.data = torch.linspace(-1, 3, 4).double()
     stored, lens = both(model, tokens())
-    assert_same_answers(lens, stored, 1e-10)
+    assert_same_answers(lens, stored, ORACLE)
     assert 0 < stored.capture.blocks[0].attn.pattern.sum(-1).min() < 0.9
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import GATED, SHAPES, lens_of, randn_like
+from models import GATED, ORACLE, ROUNDING, SHAPES, lens_of, randn_like
 
 from tensorlens_tl import dot_test
 from tensorlens_tl.sublayers.activations import RATIOS, gating_ratio, soft_cap_ratio
@@ -60,13 +60,13 @@ def test_parts_sum_to_the_whole(case):
     for sub in sublayers(lens):
         x = randn_like(lens.embedding, 1)
         parts = [sub.part(node) for node in sub.nodes()]
-        assert dot_test(sub) <= 1e-12 and all(dot_test(p) <= 1e-12 for p in parts)
-        assert_close(sum(p.apply(x) for p in parts), sub.apply(x), 1e-10)
+        assert dot_test(sub) <= ROUNDING and all(dot_test(p) <= ROUNDING for p in parts)
+        assert_close(sum(p.apply(x) for p in parts), sub.apply(x), ORACLE)
         name, external = sub.external
         total = sum((p.bias for p in parts), torch.zeros_like(sub.bias))
         total = total if external is None else total + external
         assert (name in sub.constants()) == (external is not None)
-        assert (total - sub.bias).abs().max() <= 1e-10 * sub.bias.abs().max().clamp_min(1)
+        assert (total - sub.bias).abs().max() <= ORACLE * sub.bias.abs().max().clamp_min(1)
         with pytest.raises(ValueError, match="has no node L9H9"):
             sub.part(type(sub.nodes()[0])("head", 9, 9))
 
@@ -82,7 +82,7 @@ def test_outputs_at_a_row_are_the_parts(case):
         for i, node in enumerate(sub.nodes()):
             part = sub.part(node)
             whole = part.apply(x) + part.bias
-            assert_close(outputs[:, i], whole[torch.arange(2), query], 1e-10, str(node))
+            assert_close(outputs[:, i], whole[torch.arange(2), query], ORACLE, str(node))
 
 
 @pytest.mark.parametrize("case", GATED, ids=str)
@@ -90,7 +90,7 @@ def test_half_is_half_of_each(case):
     ours = {g: lens_of(case, gate=g).capture.blocks[0].mlp for g in ("gate", "up", "half")}
     x = randn_like(lens_of(case).embedding, 3)
     gate, up, half = (ours[g].apply(x) for g in ("gate", "up", "half"))
-    assert_close(half, (gate + up) / 2, 1e-12)
+    assert_close(half, (gate + up) / 2, ROUNDING)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import CASES
+from models import CASES, ROUNDING
 
 from tensorlens_tl import UnsupportedArchitectureError
 from tensorlens_tl.support import table as support
@@ -70,7 +70,7 @@ def test_errors_within_tolerance(measured):
             assert bool(row.reason) == (row.status in ("refused", "not built")), row
             if row.error is not None:
                 float32 = families.norms_in_float32(row.family, row.host_class)
-                assert row.error <= row.tolerance == (1e-6 if float32 else 1e-12), row
+                assert row.error <= row.tolerance == (1e-6 if float32 else ROUNDING), row
             compared = row.error is not None and row.host_class.startswith("Bridge")
             assert (row.hugging_face is not None) == compared, row
             assert not compared or row.hugging_face <= 2e-6, row
