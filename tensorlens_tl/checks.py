@@ -66,6 +66,29 @@ def as_device(device: Any) -> Any:
         ) from None
 
 
+def usable_device(device: Any) -> Any:
+    """Return a device of this machine as tensors there name it, such as cuda:0; refuse any other.
+
+    Args:
+        device: A name or a ``torch.device``.
+
+    Returns:
+        The device, with the number that "cuda" leaves out.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    import torch
+
+    try:
+        return torch.empty(0, device=as_device(device)).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"device={str(device)!r} cannot be used: {reason}. Pass a device of this machine."
+        ) from None
+
+
 def file_path(path: Any, name: str = "path") -> Path:
     """Return ``path`` as a Path; refuse it, calling it ``name``, unless it is text or a path."""
     if not isinstance(path, str | os.PathLike):
@@ -117,11 +140,16 @@ def at_least_one(number: Any, name: str) -> int:
 
 
 def as_list(given: Any) -> Any:
-    """Turn a tensor or array of ids into a list; return a direction, or anything else, as it is."""
+    """Turn an array of ids or strings into a list; return a direction, or anything else, as is."""
     import torch
 
-    ids = getattr(given, "ndim", 0) == 1 and not torch.as_tensor(given).is_floating_point()
-    return given.tolist() if ids else given
+    if getattr(given, "ndim", 0) != 1:
+        return given
+    try:
+        direction = torch.as_tensor(given).is_floating_point()
+    except (TypeError, ValueError, RuntimeError):  # an array of strings, or a column of a table
+        direction = False
+    return given if direction else given.tolist()
 
 
 def one_each(given: Any, n: int, name: str) -> list[Any]:

@@ -417,17 +417,21 @@ class Adapter(ABC):
         """The attention mask under which the host runs token ids, or None."""
         return kwargs.get("attention_mask")
 
-    def all_real(self, ids: Int[Tensor, "row pos"]) -> dict[str, Any]:
+    def all_real(
+        self, ids: Int[Tensor, "row pos"], kwargs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Arguments under which the host takes every token id for a real token.
 
         Args:
             ids: Token ids without padding.
+            kwargs: Other arguments of the run, such as padding_side.
 
         Returns:
             Keyword arguments for :meth:`run`. They are empty unless the host would mask ids that
             equal the padding token's.
         """
-        return {} if self.mask(ids, {}) is None else {"attention_mask": torch.ones_like(ids)}
+        masked = self.mask(ids, kwargs or {}) is not None
+        return {"attention_mask": torch.ones_like(ids)} if masked else {}
 
     def token_string(self, token: int) -> str:
         """A token as text; "#" and its id where there is no tokenizer."""

@@ -317,15 +317,18 @@ def flags_off(cfg: object) -> None:
             )
 
 
-Before = list[tuple[Any, type, dict[str, Any]]]
-"""Modules and configurations of a model, each with its class and its attributes."""
+Before = list[tuple[Any, type, dict[str, tuple[Any, Any]]]]
+"""Modules and configurations of a model, each with its class and its attributes.
+
+An attribute is kept with a copy of its entries where it is a dictionary, and with None elsewhere.
+"""
 
 
 def snapshot(model: Any) -> Before:
     """Keep what a Bridge may change of a model: submodules, hooks, methods, configuration."""
     held = {id(m): m for module in model.modules() for m in (module, vars(module).get("config"))}
     return [
-        (m, type(m), {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).items()})
+        (m, type(m), {k: (v, dict(v) if isinstance(v, dict) else None) for k, v in vars(m).items()})
         for m in held.values()
         if m is not None
     ]
@@ -338,9 +341,15 @@ def restore(before: Before) -> None:
         now = vars(held)
         for name in now.keys() - attributes.keys():
             del now[name]
-        for name, value in attributes.items():
+        for name, (value, entries) in attributes.items():
             if name in ("_parameters", "_buffers"):
-                tensors = {k: value[k] if now[name].get(k) is None else now[name][k] for k in value}
-                value = tensors | {k: None for k, v in value.items() if v is None}
+                tensors = now[name]
+                entries = {
+                    k: v if v is None or tensors.get(k) is None else tensors[k]
+                    for k, v in entries.items()
+                }
+            if entries is not None:  # the same dictionary, to which handles of hooks refer
+                value.clear()
+                value.update(entries)
             if name != "training":
                 now[name] = value

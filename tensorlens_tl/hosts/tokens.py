@@ -37,12 +37,12 @@ def prepare(
     adapter: Adapter, inputs: Any, kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Prompts]:
     """Check an input and tokenize it; see :meth:`Adapter.prepare`."""
-    if isinstance(inputs, Prompts):
-        return {**adapter.all_real(inputs.tokens), **kwargs}, inputs
     model, device, mask = adapter.model, adapter.weights.unembed.W_U.device, None
     hosts = model, getattr(model, "original_model", model)
     inputs, kwargs = unpacked(inputs, kwargs, hosts)
     check_arguments(kwargs, adapter.forbidden, hosts)
+    if isinstance(inputs, Prompts):
+        return {**adapter.all_real(inputs.tokens, kwargs), **kwargs}, inputs
     if is_text(inputs):
         tokens, mask = tokenize(model, [inputs] if isinstance(inputs, str) else inputs, kwargs)
         tokens, mask = tokens.to(device), mask.to(device)

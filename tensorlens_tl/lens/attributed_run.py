@@ -91,8 +91,9 @@ class AttributedRun(FrozenRun):
                 edge, the readers of one run read what writers add here and not in the baseline.
             at: The operator that reads the difference to a baseline lens: "clean" (of this lens),
                 "corrupted" (of the baseline), or "secant" (between the two runs). With "secant"
-                no row is left that an operator changed. Soft-capped logits leave one row,
-                "readout change"; by edge, those into "logits" sum to the rest.
+                no row is left that an operator changed. Soft-capped logits and
+                log-probabilities leave one row, "readout change"; by edge, those into "logits" sum
+                to the rest.
             qk: Whether every head's queries and keys are readers, too, only by edge: "L2H1.q" and
                 "L2H1.k". Their rows are the target's sensitivity to the attention scores, times
                 what a writer adds to the scores. They are first-order and in no sum.

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import as_device, kind_of, no_autocast, pick_prompts
+from ..checks import kind_of, no_autocast, pick_prompts, usable_device
 from ..operator import Capture, Convention, FrozenTransformer
 from ..sublayers import TINY, LinearMap
 from .missing_weights import require_weights
@@ -95,13 +95,7 @@ class FrozenRun:
                 f"A lens cannot change its dtype to {name}: rounding of the run would stay. "
                 f"Capture again with capture(..., dtype=torch.{name})."
             )
-        try:
-            place = torch.empty(0, device=as_device(device)).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ValueError(
-                f"device={str(device)!r} cannot be used: {reason}. Pass a device of this machine."
-            ) from None
+        place = usable_device(device)
         if place.type == "meta":
             raise ValueError("device='meta' holds no numbers. Pass a device of this machine.")
         if place == self.device:

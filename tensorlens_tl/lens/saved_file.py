@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import as_device, file_path, write_whole
+from ..checks import file_path, usable_device, write_whole
 from ..hosts import Adapter, adapt
 from ..operator import Capture, FrozenTransformer
 from ..sublayers import Frame
@@ -245,14 +245,15 @@ def load_capture(
     if not file_path(path).is_file():
         raise ValueError(f"There is no file {path}. Pass the path of a file that lens.save wrote.")
     adapter = None if model is None else adapt(model)
-    place = as_device(device or "cpu")
+    place = usable_device("cpu" if device is None else device)
     if adapter is not None:
-        place = adapter.weights.unembed.W_U.device
-        if device is not None and as_device(device) != place:
+        own = adapter.weights.unembed.W_U.device
+        if device is not None and place != own:
             raise ValueError(
-                f"device={str(device)!r} does not fit the model, which is on {place}. Drop "
+                f"device={str(device)!r} does not fit the model, which is on {own}. Drop "
                 "device=, or move the model."
             )
+        place = own
     try:
         opened = safe_open(path, framework="pt", device="cpu")
     except OSError:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..attribution import Attribution, Target, grid_html, resolve
-from ..checks import as_array, as_list, is_int, need
+from ..checks import as_array, as_list, is_int, need, pick_prompts
 from ..operator import Capture
 
 if TYPE_CHECKING:
@@ -54,10 +54,11 @@ class SequenceAttribution:
     def __len__(self) -> int:
         return len(self.outputs)
 
-    def __getitem__(self, prompt: int) -> SequenceAttribution:
-        """Take one prompt's matrix, without its padding."""
-        columns = tuple(column[prompt] for column in self.columns)  # refuses other prompts
-        return replace(self, columns=columns, outputs=(self.outputs[prompt],))
+    def __getitem__(self, prompt: int | slice) -> SequenceAttribution:
+        """Take the matrix of one prompt, or of a slice of prompts, without padding around them."""
+        picked = pick_prompts(prompt, len(self), "matrix", ".to_dataframe")
+        columns = tuple(column[prompt] for column in self.columns)
+        return replace(self, columns=columns, outputs=tuple(self.outputs[i] for i in picked))
 
     @property
     def values(self) -> Float[Tensor, "prompt source output"]:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import TargetLike, resolve_token
-from ..checks import as_array, at_least_one, need
+from ..checks import as_array, at_least_one, need, pick_prompts
 from ..operator import Capture, FrozenTransformer
 from ..sublayers import DENSE_LIMIT, Norm, soft_cap_ratio, take_row
 
@@ -90,16 +90,16 @@ class LogitLens:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, prompt: int) -> LogitLens:
-        """Take one prompt, without its padding."""
-        if not -len(self) <= prompt < len(self):
-            raise IndexError(f"There is no prompt {prompt}. The number of prompts is {len(self)}.")
-        start, stop = self.spans[prompt]
+    def __getitem__(self, prompt: int | slice) -> LogitLens:
+        """Take one prompt, or a slice of prompts, without padding around them."""
+        picked = list(pick_prompts(prompt, len(self), "logit_lens", ".rows or .to_dataframe"))
+        spans = [self.spans[i] for i in picked]
+        start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
         return replace(
             self,
-            logits=self.logits[prompt][None, :, start:stop],
-            labels=(self.labels[prompt],),
-            spans=((0, stop - start),),
+            logits=self.logits[picked][:, :, start:stop],
+            labels=tuple(self.labels[i] for i in picked),
+            spans=tuple((a - start, b - start) for a, b in spans),
         )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
