@@ -323,7 +323,9 @@ def _probe(tokenizer: Any) -> str:
 # --- Loading by name or folder --------------------------------------------------------------------
 
 
-def load_model(name_or_folder: str, kind: str | None = None, **kwargs: Any) -> Any:
+def load_model(
+    name_or_folder: str | os.PathLike[str], kind: str | None = None, **kwargs: Any
+) -> Any:
     """Load a TransformerLens model with raw weights (nothing folded or centred), for evaluation.
 
     Args:
@@ -368,8 +370,8 @@ def load_model(name_or_folder: str, kind: str | None = None, **kwargs: Any) -> A
         if not any(p for name in ("tokenizer*", "vocab*", "*.model") for p in folder.glob(name)):
             model.tokenizer = None  # transformers makes an empty one, which knows no word
         return model
-    check_reachable(name_or_folder)
-    return _load(name_or_folder, kind, False, kwargs)
+    check_reachable(str(name_or_folder))
+    return _load(str(name_or_folder), kind, False, kwargs)
 
 
 def _load(name: str, kind: str | None, is_folder: bool, kwargs: dict[str, Any]) -> Any:

@@ -266,7 +266,7 @@ class AttributedRun(FrozenRun):
         self._check_ready()
         goals, names = continuation_targets(self.capture, continuation, of)
         return SequenceAttribution(
-            tuple(attribute_many(self.capture, self.operator, goals, by)), names
+            tuple(attribute_many(self.capture, self._operator, goals, by)), names
         )
 
     def paths(
@@ -314,7 +314,7 @@ class AttributedRun(FrozenRun):
         goal = resolve(self.capture, target, versus, pos)
         return find_paths(
             self.capture,
-            self.operator,
+            self._operator,
             goal,
             k,
             from_token,
@@ -397,19 +397,19 @@ class AttributedRun(FrozenRun):
     def _until(self, site: str | int | None) -> tuple[Capture, FrozenTransformer]:
         """The run up to a site, with its operator; None is the whole run."""
         if site is None:
-            return self.capture, self.operator
+            return self.capture, self._operator
         capture = self.capture.until(self._site(site))
         return capture, FrozenTransformer.of(capture)
 
     def _site(self, site: str | int) -> str:
         """The name of a site; a number is what that block leaves."""
         name = numbered_site(site, len(self.capture.blocks), "post")
-        self.operator.site_index(name)  # refuses others
+        self._operator.site_index(name)  # refuses others
         return cast(str, name)
 
     @cached_property
     def _gradients(self) -> GradientCache:
-        return GradientCache(self.capture, self.operator)
+        return GradientCache(self.capture, self._operator)
 
 
 def _as_many(given: Any) -> list[Any] | None:

@@ -1,5 +1,7 @@
 """What unwrap gives back takes hooks again, and arguments of a run are checked for ids as well."""
 
+from pathlib import Path
+
 import numpy
 import pytest
 import torch
@@ -8,7 +10,7 @@ from models import build_bridge_from_module, quiet
 
 import tensorlens_tl
 from tensorlens_tl.checks import as_list, usable_device
-from tensorlens_tl.lens import saved_file
+from tensorlens_tl.lens import WriteCheck, saved_file
 
 wraps = pytest.mark.offered(build_bridge_from_module is not None)
 IDS = torch.tensor([[3, 1, 4], [1, 5, 9]])
@@ -77,6 +79,29 @@ def test_a_device_without_its_number_is_that_of_the_model(monkeypatch, tmp_path)
     loaded = tensorlens_tl.load(tmp_path / "lens", model=model, device="cuda")
     assert asked == ["cuda"]
     assert torch.equal(loaded.attribute().values, lens.attribute().values)
+
+
+def test_a_name_as_a_path_is_refused_like_a_name():
+    with pytest.raises(ValueError, match="'no/such-model' is no folder here"):
+        tensorlens_tl.load_model(Path("no/such-model"))
+
+
+@wraps
+def test_a_question_looks_once_whether_weights_were_written_to(monkeypatch):
+    with quiet():
+        _, lens = tensorlens_tl.capture(tensorlens_tl.wrap(small()), IDS)
+    looks, written = [], WriteCheck.written
+    monkeypatch.setattr(WriteCheck, "written", lambda check: looks.append(0) or written(check))
+    for ask in (
+        lens.attribute,
+        lambda: lens.attribute(torch.ones(8), site=0),
+        lambda: lens.attribute_many([1, 2]),
+        lambda: lens.attribute_sequence(-1),
+        lambda: lens.loadings(0),
+    ):
+        looks.clear()
+        ask()
+        assert len(looks) == 1
 
 
 def test_an_array_of_strings_is_a_list_of_tokens():
