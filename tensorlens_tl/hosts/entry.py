@@ -186,7 +186,7 @@ def _bridge_around(model: Any) -> Any:
     except UnsupportedArchitectureError:
         unwrap(model)
         raise
-    except ValueError:  # so does a call on the model, such as model.eval()
+    except ValueError:  # a call on the model mends it, such as model.eval()
         pass
     return bridge
 

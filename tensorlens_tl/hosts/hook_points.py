@@ -194,7 +194,9 @@ def foreign_hooks(hooks: Mapping[str, Any], model: nn.Module) -> list[str]:
     points = {id(point): name for name, point in hooks.items() if _is_edited(point)}
     for name, module in model.named_modules():
         own = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        made_by = {getattr(hook, "func", hook).__module__.split(".")[0] for hook in own}
+        # Functions that are written in C, such as list.append, have no module.
+        names = (getattr(getattr(hook, "func", hook), "__module__", None) for hook in own)
+        made_by = {(name or "").split(".")[0] for name in names}
         if made_by - {"transformer_lens", "transformers", "tensorlens_tl"}:
             points.setdefault(id(module), name)
     return list(points.values())

@@ -306,7 +306,7 @@ def check_padding(
     padded, bos = tokens == pad, getattr(tokenizer, "bos_token_id", None)
     # A beginning-of-sequence token may be the padding token, too: two of them are padding.
     begins = padded[:, 0] & (padded[:, 1] | (pad != bos))
-    special = pad in (bos, getattr(tokenizer, "eos_token_id", None))
+    special = pad in [bos, *(getattr(tokenizer, f"{n}_token_id", None) for n in ("eos", "unk"))]
     sure = {"begins": padded[:, 0], "ends": padded[:, -1]}
     if special:
         sure["begins"] = sure["begins"] & (padded[:, 1] | ((tokens[:, 1] == bos) & (pad != bos)))

@@ -7,12 +7,15 @@ import pytest
 import torch
 import transformers
 from models import build_bridge_from_module, quiet
+from tokenizers import Tokenizer, models
 
 import tensorlens_tl
 from tensorlens_tl.checks import as_list, usable_device
+from tensorlens_tl.hosts.hook_points import foreign_hooks
 from tensorlens_tl.lens import WriteCheck, saved_file
 
 wraps = pytest.mark.offered(build_bridge_from_module is not None)
+WORDS = ("<unk>", "<s>", "we", "went", "home")
 IDS = torch.tensor([[3, 1, 4], [1, 5, 9]])
 
 
@@ -79,6 +82,26 @@ def test_a_device_without_its_number_is_that_of_the_model(monkeypatch, tmp_path)
     loaded = tensorlens_tl.load(tmp_path / "lens", model=model, device="cuda")
     assert asked == ["cuda"]
     assert torch.equal(loaded.attribute().values, lens.attribute().values)
+
+
+@wraps
+def test_one_unknown_word_at_the_end_is_no_padding_where_both_are_one_token():
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    own = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<unk>", bos_token="<s>"
+    )
+    with quiet():
+        model = tensorlens_tl.wrap(small(), own)
+        _, lens = tensorlens_tl.capture(model, [2, 3, 0])
+        assert lens.tokens == (("we", "went", "<unk>"),)
+        with pytest.raises(ValueError, match="ends in the padding token"):
+            tensorlens_tl.capture(model, [2, 0, 0])
+
+
+def test_a_hook_of_no_module_is_the_users_own():
+    module, seen = torch.nn.Linear(2, 2), []
+    module.register_forward_pre_hook(type("Hook", (), {"__module__": None, "__call__": seen})())
+    assert foreign_hooks({}, torch.nn.Sequential(module)) == ["0"]
 
 
 def test_a_name_as_a_path_is_refused_like_a_name():
