@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .table import Attribution
 
 POSITIVE, NEGATIVE = "214, 96, 77", "67, 147, 195"  # red and blue, readable side by side
-UNIT = "units of the target, logits for tokens"
+UNIT = "units of the target: logits for tokens, nats for log-probabilities"
 PROMPTS, ROWS, HOVER = 3, 20, 6
 """How many prompts, rows of a table, and positions of a head a notebook shows."""
 

@@ -181,7 +181,7 @@ def test_a_picture_says_all_that_the_text_says(by):
     assert (
         f"sum to {float(a.values.sum()):+.4g}, off by at most {a.completeness_error:.0e}" in shown
     )
-    assert "takes away" in shown and "adds, in units of the target, logits for tokens" in shown
+    assert "takes away" in shown and "adds, in units of the target: logits for tokens" in shown
     if by == "neuron":
         zeros = int((a.values == 0).sum())
         left = f"… {len(a.sources) - 20 - zeros} more" + f" and {zeros} exactly 0" * bool(zeros)
