@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph import resid_site
 from ..sublayers import (
     TINY,
     AttentionWeights,
@@ -403,11 +404,12 @@ def _difference(model: Any, bridge: Any, ids: Tensor, expected: Tensor) -> tuple
 
     Both are relative to the largest logit. A Bridge computes the same in another order, so every
     number may round another way. What that does depends on the model: it may amplify one feature.
-    So it is measured. Every embedding is moved by its last digit, and the logits move by n. The
-    last digit is that of the coarsest dtype in the model, or of float32 where that is coarser, as
-    hosts compute norms, softmax and rotations in float32. In half precision, the move changes all
-    roundings after it, as another order does: 4 n is allowed. In float32 and float64 it may be one
-    rounding for the many of a deep model, and n is small: 32 n is allowed.
+    So it is measured. Every embedding, and what enters the first block, is moved by its last digit,
+    and the logits move by n. The last digit is that of the coarsest dtype in the model, or of
+    float32 where that is coarser, as hosts compute norms, softmax and rotations in float32. In half
+    precision, the move changes all roundings after it, as another order does: 4 n is allowed. In
+    float32 and float64 it may be one rounding for the many of a deep model, and n is small: 32 n is
+    allowed.
 
     Args:
         model: The Hugging Face model, inside the Bridge.
@@ -431,11 +433,13 @@ def _difference(model: Any, bridge: Any, ids: Tensor, expected: Tensor) -> tuple
             signs[..., ::2] = -1
             return output * (1 + digit * signs)
 
-        handle = model.get_input_embeddings().register_forward_hook(move)
+        points = model.get_input_embeddings(), bridge.hook_dict[resid_site(0, "pre")]
+        handles = [point.register_forward_hook(move) for point in points]
         try:
             moved = bridge(ids, return_type="logits")
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         rounding = max(rounding, times * float(_largest(moved - found, moved, found) / size))
     return float(off), rounding
 

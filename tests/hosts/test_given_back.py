@@ -54,6 +54,18 @@ def test_an_unknown_argument_is_refused_with_ids_of_many_prompts(ids):
 
 
 @wraps
+def test_a_large_mean_of_the_positions_rounds_and_is_no_other_model():
+    model = small()
+    with torch.no_grad():  # LayerNorm takes the mean off, and its rounding stays
+        model.transformer.wpe.weight.add_(1000)
+        model.transformer.wte.weight.mul_(50)
+    with quiet():
+        logits, lens = tensorlens_tl.capture(tensorlens_tl.wrap(model), IDS)
+    assert lens.capture.embed.abs().max() < 10 and bool((lens.embedding > 900).all())
+    assert torch.equal(logits, lens.logits)
+
+
+@wraps
 def test_slices_of_results_are_those_of_single_prompts():
     with quiet():
         _, lens = tensorlens_tl.capture(tensorlens_tl.wrap(small()), IDS)
