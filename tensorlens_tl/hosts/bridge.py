@@ -434,12 +434,12 @@ def _difference(model: Any, bridge: Any, ids: Tensor, expected: Tensor) -> tuple
             return output * (1 + digit * signs)
 
         points = model.get_input_embeddings(), bridge.hook_dict[resid_site(0, "pre")]
-        handles = [point.register_forward_hook(move) for point in points]
+        moving = [point.register_forward_hook(move) for point in points]
         try:
             moved = bridge(ids, return_type="logits")
         finally:
-            for handle in handles:
-                handle.remove()
+            for hook in moving:
+                hook.remove()
         rounding = max(rounding, times * float(_largest(moved - found, moved, found) / size))
     return float(off), rounding
 
