@@ -43,10 +43,10 @@ def test_a_row_without_variance_is_served(case):
 
 
 def wrong(weights, part, name):
-    """The weights of a model with one of block 0 a thousandth too large."""
+    """The weights of a model with one of block 0 a hundredth too large."""
     block = weights.blocks[0]
     own = getattr(block, part)
-    own = replace(own, **{name: getattr(own, name) * 1.001})
+    own = replace(own, **{name: getattr(own, name) * 1.01})
     return replace(weights, blocks=(replace(block, **{part: own}), *weights.blocks[1:]))
 
 

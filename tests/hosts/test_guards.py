@@ -137,7 +137,7 @@ def test_padding_side_given_against_the_tokenizers(own, given):
     model = demo.load_model()
     ids = model.to_tokens(["When Mary and John went to", "The capital"], padding_side="left")
     model.tokenizer.padding_side = own
-    if given == "right":
+    if given == "right" or HookedTransformer is None:  # a Bridge masks no ids by itself
         with pytest.raises(ValueError, match="prompt 1 begins in the padding token"):
             capture(model, ids, padding_side=given)
         return
