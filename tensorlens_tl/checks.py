@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -246,3 +247,28 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def bound(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Fit the arguments that a user gave for a call, with the call's own defaults.
+
+    Args:
+        call: The function or method that would be called.
+        arguments: The arguments by name.
+
+    Returns:
+        Every argument of the call by name.
+
+    Raises:
+        ValueError: If one is missing or not known.
+    """
+    own = signature(call)
+    try:
+        given = own.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"These arguments do not fit {call.__name__}: {error}. Pass those of {call.__name__}: "
+            f"{', '.join(own.parameters)}."
+        ) from None
+    given.apply_defaults()
+    return given.arguments

@@ -267,8 +267,8 @@ def each_prompt(prompts: Any, tokenizer: Any, mask: Any = None, name: str = "pro
     rows = [prompt for prompt in found if not isinstance(prompt, str)]
     equal = len({len(row) for row in rows}) == 1
     if mask is None:
-        if equal:
-            check_padding(torch.stack(rows), tokenizer, "a list of each prompt's own ids")
+        if equal and (isinstance(prompts, Tensor) or not isinstance(given[0], Tensor)):
+            check_padding(torch.stack(rows), tokenizer, "each prompt's own ids as a tensor [pos]")
         return found
     if len(rows) < len(found):
         raise ValueError(

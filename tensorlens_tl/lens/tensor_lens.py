@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attribution import TargetLike, check_comparable, resolve
-from ..checks import kind_of
+from ..checks import bound, kind_of
 from ..circuits import (
     Circuit,
     ModelInfo,
@@ -326,7 +326,8 @@ class TensorLens(AttributedRun):
         if what in PLANNED:
             return self.operator.plan(what, **arguments)
         if what == "attribute":
-            if arguments.get("by") == "edge" or arguments.get("baseline") is not None:
+            given = bound(self.attribute, arguments)
+            if given["by"] == "edge" or given["baseline"] is not None:
                 raise ValueError(
                     "Edges and baselines of attribute cannot be planned. Plan it without: they "
                     "take a few times as long."

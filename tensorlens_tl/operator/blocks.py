@@ -8,14 +8,13 @@ vectors need pushes and pulls of single vectors only.
 from __future__ import annotations
 
 from abc import abstractmethod
-from inspect import signature
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import is_int, no_autocast, plain_names
+from ..checks import bound, is_int, no_autocast, plain_names
 from ..sublayers import DENSE_LIMIT, Chain, Mapped
 from .batched_sweep import BatchedSweep, Reduction, squares, states
 from .cost_model import Plan, make_plan, memory_budget
@@ -143,15 +142,7 @@ class StepChain(Mapped):
         """
         if what not in PLANNED:
             raise ValueError(f"what={what!r} cannot be planned. Pass one of {', '.join(PLANNED)}.")
-        try:
-            given = signature(getattr(self, what)).bind(**arguments)
-        except TypeError as error:
-            expected = ", ".join(signature(getattr(self, what)).parameters)
-            raise ValueError(
-                f"These arguments do not fit {what}: {error}. Pass those of {what}: {expected}."
-            ) from None
-        given.apply_defaults()
-        given, frame = given.arguments, self.frame
+        given, frame = bound(getattr(self, what), arguments), self.frame
         limit = memory_budget(given.pop("memory_limit"), frame.device)
         # 1. Singular vectors: pushes and pulls of single vectors, a run for every prompt asked for.
         if what in ("svd", "spectral_norm"):

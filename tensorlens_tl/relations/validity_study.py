@@ -11,7 +11,7 @@ them on many prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -269,7 +269,8 @@ def validity(
         >>> round(study.error("random", "jacobian", 0.1).value, 1)
         0.1
     """
-    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or len(prompts) < 3:
+    given = [] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    if len(given) < 3:
         raise ValueError(
             f"prompts={prompts!r} holds fewer than three prompts. Pass a list of at least three."
         )
@@ -281,7 +282,7 @@ def validity(
         raise ValueError(f"sizes={list(sizes)} do not rise from above 0. Sort them, without 0.")
     # 1. Captures.
     with torch.no_grad():
-        lenses = [capture(model, prompt, **kwargs)[1] for prompt in prompts]
+        lenses = [capture(model, prompt, **kwargs)[1] for prompt in given]
     dtype = lenses[0].logits.dtype
     name = str(dtype).removeprefix("torch.")
     if dtype not in (torch.float32, torch.float64):

@@ -291,6 +291,10 @@ def test_lists_of_prompts():
         ([{"input_ids": row} for row in rows], None),
     ):
         assert [p.tolist() for p in each_prompt(given, pad, mask)] == rows
+    own = [
+        torch.tensor(row) for row in ([3, 4, 5], [6, 7, 0])
+    ]  # ids of one prompt each: no padding
+    assert [p.tolist() for p in each_prompt(own, pad)] == [[3, 4, 5], [6, 7, 0]]
     assert each_prompt((t for t in TEXTS), pad) == TEXTS == each_prompt(tuple(TEXTS), pad)
     for wrong, match in (
         ("we", "prompts='we' is not a non-empty list. Put a single prompt in a list"),
