@@ -12,9 +12,11 @@ TESTS = {
     "linear_map": "primitives_are_linear_with_exact_adjoints",
     "recomputed": "recomputed_equals_stored padding what_cannot_be_recomputed_is_refused",
     "operator": "operator_reproduces_the_logits adjoint gradient_and_curvature_of_the_frozen_model "
-    "constants_sum_to_the_bias conventions_differ_but_agree_on_the_run",
+    "constants_sum_to_the_bias conventions_differ_but_agree_on_the_run "
+    "the_completeness_error_is_the_largest_one",
     "contraction": "blocks a_row_is_the_attribution_by_token probes_are_reproducible student_t "
-    "work_is_cut_where_memory_is_short nothing_reaches_back_from_the_future",
+    "work_is_cut_where_memory_is_short nothing_reaches_back_from_the_future "
+    "as_many_probes_as_dimensions_are_exact bad_matrices_are_refused",
     "secant": "the_softmaxs_secant_is_exact rows_sum_to_the_difference_and_nothing_is_left_over "
     "edges_are_a_flow",
     "no_remainder": "such_an_operator_is_complete and_every_oracle_refutes_it",
@@ -23,6 +25,9 @@ TESTS = {
     "guards": "a_lens_knows_when_it_no_longer_describes_its_run in_place_edits_are_refused "
     "an_edit_that_moves_something_between_two_coordinates_is_seen "
     "real_tokens_that_read_padding_are_refused edits_through_data_are_no_false_refusal",
+    "writes": "eight_rows_or_columns_of_any_weight_are_noticed",
+    "tokenizers": "special_tokens_that_are_also_padding padding_of_a_hooked_transformer "
+    "prompts_of_a_batch_are_not_mixed_up",
     "edits": "an_edited_final_residual_in_every_split_path_and_file an_edit_is_nothing_at_padding",
     "precision": "autocast_is_refused",
     "bad_input": "hooked_refusals attention_mask a_hook_that_never_fires",
@@ -60,7 +65,9 @@ TESTS = {
 }
 NAMES = {(file, f"test_{name}") for file, names in TESTS.items() for name in names.split()}
 SINGLE = {
-    "differences": "fixed_baselines_run_no_second_pass_and_have_no_operator_term[bridge-gemma2]",
+    "differences": "fixed_baselines_run_no_second_pass_and_have_no_operator_term[bridge-gemma2] "
+    "every_layers_loadings_sum_to_the_effect[hooked-neox-gate]",
+    "granularity": "edges_the_slow_way[hooked-neox-gate]",
     "edits": "an_edited_run_is_reproduced[hooked-gpt2-blocks.1.attn.hook_pattern] "
     "an_edited_run_is_reproduced[bridge-gpt2-blocks.1.attn.hook_pattern]",
     "more_families": "slopes_of_any_number_of_heads[hooked]",

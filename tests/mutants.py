@@ -124,7 +124,7 @@ causal_slice_off_by_one (contraction): Sweeps skip what stands on the diagonal w
     slice(first if self.causal else 0, n) ⇒ slice(first + 1 if self.causal else 0, n)
 window_one_too_wide (recomputed contraction): A sliding window lets one key more into sweeps.
     hidden | (behind >= scores.window) ⇒ hidden | (behind > scores.window)
-alibi_slopes_beyond_powers (recomputed): Heads beyond a power of 2 repeat the first ones' slopes.
+alibi_slopes_beyond_powers (more_families recomputed): Heads beyond a power of 2 repeat the first ones' slopes.
     i / (2 * n) for i in range(1, 2 * n, 2) ⇒ i / (2 * n) for i in range(2, 2 * n + 1, 2)
 
 # --- Self-check, refusals, caches, hooks
@@ -140,7 +140,7 @@ row_apart_is_missed (writes): Steps through a weight are so long that rows are p
     columns if rows <= 8 * columns else 8 * columns ⇒ 64 * columns
 wrong_sum_is_shown (guard): A split is shown whose rows do not sum to its target.
     if bool((off <= share).all()): ⇒ if bool((off >= 0).all()):
-final_norm_not_watched (guards capturing): A lens does not notice that ln_final alone was changed.
+final_norm_not_watched (writes guards): A lens does not notice that ln_final alone was changed.
     getattr(self.ln_final, "weights", None) ⇒ None
 known_products_survive (capturing guards): An edit through .data is checked with the old products.
     self._known.clear() self._names, self._errors, ⇒ self._names, self._errors,
@@ -194,15 +194,15 @@ rotation_done_twice (qk_edges secant): A rotation is done again where it should 
     -_quarter(x * sin, rotation) if back ⇒ _quarter(x * sin, rotation) if back
 edge_of_wrong_reader (qk_edges): Queries and keys read a step's target from below it.
     trace.pulls, below, trace.covectors[1:] ⇒ trace.pulls, below, trace.covectors
-parallel_mlp_reads_heads (graph circuits): An MLP reads the heads beside it in a parallel block.
+parallel_mlp_reads_heads (granularity circuits): An MLP reads the heads beside it in a parallel block.
     reader.kind == "mlp" and not self.parallel ⇒ reader.kind == "mlp"
-loadings_past_lacks_mlp (graph attribution): "past" lacks the MLP beside the heads.
+loadings_past_lacks_mlp (differences): "past" lacks the MLP beside the heads.
     past = past + _dot(state, pull.covector) ⇒ past = past
 secant_softmax_plain_mean (secant): The softmax's secant takes the plain mean, not the logarithmic.
     L = log_mean_exp(log_A, log_B) ⇒ L = (log_A.exp() + log_B.exp()) / 2
 secant_product_sum (secant): The product's secant takes both runs' factor twice: no mean, the sum.
     .pre_linear) / 2 ⇒ .pre_linear)
-completeness_understated (operator no_remainder): The completeness error is the smallest error.
+completeness_understated (operator): The completeness error is the smallest error.
     (ours - logits).abs().max() ⇒ (ours - logits).abs().min()
 probe_error_too_large (contraction methods): The probes' error ignores that they are orthogonal.
     math.sqrt((1 - k / ⇒ math.sqrt((1 - 0 * k /

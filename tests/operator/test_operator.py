@@ -48,6 +48,14 @@ def test_float32(case):
     assert lens.completeness_error <= 2e-6
 
 
+def test_the_completeness_error_is_the_largest_one():
+    lens = lens_of(SHAPES[0], torch.float32)
+    ours = lens.readout(lens.operator @ lens.embedding + lens.operator.bias)
+    off = (ours - lens.logits).abs() / lens.logits.abs().max()
+    assert off.min() < 0.1 * off.max()
+    assert lens.completeness_error == pytest.approx(float(off.max()), rel=1e-6)
+
+
 @every_case
 def test_float64_operator_of_a_float32_model(case):
     lens = lens_of(case, torch.float32, dtype=torch.float64)
