@@ -124,7 +124,7 @@ causal_slice_off_by_one (contraction): Sweeps skip what stands on the diagonal w
     slice(first if self.causal else 0, n) ⇒ slice(first + 1 if self.causal else 0, n)
 window_one_too_wide (recomputed contraction): A sliding window lets one key more into sweeps.
     hidden | (behind >= scores.window) ⇒ hidden | (behind > scores.window)
-alibi_slopes_beyond_powers (more_families recomputed): Heads beyond a power of 2 repeat the first ones' slopes.
+alibi_slopes_beyond_powers (more_families): Heads beyond a power of 2 repeat the first ones' slopes.
     i / (2 * n) for i in range(1, 2 * n, 2) ⇒ i / (2 * n) for i in range(2, 2 * n + 1, 2)
 
 # --- Self-check, refusals, caches, hooks
@@ -194,7 +194,7 @@ rotation_done_twice (qk_edges secant): A rotation is done again where it should 
     -_quarter(x * sin, rotation) if back ⇒ _quarter(x * sin, rotation) if back
 edge_of_wrong_reader (qk_edges): Queries and keys read a step's target from below it.
     trace.pulls, below, trace.covectors[1:] ⇒ trace.pulls, below, trace.covectors
-parallel_mlp_reads_heads (granularity circuits): An MLP reads the heads beside it in a parallel block.
+parallel_mlp_reads_heads (granularity): An MLP reads the heads beside it in a parallel block.
     reader.kind == "mlp" and not self.parallel ⇒ reader.kind == "mlp"
 loadings_past_lacks_mlp (differences): "past" lacks the MLP beside the heads.
     past = past + _dot(state, pull.covector) ⇒ past = past
