@@ -25,7 +25,10 @@ TESTS = {
     "guards": "a_lens_knows_when_it_no_longer_describes_its_run in_place_edits_are_refused "
     "an_edit_that_moves_something_between_two_coordinates_is_seen "
     "real_tokens_that_read_padding_are_refused edits_through_data_are_no_false_refusal",
-    "writes": "eight_rows_or_columns_of_any_weight_are_noticed",
+    "writes": "eight_rows_or_columns_of_any_weight_are_noticed "
+    "every_column_and_eight_rows_of_large_matrices_are_noticed",
+    "last_guard": "rows_that_are_left_out_are_an_error "
+    "other_weights_are_an_error_where_no_sample_tells",
     "tokenizers": "special_tokens_that_are_also_padding padding_of_a_hooked_transformer "
     "prompts_of_a_batch_are_not_mixed_up",
     "edits": "an_edited_final_residual_in_every_split_path_and_file an_edit_is_nothing_at_padding",
@@ -65,15 +68,19 @@ TESTS = {
 }
 NAMES = {(file, f"test_{name}") for file, names in TESTS.items() for name in names.split()}
 SINGLE = {
-    "differences": "fixed_baselines_run_no_second_pass_and_have_no_operator_term[bridge-gemma2] "
-    "every_layers_loadings_sum_to_the_effect[hooked-neox-gate]",
-    "granularity": "edges_the_slow_way[hooked-neox-gate]",
-    "edits": "an_edited_run_is_reproduced[hooked-gpt2-blocks.1.attn.hook_pattern] "
-    "an_edited_run_is_reproduced[bridge-gpt2-blocks.1.attn.hook_pattern]",
-    "more_families": "slopes_of_any_number_of_heads[hooked]",
+    "differences": (
+        "fixed_baselines_run_no_second_pass_and_have_no_operator_term[bridge-gemma2]",
+        "every_layers_loadings_sum_to_the_effect[hooked-neox-gate]",
+    ),
+    "granularity": ("edges_the_slow_way[hooked-neox-gate]",),
+    "edits": (
+        "an_edited_run_is_reproduced[hooked-gpt2-blocks.1.attn.hook_pattern]",
+        "an_edited_run_is_reproduced[bridge-gpt2-blocks.1.attn.hook_pattern]",
+    ),
+    "more_families": ("slopes_of_any_number_of_heads[Bloom of 6 heads]",),
 }
 """Tests of one model each, which none of :data:`MODELS` can stand for."""
-CASES = {(file, f"test_{name}") for file, names in SINGLE.items() for name in names.split()}
+CASES = {(file, f"test_{name}") for file, names in SINGLE.items() for name in names}
 
 
 def is_core(file: str, name: str, test: str, parameters: dict) -> bool:

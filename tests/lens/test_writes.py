@@ -82,6 +82,7 @@ def test_replaced_weights_are_refused_or_the_lens_still_has_the_old_ones(case, w
 def test_eight_rows_or_columns_of_any_weight_are_noticed(case):
     model, _, lens = fresh(case)
     read = {t.untyped_storage().data_ptr() for t in lens.capture.tensors()}
+    assert all(p.untyped_storage().data_ptr() in read for p in model.ln_final.parameters())
     n = 0
     for name, p in model.named_parameters():
         if p.untyped_storage().data_ptr() not in read or not lens.capture.known_scores:
