@@ -150,7 +150,7 @@ hooks_stay_after_error (guards capturing): The recorder's hooks stay when the ru
     for handle in handles: ⇒ for handle in handles if "logits" in locals() else ():
 autocast_accepted (guards precision): Autocast is not refused.
     if kind != "meta" and torch.is_autocast_enabled(kind): ⇒ if False:
-logit_scale_accepted (more_families support): A model that scales its logits is not refused by name.
+logit_scale_accepted (wrapping): A model that scales its logits is not refused by name.
     "logit_scale", 1) != 1: ⇒ "logit_scale", 1) is None:
 memory_limit_ignored (contraction): Work that cannot fit the memory limit is not refused.
     if (least := worst(many)) > limit: ⇒ if (least := worst(many)) < 0:

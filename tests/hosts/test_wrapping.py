@@ -733,3 +733,12 @@ def test_a_copy_of_a_wrapped_model_is_wrapped_itself():
     assert tensorlens_tl.unwrap(again) is again is not before
     assert state(again) == state(before)
     assert torch.equal(plain(again), plain(before))
+
+
+@wraps
+def test_scaled_logits_are_refused_by_name():
+    """As Cohere's are, in any host that runs them."""
+    bridge = tensorlens_tl.wrap(build("llama"))
+    bridge.original_model.logit_scale = 0.5
+    with pytest.raises(UnsupportedArchitectureError, match="its logits are scaled after the unemb"):
+        capture(bridge, tokens())
