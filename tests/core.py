@@ -49,7 +49,7 @@ TESTS = {
     "paths": "by_hand k_best_equal_brute_force a_budget_stops_the_search_and_says_so",
     "circuits": "restriction_the_slow_way a_selection_is_what_its_definition_says "
     "connected_edges_are_those_on_a_path a_nodes_constants_stay_if_it_has_a_path_to_the_logits "
-    "circuits_of_other_models",
+    "circuits_of_other_models numbers_of_edges",
     "interventions": "shares_and_intervals_by_hand mean_and_zero_against_replacements_by_hand "
     "frozen_patterns_are_no_edges full_and_empty_circuits",
     "baselines_edges": "eap_ig_is_the_mean_slope_along_the_embeddings",

@@ -194,7 +194,7 @@ rotation_done_twice (qk_edges secant): A rotation is done again where it should 
     -_quarter(x * sin, rotation) if back ⇒ _quarter(x * sin, rotation) if back
 edge_of_wrong_reader (qk_edges): Queries and keys read a step's target from below it.
     trace.pulls, below, trace.covectors[1:] ⇒ trace.pulls, below, trace.covectors
-parallel_mlp_reads_heads (granularity): An MLP reads the heads beside it in a parallel block.
+parallel_mlp_reads_heads (circuits): An MLP reads the heads beside it in a parallel block.
     reader.kind == "mlp" and not self.parallel ⇒ reader.kind == "mlp"
 loadings_past_lacks_mlp (differences): "past" lacks the MLP beside the heads.
     past = past + _dot(state, pull.covector) ⇒ past = past
