@@ -46,7 +46,8 @@ TESTS = {
     "fixed_baselines_run_no_second_pass_and_have_no_operator_term",
     "targets": "a_target_less_an_equal_one_is_exactly_0 many_targets_against_others",
     "datasets": "means_are_those_of_single_attributions",
-    "paths": "by_hand k_best_equal_brute_force a_budget_stops_the_search_and_says_so",
+    "paths": "by_hand k_best_equal_brute_force a_budget_stops_the_search_and_says_so "
+    "energies_are_upper_bounds_of_all_states",
     "circuits": "restriction_the_slow_way a_selection_is_what_its_definition_says "
     "connected_edges_are_those_on_a_path a_nodes_constants_stay_if_it_has_a_path_to_the_logits "
     "circuits_of_other_models numbers_of_edges",
@@ -73,7 +74,7 @@ SINGLE = {
         "fixed_baselines_run_no_second_pass_and_have_no_operator_term[bridge-gemma2]",
         "every_layers_loadings_sum_to_the_effect[hooked-neox-gate]",
     ),
-    "granularity": ("edges_the_slow_way[hooked-neox-gate]",),
+    "interventions": ("one_edge_patched_is_path_patching_on_the_host[bridge-llama]",),
     "edits": (
         "an_edited_run_is_reproduced[hooked-gpt2-blocks.1.attn.hook_pattern]",
         "an_edited_run_is_reproduced[bridge-gpt2-blocks.1.attn.hook_pattern]",
