@@ -272,3 +272,14 @@ def bound(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]
         ) from None
     given.apply_defaults()
     return given.arguments
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """A token as text; "#" and its id where there is no tokenizer."""
+    return f"#{token}" if tokenizer is None else tokenizer.decode([token])
+
+
+def place_label(token: str, pos: int) -> str:
+    """The name of a token in its place, such as '"is"@5', on one line."""
+    text = str(token).replace("\n", "\\n")
+    return f'"{text}"@{pos}'

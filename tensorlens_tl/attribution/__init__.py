@@ -9,7 +9,7 @@ Key concepts:
 from .averages import MeanAttribution, mean_attribution
 from .contrast import check_comparable, difference, fixed_baseline, mean_embedding
 from .head_loadings import loadings
-from .html import grid_html, legend_html, strip_html
+from .html import PROMPTS, grid_html, legend_html, more_prompts, strip_html
 from .paths import Paths, find_paths
 from .splits import attribute, attribute_many
 from .table import Attribution, Source
@@ -29,6 +29,7 @@ from .targets import (
 )
 
 __all__ = [
+    "PROMPTS",
     "Attribution",
     "GradientCache",
     "MeanAttribution",
@@ -51,6 +52,7 @@ __all__ = [
     "loadings",
     "mean_attribution",
     "mean_embedding",
+    "more_prompts",
     "own_prediction",
     "resolve",
     "resolve_at_site",

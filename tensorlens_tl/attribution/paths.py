@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from ..checks import at_least_one, need
+from ..checks import at_least_one, need, place_label
 from ..graph import Node
 from ..operator import Capture, Convention, FrozenTransformer
 from ..sublayers import DENSE_LIMIT
@@ -339,8 +339,7 @@ def _path(
     start, (passed, positions) = capture.frame.spans[0][0], path
     pos, label = (None, name) if at is None else (at - start, f"{name}@{at - start}")
     if name == "embed" and pos is not None:
-        text = str(capture.prompts.strings[0][pos]).replace("\n", "\\n")
-        label = f'"{text}"@{pos}'
+        label = place_label(capture.prompts.strings[0][pos], pos)
     where = tuple(p - start for p in positions) if by_position else None
     return Path(
         Node.parse(name), pos, tuple(node_map.node for node_map in passed), where, value, label

@@ -274,7 +274,8 @@ class Attribution:
     def to_json(self) -> str:
         """Write the attribution as JSON. :meth:`from_json` gives the same numbers back."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data |= {"unit": UNIT, "completeness_error": self.completeness_error}
+        error = self.completeness_error
+        data |= {"unit": UNIT, "completeness_error": None if error is None else _number(error)}
         data |= {"format": FORMAT, "dtype": str(self.values.dtype).removeprefix("torch.")}
         data["values"] = [[_number(x) for x in row] for row in self.values.tolist()]
         data["target_value"] = [_number(x) for x in self.target_value.tolist()]

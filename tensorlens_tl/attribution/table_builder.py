@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import place_label
 from ..graph import Edge, Node
 from ..operator import Capture, CaptureMismatchError, tolerance
 from .table import Attribution, Source
@@ -175,13 +175,9 @@ def _label(capture: Capture, source: Source, prompt: int, read: bool) -> str:
     if not start <= source.pos < stop:
         return "padding"
     pos = source.pos - start
-    token = f"{_quote(capture.prompts.strings[prompt][pos])}@{pos}"
+    token = place_label(capture.prompts.strings[prompt][pos], pos)
     kind = getattr(source.node, "kind", "")
     if kind == "embed":
         return token
     # A head's direct effect is split over the positions that the head read.
     return f"{source.node} ← {token}" if read and kind == "head" else f"{source.node}@{pos}"
-
-
-def _quote(text: Any) -> str:
-    return '"' + str(text).replace("\n", "\\n") + '"'

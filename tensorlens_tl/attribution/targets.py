@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import token_text
 from ..operator import Capture
 from ..sublayers import soft_cap_ratio, take_row
 
@@ -298,7 +299,7 @@ def resolve_target(
         ratio = soft_cap_ratio(own, unembed.soft_cap)
         covector = covector * ratio[:, None]
         constants = {name: constant * ratio for name, constant in constants.items()}
-    names = tuple(repr(_decode(capture, int(i))) for i in ids)
+    names = tuple(repr(token_text(capture.tokenizer, int(i))) for i in ids)
     return Target(names, query, covector, constants, logits[prompts, ids])
 
 
@@ -444,7 +445,3 @@ def _no_target(target: Any, name: str) -> ValueError:
         f"{name}={target!r} of type {type(target).__name__} is no token and no direction. Pass a "
         "string, an integer or a one-dimensional tensor."
     )
-
-
-def _decode(capture: Capture, token: int) -> str:
-    return f"#{token}" if capture.tokenizer is None else capture.tokenizer.decode([token])

@@ -214,9 +214,12 @@ def _drawn(p: argparse.ArgumentParser) -> None:
     p.add_argument("--n", type=_number(1), default=20, help="number of these prompts (default: 20)")
 
 
-def _seeded(p: argparse.ArgumentParser, least: int, of: str) -> None:
+def _seeded(p: argparse.ArgumentParser, batch_size: int, of: str) -> None:
     p.add_argument(
-        "--batch-size", type=_number(1), default=least, help=f"prompts at once (default: {least})"
+        "--batch-size",
+        type=_number(1),
+        default=batch_size,
+        help=f"prompts at once (default: {batch_size})",
     )
     p.add_argument("--seed", type=_number(0), default=0, help=f"seed of {of} (default: 0)")
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from ..checks import token_text
 from .prompt_input import Prompt
 
 WIDTH = 28
@@ -74,11 +75,6 @@ def token(text: str | None) -> str | int | None:
     """Read a token as typed: '#' and digits are an id."""
     numbered = text is not None and text.startswith("#") and text[1:].isdecimal()
     return int(text[1:]) if text is not None and numbered else text
-
-
-def token_text(tokenizer: Any, number: int) -> str:
-    """The text of a token, or '#' and its id where the model has no tokenizer."""
-    return f"#{number}" if tokenizer is None else tokenizer.decode([number])
 
 
 def unknown_words(tokenizer: Any, text: str) -> list[str]:

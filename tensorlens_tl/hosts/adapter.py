@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..checks import token_text
 from ..graph import FINAL_SITE, resid_site
 from ..operator import Prompts
 from ..sublayers import (
@@ -182,8 +183,7 @@ class Adapter(ABC):
         if (W_E := getattr(self.model, "W_E", None)) is None:
             return None
         norm = getattr(self.model, "embed_ln", None) or getattr(self.model.embed, "ln", None)
-        weights = self.norm_weights(norm)
-        return EmbedWeights(W_E, weights, 0.0 if weights is None else norm_eps(norm))
+        return EmbedWeights(W_E, self.norm_weights(norm))
 
     def query_key_weights(self) -> tuple[QueryKeyWeights, ...]:
         """W_Q, b_Q, W_K and b_K of every block, by reference; norms and rotations come after."""
@@ -242,7 +242,6 @@ class Adapter(ABC):
                 soft_cap=s.soft_cap,
                 q_norm=q_norm,
                 k_norm=k_norm,
-                eps=norm_eps(norms[0]),
                 rotation=rotation,
                 slopes=s.slopes,
             )
@@ -435,7 +434,7 @@ class Adapter(ABC):
 
     def token_string(self, token: int) -> str:
         """A token as text; "#" and its id where there is no tokenizer."""
-        return f"#{token}" if self.tokenizer is None else self.tokenizer.decode([token])
+        return token_text(self.tokenizer, token)
 
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_vocab"]:
         """One ordinary forward pass, when no other thread of the library runs the model."""
@@ -443,8 +442,9 @@ class Adapter(ABC):
             return self.model(inputs, return_type="logits", **kwargs)
 
 
-def norm_eps(norm: Any) -> float:
-    """The ε that a host's norm adds to the variance; 0 where there is no norm."""
+def norm_eps(norm: Any) -> float | None:
+    """The ε that a host's norm adds to the variance; None where it shows none."""
     norm = getattr(norm, "original_component", norm)
     found = getattr(norm, "variance_epsilon", None)
-    return float(getattr(norm, "eps", 0.0) if found is None else found)
+    found = getattr(norm, "eps", None) if found is None else found
+    return None if found is None else float(found)

@@ -167,7 +167,7 @@ class BridgeAdapter(Adapter):
             )
         offset = 1.0 if rms and getattr(self.cfg, "rmsnorm_uses_offset", False) else 0.0
         w, b = getattr(component, "weight", None), getattr(component, "bias", None)
-        return NormWeights(w, b, center=not rms, offset=offset, eps=norm_eps(component) or None)
+        return NormWeights(w, b, center=not rms, offset=offset, eps=norm_eps(component))
 
     def block_weights(self, block: Any) -> BlockWeights:
         norm = partial(self._norm_weights_of, block)

@@ -99,7 +99,8 @@ def as_host(model: Any, tokenizer: Any = None) -> Any:
             fresh = BRIDGE not in vars(model)
             bridge = wrap(model, tokenizer)
             try:
-                adapt(bridge) if fresh else None
+                if fresh:
+                    adapt(bridge)
             except ValueError:
                 unwrap(model)
                 raise
@@ -158,7 +159,8 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
             if tokenizer is not None:
                 give_tokenizer(bridge, tokenizer)
         except ValueError:
-            unwrap(model) if fresh else None
+            if fresh:
+                unwrap(model)
             raise
     return bridge
 
@@ -288,8 +290,7 @@ def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
     bridge.tokenizer = None
     bridge.tokenizer = copy
     # 4. What differs from the tokenizer's own ids.
-    ids = bridge.to_tokens(probe)[0].tolist()
-    how = "token ids"
+    ids, how = bridge.to_tokens(probe)[0].tolist(), "token ids"
     for flag in (False, True):
         if bridge.to_tokens(probe, prepend_bos=flag)[0].tolist() == own:
             how = f"prepend_bos={flag}"
@@ -308,11 +309,10 @@ def _probe(tokenizer: Any) -> str:
 
     def texts() -> Iterator[str]:
         yield "a"
-        yield from sorted(tokenizer.get_vocab(), key=lambda text: (not text.isalpha(), text))
+        words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+        yield from sorted(words, key=lambda text: (not text.isalpha(), text))
 
     for text in texts():
-        if text in tokenizer.all_special_tokens:
-            continue
         with suppress(Exception):  # the tokenizers library raises no class of its own
             ids = tokenizer.encode(text, add_special_tokens=False)
             if ids and tokenizer.unk_token_id not in ids:

@@ -47,7 +47,7 @@ class HookedTransformerAdapter(Adapter):
                 refusal(f"the norm {kind}", "it is neither LayerNorm nor RMSNorm")
             )
         w, b = getattr(norm, "w", None), getattr(norm, "b", None)
-        return NormWeights(w, b, center=kind.startswith("Layer"), eps=norm_eps(norm) or None)
+        return NormWeights(w, b, center=kind.startswith("Layer"), eps=norm_eps(norm))
 
     def block_weights(self, block: Any) -> BlockWeights:
         for module in (block, block.attn):

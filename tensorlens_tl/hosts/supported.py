@@ -122,7 +122,9 @@ def check_weights(model: Any) -> None:
             problem = f"The weights of {name or 'the model'} are on the meta device, without values"
             remedy = "Load the model with its weights, whole on one device."
         elif name.rpartition(".")[2].startswith("hook_"):
-            problem = f"An {type(module).__name__} stands at {name} in place of the hook point"
+            problem = (
+                f"A module {type(module).__name__} stands at {name} in place of the hook point"
+            )
             remedy = "Take it off (model.reset_saes()), or call it in a hook of your own."
         elif tensors and _is_packed(module):
             kind = f"{type(module).__name__} of {type(module).__module__.split('.')[0]}"

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 EMPTY = "The prompt is empty. Give at least one token."
 Spans = list[tuple[int, int]]
-_SIDES = (None, "left", "right")
 
 CONVENTION = "_tensorlens_convention"
 """Attribute of a wrapped model: where its token ids differ from the tokenizer's own. Told once."""
@@ -117,8 +116,9 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
             "model.tokenizer was not set by set_tokenizer, so the host does not know whether it "
             "begins a text with BOS. Call model.set_tokenizer(tokenizer), or pass token ids."
         )
-    if kwargs.get("prepend_bos") is None:
-        tell_convention(model)
+    # Told once, where the host's convention is not the tokenizer's own and neither was chosen.
+    if kwargs.get("prepend_bos") is None and (told := vars(model).pop(CONVENTION, None)):
+        warnings.warn(told, UserWarning, stacklevel=2)
     keys = {k: kwargs[k] for k in ("prepend_bos", "padding_side") if k in kwargs}
     keys["truncate"] = False  # a text over n_ctx is refused, not cut
     rows = [model.to_tokens(text, **keys)[0] for text in texts if text]
@@ -139,12 +139,6 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
         for parts, value in ((rows, pad), ([torch.ones_like(row) for row in rows], 0))
     ]
     return padded[0], padded[1]
-
-
-def tell_convention(model: Any) -> None:
-    """Tell once where the token ids of a wrapped model's texts differ from the tokenizer's own."""
-    if text := vars(model).pop(CONVENTION, None):
-        warnings.warn(text, UserWarning, stacklevel=2)
 
 
 def unpacked(
@@ -200,7 +194,8 @@ def check_arguments(
     Raises:
         ValueError: If there is one, or if prepend_bos or padding_side has an unknown value.
     """
-    for key, values in (("prepend_bos", (None, True, False)), ("padding_side", _SIDES)):
+    known_values = {"prepend_bos": (None, True, False), "padding_side": (None, "left", "right")}
+    for key, values in known_values.items():
         if kwargs.get(key) not in values:
             known = ", ".join(map(repr, values))
             raise ValueError(f"{key}={kwargs[key]!r} is not known. Pass one of {known}.")
@@ -267,7 +262,8 @@ def each_prompt(prompts: Any, tokenizer: Any, mask: Any = None, name: str = "pro
     rows = [prompt for prompt in found if not isinstance(prompt, str)]
     equal = len({len(row) for row in rows}) == 1
     if mask is None:
-        if equal and (isinstance(prompts, Tensor) or not isinstance(given[0], Tensor)):
+        own = not isinstance(prompts, Tensor) and all(isinstance(p, Tensor) for p in given)
+        if equal and not own:
             check_padding(torch.stack(rows), tokenizer, "each prompt's own ids as a tensor [pos]")
         return found
     if len(rows) < len(found):

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..attribution import Attribution, Target, grid_html, resolve
-from ..checks import as_array, as_list, is_int, need, pick_prompts
+from ..checks import as_array, as_list, is_int, need, pick_prompts, place_label
 from ..operator import Capture
 
 if TYPE_CHECKING:
@@ -235,10 +235,7 @@ def continuation_targets(
     ).to(capture.frame.device)
     goals = [resolve(capture, pos=i - size - 1, predicted=ids[:, i], of=of) for i in range(size)]
     names = tuple(
-        tuple(
-            f'"{token}"@{len(own) - size + i}'.replace("\n", "\\n")
-            for i, token in enumerate(own[-size:])
-        )
+        tuple(place_label(token, len(own) - size + i) for i, token in enumerate(own[-size:]))
         for own in capture.prompts.strings
     )
     return goals, names

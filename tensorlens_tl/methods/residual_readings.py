@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import TargetLike, resolve_token
-from ..checks import as_array, at_least_one, need, pick_prompts
+from ..checks import as_array, at_least_one, need, pick_prompts, place_label, token_text
 from ..operator import Capture, FrozenTransformer
 from ..sublayers import DENSE_LIMIT, Norm, soft_cap_ratio, take_row
 
@@ -146,7 +146,8 @@ class LogitLens:
             for site, of_site in zip(self.sites, best, strict=True):
                 for label, *found in zip(one.labels[0], *of_site, strict=True):
                     for rank, (logit, token, p) in enumerate(zip(*found, strict=True), 1):
-                        yield Reading(prompt, site, label, rank, token, self._text(token), logit, p)
+                        text = token_text(self.tokenizer, token)
+                        yield Reading(prompt, site, label, rank, token, text, logit, p)
 
     def to_dataframe(self, k: int = 5) -> pandas.DataFrame:
         """The k likeliest tokens of every site and position as a pandas table.
@@ -168,9 +169,6 @@ class LogitLens:
         rows = [row._asdict() for row in self.rows(k)]
         data = {"format": FORMAT, "norm": self.norm, "sites": self.sites, "rows": rows}
         return json.dumps(data, ensure_ascii=False)
-
-    def _text(self, token: int) -> str:
-        return f"#{token}" if self.tokenizer is None else self.tokenizer.decode([token])
 
     def _table(self) -> tuple[list[str], list[tuple[str, list[tuple[str, float]]]]]:
         """Names of columns, and rows of cells: the best five of one position, or one of each."""
@@ -280,7 +278,7 @@ def logit_lens(
     else:
         shown = [[pos % len(own)] for own in strings]
     labels = tuple(
-        tuple(f'"{own[i]}"@{i}'.replace("\n", "\\n") for i in places)
+        tuple(place_label(own[i], i) for i in places)
         for own, places in zip(strings, shown, strict=True)
     )
     return LogitLens(logits, operator.sites[:-1], labels, spans, norm, capture.tokenizer)

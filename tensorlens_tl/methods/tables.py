@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attribution import legend_html, strip_html
-from ..checks import as_array, at_least_one, need, pick_prompts
+from ..attribution import PROMPTS, legend_html, more_prompts, strip_html
+from ..checks import as_array, at_least_one, need, pick_prompts, place_label
 from ..operator import Convention
 from ..sublayers import TINY
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import pandas
 
 MATRIX_FORMAT, SCORES_FORMAT = "tensorlens_tl token matrix 1", "tensorlens_tl token scores 1"
-SHOWN = 3
-"""How many prompts a notebook shows."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -262,7 +260,7 @@ class TokenScores:
         """
         scores = self[prompt]
         order = scores.abs().argsort(descending=True)[: at_least_one(k, "k")].tolist()
-        found = [(f'"{self.labels[prompt][i]}"@{i}', float(scores[i])) for i in order]
+        found = [(place_label(self.labels[prompt][i], i), float(scores[i])) for i in order]
         return [(name, score) for name, score in found if score != 0]
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -304,9 +302,8 @@ class TokenScores:
 
     def _repr_html_(self) -> str:
         parts = []
-        for i in range(min(SHOWN, len(self))):
+        for i in range(min(PROMPTS, len(self))):
             scores = self[i].tolist()
             head = f"<div><b>{self.method}</b> of {escape(self.target[i])}</div>"
             parts += [head, strip_html(self.labels[i], scores), legend_html(scores, "scores")]
-        more = len(self) - SHOWN
-        return "".join(parts) + (f"<div>… {more} more prompts</div>" if more > 0 else "")
+        return "".join(parts) + more_prompts(len(self))

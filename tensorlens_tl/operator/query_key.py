@@ -214,7 +214,7 @@ class Projection:
         raw = y
         if norm is not None:
             centered = y - y.mean(-1, keepdim=True) if norm.center else y
-            scale = (centered.square().mean(-1, keepdim=True) + w.eps).sqrt()
+            scale = (centered.square().mean(-1, keepdim=True) + (norm.eps or 0.0)).sqrt()
             y = centered / scale
             y = y if norm.gain is None else y * frame.cast(norm.gain)
             y = y if norm.b is None else y + frame.cast(norm.b)

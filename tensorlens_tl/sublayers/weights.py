@@ -42,12 +42,10 @@ class EmbedWeights:
     Attributes:
         W_E: The embedding matrix.
         norm: The norm of the rows, or None.
-        eps: The ε of this norm.
     """
 
     W_E: Float[Tensor, "d_vocab d_model"]
     norm: NormWeights | None = None
-    eps: float = 0.0
 
     def rows(self, ids: slice | Tensor, dtype: torch.dtype) -> Float[Tensor, "*ids d_model"]:
         """Rows of the matrix, after the norm if there is one."""
@@ -56,7 +54,7 @@ class EmbedWeights:
             return rows
         w, b = (None if x is None else x.detach().to(dtype) for x in (self.norm.w, self.norm.b))
         # Not a frozen scale: rows of words that the prompt lacks have a scale of their own.
-        return torch.nn.functional.layer_norm(rows, rows.shape[-1:], w, b, self.eps)
+        return torch.nn.functional.layer_norm(rows, rows.shape[-1:], w, b, self.norm.eps or 0.0)
 
     def mean(self, dtype: torch.dtype) -> Float[Tensor, " d_model"]:
         """The mean of all rows, after the norm if there is one."""
@@ -116,7 +114,6 @@ class ScoreWeights:
         soft_cap: Largest absolute score.
         q_norm: Norm of the queries.
         k_norm: Norm of the keys.
-        eps: The ε of these norms.
         rotation: Rotary positions of queries and keys.
         slopes: ALiBi's loss of score per position of distance, one per query head.
     """
@@ -129,7 +126,6 @@ class ScoreWeights:
     soft_cap: float | None = None
     q_norm: NormWeights | None = None
     k_norm: NormWeights | None = None
-    eps: float = 0.0
     rotation: Rotation | None = None
     slopes: tuple[float, ...] | None = None
 

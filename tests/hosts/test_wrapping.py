@@ -473,9 +473,7 @@ def test_an_autoencoder_in_place_of_a_hook_point_is_named(name):
     model = build_hooked(HOOKED["gpt2"], torch.float32)
     parent, _, last = name.rpartition(".")
     model.get_submodule(parent)._modules[last] = Autoencoder()
-    match = (
-        rf"An Autoencoder stands at {name} in place of the hook point\. Take it off .model\.reset"
-    )
+    match = rf"A module Autoencoder stands at {name} in place of the hook point\. Take it off"
     with pytest.raises(UnsupportedArchitectureError, match=match):
         capture(model, tokens())
 
@@ -486,7 +484,7 @@ def test_an_autoencoder_in_a_bridge_is_named():
         model = to_bridge(build("gpt2"))
     model.blocks[0]._modules["hook_out"] = Autoencoder()
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"An Autoencoder stands at blocks\.0\.hook_o"
+        UnsupportedArchitectureError, match=r"A module Autoencoder stands at blocks\.0\.hook_o"
     ):
         capture(model, tokens())
 

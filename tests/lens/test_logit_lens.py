@@ -96,7 +96,7 @@ def test_forms_of_the_result(demo_model):
     best = found.probabilities[0, -1, 0].max()
     assert f"'Paris' {float(best):.1%}" in repr(found).splitlines()[-1]
     assert f"'Paris' {float(best):.1%}" in found._repr_html_().replace("&#x27;", "'")
-    pytest.importorskip("pandas")
+    pytest.importorskip("pandas", reason="an extra")
     table = found.to_dataframe(k=2)
     assert list(table.columns) == [
         *("prompt", "site", "pos", "rank", "id", "token", "logit", "probability")

@@ -95,7 +95,7 @@ def test_forms_of_the_matrix(demo_model):
     assert f"{value:+.4f}" in repr(found).splitlines()[-1]
     edges = lens.attribute_sequence(-2, by="edge")
     assert edges.completeness_error is None and "do not sum" in repr(edges)
-    pytest.importorskip("pandas")
+    pytest.importorskip("pandas", reason="an extra")
     table = found.to_dataframe()
     assert list(table.columns) == list(found.outputs[0])
     assert np.array_equal(table.to_numpy(), found.values[0].numpy())
