@@ -12,7 +12,10 @@ from typing import Any
 
 from ..checks import write_whole
 
-STYLE = "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:64em}pre{overflow:auto}"
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:64em}"
+    "section,pre{overflow:auto}"
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,13 @@ def page(results: Sequence[tuple[str, Any]]) -> str:
     Returns:
         The text of the page.
     """
-    body = "\n".join(f"<h2>{escape(heading)}</h2>\n{_drawn(result)}" for heading, result in results)
+    body = "\n".join(
+        f"<h2>{escape(heading)}</h2>\n<section>{_drawn(result)}</section>"
+        for heading, result in results
+    )
     return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>tensorlens_tl</title>\n'
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width">\n<title>tensorlens_tl</title>\n'
         f"<style>{STYLE}</style>\n{body}\n</html>"
     )
 

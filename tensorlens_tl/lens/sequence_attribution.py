@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..attribution import Attribution, Target, grid_html, resolve
+from ..attribution import Attribution, Target, grid_html, legend_html, resolve
 from ..checks import as_array, as_list, is_int, need, pick_prompts, place_label
 from ..operator import Capture
 
@@ -201,8 +202,19 @@ class SequenceAttribution:
         names = [one.labels[0][i] for i in rows]
         more = len(one.labels[0]) - len(rows)
         below = f"<div>… {more} more rows</div>" if more else ""
-        grid = grid_html(names, one.outputs[0], one.values[0, rows].tolist())
-        return f"<div><b>{self._head()}</b> by {self.columns[0].by}</div>{grid}{below}"
+        values = one.values[0, rows]
+        grid = grid_html(names, one.outputs[0], values.tolist())
+        sums = [
+            f"{escape(column.target[0])} = {value:.4g}"
+            for column, value in zip(one.columns, one.target_value[0].tolist(), strict=True)
+        ]
+        exact = one.completeness_error
+        what = "The rows do not sum to" if exact is None else "The columns sum to"
+        off = "" if exact is None else f"; off by at most {exact:.0e} of Σ|·|"
+        total = f"<div><small>{what} {', '.join(sums)}{off}.</small></div>"
+        legend = legend_html(values.flatten().tolist())
+        head = f"<div><b>{self._head()}</b> by {self.columns[0].by}</div>"
+        return f"{head}{grid}{below}{legend}{total}"
 
 
 def continuation_targets(

@@ -93,8 +93,10 @@ def test_forms_of_the_matrix(demo_model):
         assert '"of"@5' in shown and '"France"@6' in shown and '"capital"@4' in shown
     value = float(found.target_value[0, 1])
     assert f"{value:+.4f}" in repr(found).splitlines()[-1]
+    assert f"= {value:.4g}; off by at most" in found._repr_html_()
     edges = lens.attribute_sequence(-2, by="edge")
     assert edges.completeness_error is None and "do not sum" in repr(edges)
+    assert "The rows do not sum to" in edges._repr_html_()
     pytest.importorskip("pandas", reason="an extra")
     table = found.to_dataframe()
     assert list(table.columns) == list(found.outputs[0])
