@@ -190,9 +190,10 @@ class SelfCheck:
         if norm is None or not norm.weights.center:
             return 0.0
         gain = norm.weights.gain
-        p = p.T if gain is None else p.T * self.frame.cast(gain)
+        rows = p if p.ndim == 1 else p.mT  # one covector, or one per head
+        rows = rows if gain is None else rows * self.frame.cast(gain)
         unit = _ROUNDINGS * self.unit * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        found = unit / norm.scale * torch.linalg.vector_norm(p, dim=-1)
+        found = unit / norm.scale * torch.linalg.vector_norm(rows, dim=-1)
         return found.squeeze(-1) if p.ndim == 1 else found
 
     # --- Judging
