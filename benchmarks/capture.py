@@ -19,7 +19,7 @@ import torch
 from timing import interleave, ratio
 
 import tensorlens_tl
-from tensorlens_tl.hosts import self_check as selfcheck
+from tensorlens_tl.recording import self_check as selfcheck
 
 SHAPE = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_mlp": 3072, "d_vocab": 50257}
 BARS = {

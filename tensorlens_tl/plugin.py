@@ -93,8 +93,9 @@ def capture(
         >>> lens.attribute("Paris", versus="Rome").top(1)
         [('"France"@4', 11.08...)]
     """
-    from .hosts import as_host, freeze
+    from .hosts import as_host
     from .lens import TensorLens, WriteCheck
+    from .recording import freeze
 
     logits, captured = freeze(
         as_host(model, tokenizer),

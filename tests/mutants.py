@@ -134,6 +134,7 @@ change_in_place_accepted (edits guards): A hook may write over what was read, un
     if version(source) != seen: ⇒ if version(source) < seen:
 stale_lens_answers (guards capturing): A lens answers after the model's weights were changed.
     if (tensor := self.writes.written()) is not None: ⇒ if (tensor := None) is not None:
+    if version(tensor) != seen: ⇒ if version(tensor) < seen:
 uncounted_write_passes (writes): A lens does not notice a write that torch does not count.
     if not _equal(now, seen): ⇒ if now.isnan().all():
 row_apart_is_missed (writes): Steps through a weight are so long that rows are passed over.
@@ -146,6 +147,7 @@ known_products_survive (capturing guards): An edit through .data is checked with
     self._known.clear() self._names, self._errors, ⇒ self._names, self._errors,
 target_of_same_name_reused (attribution targets): Another position's sweep is taken for this one's.
     others.keys()) and all( ⇒ others.keys()) or all(
+    .name and all( ⇒ .name or all(
 hooks_stay_after_error (guards capturing): The recorder's hooks stay when the run fails.
     for handle in handles: ⇒ for handle in handles if "logits" in locals() else ():
 autocast_accepted (guards precision): Autocast is not refused.
@@ -179,6 +181,7 @@ sem_of_biased_variance (datasets): The standard error divides by n where n − 1
 # --- Attribution
 versus_adds_b_u (targets attribution): b_U of the other token is added, not subtracted.
     constants[name] = a - b ⇒ constants[name] = a + b
+    , self.constant - ⇒ , self.constant +
 many_targets_one_position (attribution): Targets of several positions are pulled at the first's.
     query if same else None ⇒ query
 orders_off_by_one (granularity): Constants of nodes are of order 0, and those of none of order 1.

@@ -27,6 +27,7 @@ ROOMS = [
     "sublayers",
     "operator",
     "hosts",
+    "recording",
     "attribution",
     "methods",
     "circuits",

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..checks import at_least_one, need, new_file, one_each, progress_bar
 from ..graph import Edge, Node
-from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, prompts_of
+from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, FrozenTransformer
+from ..recording import freeze
 from .html import ROWS, UNIT, left_out, legend_html, sum_html, table_html
 from .splits import attribute
 from .table import Source

@@ -36,8 +36,9 @@ from ..attribution import (
 )
 from ..checks import as_list, at_least_one, one_each, progress_bar, whole, write_whole
 from ..graph import Edge
-from ..hosts import Adapter, adapt, as_host, each_prompt, freeze, prompts_of
+from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
+from ..recording import freeze
 from .circuit import Circuit, select_circuit
 from .edge_averages import edge_columns, edge_sums
 from .model_id import ModelInfo

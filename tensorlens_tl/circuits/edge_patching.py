@@ -40,15 +40,13 @@ from torch import Tensor, nn
 from ..checks import no_autocast
 from ..hosts import (
     Adapter,
-    Edit,
     QueryKeyWeights,
     Read,
     UnsupportedArchitectureError,
     adapt,
-    hooked,
     in_this_thread,
-    unsplit,
 )
+from ..recording import Edit, hooked, unsplit
 from ..sublayers import NormWeights
 from .edge_masks import EdgeUniverse, wiring_of
 

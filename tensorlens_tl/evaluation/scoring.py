@@ -27,9 +27,10 @@ from ..attribution import (
     resolve_token,
 )
 from ..checks import progress_bar
-from ..hosts import adapt, each_prompt, own_ids, prompts_of, record
+from ..hosts import adapt, each_prompt, own_ids, prompts_of
 from ..methods import token_scores
 from ..operator import Capture, Convention, FrozenTransformer
+from ..recording import record
 
 CONTRASTS = ("runner_up", "all_others")
 """Words for what a target is compared with: the likeliest other token, or all others, weighted by

@@ -14,7 +14,7 @@ It never edits the run. The two classes of hosts are in ``hooked_transformer`` a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +34,7 @@ from ..sublayers import (
     ScoreWeights,
     UnembedWeights,
 )
-from .attention_reading import NotRecomputableError, RecomputedReading
+from .attention_reading import NotRecomputableError, RecomputedReading, score_weights
 from .hook_points import (
     EDITS,
     FINAL_EDITS,
@@ -47,8 +47,9 @@ from .hook_points import (
     foreign_hooks,
     host_names,
 )
-from .supported import UnsupportedArchitectureError, check_weights, refusal
+from .supported import UnsupportedArchitectureError, refusal
 from .tokens import prepare
+from .unreadable import check_weights
 
 _ACTIVATIONS = {
     "relu": "relu",
@@ -205,46 +206,12 @@ class Adapter(ABC):
             One entry per block, or the reason why it is not known how scores were computed.
         """
         try:
-            return tuple(self._score_weights(n_pos, (kwargs or {}).get("position_ids")))
+            return tuple(score_weights(self, n_pos, (kwargs or {}).get("position_ids")))
         except NotRecomputableError as error:
             return error.cause
         except UnsupportedArchitectureError as error:  # such as a LoRA adapter
             reason = str(error).split(". ")[0].removeprefix("Cannot freeze ")
             return reason.replace(" exactly:", ":")
-
-    def _score_weights(self, n_pos: int, position_ids: Any) -> Iterator[ScoreWeights]:
-        how, weights = self.recomputed_reading(), self.query_key_weights()
-        if how.sinks:
-            raise NotRecomputableError(
-                what="sinks", why="the pattern is no softmax of the scores alone"
-            )
-        with torch.no_grad():
-            rotations = self.rotations(n_pos)
-        if rotations is None:
-            raise NotRecomputableError(
-                what="rotations", why="the model's tables of them are not found"
-            )
-        given = torch.as_tensor([0] if position_ids is None else position_ids)
-        if any(rotations) and bool((given.diff() != 1).any()):
-            raise NotRecomputableError(what="position_ids", why="they are not consecutive")
-        blocks, d_head = self.model.blocks, self.cfg.d_head
-        for block, own, s, rotation in zip(blocks, weights, how.scores, rotations, strict=True):
-            norms = [getattr(block.attn, name, None) for name in ("q_norm", "k_norm")]
-            q_norm, k_norm = map(self.norm_weights, norms)
-            gains = [n.w for n in (q_norm, k_norm) if n is not None and n.w is not None]
-            if any(w.shape != (d_head,) for w in gains):  # OLMo-2, Cohere
-                raise NotRecomputableError(
-                    what="the norm of queries and keys", why="heads differ in it"
-                )
-            yield ScoreWeights(
-                *own,
-                scale=s.scale,
-                soft_cap=s.soft_cap,
-                q_norm=q_norm,
-                k_norm=k_norm,
-                rotation=rotation,
-                slopes=s.slopes,
-            )
 
     @property
     def attends_apart(self) -> bool:

@@ -17,7 +17,7 @@ dropped as soon as the layer is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..sublayers import HALF, AttentionWeights, Frame, Mix, RecomputedMix, Scores, version
+from ..sublayers import (
+    HALF,
+    AttentionWeights,
+    Frame,
+    Mix,
+    RecomputedMix,
+    Scores,
+    ScoreWeights,
+    version,
+)
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -320,3 +329,49 @@ class _NativeTables:
 def drop_pattern(module: Any, args: Any, output: Any) -> None:
     """Forget, as a hook on a Bridge's attention, the pattern that the Bridge keeps there."""
     module._pattern = None
+
+
+def score_weights(adapter: Adapter, n_pos: int, position_ids: Any) -> Iterator[ScoreWeights]:
+    """What the attention scores of every block are made of, by reference.
+
+    Args:
+        adapter: Adapter of the model.
+        n_pos: Number of positions for which rotations are needed.
+        position_ids: Positions of the run, or None for consecutive ones.
+
+    Yields:
+        One entry per block.
+
+    Raises:
+        NotRecomputableError: If it is not known how the model computes its scores.
+    """
+    how, weights = adapter.recomputed_reading(), adapter.query_key_weights()
+    if how.sinks:
+        raise NotRecomputableError(
+            what="sinks", why="the pattern is no softmax of the scores alone"
+        )
+    with torch.no_grad():
+        rotations = adapter.rotations(n_pos)
+    if rotations is None:
+        raise NotRecomputableError(what="rotations", why="the model's tables of them are not found")
+    given = torch.as_tensor([0] if position_ids is None else position_ids)
+    if any(rotations) and bool((given.diff() != 1).any()):
+        raise NotRecomputableError(what="position_ids", why="they are not consecutive")
+    blocks, d_head = adapter.model.blocks, adapter.cfg.d_head
+    for block, own, s, rotation in zip(blocks, weights, how.scores, rotations, strict=True):
+        norms = [getattr(block.attn, name, None) for name in ("q_norm", "k_norm")]
+        q_norm, k_norm = map(adapter.norm_weights, norms)
+        gains = [n.w for n in (q_norm, k_norm) if n is not None and n.w is not None]
+        if any(w.shape != (d_head,) for w in gains):  # OLMo-2, Cohere
+            raise NotRecomputableError(
+                what="the norm of queries and keys", why="heads differ in it"
+            )
+        yield ScoreWeights(
+            *own,
+            scale=s.scale,
+            soft_cap=s.soft_cap,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            rotation=rotation,
+            slopes=s.slopes,
+        )

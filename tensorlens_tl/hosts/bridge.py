@@ -2,26 +2,21 @@
 
 A Bridge wraps each module of a Hugging Face model in a component. How scores are made is told by
 the component's class: see ``BRIDGE_READINGS``, one entry per component and none per architecture.
-``build_bridge`` wraps a model, and compares the Bridge with the model as it was.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..graph import resid_site
 from ..sublayers import (
-    TINY,
     AttentionWeights,
     BlockWeights,
     GatedMLPWeights,
@@ -37,20 +32,16 @@ from .attention_reading import (
     RecomputedReading,
     drop_pattern,
 )
-from .self_check import not_finite
 from .supported import (
+    BRIDGE,
     NotFoldedError,
     UnsupportedArchitectureError,
-    adapter_at,
     check_architecture,
-    check_weights,
     faulty_option,
     flags_off,
     is_adapted,
     merge_first,
     refusal,
-    restore,
-    snapshot,
 )
 
 _ACT_FNS = {
@@ -70,13 +61,6 @@ _ACT_FNS = {
 
 _HALVES_INTERLEAVED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM")
 """Architectures that turn neighbours by the first half of their tables, each entry for two."""
-
-
-BRIDGE = "_tensorlens_bridge"
-"""Attribute of a Hugging Face model that holds the Bridge around it."""
-
-BEFORE = "_tensorlens_before"
-"""Attribute of such a model that holds what it was before."""
 
 
 class BridgeAdapter(Adapter):
@@ -304,147 +288,3 @@ def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
     raise UnsupportedArchitectureError(
         refusal(f"the linear module {type(module).__name__}", "its orientation is not known here")
     )
-
-
-# --- Around a Hugging Face model ------------------------------------------------------------------
-
-
-def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
-    """Wrap a Hugging Face model, and compare its logits before and after.
-
-    Args:
-        model: The Hugging Face model.
-        build: Function without arguments that builds the Bridge around the model.
-
-    Returns:
-        The Bridge around the model, in the same mode (training or evaluation).
-
-    Raises:
-        ValueError: If the model is inside another Bridge, or its logits are not finite.
-        UnsupportedArchitectureError: If the Bridge cannot be built or run, or gives other logits.
-            The model is then as it was.
-    """
-    name = type(model).__name__
-    if any(type(module).__module__.startswith("transformer_lens.") for module in model.modules()):
-        raise ValueError(
-            f"This {name} is inside a TransformerBridge already, which wrap did not make. "
-            "Pass that Bridge in its place."
-        )
-    check_architecture(name, model)
-    check_weights(model)
-    adapted, (what, remedy) = adapter_at(model), faulty_option(name, model.config)
-    before = snapshot(model)
-    kept = [(module, module.training) for module in model.modules()]
-    ids = _probe_ids(model)
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    try:
-        failing = "the model itself does not run on token ids"
-        try:
-            with torch.random.fork_rng(devices):  # a Bridge draws the weights that it then replaces
-                with _at_rest(model):
-                    expected = model(ids).logits
-                failing = (
-                    f"transformer_lens {metadata.version('transformer_lens')} cannot bridge it"
-                )
-                bridge = build()
-                with _at_rest(model, bridge):
-                    off, rounding = _difference(model, bridge, ids, expected)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0].rstrip(".: ")
-            raise UnsupportedArchitectureError(
-                refusal(what, f"{failing} ({reason})", remedy)
-            ) from error
-        if not off <= rounding:
-            if adapted:
-                raise UnsupportedArchitectureError(merge_first(adapted))
-            if not expected.isfinite().all():
-                raise ValueError(not_finite("logits", model))
-            why = (
-                f"its Bridge gives logits that differ from Hugging Face's by {off:.1e} of the "
-                f"largest, where rounding explains {rounding:.0e}"
-            )
-            raise UnsupportedArchitectureError(refusal(what, why, remedy))
-    except BaseException:
-        restore(before)
-        raise
-    finally:
-        for module, training in kept:
-            module.training = training
-    vars(model)[BRIDGE], vars(model)[BEFORE] = bridge, before  # not among the submodules
-    return bridge
-
-
-def _probe_ids(model: Any) -> Tensor:
-    """Eight random ids, or as many as the model has positions for [1, pos]."""
-    config, weight = model.config, model.get_input_embeddings().weight
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    room = min([8, *(int(getattr(config, n, None) or 8) for n in names)])
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(weight), (1, room), generator=generator, device="cpu")
-    return ids.to(weight.device)
-
-
-@contextmanager
-def _at_rest(*models: Any) -> Iterator[None]:
-    """Run models without dropout and without a graph."""
-    modules = {id(m): m for model in models for m in model.modules()}.values()
-    modes = [(module, module.training) for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _difference(model: Any, bridge: Any, ids: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Compare a Bridge with what the model gave: max |Δ logits|, and what rounding explains.
-
-    Both are relative to the largest logit. A Bridge computes the same in another order, so every
-    number may round another way. What that does depends on the model: it may amplify one feature.
-    So it is measured. Every embedding, and what enters the first block, is moved by its last digit,
-    and the logits move by n. The last digit is that of the coarsest dtype in the model, or of
-    float32 where that is coarser, as hosts compute norms, softmax and rotations in float32. In half
-    precision, the move changes all roundings after it, as another order does: 4 n is allowed. In
-    float32 and float64 it may be one rounding for the many of a deep model, and n is small: 32 n is
-    allowed.
-
-    Args:
-        model: The Hugging Face model, inside the Bridge.
-        bridge: The Bridge around it, at rest.
-        ids: Token ids [1, pos].
-        expected: Logits that the model gave before it was wrapped [1, pos, d_vocab].
-
-    Returns:
-        The difference and the largest that rounding explains.
-    """
-    dtypes = {torch.float32} | {p.dtype for p in model.parameters() if p.is_floating_point()}
-    digit = max(torch.finfo(dtype).eps for dtype in dtypes)
-    times = 4 if digit > 1e-4 else 32
-    found = bridge(ids, return_type="logits")
-    size = expected.abs().max().clamp_min(TINY)
-    off, rounding = _largest(found - expected, found, expected) / size, times * digit
-    if off > rounding:
-
-        def move(module: Any, args: Any, output: Tensor) -> Tensor:
-            signs = torch.ones_like(output)
-            signs[..., ::2] = -1
-            return output * (1 + digit * signs)
-
-        points = model.get_input_embeddings(), bridge.hook_dict[resid_site(0, "pre")]
-        moving = [point.register_forward_hook(move) for point in points]
-        try:
-            moved = bridge(ids, return_type="logits")
-        finally:
-            for hook in moving:
-                hook.remove()
-        rounding = max(rounding, times * float(_largest(moved - found, moved, found) / size))
-    return float(off), rounding
-
-
-def _largest(difference: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The largest difference, where not both are NaN or infinite: a later check tells of those."""
-    same = ~a.isfinite() & ~b.isfinite()
-    return difference.masked_fill(same, 0).abs().nan_to_num(torch.inf).max()

@@ -1,47 +1,27 @@
 """From what a user has to a model that can be captured, and on to its adapter.
 
-    load_model   a hub name or a local Hugging Face folder → a host model
-    wrap         a Hugging Face model → a TransformerBridge
-    unwrap       a TransformerBridge → the Hugging Face model as it was
-    as_host      whatever a user passes as ``model`` → a host model
-    adapt        a host model → its adapter
-
-Folders need care: ``HookedTransformer.from_pretrained`` refuses them, and some releases read the
-architecture off the *path* (any path with "llama" or "gemma" in it). A folder is therefore loaded
-through a temporary link of a neutral name.
+wrap         a Hugging Face model → a TransformerBridge
+unwrap       a TransformerBridge → the Hugging Face model as it was
+as_host      whatever a user passes as ``model`` → a host model
+adapt        a host model → its adapter
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from copy import deepcopy
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checks import as_device, file_path, kind_of
+from ..checks import kind_of
 from .adapter import Adapter
-from .bridge import BEFORE, BRIDGE, BridgeAdapter, build_bridge
+from .bridge import BridgeAdapter
 from .hook_points import alone
-from .hooked_transformer import HookedTransformerAdapter, hooked_from_folder
-from .supported import NotFoldedError, UnsupportedArchitectureError, restore
-from .tokens import CONVENTION
-
-KINDS = ("bridge", "hooked")
-"""The two classes of host models, as ``load_model`` calls them."""
-
-_GIVEN = "_tensorlens_tokenizer"
-"""Attribute of a wrapped model: the tokenizer that the user gave, and what it was like then."""
-
-
-# --- From what a user passes to the adapter -------------------------------------------------------
+from .hooked_transformer import HookedTransformerAdapter
+from .supported import NotFoldedError, UnsupportedArchitectureError
+from .wrapping import BEFORE, BRIDGE, build_bridge, give_tokenizer, restore
 
 
 def adapt(model: Any) -> Adapter:
@@ -235,216 +215,3 @@ def unwrap(model: Any) -> Any:
     restore(vars(inner)[BEFORE])
     vars(bridge)[BRIDGE] = None  # adapt refuses it from now on
     return inner
-
-
-# --- The tokenizer of a wrapped model ------------------------------------------------------------
-
-
-def give_tokenizer(bridge: Any, tokenizer: Any) -> None:
-    """Give a wrapped model the user's own tokenizer, under the host's convention.
-
-    The host would load the tokenizer again from where it came from, without what was added to it
-    since, and fails where it came from nowhere. Here it gets a copy of the tokenizer as it is, with
-    the special tokens that the host needs. The user's own tokenizer is not touched.
-
-    Args:
-        bridge: The Bridge that :func:`tensorlens_tl.wrap` made.
-        tokenizer: A tokenizer of ``transformers``.
-
-    Raises:
-        ValueError: If it is no such tokenizer.
-    """
-    from transformers import PreTrainedTokenizerBase
-
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"tokenizer is {kind_of(tokenizer)}, and not a tokenizer of transformers. Pass "
-            "one, such as PreTrainedTokenizerFast(tokenizer_object=...) around a Tokenizer."
-        )
-    probe = _probe(tokenizer)
-    plain, own = (tokenizer.encode(probe, add_special_tokens=s) for s in (False, True))
-    about = len(tokenizer), tokenizer.padding_side, str(tokenizer.special_tokens_map), own
-    known, before, told, given = vars(bridge).get(_GIVEN, (None,) * 4)
-    if known is tokenizer and before == about and bridge.tokenizer is given:
-        return
-    # 1. What the tokenizer itself puts before and after a text.
-    start = next((i for i in range(len(own)) if own[i : i + len(plain)] == plain), 0)
-    first, last = own[:start], own[start + len(plain) :]
-    # 2. The special tokens that the host needs, in a copy.
-    copy, cfg = deepcopy(tokenizer), bridge.cfg
-    copy.padding_side = getattr(cfg, "default_padding_side", None) or copy.padding_side or "right"
-    if copy.bos_token is None:
-        copy.bos_token = tokenizer.decode(first) if len(first) == 1 else copy.eos_token
-    if copy.pad_token is None:
-        copy.add_special_tokens({"pad_token": str(copy.eos_token or "<pad>")})
-    bos = copy.bos_token_id
-    if not first and bos is not None and hasattr(copy, "add_bos_token"):
-        # The host would write the token into the text, which can change how the text is cut.
-        changed = deepcopy(copy)
-        with suppress(ValueError, TypeError):  # a token that its post-processor cannot name
-            changed.add_bos_token = True
-            copy = changed if changed.encode(probe) == [bos, *own] else copy
-    cfg.tokenizer_prepends_bos = bos is not None and copy.encode(probe)[:1] == [bos]
-    cfg.tokenizer_appends_eos = bool(last) and last[-1] == copy.eos_token_id
-    # 3. From None on, the host takes a tokenizer as it is, and keeps the size of the vocabulary.
-    bridge.tokenizer = None
-    bridge.tokenizer = copy
-    # 4. What differs from the tokenizer's own ids.
-    ids, how = bridge.to_tokens(probe)[0].tolist(), "token ids"
-    for flag in (False, True):
-        if bridge.to_tokens(probe, prepend_bos=flag)[0].tolist() == own:
-            how = f"prepend_bos={flag}"
-    host, itself = ([tokenizer.decode([i]) for i in row] for row in (ids, own))
-    text = (
-        f"TransformerLens reads {probe!r} as the tokens {host}, and the tokenizer itself as "
-        f"{itself}. Pass {how} for the tokenizer's own."
-    )
-    new = text != told or vars(bridge).get(CONVENTION) == text  # or not told yet
-    vars(bridge)[CONVENTION] = text if ids != own and new else None
-    vars(bridge)[_GIVEN] = tokenizer, about, text, bridge.tokenizer
-
-
-def _probe(tokenizer: Any) -> str:
-    """A text that the tokenizer has ordinary tokens for."""
-
-    def texts() -> Iterator[str]:
-        yield "a"
-        words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
-        yield from sorted(words, key=lambda text: (not text.isalpha(), text))
-
-    for text in texts():
-        with suppress(Exception):  # the tokenizers library raises no class of its own
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            if ids and tokenizer.unk_token_id not in ids:
-                return text
-    raise ValueError("The tokenizer knows no text. Pass token ids.")
-
-
-# --- Loading by name or folder --------------------------------------------------------------------
-
-
-def load_model(
-    name_or_folder: str | os.PathLike[str], kind: str | None = None, **kwargs: Any
-) -> Any:
-    """Load a TransformerLens model with raw weights (nothing folded or centred), for evaluation.
-
-    Args:
-        name_or_folder: A hub name, or a folder with config.json, weights and tokenizer files.
-        kind: "bridge" for a ``TransformerBridge`` or "hooked" for a ``HookedTransformer``. By
-            default the Bridge where the installed transformer_lens has it.
-        **kwargs: Arguments of the host's own loader (``dtype``, ``device``).
-
-    Returns:
-        The host model, in evaluation mode.
-
-    Raises:
-        ValueError: If the kind is not installed, the folder is no model, or the hub name cannot be
-            reached.
-
-    Example:
-        >>> import tensorlens_tl
-        >>> from tensorlens_tl import demo
-        >>> model = tensorlens_tl.load_model(str(demo.model_folder()))
-        >>> _, lens = tensorlens_tl.capture(model, "The capital of France is")
-        >>> lens.completeness_error < 1e-4
-        True
-    """
-    if kind not in (None, *KINDS):
-        raise ValueError(f'kind={kind!r} is no class of host models. Give "bridge" or "hooked".')
-    if kwargs.get("device") is not None:
-        as_device(kwargs["device"])
-    if isinstance(dtype := kwargs.get("dtype"), str):
-        kwargs["dtype"] = dtype = vars(torch).get(dtype, dtype)
-    if not isinstance(dtype, torch.dtype | None) or (dtype and not dtype.is_floating_point):
-        raise ValueError(f"dtype={dtype!r} is no dtype of weights. Pass one such as torch.float32.")
-    folder = file_path(name_or_folder, "name_or_folder")
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} is no Hugging Face model folder, as it has no config.json. "
-                "Give the folder that save_pretrained wrote."
-            )
-        with _neutral_link(folder) as link:
-            model = _load(link, kind, True, kwargs)
-        model.cfg.model_name = folder.resolve().name
-        if not any(p for name in ("tokenizer*", "vocab*", "*.model") for p in folder.glob(name)):
-            model.tokenizer = None  # transformers makes an empty one, which knows no word
-        return model
-    check_reachable(str(name_or_folder))
-    return _load(str(name_or_folder), kind, False, kwargs)
-
-
-def _load(name: str, kind: str | None, is_folder: bool, kwargs: dict[str, Any]) -> Any:
-    if kind != "hooked":
-        try:
-            from transformer_lens.model_bridge import TransformerBridge
-        except ImportError:
-            if kind == "bridge":
-                raise ValueError(
-                    'kind="bridge" needs transformer_lens 3 or later, which has TransformerBridge. '
-                    'Upgrade transformer_lens, or use kind="hooked".'
-                ) from None
-        else:
-            return TransformerBridge.boot_transformers(name, **kwargs).eval()
-    try:
-        from transformer_lens import HookedTransformer
-    except ImportError:
-        raise ValueError(
-            'kind="hooked" needs transformer_lens 2 or 3, which have HookedTransformer. '
-            'Install transformer_lens 3, or use kind="bridge".'
-        ) from None
-    if is_folder:
-        return hooked_from_folder(name, **kwargs).eval()
-    return HookedTransformer.from_pretrained_no_processing(name, **kwargs).eval()
-
-
-@contextmanager
-def _neutral_link(folder: Path) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="tensorlens-") as temporary:
-        link = Path(temporary) / "model"
-        link.symlink_to(folder.resolve(), target_is_directory=True)
-        yield str(link)
-
-
-def check_reachable(name: str, timeout: float = 3.0) -> None:
-    """Refuse at once a hub name that can be loaded neither from the hub nor from the cache.
-
-    Args:
-        name: Name of a model on the hub.
-        timeout: Time to wait for the hub, in seconds.
-
-    Raises:
-        ValueError: If the hub does not answer and no downloaded model bears the name.
-    """
-    if not os.environ.get("HF_HUB_OFFLINE") and _hub_answers(timeout):
-        return
-    os.environ["HF_HUB_OFFLINE"] = "1"  # spares six retries of 4 s each
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    last = name.split("/")[-1].lower()
-    if not any(last.startswith(p.name.split("--")[-1].lower()) for p in cache.glob("models--*")):
-        raise ValueError(
-            f"{name!r} is no folder here, and the model hub cannot be reached to download it. "
-            "Check name and connection, or pass the path of a Hugging Face model folder."
-        )
-
-
-def _hub_answers(timeout: float) -> bool:
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(endpoint, method="HEAD")
-            urllib.request.urlopen(request, timeout=timeout).close()
-        except urllib.error.HTTPError:
-            pass  # a server that refuses HEAD is there
-        except OSError:
-            return
-        answers.append(True)
-
-    # A thread, as name resolution has no time limit of its own.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(timeout)
-    return bool(answers)

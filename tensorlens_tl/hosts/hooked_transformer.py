@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..sublayers import (
@@ -153,42 +151,3 @@ class HookedTransformerAdapter(Adapter):
         bos = kwargs.get("prepend_bos")
         bos = self.cfg.default_prepend_bos if bos is None else bos
         return get_attention_mask(self.tokenizer, tokens, bos)
-
-
-def hooked_from_folder(folder: str, dtype: Any = None, device: str | None = None) -> Any:
-    """Load a HookedTransformer from a Hugging Face folder, which its own loader refuses.
-
-    Args:
-        folder: Path of the folder.
-        dtype: Dtype of the weights; None is float32.
-        device: Device of the model, or None for the host's default.
-
-    Returns:
-        The model, with raw weights.
-
-    Raises:
-        UnsupportedArchitectureError: If the host cannot make a HookedTransformer of the model.
-    """
-    from transformer_lens import HookedTransformer, loading_from_pretrained
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    dtype = dtype or torch.float32
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    try:
-        cfg = loading_from_pretrained.get_pretrained_model_config(
-            folder, hf_cfg=hf.config.to_dict(), fold_ln=False, device=device, dtype=dtype
-        )
-    except NotImplementedError:
-        raise UnsupportedArchitectureError(
-            f"The HookedTransformer of this transformer_lens has no {type(hf).__name__}. Load it "
-            'with kind="bridge" of transformer_lens 3 or later.'
-        ) from None
-    state = loading_from_pretrained.get_pretrained_state_dict(folder, cfg, hf, dtype=dtype)
-    has_tokenizer = any(Path(folder).glob("tokenizer*"))
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-    cfg.tokenizer_name = folder if has_tokenizer else None
-    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
-    # Not load_and_process_state_dict: it passes through float32 even when nothing is processed.
-    model.load_state_dict(model.fill_missing_keys(state), strict=False)
-    model.move_model_modules_to_device()
-    return model

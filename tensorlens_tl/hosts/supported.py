@@ -2,7 +2,6 @@
 
 What is in the way is found by looking at the model's own modules and configuration:
 
-    unreadable     weights that are packed or elsewhere
     faulty_option  what the host builds wrongly, or not at all
     obstacle       the first part of an untested architecture that no sublayer here computes
 """
@@ -54,6 +53,9 @@ SUPPORTED = {
 }
 """Architectures that the tests cover, by Hugging Face class name."""
 
+BRIDGE = "_tensorlens_bridge"
+"""Attribute of a Hugging Face model that holds the Bridge around it."""
+
 _FAULTY = {
     ("GPT2LMHeadModel", "scale_attn_weights"): False,
     ("GPTBigCodeForCausalLM", "scale_attn_weights"): False,
@@ -98,59 +100,6 @@ def refusal(what: str, why: str, remedy: str = "") -> str:
     """
     listed = "Supported models are listed in docs/models.md and by python -m tensorlens_tl.support."
     return f"Cannot freeze {what} exactly: {why}. {remedy or listed}"
-
-
-def check_weights(model: Any) -> None:
-    """Refuse weights that are packed or elsewhere, and modules in the place of hook points.
-
-    Args:
-        model: A host model, or a Hugging Face model.
-
-    Raises:
-        UnsupportedArchitectureError: If there is such a module; the message names the first.
-    """
-    for name, module in model.named_modules():
-        own = vars(module)
-        if "fwd_hooks" in own:  # a hook point, as most modules of a host are
-            continue
-        tensors = [*own["_parameters"].values(), *own["_buffers"].values()]
-        hook = own.get("_hf_hook")  # accelerate's
-        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
-            problem = f"The weights of {name or 'the model'} are offloaded"
-            remedy = "Load the model whole on one device, without a device map that offloads."
-        elif any(t is not None and t.is_meta for t in tensors):
-            problem = f"The weights of {name or 'the model'} are on the meta device, without values"
-            remedy = "Load the model with its weights, whole on one device."
-        elif name.rpartition(".")[2].startswith("hook_"):
-            problem = (
-                f"A module {type(module).__name__} stands at {name} in place of the hook point"
-            )
-            remedy = "Take it off (model.reset_saes()), or call it in a hook of your own."
-        elif tensors and _is_packed(module):
-            kind = f"{type(module).__name__} of {type(module).__module__.split('.')[0]}"
-            problem = f"The weights of {name} are quantized ({kind})"
-            remedy = "Load the model without quantization, or dequantize it first."
-        else:
-            continue
-        raise UnsupportedArchitectureError(f"{problem}. {remedy}")
-
-
-def _is_packed(module: Any) -> bool:
-    """Whether a linear module's weight is no matrix of numbers that can be multiplied with."""
-    own = vars(module)  # not hasattr: a Bridge looks through all its modules for what it lacks
-    if {"qweight", "W_q", "quant_state"} & {*own, *own["_parameters"], *own["_buffers"]}:
-        return True
-    weight = own["_parameters"].get("weight")
-    if weight is None or not {"in_features", "out_features"} <= own.keys():
-        return False
-    shape = (module.out_features, module.in_features)
-    if tuple(weight.shape) != shape or not weight.is_floating_point() or weight.itemsize < 2:
-        return True
-    try:  # what is done to a weight here; packed tensors know few operations
-        weight.detach().permute(1, 0).unflatten(0, (1, -1))
-    except Exception:
-        return True
-    return False
 
 
 def adapter_at(model: Any) -> str:
@@ -317,41 +266,3 @@ def flags_off(cfg: object) -> None:
                 f"cfg.{flag} is on, which gives every head its own norm. "
                 f"Call model.set_{flag}(False) before the capture."
             )
-
-
-Before = list[tuple[Any, type, dict[str, tuple[Any, Any]]]]
-"""Modules and configurations of a model, each with its class and its attributes.
-
-An attribute is kept with a copy of its entries where it is a dictionary, and with None elsewhere.
-"""
-
-
-def snapshot(model: Any) -> Before:
-    """Keep what a Bridge may change of a model: submodules, hooks, methods, configuration."""
-    held = {id(m): m for module in model.modules() for m in (module, vars(module).get("config"))}
-    return [
-        (m, type(m), {k: (v, dict(v) if isinstance(v, dict) else None) for k, v in vars(m).items()})
-        for m in held.values()
-        if m is not None
-    ]
-
-
-def restore(before: Before) -> None:
-    """Give a model back what :func:`snapshot` kept. Weights stay as they are now."""
-    for held, kind, attributes in before:
-        held.__class__ = kind
-        now = vars(held)
-        for name in now.keys() - attributes.keys():
-            del now[name]
-        for name, (value, entries) in attributes.items():
-            if name in ("_parameters", "_buffers"):
-                tensors = now[name]
-                entries = {
-                    k: v if v is None or tensors.get(k) is None else tensors[k]
-                    for k, v in entries.items()
-                }
-            if entries is not None:  # the same dictionary, to which handles of hooks refer
-                value.clear()
-                value.update(entries)
-            if name != "training":
-                now[name] = value

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..hosts import Adapter, Edit, LiveModel, Read, Scores, UnsupportedArchitectureError, target_of
+from ..hosts import Adapter, Read, UnsupportedArchitectureError
+from ..recording import Edit, LiveModel, Scores, target_of
 from ..sublayers import gating_ratio, soft_cap_ratio
 
 

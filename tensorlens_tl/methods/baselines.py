@@ -25,8 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import Target
-from ..hosts import live_models
 from ..operator import Capture
+from ..recording import live_models
 from ..sublayers import soft_cap_ratio
 from .attention_maps import attention_flow, last_layer_attention, mean_attention, random, rollout
 from .attnlrp import attnlrp

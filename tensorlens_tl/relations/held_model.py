@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..hosts import Edit, LiveModel, Read, UnsupportedArchitectureError
+from ..hosts import Read, UnsupportedArchitectureError
+from ..recording import Edit, LiveModel
 from ..sublayers import gating_ratio
 
 FREEZABLE = ("pattern", "scale", "ratio")

@@ -31,8 +31,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..graph import FINAL_SITE, resid_site
-from ..hosts import live_models
 from ..lens import FrozenRun
+from ..recording import live_models
 
 MAP_METHODS = ("operator", "jacobian")
 """Two ways to get a linear map from one prompt."""

@@ -18,9 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import is_int, kind_of
-from ..hosts import LiveModel, adapt
+from ..hosts import adapt
 from ..lens import TensorLens
 from ..plugin import capture
+from ..recording import LiveModel
 from .linear_relation import (
     MAP_METHODS,
     ROWS,

@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..hosts import Edit, LiveModel, hooked, live_models
 from ..lens import TensorLens
+from ..recording import Edit, LiveModel, hooked, live_models
 from .held_model import FREEZABLE, hold_frozen
 
 DIRECTION_KINDS = ("random", "swap", "steering")

@@ -24,8 +24,7 @@ from torch import nn
 
 import tensorlens_tl
 from tensorlens_tl import UnsupportedArchitectureError
-from tensorlens_tl.hosts import bridge as bridge_file
-from tensorlens_tl.hosts import supported
+from tensorlens_tl.hosts import supported, wrapping
 from tensorlens_tl.support.tiny_models import _OTHER_BRIDGE
 
 wraps = pytest.mark.offered(build_bridge_from_module is not None)
@@ -88,7 +87,7 @@ OTHERS = [
 def test_a_bridge_with_other_logits_is_refused_with_the_difference(family, options):
     model = build(family, torch.float64, **options)
     with quiet(), torch.no_grad():
-        ids = bridge_file._probe_ids(model)
+        ids = wrapping._probe_ids(model)
         ours = to_bridge(build(family, torch.float64, **options))(ids, return_type="logits")
     theirs = plain(model, ids)
     off = (ours - theirs).abs().max() / theirs.abs().max()
@@ -137,10 +136,10 @@ def test_how_wrong_a_bridge_may_be(dtype, fault, found):
 
     with quiet():
         if not found:
-            assert bridge_file.build_bridge(model, faulty) is vars(model)[bridge_file.BRIDGE]
+            assert wrapping.build_bridge(model, faulty) is vars(model)[wrapping.BRIDGE]
             return
         with pytest.raises(UnsupportedArchitectureError, match=r"differ .* by .*rounding explains"):
-            bridge_file.build_bridge(model, faulty)
+            wrapping.build_bridge(model, faulty)
     assert state(model) == before
 
 
@@ -160,7 +159,7 @@ def test_a_bridge_that_gives_nan_or_cannot_be_built_is_refused():
 
     for make, match in ((broken, "cannot bridge it .KeyError: 'embed'"), (nan, "by inf of")):
         with quiet(), pytest.raises(UnsupportedArchitectureError, match=match):
-            bridge_file.build_bridge(model, make)
+            wrapping.build_bridge(model, make)
         assert state(model) == before
 
 

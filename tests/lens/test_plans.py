@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tensorlens_tl
 from tensorlens_tl import TensorLens, demo
-from tensorlens_tl.hosts import run
+from tensorlens_tl.recording import run
 
 FIRST = SHAPES[0]
 

@@ -10,8 +10,9 @@ from models import CASES, SHAPES, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
-from tensorlens_tl.hosts import adapt, record
-from tensorlens_tl.hosts.self_check import SelfCheck
+from tensorlens_tl.hosts import adapt
+from tensorlens_tl.recording import record
+from tensorlens_tl.recording.self_check import SelfCheck
 from tensorlens_tl.sublayers import Frame
 
 CENTRED = ("hooked-gpt2", "hooked-neox", "native-neox")

@@ -6,7 +6,7 @@ import pytest
 from models import CASES, HookedTransformer, build_bridge_from_module, quiet, tokens
 
 import tensorlens_tl
-from tensorlens_tl.hosts import live_models
+from tensorlens_tl.recording import live_models
 
 KINDS = [
     CASES[name]

@@ -9,8 +9,8 @@ from models import CASES, SHAPES, lens_of, quiet, tokens
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
 from tensorlens_tl.hosts.entry import adapt
-from tensorlens_tl.hosts.run import record
 from tensorlens_tl.operator.capture import Convention
+from tensorlens_tl.recording.run import record
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 

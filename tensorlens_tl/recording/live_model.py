@@ -18,11 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..hosts import Adapter, adapt, alone, as_host, in_this_thread
 from ..operator import Capture
 from ..sublayers import HALF
-from .adapter import Adapter
-from .entry import adapt, as_host
-from .hook_points import alone, in_this_thread
 
 Scores = Float[Tensor, "prompt pos"]
 """One score per token, in the target's units."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hosts import Adapter, Read, RecomputedReading, StoredReading, in_this_thread
 from ..operator import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
 from ..sublayers import (
     MLP,
@@ -38,9 +39,7 @@ from ..sublayers import (
     Unembed,
     soft_cap_ratio,
 )
-from .adapter import Adapter
-from .attention_reading import RecomputedReading, StoredReading
-from .hook_points import Activations, Read, in_this_thread
+from .activations import Activations
 from .self_check import Rounding, SelfCheck
 
 Added = tuple[Tensor, Callable[[], Tensor], Rounding]

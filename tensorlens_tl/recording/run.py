@@ -19,12 +19,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import no_autocast
+from ..hosts import (
+    Adapter,
+    NotRecomputableError,
+    RecomputedReading,
+    StoredReading,
+    adapt,
+    alone,
+)
 from ..operator import Capture, Convention
 from ..sublayers import HALF, TINY, Frame
-from .adapter import Adapter
-from .attention_reading import NotRecomputableError, RecomputedReading, StoredReading
-from .entry import adapt
-from .hook_points import alone
 from .live_model import in_float32, inference_weights
 from .recorder import Recorder
 
