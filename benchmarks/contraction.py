@@ -367,7 +367,7 @@ def plan_row(case: Case) -> dict:
 
 def calibration() -> float:
     """Seconds of a plan whose rates were not measured before."""
-    from tensorlens_tl.operator import machine_rates
+    from tensorlens_tl.costs import machine_rates
 
     lens = Contest(CASES[0]).lens
     machine_rates._measured.cache_clear()

@@ -27,9 +27,9 @@ import torch
 from timing import high_water_mark, interleave, ratio
 from torch.nn.functional import scaled_dot_product_attention as fused
 
+from tensorlens_tl.maps.batch_layout import Frame
+from tensorlens_tl.maps.primitives import Mix
 from tensorlens_tl.sublayers.attention_kernel import LN2, Scores
-from tensorlens_tl.sublayers.batch_layout import Frame
-from tensorlens_tl.sublayers.primitives import Mix
 from tensorlens_tl.sublayers.recomputed_pattern import RecomputedMix
 
 HEADS, D_HEAD, PROBES, SIDE = 12, 64, 8, 1024

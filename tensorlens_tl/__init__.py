@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from .graph import Edge, Node
     from .hosts import UnsupportedArchitectureError, load_model, unwrap, wrap
     from .lens import SequenceAttribution, TensorLens, load
+    from .maps import LinearMap, dot_test
     from .methods import LogitLens
     from .operator import Capture, CaptureMismatchError, Convention, FrozenTransformer
     from .relations import validity
-    from .sublayers import LinearMap, dot_test
 
 __version__ = "0.1.0"
 
@@ -63,7 +63,7 @@ _ROOMS = {
     "methods": ("LogitLens",),
     "operator": ("Capture", "CaptureMismatchError", "Convention", "FrozenTransformer"),
     "relations": ("validity",),
-    "sublayers": ("LinearMap", "dot_test"),
+    "maps": ("LinearMap", "dot_test"),
 }
 """The flat API: which room hands out each public name."""
 

@@ -24,6 +24,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 ROOMS = [
     "checks",
     "graph",
+    "maps",
+    "costs",
     "sublayers",
     "operator",
     "hosts",

@@ -33,8 +33,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..graph import LOGITS, Edge, Node
+from ..maps import Factored
 from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, Step, Trace
-from ..sublayers import Factored
 from .table import Source
 
 SPAN_BYTES = 2**25

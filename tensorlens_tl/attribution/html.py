@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import Edge, Node
-from ..sublayers import TINY
+from ..maps import TINY
 
 if TYPE_CHECKING:
     from .table import Attribution

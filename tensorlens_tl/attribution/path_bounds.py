@@ -28,8 +28,9 @@ from torch import Tensor
 
 from ..checks import at_least_one
 from ..graph import Node
+from ..maps import Chain, LinearMap
 from ..operator import Step
-from ..sublayers import AnyMix, Chain, LinearMap, Sublayer
+from ..sublayers import AnyMix, Sublayer
 
 BASIS_ROWS = 64
 """Basis vectors that go through a node at once; more would need much memory inside an MLP."""

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ..checks import at_least_one, need, place_label
 from ..graph import Node
+from ..maps import DENSE_LIMIT
 from ..operator import Capture, Convention, FrozenTransformer
-from ..sublayers import DENSE_LIMIT
 from .html import UNIT
 from .path_bounds import NodeMap, StepParts, bounds_by_site
 from .targets import Target

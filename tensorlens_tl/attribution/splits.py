@@ -23,8 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import Node
+from ..maps import take_row
 from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, Step
-from ..sublayers import Attention, take_row
+from ..sublayers import Attention
 from .edges import Writers, edge_products, frozen_readers
 from .table import Attribution
 from .table_builder import TableBuilder, check_sum

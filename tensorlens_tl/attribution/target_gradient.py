@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..maps import take_row
 from ..operator import Capture, FrozenTransformer, Trace
-from ..sublayers import take_row
 from .targets import Target, TargetLike, as_direction, is_token
 
 Effects = dict[str, Float[Tensor, "batch pos"]]

@@ -32,8 +32,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import token_text
+from ..maps import take_row
 from ..operator import Capture
-from ..sublayers import soft_cap_ratio, take_row
+from ..sublayers import soft_cap_ratio
 
 TargetLike = str | SupportsIndex | Sequence[float] | Tensor | None
 """A token string, a token id, a direction [d_vocab] or [d_model], or None: the own prediction."""

@@ -46,8 +46,8 @@ from ..hosts import (
     adapt,
     in_this_thread,
 )
+from ..maps import NormWeights
 from ..recording import Edit, hooked, unsplit
-from ..sublayers import NormWeights
 from .edge_masks import EdgeUniverse, wiring_of
 
 Writes = Float[Tensor, "writer prompt pos d_model"]

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from ..checks import token_text
 from ..graph import FINAL_SITE, resid_site
+from ..maps import NormWeights
 from ..operator import Prompts
 from ..sublayers import (
     BlockWeights,
     EmbedWeights,
     GatedMLPWeights,
     ModelWeights,
-    NormWeights,
     Rotation,
     ScoreWeights,
     UnembedWeights,

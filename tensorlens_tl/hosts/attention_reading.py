@@ -25,16 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..sublayers import (
-    HALF,
-    AttentionWeights,
-    Frame,
-    Mix,
-    RecomputedMix,
-    Scores,
-    ScoreWeights,
-    version,
-)
+from ..maps import HALF, Frame, Mix, version
+from ..sublayers import AttentionWeights, RecomputedMix, Scores, ScoreWeights
 
 if TYPE_CHECKING:
     from .adapter import Adapter

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..maps import NormWeights
 from ..sublayers import (
     AttentionWeights,
     BlockWeights,
     GatedMLPWeights,
     MLPWeights,
-    NormWeights,
     Rotation,
     UnembedWeights,
 )

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..maps import NormWeights
 from ..sublayers import (
     AttentionWeights,
     BlockWeights,
     GatedMLPWeights,
     MLPWeights,
-    NormWeights,
     Rotation,
     Scores,
     UnembedWeights,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import kind_of
 from ..graph import resid_site
-from ..sublayers import TINY
+from ..maps import TINY
 from .supported import (
     BRIDGE,
     UnsupportedArchitectureError,

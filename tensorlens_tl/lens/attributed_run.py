@@ -29,8 +29,8 @@ from ..attribution import (
 )
 from ..checks import as_list, plain_names
 from ..graph import Edge, Node, numbered_site
+from ..maps import DENSE_LIMIT
 from ..operator import Capture, FrozenTransformer
-from ..sublayers import DENSE_LIMIT
 from .frozen_run import FrozenRun
 from .sequence_attribution import Continuation, SequenceAttribution, continuation_targets
 

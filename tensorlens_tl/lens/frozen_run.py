@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import kind_of, no_autocast, pick_prompts, usable_device
+from ..maps import TINY, LinearMap
 from ..operator import Capture, Convention, FrozenTransformer
-from ..sublayers import TINY, LinearMap
 from .missing_weights import require_weights
 from .write_check import WriteCheck
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..checks import file_path, usable_device, write_whole
 from ..hosts import Adapter, adapt
+from ..maps import Frame
 from ..operator import Capture, FrozenTransformer
-from ..sublayers import Frame
 from .fingerprints import agree, products
 from .missing_weights import missing
 from .saved_checks import Misfit, check

@@ -18,34 +18,36 @@ import torch
 from torch import Tensor
 
 from ..graph import Edge, Node
+from ..maps import (
+    Chain,
+    Frame,
+    Gate,
+    Identity,
+    Linear,
+    Mix,
+    Norm,
+    NormWeights,
+    Residual,
+    Shift,
+    Sum,
+    Transposed,
+)
 from ..operator import Capture, Convention, FrozenBlock, Prompts
 from ..sublayers import (
     MLP,
     Attention,
     AttentionWeights,
     BlockWeights,
-    Chain,
     EmbedWeights,
-    Frame,
-    Gate,
     GatedMLP,
     GatedMLPWeights,
-    Identity,
-    Linear,
-    Mix,
     MLPWeights,
     ModelWeights,
-    Norm,
-    NormWeights,
     RecomputedMix,
-    Residual,
     Rotation,
     Scores,
     ScoreWeights,
-    Shift,
-    Sum,
     Tiles,
-    Transposed,
     Unembed,
     UnembedWeights,
 )

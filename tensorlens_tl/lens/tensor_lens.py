@@ -18,6 +18,7 @@ from ..circuits import (
     edge_scores,
     select_circuit,
 )
+from ..costs import Plan
 from ..graph import Edge, Node
 from ..methods import (
     OPERATOR_METHODS,
@@ -29,7 +30,7 @@ from ..methods import (
     token_matrix,
     token_scores,
 )
-from ..operator import PLANNED, Plan
+from ..operator import PLANNED
 from .attributed_run import AttributedRun
 from .saved_file import load_capture, save_capture
 from .write_check import WriteCheck

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..sublayers import version
+from ..maps import version
 
 Group = tuple[list[int], list[Tensor]]
 

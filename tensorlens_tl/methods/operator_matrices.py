@@ -27,20 +27,11 @@ from torch import Tensor
 
 from ..attribution import Target, TargetLike, resolve_target
 from ..checks import is_int, whole
+from ..costs import Plan, make_plan, memory_budget
 from ..graph import FINAL_SITE, numbered_site
-from ..operator import (
-    BatchedSweep,
-    Capture,
-    FrozenTransformer,
-    Plan,
-    Reduction,
-    Segment,
-    dots,
-    make_plan,
-    memory_budget,
-    squares,
-)
-from ..sublayers import HOST, TINY, RecomputedMix
+from ..maps import TINY
+from ..operator import BatchedSweep, Capture, FrozenTransformer, Reduction, Segment, dots, squares
+from ..sublayers import HOST, RecomputedMix
 from .tables import TokenMatrix
 
 OPERATOR_METHODS = ("norm", "in", "out", "in_out")

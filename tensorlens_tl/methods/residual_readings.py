@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..attribution import TargetLike, resolve_token
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label, token_text
+from ..maps import DENSE_LIMIT, Norm, take_row
 from ..operator import Capture, FrozenTransformer
-from ..sublayers import DENSE_LIMIT, Norm, soft_cap_ratio, take_row
+from ..sublayers import soft_cap_ratio
 
 if TYPE_CHECKING:
     import pandas

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..attribution import PROMPTS, legend_html, more_prompts, strip_html
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label
+from ..maps import TINY
 from ..operator import Convention
-from ..sublayers import TINY
 
 if TYPE_CHECKING:
     import pandas

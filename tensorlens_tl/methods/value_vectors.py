@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..maps import Norm
 from ..operator import Capture, FrozenBlock
-from ..sublayers import Norm
 from .attention_maps import Matrix, halved, product, rows
 
 # --- Attention's step, split by source token -----------------------------------------------------

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..maps import Norm
 from ..operator import Capture
-from ..sublayers import Norm
 from .attention_maps import Matrix, product, rows
 from .value_vectors import Split, normed, splits
 

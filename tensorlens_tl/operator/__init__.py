@@ -16,7 +16,6 @@ from .capture import (
     Prompts,
     tolerance,
 )
-from .cost_model import Plan, make_plan, memory_budget
 from .frozen_transformer import FrozenTransformer, Segment
 from .query_key import QueryKey
 from .residual_stream import Branch, Readers, Step, Trace
@@ -32,7 +31,6 @@ __all__ = [
     "FrozenBlock",
     "FrozenTransformer",
     "PLANNED",
-    "Plan",
     "Prompts",
     "QueryKey",
     "Readers",
@@ -43,8 +41,6 @@ __all__ = [
     "Step",
     "Trace",
     "dots",
-    "make_plan",
-    "memory_budget",
     "squares",
     "tolerance",
 ]

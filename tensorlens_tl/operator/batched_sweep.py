@@ -33,8 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import progress_bar
-from ..sublayers import LinearMap
-from .cost_model import (
+from ..costs import (
     CAUSAL_TILE,
     ROWS,
     SweepShape,
@@ -44,6 +43,7 @@ from .cost_model import (
     half_bytes,
     memory_budget,
 )
+from ..maps import LinearMap
 from .folding import (
     Folded,
     FoldedNorm,

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import bound, is_int, no_autocast, plain_names
-from ..sublayers import DENSE_LIMIT, Chain, Mapped
+from ..costs import Plan, make_plan, memory_budget
+from ..maps import DENSE_LIMIT, Chain
+from ..sublayers import Mapped
 from .batched_sweep import BatchedSweep, Reduction, squares, states
-from .cost_model import Plan, make_plan, memory_budget
 from .svd import SVD, SVDProblem
 
 PLANNED = ("block", "to_dense", "frobenius_norm", "svd", "spectral_norm")

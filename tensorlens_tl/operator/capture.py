@@ -11,18 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..graph import FINAL_SITE, site_parts
+from ..maps import Frame, Mix, Norm, Shift
 from ..sublayers import (
     MLP,
     Attention,
     EmbedWeights,
     FeedForward,
-    Frame,
     GatedMLP,
-    Mix,
-    Norm,
     RecomputedMix,
     ScoreWeights,
-    Shift,
     Unembed,
 )
 

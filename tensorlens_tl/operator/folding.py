@@ -23,23 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..sublayers import (
-    AnyMix,
-    Chain,
-    Gate,
-    Identity,
-    Linear,
-    LinearMap,
-    Mix,
-    Norm,
-    RecomputedMix,
-    Residual,
-    Shift,
-    Sublayer,
-    Sum,
-    Tiles,
-)
-from .cost_model import BranchShape, StageShape
+from ..costs import BranchShape, StageShape
+from ..maps import Chain, Gate, Identity, Linear, LinearMap, Mix, Norm, Residual, Shift, Sum
+from ..sublayers import AnyMix, RecomputedMix, Sublayer, Tiles
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import is_int
+from ..costs import Cost, Plan, memory_budget, rates_of
 from ..graph import (
     FINAL_SITE,
     Edge,
@@ -29,12 +30,10 @@ from ..graph import (
     resid_site,
     site_parts,
 )
-from ..sublayers import Chain, Frame, Identity, LinearMap, Norm, Shift
+from ..maps import Chain, Frame, Identity, LinearMap, Norm, Shift
 from .blocks import StepChain
 from .capture import Capture
-from .cost_model import Plan, memory_budget, rates_of
 from .folding import shape_of, stages_of
-from .machine_rates import Cost
 from .residual_stream import Branch, Step, Trace
 from .restricted_transformer import RestrictedTransformer
 

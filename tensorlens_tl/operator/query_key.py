@@ -27,18 +27,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import Node
-from ..sublayers import (
-    HALF,
-    TINY,
-    Attention,
-    Factored,
-    Frame,
-    Norm,
-    NormWeights,
-    Rotation,
-    ScoreWeights,
-    add_alibi_bias_,
-)
+from ..maps import HALF, TINY, Factored, Frame, Norm, NormWeights
+from ..sublayers import Attention, Rotation, ScoreWeights, add_alibi_bias_
 from .capture import CaptureMismatchError
 
 CELLS = 2**24

@@ -15,20 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..graph import Node
-from ..sublayers import (
-    Attention,
+from ..maps import (
     Chain,
     Factored,
     LinearMap,
     Norm,
     Residual,
     Shift,
-    Sublayer,
     Sum,
     put_effects,
     put_row,
     take_row,
 )
+from ..sublayers import Attention, Sublayer
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checks import no_autocast
 from ..graph import INPUT, LOGITS, Edge, Node, owner
-from ..sublayers import Chain, Frame, LinearMap
+from ..maps import Chain, Frame, LinearMap
 from .residual_stream import Step
 
 Constants = Callable[[], dict[str, Tensor]]

@@ -40,17 +40,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import LOGITS, Node
-from ..sublayers import (
-    MLP,
-    TINY,
-    Attention,
-    Factored,
-    GatedMLP,
-    Identity,
-    Norm,
-    NormWeights,
-    gating_ratio,
-)
+from ..maps import TINY, Factored, Identity, Norm, NormWeights
+from ..sublayers import MLP, Attention, GatedMLP, gating_ratio
 from .capture import Capture, CaptureMismatchError
 from .frozen_transformer import FrozenTransformer
 from .query_key import CELLS, Projection, check_pattern, tolerated, with_alibi_bias

@@ -26,11 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import is_int, need, progress_bar
-from ..sublayers import TINY, LinearMap
+from ..costs import HEAP, KEPT, Cost, Plan, StageShape, make_plan, rates_of
+from ..maps import TINY, LinearMap
 from .batched_sweep import BatchedSweep, states
-from .cost_model import HEAP, KEPT, Plan, StageShape, make_plan, rates_of
 from .folding import shape_of, stages_of
-from .machine_rates import Cost
 
 if TYPE_CHECKING:
     import pandas

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import Read, not_finite
+from ..maps import Frame, version
 from ..operator import CaptureMismatchError
-from ..sublayers import Frame, version
 
 
 class Activations:

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..hosts import Adapter, adapt, alone, as_host, in_this_thread
+from ..maps import HALF
 from ..operator import Capture
-from ..sublayers import HALF
 
 Scores = Float[Tensor, "prompt pos"]
 """One score per token, in the target's units."""

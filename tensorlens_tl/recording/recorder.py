@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..hosts import Adapter, Read, RecomputedReading, StoredReading, in_this_thread
+from ..maps import Frame, Norm, NormWeights, Shift
 from ..operator import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
 from ..sublayers import (
     MLP,
@@ -29,13 +30,9 @@ from ..sublayers import (
     AttentionWeights,
     BlockWeights,
     FeedForward,
-    Frame,
     GatedMLP,
     GatedMLPWeights,
     MLPWeights,
-    Norm,
-    NormWeights,
-    Shift,
     Unembed,
     soft_cap_ratio,
 )

@@ -27,8 +27,8 @@ from ..hosts import (
     adapt,
     alone,
 )
+from ..maps import HALF, TINY, Frame
 from ..operator import Capture, Convention
-from ..sublayers import HALF, TINY, Frame
 from .live_model import in_float32, inference_weights
 from .recorder import Recorder
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..hosts import not_finite
+from ..maps import TINY, Frame, Norm, NormWeights, version
 from ..operator import CaptureMismatchError, tolerance
-from ..sublayers import TINY, AnyMix, AttentionWeights, Frame, Norm, NormWeights, version
+from ..sublayers import AnyMix, AttentionWeights
 
 _SAMPLE = 16
 """Positions at which an activation is compared: it is the same function everywhere."""

@@ -16,10 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import Node
-from .batch_layout import Frame
-from .factored import Factored
-from .linear_map import Chain
-from .primitives import Linear, Norm, Shift, put_effects
+from ..maps import Chain, Factored, Frame, Linear, Norm, Shift, put_effects
 from .recomputed_pattern import AnyMix
 from .sublayer import Sublayer, _chain, _edits, _unknown
 from .weights import AttentionWeights

@@ -11,10 +11,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..graph import Node
+from ..maps import (
+    Chain,
+    Frame,
+    Gate,
+    Linear,
+    LinearMap,
+    Norm,
+    Shift,
+    Sum,
+    put_effects,
+    put_row,
+    take_row,
+)
 from .activations import gating_ratio
-from .batch_layout import Frame
-from .linear_map import Chain, LinearMap, Sum
-from .primitives import Gate, Linear, Norm, Shift, put_effects, put_row, take_row
 from .sublayer import Sublayer, _chain, _edits, _push, _unknown
 from .weights import GatedMLPWeights, MLPWeights
 

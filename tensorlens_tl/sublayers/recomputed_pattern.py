@@ -39,10 +39,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..maps import Frame, LinearMap, Mix
 from .attention_kernel import LN2, Scores, capped_, log_sum_exp, mix_blocks
-from .batch_layout import Frame
-from .linear_map import LinearMap
-from .primitives import Mix
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..graph import Node
-from .factored import Factored
-from .linear_map import Chain, LinearMap
-from .primitives import Linear, Shift
+from ..maps import Chain, Factored, Linear, LinearMap, Shift
 
 
 class Mapped(LinearMap):

@@ -8,10 +8,8 @@ from functools import cached_property
 from jaxtyping import Float
 from torch import Tensor
 
+from ..maps import Frame, Linear, LinearMap
 from .activations import soft_cap_ratio
-from .batch_layout import Frame
-from .linear_map import LinearMap
-from .primitives import Linear
 from .weights import UnembedWeights
 
 

@@ -8,29 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class NormWeights:
-    """The affine part of a norm, x ⊙ (w + offset) + b.
-
-    Attributes:
-        w: The weight, or None for 1.
-        b: The bias, or None.
-        center: Whether the norm subtracts the mean, as LayerNorm does and RMSNorm does not.
-        offset: Number added to the weight (1 for Gemma).
-        eps: The ε that the norm adds to the variance; None where it is not known.
-    """
-
-    w: Float[Tensor, " d"] | None
-    b: Float[Tensor, " d"] | None
-    center: bool
-    offset: float = 0.0
-    eps: float | None = None
-
-    @property
-    def gain(self) -> Float[Tensor, " d"] | None:
-        """The factor w + offset, or None for 1."""
-        return self.w if self.w is None or not self.offset else self.w + self.offset
+from ..maps import NormWeights
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,11 +23,11 @@ import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
 from tensorlens_tl.graph.nodes import Node
 from tensorlens_tl.lens.tensor_lens import TensorLens
+from tensorlens_tl.maps.batch_layout import Frame
+from tensorlens_tl.maps.primitives import Mix, Norm
 from tensorlens_tl.operator.capture import Capture, Convention, FrozenBlock, Prompts
 from tensorlens_tl.sublayers.attention import Attention
-from tensorlens_tl.sublayers.batch_layout import Frame
 from tensorlens_tl.sublayers.mlp import MLP
-from tensorlens_tl.sublayers.primitives import Mix, Norm
 from tensorlens_tl.sublayers.unembed import Unembed
 from tensorlens_tl.sublayers.weights import (
     AttentionWeights,

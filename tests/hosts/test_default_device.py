@@ -6,8 +6,8 @@ from comparisons import assert_close
 from models import CASES, ROUNDING, SHAPES, lens_of, quiet
 
 from tensorlens_tl.evaluation.significance import compare, estimate, rank_correlation
+from tensorlens_tl.maps.linear_map import dot_test
 from tensorlens_tl.methods.operator_matrices import orthogonal_probes
-from tensorlens_tl.sublayers.linear_map import dot_test
 
 pytestmark = pytest.mark.algebra
 CHOSEN = [CASES.get("hooked-gpt2") or SHAPES[0], CASES.get("bridge-llama") or SHAPES[-1]]

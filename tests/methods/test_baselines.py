@@ -9,6 +9,8 @@ from comparisons import assert_close
 from models import CASES, ORACLE, ROUNDING, TWO_RUNS, lens_of, quiet, tokens
 
 from tensorlens_tl.attribution.targets import resolve_target
+from tensorlens_tl.maps.batch_layout import Frame
+from tensorlens_tl.maps.primitives import Mix, Norm
 from tensorlens_tl.methods.attention_maps import FLOW_UNIT, halved, mean_patterns
 from tensorlens_tl.methods.baselines import baseline_matrix, baseline_scores
 from tensorlens_tl.methods.decompx import decompx_vectors
@@ -16,9 +18,7 @@ from tensorlens_tl.methods.value_vectors import alti_layers, normed, splits
 from tensorlens_tl.methods.value_zeroing import cosine_distance, value_zeroing_layers
 from tensorlens_tl.operator.capture import Capture, Convention, FrozenBlock, Prompts
 from tensorlens_tl.sublayers.attention import Attention
-from tensorlens_tl.sublayers.batch_layout import Frame
 from tensorlens_tl.sublayers.mlp import MLP
-from tensorlens_tl.sublayers.primitives import Mix, Norm
 from tensorlens_tl.sublayers.unembed import Unembed
 from tensorlens_tl.sublayers.weights import (
     AttentionWeights,

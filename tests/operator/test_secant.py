@@ -22,12 +22,12 @@ from oracles import gradient_of
 
 import tensorlens_tl
 from tensorlens_tl import Edge
+from tensorlens_tl.maps import NormWeights
+from tensorlens_tl.maps.factored import Factored
 from tensorlens_tl.operator import secant
 from tensorlens_tl.operator.capture import CaptureMismatchError
 from tensorlens_tl.operator.secant import NormSecant, act_secant, softmax_secant
 from tensorlens_tl.sublayers.activations import RATIOS, gating_ratio
-from tensorlens_tl.sublayers.factored import Factored
-from tensorlens_tl.sublayers.weights import NormWeights
 
 SOLU = [case for case in SHAPES if "solu" in str(case)]
 CASES = [case for case in SHAPES if case not in SOLU]

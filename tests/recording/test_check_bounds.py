@@ -11,9 +11,9 @@ from models import CASES, SHAPES, quiet, tokens
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
 from tensorlens_tl.hosts import adapt
+from tensorlens_tl.maps import Frame
 from tensorlens_tl.recording import record
 from tensorlens_tl.recording.self_check import SelfCheck
-from tensorlens_tl.sublayers import Frame
 
 CENTRED = ("hooked-gpt2", "hooked-neox", "native-neox")
 CENTRED += ("bridge-gpt2", "bridge-neox", "bridge-opt", "bridge-falcon", "bridge-phi")

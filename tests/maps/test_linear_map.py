@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ROUNDING
 
-from tensorlens_tl.sublayers.batch_layout import Frame
-from tensorlens_tl.sublayers.linear_map import Chain, Residual, Sum, Transposed, dot_test
-from tensorlens_tl.sublayers.primitives import Gate, Linear, Mix, Norm
-from tensorlens_tl.sublayers.weights import NormWeights
+from tensorlens_tl.maps import NormWeights
+from tensorlens_tl.maps.batch_layout import Frame
+from tensorlens_tl.maps.linear_map import Chain, Residual, Sum, Transposed, dot_test
+from tensorlens_tl.maps.primitives import Gate, Linear, Mix, Norm
 
 pytestmark = pytest.mark.algebra
 

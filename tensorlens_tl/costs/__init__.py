@@ -1,0 +1,44 @@
+"""What a computation costs: floating-point operations, time and peak memory, before it runs.
+
+Key concepts:
+    Plan: The predicted cost of one call.
+    memory_budget: The most memory that a call may take.
+"""
+
+from .cost_model import (
+    CAUSAL_TILE,
+    HEAP,
+    KEPT,
+    ROWS,
+    BranchShape,
+    Plan,
+    StageShape,
+    SweepShape,
+    carried_by,
+    fold_group,
+    folds_below,
+    half_bytes,
+    make_plan,
+    memory_budget,
+    rates_of,
+)
+from .machine_rates import Cost
+
+__all__ = [
+    "BranchShape",
+    "CAUSAL_TILE",
+    "Cost",
+    "HEAP",
+    "KEPT",
+    "Plan",
+    "ROWS",
+    "StageShape",
+    "SweepShape",
+    "carried_by",
+    "fold_group",
+    "folds_below",
+    "half_bytes",
+    "make_plan",
+    "memory_budget",
+    "rates_of",
+]

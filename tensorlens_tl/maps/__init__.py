@@ -1,0 +1,47 @@
+"""Affine maps with exact adjoints, and the layout of a batch that they all share.
+
+Key concepts:
+    LinearMap: x ↦ A x + bias, with the exact adjoint of A. No matrix A is ever built.
+    Frame: What all vectors of a batch share: real tokens, number of positions, dtype, device.
+"""
+
+from .batch_layout import HALF, TINY, Frame, version
+from .factored import Factored
+from .linear_map import DENSE_LIMIT, Chain, LinearMap, Residual, Sum, Transposed, dot_test
+from .primitives import (
+    Gate,
+    Identity,
+    Linear,
+    Mix,
+    Norm,
+    NormWeights,
+    Shift,
+    put_effects,
+    put_row,
+    take_row,
+)
+
+__all__ = [
+    "Chain",
+    "DENSE_LIMIT",
+    "Factored",
+    "Frame",
+    "Gate",
+    "HALF",
+    "Identity",
+    "Linear",
+    "LinearMap",
+    "Mix",
+    "Norm",
+    "NormWeights",
+    "Residual",
+    "Shift",
+    "Sum",
+    "TINY",
+    "Transposed",
+    "dot_test",
+    "put_effects",
+    "put_row",
+    "take_row",
+    "version",
+]
