@@ -25,7 +25,6 @@ from .targets import (
     resolve_each,
     resolve_target,
     resolve_token,
-    token_id,
 )
 
 __all__ = [
@@ -60,5 +59,4 @@ __all__ = [
     "resolve_target",
     "resolve_token",
     "strip_html",
-    "token_id",
 ]

@@ -139,7 +139,7 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
                 "model=, or pass the mean embedding as baseline."
             )
         real = capture.frame.real
-        tokens = capture.prompts.tokens.to(real.device)[real]
+        tokens = capture.prompts.ids("baseline='mean'").to(real.device)[real]
         baseline = mean_embedding(capture.embed[real], tokens, capture.embed_weights)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
         kind = kind_of(baseline)

@@ -140,7 +140,8 @@ def _rounding(run: TargetGradient) -> Float[Tensor, " batch"]:
         return x.double().masked_fill(~real[..., None], 0).flatten(1).norm(dim=1)
 
     # The logits are rounded at their own size, and a target may be a difference of two.
-    largest = capture.logits[real.nonzero(as_tuple=True)].detach().abs().max().double()
+    logits = capture.logits if capture.logits.ndim == 2 else capture.logits[real]
+    largest = logits.detach().abs().max().double()
     total = 4 * torch.finfo(dtype).eps * largest * torch.ones_like(run.target.value).double()
     states = [*operator.states().values(), capture.resid_final, capture.unembed.final]
     covectors, maps = run.trace.covectors, operator.map.maps

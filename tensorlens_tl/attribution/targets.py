@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from operator import index as operator_index
 from typing import Any, SupportsIndex
 
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from ..checks import token_text
 from ..maps import take_row
-from ..operator import Capture
+from ..operator import Capture, token_id
 from ..sublayers import soft_cap_ratio
 
 TargetLike = str | SupportsIndex | Sequence[float] | Tensor | None
@@ -132,56 +131,10 @@ class Target:
 # --- Tokens --------------------------------------------------------------------------------------
 
 
-def token_id(capture: Any, text: str, name: str = "target") -> int:
-    """Find the id of a one-token string: as given, or else without its leading space.
-
-    Args:
-        capture: A captured run, or anything else with a ``tokenizer``.
-        text: The token as a string, such as " Mary".
-        name: The name of the user's argument, for messages.
-
-    Returns:
-        The id of the token.
-
-    Raises:
-        ValueError: If no tokenizer knows the string as one token; the message shows near ones.
-    """
-    tokenizer = capture.tokenizer
-    if tokenizer is None:
-        if text.startswith("#") and text[1:].isdecimal():  # as labels name tokens then
-            return int(text[1:])
-        raise ValueError(
-            f"{name}={text!r} is a string, but the model has no tokenizer. Pass a token id, or "
-            "load a saved lens with its model: load(path, model=model)."
-        )
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    pieces: list[int] = []
-    for attempt in dict.fromkeys((text, text.removeprefix(" "))):
-        ids = tokenizer.encode(attempt, add_special_tokens=False)
-        if len(ids) == 1 and ids[0] != unknown:
-            return ids[0]
-        pieces = pieces or ids
-    if len(pieces) <= 1 or all(piece == unknown for piece in pieces):
-        words = [word.lstrip("Ġ▁") for word in tokenizer.get_vocab()]  # without marks of a space
-        near = get_close_matches(text.strip(), words)
-        like = f" such as {' or '.join(map(repr, near))}" if near else ""
-        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-        whole = ", which knows whole words only" if type(model).__name__ == "WordLevel" else ""
-        raise ValueError(
-            f"{name}={text!r} is not known to the tokenizer{whole}. Pass a known token{like}, or a "
-            "token id."
-        )
-    shown = ", ".join(f"{tokenizer.decode([piece])!r} #{piece}" for piece in pieces)
-    raise ValueError(
-        f"{name}={text!r} is {len(pieces)} tokens: {shown}. Pass one of them or its id, or end the "
-        "prompt with them and call lens.attribute_sequence."
-    )
-
-
 def own_prediction(capture: Capture, pos: int = -1) -> Int[Tensor, " batch"]:
     """The id of the token that each prompt's logits rank first."""
     query = capture.frame.index(pos)
-    return capture.logits[torch.arange(len(query), device=query.device), query].argmax(-1)
+    return capture.logits_at(query).argmax(-1)
 
 
 def likeliest_others(
@@ -189,6 +142,19 @@ def likeliest_others(
 ) -> Int[Tensor, " batch"]:
     """The id of the likeliest token except a given one, for each prompt."""
     return _without(capture, ids, pos).argmax(-1)
+
+
+def check_head(capture: Capture, target: TargetLike, name: str = "target") -> None:
+    """Refuse a token, a class or the own prediction of a model that has no head.
+
+    Raises:
+        ValueError: If the model has none.
+    """
+    if capture.headless:
+        raise ValueError(
+            f"{name}={target!r} is read off logits, and {capture.model_name} has no head. Pass a "
+            f"direction in the final residual [{capture.embed.shape[-1]}]."
+        )
 
 
 def is_token(target: TargetLike) -> bool:
@@ -286,9 +252,11 @@ def resolve_target(
     """
     frame, unembed = capture.frame, capture.unembed.weights
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
-    y, logits = capture.unembed.final[prompts, query], frame.cast(capture.logits[prompts, query])
+    y = capture.unembed.final[prompts, query]
     if not is_token(target):
-        return _direction(capture, target, query, y, logits, name)
+        return _direction(capture, target, query, y, name)
+    check_head(capture, target, name)
+    logits = frame.cast(capture.logits_at(query))
     if target is None:
         ids = own_prediction(capture, pos) if predicted is None else predicted
     else:
@@ -349,9 +317,9 @@ def expected_others(capture: Capture, ids: Int[Tensor, " batch"], pos: int = -1)
         The functional of the weighted mean, for every prompt.
     """
     frame = capture.frame
-    query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
+    query = frame.index(pos)
     p = _without(capture, ids, pos).softmax(-1)
-    value = (p * frame.cast(capture.logits[prompts, query])).sum(-1)
+    value = (p * frame.cast(capture.logits_at(query))).sum(-1)
     return Target(("the others",) * frame.batch, query, *_weighted(capture, p, query), value)
 
 
@@ -362,7 +330,7 @@ def _log_probability(
     frame, query = capture.frame, goal.query
     prompts = torch.arange(frame.batch, device=frame.device)
     # In float64: where p_t is near 1, 1 − p_t would be mostly rounding.
-    log_p = capture.logits[prompts, query].detach().double().log_softmax(-1)
+    log_p = capture.logits_at(query).detach().double().log_softmax(-1)
     p = log_p.exp()
     if target is None:
         ids = own_prediction(capture, pos) if predicted is None else predicted
@@ -389,9 +357,7 @@ def as_direction(direction: Any, name: str) -> Tensor:
     return u.detach()
 
 
-def _direction(
-    capture: Capture, direction: Any, query: Tensor, y: Tensor, logits: Tensor, name: str
-) -> Target:
+def _direction(capture: Capture, direction: Any, query: Tensor, y: Tensor, name: str) -> Target:
     """A direction in the logits [d_vocab] or in the residual [d_model], told apart by its width."""
     frame = capture.frame
     d_model, d_vocab = capture.unembed.weights.W_U.shape
@@ -401,7 +367,7 @@ def _direction(
             f"{name}= of shape {list(u.shape)} is no direction of this model. Pass a "
             f"direction in logits [{d_vocab}] or in the final residual [{d_model}]."
         )
-    if d_model == d_vocab:
+    if d_model == d_vocab and not capture.headless:
         raise ValueError(
             f"A direction [{d_model}] has two meanings, as d_model = d_vocab. Pass a token."
         )
@@ -410,6 +376,7 @@ def _direction(
         covector = u.expand(frame.batch, -1)
         return Target(("residual direction",) * frame.batch, query, covector, {}, y @ u)
     weighted = _weighted(capture, u.expand(frame.batch, -1), query)
+    logits = frame.cast(capture.logits_at(query))
     return Target(("logit direction",) * frame.batch, query, *weighted, logits @ u)
 
 
@@ -428,8 +395,8 @@ def _weighted(
 def _without(capture: Capture, ids: Tensor, pos: int) -> Float[Tensor, "batch d_vocab"]:
     """The logits at a position, with one token's set to −inf."""
     frame = capture.frame
-    query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
-    return frame.cast(capture.logits[prompts, query]).scatter(1, ids[:, None], -torch.inf)
+    query = frame.index(pos)
+    return frame.cast(capture.logits_at(query)).scatter(1, ids[:, None], -torch.inf)
 
 
 def _as_id(target: Any, name: str) -> int:

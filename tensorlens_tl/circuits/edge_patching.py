@@ -107,7 +107,7 @@ class EdgeModel:
         heads, width = weights.blocks[0].attn.W_O.shape[0], weights.unembed.W_U.shape[0]
         # Per position: about 4 copies of all writes, 12 of one layer's heads, logits, patterns.
         cells = width * (4 * len(self.universe.writers) + 12 * heads)
-        cells += int(self.adapter.cfg.d_vocab) + len(weights.blocks) * heads * n_pos
+        cells += weights.unembed.W_U.shape[1] + len(weights.blocks) * heads * n_pos
         cells *= n_pos
         return max(1, CHUNK // (cells * self.dtype.itemsize * self.group()))
 

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..attribution import token_id
 from ..checks import is_int
 from ..hosts import Adapter, each_prompt, own_ids
+from ..operator import token_id
 
 Metric = Callable[
     [Float[Tensor, "prompt d_vocab"], Int[Tensor, " prompt"]], Float[Tensor, " prompt"]
@@ -224,7 +224,7 @@ def _ids(adapter: Adapter, given: Any, n: int, name: str) -> Tensor | None:
             f"{name} has {len(each)} entries for {n} prompts. Pass one for each, or one for all."
         )
     ids = [token_id(adapter, one, name) if isinstance(one, str) else _id(one, name) for one in each]
-    d_vocab = int(adapter.cfg.d_vocab)
+    d_vocab = adapter.weights.unembed.W_U.shape[1]
     if wrong := [i for i in ids if not 0 <= i < d_vocab]:
         raise ValueError(
             f"{name} id {wrong[0]} is outside the vocabulary. Use ids from 0 to {d_vocab - 1}."

@@ -98,6 +98,12 @@ class Adapter(ABC):
     before_edits: frozenset[str] = frozenset()
     """What is read before the user's own hooks at its point, as they do not enter the residual."""
 
+    read_at: int | None = None
+    """The row at which a classifier is read, or a model without a head; None for every row."""
+
+    headless = False
+    """Whether the model has no head, and returns its final normalized residual."""
+
     split_flags: ClassVar[tuple[str, ...]] = (
         "use_split_qkv_input",
         "use_attn_in",
@@ -294,7 +300,10 @@ class Adapter(ABC):
             ValueError: If the host has no such hook point.
         """
         names: dict[Read, str] = {(None, "embed"): "hook_embed"}
-        if getattr(self.cfg, "positional_embedding_type", "standard") == "standard":
+        if (
+            self.read_at is None
+            and getattr(self.cfg, "positional_embedding_type", "standard") == "standard"
+        ):
             names[None, "pos_embed"] = "hook_pos_embed"
         if self.weights.ln_final is not None:
             names[None, "ln_final.scale"] = "ln_final.hook_scale"

@@ -20,6 +20,7 @@ from .adapter import Adapter
 from .bridge import BridgeAdapter
 from .hook_points import alone
 from .hooked_transformer import HookedTransformerAdapter
+from .pictures import PictureAdapter, embeddings_of
 from .supported import NotFoldedError, UnsupportedArchitectureError
 from .wrapping import BEFORE, BRIDGE, build_bridge, give_tokenizer, restore
 
@@ -48,7 +49,8 @@ def adapt(model: Any) -> Adapter:
     if "HookedTransformer" in names:
         return HookedTransformerAdapter(model)
     if any("TransformerBridge" in name for name in names):
-        return BridgeAdapter(model)
+        of = BridgeAdapter if embeddings_of(model) is None else PictureAdapter
+        return of(model)
     raise UnsupportedArchitectureError(
         f"model is {kind_of(model)}, which is neither a HookedTransformer nor a "
         "TransformerBridge. Pass one of these, or a Hugging Face causal language model."

@@ -49,6 +49,10 @@ SUPPORTED = {
     "Jais2ForCausalLM": "Jais-2",
     "VaultGemmaForCausalLM": "VaultGemma",
     "Cohere2ForCausalLM": "Cohere-2",
+    "ViTForImageClassification": "ViT",
+    "ViTModel": "ViT",
+    "DeiTForImageClassification": "DeiT",
+    "DeiTModel": "DeiT",
     "TransformerLensNative": "TransformerBridge.boot_native",
 }
 """Architectures that the tests cover, by Hugging Face class name."""

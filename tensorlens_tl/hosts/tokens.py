@@ -41,7 +41,7 @@ def prepare(
     inputs, kwargs = unpacked(inputs, kwargs, hosts)
     check_arguments(kwargs, adapter.forbidden, hosts)
     if isinstance(inputs, Prompts):
-        return {**adapter.all_real(inputs.tokens, kwargs), **kwargs}, inputs
+        return {**adapter.all_real(inputs.given, kwargs), **kwargs}, inputs
     if is_text(inputs):
         tokens, mask = tokenize(model, [inputs] if isinstance(inputs, str) else inputs, kwargs)
         tokens, mask = tokens.to(device), mask.to(device)
@@ -73,6 +73,8 @@ def prompts_of(
     Raises:
         ValueError: If they are longer than n_ctx, or have ids outside the vocabulary.
     """
+    if tokens.is_floating_point():
+        return adapter.prepare(tokens, {})[1]
     tokens = tokens.to(adapter.weights.unembed.W_U.device)
     spans = [(0, tokens.shape[1])] * len(tokens) if spans is None else spans
     check_tokens(tokens, adapter.n_ctx, adapter.cfg.d_vocab)
@@ -85,8 +87,8 @@ def prompts_of(
 def own_ids(adapter: Adapter, prompt: Any) -> Int[Tensor, " pos"]:
     """The token ids of one prompt of :func:`each_prompt`, all of them real."""
     if isinstance(prompt, str):
-        return prepare(adapter, prompt, {})[1].tokens[0]
-    return prompts_of(adapter, prompt[None]).tokens[0]
+        return adapter.prepare(prompt, {})[1].given[0]
+    return prompts_of(adapter, prompt[None]).given[0]
 
 
 def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checks import kind_of
 from ..graph import resid_site
 from ..maps import TINY
+from .pictures import embeddings_of, random_input
 from .supported import (
     BRIDGE,
     UnsupportedArchitectureError,
@@ -62,14 +63,15 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
     adapted, (what, remedy) = adapter_at(model), faulty_option(name, model.config)
     before = snapshot(model)
     kept = [(module, module.training) for module in model.modules()]
-    ids = _probe_ids(model)
+    ids = random_input(model) if embeddings_of(model) is not None else _probe_ids(model)
     devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
-        failing = "the model itself does not run on token ids"
+        failing = "the model itself does not run"
         try:
             with torch.random.fork_rng(devices):  # a Bridge draws the weights that it then replaces
                 with _at_rest(model):
-                    expected = model(ids).logits
+                    found = model(ids)
+                    expected = getattr(found, "logits", found[0])
                 failing = (
                     f"transformer_lens {metadata.version('transformer_lens')} cannot bridge it"
                 )

@@ -131,7 +131,8 @@ class AttributedRun(FrozenRun):
         if not isinstance(baseline, AttributedRun):
             return difference(gradient, fixed_baseline(gradient, baseline), by, at, qk)
         check_comparable(self.capture, baseline.capture)
-        predicted = own_prediction(self.capture, pos)  # one target for both runs
+        # One target for both runs.
+        predicted = own_prediction(self.capture, pos) if target is None else None
         reference = baseline._gradient(target, versus, pos, predicted, of, site)
         return difference(gradient, reference, by, at, qk)
 

@@ -168,13 +168,13 @@ class FrozenRun:
             )
         prompts, tokenizer = self.capture.prompts, self.capture.tokenizer
         start, stop = prompts.spans[0]
-        if tokenizer is None:
+        if tokenizer is None or prompts.tokens is None:
             return " ".join(prompts.strings[0])
         return tokenizer.decode(prompts.tokens[0, start:stop].tolist())
 
     @property
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        """The model's own logits, in the model's dtype [batch, pos, d_vocab]."""
+        """The model's own logits [batch, pos, d_vocab], of a classifier [batch, d_vocab]."""
         return self.capture.logits
 
     @property
@@ -205,7 +205,8 @@ class FrozenRun:
             The logits of each residual.
         """
         self._check_ready()
-        return self.capture.unembed @ y + self.capture.unembed.bias
+        found = self.capture.unembed @ y + self.capture.unembed.bias
+        return found if self.logits.ndim == 3 else found[..., self.capture.frame.read_at, :]
 
     def between(self, start: str | int, stop: str | int) -> LinearMap:
         """Give the operator from one residual site to a later one.
@@ -265,9 +266,11 @@ class FrozenRun:
             max |Δ logits| / max |logits| over the real tokens. Rounding alone gives about 1e-15 in
             float64 and 1e-6 in float32.
         """
-        real = self.capture.frame.real
-        ours = self.readout(self.operator.apply(self.embedding) + self.operator.bias)[real]
-        logits = self.capture.frame.cast(self.capture.logits)[real]
+        ours = self.readout(self.operator.apply(self.embedding) + self.operator.bias)
+        logits = self.capture.frame.cast(self.capture.logits)
+        if logits.ndim == 3:  # not of padding
+            real = self.capture.frame.real
+            ours, logits = ours[real], logits[real]
         return float((ours - logits).abs().max() / logits.abs().max().clamp_min(TINY))
 
 

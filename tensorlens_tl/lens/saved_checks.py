@@ -33,10 +33,10 @@ def check(value: Any, hint: Any, path: str, sizes: dict[str, int]) -> None:
     if hint is Any:
         return
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        if _is_a(value, option):
-            hint = option
-            break
+    fitting = [option for option in options if _is_a(value, option)]
+    ranks = [option for option in fitting if _rank(option) == getattr(value, "ndim", None)]
+    if fitting:
+        hint = (ranks or fitting)[0]
     else:
         raise Misfit(f"{path}: expected {hint}, got {type(value).__name__}")
     arguments = get_args(hint)
@@ -70,10 +70,16 @@ def _is_a(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, get_origin(hint) or hint)
 
 
+def _rank(hint: Any) -> int:
+    return len(getattr(hint, "dim_str", "").split())
+
+
 def _check_shape(tensor: Tensor, hint: Any, path: str, sizes: dict[str, int]) -> None:
     if tensor.is_floating_point() != hint.__name__.startswith("Float"):
         raise Misfit(f"{path}: expected {hint.__name__}, got {tensor.dtype}")
     names = hint.dim_str.split()
+    if names[-1] == "...":  # axes of any number and size
+        names[-1:] = [str(n) for n in tensor.shape[len(names) - 1 :]]
     expected = []
     for name, n in zip(names, tensor.shape, strict=False):
         axis = name.removeprefix("query_").removeprefix("key_")  # both are positions

@@ -234,7 +234,7 @@ def continuation_targets(
         ValueError: If the prompts do not end with the continuation, if nothing precedes the
             continuation, or if the prompts' continuations have different lengths.
     """
-    spans = capture.frame.spans
+    spans, all_ids = capture.frame.spans, capture.prompts.ids("attribute_sequence")
     sizes = [_size(capture, prompt, continuation) for prompt in range(len(spans))]
     if len(set(sizes)) > 1:
         raise ValueError(
@@ -243,7 +243,7 @@ def continuation_targets(
         )
     size = sizes[0]
     ids: Int[Tensor, "batch output"] = torch.stack(
-        [capture.prompts.tokens[i, stop - size : stop] for i, (_, stop) in enumerate(spans)]
+        [all_ids[i, stop - size : stop] for i, (_, stop) in enumerate(spans)]
     ).to(capture.frame.device)
     goals = [resolve(capture, pos=i - size - 1, predicted=ids[:, i], of=of) for i in range(size)]
     names = tuple(
@@ -268,7 +268,7 @@ def _size(capture: Capture, prompt: int, continuation: Any) -> int:
     if isinstance(given, str):
         size = _tail(capture.prompts.strings[prompt], given)
     elif isinstance(given, list | tuple) and given and all(map(is_int, given)):
-        ids = capture.prompts.tokens[prompt, start:stop].tolist()
+        ids = capture.prompts.ids("attribute_sequence")[prompt, start:stop].tolist()
         size = len(given) if ids[-len(given) :] == list(given) else 0
     else:
         raise ValueError(

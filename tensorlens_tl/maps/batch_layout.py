@@ -26,12 +26,15 @@ class Frame:
         n_pos: Number of positions, padding included.
         dtype: Dtype of the computation, float32 or float64.
         device: Device of the tensors.
+        read_at: The row at which a classifier is read, or a model without a head; −1 means this
+            row. None where every position predicts.
     """
 
     spans: tuple[tuple[int, int], ...]
     n_pos: int
     dtype: torch.dtype
     device: torch.device
+    read_at: int | None = None
 
     @property
     def batch(self) -> int:
@@ -48,13 +51,14 @@ class Frame:
     @property
     def row(self) -> Frame:
         """The frame of one position per prompt."""
-        return replace(self, n_pos=1, spans=((0, 1),) * self.batch)
+        return replace(self, n_pos=1, spans=((0, 1),) * self.batch, read_at=None)
 
     def index(self, pos: int) -> Tensor:
         """Turn a position among the real tokens into indices of the position axis.
 
         Args:
-            pos: Position, counted as in Python: 0 is the first real token of a prompt, −1 the last.
+            pos: Position, counted as in Python: 0 is the first real token of a prompt, −1 the last,
+                or the row that the model is read at.
 
         Returns:
             The index for every prompt [batch].
@@ -64,6 +68,8 @@ class Frame:
         """
         if not is_int(pos):
             raise ValueError(f"Position {pos!r} is not an integer. Pass an integer such as −1.")
+        if pos == -1 and self.read_at is not None:
+            pos = self.read_at
         for prompt, (start, stop) in enumerate(self.spans):
             if not start - stop <= pos < stop - start:
                 raise ValueError(

@@ -158,7 +158,12 @@ def random(capture: Capture, seed: int = 0) -> Matrix:
     whole(seed, "seed")
     numbers = torch.zeros_like(identity(capture))
     for prompt, (start, stop) in enumerate(capture.frame.spans):
-        ids = capture.prompts.tokens[prompt, start:stop].tolist()
+        given = capture.prompts.given[prompt]
+        ids = (
+            given.flatten().tolist()
+            if capture.prompts.tokens is None
+            else given[start:stop].tolist()
+        )
         generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, ids)).encode()))
         drawn = torch.rand(
             stop - start, stop - start, generator=generator, device="cpu", dtype=torch.float64

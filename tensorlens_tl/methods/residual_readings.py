@@ -277,7 +277,9 @@ def logit_lens(
         logits, spans = logits.masked_fill(~frame.real[:, None, :, None], 0), frame.spans
         shown = [range(len(own)) for own in strings]
     else:
-        shown = [[pos % len(own)] for own in strings]
+        shown = [
+            [int(i) - start] for i, (start, _) in zip(frame.index(pos), frame.spans, strict=True)
+        ]
     labels = tuple(
         tuple(place_label(own[i], i) for i in places)
         for own, places in zip(strings, shown, strict=True)

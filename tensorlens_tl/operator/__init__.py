@@ -13,10 +13,10 @@ from .capture import (
     CaptureMismatchError,
     Convention,
     FrozenBlock,
-    Prompts,
     tolerance,
 )
 from .frozen_transformer import FrozenTransformer, Segment
+from .prompts import ClassNames, Prompts, token_id
 from .query_key import QueryKey
 from .residual_stream import Branch, Readers, Step, Trace
 from .restricted_transformer import RestrictedTransformer
@@ -27,6 +27,7 @@ __all__ = [
     "Branch",
     "Capture",
     "CaptureMismatchError",
+    "ClassNames",
     "Convention",
     "FrozenBlock",
     "FrozenTransformer",
@@ -42,5 +43,6 @@ __all__ = [
     "Trace",
     "dots",
     "squares",
+    "token_id",
     "tolerance",
 ]

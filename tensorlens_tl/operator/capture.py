@@ -22,6 +22,7 @@ from ..sublayers import (
     ScoreWeights,
     Unembed,
 )
+from .prompts import Prompts
 
 GATES = ("gate", "up", "half")
 """Values of ``Convention.gate``: what a gated MLP keeps fixed of its product act(g) ⊙ u."""
@@ -110,7 +111,9 @@ class Capture:
         resid_final: The residual after the last block [batch, pos, d_model].
         ln_final: The final norm, or None.
         unembed: The frozen readout, from the final normalized residual to logits.
-        logits: The model's own logits [batch, pos, d_vocab], in the model's dtype.
+        logits: The model's own logits, in the model's dtype: of every position [batch, pos,
+            d_vocab], or of a classifier [batch, d_vocab]. A model without a head gives the final
+            normalized residual.
         convention: The choices under which the run was made linear.
         checks: Relative error of every product that was checked during the run, by name.
         tokenizer: The host's tokenizer, or None.
@@ -120,6 +123,7 @@ class Capture:
             of the model. None where it was not measured.
         embed_weights: The embedding matrix and its norm, where the host gave them. They are not
             saved with a lens.
+        headless: Whether the model has no head, so that targets are directions of the residual.
         score_weights: For every block, the weights that its attention scores are made of, or the
             reason why they are not known. They are not saved, but a lens that is loaded with its
             model has them again; None without it.
@@ -140,7 +144,7 @@ class Capture:
     resid_final: Float[Tensor, "batch pos d_model"]
     ln_final: Norm | None
     unembed: Unembed
-    logits: Float[Tensor, "batch pos d_vocab"]
+    logits: Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "batch d_vocab"]
     convention: Convention
     checks: Mapping[str, float]
     tokenizer: Any = field(repr=False, default=None)
@@ -149,6 +153,7 @@ class Capture:
     noise_floor: float | None = None
     embed_weights: EmbedWeights | None = field(repr=False, default=None)
     score_weights: tuple[ScoreWeights, ...] | str | None = field(repr=False, default=None)
+    headless: bool = False
 
     def __repr__(self) -> str:
         shape = f"{self.frame.batch} × {self.frame.n_pos} tokens, {len(self.blocks)} layers"
@@ -161,6 +166,27 @@ class Capture:
         if self.edit is not None:
             parts[self.edit.name] = self.edit.constant
         return {name: part for name, part in parts.items() if part is not None}
+
+    def logits_at(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
+        """The model's logits at one position of each prompt, in its dtype.
+
+        Args:
+            query: The position of each prompt, as an index that counts padding.
+
+        Returns:
+            The logits of that position, or of the classifier.
+
+        Raises:
+            ValueError: If the model is a classifier, which reads another row.
+        """
+        if self.logits.ndim == 3:
+            return self.logits[torch.arange(len(query), device=query.device), query]
+        if bool((query != self.frame.read_at).any()):
+            raise ValueError(
+                f"The classes are read at row {self.frame.read_at} alone. Drop pos=, or pass a "
+                "direction in the residual as the target."
+            )
+        return self.logits
 
     @property
     def known_scores(self) -> tuple[ScoreWeights, ...]:
@@ -260,7 +286,7 @@ class Capture:
             one = slice(one[0], one[-1] + 1)
         pos, spans = slice(start, stop), tuple((a - start, b - start) for a, b in spans)
         frame = replace(self.frame, spans=spans, n_pos=stop - start)
-        tokens, strings = self.prompts.tokens[one, pos], [self.prompts.strings[r] for r in rows]
+        prompts = self.prompts.picked(one, pos, spans)
 
         def cut(value: Any, name: str = "") -> Any:
             if isinstance(value, Frame):
@@ -273,13 +299,15 @@ class Capture:
                     return value[one, :, pos, pos]
                 if name in ("queries", "keys"):  # [batch, head, d_score, pos]
                     return value[one, ..., pos]
+                if value is self.logits and self.logits.ndim == 2:  # one prediction per prompt
+                    return value[one]
                 return value[one, pos]
             if value is self or isinstance(value, _OF_THE_RUN):
                 names = [f.name for f in fields(value) if f.name != "weights"]
                 return replace(value, **{name: cut(getattr(value, name), name) for name in names})
             return value
 
-        return replace(cut(self), prompts=Prompts(tokens, frame.spans, tuple(strings)))
+        return replace(cut(self), prompts=prompts)
 
     def until(self, site: str) -> Capture:
         """The run up to a residual site. The residual there is its final one, and has no norm.
@@ -362,21 +390,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value):
         for part in vars(value).values():
             yield from _tensors(part)
-
-
-@dataclass(frozen=True, eq=False)
-class Prompts:
-    """The captured prompts as tokens.
-
-    Attributes:
-        tokens: Token ids [batch, pos], padding included.
-        spans: For every prompt, the (start, stop) of its real tokens.
-        strings: For every prompt, the strings of its real tokens.
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    spans: tuple[tuple[int, int], ...]
-    strings: tuple[tuple[str, ...], ...]
 
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..hosts import Adapter, Read, RecomputedReading, StoredReading, in_this_thread
-from ..maps import Frame, Norm, NormWeights, Shift
+from ..maps import Frame, Norm, NormWeights, Shift, take_row
 from ..operator import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
 from ..sublayers import (
     MLP,
@@ -386,8 +386,11 @@ class Recorder:
             y = y if edit is None else seen
         unembed = Unembed(self.frame, weights.unembed, y)
         before = (final, ln_final) if edit is None else (y, None)
-        cleaned = self.reads.clean((None, "logits"), seen_logits)
-        self.checked(lambda: self._check_logits(unembed, *before, cleaned))
+        if seen_logits.ndim == 2:  # of a classifier, which reads one row
+            self._check_classes(unembed, *before, seen_logits[:, None])
+        else:
+            cleaned = self.reads.clean((None, "logits"), seen_logits)
+            self.checked(lambda: self._check_logits(unembed, *before, cleaned))
         return Capture(
             self.adapter.name,
             self.frame,
@@ -404,7 +407,19 @@ class Recorder:
             self.adapter.tokenizer,
             self.first_edit,
             edit,
+            headless=self.adapter.headless,
         )
+
+    def _check_classes(
+        self, unembed: Unembed, final: Tensor, ln_final: Norm | None, logits: Tensor
+    ) -> None:
+        query, whole = self.frame.index(-1), self.check
+        norm = None if ln_final is None else ln_final.row(query)
+        self.check = SelfCheck(self.adapter.model, self.frame.row, self.adapter.dtype)
+        row = take_row(final, query)
+        self.checked(lambda: self._check_logits(unembed, row, norm, logits))
+        whole.errors |= self.check.errors
+        self.check = whole
 
     def _check_logits(
         self, unembed: Unembed, final: Tensor, ln_final: Norm | None, logits: Tensor

@@ -120,7 +120,7 @@ def record(
     no_autocast(device.type)
     with alone(adapter.model):
         kwargs, prompts = adapter.prepare(inputs, kwargs)
-        frame = Frame(prompts.spans, prompts.tokens.shape[1], dtype, device)
+        frame = Frame(prompts.spans, prompts.n_pos, dtype, device, adapter.read_at)
         if pattern == "stored":
             _note_patterns(adapter, frame)
         recorder = Recorder(adapter, prompts, frame, convention or Convention(), how)
@@ -132,7 +132,7 @@ def record(
                 handles.append(add(recorder.listen(read)))
             keeps_graph = how.needs_grad and not inference_weights(adapter.model)
             with torch.set_grad_enabled(torch.is_grad_enabled() and keeps_graph):
-                logits = adapter.run(prompts.tokens, kwargs)
+                logits = adapter.run(prompts.given, kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -209,6 +209,7 @@ def _with_noise_floor(
     with in_float32(model), torch.no_grad():
         adapter = adapt(model)
         kwargs, prompts = adapter.prepare(inputs, kwargs)
-        exact = adapter.run(prompts.tokens, kwargs)[capture.frame.real]
-    off = (capture.logits[capture.frame.real].to(exact) - exact).abs().max()
-    return replace(capture, noise_floor=float(off / exact.abs().max().clamp_min(TINY)))
+        exact = adapter.run(prompts.given, kwargs)
+    rows = capture.frame.real if exact.ndim == 3 else slice(None)
+    off = (capture.logits[rows].to(exact) - exact[rows]).abs().max()
+    return replace(capture, noise_floor=float(off / exact[rows].abs().max().clamp_min(TINY)))

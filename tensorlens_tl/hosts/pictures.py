@@ -1,0 +1,156 @@
+"""Models of pictures and sounds: pixels in, a row per patch, classes read at the row of [CLS].
+
+The embeddings module tells such a model: it has patches and a [CLS] token. A spectrogram is a
+picture whose rows are frequencies and whose columns are times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..checks import kind_of
+from ..operator import ClassNames, Prompts
+from ..sublayers import UnembedWeights
+from .bridge import BridgeAdapter
+from .tokens import check_arguments
+
+SPECIAL = {"cls_token": "[CLS]", "distillation_token": "[DIST]"}
+"""Parameters that stand before the patches, in this order, and the names of their rows."""
+
+
+def embeddings_of(model: Any) -> Any:
+    """The module that makes rows of patches, of a host or of the model inside; None for another."""
+    inner = getattr(model, "original_model", model)
+    for _, module in inner.named_modules():
+        own = {*module._modules, *module._parameters}
+        if {"patch_embeddings", "cls_token", "position_embeddings"} <= own:
+            return module
+    return None
+
+
+def random_input(model: Any) -> Float[Tensor, "1 ..."]:
+    """A picture or a spectrogram of random numbers, of the size that a model reads."""
+    embeddings = embeddings_of(model)
+    weight = embeddings.cls_token
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, *_channels(embeddings), *_size(embeddings))
+    return torch.randn(shape, generator=generator, device="cpu").to(weight)
+
+
+def _size(embeddings: Any) -> tuple[int, int]:
+    """The last two axes of what a model reads: rows and columns, or times and frequencies."""
+    if (size := getattr(embeddings, "image_size", None)) is not None:
+        return tuple(size)
+    return embeddings.config.max_length, embeddings.config.num_mel_bins
+
+
+def _channels(embeddings: Any) -> tuple[int, ...]:
+    """The axis of channels of what a model reads; a spectrogram has none."""
+    if hasattr(embeddings, "image_size"):
+        return (embeddings.patch_embeddings.projection.in_channels,)
+    return ()
+
+
+class PictureAdapter(BridgeAdapter):
+    """A Bridge around a model of pictures, or of spectrograms."""
+
+    forbidden = (*BridgeAdapter.forbidden, "bool_masked_pos", "attention_mask")
+    read_at = 0
+
+    def __init__(self, model: Any):
+        self.embeddings = embeddings_of(model)
+        super().__init__(model)
+
+    @property
+    def headless(self) -> bool:
+        return getattr(self.model, "unembed", None) is None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The names of the classes, in the place of a tokenizer's words."""
+        names = self.model.original_model.config.id2label
+        return None if self.headless else ClassNames([names[i] for i in sorted(names)])
+
+    def unembed_weights(self) -> UnembedWeights:
+        if not self.headless:
+            return super().unembed_weights()
+        weight = self.embeddings.cls_token  # what it returns is read as it is
+        return UnembedWeights(torch.eye(weight.shape[-1], dtype=weight.dtype).to(weight), None)
+
+    # --- What is run
+
+    def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Prompts]:
+        if isinstance(inputs, Prompts):
+            return dict(kwargs), inputs
+        name = "pixel_values" if _channels(self.embeddings) else "input_values"
+        kwargs = dict(kwargs)
+        if isinstance(inputs, Mapping):
+            inputs = inputs.get(name, inputs)
+        elif inputs is None:
+            inputs = kwargs.pop(name, None)
+        hosts = self.model, self.model.original_model
+        check_arguments(kwargs, (*self.forbidden, name), hosts)
+        return kwargs, self.describe(inputs, bool(kwargs.get("interpolate_pos_encoding")))
+
+    def describe(self, inputs: Any, any_size: bool = False) -> Prompts:
+        """Check pictures or spectrograms, and name their rows.
+
+        Args:
+            inputs: Pixel values [batch, channel, row, column], or of one picture without the first
+                axis. Spectrograms are [batch, time, frequency].
+            any_size: Whether position embeddings are interpolated, so that any size is read.
+
+        Returns:
+            The pictures as the model runs them, and a name for every row.
+
+        Raises:
+            ValueError: If they are no such numbers, or of another size than the model reads.
+        """
+        expected = (*_channels(self.embeddings), *_size(self.embeddings))
+        axes = "channel, row, column" if len(expected) == 3 else "time, frequency"
+        what = f"numbers [batch, {axes}], as the model's own processor makes them"
+        if isinstance(inputs, list | tuple) and all(isinstance(one, Tensor) for one in inputs):
+            same = len({one.shape for one in inputs}) == 1
+            inputs = torch.stack(list(inputs)) if same else inputs
+        if not isinstance(inputs, Tensor) and hasattr(inputs, "__array__"):
+            inputs = torch.as_tensor(getattr(inputs, "__array__")())  # noqa: B009
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            kind = f"{inputs.dtype}" if isinstance(inputs, Tensor) else kind_of(inputs)
+            raise ValueError(f"The input is {kind}, and {self.name} reads pictures. Pass {what}.")
+        values = inputs[None] if inputs.ndim == len(expected) else inputs
+        shape = tuple(values.shape[1:])
+        any_size &= expected[-1] == expected[-2]  # only square tables are interpolated
+        fits = shape == expected or (any_size and shape[:-2] == expected[:-2])
+        if values.ndim != len(expected) + 1 or not len(values) or not fits:
+            raise ValueError(
+                f"The input has shape {list(inputs.shape)}, and {self.name} reads "
+                f"[batch, {', '.join(map(str, expected))}]. Pass {what}."
+            )
+        rows, columns = self.grid(values)
+        special = [name for part, name in SPECIAL.items() if hasattr(self.embeddings, part)]
+        patches = [f"patch[{i},{j}]" for i in range(rows) for j in range(columns)]
+        names, n = (*special, *patches), len(special) + len(patches)
+        values = values.detach().to(self.embeddings.cls_token)
+        spans = ((0, n),) * len(values)
+        return Prompts(None, spans, (names,) * len(values), values)
+
+    def grid(self, values: Tensor) -> tuple[int, int]:
+        """How many rows and columns of patches there are."""
+        conv = self.embeddings.patch_embeddings.projection
+        turned = values.ndim == 3  # a spectrogram, whose frequencies become rows
+        size = values.shape[-1:-3:-1] if turned else values.shape[-2:]
+        parts = zip(size, conv.kernel_size, conv.stride, strict=True)
+        rows, columns = ((n - kernel) // stride + 1 for n, kernel, stride in parts)
+        return rows, columns
+
+    def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> None:
+        return None
+
+    def each(self, prompts: Any) -> Sequence[Tensor]:
+        """Pictures one by one."""
+        return list(self.describe(prompts).given)

@@ -1,0 +1,151 @@
+"""What was run, and a name for every row of the residual: tokens, or patches of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, cast
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The captured prompts: token ids, or pictures and sounds whose rows have no ids.
+
+    Attributes:
+        tokens: Token ids [batch, pos], padding included; None where the rows have none.
+        spans: For every prompt, the (start, stop) of its real rows.
+        strings: For every prompt, the names of its real rows: strings of tokens, "[CLS]",
+            "patch[0,1]".
+        inputs: What was run in place of ids, such as pixel values [batch, channel, row, column];
+            None where ids were run.
+    """
+
+    tokens: Int[Tensor, "batch pos"] | None
+    spans: tuple[tuple[int, int], ...]
+    strings: tuple[tuple[str, ...], ...]
+    inputs: Float[Tensor, "batch ..."] | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """What the model was run on: the token ids, or what stands in their place."""
+        return cast(Tensor, self.tokens if self.inputs is None else self.inputs)
+
+    @property
+    def n_pos(self) -> int:
+        """Number of positions, padding included."""
+        return max(stop for _, stop in self.spans) if self.tokens is None else self.tokens.shape[1]
+
+    def ids(self, asked: str) -> Int[Tensor, "batch pos"]:
+        """The token ids, for what cannot be answered without.
+
+        Args:
+            asked: What needs them, as the user typed it.
+
+        Returns:
+            The ids [batch, pos], padding included.
+
+        Raises:
+            ValueError: If the rows have no ids.
+        """
+        if self.tokens is None:
+            rows = ", ".join(self.strings[0][:2])
+            raise ValueError(
+                f"{asked} needs token ids, and the rows of this run have none ({rows}, …). "
+                "Ask it of a run on text."
+            )
+        return self.tokens
+
+    def picked(
+        self, rows: Sequence[int] | slice, pos: slice, spans: tuple[tuple[int, int], ...]
+    ) -> Prompts:
+        """Some of the prompts, at some positions, whose real rows are then at ``spans``."""
+        strings = self.strings[rows] if isinstance(rows, slice) else [self.strings[r] for r in rows]
+        tokens = None if self.tokens is None else self.tokens[rows, pos]
+        inputs = None if self.inputs is None else self.inputs[rows]
+        return Prompts(tokens, spans, tuple(strings), inputs)
+
+
+class ClassNames:
+    """The classes of a classifier, called by the methods of a tokenizer: one word per class.
+
+    Targets and tables ask a tokenizer for the names of the logits. A classifier of pictures or
+    sounds has no tokenizer, and the names of its classes stand in its place.
+
+    Args:
+        names: The name of every class, by its number.
+    """
+
+    unk_token_id = None
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(map(str, names))
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """The numbers of the classes of this name: none, one, or several of the same name."""
+        return [i for i, name in enumerate(self.names) if name == text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The names of classes, as one text."""
+        return " ".join(self.names[i] for i in ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        """The number of every class, by its name."""
+        return {name: i for i, name in enumerate(self.names)}
+
+
+def token_id(capture: Any, text: str, name: str = "target") -> int:
+    """Find the id of a one-token string: as given, or else without its leading space.
+
+    Args:
+        capture: A captured run, or anything else with a ``tokenizer``.
+        text: The token as a string, such as " Mary".
+        name: The name of the user's argument, for messages.
+
+    Returns:
+        The id of the token.
+
+    Raises:
+        ValueError: If no tokenizer knows the string as one token; the message shows near ones.
+    """
+    tokenizer = capture.tokenizer
+    if tokenizer is None:
+        if text.startswith("#") and text[1:].isdecimal():  # as labels name tokens then
+            return int(text[1:])
+        raise ValueError(
+            f"{name}={text!r} is a string, but the model has no tokenizer. Pass a token id, or "
+            "load a saved lens with its model: load(path, model=model)."
+        )
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    pieces: list[int] = []
+    for attempt in dict.fromkeys((text, text.removeprefix(" "))):
+        ids = tokenizer.encode(attempt, add_special_tokens=False)
+        if len(ids) == 1 and ids[0] != unknown:
+            return ids[0]
+        pieces = pieces or ids
+    if len(pieces) <= 1 or all(piece == unknown for piece in pieces):
+        words = [word.lstrip("Ġ▁") for word in tokenizer.get_vocab()]  # without marks of a space
+        near = get_close_matches(text.strip(), words)
+        like = f" such as {' or '.join(map(repr, near))}" if near else ""
+        if isinstance(tokenizer, ClassNames):
+            raise ValueError(
+                f"{name}={text!r} is no class of the model. Pass a class{like}, or its number."
+            )
+        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        whole = ", which knows whole words only" if type(model).__name__ == "WordLevel" else ""
+        raise ValueError(
+            f"{name}={text!r} is not known to the tokenizer{whole}. Pass a known token{like}, or a "
+            "token id."
+        )
+    shown = ", ".join(f"{tokenizer.decode([piece])!r} #{piece}" for piece in pieces)
+    if isinstance(tokenizer, ClassNames):
+        raise ValueError(
+            f"{name}={text!r} is the name of {len(pieces)} classes: {shown}. Pass the number."
+        )
+    raise ValueError(
+        f"{name}={text!r} is {len(pieces)} tokens: {shown}. Pass one of them or its id, or end the "
+        "prompt with them and call lens.attribute_sequence."
+    )
