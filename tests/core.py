@@ -72,7 +72,7 @@ NAMES = {(file, f"test_{name}") for file, names in TESTS.items() for name in nam
 SINGLE = {
     "differences": (
         "fixed_baselines_run_no_second_pass_and_have_no_operator_term[bridge-gemma2]",
-        "every_layers_loadings_sum_to_the_effect[hooked-neox-gate]",
+        "every_layers_loadings_sum_to_the_effect[bridge-neox-gate]",
     ),
     "interventions": ("one_edge_patched_is_path_patching_on_the_host[bridge-llama]",),
     "edits": (

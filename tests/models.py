@@ -134,12 +134,29 @@ if TransformerBridgeConfig is not None:
 _SHAPES = ("gpt2", "llama", "neox", "gemma2", "qwen3", "attn-only", "solu")
 SHAPES = [case for case in CASES.values() if case.name.split("-", 1)[1] in _SHAPES]
 GATED = [case for case in SHAPES if case.gated]
+_OF_THE_LAST_HOST = ("llama", "neox")
+_FOUND = [[case for case in SHAPES if case.name.endswith(f"-{shape}")] for shape in _SHAPES]
+PER_SHAPE = [
+    found[-1 if shape in _OF_THE_LAST_HOST else 0]
+    for shape, found in zip(_SHAPES, _FOUND, strict=True)
+    if found
+]
+"""One of each block shape, from the host classes in turn: for laws of what is done with captures.
+
+Between two hosts of one shape only the reading of the run differs, which other laws hold to.
+"""
 every_convention = pytest.mark.parametrize(
     ("case", "gate"),
     [(case, "gate") for case in SHAPES] + [(c, g) for c in GATED[:1] for g in ("up", "half")],
     ids=str,
 )
-"""Every shape, and one with each other way to make a gated MLP linear (no matter of the host)."""
+"""Every shape and host, and one with each other way to make a gated MLP linear."""
+shape_conventions = pytest.mark.parametrize(
+    ("case", "gate"),
+    [(case, "gate") for case in PER_SHAPE] + [(c, g) for c in GATED[:1] for g in ("up", "half")],
+    ids=str,
+)
+"""The same of :data:`PER_SHAPE`."""
 
 # Families that are those shapes in another dress: the laws that need the host, once each.
 # Cohere's Bridges are Hugging Face's model under transformer_lens 4 alone.

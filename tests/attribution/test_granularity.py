@@ -8,13 +8,14 @@ from comparisons import assert_close
 from models import (
     HOOKED,
     ORACLE,
+    PER_SHAPE,
     ROUNDING,
     SHAPES,
     HookedTransformer,
     build_hooked,
-    every_convention,
     lens_of,
     quiet,
+    shape_conventions,
     tokens,
 )
 from oracles import FrozenModel, gradient_of, written
@@ -31,7 +32,7 @@ from tensorlens_tl.operator.frozen_transformer import FrozenTransformer
 pytestmark = pytest.mark.algebra
 
 DIRECT = [by for by in BY if by != "edge"]
-every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_case = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 
 
 def value(lens, target=3, versus=4, pos=-1):
@@ -60,7 +61,7 @@ def between_states(case):
     return case.within("oracle")
 
 
-@every_convention
+@shape_conventions
 def test_every_direct_split_sums_to_the_target(case, gate):
     lens = lens_of(case, gate=gate)
     for target, versus, pos in ((3, 4, -1), (None, None, 2)):
@@ -74,7 +75,7 @@ def test_every_direct_split_sums_to_the_target(case, gate):
                 assert prompt.completeness_error <= 10 * case.tol(), by
 
 
-@every_convention
+@shape_conventions
 def test_finer_splits_sum_to_the_components(case, gate):
     """Law 4: heads by position read, neurons, layers."""
     lens = lens_of(case, gate=gate)
@@ -107,7 +108,7 @@ def test_constants_are_those_of_the_token_split(case):
         assert_close(constant[node], v, ROUNDING, str(node))
 
 
-@every_convention
+@shape_conventions
 def test_what_branches_write(case, gate):
     """Law 4 at every position: nodes + constants outside them = what the branch adds."""
     for step in lens_of(case, gate=gate).operator.steps:
@@ -146,7 +147,7 @@ def test_totals_are_what_injecting_a_writers_output_into_the_real_model_changes(
                         assert_close(states[stop] - base[stop], moved, 10 * tol, f"{node} → {stop}")
 
 
-@every_convention
+@shape_conventions
 def test_totals_agree_with_each_other(case, gate):
     lens = lens_of(case, gate=gate)
     if lens.capture.blocks[0].mlp is None:
@@ -194,7 +195,7 @@ def test_a_layers_total_is_the_change_over_it(case):
 # --- Edges ---------------------------------------------------------------------------------------
 
 
-@every_convention
+@shape_conventions
 def test_edges_into_a_reader_sum_to_what_it_makes_of_the_target(case, gate):
     """Law 5: for every head's values, every MLP, and the logits."""
     lens = lens_of(case, gate=gate)
@@ -220,7 +221,7 @@ def test_edges_into_a_reader_sum_to_what_it_makes_of_the_target(case, gate):
         assert_same(top.values[:, i], v, size, name, between_states(case))
 
 
-@every_convention
+@shape_conventions
 def test_edges_the_slow_way(case, gate):
     """Every edge between nodes as ⟨output, part's own adjoint⟩, part by part, pair by pair."""
     lens = lens_of(case, gate=gate)
@@ -269,7 +270,7 @@ def test_edge_names_and_selection(case):
 # --- Orders --------------------------------------------------------------------------------------
 
 
-@every_convention
+@shape_conventions
 def test_orders_are_the_powers_of_the_branches(case, gate):
     """Law 6, apart from the sum: with every node scaled by t, the target is Σ order_n tⁿ."""
     lens = lens_of(case, gate=gate)

@@ -4,14 +4,25 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import D_VOCAB, ORACLE, ROUNDING, SHAPES, TWO_RUNS, lens_of, quiet, randn_like, tokens
+from models import (
+    D_VOCAB,
+    ORACLE,
+    PER_SHAPE,
+    ROUNDING,
+    SHAPES,
+    TWO_RUNS,
+    lens_of,
+    quiet,
+    randn_like,
+    tokens,
+)
 
 import tensorlens_tl
 from tensorlens_tl.attribution.splits import BY, TOTALS
 
 pytestmark = pytest.mark.algebra
 
-every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_case = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 SUMMED = [by for by in BY if by != "edge"]
 
 

@@ -14,6 +14,7 @@ from models import (
     CASES,
     HOOKED,
     ORACLE,
+    PER_SHAPE,
     ROUNDING,
     SEQ,
     SHAPES,
@@ -36,7 +37,7 @@ from tensorlens_tl.lens.tensor_lens import TensorLens
 
 pytestmark = pytest.mark.algebra
 
-every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_case = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 STORIES = SHARED / "stories260K"
 EVERYTHING = 10**9
 

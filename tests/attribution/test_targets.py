@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import D_VOCAB, ORACLE, ROUNDING, SHAPES, TWO_RUNS, lens_of, quiet, tokens
+from models import D_VOCAB, ORACLE, PER_SHAPE, ROUNDING, SHAPES, TWO_RUNS, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl.attribution.splits import BY
@@ -15,7 +15,7 @@ from tensorlens_tl.lens.tensor_lens import TensorLens
 
 pytestmark = pytest.mark.algebra
 
-every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_case = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 
 
 @every_case

@@ -13,13 +13,14 @@ from comparisons import assert_close
 from models import (
     GRADIENT,
     ORACLE,
+    PER_SHAPE,
     ROUNDING,
     SHAPES,
     TWO_RUNS,
-    every_convention,
     lens_of,
     quiet,
     randn_like,
+    shape_conventions,
     tokens,
 )
 from oracles import gradient_of
@@ -34,7 +35,7 @@ from tensorlens_tl.graph.wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
 pytestmark = pytest.mark.algebra
 
-every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_case = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 DIRECT = ("embed→logits", "pos_embed→logits")
 
 
@@ -115,7 +116,7 @@ def slowly(lens, edges):
     return normed(capture.ln_final, read("logits", len(capture.blocks)))
 
 
-@every_convention
+@shape_conventions
 def test_restriction_the_slow_way(case, gate):
     """Law 7, for some edges: also adjoint, constants, and what they do to a target."""
     lens = lens_of(case, gate=gate)
@@ -138,7 +139,7 @@ def test_restriction_the_slow_way(case, gate):
             assert (share_of.sum() - expected).abs() <= ROUNDING * size, name
 
 
-@every_convention
+@shape_conventions
 def test_all_edges_are_the_operator_and_two_are_the_direct_path(case, gate):
     lens = lens_of(case, gate=gate)
     op, capture = lens.operator, lens.capture
@@ -178,7 +179,7 @@ def test_a_nodes_constants_stay_if_it_has_a_path_to_the_logits(case):
     assert ("L0.b_V" in effects) == (attn.weights.b_V is not None)
 
 
-@every_convention
+@shape_conventions
 def test_a_subgraphs_logits_share_and_attribution(case, gate):
     lens = lens_of(case, gate=gate)
     edges = some_edges(lens.operator.wiring, 3, 0.6)
@@ -453,7 +454,6 @@ def test_the_circuit_of_a_trained_model():
     ("at", "selection"),
     [
         ("secant", "greedy"),
-        ("corrupted", "greedy"),
         ("corrupted", "influence"),
         ("clean", "influence"),
     ],
@@ -484,6 +484,8 @@ def test_an_induction_circuit_is_found_by_its_keys(at, selection):
         e.dest.index for e in found.edges if e.src == Node("head", 0, 0) and e.dest.name == "k"
     }
     assert heads and heads <= {0, 1, 2, 3} and "L1H0" in found and "L1H1" in found
+    if at == "clean":
+        return  # as blind as at the corrupted run
     blind = run(qk=False)
     largest = max(abs(v) for v in blind.scores.values())
     seen = [v for e, v in blind.scores.items() if e.src == Node("head", 0, 0) and e.dest.layer == 1]

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from comparisons import assert_close
-from models import D_VOCAB, GATED, SHAPES, build_bridge_from_module, quiet, tokens
+from models import D_VOCAB, GATED, PER_SHAPE, SHAPES, build_bridge_from_module, quiet, tokens
 
 import tensorlens_tl
 
@@ -114,7 +114,7 @@ def test_other_conventions(case, side, gate):
 
 
 @both_sides
-@every_case
+@pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 def test_positions_count_each_prompts_own_tokens(case, side):
     model, (ids, mask) = case.model(torch.float32), batch(side)
     keep = [0, 1, 3]  # the shortest has one token only
@@ -149,9 +149,14 @@ def test_nan_in_real_tokens_is_refused_with_its_cause(case, side):
     assert capture(case.model(), tokens()).completeness_error <= case.tol()
 
 
-@both_sides
-@every_case
-@pytest.mark.parametrize("name", ["blocks.1.hook_attn_out", "blocks.1.attn.hook_pattern"])
+NAN = [  # either point on either side, by turns
+    (case, SIDES[(i + j) % 2], f"blocks.1.{name}")
+    for i, case in enumerate(SHAPES)
+    for j, name in enumerate(("hook_attn_out", "attn.hook_pattern"))
+]
+
+
+@pytest.mark.parametrize(("case", "side", "name"), NAN, ids=str)
 def test_nan_at_padding_is_nobodys(case, side, name):
     """In the last layer no real token reads it any more: the host's logits there are NaN, too."""
     model, (ids, mask) = case.model(torch.float32), batch(side)

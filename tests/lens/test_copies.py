@@ -3,18 +3,16 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 
 import models
 import pytest
 import torch
-from models import SHAPES
+from models import PER_SHAPE, SHAPES
 
 import tensorlens_tl
 from tensorlens_tl import TensorLens, demo
 
-every_shape = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_shape = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 FIRST = SHAPES[0]
 
 
@@ -66,16 +64,24 @@ def test_a_lens_without_weights_is_pickled_without(tmp_path):
         twin.attribute(3)
 
 
-def test_another_process_reads_a_pickle(tmp_path):
+def test_a_pickle_needs_nothing_of_this_process():
+    """What it names is in installed packages: a class made by a test or a script would not be."""
     _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
-    (tmp_path / "lens.pickle").write_bytes(pickle.dumps(lens))
-    code = (
-        "import pickle, sys; lens = pickle.load(open(sys.argv[1], 'rb')); "
-        "print(lens.attribute('Paris').top(1)[0][0], lens.prompt)"
-    )
-    run = [sys.executable, "-c", code, str(tmp_path / "lens.pickle")]
-    done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == '"France"@4 <bos> The capital of France is'
+    modules: set[str] = set()
+
+    class Elsewhere(pickle.Unpickler):
+        def find_class(self, module, name):
+            modules.add(module.split(".")[0])
+            return super().find_class(module, name)
+
+    read = Elsewhere(io.BytesIO(pickle.dumps(lens))).load()
+    assert read.attribute("Paris").top(1)[0][0] == '"France"@4'
+    assert read.prompt == "<bos> The capital of France is"
+    assert modules <= {"builtins", "collections", "numpy", "torch", "tensorlens_tl"} | {
+        "tokenizers",
+        "transformers",
+        "_codecs",
+    }
 
 
 # --- Slices --------------------------------------------------------------------------------------

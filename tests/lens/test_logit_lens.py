@@ -6,12 +6,23 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import CASES, D_VOCAB, ORACLE, ROUNDING, SHAPES, TWO_RUNS, lens_of, quiet, tokens
+from models import (
+    CASES,
+    D_VOCAB,
+    ORACLE,
+    PER_SHAPE,
+    ROUNDING,
+    SHAPES,
+    TWO_RUNS,
+    lens_of,
+    quiet,
+    tokens,
+)
 
 import tensorlens_tl
 from tensorlens_tl.methods import logit_lens
 
-every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_case = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 
 
 def host_sites(case):

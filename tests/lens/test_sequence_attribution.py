@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
-from models import ORACLE, ROUNDING, SHAPES, lens_of, quiet, tokens
+from models import ORACLE, PER_SHAPE, ROUNDING, SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import SequenceAttribution
 
-every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_case = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 
 
 @every_case

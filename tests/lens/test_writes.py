@@ -5,14 +5,14 @@ import copy
 import models
 import pytest
 import torch
-from models import SHAPES, tokens
+from models import PER_SHAPE, SHAPES, tokens
 from torch.nn.utils import vector_to_parameters
 
 import tensorlens_tl
 from tensorlens_tl.lens import WriteCheck
 
 WRITTEN = "The model's weights were written to after the capture"
-every_shape = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_shape = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 FIRST = SHAPES[0]
 
 

@@ -11,7 +11,7 @@ import tensorlens_tl
 from tensorlens_tl import dot_test
 
 SEEN: set = set()
-N_EXAMPLES = 60 if HookedTransformer is None else 240  # a Bridge takes half a second to build
+N_EXAMPLES = 60 if HookedTransformer is None else 120  # a Bridge takes half a second to build
 
 
 @st.composite
@@ -73,30 +73,39 @@ def check(model, batch, pos, gate, seed, tol):
 
 
 if HookedTransformer is not None:
-
-    @settings(
-        max_examples=N_EXAMPLES,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(
+    any_shape = given(
         hooked_configs(),
         st.integers(1, 3),
         st.integers(1, 6),
         st.sampled_from(["gate", "up", "half"]),
         st.integers(0, 5),
     )
+    options = {
+        "deadline": None,
+        "derandomize": True,
+        "suppress_health_check": list(HealthCheck),
+    }
+
+    @settings(max_examples=N_EXAMPLES, **options)
+    @any_shape
     def test_hooked_transformers_of_any_shape(config, batch, pos, gate, seed):
         with quiet():
             model = build_hooked(config, torch.float64)
         SEEN.add((repr(sorted(config.items(), key=str)), batch, pos, gate))
         check(model, batch, pos, gate, seed, 1e-12)
 
+    @pytest.mark.fuzz
+    @settings(max_examples=480, **options)
+    @any_shape
+    def test_many_more_shapes(config, batch, pos, gate, seed):
+        with quiet():
+            model = build_hooked(config, torch.float64)
+        check(model, batch, pos, gate, seed, 1e-12)
+
     def test_enough_distinct_configurations():
         if not SEEN:
             test_hooked_transformers_of_any_shape()
-        assert len(SEEN) >= 200
+        assert len(SEEN) >= 0.8 * N_EXAMPLES
 
 else:
 
