@@ -55,6 +55,7 @@ class FrozenModel:
             "ln1_post.hook_scale",
             "ln2_post.hook_scale",
             "attn.hook_pattern",
+            "attn.kv_a_layernorm.hook_scale",
             "ln_final.hook_scale",
             "mlp.ln.hook_scale",
         )

@@ -34,6 +34,7 @@ from ..sublayers import (
     ScoreWeights,
     UnembedWeights,
 )
+from .attention_parts import AttentionReader
 from .attention_reading import NotRecomputableError, RecomputedReading, score_weights
 from .hook_points import (
     EDITS,
@@ -119,8 +120,10 @@ class Adapter(ABC):
         self.check_model()
         if len(self.model.blocks) == 0:
             raise UnsupportedArchitectureError(refusal(self.name, "it has no blocks"))
+        self.attention = tuple(self.attention_reader(block) for block in self.model.blocks)
+        """How the attention of every block is read, and frozen from what is read."""
         self.weights = ModelWeights(
-            tuple(self.block_weights(block) for block in self.model.blocks),
+            tuple(map(self.block_weights, self.model.blocks, self.attention)),
             self.norm_weights(getattr(self.model, "ln_final", None)),
             self.unembed_weights(),
         )
@@ -136,7 +139,11 @@ class Adapter(ABC):
         """A norm's affine part in the canonical form; None where there is no norm."""
 
     @abstractmethod
-    def block_weights(self, block: Any) -> BlockWeights:
+    def attention_reader(self, block: Any) -> AttentionReader:
+        """How the attention of a block is read, with its weights in the canonical layout."""
+
+    @abstractmethod
+    def block_weights(self, block: Any, attention: AttentionReader) -> BlockWeights:
         """A block's weights in the canonical layout."""
 
     @abstractmethod
@@ -194,6 +201,13 @@ class Adapter(ABC):
 
     def query_key_weights(self) -> tuple[QueryKeyWeights, ...]:
         """W_Q, b_Q, W_K and b_K of every block, by reference; norms and rotations come after."""
+        for layer, reader in enumerate(self.attention):
+            if not reader.plain:
+                raise UnsupportedArchitectureError(
+                    f"{self.name} cannot be run edge by edge, as L{layer} has {reader.kind}, whose "
+                    "queries and keys are no products of the residual alone. Use "
+                    'lens.attribute(by="edge").'
+                )
         return tuple(self.query_key_weights_of(block.attn) for block in self.model.blocks)
 
     def score_weights(
@@ -307,13 +321,19 @@ class Adapter(ABC):
             names[None, "pos_embed"] = "hook_pos_embed"
         if self.weights.ln_final is not None:
             names[None, "ln_final.scale"] = "ln_final.hook_scale"
+        modules: dict[Read, nn.Module] = {}
         for layer, block in enumerate(self.weights.blocks):
-            wanted = ["v", *attention, "z"]
+            wanted = list(attention)
             if block.mlp is not None:
                 wanted += ["pre", "post"]
                 wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []
                 wanted += ["mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
             names |= {(layer, key): f"blocks.{layer}.{LAYER_HOOKS[key]}" for key in wanted}
+            for key, at in self.attention[layer].points.items():
+                if isinstance(at, str):
+                    names[layer, key] = f"blocks.{layer}.{at}"
+                else:
+                    modules[layer, key] = at
             for norm, own in self.norm_names(self.model.blocks[layer]).items():
                 if getattr(block, norm) is not None:
                     names[layer, f"{norm}.scale"] = f"blocks.{layer}.{own}.hook_scale"
@@ -329,7 +349,7 @@ class Adapter(ABC):
                 "model as HookedTransformer or TransformerBridge itself, of transformer_lens 2.18 "
                 "to 4.x."
             )
-        points = {read: hooks[name] for read, name in names.items()}
+        points = {read: hooks[name] for read, name in names.items()} | modules
         if self.weights.unembed.soft_cap is not None:
             points[None, "raw_logits"] = self.model.unembed  # the cap comes after this module
         if self._final_edits():  # 2.18 has no hook at the unembedding
@@ -338,7 +358,7 @@ class Adapter(ABC):
 
     def score_points(self) -> dict[Read, nn.Module]:
         """Find where scores and norms of queries and keys pass; only patterns depend on them."""
-        keys = ("scores", "q_norm.scale", "k_norm.scale")
+        keys = ("scores", "q_norm.scale", "k_norm.scale", "q_latent.scale")
         layers, hooks = range(len(self.weights.blocks)), self.hooks
         names = {(at, key): f"blocks.{at}.{LAYER_HOOKS[key]}" for at in layers for key in keys}
         return {read: hooks[name] for read, name in names.items() if name in hooks}

@@ -26,6 +26,7 @@ from ..sublayers import (
     UnembedWeights,
 )
 from .adapter import Adapter, QueryKeyWeights, norm_eps
+from .attention_parts import AttentionReader, LatentReader
 from .attention_reading import (
     BRIDGE_READINGS,
     NotRecomputableError,
@@ -153,18 +154,24 @@ class BridgeAdapter(Adapter):
         w, b = getattr(component, "weight", None), getattr(component, "bias", None)
         return NormWeights(w, b, center=not rms, offset=offset, eps=norm_eps(component))
 
-    def block_weights(self, block: Any) -> BlockWeights:
-        norm = partial(self._norm_weights_of, block)
+    def attention_reader(self, block: Any) -> AttentionReader:
         attn, d_head = block.attn, self.cfg.d_head
+        if type(attn).__name__ == "MLAAttentionBridge":
+            return LatentReader.of(self, block, linear_weights)
         W_V, b_V = linear_weights(attn.v)
         W_O, b_O = linear_weights(attn.o)
+        weights = AttentionWeights(
+            W_V.unflatten(1, (-1, d_head)).transpose(0, 1),
+            None if b_V is None else b_V.unflatten(0, (-1, d_head)),
+            W_O.unflatten(0, (-1, d_head)),
+            b_O,
+        )
+        return AttentionReader(self, block, weights)
+
+    def block_weights(self, block: Any, attention: AttentionReader) -> BlockWeights:
+        norm = partial(self._norm_weights_of, block)
         return BlockWeights(
-            AttentionWeights(
-                W_V.unflatten(1, (-1, d_head)).transpose(0, 1),
-                None if b_V is None else b_V.unflatten(0, (-1, d_head)),
-                W_O.unflatten(0, (-1, d_head)),
-                b_O,
-            ),
+            attention.weights,
             None if (mlp := getattr(block, "mlp", None)) is None else self._mlp_weights(mlp),
             norm("ln1"),
             norm("ln2") if mlp is not None else None,

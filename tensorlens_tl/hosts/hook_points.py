@@ -35,6 +35,7 @@ LAYER_HOOKS = {
     "mlp.ln.scale": "mlp.ln.hook_scale",
     "q_norm.scale": "attn.q_norm.hook_scale",
     "k_norm.scale": "attn.k_norm.hook_scale",
+    "q_latent.scale": "attn.q_a_layernorm.hook_scale",
 }
 """Hook point of each activation of a block that the library may read."""
 

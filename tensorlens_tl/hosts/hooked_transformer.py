@@ -19,6 +19,7 @@ from ..sublayers import (
     UnembedWeights,
 )
 from .adapter import Adapter, QueryKeyWeights, norm_eps
+from .attention_parts import AttentionReader
 from .attention_reading import NotRecomputableError, RecomputedReading
 from .supported import UnsupportedArchitectureError, flags_off, refusal
 
@@ -47,18 +48,23 @@ class HookedTransformerAdapter(Adapter):
         w, b = getattr(norm, "w", None), getattr(norm, "b", None)
         return NormWeights(w, b, center=kind.startswith("Layer"), eps=norm_eps(norm))
 
-    def block_weights(self, block: Any) -> BlockWeights:
+    def attention_reader(self, block: Any) -> AttentionReader:
         for module in (block, block.attn):
             kind = type(module).__name__
             if kind not in ("TransformerBlock", *_ATTENTION):
                 raise UnsupportedArchitectureError(
                     refusal(f"the module {kind}", "its computation is not known here")
                 )
-        norm, attn = partial(self._norm_weights_of, block), block.attn
+        attn = block.attn
         # The grouped class keeps the raw weights in _W_V and repeats them in W_V.
         W_V, b_V = (attn._W_V, attn._b_V) if hasattr(attn, "_W_V") else (attn.W_V, attn.b_V)
+        weights = AttentionWeights(W_V, b_V, attn.W_O, attn.b_O)
+        return AttentionReader(self, block, weights)
+
+    def block_weights(self, block: Any, attention: AttentionReader) -> BlockWeights:
+        norm = partial(self._norm_weights_of, block)
         return BlockWeights(
-            AttentionWeights(W_V, b_V, attn.W_O, attn.b_O),
+            attention.weights,
             None if self.cfg.attn_only else self._mlp_weights(block.mlp),
             norm("ln1"),
             None if self.cfg.attn_only else norm("ln2"),

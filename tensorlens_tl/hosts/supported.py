@@ -53,6 +53,7 @@ SUPPORTED = {
     "ViTModel": "ViT",
     "DeiTForImageClassification": "DeiT",
     "DeiTModel": "DeiT",
+    "YoutuForCausalLM": "Youtu",
     "TransformerLensNative": "TransformerBridge.boot_native",
 }
 """Architectures that the tests cover, by Hugging Face class name."""

@@ -193,6 +193,10 @@ class Gate(LinearMap):
             effects[self.name] = y @ self.frame.cast(self.offset)
         return y * self.ratio
 
+    def columns(self, dims: slice) -> Gate:
+        """The gate of some dimensions, without its offset."""
+        return Gate(self.frame, self.ratio[..., dims])
+
     @property
     def bias(self):
         b = self.offset

@@ -101,6 +101,7 @@ def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
     factors: dict[str, Callable[[Tensor], Tensor | float]] = {
         "pattern": lambda _: 0.25,
         "v": lambda _: 0.5,
+        "v_by_head": lambda _: 0.5,
     }
     if cap is not None:
         factors["scores"] = lambda scores: _cap_factor(scores, cap, adapter.name)

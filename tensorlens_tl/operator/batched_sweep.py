@@ -271,7 +271,12 @@ class BatchedSweep:
             state = _placed(own[span], t[span], end)
             # Branches side by side read the same rows: none sees what another one added.
             for branch in step.mixing:
-                _spread_one(branch, rows[span], t[span], state)
+                if branch.gates[1] is None:
+                    _spread_one(branch, rows[span], t[span], state)
+                    continue
+                # A factor after mixing differs from position to position: no outer product.
+                mid = self._mid(branch, _placed(rows[span], t[span], end))
+                state.flatten(0, 1).addmm_(mid.flatten(0, 1), branch.out)
             blocks.append(state)
         return blocks
 
@@ -313,7 +318,7 @@ class BatchedSweep:
         n, rows, _ = state.shape
         groups, repeats = b.groups
         # Narrow first: d_head numbers per head are mixed, not d_model.
-        z = state.flatten(0, 1) @ b.into
+        z = _times(state.flatten(0, 1) @ b.into, b.gates[0], slice(n))
         inner = (groups, repeats, -1) if b.gathers else (groups, 1, -1)
         z = z.view(n, rows, *inner).permute(2, 3, 0, 1, 4).flatten(3)  # [group, repeat, from, …]
         mixed = z.new_empty(groups, 1 if b.gathers else repeats, n, z.shape[-1])
@@ -331,7 +336,8 @@ class BatchedSweep:
             for r in range(1, repeats):
                 out.baddbmm_(pattern[:, r], z[:, r, source])
             mixed[:, 0, to] = out
-        return mixed.unflatten(3, (rows, -1)).permute(2, 3, 0, 1, 4).flatten(2)
+        found = mixed.unflatten(3, (rows, -1)).permute(2, 3, 0, 1, 4).flatten(2)
+        return _times(found.flatten(0, 1), b.gates[1], slice(n)).view_as(found)
 
     # --- 4. MLPs
 
@@ -398,7 +404,7 @@ def _spread_one(b: Mixing, rows: Tensor, t: Tensor, state: Tensor) -> None:
     """Add what one attention makes of rows [n, many, d_model] at t to a block that holds them."""
     n, many, d_model = rows.shape
     groups, repeats = b.groups
-    z = rows.flatten(0, 1) @ b.into
+    z = _times(rows.flatten(0, 1) @ b.into, b.gates[0], t)
     if b.gathers:
         z = z.view(n * many, groups, repeats, -1).permute(1, 2, 0, 3).flatten(1, 2)
         heads = torch.bmm(z, b.out.view(groups, -1, d_model))  # [group, repeat · n · many, d]
@@ -410,6 +416,14 @@ def _spread_one(b: Mixing, rows: Tensor, t: Tensor, state: Tensor) -> None:
     pattern = b.tiles[slice(len(state)), t].flatten(0, 1).permute(2, 1, 0)  # [n, to, head]
     spread = torch.bmm(pattern, heads).unflatten(2, (many, d_model))
     state.unflatten(1, (n, many)).add_(spread.transpose(0, 1))
+
+
+def _times(z: Tensor, gate: Tensor | None, at: Tensor | slice) -> Tensor:
+    """Multiply vectors [n · many, width] at n positions by a factor [pos, width], or by 1."""
+    if gate is None:
+        return z
+    factor = gate[at][:, None]
+    return (z.unflatten(0, (len(factor), -1)) * factor).flatten(0, 1)
 
 
 def _placed(rows: Tensor, t: Tensor, end: int) -> Tensor:

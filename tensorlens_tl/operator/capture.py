@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..graph import FINAL_SITE, site_parts
-from ..maps import Frame, Mix, Norm, Shift
+from ..maps import Frame, Gate, Mix, Norm, Shift
 from ..sublayers import (
     MLP,
     Attention,
@@ -93,7 +93,18 @@ class FrozenBlock:
         return tuple(norm for norm in norms if norm is not None)
 
 
-_OF_THE_RUN = (FrozenBlock, Attention, Mix, RecomputedMix, MLP, GatedMLP, Norm, Shift, Unembed)
+_OF_THE_RUN = (
+    FrozenBlock,
+    Attention,
+    Mix,
+    RecomputedMix,
+    MLP,
+    GatedMLP,
+    Gate,
+    Norm,
+    Shift,
+    Unembed,
+)
 """Classes whose tensors, apart from ``weights``, have the axes batch and pos of a run."""
 
 
@@ -232,7 +243,7 @@ class Capture:
         tensors = [self.embed, self.pos_embed, self.resid_final, self.unembed.final]
         tensors += [] if self.ln_final is None else [self.ln_final.scale]
         for block in self.blocks:
-            tensors += [block.resid_pre, block.resid_mid, *block.attn.mix.frozen]
+            tensors += [block.resid_pre, block.resid_mid, *block.attn.frozen]
             tensors += [norm.scale for norm in block.norms]
             tensors += [
                 getattr(block.mlp, name, None) for name in ("pre", "pre_linear", "ln_scale")

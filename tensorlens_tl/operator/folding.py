@@ -88,12 +88,15 @@ class StoredTiles:
 class Mixing:
     """A branch that mixes positions: x → Σ_h A_h (x · into_{g(h)}) · out_h, for one prompt.
 
+    What multiplies values or z, frozen, stands before and after A.
+
     Attributes:
         into: First matrix [d_in, width_in]: W_V for a push, W_Oᵀ for a pull.
         out: Second matrix [width_out, d_out].
         tiles: The pattern. ``tiles[to, from]`` is a part of it [group, repeat, to, from], stored or
             made when it is asked for. Query head g · repeats + r is ``[g, r]``.
         groups: Number of key/value heads, and of the query heads that share each.
+        gates: Factors before mixing [pos, width_in] and after it [pos, width_out], or None.
         gathers: Whether the repeats of a group are summed, as in a pull. A push copies one group to
             its repeats.
     """
@@ -102,6 +105,7 @@ class Mixing:
     out: Float[Tensor, "width_out d_out"]
     tiles: StoredTiles | Tiles
     groups: tuple[int, int]
+    gates: tuple[Tensor | None, Tensor | None] = (None, None)
     gathers: bool = False
 
     @property
@@ -111,14 +115,22 @@ class Mixing:
 
     def flipped(self, transposed: bool) -> Mixing:
         """The branch in causal coordinates; see :func:`fold`."""
-        into, out = (self.out.T, self.into.T) if transposed else (self.into, self.out)
-        return Mixing(into, out, self.tiles.flipped(transposed), self.groups, gathers=transposed)
+        tiles, (before, after) = self.tiles.flipped(transposed), self.gates
+        if transposed:
+            return Mixing(self.out.T, self.into.T, tiles, self.groups, (after, before), True)
+        gates = None if before is None else before.flip(0), None if after is None else after.flip(0)
+        return Mixing(self.into, self.out, tiles, self.groups, gates)
 
     def cast(self, dtype: torch.dtype) -> Mixing:
         """The branch in another precision; scores are recomputed in their own."""
         A = self.tiles
         A = replace(A, dtype=dtype) if isinstance(A, Tiles) else StoredTiles(A.pattern.to(dtype))
-        return replace(self, into=self.into.to(dtype), out=self.out.to(dtype), tiles=A)
+        before, after = self.gates
+        gates = (
+            None if before is None else before.to(dtype),
+            None if after is None else after.to(dtype),
+        )
+        return replace(self, into=self.into.to(dtype), out=self.out.to(dtype), tiles=A, gates=gates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +257,7 @@ class _Folding:
         self.into: Tensor | None = None
         self.out: Tensor | None = None
         self.ratio: Tensor | None = None
+        self.values: Tensor | None = None  # a ratio before the pattern
         self.tiles: StoredTiles | Tiles | None = None
         self.groups = (1, 1)
         self.norms: list[Norm] = []  # their matrices go into the next one
@@ -257,7 +270,7 @@ class _Folding:
             self.take(part)
         into, out = _found(self.into), _found(self.out)
         if self.tiles is not None:
-            return Mixing(into, out, self.tiles, self.groups)
+            return Mixing(into, out, self.tiles, self.groups, (self.values, self.ratio))
         out = out.repeat(self.halves, 1) if self.halves > 1 else out
         return Positionwise(into, out, _found(self.ratio))
 
@@ -291,21 +304,23 @@ class _Folding:
             W = W if gain is None else W * norm.frame.cast(gain)[:, None]
             W = _centred(W, 0) if norm.weights.center else W
         self.norms = []
-        if self.into is None:
-            self.into = W
-        else:
+        if self.ratio is not None or self.tiles is not None:
             self.out = W
+        else:  # before the middle; a latent is read by a second matrix
+            self.into = W if self.into is None else self.into @ W
 
     @take.register
     def _gate(self, part: Gate) -> None:
         ratio = self.cut(part.ratio).repeat(1, self.halves)
         self.ratio = ratio if self.ratio is None else self.ratio * ratio
-        self.settle()
+        if self.tiles is None:
+            self.settle()
 
     @take.register(Mix)
     @take.register(RecomputedMix)
     def _mix(self, part: AnyMix) -> None:
         self.groups = (part.kv_heads, part.heads // part.kv_heads)
+        self.values, self.ratio = self.ratio, None
         if isinstance(part, RecomputedMix):
             self.tiles = part.tiles(self.prompt)
         else:

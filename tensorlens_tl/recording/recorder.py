@@ -67,7 +67,8 @@ class Recorder:
         self.convention = convention
         self.check = SelfCheck(adapter.model, frame, adapter.dtype)
         self.hooked = adapter.edits()
-        self.reads = Activations(frame, reading.heads_first, adapter.model)
+        by_head = (*reading.heads_first, "v_by_head")
+        self.reads = Activations(frame, by_head, adapter.model)
         self.pop = self.reads.pop
         self.blocks: list[FrozenBlock] = []
         self.state: Tensor | None = None
@@ -260,18 +261,21 @@ class Recorder:
             The sublayer, and what it adds to the residual.
         """
         name = f"L{layer} attention{self.reading.note}"
-        mix = self.reading.mix(layer, self.frame, self.pop, w)
-        v, z = self.pop(layer, "v").flatten(2), self.pop(layer, "z").flatten(2)
-        attn = Attention(self.frame, layer, mix, w)
+        reader = self.adapter.attention[layer]
+        attn, v, z = reader.freeze(layer, self.frame, self.reading, self.pop)
+        mix, gate = attn.mix, attn.output_gate
 
         def predict_v() -> Tensor:
             values = attn.values
             return values.apply(_normed(norm, x)) + values.bias
 
+        def predict_z() -> Tensor:
+            return mix.apply(v) if gate is None else gate.apply(mix.apply(v))
+
         attn = replace(
             attn,
             v_edit=self.edit(layer, ("v",), v, predict_v),
-            z_edit=self.edit(layer, ("z",), z, lambda: mix.apply(v)),
+            z_edit=self.edit(layer, ("z",), z, predict_z),
         )
 
         def out() -> Tensor:
@@ -279,8 +283,13 @@ class Recorder:
 
         if attn.edits:
             return attn, (self.check.project(out()), out, float)
-        self.check.check_later(f"{name} values (W_V, b_V)", v, predict_v)
-        self.check.check_later(f"{name} mixing (pattern · values)", z, lambda: mix.apply(v))
+        values, mixing = f"{name} values (W_V, b_V)", f"{name} mixing (pattern · values)"
+        if not reader.plain:
+            self.check.whole(values, v, predict_v())
+            self.check.whole(mixing, z, predict_z())
+            return attn, (self.check.output(w.W_O.flatten(0, 1), w.b_O, post, z), out, float)
+        self.check.check_later(values, v, predict_v)
+        self.check.check_later(mixing, z, predict_z)
         added, rounding = self.check.attention(norm, x, mix, w, post)
         return attn, (added, out, rounding)
 

@@ -365,6 +365,11 @@ class SelfCheck:
         size = torch.maximum(before_size, after_size)
         self.compare(name, change, added, change.abs() + self.rounding * size, rounding)
 
+    def whole(self, name: str, seen: Tensor, predicted: Tensor) -> None:
+        """Compare an activation with what the frozen maps make of the residual."""
+        r = self.probe(seen.shape[-1])
+        self.compare(name, seen @ r, predicted @ r, torch.linalg.vector_norm(seen, dim=-1))
+
     def same(self, name: str, seen: Tensor, predicted: Tensor) -> None:
         """Compare two residual states that should be one."""
         projected, size = self.state(seen)

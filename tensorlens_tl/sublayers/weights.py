@@ -52,10 +52,25 @@ class AttentionWeights:
     key/value head h // (heads // kv_heads), and no matrix is repeated.
     """
 
-    W_V: Float[Tensor, "kv_head d_model d_head"]
+    W_V: Float[Tensor, "kv_head d_read d_head"]
     b_V: Float[Tensor, "kv_head d_head"] | None
     W_O: Float[Tensor, "head d_head d_model"]
     b_O: Float[Tensor, " d_model"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class LatentWeights(AttentionWeights):
+    """Latent attention: W_V reads a narrow latent, c = norm(x W_DKV + b_DKV).
+
+    Attributes:
+        W_DKV: The matrix that compresses what is read [d_model, d_latent]; W_V takes d_latent.
+        b_DKV: The bias of W_DKV, or None.
+        norm: The norm of the latent, an RMSNorm.
+    """
+
+    W_DKV: Float[Tensor, "d_model d_latent"]
+    b_DKV: Float[Tensor, " d_latent"] | None
+    norm: NormWeights
 
 
 @dataclass(frozen=True, eq=False)

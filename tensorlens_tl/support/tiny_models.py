@@ -100,6 +100,10 @@ BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
 _GQA_8 = {**_GQA, "head_dim": 8}
 _MOE = {**_GQA, "num_experts_per_tok": 2}
 _EMBD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX, "vocab_size": D_VOCAB}
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4, "v_head_dim": 6, "attention_bias": True, "tie_word_embeddings": False,
+}  # fmt: skip
 MORE_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", _HF),
     "phi3": ("Phi3", {**_GQA, "pad_token_id": 0}),
@@ -134,6 +138,7 @@ MORE_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
     "vaultgemma": ("VaultGemma", {**_GQA_8, "sliding_window": 3, "query_pre_attn_scalar": 8,
                                   **_CAPS}),
     "cohere2": ("Cohere2", {**_GQA_8, "sliding_window": 3}),
+    "youtu": ("Youtu", {**_HF, **_LATENT}),
 }  # fmt: skip
 """The same, for families whose blocks have a shape of those above."""
 
@@ -190,6 +195,7 @@ FLOAT32_NORMS = {
     "glm4",
     "arcee",
     "vaultgemma",
+    "youtu",
 }
 
 _HOOKED_CLASS = {"bert": "HookedEncoder", "t5": "HookedEncoderDecoder"}  # else HookedTransformer
@@ -216,6 +222,7 @@ FAMILIES = {
     "gpt-bigcode": "GPTBigCode", "codegen": "CodeGen", "smollm3": "SmolLM3", "seed-oss": "Seed-OSS",
     "ministral3": "Ministral-3", "ernie4.5": "ERNIE-4.5", "glm": "GLM", "glm4": "GLM-4",
     "arcee": "Arcee", "jais2": "Jais-2", "vaultgemma": "VaultGemma", "cohere2": "Cohere-2",
+    "youtu": "Youtu",
     "mixtral": "Mixtral", "olmoe": "OLMoE",
     "qwen3-moe": "Qwen3-MoE", "gpt-oss": "GPT-OSS", "deepseek-v2": "DeepSeek-V2", "bert": "BERT",
     "t5": "T5", "mamba": "Mamba",

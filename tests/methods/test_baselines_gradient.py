@@ -282,7 +282,9 @@ def test_attnlrp_in_every_family(case):
         hooks += [(f"{attn}.{name}", share(0.25)) for name in of] + [(f"{attn}.hook_v", share(0.5))]
         hooks += [
             (name, lambda x, hook, name=name: frozen.cache[name].clone())
-            for name in (f"{attn}.q_norm.hook_scale", f"{attn}.k_norm.hook_scale")
+            for name in (
+                f"{attn}.{norm}.hook_scale" for norm in ("q_norm", "k_norm", "q_a_layernorm")
+            )
             if name in frozen.cache
         ]
         if adapt(model).soft_cap("attn_scores_soft_cap"):
