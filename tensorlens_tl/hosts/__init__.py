@@ -11,9 +11,8 @@ from .attention_reading import NotRecomputableError, RecomputedReading, StoredRe
 from .entry import adapt, as_host, unwrap, wrap
 from .hook_points import Read, alone, in_this_thread
 from .loading import load_model
-from .supported import UnsupportedArchitectureError
+from .supported import UnsupportedArchitectureError, not_finite
 from .tokens import each_prompt, own_ids, prompts_of
-from .unreadable import not_finite
 
 __all__ = [
     "Adapter",

@@ -48,9 +48,8 @@ from .hook_points import (
     foreign_hooks,
     host_names,
 )
-from .supported import UnsupportedArchitectureError, refusal
+from .supported import UnsupportedArchitectureError, check_weights, refusal
 from .tokens import prepare
-from .unreadable import check_weights
 
 _ACTIVATIONS = {
     "relu": "relu",

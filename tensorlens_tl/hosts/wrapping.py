@@ -23,12 +23,13 @@ from .supported import (
     UnsupportedArchitectureError,
     adapter_at,
     check_architecture,
+    check_weights,
     faulty_option,
     merge_first,
+    not_finite,
     refusal,
 )
 from .tokens import CONVENTION
-from .unreadable import check_weights, not_finite
 
 BEFORE = "_tensorlens_before"
 """Attribute of such a model that holds what it was before."""

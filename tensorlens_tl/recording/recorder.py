@@ -26,8 +26,6 @@ from ..maps import Frame, Norm, NormWeights, Shift, take_row
 from ..operator import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
 from ..sublayers import (
     MLP,
-    Attention,
-    AttentionWeights,
     BlockWeights,
     FeedForward,
     GatedMLP,
@@ -37,11 +35,8 @@ from ..sublayers import (
     soft_cap_ratio,
 )
 from .activations import Activations
-from .self_check import Rounding, SelfCheck
-
-Added = tuple[Tensor, Callable[[], Tensor], Rounding]
-"""What a branch adds to the residual: projected [batch, pos], and whole when it is called; and what
-rounding may have made of it."""
+from .attention import Added, freeze_attention, normed
+from .self_check import SelfCheck
 
 
 class Recorder:
@@ -161,7 +156,7 @@ class Recorder:
         ln2 = self.norm(layer, "ln2", weights.ln2)
         ln2_post = self.norm(layer, "ln2_post", weights.ln2_post)
 
-        attn, attn_own = self.freeze_attention(layer, weights.attn, ln1, ln1_post, before)
+        attn, attn_own = freeze_attention(self, layer, weights.attn, ln1, ln1_post, before)
         mid, mlp, mid_edits = None, None, ()
         name = f"L{layer} attention{self.reading.note}"
         if weights.mlp is None:
@@ -245,54 +240,6 @@ class Recorder:
         self.check.residual(name, before, after, projected, rounding)
         return ()
 
-    def freeze_attention(
-        self, layer: int, w: AttentionWeights, norm: Norm | None, post: Norm | None, x: Tensor
-    ) -> tuple[Attention, Added]:
-        """Freeze the attention of a block.
-
-        Args:
-            layer: Number of the block.
-            w: Attention weights of the block.
-            norm: The frozen norm before attention, or None.
-            post: The frozen norm after attention, or None.
-            x: The residual that attention reads [batch, pos, d_model].
-
-        Returns:
-            The sublayer, and what it adds to the residual.
-        """
-        name = f"L{layer} attention{self.reading.note}"
-        reader = self.adapter.attention[layer]
-        attn, v, z = reader.freeze(layer, self.frame, self.reading, self.pop)
-        mix, gate = attn.mix, attn.output_gate
-
-        def predict_v() -> Tensor:
-            values = attn.values
-            return values.apply(_normed(norm, x)) + values.bias
-
-        def predict_z() -> Tensor:
-            return mix.apply(v) if gate is None else gate.apply(mix.apply(v))
-
-        attn = replace(
-            attn,
-            v_edit=self.edit(layer, ("v",), v, predict_v),
-            z_edit=self.edit(layer, ("z",), z, predict_z),
-        )
-
-        def out() -> Tensor:
-            return _normed(post, attn.output.apply(z) + attn.output.bias)
-
-        if attn.edits:
-            return attn, (self.check.project(out()), out, float)
-        values, mixing = f"{name} values (W_V, b_V)", f"{name} mixing (pattern · values)"
-        if not reader.plain:
-            self.check.whole(values, v, predict_v())
-            self.check.whole(mixing, z, predict_z())
-            return attn, (self.check.output(w.W_O.flatten(0, 1), w.b_O, post, z), out, float)
-        self.check.check_later(values, v, predict_v)
-        self.check.check_later(mixing, z, predict_z)
-        added, rounding = self.check.attention(norm, x, mix, w, post)
-        return attn, (added, out, rounding)
-
     def freeze_mlp(
         self,
         layer: int,
@@ -335,7 +282,7 @@ class Recorder:
             mlp = MLP(frame, layer, w, pre, None if ln is None else ln.scale)
 
         def out() -> Tensor:
-            return _normed(post_norm, mlp.output.apply(seen) + mlp.output.bias)
+            return normed(post_norm, mlp.output.apply(seen) + mlp.output.bias)
 
         # The sublayer without its edits predicts what W_out read from the run's pre-activations.
         post_edit = self.edit(layer, ("post",), seen, lambda: mlp.posts)
@@ -358,7 +305,7 @@ class Recorder:
         """Check pre-activations N(x) W + b, or keep the user's edit of them."""
 
         def predict() -> Tensor:
-            z = _normed(norm, x) @ self.frame.cast(W)
+            z = normed(norm, x) @ self.frame.cast(W)
             return z if b is None else z + self.frame.cast(b)
 
         edit = self.edit(layer, (stage,), seen, predict)
@@ -388,7 +335,7 @@ class Recorder:
             )
         self.reads.unchanged(len(self.blocks) - 1, "resid_post")
         ln_final = self.norm(None, "ln_final", weights.ln_final)
-        y, edit, seen_logits = _normed(ln_final, final), None, self.frame.cast(logits)
+        y, edit, seen_logits = normed(ln_final, final), None, self.frame.cast(logits)
         if (None, "normalized") in self.hooked:
             seen, predicted = self.pop(None, "normalized"), y
             edit = self.edit(None, ("normalized",), seen, lambda: predicted)
@@ -441,10 +388,6 @@ class Recorder:
             size = torch.linalg.vector_norm(logits, dim=-1)
             self.check.compare("logits (soft cap)", logits @ r, capped @ r, size)
         self.check.check_block(self.adapter.foreign_hooks)
-
-
-def _normed(norm: Norm | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm.apply(x) + norm.bias
 
 
 def _at(mlp: FeedForward, rows: slice) -> FeedForward:
