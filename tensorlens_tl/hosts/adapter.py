@@ -67,7 +67,7 @@ _ACTIVATIONS = {
 }
 """Activations by the hosts' names of them."""
 
-_NORMS_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+_NORMS_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM")
 """Architectures whose norms follow the sublayers; transformer_lens 3 names them as if before."""
 
 QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]

@@ -56,6 +56,30 @@ SUPPORTED = {
     "DeiTModel": "DeiT",
     "YoutuForCausalLM": "Youtu",
     "TransformerLensNative": "TransformerBridge.boot_native",
+    # Old names of those above.
+    "Gemma1ForCausalLM": "Gemma",
+    "NeoForCausalLM": "GPT-Neo",
+    "NeoXForCausalLM": "GPT-NeoX/Pythia",
+    "MinGPTForCausalLM": "minGPT",
+    "MPTForCausalLM": "MPT",
+    "BloomModel": "BLOOM",
+    "Exaone4ForCausalLM": "EXAONE-4",
+    "HunYuanDenseV1ForCausalLM": "HunYuan",
+    # Models that also see or hear.
+    "Gemma3ForConditionalGeneration": "Gemma-3 with pictures",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
+    "Qwen3VLForConditionalGeneration": "Qwen3-VL",
+    "LlavaForConditionalGeneration": "LLaVA",
+    "LlavaNextForConditionalGeneration": "LLaVA-NeXT",
+    "LlavaOnevisionForConditionalGeneration": "LLaVA-OneVision",
+    "Mistral3ForConditionalGeneration": "Mistral-Small-3 with pictures",
+    "Idefics3ForConditionalGeneration": "Idefics3 and SmolVLM",
+    "Glm4vForConditionalGeneration": "GLM-4V",
+    "Emu3ForConditionalGeneration": "Emu3",
+    "Qwen2AudioForConditionalGeneration": "Qwen2-Audio",
+    "AudioFlamingo3ForConditionalGeneration": "Audio Flamingo 3",
+    "MusicFlamingoForConditionalGeneration": "Music Flamingo",
+    "GlmAsrForConditionalGeneration": "GLM-ASR",
 }
 """Architectures that the tests cover, by Hugging Face class name."""
 
@@ -71,6 +95,9 @@ _FAULTY = {
     ("OPTForCausalLM", "_remove_final_layer_norm"): True,
 }
 """Values of options under which the host's Bridge is another model, or none."""
+
+_WRONG_IN_3 = ("CohereForCausalLM", "Cohere2ForCausalLM", "HunYuanDenseV1ForCausalLM")
+"""Architectures whose Bridge of transformer_lens 3 is another model."""
 
 _RECURRENT = r"mamba|rwkv|recurrent|rglru|deltanet|shortconv"
 _EXPERTS = r"(moe|moa|moeblock|moelayer|moemlp|experts|sparsemlp)$"
@@ -152,7 +179,7 @@ def faulty_option(architecture: str | None, config: Any) -> tuple[str, str]:
         found = f"attn_logit_softcapping={config.attn_logit_softcapping}"
     if architecture == "BloomForCausalLM" and config.slow_but_exact and config.pretraining_tp > 1:
         found = f"slow_but_exact=True and pretraining_tp={config.pretraining_tp}"
-    if architecture in ("CohereForCausalLM", "Cohere2ForCausalLM") and _version() < (4,):
+    if architecture in _WRONG_IN_3 and _version() < (4,):
         found, remedy = "transformer_lens 3", "Install transformer_lens 4."
     if architecture == "CodeGenForCausalLM" and _version("transformers") >= (5, 24):
         found, remedy = "transformers 5.24 or later", "Install an earlier one: transformers<5.24."

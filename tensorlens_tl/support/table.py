@@ -8,7 +8,9 @@
 3. Print the larger of the completeness error and the Bridge's difference from Hugging Face, or the
    reason why there is none.
 
-``--json`` prints the same for machines. ``--merge`` makes the tables of docs/models.md from such
+``--all`` tries every name that transformer_lens registers instead, and ``--only`` those that are
+named: see :mod:`tensorlens_tl.support.every_name`. ``--json`` prints the same for machines;
+``--all --json`` prints families and names. ``--merge`` makes the tables of docs/models.md from such
 reports of several hosts.
 """
 
@@ -19,7 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -27,6 +29,7 @@ import torch
 
 from ..hosts import UnsupportedArchitectureError
 from ..plugin import capture
+from .every_name import Name, summary, try_all
 from .tiny_models import (
     D_VOCAB,
     FAMILIES,
@@ -88,15 +91,21 @@ class Report:
     Attributes:
         versions: Versions of transformer_lens, transformers and torch, by name.
         rows: Outcome of every family as every class of the host.
+        names: Outcome of every name that the host registers; none where it has no Bridge.
     """
 
     versions: dict[str, str]
     rows: tuple[Row, ...]
+    names: tuple[Name, ...] = ()
 
     def to_json(self) -> str:
         """Write the report as JSON, one row per line."""
-        rows = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in self.rows)
-        return f'{{"versions": {json.dumps(self.versions)}, "rows": [\n{rows}\n]}}\n'
+        rows, names = (
+            ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in part)
+            for part in (self.rows, self.names)
+        )
+        versions = json.dumps(self.versions)
+        return f'{{"versions": {versions}, "rows": [\n{rows}\n], "names": [\n{names}\n]}}\n'
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -113,7 +122,11 @@ class Report:
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            report = cls(dict(found["versions"]), tuple(Row(**row) for row in found["rows"]))
+            report = cls(
+                dict(found["versions"]),
+                tuple(Row(**row) for row in found["rows"]),
+                tuple(Name(**name) for name in found.get("names", ())),
+            )
             version = report.versions["transformer_lens"]
             if re.match(r"\d+\.\d+", version) and all(
                 row.status in STATUSES for row in report.rows
@@ -198,10 +211,14 @@ def against_hugging_face(
 
 
 def measure_all() -> Report:
-    """Measure every family as every class of the installed host."""
-    versions = {p: metadata.version(p) for p in ("transformer_lens", "transformers", "torch")}
+    """Measure every family as every class of the installed host; names are left out."""
     rows = tuple(measure(family, cls) for cls in host_classes() for family in FAMILIES)
-    return Report(versions, rows)
+    return Report(versions(), rows)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the host and of what it stands on, by name."""
+    return {p: metadata.version(p) for p in ("transformer_lens", "transformers", "torch")}
 
 
 SHORT = {
@@ -285,10 +302,10 @@ def markdown(reports: Sequence[Report]) -> str:
             f"{len(reports)} reports are of transformer_lens {', '.join(by_version)}. "
             "Pass one report for each version."
         )
-    versions = sorted(by_version, key=lambda v: [int(part) for part in re.findall(r"\d+", v)])
+    by_age = sorted(by_version, key=lambda v: [int(part) for part in re.findall(r"\d+", v)])
     rows = {
         (row.host_class, version, row.family): row
-        for version in versions
+        for version in by_age
         for row in by_version[version].rows
     }
     table, (hooked, bridge, compat, native) = _Table(rows), SHORT
@@ -298,7 +315,7 @@ def markdown(reports: Sequence[Report]) -> str:
     refused = [f for f in FAMILIES if f not in works]
     made = "; ".join(
         ", ".join(f"{name} {v}" for name, v in by_version[version].versions.items())
-        for version in versions
+        for version in by_age
     )
     return (
         "### Families of Hugging Face models\n\n"
@@ -345,6 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a capture is wrong or crashes; 2 after a user error, reported on standard error.
     """
     p = argparse.ArgumentParser("python -m tensorlens_tl.support", description=__doc__)
+    p.add_argument("--all", action="store_true", help="try every name that is registered")
+    p.add_argument("--only", nargs="+", metavar="NAME", default=(), help="try these names")
     p.add_argument("--json", action="store_true", help="print a report, for --merge")
     p.add_argument("--merge", nargs="+", type=Path, metavar="REPORT", help="print their tables")
     p.add_argument("--into", type=Path, metavar="PAGE", help="write those tables into this page")
@@ -362,11 +381,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"tensorlens_tl.support: {error}\n")
             return 2
         return 0
-    report = measure_all()
+    names = try_all(args.only) if args.all or args.only else ()
+    report = Report(versions(), ()) if args.only or (args.all and not args.json) else measure_all()
+    report = replace(report, names=names)
     if args.json:
         sys.stdout.write(report.to_json())
     else:
-        for row in report.rows:
-            line = f"{FAMILIES[row.family]:24} {row.host_class:26} {row!s:12} {row.reason}"
-            sys.stdout.write(f"{line.rstrip()}\n")
-    return int(any(row.status in ("wrong", "crashed") for row in report.rows))
+        lines = [
+            f"{FAMILIES[row.family]:24} {row.host_class:26} {row!s:12} {row.reason}"
+            for row in report.rows
+        ]
+        lines += [f"{name.name:42} {name!s:10} {name.reason}" for name in names]
+        lines += [summary(names)] if args.all else []
+        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in lines))
+    outcomes = [row.status for row in report.rows] + [name.outcome for name in names]
+    return int("wrong" in outcomes or "crashed" in outcomes)
