@@ -131,17 +131,16 @@ def exactness(lens: Any, plain: PlainRun) -> dict[str, float]:
         Relative errors: "logits" of readout(T X + c), the sums by "token" and by "component" of the
         target's logit, and the "adjoint", Tᵀ against autograd, where there is such a gradient.
     """
-    logits = plain.logits
+    logits, pos = plain.logits, {} if plain.pos == -1 else {"pos": plain.pos}
     size = float(logits.abs().max().clamp_min(TINY))
     ours = lens.readout(lens.operator.apply(lens.embedding) + lens.operator.bias)
-    ours = ours if ours.ndim == logits.ndim else ours[:, 0]
-    target = logits[..., plain.token] if logits.ndim == 2 else logits[:, -1, plain.token]
     found = {"logits": float((ours - logits).abs().max()) / size}
     for by in ("token", "component"):
-        values = lens.attribute(plain.token, by=by).values
-        found[by] = float((values.double().sum(-1) - target).abs().max()) / size
+        values = lens.attribute(plain.target, by=by, **pos).values
+        off = values.double().sum(-1) - plain.value(logits)
+        found[by] = float(off.abs().max()) / size
     if plain.gradient is not None:
-        goal = resolve(lens.capture, plain.token)
+        goal = resolve(lens.capture, plain.target, **pos)
         g = TargetGradient(lens.capture, lens.operator, goal).trace.covectors[0]
         off = (g - plain.gradient).abs().max() / plain.gradient.abs().max().clamp_min(TINY)
         found["adjoint"] = float(off)
@@ -197,7 +196,7 @@ def _try_native(name: str) -> Name:
     ids = torch.randint(0, D_VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(ids, return_type="logits")
-    plain = PlainRun(logits, 3, None, "it has no Hugging Face model")
+    plain = PlainRun(logits, 3, -1, None, "it has no Hugging Face model")
     return _compare(name, model, {"input_ids": ids}, plain)
 
 

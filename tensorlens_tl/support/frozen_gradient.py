@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,47 +39,61 @@ class PlainRun:
     """One run of a Hugging Face model that no host has touched.
 
     Attributes:
-        logits: Its logits [batch, pos, d_vocab], or of classes [batch, class].
-        token: The target: a token's id, or a class.
-        gradient: Gradient of the target's logit at the last position with respect to what enters
-            block 0, with frozen quantities held [batch, pos, d_model]. None where it has none.
+        logits: Its logits [batch, pos, d_vocab], of classes [batch, class], or what a model without
+            a head ends in [batch, pos, d_model].
+        target: A token's id, a class, or a direction in the final residual [d_model].
+        pos: Position at which the target is read.
+        gradient: Gradient of the target with respect to what enters block 0, with frozen quantities
+            held [batch, pos, d_model]. None where it has none.
         no_gradient: Why there is none; "" where there is one.
     """
 
     logits: Tensor
-    token: int
-    gradient: Tensor | None
+    target: int | Tensor
+    pos: int
+    gradient: Tensor | None = None
     no_gradient: str = ""
 
+    def value(self, logits: Tensor) -> Tensor:
+        """The target in such logits, for each prompt [batch]."""
+        if logits.ndim == 2:
+            return logits[:, self.target]
+        at = logits[:, self.pos]
+        return at @ self.target if isinstance(self.target, Tensor) else at[:, self.target]
 
-def plain_run(model: Any, inputs: Mapping[str, Tensor], token: int = 3) -> PlainRun:
+
+def plain_run(model: Any, inputs: Mapping[str, Tensor]) -> PlainRun:
     """Run a model as it is, and again with frozen quantities held.
 
     Args:
         model: A Hugging Face model that is in no Bridge.
         inputs: Arguments of its forward pass.
-        token: The target: a token's id, or a class.
 
     Returns:
-        What it gave.
+        What it gave. The target is a token at the last position, a class, or a direction at the
+        first position of a model without a head.
     """
     with torch.no_grad():
-        logits = _outputs(model, inputs)
+        logits, has_head = _outputs(model, inputs)
+    token = 3 if logits.ndim == 3 else 1
+    direction = torch.linspace(-1, 1, logits.shape[-1]).to(logits)
+    plain = PlainRun(logits, token if has_head else direction, -1 if has_head else 0)
     try:
         with _leaf_at_block_0(model) as leaf, _derivatives(model):
-            frozen = _outputs(model, inputs)
-            if not torch.allclose(frozen, logits, rtol=1e-5, atol=1e-6 * float(logits.abs().max())):
-                return PlainRun(logits, token, None, "the frozen run is another one")
-            aim = frozen[..., token] if frozen.ndim == 2 else frozen[:, -1, token]
-            (gradient,) = torch.autograd.grad(aim.sum(), leaf[0])
+            frozen, _ = _outputs(model, inputs)
+            (gradient,) = torch.autograd.grad(plain.value(frozen).sum(), leaf[0])
     except Exception as error:
-        return PlainRun(logits, token, None, f"{type(error).__name__}: {error}".split("\n")[0])
-    return PlainRun(logits, token, gradient)
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        return replace(plain, no_gradient=why)
+    off = (frozen - logits).abs().max() / logits.abs().max()
+    why = "" if off < 1e-5 else "the frozen run is another one"
+    return replace(plain, gradient=None if why else gradient, no_gradient=why)
 
 
-def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+    """What a model gives, and whether they are logits."""
     out = model(**inputs)
-    return out["logits"] if "logits" in out else out[0]
+    return (out["logits"], True) if "logits" in out else (out[0], False)
 
 
 @contextmanager
