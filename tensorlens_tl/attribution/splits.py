@@ -25,7 +25,7 @@ from torch import Tensor
 from ..graph import Node
 from ..maps import take_row
 from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, Step
-from ..sublayers import Attention
+from ..sublayers import Attention, Experts
 from .edges import Writers, edge_products, frozen_readers
 from .table import Attribution
 from .table_builder import TableBuilder, check_sum
@@ -38,13 +38,14 @@ BY = (
     "layer",
     "component",
     "head",
+    "expert",
     "neuron",
     "dimension",
     "edge",
     "order",
 )
 """What a target can be split by."""
-TOTALS = ("layer", "component", "head", "mlp", "neuron")
+TOTALS = ("layer", "component", "head", "mlp", "expert", "neuron")
 """What a total effect can be split by: parts that write to the residual above the embedding."""
 
 SWEEP_LIMIT = 512 * 2**20
@@ -70,8 +71,6 @@ def attribute(
         ValueError: If ``by`` or ``effect`` does not exist, or ``by`` has no total effect.
         CaptureMismatchError: If the contributions do not sum to the target, up to rounding.
     """
-    if by == "expert":
-        raise ValueError("by='expert' needs a model with experts. No such model can be frozen yet.")
     if by == "mlp" and effect == "direct":
         raise ValueError(
             "by='mlp' has no direct split of its own, as an MLP reads the target's position alone. "
@@ -88,7 +87,7 @@ def attribute(
         )
     check_qk(by, qk)
     table = TableBuilder(gradient.capture, gradient.target)
-    if (effect, by) in (("total", "mlp"), ("total", "neuron")) and _attention_only(gradient):
+    if effect == "total" and by in ("mlp", "expert", "neuron") and _attention_only(gradient):
         raise ValueError(
             f"by={by!r} needs MLPs, and this model has none. Use by='layer', 'component' or 'head'."
         )
@@ -258,13 +257,14 @@ def top_covector(gradient: TargetGradient) -> tuple[Float[Tensor, "batch 1 d_mod
 
 
 def written_at(
-    gradient: TargetGradient, without: str = ""
+    gradient: TargetGradient, without: tuple[str, ...] = (), experts: bool = False
 ) -> Iterator[tuple[Sequence[Node], Float[Tensor, "batch node d_model"]]]:
     """Give what every writer adds to the residual at the target's position.
 
     Args:
         gradient: The target and its run.
-        without: A kind of node to leave out, such as "head".
+        without: Kinds of nodes to leave out, such as "head".
+        experts: Whether the experts of a mixture stand apart, and not as one MLP.
 
     Yields:
         Nodes, and one vector for each of them.
@@ -273,10 +273,19 @@ def written_at(
     for name, embedding in gradient.capture.embeddings.items():
         yield (Node.parse(name),), take_row(embedding, query)
     for step in gradient.operator.steps:
+        mixture = None
         for branch in step.branches:
             nodes = branch.body.nodes()
-            if nodes[0].kind != without:
-                yield nodes, branch.outputs_at(step.state, query)
+            if nodes[0].kind in without:
+                continue
+            vectors = branch.outputs_at(step.state, query)
+            if nodes[0].kind != "expert" or experts:
+                yield nodes, vectors
+            else:  # routed and shared experts together are the block's MLP
+                vectors = vectors.sum(1, keepdim=True)
+                mixture = vectors if mixture is None else mixture + vectors
+        if mixture is not None:
+            yield (Node("mlp", step.layer),), mixture
         for name, constant in _outside(step):
             yield (Node.parse(name),), take_row(constant, query)
 
@@ -284,13 +293,13 @@ def written_at(
 def _direct(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
     """What every writer adds at the target's position, read through the final norm."""
     u, effects = top_covector(gradient)
-    split = {"head": "head", "neuron": "mlp"}.get(by, "")
+    split = {"head": ("head",), "neuron": ("mlp", "expert")}.get(by, ())
     for step in gradient.operator.steps:
         for branch in step.branches:
-            if branch.body.nodes()[0].kind == split:
+            if branch.body.nodes()[0].kind in split:
                 _refine(branch, step.state, gradient.target, u, table)
     by_dimension = torch.zeros_like(u[:, 0])
-    for nodes, vectors in written_at(gradient, split):
+    for nodes, vectors in written_at(gradient, split, by == "expert"):
         if by == "dimension":
             by_dimension += (vectors * u).sum(1)
         else:
@@ -310,13 +319,29 @@ def _refine(branch: Branch, state: Tensor, target: Target, u: Tensor, table: Tab
         read = body.read_at(x, target.query, y[:, 0])  # [batch, head, pos]
         for node, shares in zip(nodes, read.unbind(1), strict=True):
             table.spread(node, shares)
+    elif isinstance(body, Experts):
+        row = body.row(target.query)
+        _expert_neurons(row, row.hidden(take_row(x, target.query)), y, table)
     else:
         shares = body.hidden_at(x, target.query) * body.output.apply_t(y)[:, 0]
         table.add(_neurons(nodes[0], shares.shape[-1]), shares)
 
 
-def _neurons(mlp: Node, width: int) -> list[Node]:
-    return [Node("neuron", mlp.layer, i) for i in range(width)]
+def _expert_neurons(body: Experts, hidden: Tensor, y: Tensor, table: TableBuilder) -> None:
+    """The neurons of the experts that tokens reached, and the experts' b_out."""
+    output = body.output
+    shares = (hidden * output.apply_t(y)).unflatten(-1, (output.slots, -1)).flatten(1, 2)
+    experts = body.experts.flatten(1)  # [batch, pos · slot]
+    for expert, _ in output.groups:
+        own = torch.einsum("bsm,bs->bm", shares, (experts == expert).to(shares))
+        table.add(_neurons(body.nodes()[expert], own.shape[-1]), own)
+    if output.b is not None:
+        table.add([Node.parse(output.name)], (output.bias * y).sum((-2, -1))[:, None])
+
+
+def _neurons(owner: Node, width: int) -> list[Node]:
+    name = "" if owner.kind == "mlp" else str(owner).removeprefix(f"L{owner.layer}")
+    return [Node("neuron", owner.layer, i, name) for i in range(width)]
 
 
 def _outside(step: Step) -> Iterator[tuple[str, Tensor]]:
@@ -334,20 +359,32 @@ def _total(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
         for name, embedding in gradient.capture.embeddings.items():
             table.spread(Node.parse(name), dot(embedding, covectors[0]))
     for step, c in zip(steps, covectors[1:], strict=False):
+        mixture: Tensor | float = 0.0
         for branch in step.branches:
             body = branch.body
             nodes, kind = body.nodes(), body.nodes()[0].kind
-            if by not in ("component", kind) and (by, kind) != ("neuron", "mlp"):
+            whole = kind == "expert" and by in ("component", "mlp")
+            neurons = by == "neuron" and kind != "head"
+            apart = by == "expert" and kind != "head"
+            if by not in ("component", kind) and not (whole or neurons or apart):
                 continue
-            # y · W_O (or W_out) is the covector of the hidden values: no output is ever formed.
             y = c if branch.post is None else branch.post.apply_t(c)
-            shares = body.hidden_in_run(branch.read(step.state)) * body.output.apply_t(y)
-            if by == "neuron":  # one row per position would be millions
-                table.add(_neurons(nodes[0], shares.shape[-1]), shares.sum(1))
-            else:
-                by_node = body.by_node(shares).sum(-1)
-                for node, own in zip(nodes, by_node.unbind(-1), strict=True):
-                    table.spread(node, own)
+            hidden = body.hidden_in_run(branch.read(step.state))
+            if neurons:  # one row per position would be millions
+                if isinstance(body, Experts):
+                    _expert_neurons(body, hidden, y, table)
+                else:
+                    shares = (hidden * body.output.apply_t(y)).sum(1)
+                    table.add(_neurons(nodes[0], shares.shape[-1]), shares)
+                continue
+            by_node = body.node_shares(hidden, y)
+            if whole:  # routed and shared experts together are the block's MLP
+                mixture = by_node.sum(-1) + mixture
+                continue
+            for node, own in zip(nodes, by_node.unbind(-1), strict=True):
+                table.spread(node, own)
+        if isinstance(mixture, Tensor):
+            table.spread(Node("mlp", step.layer), mixture)
         if by == "component":
             for name, constant in _outside(step):
                 table.spread(Node.parse(name), dot(constant, c))

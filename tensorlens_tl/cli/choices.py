@@ -14,12 +14,13 @@ BY = (
     "layer",
     "component",
     "head",
+    "expert",
     "neuron",
     "dimension",
     "edge",
     "order",
 )
-TOTALS = ("layer", "component", "head", "mlp", "neuron")
+TOTALS = ("layer", "component", "head", "mlp", "expert", "neuron")
 KINDS = ("bridge", "hooked")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 METHODS = (

@@ -10,7 +10,9 @@ from ..checks import is_int
 FINAL_SITE = "unembed.hook_in"
 """Site of the final normalized residual, which the unembedding reads."""
 
-_NODE = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|(MLP)|N(\d+)|\.(.+))?")
+_NODE = re.compile(
+    r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|(MLP)|E(\d+|\.shared)|(?:E(\d+|\.shared))?N(\d+)|\.(.+))?"
+)
 _NUMBERED = {"dim": "dimension", "order ": "order"}
 _CHANGES = ("operator change", "readout change")
 
@@ -74,12 +76,14 @@ class Node:
 
     Attributes:
         kind: "embed", "pos_embed", "input" (the sum of these two, which enters the first block),
-            "head", "mlp", "neuron", "constant" or "logits". Rows of an attribution can also be
-            a "layer", "dimension", "order" or "change".
+            "head", "mlp", "expert", "neuron", "constant" or "logits". Rows of an attribution can
+            also be a "layer", "dimension", "order" or "change".
         layer: Number of the block, from 0, or None outside the blocks.
-        index: Number of the head, the neuron, the dimension of the residual, or the order.
+        index: Number of the head, the expert, the neuron, the dimension of the residual, or the
+            order. None for the shared expert of a mixture, which every token passes.
         name: Name of a constant, such as "b_O" or "ln_final.b". For a reader, the input of the head
-            that is read, "v", "q" or "k". Empty for the head as a writer.
+            that is read, "v", "q" or "k". Empty for the head as a writer. For the shared expert it
+            is "shared", and for a neuron of an expert that expert, such as "E2".
 
     Example:
         >>> from tensorlens_tl import Node
@@ -103,8 +107,10 @@ class Node:
                 return f"{prefix}H{self.index}" + (f".{self.name}" if self.name else "")
             case "mlp":
                 return f"{prefix}MLP"
+            case "expert":
+                return f"{prefix}E{self.index}" if self.index is not None else f"{prefix}E.shared"
             case "neuron":
-                return f"{prefix}N{self.index}"
+                return f"{prefix}{self.name}N{self.index}"
             case "constant":
                 return f"{prefix}.{self.name}" if prefix else self.name
             case "layer":
@@ -123,8 +129,9 @@ class Node:
 
         Args:
             text: One of "embed", "pos_embed", "input", "logits", a head "L3H7" or its input
-                "L3H7.v", an MLP "L3MLP", a neuron "L3N512", a constant "L3.b_O", or a row of an
-                attribution: "L3" (a layer), "dim5" or "order 2".
+                "L3H7.v", an MLP "L3MLP", an expert "L3E2" or "L3E.shared", a neuron "L3N512" or
+                "L3E2N17", a constant "L3.b_O", or a row of an attribution: "L3" (a layer), "dim5"
+                or "order 2".
 
         Returns:
             The node of this name.
@@ -149,16 +156,21 @@ class Node:
         if not (found := _NODE.fullmatch(text)):
             raise ValueError(
                 f"{text!r} is not a node. Name 'embed', 'pos_embed', 'input', 'logits', a head "
-                "'L3H7' or its input 'L3H7.v', an MLP 'L3MLP', a neuron 'L3N512' or a constant "
-                "'L3.b_O'."
+                "'L3H7' or its input 'L3H7.v', an MLP 'L3MLP', an expert 'L3E2', a neuron 'L3N512' "
+                "or a constant 'L3.b_O'."
             )
-        layer, head, reads, mlp, neuron, constant = found.groups()
+        layer, head, reads, mlp, expert, of_expert, neuron, constant = found.groups()
         if head is not None:
             return cls("head", int(layer), int(head), reads or "")
         if mlp is not None:
             return cls("mlp", int(layer))
+        if expert is not None:
+            if expert == ".shared":
+                return cls("expert", int(layer), name="shared")
+            return cls("expert", int(layer), int(expert))
         if neuron is not None:
-            return cls("neuron", int(layer), int(neuron))
+            name = "" if of_expert is None else f"E{of_expert}"
+            return cls("neuron", int(layer), int(neuron), name)
         if constant is not None:
             return cls("constant", int(layer), name=constant)
         return cls("layer", int(layer))
@@ -169,8 +181,9 @@ class Edge:
     """A direct connection along the residual stream, from a writer to a reader.
 
     Attributes:
-        src: The writer: embeddings, a head, an MLP or a constant.
-        dest: The reader: the value, query or key input of a head ("L2H1.v"), an MLP, or the logits.
+        src: The writer: embeddings, a head, an MLP, an expert or a constant.
+        dest: The reader: the value, query or key input of a head ("L2H1.v"), an MLP, an expert, or
+            the logits.
 
     Example:
         >>> from tensorlens_tl import Edge
@@ -215,7 +228,8 @@ class Edge:
         if not arrow:
             raise ValueError(f"{text!r} is not an edge. Name both ends, such as 'L0H3→L2H1.v'.")
         edge = cls(Node.parse(src.strip()), Node.parse(dest.strip()))
-        reads = edge.dest.kind in ("mlp", "logits") or (edge.dest.kind == "head" and edge.dest.name)
+        reads = edge.dest.kind in ("mlp", "expert", "logits")
+        reads = reads or (edge.dest.kind == "head" and edge.dest.name)
         if not reads or edge.src.kind == "logits" or (edge.src.kind == "head" and edge.src.name):
             raise ValueError(
                 f"{text!r} is not an edge. Name a writer ('embed', 'L0H3', 'L0MLP', 'L0.b_O') "

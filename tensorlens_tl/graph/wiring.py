@@ -1,8 +1,9 @@
 """The edges that a model of a given shape has. No torch.
 
 Writers are ``input`` (the sum of token and position embeddings, which enters the first block),
-heads and MLPs. Readers are the queries, keys and values of every query head, the MLPs, and the
-logits. Constants write, too, but a circuit does not choose them: they are always kept.
+heads, MLPs and experts. Readers are the queries, keys and values of every query head, the MLPs, the
+experts, and the logits. Constants write, too, but a circuit does not choose them: they are always
+kept.
 """
 
 from __future__ import annotations
@@ -30,19 +31,28 @@ class Wiring:
         n_heads: Number of query heads in each block.
         parallel: Whether attention and MLP of a block read the same residual.
         attn_only: Whether the model has no MLPs.
+        experts: For a model with mixtures of experts, the nodes of every block's MLP: its experts,
+            or the one MLP of a dense block. Empty for all other models.
     """
 
     n_layers: int
     n_heads: int
     parallel: bool = False
     attn_only: bool = False
+    experts: tuple[tuple[Node, ...], ...] = ()
+
+    def mlps(self, layer: int) -> tuple[Node, ...]:
+        """The nodes of a block beside its heads: its MLP, its experts, or none."""
+        if self.experts:
+            return self.experts[layer]
+        return () if self.attn_only else (Node("mlp", layer),)
 
     def writers(self) -> tuple[Node, ...]:
         """All writers, first to last."""
         found = [INPUT]
         for layer in range(self.n_layers):
             found += [Node("head", layer, head) for head in range(self.n_heads)]
-            found += [] if self.attn_only else [Node("mlp", layer)]
+            found += self.mlps(layer)
         return tuple(found)
 
     def readers(self, qk: bool = True) -> tuple[Node, ...]:
@@ -58,7 +68,7 @@ class Wiring:
         for layer in range(self.n_layers):
             for name in "qkv" if qk else "v":
                 found += [Node("head", layer, head, name) for head in range(self.n_heads)]
-            found += [] if self.attn_only else [Node("mlp", layer)]
+            found += self.mlps(layer)
         return (*found, LOGITS)
 
     def edges(self, qk: bool = True) -> tuple[Edge, ...]:
@@ -107,7 +117,7 @@ class Wiring:
     def _read(self, reader: Node) -> int:
         if reader.layer is None:
             return 2 * self.n_layers
-        return 2 * reader.layer + (reader.kind == "mlp" and not self.parallel)
+        return 2 * reader.layer + (reader.kind != "head" and not self.parallel)
 
 
 @lru_cache(maxsize=16)

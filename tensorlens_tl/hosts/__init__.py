@@ -8,14 +8,15 @@ Key concepts:
 
 from .adapter import Adapter, QueryKeyWeights
 from .attention_reading import NotRecomputableError, RecomputedReading, StoredReading
-from .entry import adapt, as_host, unwrap, wrap
+from .entry import adapt, as_host, load_model, unwrap, wrap
+from .experts import ExpertsRead
 from .hook_points import Read, alone, in_this_thread
-from .loading import load_model
 from .supported import UnsupportedArchitectureError, not_finite
 from .tokens import each_prompt, own_ids, prompts_of
 
 __all__ = [
     "Adapter",
+    "ExpertsRead",
     "NotRecomputableError",
     "QueryKeyWeights",
     "Read",

@@ -14,7 +14,7 @@ It never edits the run. The two classes of hosts are in ``hooked_transformer`` a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from ..operator import Prompts
 from ..sublayers import (
     BlockWeights,
     EmbedWeights,
+    ExpertsWeights,
     GatedMLPWeights,
     ModelWeights,
     Rotation,
@@ -36,6 +37,7 @@ from ..sublayers import (
 )
 from .attention_parts import AttentionReader
 from .attention_reading import NotRecomputableError, RecomputedReading, score_weights
+from .experts import ExpertsRead
 from .hook_points import (
     EDITS,
     FINAL_EDITS,
@@ -48,26 +50,15 @@ from .hook_points import (
     foreign_hooks,
     host_names,
 )
-from .supported import UnsupportedArchitectureError, check_weights, refusal
+from .supported import UnsupportedArchitectureError, activation_name, check_weights, refusal
 from .tokens import prepare
 
-_ACTIVATIONS = {
-    "relu": "relu",
-    "relu2": "relu2",
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_fast",
-    "gelu_bloom": "gelu_bloom",
-    "quick_gelu": "quick_gelu",
-    "solu": "solu",
-    "solu_ln": "solu",
-}
-"""Activations by the hosts' names of them."""
-
-_NORMS_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM")
+_NORMS_AFTER = (
+    "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM",
+    "Exaone4ForCausalLM",
+    "FlexOlmoForCausalLM",
+)
 """Architectures whose norms follow the sublayers; transformer_lens 3 names them as if before."""
 
 QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -159,6 +150,22 @@ class Adapter(ABC):
         Raises:
             NotRecomputableError: If hooks do not show all that the scores are computed from.
         """
+
+    @abstractmethod
+    def watch_experts(self, layer: int, give: Callable[[ExpertsRead], None]) -> list[Any]:
+        """Read the experts of a block whenever they run.
+
+        Args:
+            layer: Number of a block with a mixture of experts.
+            give: Called with what the experts did.
+
+        Returns:
+            Handles of the hooks, to be removed.
+        """
+
+    def shared_points(self, layer: int) -> dict[str, nn.Module]:
+        """Where the activations of a mixture's shared expert pass; empty where there is none."""
+        return {}
 
     @abstractmethod
     def query_key_weights_of(self, attn: Any) -> QueryKeyWeights:
@@ -284,21 +291,9 @@ class Adapter(ABC):
         """The activation's name in the host's words."""
         return self.cfg.act_fn
 
-    def activation(self) -> str:
-        """Name of the activation in this library.
-
-        Returns:
-            A key of :data:`tensorlens_tl.sublayers.activations.RATIOS`.
-
-        Raises:
-            UnsupportedArchitectureError: If no closed form of its gating ratio is known.
-        """
-        act = self.act_fn
-        if act not in _ACTIVATIONS:
-            raise UnsupportedArchitectureError(
-                refusal(f"the activation {act!r}", "no closed form of act(z) / z is known for it")
-            )
-        return _ACTIVATIONS[act]
+    def activation(self, act: str | None = None) -> str:
+        """This library's name of an activation; by default of that of the model's MLPs."""
+        return activation_name(self.act_fn if act is None else act)
 
     def points(self, attention: tuple[str, ...] = ("pattern",)) -> dict[Read, nn.Module]:
         """Find the hook point where each needed activation passes.
@@ -323,7 +318,7 @@ class Adapter(ABC):
         modules: dict[Read, nn.Module] = {}
         for layer, block in enumerate(self.weights.blocks):
             wanted = list(attention)
-            if block.mlp is not None:
+            if block.mlp is not None and not isinstance(block.mlp, ExpertsWeights):
                 wanted += ["pre", "post"]
                 wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []
                 wanted += ["mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
@@ -349,6 +344,9 @@ class Adapter(ABC):
                 "to 4.x."
             )
         points = {read: hooks[name] for read, name in names.items()} | modules
+        for layer, block in enumerate(self.weights.blocks):
+            if block.shared is not None:
+                points |= {(layer, key): at for key, at in self.shared_points(layer).items()}
         if self.weights.unembed.soft_cap is not None:
             points[None, "raw_logits"] = self.model.unembed  # the cap comes after this module
         if self._final_edits():  # 2.18 has no hook at the unembedding

@@ -20,6 +20,7 @@ from ..maps import NormWeights
 from ..sublayers import (
     AttentionWeights,
     BlockWeights,
+    ExpertsWeights,
     GatedMLPWeights,
     MLPWeights,
     Rotation,
@@ -32,6 +33,14 @@ from .attention_reading import (
     NotRecomputableError,
     RecomputedReading,
     drop_pattern,
+)
+from .experts import (
+    eager_experts,
+    inner,
+    packed_weights,
+    shared_expert,
+    shared_points,
+    watch_packed,
 )
 from .supported import (
     BRIDGE,
@@ -67,7 +76,7 @@ _HALVES_INTERLEAVED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM
 class BridgeAdapter(Adapter):
     """``TransformerBridge`` of transformer_lens 3.x and 4.x, raw or in compatibility mode."""
 
-    before_edits = frozenset({"resid_mid"})
+    before_edits = frozenset({"resid_mid", "shared.post"})
 
     def check_model(self) -> None:
         flags_off(self.cfg)
@@ -110,10 +119,7 @@ class BridgeAdapter(Adapter):
     def act_fn(self) -> str:
         for name, module in self.model.blocks[0].named_modules():
             if re.search(r"\b(act|act_fn|activation_fn|gelu_impl)$", name):
-                kind = type(module).__name__
-                if kind == "GELU":
-                    return "gelu" if module.approximate == "none" else "gelu_new"
-                return _ACT_FNS.get(kind, kind)
+                return act_name(module)
         return self.cfg.act_fn
 
     def norm_names(self, block: Any) -> dict[str, str]:
@@ -178,10 +184,25 @@ class BridgeAdapter(Adapter):
             norm("ln1_post"),
             norm("ln2_post"),
             parallel="Parallel" in type(block).__name__,
+            shared=self._shared_weights(mlp),
         )
 
-    def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights:
+    def _shared_weights(self, mlp: Any) -> GatedMLPWeights | None:
+        if (shared := shared_expert(inner(mlp))) is None:
+            return None
+        parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
+        (W_gate, b_gate), (W_in, b_in), (W_out, b_out) = map(linear_weights, parts)
+        act = self.activation(act_name(getattr(shared, "act_fn", None) or shared.activation_fn))
+        return GatedMLPWeights(W_gate, b_gate, W_in, b_in, None, W_out, b_out, act)
+
+    def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights | ExpertsWeights:
+        if hasattr(module := inner(mlp), "experts"):
+            return packed_weights(inner(module.experts), lambda m: self.activation(act_name(m)))
         kind, act = type(mlp).__name__, self.activation()
+        if getattr(mlp, "_bound_dense_gate", False):  # a dense block among mixtures
+            parts = (mlp.dense_gate, mlp.dense_in, mlp.dense_out)
+            (W_gate, b_gate), (W_in, b_in), (W_out, b_out) = map(linear_weights, parts)
+            return GatedMLPWeights(W_gate, b_gate, W_in, b_in, None, W_out, b_out, act)
         if str(self.cfg.act_fn).endswith("_ln"):
             kind = f"{kind} with {self.cfg.act_fn}"
         plain = kind in ("MLPBridge", "BloomMLPBridge")
@@ -194,6 +215,12 @@ class BridgeAdapter(Adapter):
         if plain:
             return MLPWeights(W_in, b_in, W_out, b_out, act)
         return GatedMLPWeights(*linear_weights(mlp.gate), W_in, b_in, None, W_out, b_out, act)
+
+    def watch_experts(self, layer: int, give: Any) -> list[Any]:
+        return watch_packed(inner(self.model.blocks[layer].mlp), give)
+
+    def shared_points(self, layer: int) -> dict[str, nn.Module]:
+        return shared_points(inner(self.model.blocks[layer].mlp))
 
     def unembed_weights(self) -> UnembedWeights:
         W_U, b_U = linear_weights(self.model.unembed)
@@ -218,7 +245,8 @@ class BridgeAdapter(Adapter):
 
         watching = [point.register_forward_hook(see) for point in points]
         try:
-            return super().run(inputs, kwargs)
+            with eager_experts(self.model.original_model):
+                return super().run(inputs, kwargs)
         finally:
             for hook in watching:
                 hook.remove()
@@ -280,14 +308,21 @@ class BridgeAdapter(Adapter):
         return None
 
 
+def act_name(module: Any) -> str:
+    """The host's name of an activation, by its module."""
+    kind = type(module).__name__
+    if kind == "GELU":
+        return "gelu" if module.approximate == "none" else "gelu_new"
+    return _ACT_FNS.get(kind, kind)
+
+
 def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
     """A Bridge's linear module as x @ W + b."""
     # The orientation is told by the module's type, never by the shape: square weights have both.
-    module = bridge.original_component
+    module = inner(bridge)
     if is_adapted(module):
-        raise UnsupportedArchitectureError(
-            merge_first(bridge.hook_in.name.removesuffix(".hook_in"))
-        )
+        at = bridge.hook_in.name.removesuffix(".hook_in") if module is not bridge else "an expert"
+        raise UnsupportedArchitectureError(merge_first(at))
     if isinstance(module, nn.Linear):
         return module.weight.T, module.bias
     if type(module).__name__ == "Conv1D":

@@ -12,6 +12,7 @@ from ..maps import NormWeights
 from ..sublayers import (
     AttentionWeights,
     BlockWeights,
+    ExpertsWeights,
     GatedMLPWeights,
     MLPWeights,
     Rotation,
@@ -21,6 +22,7 @@ from ..sublayers import (
 from .adapter import Adapter, QueryKeyWeights, norm_eps
 from .attention_parts import AttentionReader
 from .attention_reading import NotRecomputableError, RecomputedReading
+from .experts import hooked_weights, watch_hooked
 from .supported import UnsupportedArchitectureError, flags_off, refusal
 
 _ATTENTION = ("Attention", "GroupedQueryAttention")
@@ -73,8 +75,13 @@ class HookedTransformerAdapter(Adapter):
             parallel=bool(self.cfg.parallel_attn_mlp),
         )
 
-    def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights:
+    def watch_experts(self, layer: int, give: Any) -> list[Any]:
+        return watch_hooked(self.model.blocks[layer].mlp, give)
+
+    def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights | ExpertsWeights:
         kind, act = type(mlp).__name__, self.activation()
+        if kind in ("MoE", "GptOssMoE"):
+            return hooked_weights(mlp, act)
         ln = self.norm_weights(getattr(mlp, "ln", None))
         if kind == "MLP":
             return MLPWeights(mlp.W_in, mlp.b_in, mlp.W_out, mlp.b_out, act, ln=ln)
@@ -83,8 +90,8 @@ class HookedTransformerAdapter(Adapter):
             return GatedMLPWeights(
                 mlp.W_gate, None, mlp.W_in, None, mlp.b_in, mlp.W_out, mlp.b_out, act
             )
-        why = "a mixture of experts" if "MoE" in kind else "neither MLP nor GatedMLP"
-        raise UnsupportedArchitectureError(refusal(f"the MLP {kind}", f"it is {why}"))
+        why = "it is neither MLP, GatedMLP nor a mixture of experts"
+        raise UnsupportedArchitectureError(refusal(f"the MLP {kind}", why))
 
     def unembed_weights(self) -> UnembedWeights:
         unembed = self.model.unembed

@@ -55,6 +55,17 @@ SUPPORTED = {
     "DeiTForImageClassification": "DeiT",
     "DeiTModel": "DeiT",
     "YoutuForCausalLM": "Youtu",
+    "MixtralForCausalLM": "Mixtral",
+    "Qwen2MoeForCausalLM": "Qwen2-MoE",
+    "Qwen3MoeForCausalLM": "Qwen3-MoE",
+    "OlmoeForCausalLM": "OLMoE",
+    "FlexOlmoForCausalLM": "FlexOlmo",
+    "GptOssForCausalLM": "GPT-OSS",
+    "Glm4MoeForCausalLM": "GLM-4.5",
+    "Ernie4_5_MoeForCausalLM": "ERNIE-4.5-MoE",
+    "MiniMaxM2ForCausalLM": "MiniMax-M2",
+    "PhiMoEForCausalLM": "Phi-MoE",
+    "Llama4ForCausalLM": "Llama-4",
     "TransformerLensNative": "TransformerBridge.boot_native",
     # Old names of those above.
     "Gemma1ForCausalLM": "Gemma",
@@ -255,6 +266,42 @@ def _parts(block: Any, number: int) -> Iterator[str]:
             yield f"attention to an encoder {at}: {kind}"
         elif name and {"dense", "LayerNorm"} <= own:
             yield f"a norm after the sum {at}: {kind}"
+
+
+_ACTIVATIONS = {
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_fast",
+    "gelu_bloom": "gelu_bloom",
+    "quick_gelu": "quick_gelu",
+    "solu": "solu",
+    "solu_ln": "solu",
+}
+"""Activations by the hosts' names of them."""
+
+
+def activation_name(act: str) -> str:
+    """Name an activation as this library does.
+
+    Args:
+        act: The host's name of it.
+
+    Returns:
+        A key of :data:`tensorlens_tl.sublayers.activations.RATIOS`.
+
+    Raises:
+        UnsupportedArchitectureError: If no closed form of its gating ratio is known.
+    """
+    if act not in _ACTIVATIONS:
+        raise UnsupportedArchitectureError(
+            refusal(f"the activation {act!r}", "no closed form of act(z) / z is known for it")
+        )
+    return _ACTIVATIONS[act]
 
 
 def check_architecture(name: str | None, model: Any) -> None:

@@ -72,6 +72,7 @@ class AttributedRun(FrozenRun):
                 * "component": every writer: embeddings, heads, MLPs and constants (b_O, b_out, …).
                 * "layer": the same as "component", with one row per layer.
                 * "head": the same as "component", each head split over the positions it read.
+                * "expert": the same as "component", each mixture split into its experts.
                 * "neuron": the same as "component", each MLP split into its neurons.
                 * "mlp": MLPs by position, as total effects only.
                 * "dimension": the residual before the final norm, by dimension.
@@ -82,7 +83,7 @@ class AttributedRun(FrozenRun):
             effect: "direct" takes what is written at the target's position and read by the logits.
                 Direct effects sum to the target. "total" takes what is written anywhere, along all
                 paths. Total effects are influence: they overlap and do not sum. They exist for
-                layer, component, head, mlp and neuron.
+                layer, component, head, mlp, expert and neuron.
             baseline: What the run is compared with, by token, component or edge. Pass the lens of a
                 corrupted prompt of equal length, "zero" (no embeddings), "mean" (the mean of W_E's
                 rows as every token's embedding, positions kept), or an embedding [d_model]. The

@@ -20,6 +20,7 @@ from .primitives import (
     put_row,
     take_row,
 )
+from .routed import Routed
 
 __all__ = [
     "Chain",
@@ -35,6 +36,7 @@ __all__ = [
     "Norm",
     "NormWeights",
     "Residual",
+    "Routed",
     "Shift",
     "Sum",
     "TINY",

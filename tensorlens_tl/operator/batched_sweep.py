@@ -25,7 +25,7 @@ the work so that it fits. There is no autograd graph anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -248,12 +248,13 @@ class BatchedSweep:
     def _rows(self, folded: Folded, rows: Tensor, t: Tensor) -> Tensor:
         if isinstance(folded, FoldedNorm):
             return folded.rows(rows, t).to(rows.dtype)
+        routed = [branch.rows(rows, t) for branch in folded.routed]
         for branch in folded.positionwise:
             state = rows.clone()
             here = Positionwise(branch.into, branch.out, branch.ratio[t])
             self._positionwise(here, [state], [rows.shape[1]] * len(rows))
             rows = state
-        return rows
+        return sum(routed, rows)
 
     # --- 2. Spread
 
@@ -265,7 +266,7 @@ class BatchedSweep:
         spans: Sequence[slice],
         ends: list[int],
     ) -> list[Tensor]:
-        own = self._rows(FoldedStep((), step.positionwise), rows, t)
+        own = self._rows(replace(step, mixing=()), rows, t)
         blocks = []
         for span, end in zip(spans, ends, strict=True):
             state = _placed(own[span], t[span], end)
@@ -301,10 +302,15 @@ class BatchedSweep:
             return []
         # Branches side by side read the same state: mix before any of them writes to it. A branch
         # alone is mixed and written block by block, which needs memory for one block only.
-        together = len(step.mixing) + len(step.positionwise) > 1 or not finish
+        branches = len(step.mixing) + len(step.positionwise) + len(step.routed)
+        together = branches > 1 or not finish
+        routed = [[b.rows(s, slice(0, len(s))) for b in step.routed] for s in blocks]
         half = [(b, [self._mid(b, s) for s in blocks]) for b in step.mixing] if together else []
         for branch in step.positionwise:
             self._positionwise(branch, blocks, carried_by([(len(s), s.shape[1]) for s in blocks]))
+        for state, added in zip(blocks, routed, strict=True):
+            for rows in added:
+                state += rows
         if not finish:
             return half
         for k, state in reversed(list(enumerate(blocks))):

@@ -16,6 +16,7 @@ from ..sublayers import (
     MLP,
     Attention,
     EmbedWeights,
+    Experts,
     FeedForward,
     GatedMLP,
     RecomputedMix,
@@ -66,13 +67,14 @@ class FrozenBlock:
         resid_mid: The residual between attention and MLP [batch, pos, d_model]. None in blocks
             that have no such place: parallel ones, and those with attention only.
         attn: The frozen attention.
-        mlp: The frozen MLP, or None in an attention-only block.
+        mlp: The frozen MLP, or mixture of experts; None in an attention-only block.
         ln1: The norm that attention reads through, or None.
         ln2: The norm that the MLP reads through, or None.
         ln1_post: The norm after attention (as in Gemma-2), or None.
         ln2_post: The norm after the MLP, or None.
         mid_edits: What the user's hooks added to the residual after attention.
         post_edits: What the user's hooks added to the residual after the block.
+        shared: The frozen MLP that every token passes beside a mixture's experts, or None.
     """
 
     resid_pre: Float[Tensor, "batch pos d_model"]
@@ -85,6 +87,7 @@ class FrozenBlock:
     ln2_post: Norm | None
     mid_edits: tuple[Shift, ...] = ()
     post_edits: tuple[Shift, ...] = ()
+    shared: GatedMLP | None = None
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -100,6 +103,7 @@ _OF_THE_RUN = (
     RecomputedMix,
     MLP,
     GatedMLP,
+    Experts,
     Gate,
     Norm,
     Shift,
@@ -245,9 +249,9 @@ class Capture:
         for block in self.blocks:
             tensors += [block.resid_pre, block.resid_mid, *block.attn.frozen]
             tensors += [norm.scale for norm in block.norms]
-            tensors += [
-                getattr(block.mlp, name, None) for name in ("pre", "pre_linear", "ln_scale")
-            ]
+            names = ("pre", "pre_linear", "ln_scale", "experts", "share", "factor")
+            parts = (block.mlp, block.shared)
+            tensors += [getattr(part, name, None) for part in parts for name in names]
         # Views of one storage count once.
         storages = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None}
         return sum(t.untyped_storage().nbytes() for t in storages.values())
@@ -265,7 +269,7 @@ class Capture:
         weights: list[Any] = [self.unembed.weights]
         weights += [self.embed_weights, *self.known_scores] if scores else []
         for block in self.blocks:
-            parts = (block.attn, block.mlp, *block.norms)
+            parts = (block.attn, block.mlp, block.shared, *block.norms)
             weights += [getattr(part, "weights", None) for part in parts]
         weights.append(getattr(self.ln_final, "weights", None))
         return self.logits, *(tensor for owner in weights for tensor in _tensors(owner))
@@ -338,6 +342,7 @@ class Capture:
             block = self.blocks[layer]
             state, edits = block.resid_mid, block.mid_edits
             attention = {"resid_mid": None, "mlp": None, "mid_edits": (), "post_edits": edits}
+            attention |= {"shared": None}
             blocks = (*blocks, replace(block, **attention))
         else:
             state = self.resid_final if layer == len(self.blocks) else self.blocks[layer].resid_pre
@@ -386,18 +391,21 @@ class Capture:
             A capture that shares every tensor with this one.
         """
 
-        def converted(block: FrozenBlock) -> FrozenBlock:
-            if not isinstance(block.mlp, GatedMLP):
-                return block
-            return replace(block, mlp=replace(block.mlp, convention=convention.gate))
+        def converted(part: Any) -> Any:
+            gated = isinstance(part, GatedMLP | Experts)
+            return replace(part, convention=convention.gate) if gated else part
 
-        return replace(self, blocks=tuple(map(converted, self.blocks)), convention=convention)
+        blocks = (replace(b, mlp=converted(b.mlp), shared=converted(b.shared)) for b in self.blocks)
+        return replace(self, blocks=tuple(blocks), convention=convention)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors of a dataclass of weights, nested ones included."""
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, tuple):  # one tensor per expert
+        for part in value:
+            yield from _tensors(part)
     elif is_dataclass(value):
         for part in vars(value).values():
             yield from _tensors(part)

@@ -24,8 +24,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..costs import BranchShape, StageShape
-from ..maps import Chain, Gate, Identity, Linear, LinearMap, Mix, Norm, Residual, Shift, Sum
+from ..maps import (
+    Chain,
+    Gate,
+    Identity,
+    Linear,
+    LinearMap,
+    Mix,
+    Norm,
+    Residual,
+    Routed,
+    Shift,
+    Sum,
+)
 from ..sublayers import AnyMix, RecomputedMix, Sublayer, Tiles
+from .routed_rows import RoutedRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,15 +153,17 @@ class FoldedStep:
     Attributes:
         mixing: The branches that mix positions.
         positionwise: The branches that keep positions apart.
+        routed: The branches of experts.
     """
 
     mixing: tuple[Mixing, ...]
     positionwise: tuple[Positionwise, ...]
+    routed: tuple[RoutedRows, ...] = ()
 
     def cast(self, dtype: torch.dtype) -> FoldedStep:
-        """The step in another precision."""
+        """The step in another precision; experts compute in the operator's own."""
         mixing = tuple(b.cast(dtype) for b in self.mixing)
-        return FoldedStep(mixing, tuple(b.cast(dtype) for b in self.positionwise))
+        return FoldedStep(mixing, tuple(b.cast(dtype) for b in self.positionwise), self.routed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,11 +253,20 @@ def fold(stage: Stage, prompt: int, transposed: bool) -> Folded:
     if isinstance(stage, Norm):
         inverse = stage.scale[prompt, real].reciprocal()
         return FoldedNorm(stage, inverse if transposed else inverse.flip(0), transposed)
-    folded = [_Folding(prompt, real).branch(b).flipped(transposed) for b in _branches(stage)]
+    positions = torch.arange(start, stop, device=stage.frame.device)
+    positions = positions if transposed else positions.flip(0)
+    routed = [b for b in _branches(stage) if _is_routed(b)]
+    plain = [b for b in _branches(stage) if not _is_routed(b)]
+    folded = [_Folding(prompt, real).branch(b).flipped(transposed) for b in plain]
     return FoldedStep(
         tuple(b for b in folded if isinstance(b, Mixing)),
         tuple(b for b in folded if isinstance(b, Positionwise)),
+        tuple(RoutedRows(b, prompt, positions, transposed) for b in routed),
     )
+
+
+def _is_routed(branch: LinearMap) -> bool:
+    return any(isinstance(part, Routed) for part in _primitives(branch))
 
 
 class _Folding:
@@ -405,6 +429,6 @@ def _branch_shape(branch: LinearMap, transposed: bool) -> BranchShape:
             return BranchShape(*widths, mix.heads, score)
     # An MLP is as wide as its first matrix, or as those of its halves together.
     halves = [list(_primitives(half)) for p in parts if isinstance(p, Sum) for half in p.maps]
-    firsts = [next(p for p in half if isinstance(p, Linear)) for half in halves or [parts]]
+    firsts = [next(p for p in half if isinstance(p, Linear | Routed)) for half in halves or [parts]]
     width = sum(linear.out_dim for linear in firsts)
     return BranchShape(width, width)

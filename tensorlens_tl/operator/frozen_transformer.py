@@ -12,7 +12,7 @@ Nothing of size (pos · d_model)² is ever built.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxtyping import Float, Int
@@ -32,7 +32,7 @@ from ..graph import (
 )
 from ..maps import Chain, Frame, Identity, LinearMap, Norm, Shift
 from .blocks import StepChain
-from .capture import Capture
+from .capture import Capture, FrozenBlock
 from .folding import shape_of, stages_of
 from .residual_stream import Branch, Step, Trace
 from .restricted_transformer import RestrictedTransformer
@@ -100,7 +100,7 @@ class FrozenTransformer(StepChain):
         steps = []
         for layer, block in enumerate(capture.blocks):
             attn = Branch(block.ln1, block.attn, block.ln1_post)
-            mlp = () if block.mlp is None else (Branch(block.ln2, block.mlp, block.ln2_post),)
+            mlp = _branches_of_mlp(block)
             pre = resid_site(layer, "pre")
             if block.resid_mid is None:  # parallel, or attention only: one step
                 steps.append(Step(pre, (attn, *mlp), block.resid_pre, block.post_edits))
@@ -184,13 +184,17 @@ class FrozenTransformer(StepChain):
     @property
     def wiring(self) -> Wiring:
         """The edges that the model has."""
-        kinds = [{b.body.nodes()[0].kind for b in step.branches} for step in self.steps]
         heads = next(b for step in self.steps for b in step.branches if b.has_heads).body.nodes()
+        bodies = [(b.body, step) for step in self.steps for b in step.branches if not b.has_heads]
+        layers = range(self.steps[-1].layer + 1)
+        nodes = [[n for body, s in bodies if s.layer == at for n in body.nodes()] for at in layers]
+        mixture = any(node.kind == "expert" for own in nodes for node in own)
         return Wiring(
-            self.steps[-1].layer + 1,
+            len(layers),
             len(heads),
-            parallel=any(len(own) > 1 for own in kinds),
-            attn_only=not any("mlp" in own for own in kinds),
+            parallel=any(step.branches[0].has_heads for _, step in bodies),
+            attn_only=not bodies,
+            experts=tuple(map(tuple, nodes)) if mixture else (),
         )
 
     def restrict(self, edges: Iterable[Edge | Node | str]) -> RestrictedTransformer:
@@ -321,3 +325,17 @@ class FrozenTransformer(StepChain):
     def states(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
         """The run's own states at every site before the last block's output, by site."""
         return {step.site: step.state for step in self.steps}
+
+
+def _branches_of_mlp(block: FrozenBlock) -> tuple[Branch, ...]:
+    """The MLP of a block as branches: none, one, or a mixture's experts and its shared expert."""
+    if block.mlp is None:
+        return ()
+    branch = Branch(block.ln2, block.mlp, block.ln2_post)
+    if block.shared is None:
+        return (branch,)
+    # Constants of norms are counted by name, and that of the norm after the sum counts once.
+    norm, post = block.ln2, block.ln2_post
+    norm = norm and replace(norm, name=f"{block.shared.name}.ln2")
+    post = post and replace(post, weights=replace(post.weights, b=None))
+    return (branch, Branch(norm, block.shared, post))

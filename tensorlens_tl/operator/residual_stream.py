@@ -27,7 +27,7 @@ from ..maps import (
     put_row,
     take_row,
 )
-from ..sublayers import Attention, Sublayer
+from ..sublayers import Attention, Experts, Sublayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ class Branch:
         if query is None:
             found = self.body.factored(self.body.hidden_in_run(x))  # from what the run left
         else:
-            found = self.body.factored(self.body.hidden_at(x, query)[:, None])
+            found = self.body.factored_at(x, query)
             post = post and post.row(query)
         found = found if post is None else found.then(post.scale, post.unscaled_)
         if query is None:
@@ -196,7 +196,7 @@ class Branch:
             The covectors [reader, batch, pos, d_model], which sum to that of the whole branch, and
             the constants' effects by name [reader, batch].
         """
-        if isinstance(self.body, Attention):
+        if isinstance(self.body, Attention | Experts):
             return self.body.readers(pull.kept, self.pre)
         # An MLP is one reader; constants that belong to no node are not its own.
         outside = self.outside_names()

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ..graph import LOGITS, Node
 from ..maps import TINY, Factored, Identity, Norm, NormWeights
-from ..sublayers import MLP, Attention, GatedMLP, gating_ratio
+from ..sublayers import MLP, Attention, Experts, GatedMLP, gating_ratio
 from .capture import Capture, CaptureMismatchError
 from .frozen_transformer import FrozenTransformer
 from .query_key import CELLS, Projection, check_pattern, tolerated, with_alibi_bias
@@ -192,6 +192,11 @@ def _pull(
 
 def _mlp(clean: object, corrupted: object, c: Tensor) -> Tensor:
     """Pull the covector c back through W_out, the secant of the activation, and W_in."""
+    if isinstance(clean, Experts):
+        raise ValueError(
+            "at='secant' needs a function without jumps, and the router of a mixture of experts "
+            "chooses. " + REMEDY
+        )
     if isinstance(clean, MLP) and isinstance(corrupted, MLP) and clean.weights.act != "solu":
         slopes = act_secant(clean.weights.act, clean.pre, corrupted.pre)
         return clean.with_slopes(slopes).apply_t(c)

@@ -13,7 +13,7 @@ A transposed, swapped or renamed weight is therefore an error at capture, never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,21 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hosts import Adapter, Read, RecomputedReading, StoredReading, in_this_thread
+from ..hosts import Adapter, ExpertsRead, Read, RecomputedReading, StoredReading, in_this_thread
 from ..maps import Frame, Norm, NormWeights, Shift, take_row
 from ..operator import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
 from ..sublayers import (
-    MLP,
     BlockWeights,
-    FeedForward,
-    GatedMLP,
-    GatedMLPWeights,
-    MLPWeights,
+    ExpertsWeights,
     Unembed,
     soft_cap_ratio,
 )
 from .activations import Activations
 from .attention import Added, freeze_attention, normed
+from .mlps import freeze_mlps
 from .self_check import SelfCheck
 
 
@@ -65,6 +62,7 @@ class Recorder:
         by_head = (*reading.heads_first, "v_by_head")
         self.reads = Activations(frame, by_head, adapter.model)
         self.pop = self.reads.pop
+        self.experts: dict[int, ExpertsRead] = {}
         self.blocks: list[FrozenBlock] = []
         self.state: Tensor | None = None
         self.first_edit: Shift | None = None
@@ -82,6 +80,13 @@ class Recorder:
         layer, key = read
         if key == "resid_post" and layer is not None:
             self.checked(lambda: self.freeze_block(layer))
+            self.experts.pop(layer, None)
+
+    def expert_readers(self) -> Iterator[tuple[int, Callable[[ExpertsRead], None]]]:
+        """The blocks with a mixture of experts, and what stores what its experts did."""
+        for layer, block in enumerate(self.adapter.weights.blocks):
+            if isinstance(block.mlp, ExpertsWeights):
+                yield layer, partial(self.experts.__setitem__, layer)
 
     def norm(self, layer: int | None, key: str, weights: NormWeights | None) -> Norm | None:
         """Freeze a norm at the scale that was read; None where the model has none."""
@@ -157,14 +162,14 @@ class Recorder:
         ln2_post = self.norm(layer, "ln2_post", weights.ln2_post)
 
         attn, attn_own = freeze_attention(self, layer, weights.attn, ln1, ln1_post, before)
-        mid, mlp, mid_edits = None, None, ()
+        mid, mlp, shared, mid_edits = None, None, None, ()
         name = f"L{layer} attention{self.reading.note}"
         if weights.mlp is None:
             stages = ("attn_out", "mlp_out")
             label = f"{name} output (W_O, b_O)"
             post_edits = self.step(layer, label, stages, before, after, attn_own)
         elif weights.parallel:
-            mlp, (added, out, _) = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, before)
+            mlp, shared, (added, out, _) = freeze_mlps(self, layer, ln2, ln2_post, before)
             attn_added, attn_out, rounding = attn_own
             stages = ("attn_out", "mlp_out")
             label = f"{name} and MLP output (W_O, b_O, W_out, b_out)"
@@ -174,14 +179,13 @@ class Recorder:
             mid = self.pop(layer, "resid_mid")
             label = f"{name} output (W_O, b_O)"
             mid_edits = self.step(layer, label, ("attn_out",), before, mid, attn_own)
-            mlp, own = self.freeze_mlp(layer, weights.mlp, ln2, ln2_post, mid)
+            mlp, shared, own = freeze_mlps(self, layer, ln2, ln2_post, mid)
             label = f"L{layer} MLP output (W_out, b_out)"
             post_edits = self.step(layer, label, ("mlp_out",), mid, after, own)
         # 2. All products of the block are judged together, which costs one transfer to the CPU.
         self.check.check_block(self.adapter.foreign_hooks)
-        self.blocks.append(
-            FrozenBlock(before, mid, attn, mlp, ln1, ln2, ln1_post, ln2_post, mid_edits, post_edits)
-        )
+        norms, edits = (ln1, ln2, ln1_post, ln2_post), (mid_edits, post_edits)
+        self.blocks.append(FrozenBlock(before, mid, attn, mlp, *norms, *edits, shared))
 
     def enter(self, layer: int, state: Tensor) -> Tensor:
         """Check the state that enters a block: the embeddings, or what left the block before.
@@ -239,79 +243,6 @@ class Recorder:
             return (edit,)
         self.check.residual(name, before, after, projected, rounding)
         return ()
-
-    def freeze_mlp(
-        self,
-        layer: int,
-        w: MLPWeights | GatedMLPWeights,
-        norm: Norm | None,
-        post_norm: Norm | None,
-        x: Tensor,
-    ) -> tuple[FeedForward, Added]:
-        """Freeze the MLP of a block.
-
-        The activation is one function for all positions, so it is compared at a sample of them.
-        Gating ratios are left to whoever asks for them first.
-
-        Args:
-            layer: Number of the block.
-            w: MLP weights of the block.
-            norm: The frozen norm before the MLP, or None.
-            post_norm: The frozen norm after the MLP, or None.
-            x: The residual that the MLP reads [batch, pos, d_model].
-
-        Returns:
-            The sublayer, and what it adds to the residual.
-        """
-        name, frame, linear = f"L{layer} MLP", self.frame, partial(self.linear, layer, norm, x)
-        pre, seen = self.pop(layer, "pre"), self.pop(layer, "post")
-        into = f"{name} input (W_in, b_in)"
-        if isinstance(w, GatedMLPWeights):
-            up = self.pop(layer, "pre_linear")
-            label = f"{name} gating (activation · up)"
-            gate = linear("pre", f"{name} gate (W_gate, b_gate)", pre, w.W_gate, w.b_gate)
-            edits = {
-                "pre_edit": gate,
-                "pre_linear_edit": linear("pre_linear", into, up, w.W_in, w.b_in),
-            }
-            mlp: FeedForward = GatedMLP(frame, layer, w, pre, up, self.convention.gate)
-        else:
-            edits = {"pre_edit": linear("pre", into, pre, w.W_in, w.b_in)}
-            ln = self.norm(layer, "mlp.ln", w.ln)
-            label = f"{name} activation" + ("" if ln is None else " and norm")
-            mlp = MLP(frame, layer, w, pre, None if ln is None else ln.scale)
-
-        def out() -> Tensor:
-            return normed(post_norm, mlp.output.apply(seen) + mlp.output.bias)
-
-        # The sublayer without its edits predicts what W_out read from the run's pre-activations.
-        post_edit = self.edit(layer, ("post",), seen, lambda: mlp.posts)
-        if post_edit is None:
-            self.check.activation(label, seen, lambda rows: _at(mlp, rows).posts)
-        added = self.check.output(w.W_out, w.b_out, post_norm, seen)
-        return replace(mlp, **edits, post_edit=post_edit), (added, out, float)
-
-    def linear(
-        self,
-        layer: int,
-        norm: Norm | None,
-        x: Tensor,
-        stage: str,
-        name: str,
-        seen: Tensor,
-        W: Tensor,
-        b: Tensor | None,
-    ) -> Shift | None:
-        """Check pre-activations N(x) W + b, or keep the user's edit of them."""
-
-        def predict() -> Tensor:
-            z = normed(norm, x) @ self.frame.cast(W)
-            return z if b is None else z + self.frame.cast(b)
-
-        edit = self.edit(layer, (stage,), seen, predict)
-        if edit is None:
-            self.check.linear(name, norm, x, seen, W, b)
-        return edit
 
     # --- The end of the run
 
@@ -388,13 +319,3 @@ class Recorder:
             size = torch.linalg.vector_norm(logits, dim=-1)
             self.check.compare("logits (soft cap)", logits @ r, capped @ r, size)
         self.check.check_block(self.adapter.foreign_hooks)
-
-
-def _at(mlp: FeedForward, rows: slice) -> FeedForward:
-    """An MLP at some positions only."""
-    names = ("pre", "pre_linear", "ln_scale")
-    tensors = {name: getattr(mlp, name, None) for name in names}
-    cut = {name: t[:, rows] for name, t in tensors.items() if t is not None}
-    n_pos = cut["pre"].shape[1]
-    frame = replace(mlp.frame, n_pos=n_pos, spans=((0, n_pos),) * mlp.frame.batch)
-    return replace(mlp, frame=frame, **cut)

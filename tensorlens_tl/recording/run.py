@@ -130,6 +130,8 @@ def record(
                 early = read[1] in adapter.before_edits
                 add = point.register_forward_pre_hook if early else point.register_forward_hook
                 handles.append(add(recorder.listen(read)))
+            for layer, give in recorder.expert_readers():
+                handles += adapter.watch_experts(layer, give)
             keeps_graph = how.needs_grad and not inference_weights(adapter.model)
             with torch.set_grad_enabled(torch.is_grad_enabled() and keeps_graph):
                 logits = adapter.run(prompts.given, kwargs)

@@ -195,9 +195,10 @@ class SelfCheck:
             size: Size of a relative error of 1 [batch, pos].
             rounding: What rounding alone may have made of it.
         """
-        self._note(name, (seen - predicted).abs(), size, rounding)
+        self.note(name, (seen - predicted).abs(), size, rounding)
 
-    def _note(self, name: str, errors: Tensor, sizes: Tensor, rounding: Rounding = float) -> None:
+    def note(self, name: str, errors: Tensor, sizes: Tensor, rounding: Rounding = float) -> None:
+        """Note errors of a product and the sizes of a relative error of 1, both [batch, pos]."""
         self._names.append(name)
         self._errors.append(errors)
         self._sizes.append(sizes)
@@ -281,7 +282,7 @@ class SelfCheck:
             The projection of what is added to the residual [batch, pos], and what rounding may
             have made of it.
         """
-        before, after = _affine(norm), _affine(post)
+        before, after = affine(norm), affine(post)
 
         def heads() -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
             grouped = w.W_O.unflatten(0, (w.W_V.shape[0], -1))  # [kv_head, repeat, d_head, d_model]
@@ -314,7 +315,7 @@ class SelfCheck:
         self, name: str, norm: Norm | None, x: Tensor, seen: Tensor, W: Tensor, b: Tensor | None
     ) -> None:
         """Compare pre-activations, or logits, with N(x) W + b."""
-        before, r = _affine(norm), self.probe(W.shape[1])
+        before, r = affine(norm), self.probe(W.shape[1])
 
         def compute() -> tuple:
             start, c = self.through(before, self.frame.cast(W) @ r)
@@ -341,11 +342,11 @@ class SelfCheck:
         sizes = torch.zeros_like(errors)
         errors[:, rows] = ((seen[:, rows] - post(rows)) @ self.probe(seen.shape[-1])).abs()
         sizes[:, rows] = torch.linalg.vector_norm(seen[:, rows], dim=-1)
-        self._note(name, errors, sizes)
+        self.note(name, errors, sizes)
 
     def output(self, W: Tensor, b: Tensor | None, post: Norm | None, x: Tensor) -> Tensor:
         """Predict what an MLP adds, post(x W + b) · r, as a projection [batch, pos]."""
-        after = _affine(post)
+        after = affine(post)
 
         def compute() -> tuple:
             r, end = self.through(after, self.probe(W.shape[-1]))
@@ -376,5 +377,6 @@ class SelfCheck:
         self.compare(name, projected, predicted @ self.probe(predicted.shape[-1]), size)
 
 
-def _affine(norm: Norm | None) -> NormWeights | None:
+def affine(norm: Norm | None) -> NormWeights | None:
+    """The weights of a norm, or None where there is no norm."""
     return None if norm is None else norm.weights

@@ -1,13 +1,14 @@
 """The mathematics: each sublayer of a transformer, frozen into an affine map.
 
 Key concepts:
-    Sublayer: Attention or MLP of one run, as a chain of linear maps with named parts (nodes).
+    Sublayer: Attention, MLP or experts of one run: a chain of linear maps with named parts (nodes).
     gating_ratio: act(z) / z in closed form, by which an activation is frozen.
 """
 
 from .activations import gating_ratio, soft_cap_ratio
 from .attention import Attention
 from .attention_kernel import Scores, add_alibi_bias_
+from .experts import Experts
 from .mlp import MLP, FeedForward, GatedMLP
 from .recomputed_pattern import HOST, AnyMix, RecomputedMix, Tiles
 from .sublayer import Mapped, Sublayer
@@ -16,6 +17,7 @@ from .weights import (
     AttentionWeights,
     BlockWeights,
     EmbedWeights,
+    ExpertsWeights,
     GatedMLPWeights,
     LatentWeights,
     MLPWeights,
@@ -31,6 +33,8 @@ __all__ = [
     "AttentionWeights",
     "BlockWeights",
     "EmbedWeights",
+    "Experts",
+    "ExpertsWeights",
     "FeedForward",
     "GatedMLP",
     "GatedMLPWeights",

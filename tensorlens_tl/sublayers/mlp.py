@@ -1,10 +1,11 @@
-"""Plain and gated MLPs, frozen at one run."""
+"""Plain and gated MLPs, frozen at one run; and what they share with mixtures of experts."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,29 +27,22 @@ from ..maps import (
 )
 from .activations import gating_ratio
 from .sublayer import Sublayer, _chain, _edits, _push, _unknown
-from .weights import GatedMLPWeights, MLPWeights
+from .weights import ExpertsWeights, GatedMLPWeights, MLPWeights
 
 
 @dataclass(frozen=True, eq=False)
 class FeedForward(Sublayer):
-    """What plain and gated MLPs share: one node, and nothing that passes between positions.
-
-    The bias b_out belongs to no node.
+    """What MLPs and mixtures of experts share: nothing passes between positions.
 
     Attributes:
         frame: Layout of the batch.
         layer: Number of the block, from 0.
-        weights: Weights of the MLP.
+        weights: Weights of the MLP, or of the experts.
     """
 
     frame: Frame
     layer: int
-    weights: MLPWeights | GatedMLPWeights
-
-    @property
-    def output(self) -> Linear:
-        """The map from post-activations to what the MLP adds to the residual."""
-        return Linear(self.frame, self.weights.W_out, self.weights.b_out, f"L{self.layer}.b_out")
+    weights: MLPWeights | GatedMLPWeights | ExpertsWeights
 
     @property
     @abstractmethod
@@ -58,18 +52,18 @@ class FeedForward(Sublayer):
     def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
         """The MLP at one position per prompt, given as indices [batch]."""
 
+    def at(self, rows: slice) -> FeedForward:
+        """The sublayer at some positions only, without the user's edits."""
+        names = ("pre", "pre_linear", "ln_scale", "factor", "experts", "share")
+        tensors = {name: getattr(self, name, None) for name in names}
+        cut: dict[str, Any] = {n: t[:, rows] for n, t in tensors.items() if t is not None}
+        n_pos = cut["pre"].shape[1]
+        frame = replace(self.frame, n_pos=n_pos, spans=((0, n_pos),) * self.frame.batch)
+        return replace(self, frame=frame, **cut)
+
     @abstractmethod
     def moved(self, change: Float[Tensor, "batch pos d_model"]) -> FeedForward:
         """The MLP as the model would run it on an input moved by ``change``, with new ratios."""
-
-    def nodes(self) -> tuple[Node, ...]:
-        return (Node("mlp", self.layer),)
-
-    def part(self, node: Node) -> FeedForward:
-        if node not in self.nodes():
-            raise _unknown(node, self.nodes())
-        none = dict.fromkeys(f"{stage}_edit" for stage in self.edits)
-        return replace(self, weights=replace(self.weights, b_out=None), **none)
 
     def hidden(self, x):
         maps = (self.part(self.nodes()[0]) if self.edits else self).map.maps[:-1]
@@ -93,13 +87,39 @@ class FeedForward(Sublayer):
         covector, kept = (put_row(row, query, self.frame.n_pos) for row in found)
         return covector, kept
 
+
+@dataclass(frozen=True, eq=False)
+class Dense(FeedForward):
+    """An MLP that every token passes. It is one node, and the bias b_out belongs to no node."""
+
+    weights: MLPWeights | GatedMLPWeights
+
+    @property
+    def name(self) -> str:
+        """What the names of its constants begin with, such as "L3"."""
+        return f"L{self.layer}"
+
+    @property
+    def output(self) -> Linear:
+        """The map from post-activations to what the MLP adds to the residual."""
+        return Linear(self.frame, self.weights.W_out, self.weights.b_out, f"{self.name}.b_out")
+
+    def nodes(self) -> tuple[Node, ...]:
+        return (Node("mlp", self.layer),)
+
+    def part(self, node: Node) -> Dense:
+        if node not in self.nodes():
+            raise _unknown(node, self.nodes())
+        none = dict.fromkeys(f"{stage}_edit" for stage in self.edits)
+        return replace(self, weights=replace(self.weights, b_out=None), **none)
+
     @property
     def external(self):
-        return f"L{self.layer}.b_out", self.weights.b_out
+        return f"{self.name}.b_out", self.weights.b_out
 
 
 @dataclass(frozen=True, eq=False)
-class MLP(FeedForward):
+class MLP(Dense):
     """A plain MLP with frozen gating ratios: y = ((x W_in + b_in) ⊙ r) W_out + b_out.
 
     The ratios r = act(z) / z are computed from z on first use.
@@ -160,7 +180,7 @@ class MLP(FeedForward):
 
 
 @dataclass(frozen=True, eq=False)
-class GatedMLP(FeedForward):
+class GatedMLP(Dense):
     """A gated MLP, made linear: post = act(g) ⊙ u, g = x W_gate + b_gate, u = x W_in + b_in.
 
     The product is bilinear, so its linear form is a choice, ``convention``:
@@ -179,6 +199,8 @@ class GatedMLP(FeedForward):
         pre_edit: What a hook of the user added to g, or None.
         pre_linear_edit: What a hook of the user added to u, or None.
         post_edit: What a hook of the user added to the post-activations, or None.
+        shared: Whether it stands beside a mixture's experts, as the node "L3E.shared".
+        factor: The frozen factor of what a shared expert adds, or None for 1.
     """
 
     weights: GatedMLPWeights
@@ -188,12 +210,22 @@ class GatedMLP(FeedForward):
     pre_edit: Shift | None = None
     pre_linear_edit: Shift | None = None
     post_edit: Shift | None = None
+    shared: bool = False
+    factor: Float[Tensor, "batch pos 1"] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"L{self.layer}.shared" if self.shared else f"L{self.layer}"
+
+    def nodes(self) -> tuple[Node, ...]:
+        return (Node("expert", self.layer, name="shared"),) if self.shared else super().nodes()
 
     @cached_property
     def map(self) -> Chain:
         # act(g) ⊙ u = ratio ⊙ g ⊙ u with ratio = act(g) / g, which is finite at g = 0, too.
         share = 0.5 if self.convention == "half" else 1.0
         ratio = gating_ratio(self.weights.act, self.pre) * share
+        ratio = ratio if self.factor is None else ratio * self.factor
         on_up = None if self.convention == "up" else ratio * self.pre
         on_gate = None if self.convention == "gate" else ratio * self.pre_linear
         return self.with_slopes(on_up, on_gate)
@@ -212,7 +244,7 @@ class GatedMLP(FeedForward):
         Returns:
             The map from the MLP's input to what it adds.
         """
-        w, name, frame = self.weights, f"L{self.layer}", self.frame
+        w, name, frame = self.weights, self.name, self.frame
         branches: list[LinearMap] = []
         if on_up is not None:
             up = Linear(frame, w.W_in, w.b_in, f"{name}.b_in")
@@ -231,7 +263,8 @@ class GatedMLP(FeedForward):
     @property
     def posts(self):
         b = 0.0 if self.weights.b_post is None else self.frame.cast(self.weights.b_post)
-        return gating_ratio(self.weights.act, self.pre) * self.pre * self.pre_linear + b
+        post = gating_ratio(self.weights.act, self.pre) * self.pre * self.pre_linear + b
+        return post if self.factor is None else post * self.factor
 
     @property
     def edits(self) -> dict[str, Shift]:
@@ -245,7 +278,8 @@ class GatedMLP(FeedForward):
 
     def row(self, query) -> GatedMLP:
         pre, up = take_row(self.pre, query), take_row(self.pre_linear, query)
-        return replace(self, frame=self.frame.row, pre=pre, pre_linear=up)
+        factor = None if self.factor is None else take_row(self.factor, query)
+        return replace(self, frame=self.frame.row, pre=pre, pre_linear=up, factor=factor)
 
     def moved(self, change) -> GatedMLP:
         cast, w = self.frame.cast, self.weights

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..graph import Node
-from ..maps import Chain, Factored, Linear, LinearMap, Shift
+from ..maps import Chain, Factored, Linear, LinearMap, Routed, Shift
 
 
 class Mapped(LinearMap):
@@ -73,8 +73,11 @@ class Sublayer(Mapped):
 
     @property
     @abstractmethod
-    def output(self) -> Linear:
-        """The last map, W_O or W_out. Its rows are split evenly among the nodes, in order."""
+    def output(self) -> Linear | Routed:
+        """The last map, W_O or W_out. Its rows are split evenly among the nodes, in order.
+
+        Not so in a mixture: which node a row belongs to differs from token to token there.
+        """
 
     @abstractmethod
     def hidden(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_hidden"]:
@@ -107,6 +110,23 @@ class Sublayer(Mapped):
         """Split the hidden axis into one slice per node."""
         return hidden.unflatten(-1, (len(self.nodes()), -1))
 
+    def node_shares(
+        self,
+        hidden: Float[Tensor, "batch pos d_hidden"],
+        y: Float[Tensor, "batch pos d_model"],
+    ) -> Float[Tensor, "batch pos node"]:
+        """Compute ⟨y, what every node writes⟩ at every position, without forming what they write.
+
+        Args:
+            hidden: z or post-activations [batch, pos, d_hidden].
+            y: Covectors at the output [batch, pos, d_model].
+
+        Returns:
+            One number per node, prompt and position.
+        """
+        # y · W_O (or W_out) is the covector of the hidden values.
+        return self.by_node(hidden * self.output.apply_t(y)).sum(-1)
+
     def factored(self, hidden: Float[Tensor, "batch pos d_hidden"]) -> Factored:
         """Compute what every node writes, from what the output matrix reads.
 
@@ -125,6 +145,12 @@ class Sublayer(Mapped):
             self.by_node(hidden).permute(2, 0, 1, 3),
             lambda: self.frame.cast(self.output.W).unflatten(0, (nodes, -1)),
         )
+
+    def factored_at(
+        self, x: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]
+    ) -> Factored:
+        """The same as :meth:`factored` at one position per prompt, from the sublayer's input."""
+        return self.factored(self.hidden_at(x, query)[:, None])
 
     def outputs_at(
         self, x: Float[Tensor, "batch pos d_model"], query: Int[Tensor, " batch"]

@@ -150,6 +150,41 @@ class GatedMLPWeights:
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertsWeights:
+    """The experts of a mixture, each a gated MLP: (act(g) ⊙ (u + up_offset)) W_out + b_out.
+
+    The matrices of all experts are one tensor where the host packs them, else one tensor each.
+
+    g = min(x W_gate + b_gate, limit), and u = x W_in + b_in, cut off at ±limit. Most models have no
+    limit and the offset 0; those of GPT-OSS are 7 and 1.
+
+    Attributes:
+        W_gate: Matrix before the activation, per expert.
+        b_gate: Bias of the pre-activations, per expert, or None.
+        W_in: Matrix of the factor beside the activation, per expert.
+        b_in: Bias of that factor, per expert, or None.
+        W_out: Output matrix, per expert.
+        b_out: Output bias, per expert, or None.
+        act: Name of the activation.
+        limit: Largest value of g, and largest absolute value of u; None for no limit.
+        up_offset: Number added to u.
+        scales_input: Whether the routing weight multiplies an expert's input (Llama-4), and not
+            its output.
+    """
+
+    W_gate: Float[Tensor, "expert d_model d_mlp"] | tuple[Float[Tensor, "d_model d_mlp"], ...]
+    b_gate: Float[Tensor, "expert d_mlp"] | tuple[Float[Tensor, " d_mlp"], ...] | None
+    W_in: Float[Tensor, "expert d_model d_mlp"] | tuple[Float[Tensor, "d_model d_mlp"], ...]
+    b_in: Float[Tensor, "expert d_mlp"] | tuple[Float[Tensor, " d_mlp"], ...] | None
+    W_out: Float[Tensor, "expert d_mlp d_model"] | tuple[Float[Tensor, "d_mlp d_model"], ...]
+    b_out: Float[Tensor, "expert d_model"] | tuple[Float[Tensor, " d_model"], ...] | None
+    act: str
+    limit: float | None = None
+    up_offset: float = 0.0
+    scales_input: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class UnembedWeights:
     """The readout cap(y W_U + b_U), where cap(l) = soft_cap · tanh(l / soft_cap), or l."""
 
@@ -163,15 +198,17 @@ class BlockWeights:
     """One block: x + ln1_post(attn(ln1(x))), then the same with ln2 and mlp.
 
     In a parallel block both branches read the same residual. A norm that a model lacks is None.
+    ``shared`` is the MLP that every token passes beside a mixture's experts.
     """
 
     attn: AttentionWeights
-    mlp: MLPWeights | GatedMLPWeights | None
+    mlp: MLPWeights | GatedMLPWeights | ExpertsWeights | None
     ln1: NormWeights | None
     ln2: NormWeights | None
     ln1_post: NormWeights | None
     ln2_post: NormWeights | None
     parallel: bool
+    shared: GatedMLPWeights | None = None
 
 
 @dataclass(frozen=True, eq=False)

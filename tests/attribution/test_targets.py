@@ -61,7 +61,6 @@ def test_integers_of_every_kind():
         ({"target": [3, 4]}, r"shape \[2\] is no direction .* direction in logits \[50\]"),
         ({"pos": 1.5}, "Position 1.5 is not an integer"),
         ({"at": "corrupted"}, "at='corrupted' needs a baseline"),
-        ({"by": "expert"}, "by='expert' needs a model with experts"),
         ({"baseline": ["zero"]}, r"baseline= is a list, which is no baseline.* embedding \[32\]"),
     ],
 )
