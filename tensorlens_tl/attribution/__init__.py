@@ -9,7 +9,7 @@ Key concepts:
 from .averages import MeanAttribution, mean_attribution
 from .contrast import check_comparable, difference, fixed_baseline, mean_embedding
 from .head_loadings import loadings
-from .html import PROMPTS, grid_html, legend_html, more_prompts, strip_html
+from .html import PROMPTS, grid_html, legend_html, more_prompts, patch_map, strip_html
 from .paths import Paths, find_paths
 from .splits import attribute, attribute_many
 from .table import Attribution, Source
@@ -53,6 +53,7 @@ __all__ = [
     "mean_embedding",
     "more_prompts",
     "own_prediction",
+    "patch_map",
     "resolve",
     "resolve_at_site",
     "resolve_each",

@@ -133,13 +133,14 @@ def fixed_baseline(
 def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
     width = capture.embed.shape[-1]
     if isinstance(baseline, str) and baseline == "mean":
+        tokens = capture.prompts.ids("baseline='mean'")
         if capture.embed_weights is None:
             raise ValueError(
                 "baseline='mean' needs W_E, which this lens does not hold. Load the lens with "
                 "model=, or pass the mean embedding as baseline."
             )
         real = capture.frame.real
-        tokens = capture.prompts.ids("baseline='mean'").to(real.device)[real]
+        tokens = tokens.to(real.device)[real]
         baseline = mean_embedding(capture.embed[real], tokens, capture.embed_weights)
     if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
         kind = kind_of(baseline)

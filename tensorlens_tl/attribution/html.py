@@ -167,6 +167,45 @@ def more_prompts(n: int) -> str:
     return f"<div>… {n - PROMPTS} more prompts</div>" if n > PROMPTS else ""
 
 
+_PATCH = re.compile(r"patch\[(\d+),(\d+)\]")
+
+
+def patch_map(
+    names: Sequence[str], places: Sequence[int | None], values: Float[Tensor, " source"]
+) -> Float[Tensor, "row column"]:
+    """Lay numbers out as the patches of a picture that they belong to.
+
+    Args:
+        names: The names of the numbers; those of patches hold "patch[2,3]".
+        places: The position of each number; None where it has none.
+        values: The numbers. Those at the position of one patch are summed.
+
+    Returns:
+        The sum of every patch. Numbers at no patch are left out.
+
+    Raises:
+        ValueError: If no number belongs to a patch, or the patches are those of several pictures.
+    """
+    found: dict[int | None, tuple[int, int]] = {}
+    for name, place in zip(names, places, strict=True):
+        if place is not None and (match := _PATCH.search(name)):
+            found[place] = int(match[1]), int(match[2])
+    if not found:
+        raise ValueError(
+            "No row is a patch of a picture. Take the map of a run on a picture, split by token."
+        )
+    if len(set(found.values())) < len(found):
+        raise ValueError(
+            "The rows are patches of several pictures, which have one map each. Use .to_dataframe."
+        )
+    rows, columns = (max(at) + 1 for at in zip(*found.values(), strict=True))
+    grid = values.new_zeros(rows, columns)
+    for place, value in zip(places, values, strict=True):
+        if place in found:
+            grid[found[place]] += value
+    return grid
+
+
 # --- Attributions --------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import as_array, at_least_one, need, pick_prompts
 from ..graph import Edge, Node
 from ..operator import Convention
-from .html import UNIT, attribution_html, changes, left_out
+from .html import UNIT, attribution_html, changes, left_out, patch_map
 
 if TYPE_CHECKING:
     import pandas
@@ -128,6 +128,19 @@ class Attribution:
         off = (self.values.double().sum(1) - self.target_value).abs()
         size = self.values.double().abs().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
         return float((off / size).max())
+
+    def grid(self) -> Float[Tensor, "prompt row column"]:
+        """The shares of a picture's patches as a map: of the patch and of its position together.
+
+        Returns:
+            The map of every prompt. Rows at no patch, such as [CLS] and constants, are left out.
+
+        Raises:
+            ValueError: If no row is a patch, or a prompt has several pictures.
+        """
+        places = [source.pos for source in self.sources]
+        pairs = zip(self.labels, self.values, strict=True)
+        return torch.stack([patch_map(names, places, shares) for names, shares in pairs])
 
     def sum(self, axis: str) -> Attribution:
         """Sum rows along an axis. Rows that do not have the axis stay as they are.

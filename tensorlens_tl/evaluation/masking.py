@@ -4,6 +4,12 @@
     token    the id of a mask token replaces the token's id
     mean     the mean of W_E's rows replaces the token's embedding, not that of its position
 
+Of a picture, patches are masked by their pixels, before the model reads them. [CLS] never is.
+
+    zero     the pixels become 0 before normalization: black, whose value ``black`` tells
+    mean     the pixels become the mean of the picture, channel by channel
+    blur     the pixels become those of the picture under a Gaussian as wide as a patch
+
 The model was trained on none of these prompts. Results depend on the masking that is chosen, so
 they name it. Prompts of one length run together, never padded. The beginning-of-sequence token is
 never masked. The number that is read belongs to the prediction after the last token.
@@ -16,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +34,7 @@ from ..hosts import Adapter, alone, in_this_thread
 from ..recording import hooked
 
 MASKINGS = ("delete", "token", "mean")
+OF_PICTURES = ("zero", "mean", "blur")
 
 METRICS = ("probability", "log_odds", "logit", "logit_diff", "agreement")
 """Numbers of the target after the masked prompt. "log_odds" is log p / (1 − p), its logit less all
@@ -39,24 +47,29 @@ class Masking:
     """How tokens are masked.
 
     Attributes:
-        kind: "delete", "token" or "mean", see :data:`MASKINGS`.
+        kind: One of :data:`MASKINGS`, or of :data:`OF_PICTURES`.
         token: Id of the mask token, for "token".
         embedding: Mean embedding [d_model], for "mean".
+        black: Value of a black pixel in every channel, for "zero".
     """
 
     kind: str
     token: int | None = None
     embedding: Float[Tensor, " d_model"] | None = None
+    black: Float[Tensor, " channel"] | None = None
 
     @classmethod
-    def of(cls, kind: str, adapter: Adapter, token: str | int | None = None) -> Masking:
+    def of(
+        cls, kind: str, adapter: Adapter, token: str | int | None = None, black: Any = None
+    ) -> Masking:
         """Prepare a masking for a model.
 
         Args:
-            kind: "delete", "token" or "mean", see :data:`MASKINGS`.
+            kind: One of :data:`MASKINGS`, or of :data:`OF_PICTURES` for a model of pictures.
             adapter: Adapter of the model.
             token: Mask token or id, for "token". By default, the first that the tokenizer has of
                 its mask, unknown, padding and end-of-sequence tokens.
+            black: For "zero", what 0 is after normalization: a number, or one per channel.
 
         Returns:
             The masking with its token id or mean embedding.
@@ -64,13 +77,66 @@ class Masking:
         Raises:
             ValueError: If there is no such kind, or no such token.
         """
-        if kind not in MASKINGS:
-            raise ValueError(f"masking={kind!r} does not exist. Use one of {', '.join(MASKINGS)}.")
+        known = OF_PICTURES if adapter.of_pictures else MASKINGS
+        if kind not in known:
+            there = " for pictures" if adapter.of_pictures else ""
+            raise ValueError(
+                f"masking={kind!r} does not exist{there}. Use one of {', '.join(known)}."
+            )
+        if adapter.of_pictures:
+            return cls(kind, black=_black(black) if kind == "zero" else None)
         if kind == "token":
             return cls(kind, _mask_token(adapter, token))
         if kind == "mean":
             return cls(kind, embedding=_mean_embedding(adapter))
         return cls(kind)
+
+
+def maskable(adapter: Any, prompt: Tensor) -> range:
+    """Rows of one prompt that may be masked: the patches of a picture, or all tokens.
+
+    Args:
+        adapter: Adapter of the model.
+        prompt: Token ids [pos], whose first may be a special one that is never masked; or a
+            picture.
+
+    Returns:
+        The rows, of which the last is the prompt's last.
+    """
+    if adapter.of_pictures:
+        return adapter.patch_rows(prompt)
+    bos = getattr(adapter.tokenizer, "bos_token_id", None)
+    return range(int(bos is not None and int(prompt[0]) == bos), len(prompt))
+
+
+def _black(given: Any) -> Float[Tensor, " channel"]:
+    try:
+        found = torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.tensor([torch.nan])
+    if found.ndim > 1 or not found.isfinite().all():
+        raise ValueError(
+            f"black={given!r} is not what 0 is after normalization. Pass one number per channel: "
+            "−mean / std of the model's image processor."
+        )
+    return found.flatten()
+
+
+def _filled(pictures: Tensor, masking: Masking, width: int) -> Tensor:
+    """What masked pixels become, for every pixel of some pictures."""
+    if masking.black is not None:
+        return masking.black.to(pictures)[:, None, None].expand(*pictures.shape[1:])
+    if masking.kind == "mean":
+        return pictures.mean((-2, -1), keepdim=True).expand_as(pictures)
+    rows, columns = (_gaussian(n, width).to(pictures) for n in pictures.shape[-2:])
+    return rows @ pictures @ columns.T
+
+
+def _gaussian(n: int, width: int) -> Float[Tensor, "n n"]:
+    """Weights of every neighbour in every blurred number; they sum to 1, also at the border."""
+    at = torch.arange(n, dtype=torch.float64, device="cpu")
+    weights = torch.exp(-((at[:, None] - at) ** 2) / (2 * width**2))
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _mask_token(adapter: Adapter, token: str | int | None) -> int:
@@ -118,21 +184,24 @@ def _mean_embedding(adapter: Adapter) -> Tensor:
 
 @torch.no_grad()
 def end_logits(
-    adapter: Adapter, ids: Int[Tensor, "row pos"], masked: Bool[Tensor, "row pos"], masking: Masking
+    adapter: Any, ids: Int[Tensor, "row pos"], masked: Bool[Tensor, "row pos"], masking: Masking
 ) -> Float[Tensor, "row d_vocab"]:
     """Run masked prompts, and return the logits after the last token of each.
 
     Args:
         adapter: Adapter of the model.
-        ids: Token ids without padding [row, pos].
-        masked: True where a token is masked [row, pos]. For "delete" the same number in every row,
-            and never all.
+        ids: Token ids without padding [row, pos], or pictures.
+        masked: True where a token or a patch is masked [row, pos]. For "delete" the same number in
+            every row, and never all.
         masking: How the tokens are masked.
 
     Returns:
         Logits [row, d_vocab] in the dtype of the model; only the last position is unembedded.
     """
     edits = []
+    if adapter.of_pictures:
+        filled = _filled(ids, masking, adapter.patch_width)
+        return adapter.run(torch.where(adapter.pixels_of(masked, ids), filled, ids), {})
     if masking.kind == "delete":
         ids = ids[~masked].view(len(ids), -1)
     elif masking.token is not None:
@@ -158,8 +227,8 @@ class MaskedRuns:
 
     Attributes:
         adapter: Adapter of the model.
-        prompts: Token ids, one tensor [pos] per prompt.
-        targets: Token id whose outcome is read, per prompt.
+        prompts: Token ids, one tensor [pos] per prompt; or pictures.
+        targets: Token id, or class, whose outcome is read, per prompt.
         foils: Token id whose logit "logit_diff" subtracts, per prompt.
         masking: How tokens are masked.
         batch_size: Number of masked prompts run at once.
@@ -187,7 +256,7 @@ class MaskedRuns:
         missing = [key for key in dict.fromkeys(wanted) if key not in self._known]
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for prompt, masked in missing:
-            length = len(self.prompts[prompt])
+            length = maskable(self.adapter, self.prompts[prompt]).stop
             left = length - masked.bit_count() if self.masking.kind == "delete" else length
             groups.setdefault((length, left), []).append((prompt, masked))
         with progress_bar(f"masked by {self.masking.kind}", len(missing), self.progress) as bar:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..checks import at_least_one, kind_of, whole
 from ..hosts import Adapter, adapt, each_prompt
 from ..methods import METHODS, check_method
-from .masking import METRICS, MaskedRuns, Masking
+from .masking import METRICS, MaskedRuns, Masking, maskable
 from .protocols import BEAM, Measure, as_set, measures
 from .report import Evaluation, Row
 from .scoring import CONTRASTS, Scored, score
@@ -48,6 +48,7 @@ def evaluate(
     scores: Mapping[str, Sequence[Sequence[Number] | Tensor]] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     mask_token: str | int | None = None,
+    black: float | Sequence[float] | None = None,
     keep_last: bool = False,
     beam: int = BEAM,
     gate: str = "gate",
@@ -59,7 +60,8 @@ def evaluate(
 
     Args:
         model: A ``HookedTransformer`` or a ``TransformerBridge``.
-        prompts: Strings, or token ids [pos], one sequence per prompt. Or what
+        prompts: Strings, or token ids [pos], one sequence per prompt; pictures of a model of
+            pictures [batch, channel, row, column]. Or what
             :func:`tensorlens_tl.evaluation.scoring.score` returned, so that evaluations share
             scores.
         methods: Names of :data:`tensorlens_tl.methods.METHODS`; None for all of them (or none,
@@ -68,6 +70,8 @@ def evaluate(
             :func:`tensorlens_tl.evaluation.protocols.measures`.
         masking: How tokens are masked, by one or several names: "delete" takes the token out of the
             prompt, "token" puts ``mask_token`` in its place, "mean" puts the mean embedding there.
+            Of pictures, patches become black ("zero"), the picture's mean colour ("mean"), or
+            blurred ("blur").
         preset: Fractions of the tokens that are masked: a key of
             :data:`tensorlens_tl.evaluation.protocols.PRESETS`, or fractions. By default, the preset
             of the protocol.
@@ -83,6 +87,8 @@ def evaluate(
         options: Options of methods, by name: ``{"norm": {"probes": 16}}``.
         mask_token: Token or id that replaces masked tokens, for masking="token". By default, the
             tokenizer's mask token, or else its unknown, padding or end-of-sequence token.
+        black: For masking="zero" of pictures, what 0 is after normalization, one number per
+            channel: −mean / std of the model's image processor.
         keep_last: Whether the last token, at which the prediction is made, is never masked. The
             beginning-of-sequence token never is.
         beam: For "naopc", the number of orders kept in the search for its bounds.
@@ -116,7 +122,7 @@ def evaluate(
     batch_size, seed = at_least_one(batch_size, "batch_size"), whole(seed, "seed")
     own = dict(scores or {})
     asked, adapter = _measures(protocol, preset, metric, beam), adapt(model)
-    maskings = _maskings(masking, adapter, mask_token)
+    maskings = _maskings(masking, adapter, mask_token, black)
     # 2. Scores.
     if isinstance(prompts, Scored):
         scored = _selected(prompts, methods, target, versus, options)
@@ -132,9 +138,10 @@ def evaluate(
             "masking says nothing about it. Drop target= to use the model's own predictions."
         )
     # 3. Orders.
+    lengths = [maskable(adapter, ids).stop for ids in scored.prompts]
     positions = _maskable(adapter, scored, asked, maskings, keep_last)
     orders = {
-        name: _orders(name, values, scored.prompts, positions, seed)
+        name: _orders(name, values, lengths, positions, seed)
         for name, values in (dict(scored.scores) | own).items()
     }
     # 4. Masked runs.
@@ -213,14 +220,21 @@ def _listed(given: Any, name: str) -> list[Any]:
     return list(given)
 
 
-def _maskings(masking: Any, adapter: Adapter, mask_token: str | int | None) -> list[Masking]:
+def _maskings(
+    masking: Any, adapter: Adapter, mask_token: str | int | None, black: Any
+) -> list[Masking]:
     kinds = _listed(masking, "masking")
     if mask_token is not None and "token" not in kinds:
         raise ValueError(
             f"mask_token= is used by masking='token' only, not by masking={masking!r}. Drop "
             "mask_token=, or pass masking='token'."
         )
-    return [Masking.of(kind, adapter, mask_token) for kind in kinds]
+    if black is not None and "zero" not in kinds:
+        raise ValueError(
+            f"black= is used by masking='zero' only, not by masking={masking!r}. Drop black=, or "
+            "pass masking='zero'."
+        )
+    return [Masking.of(kind, adapter, mask_token, black) for kind in kinds]
 
 
 def _selected(scored: Scored, methods: Any, *others: Any) -> Scored:
@@ -308,11 +322,16 @@ def _maskable(
     keep_last: bool,
 ) -> list[range]:
     """Positions that may be masked: all but the first special token, and the last if asked."""
-    bos, found = getattr(adapter.tokenizer, "bos_token_id", None), []
+    if keep_last and adapter.of_pictures:
+        raise ValueError(
+            "keep_last= keeps a token at which the prediction is made, and pictures have none. "
+            "Drop keep_last=: the row [CLS] is never masked."
+        )
+    found = []
     least = max(asked, key=lambda one: one.least)
     for i, ids in enumerate(scored.prompts):
-        start = int(bos is not None and int(ids[0]) == bos)
-        stop = len(ids) - keep_last
+        rows = maskable(adapter, ids)
+        start, stop = rows.start, rows.stop - keep_last
         n = stop - start
         if n < least.least:
             raise ValueError(
@@ -321,7 +340,7 @@ def _maskable(
             )
         found.append(places := range(start, stop))
         # Deleting needs a token that stays: a kept one, or sets that are never all tokens.
-        if n < len(ids) or all(way.kind != "delete" for way in maskings):
+        if n < rows.stop or all(way.kind != "delete" for way in maskings):
             continue
         if whole := [one.name for one in asked if as_set(places) in one.masks(places)]:
             raise ValueError(
@@ -332,19 +351,19 @@ def _maskable(
 
 
 def _orders(
-    name: str, scores: Sequence[Any], prompts: Sequence[Any], positions: Sequence[range], seed: int
+    name: str, scores: Sequence[Any], lengths: Sequence[int], positions: Sequence[range], seed: int
 ) -> list[Ordered]:
     """Every prompt's maskable positions by falling score; ties in random order."""
-    if len(scores) != len(prompts):
+    if len(scores) != len(lengths):
         raise ValueError(
-            f"scores[{name!r}] has {len(scores)} entries for {len(prompts)} prompts. Pass one each."
+            f"scores[{name!r}] has {len(scores)} entries for {len(lengths)} prompts. Pass one each."
         )
     found = []
-    for prompt, (given, ids, places) in enumerate(zip(scores, prompts, positions, strict=True)):
+    for prompt, (given, n, places) in enumerate(zip(scores, lengths, positions, strict=True)):
         values = given.tolist() if hasattr(given, "tolist") else list(given)
-        if len(values) != len(ids):
+        if len(values) != n:
             raise ValueError(
-                f"scores[{name!r}] has {len(values)} numbers for the {len(ids)} tokens of prompt "
+                f"scores[{name!r}] has {len(values)} numbers for the {n} tokens of prompt "
                 f"{prompt}. Pass one number per token."
             )
         if any(map(math.isnan, values)):

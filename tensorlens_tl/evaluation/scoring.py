@@ -42,7 +42,7 @@ class Scored:
     """Prompts with their targets and every method's scores.
 
     Attributes:
-        prompts: Token ids, one tensor [pos] per prompt.
+        prompts: Token ids, one tensor [pos] per prompt; or pictures.
         targets: Token id of the target, per prompt.
         foils: Token id whose logit a logit difference subtracts, per prompt: what ``versus`` names,
             or else the likeliest token other than the target.
@@ -88,7 +88,7 @@ def score(
 
     Args:
         model: A ``HookedTransformer`` or a ``TransformerBridge``.
-        prompts: Strings, or token ids [pos].
+        prompts: Strings, or token ids [pos]; or pictures, of a model that reads them.
         methods: Names of :data:`tensorlens_tl.methods.METHODS`.
         target: Token or id for each prompt, or None for the predictions of the model.
         versus: Subtracted from the target: a token or id for each prompt; "runner_up", the

@@ -11,8 +11,9 @@ from .attention_reading import NotRecomputableError, RecomputedReading, StoredRe
 from .entry import adapt, as_host, load_model, unwrap, wrap
 from .experts import ExpertsRead
 from .hook_points import Read, alone, in_this_thread
+from .pictures import each_prompt
 from .supported import UnsupportedArchitectureError, not_finite
-from .tokens import each_prompt, own_ids, prompts_of
+from .tokens import own_ids, prompts_of
 
 __all__ = [
     "Adapter",

@@ -92,6 +92,9 @@ class Adapter(ABC):
     read_at: int | None = None
     """The row at which a classifier is read, or a model without a head; None for every row."""
 
+    of_pictures = False
+    """Whether the model reads pictures or sounds, whose rows are patches."""
+
     headless = False
     """Whether the model has no head, and returns its final normalized residual."""
 

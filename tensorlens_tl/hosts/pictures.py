@@ -6,18 +6,20 @@ picture whose rows are frequencies and whose columns are times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from ..checks import kind_of
 from ..operator import ClassNames, Prompts
 from ..sublayers import UnembedWeights
 from .bridge import BridgeAdapter
+from .hook_points import Read
 from .tokens import check_arguments
+from .tokens import each_prompt as each_text
 
 SPECIAL = {"cls_token": "[CLS]", "distillation_token": "[DIST]"}
 """Parameters that stand before the patches, in this order, and the names of their rows."""
@@ -60,7 +62,7 @@ class PictureAdapter(BridgeAdapter):
     """A Bridge around a model of pictures, or of spectrograms."""
 
     forbidden = (*BridgeAdapter.forbidden, "bool_masked_pos", "attention_mask")
-    read_at = 0
+    read_at, of_pictures = 0, True
 
     def __init__(self, model: Any):
         self.embeddings = embeddings_of(model)
@@ -132,12 +134,47 @@ class PictureAdapter(BridgeAdapter):
                 f"[batch, {', '.join(map(str, expected))}]. Pass {what}."
             )
         rows, columns = self.grid(values)
-        special = [name for part, name in SPECIAL.items() if hasattr(self.embeddings, part)]
         patches = [f"patch[{i},{j}]" for i in range(rows) for j in range(columns)]
-        names, n = (*special, *patches), len(special) + len(patches)
+        names, n = (*self.special, *patches), len(self.special) + len(patches)
         values = values.detach().to(self.embeddings.cls_token)
         spans = ((0, n),) * len(values)
         return Prompts(None, spans, (names,) * len(values), values)
+
+    @property
+    def special(self) -> list[str]:
+        """Names of the rows before the patches."""
+        return [name for part, name in SPECIAL.items() if hasattr(self.embeddings, part)]
+
+    def patch_rows(self, prompt: Tensor) -> range:
+        """Positions of the patches of one picture."""
+        rows, columns = self.grid(prompt[None])
+        return range(len(self.special), len(self.special) + rows * columns)
+
+    @property
+    def patch_width(self) -> int:
+        """Number of pixels from a patch's left to its right."""
+        return self.embeddings.patch_embeddings.projection.kernel_size[-1]
+
+    def pixels_of(
+        self, masked: Bool[Tensor, "picture pos"], pictures: Float[Tensor, "picture ..."]
+    ) -> Bool[Tensor, "picture ..."]:
+        """Tell which pixels some patches are made of.
+
+        Args:
+            masked: True at the rows of these patches.
+            pictures: The pictures, or spectrograms, as the model reads them.
+
+        Returns:
+            True at their pixels, as [picture, 1, row, column], or [picture, time, frequency].
+        """
+        conv, turned = self.embeddings.patch_embeddings.projection, pictures.ndim == 3
+        size = pictures.shape[-1:-3:-1] if turned else pictures.shape[-2:]
+        patches = masked[:, len(self.special) :].unflatten(1, self.grid(pictures))[:, None]
+        whole = torch.ones(1, 1, *conv.kernel_size).to(pictures)
+        covered = nn.functional.conv_transpose2d(patches.to(pictures), whole, stride=conv.stride)
+        found = torch.zeros(len(masked), 1, *size, dtype=torch.bool, device=pictures.device)
+        found[..., : covered.shape[2], : covered.shape[3]] = covered > 0
+        return found[:, 0].mT if turned else found
 
     def grid(self, values: Tensor) -> tuple[int, int]:
         """How many rows and columns of patches there are."""
@@ -148,9 +185,37 @@ class PictureAdapter(BridgeAdapter):
         rows, columns = ((n - kernel) // stride + 1 for n, kernel, stride in parts)
         return rows, columns
 
+    def points(self, attention: tuple[str, ...] = ("pattern",)) -> dict[Read, nn.Module]:
+        found = super().points(attention)
+        if (None, "normalized") in found:  # a classifier is given one row of it
+            found[None, "normalized"] = self.model.ln_final
+        return found
+
     def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> None:
         return None
 
-    def each(self, prompts: Any) -> Sequence[Tensor]:
-        """Pictures one by one."""
-        return list(self.describe(prompts).given)
+
+def each_prompt(prompts: Any, tokenizer: Any, mask: Any = None, name: str = "prompts") -> list[Any]:
+    """List pictures or sounds one by one; and texts and ids as ``tokens.each_prompt`` does.
+
+    Args:
+        prompts: Numbers [batch, ...], or a list of pictures; or texts and token ids.
+        tokenizer: Tokenizer of the model, or None.
+        mask: Attention mask of ids, or None.
+        name: Name of the argument in error messages.
+
+    Returns:
+        One picture, text or tensor of ids per prompt.
+    """
+    rows = prompts
+    if isinstance(rows, Mapping):
+        rows = next((rows[n] for n in ("pixel_values", "input_values") if n in rows), None)
+    if isinstance(rows, Tensor) and not rows.is_floating_point():
+        rows = None
+    if isinstance(rows, list | tuple | Tensor) and len(rows) and all(map(_is_picture, rows)):
+        return list(rows)
+    return each_text(prompts, tokenizer, mask, name)
+
+
+def _is_picture(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 1

@@ -199,6 +199,8 @@ def _check_run(capture: Capture) -> None:
         operator = FrozenTransformer.of(capture)
         y = operator @ capture.blocks[0].resid_pre + operator.bias
         logits = capture.unembed @ y + capture.unembed.bias
+    if frame.read_at is not None and not capture.headless:  # of a classifier
+        logits = logits[:, frame.read_at]
     if logits.shape != capture.logits.shape:
         raise Misfit(f"logits: expected {list(logits.shape)}, got {list(capture.logits.shape)}")
 

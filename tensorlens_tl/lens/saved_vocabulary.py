@@ -10,6 +10,8 @@ import json
 import zlib
 from typing import Any
 
+from ..operator import ClassNames
+
 _LIMIT = 2**28  # bytes of JSON; the largest vocabularies need an eighth
 
 
@@ -17,11 +19,13 @@ def write_vocabulary(tokenizer: Any) -> str | None:
     """Write a tokenizer as text for a file's header.
 
     Args:
-        tokenizer: A tokenizer of ``transformers``, or None.
+        tokenizer: A tokenizer of ``transformers``, the names of classes, or None.
 
     Returns:
         The text; None where the tokenizer has no JSON, as those written in Python have none.
     """
+    if isinstance(tokenizer, ClassNames):
+        return _packed({"classes": tokenizer.names})
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         return None
@@ -33,6 +37,10 @@ def write_vocabulary(tokenizer: Any) -> str | None:
     special = {name: token for name, token in names.items() if isinstance(token, str)}
     spaces = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
     about = {"rules": rules, "special": special, "clean_up_tokenization_spaces": spaces}
+    return _packed(about)
+
+
+def _packed(about: dict[str, Any]) -> str:
     return base64.b64encode(zlib.compress(json.dumps(about).encode())).decode()
 
 
@@ -43,7 +51,7 @@ def read_vocabulary(text: str) -> Any:
         text: The text of the file's header.
 
     Returns:
-        A tokenizer with the same words, ids and special tokens.
+        A tokenizer with the same words, ids and special tokens; or the names of classes.
 
     Raises:
         ValueError: If the text is damaged. The libraries that read it raise other classes, too.
@@ -55,6 +63,8 @@ def read_vocabulary(text: str) -> Any:
     about = json.loads(packed.decompress(base64.b64decode(text, validate=True), _LIMIT))
     if not packed.eof:
         raise ValueError("It is larger than any vocabulary. Save the lens again.")
+    if "classes" in about:
+        return ClassNames(about["classes"])
     spaces = about["clean_up_tokenization_spaces"]
     special = {str(name): str(token) for name, token in about["special"].items()}
     if wrong := sorted(name for name in special if not name.endswith("_token")):

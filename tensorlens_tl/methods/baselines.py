@@ -120,6 +120,11 @@ def baseline_matrix(
     baseline = _checked_method(name, model, options)
     if not baseline.needs_model:
         return baseline.function(capture, **options)
+    if capture.headless or capture.logits.ndim == 2:
+        raise ValueError(
+            f"{name!r} has a row per position, for the model's own prediction there, and "
+            f"{capture.model_name} predicts at one row or none. Call token_scores with a target."
+        )
     # One row per position: each asks the real model about its own prediction there.
     frame, u = capture.frame, _predictions(capture)
     with live_models(capture, model) as lives:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attribution import PROMPTS, legend_html, more_prompts, strip_html
+from ..attribution import PROMPTS, legend_html, more_prompts, patch_map, strip_html
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label
 from ..maps import TINY
 from ..operator import Convention
@@ -244,6 +244,18 @@ class TokenScores:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """The values [batch, pos] for NumPy, by ``numpy.asarray(scores)``."""
         return as_array(self.values, dtype, copy)
+
+    def grid(self) -> Float[Tensor, "prompt row column"]:
+        """The scores of a picture's patches, as a map [prompt, row, column].
+
+        Returns:
+            The map of every prompt. Rows such as [CLS] have no place in it.
+
+        Raises:
+            ValueError: If no row is a patch, or a prompt has several pictures.
+        """
+        parts = ((names, range(len(names)), self[i]) for i, names in enumerate(self.labels))
+        return torch.stack([patch_map(*part) for part in parts])
 
     def top(self, k: int = 10, prompt: int = 0) -> list[tuple[str, float]]:
         """Give the k tokens with the largest scores by absolute value, without exact zeros.

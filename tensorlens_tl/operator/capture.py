@@ -198,8 +198,8 @@ class Capture:
             return self.logits[torch.arange(len(query), device=query.device), query]
         if bool((query != self.frame.read_at).any()):
             raise ValueError(
-                f"The classes are read at row {self.frame.read_at} alone. Drop pos=, or pass a "
-                "direction in the residual as the target."
+                f"The classes of {self.model_name} are read at row {self.frame.read_at} alone. Ask "
+                "there, or pass a direction in the residual as the target."
             )
         return self.logits
 

@@ -88,7 +88,7 @@ class LiveModel:
 
     Attributes:
         adapter: Adapter of the host model.
-        ids: Token ids of the prompts.
+        ids: Token ids of the prompts, or the pictures that stand in their place.
         x: X as the capture had it, in the model's dtype; requires grad.
         final: y as the capture had it, which a run without edits must give again.
         place: Numbers of these prompts in the capture [prompt], and the positions of their tokens
@@ -96,7 +96,7 @@ class LiveModel:
     """
 
     adapter: Adapter
-    ids: Int[Tensor, "prompt pos"]
+    ids: Int[Tensor, "prompt pos"] | Float[Tensor, "prompt ..."]
     x: Float[Tensor, "prompt pos d_model"]
     final: Float[Tensor, "prompt pos d_model"]
     place: tuple[Int[Tensor, " prompt"], Int[Tensor, "prompt pos"]]
@@ -112,14 +112,19 @@ class LiveModel:
         Returns:
             The final normalized residual y, connected to x [many · prompt, pos, d_model].
         """
-        ids = self.ids.repeat(len(x) // len(self.ids), 1) if ids is None else ids
+        if ids is None:
+            ids = self.ids.repeat(len(x) // len(self.ids), *[1] * (self.ids.ndim - 1))
         # 2. X replaces what enters block 0, so a gradient of y reaches it.
         seen: list[Tensor] = []
         entry = self.adapter.points()[0, "resid_pre"]
         with alone(self.adapter.model):
-            end = self.adapter.model.unembed.register_forward_pre_hook(
-                in_this_thread(lambda module, args: seen.append(args[0]))
-            )
+            model = self.adapter.model
+            if self.adapter.of_pictures:  # whose head is given one row, or is not there
+                see = in_this_thread(lambda module, args, output: seen.append(output))
+                end = model.ln_final.register_forward_hook(see)
+            else:
+                see = in_this_thread(lambda module, args: seen.append(args[0]))
+                end = model.unembed.register_forward_pre_hook(see)
             try:
                 with hooked([(entry, lambda tensor: x), *edits]), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a Bridge says how it computes norms
@@ -212,7 +217,8 @@ def live_models(capture: Capture, model: Any) -> Iterator[list[LiveModel]]:
             columns = spans[prompts, :1] + torch.arange(n, device=frame.device)
             here = prompts[:, None], columns
             x = capture.blocks[0].resid_pre[here].detach().to(adapter.dtype)
-            ids, final = capture.prompts.tokens[here], capture.unembed.final[here]
+            given, final = capture.prompts.given, capture.unembed.final[here]
+            ids = given[prompts] if capture.prompts.tokens is None else given[here]
             lives.append(LiveModel(adapter, ids, x.requires_grad_(), final, (prompts, columns)))
         yield lives
 

@@ -8,6 +8,8 @@ from oracles import FrozenModel
 from pictures import COLUMNS, KINDS, OFFERED, ROWS, build, picture
 
 import tensorlens_tl
+from tensorlens_tl import CaptureMismatchError
+from tensorlens_tl.attribution import patch_map
 
 pytestmark = pytest.mark.offered(OFFERED)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +69,7 @@ def test_a_direction_is_read_at_any_row_and_a_class_at_one():
     y = case.lens.capture.unembed.final
     for pos, row in ((0, 0), (-1, 0), (3, 3), (-2, -2)):
         assert_close(case.lens.attribute(u, pos=pos).target_value, y[:, row] @ u, ROUNDING)
-    with pytest.raises(ValueError, match=r"The classes are read at row 0 alone\. Drop pos="):
+    with pytest.raises(ValueError, match=r"are read at row 0 alone\. Ask there, or pass"):
         case.lens.attribute("class 2", pos=3)
 
 
@@ -110,3 +112,106 @@ def test_a_picture_of_another_size():
     assert lens.tokens[0][-1] == "patch[3,3]"
     assert_close(logits, expected, ROUNDING)
     assert lens.completeness_error <= ROUNDING
+
+
+# --- What is asked of a run on a picture
+
+
+def test_patch_maps_have_rows_and_columns():
+    case = picture("deit")
+    found = case.lens.attribute(3)
+    maps, n = found.grid(), 2 + ROWS * COLUMNS
+    assert maps.shape == (2, ROWS, COLUMNS)
+    by_row = found.sum("node")
+    assert [source.pos for source in by_row.sources[:n]] == list(range(n))
+    assert_close(maps.flatten(1), by_row.values[:, 2:n], ROUNDING)
+    scores = case.lens.token_scores("in_out", 3)
+    assert_close(scores.grid().flatten(1), scores.values[:, 2:], ROUNDING)
+    with pytest.raises(ValueError, match=r"No row is a patch of a picture\. Take the map of a run"):
+        case.lens.attribute(3, by="component").grid()
+
+
+def test_several_pictures_have_no_map():
+    with pytest.raises(ValueError, match="patches of several pictures"):
+        patch_map(("patch[0,0]", "patch[0,0]"), (1, 2), torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit-headless"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_lens_of_a_picture_is_saved_and_loaded(kind, weights, tmp_path):
+    case, path = picture(kind), tmp_path / "lens.safetensors"
+    case.lens.save(path, weights=weights)
+    loaded = tensorlens_tl.load(path, model=None if weights else case.model)
+    assert torch.equal(
+        loaded.attribute(case.target).values, case.lens.attribute(case.target).values
+    )
+    assert loaded.tokens == case.lens.tokens
+    assert torch.equal(loaded.capture.prompts.given, case.inputs)
+    if kind == "vit":
+        assert loaded.attribute("class 2").target == ("'class 2'",) * 2
+
+
+@pytest.mark.parametrize("point", ["blocks.0.hook_mlp_out", "ln_final.hook_out"])
+def test_edits_are_constants_of_their_own(point):
+    model, inputs, expected, _ = picture("vit")
+    with model.hooks([(point, lambda t, hook: t * 1.5)]):
+        logits, lens = tensorlens_tl.capture(model, inputs)
+    assert (logits - expected).abs().max() > 1e-2
+    assert lens.completeness_error <= ROUNDING
+    found = lens.attribute(3)
+    assert any("[user]" in label for label in found.labels[0])
+    assert found.completeness_error <= ROUNDING
+
+
+def test_an_edit_of_the_row_that_the_head_reads_is_refused():
+    model, inputs, _, _ = picture("vit")
+    with (
+        model.hooks([("unembed.hook_in", lambda t, hook: t * 1.5)]),
+        pytest.raises(CaptureMismatchError, match=r"Take off your own hooks at unembed\.hook_in"),
+    ):
+        tensorlens_tl.capture(model, inputs)
+
+
+def test_differences_of_two_pictures_sum():
+    case = picture("vit")
+    other = tensorlens_tl.capture(case.model, case.inputs.flip(0))[1]
+    for by in ("token", "component"):
+        found = case.lens.attribute(3, by=by, baseline=other)
+        assert_close(found.values.sum(1), case.expected[:, 3] - case.expected.flip(0)[:, 3], ORACLE)
+
+
+@pytest.mark.parametrize("method", ["grad_x_input", "chefer", "attnlrp", "decompx", "random"])
+def test_earlier_methods_score_patches(method):
+    case = picture("vit")
+    scores = case.lens.token_scores(method, 3, model=case.model)
+    assert scores.values.shape == (2, 1 + ROWS * COLUMNS)
+    if method == "grad_x_input":
+        x = case.inputs.clone().requires_grad_()
+        seen = []
+        with case.model.hooks([("blocks.0.hook_resid_pre", lambda t, hook: seen.append(t))]):
+            logits = case.model(x)
+        (gradient,) = torch.autograd.grad(logits[:, 3].sum(), seen)
+        assert_close(scores.values, (gradient * seen[0]).sum(-1), ORACLE)
+
+
+TEXT_ONLY = {
+    "attribute_sequence needs token ids": lambda lens, model: lens.attribute_sequence(-2),
+    "baseline='mean' needs token ids": lambda lens, model: lens.attribute(3, baseline="mean"),
+    "'chefer' has a row per position": lambda lens, model: lens.token_matrix("chefer", model=model),
+    "The classes of .* are read at row 0": lambda lens, model: lens.token_matrix("in_out", 3),
+}
+
+
+@pytest.mark.parametrize("words", TEXT_ONLY)
+def test_what_needs_text_or_a_prediction_per_row_is_refused(words):
+    case = picture("vit")
+    with pytest.raises(ValueError, match=words):
+        TEXT_ONLY[words](case.lens, case.model)
+
+
+def test_means_over_pictures():
+    case = picture("vit")
+    means = tensorlens_tl.mean_attribution(case.model, case.inputs, 3, by="component")
+    rows = case.lens.attribute(3, by="component").sum("pos")
+    assert_close(means.mean.sum(), case.expected[:, 3].mean(), ROUNDING)
+    assert_close(means.mean, rows.values.mean(0), ROUNDING)
