@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from ..maps import NormWeights
 from ..sublayers import (
@@ -156,7 +157,8 @@ class BridgeAdapter(Adapter):
             raise UnsupportedArchitectureError(
                 refusal(f"the norm {kind}", "it is neither one LayerNorm nor one RMSNorm")
             )
-        offset = 1.0 if rms and getattr(self.cfg, "rmsnorm_uses_offset", False) else 0.0
+        shifted = rms and getattr(self.cfg, "rmsnorm_uses_offset", False)
+        offset = 1.0 if shifted or kind.endswith("LayerNorm1P") else 0.0
         w, b = getattr(component, "weight", None), getattr(component, "bias", None)
         return NormWeights(w, b, center=not rms, offset=offset, eps=norm_eps(component))
 
@@ -198,7 +200,7 @@ class BridgeAdapter(Adapter):
     def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights | ExpertsWeights:
         if hasattr(module := inner(mlp), "experts"):
             return packed_weights(inner(module.experts), lambda m: self.activation(act_name(m)))
-        kind, act = type(mlp).__name__, self.activation()
+        kind, act = type(mlp).__name__, _xielu(mlp) or self.activation()
         if getattr(mlp, "_bound_dense_gate", False):  # a dense block among mixtures
             parts = (mlp.dense_gate, mlp.dense_in, mlp.dense_out)
             (W_gate, b_gate), (W_in, b_in), (W_out, b_out) = map(linear_weights, parts)
@@ -314,6 +316,15 @@ def act_name(module: Any) -> str:
     if kind == "GELU":
         return "gelu" if module.approximate == "none" else "gelu_new"
     return _ACT_FNS.get(kind, kind)
+
+
+def _xielu(mlp: Any) -> str:
+    """Name of an xIELU with what it has learned; "" for another activation."""
+    act: Any = getattr(getattr(mlp, "original_component", None), "act_fn", None)
+    if type(act).__name__ != "XIELUActivation":
+        return ""
+    rise, fall = (float(softplus(alpha)) for alpha in (act.alpha_p, act.alpha_n))
+    return f"xielu({rise}, {float(act.beta) + fall}, {float(act.beta)})"
 
 
 def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:

@@ -76,6 +76,8 @@ SUPPORTED = {
     "BloomModel": "BLOOM",
     "Exaone4ForCausalLM": "EXAONE-4",
     "HunYuanDenseV1ForCausalLM": "HunYuan",
+    "NemotronForCausalLM": "Nemotron",
+    "ApertusForCausalLM": "Apertus",
     # Models that also see or hear.
     "Gemma3ForConditionalGeneration": "Gemma-3 with pictures",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",

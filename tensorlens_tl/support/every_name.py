@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -35,6 +35,10 @@ OUTCOMES = ("exact", "refused", "not built", "wrong", "crashed")
 _FACTORY = "transformer_lens.factories.architecture_adapter_factory"
 
 
+QUESTIONS = ("edges", "query/key", "secant", "circuits", "recomputed")
+"""What some models cannot answer; each is asked in :func:`answers`."""
+
+
 @dataclass(frozen=True)
 class Name:
     """The outcome of one registered name.
@@ -45,6 +49,7 @@ class Name:
         errors: Relative errors by what was compared; see :func:`exactness`.
         reason: Why it is not exact: the first sentence.
         no_adjoint: Why no adjoint was compared with autograd; "" where one was.
+        answers: For every one of :data:`QUESTIONS` "", or why it is refused. Empty unless exact.
     """
 
     name: str
@@ -52,6 +57,7 @@ class Name:
     errors: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     no_adjoint: str = ""
+    answers: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Give the largest error of an exact name, or the outcome."""
@@ -131,7 +137,8 @@ def exactness(lens: Any, plain: PlainRun) -> dict[str, float]:
         Relative errors: "logits" of readout(T X + c), the sums by "token" and by "component" of the
         target's logit, and the "adjoint", Tᵀ against autograd, where there is such a gradient.
     """
-    logits, pos = plain.logits, {} if plain.pos == -1 else {"pos": plain.pos}
+    logits = plain.logits
+    pos: dict[str, Any] = {} if plain.pos == -1 else {"pos": plain.pos}
     size = float(logits.abs().max().clamp_min(TINY))
     ours = lens.readout(lens.operator.apply(lens.embedding) + lens.operator.bias)
     found = {"logits": float((ours - logits).abs().max()) / size}
@@ -147,18 +154,68 @@ def exactness(lens: Any, plain: PlainRun) -> dict[str, float]:
     return found
 
 
-def try_name(name: str) -> Name:
+def answers(
+    lens: Any, plain: PlainRun, model: Any, given: Any, kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Ask a lens every question that some models cannot answer.
+
+    Args:
+        lens: The lens of one run.
+        plain: What the model gave before it was wrapped.
+        model: The host model.
+        given: What was run: token ids or the like.
+        kwargs: Other arguments of that run.
+
+    Returns:
+        For every one of :data:`QUESTIONS` "", or the first sentence of its refusal.
+
+    Raises:
+        ArithmeticError: If what is answered does not sum to what it should.
+    """
+    target = plain.target
+    pos: dict[str, Any] = {} if plain.pos == -1 else {"pos": plain.pos}
+
+    def secant() -> Any:
+        other = capture(model, given.flip(0), **kwargs)[1]
+        return lens.attribute(target, baseline=other, at="secant", **pos)
+
+    def circuit() -> None:
+        found = lens.discover(target, n_edges=4, qk=False, **pos)
+        found.faithfulness(model, given[:1], target=target, ablation="zero", **kwargs)
+
+    asked: dict[str, Callable[[], Any]] = {
+        "edges": lambda: lens.attribute(target, by="edge", **pos),
+        "query/key": lambda: lens.attribute(target, by="edge", qk=True, **pos),
+        "secant": secant,
+        "circuits": circuit,
+        "recomputed": lambda: capture(model, given, pattern="recomputed", **kwargs)[1],
+    }
+    found = {}
+    for question, ask in asked.items():
+        try:
+            off = getattr(ask(), "completeness_error", None)
+        except ValueError as refusal:
+            found[question] = first_sentence(refusal)
+        else:
+            found[question] = ""
+            if off is not None and not off <= EXACT:
+                raise ArithmeticError(f"{question} is off by {off:.0e}")
+    return found
+
+
+def try_name(name: str, ask: bool = False) -> Name:
     """Try one registered name.
 
     Args:
         name: The name, as transformer_lens registers it.
+        ask: Whether to ask also what some models cannot answer (:func:`answers`).
 
     Returns:
         The outcome. No error of transformers, of the host or of the library is raised.
     """
     with quiet(), without_processor(name):
         if name == "TransformerLensNative":
-            return _try_native(name)
+            return _try_native(name, ask)
         if name in ELSEWHERE:
             return Name(name, "not built", reason=ELSEWHERE[name])
         try:
@@ -170,14 +227,20 @@ def try_name(name: str) -> Name:
         except Exception as failure:
             why = f"transformers {_version()} cannot build it here ({first_sentence(failure)})"
             return Name(name, "not built", reason=why)
-        return _compare(name, model, inputs, plain)
+        return _compare(name, model, inputs, plain, ask)
 
 
-def _compare(name: str, model: Any, inputs: Mapping[str, Tensor], plain: PlainRun) -> Name:
-    given: dict[str, Any] = dict(inputs)
+def _compare(
+    name: str, model: Any, inputs: Mapping[str, Tensor], plain: PlainRun, ask: bool
+) -> Name:
+    kwargs: dict[str, Any] = dict(inputs)
+    given = kwargs.pop(next(iter(inputs)))
+    answered: dict[str, str] = {}
     try:
-        lens = capture(model, given.pop(next(iter(given))), **given)[1]
+        lens = capture(model, given, **kwargs)[1]
         errors = exactness(lens, plain)
+        if ask:
+            answered = answers(lens, plain, model, given, kwargs)
     except ValueError as refusal:
         return Name(name, "refused", reason=first_sentence(refusal))
     except Exception as crash:
@@ -185,10 +248,11 @@ def _compare(name: str, model: Any, inputs: Mapping[str, Tensor], plain: PlainRu
         return Name(name, "crashed", reason=why)
     errors = {what: float(f"{error:.1e}") for what, error in errors.items()}
     exact = all(error <= EXACT for error in errors.values())  # NaN is wrong, too
-    return Name(name, "exact" if exact else "wrong", errors, "", plain.no_gradient)
+    outcome = "exact" if exact else "wrong"
+    return Name(name, outcome, errors, "", plain.no_gradient, answered)
 
 
-def _try_native(name: str) -> Name:
+def _try_native(name: str, ask: bool) -> Name:
     """``boot_native`` has no Hugging Face model: its Bridge is the model itself."""
     if not hasattr(find("transformer_lens.model_bridge", "TransformerBridge"), "boot_native"):
         return Name(name, "not built", reason="this transformer_lens has no boot_native")
@@ -197,7 +261,7 @@ def _try_native(name: str) -> Name:
     with torch.no_grad():
         logits = model(ids, return_type="logits")
     plain = PlainRun(logits, 3, -1, None, "it has no Hugging Face model")
-    return _compare(name, model, {"input_ids": ids}, plain)
+    return _compare(name, model, {"input_ids": ids}, plain, ask)
 
 
 def first_sentence(error: Exception) -> str:
@@ -216,9 +280,9 @@ def try_all(names: Iterable[str] = ()) -> tuple[Name, ...]:
         names: The names; empty for every one that the installed transformer_lens registers.
 
     Returns:
-        Their outcomes.
+        The outcome of each name, in their order.
     """
-    return tuple(try_name(name) for name in (tuple(names) or registered()))
+    return tuple(try_name(name, ask=True) for name in (tuple(names) or registered()))
 
 
 def summary(names: Iterable[Name]) -> str:

@@ -39,8 +39,8 @@ class PlainRun:
     """One run of a Hugging Face model that no host has touched.
 
     Attributes:
-        logits: Its logits [batch, pos, d_vocab], of classes [batch, class], or what a model without
-            a head ends in [batch, pos, d_model].
+        logits: Logits of the run [batch, pos, d_vocab], of classes [batch, class], or what a model
+            without a head ends in [batch, pos, d_model].
         target: A token's id, a class, or a direction in the final residual [d_model].
         pos: Position at which the target is read.
         gradient: Gradient of the target with respect to what enters block 0, with frozen quantities
@@ -241,7 +241,9 @@ class _Frozen(TorchFunctionMode):
             return a.detach() * b
         if id(b) in self.gates:
             return a * b.detach()
-        raise NoFrozenFormError(f"a product {tuple(a.shape)} · {tuple(b.shape)} of unknown kind")
+        raise NoFrozenFormError(
+            f"A product {tuple(a.shape)} · {tuple(b.shape)} is of no known kind."
+        )
 
 
 def _layer_norm(

@@ -20,10 +20,13 @@ FUNCTIONS = {
     "gelu_bloom": lambda z: 0.5 * z * (1 + torch.tanh(z * 0.79788456 * (1 + 0.044715 * z * z))),
     "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
     "solu": lambda z: z * z.softmax(-1),
+    "xielu(0.01, 0.9, 0.5)": lambda z: (
+        torch.where(z > 0, 0.01 * z * z, 0.9 * (z.clamp_max(0).expm1() - z)) + 0.5 * z
+    ),
 }
 
 
-@pytest.mark.parametrize("act", RATIOS)
+@pytest.mark.parametrize("act", [*RATIOS, "xielu(0.01, 0.9, 0.5)"])
 def test_ratio_times_z_is_the_activation(act):
     z = torch.cat([torch.linspace(-40, 40, 4001), torch.tensor([0.0, -0.0, 1e-300])]).double()[None]
     ratio = gating_ratio(act, z)
