@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Callable
 from importlib import import_module
@@ -279,7 +280,13 @@ def token_text(tokenizer: Any, token: int) -> str:
     return f"#{token}" if tokenizer is None else tokenizer.decode([token])
 
 
+_NO_TOKEN = re.compile(r"(patch|frame|soft|inputs_embeds)\[\d+(,\d+)*\]")
+"""What stands at a position that holds no token."""
+
+
 def place_label(token: str, pos: int) -> str:
-    """The name of a token in its place, such as '"is"@5', on one line."""
+    """The name of a token in its place, such as '"is"@5', on one line; 'patch[2,3]' as it is."""
     text = str(token).replace("\n", "\\n")
+    if _NO_TOKEN.fullmatch(text):
+        return text
     return f'"{text}"@{pos}'

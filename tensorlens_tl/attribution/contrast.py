@@ -19,7 +19,7 @@ soft cap on the logits is each run's own; what it did is one row, ``readout chan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import kind_of
-from ..graph import Node
+from ..graph import CONTENTS, Node
 from ..operator import Capture, FrozenTransformer, SecantOperator
 from ..sublayers import EmbedWeights
 from .edges import Writers
@@ -110,13 +110,12 @@ def fixed_baseline(
         ValueError: If the baseline is something else, or the mean embedding is not known.
     """
     capture, operator = gradient.capture, gradient.operator
-    pos = capture.pos_embed
     if isinstance(baseline, str) and baseline == "zero":
-        embed, pos = torch.zeros_like(capture.embed), None if pos is None else torch.zeros_like(pos)
+        other = {name: torch.zeros_like(capture.embeddings[name]) for name in capture.sources}
     else:
-        embed = _embedding(capture, baseline)
-    capture = replace(capture, embed=embed, pos_embed=pos)
-    state, steps = sum(capture.embeddings.values(), torch.zeros_like(embed)), []
+        other = {"embed": _embedding(capture, baseline)}
+    capture = replace(capture, embeddings={**capture.embeddings, **other})
+    state, steps = capture.input, []
     for step in operator.steps:
         steps.append(replace(step, state=state))
         state = step.map.apply(state) + step.map.bias
@@ -131,7 +130,15 @@ def fixed_baseline(
 
 
 def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
-    width = capture.embed.shape[-1]
+    embed, width = capture.embed, capture.resid_final.shape[-1]
+    if embed is None:
+        raise ValueError(
+            f"An embedding as baseline replaces those of tokens, and this run has none, but "
+            f"{', '.join(capture.sources)}. Pass baseline='zero', or the lens of another prompt."
+        )
+    # A row of a picture, or of a soft prompt, is no token.
+    others = [capture.embeddings[name] for name in CONTENTS if name in capture.sources]
+    of_tokens = ~sum(others[1:], torch.zeros_like(embed)).any(-1)
     if isinstance(baseline, str) and baseline == "mean":
         tokens = capture.prompts.ids("baseline='mean'")
         if capture.embed_weights is None:
@@ -139,10 +146,10 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
                 "baseline='mean' needs W_E, which this lens does not hold. Load the lens with "
                 "model=, or pass the mean embedding as baseline."
             )
-        real = capture.frame.real
+        real = capture.frame.real & of_tokens
         tokens = tokens.to(real.device)[real]
-        baseline = mean_embedding(capture.embed[real], tokens, capture.embed_weights)
-    if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), capture.embed.shape):
+        baseline = mean_embedding(embed[real], tokens, capture.embed_weights)
+    if not isinstance(baseline, Tensor) or baseline.shape not in ((width,), embed.shape):
         kind = kind_of(baseline)
         kind = f"a tensor of shape {list(baseline.shape)}" if isinstance(baseline, Tensor) else kind
         found = f"={baseline!r}" if isinstance(baseline, str) else f"= is {kind}, which"
@@ -150,7 +157,7 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
             f"baseline{found} is no baseline. Pass the lens of another prompt of equal length, "
             f"'zero', 'mean', or an embedding [{width}]."
         )
-    return baseline.detach().to(capture.embed).expand_as(capture.embed)
+    return torch.where(of_tokens[..., None], baseline.detach().to(embed), 0)
 
 
 def mean_embedding(
@@ -320,7 +327,7 @@ def _by_component(
     return change
 
 
-def _aligned(clean: dict, baseline: dict) -> Iterator[tuple[Any, tuple[Tensor, Tensor]]]:
+def _aligned(clean: Mapping, baseline: Mapping) -> Iterator[tuple[Any, tuple[Tensor, Tensor]]]:
     """Entries side by side. What only one run has (an edit of the user's own) is 0 in the other."""
     for key in dict.fromkeys((*clean, *baseline)):
         zero = torch.zeros_like(clean[key] if key in clean else baseline[key])

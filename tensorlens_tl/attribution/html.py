@@ -255,7 +255,10 @@ def _strip(one: Attribution) -> str:
         whole.sources, whole.labels[0], whole.values[0].tolist(), strict=True
     ):
         if source.pos is not None:
-            tokens.append(" − ".join(re.findall(r'"(.*?)"@\d+', label, re.DOTALL)) or label)
+            tokens.append(
+                " − ".join(re.findall(r'"(.*?)"@\d+', label, re.DOTALL))
+                or label.partition(" + ")[0]
+            )
             titles.append("\n".join([f"{label}: {value:+.4g}", *parts[source.pos]]))
             values.append(value)
         elif getattr(source.node, "kind", "") != "change":

@@ -19,7 +19,7 @@ Everything is in float64: a bound must not be lost to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +128,7 @@ class PathBound:
 
 def bounds_by_site(
     steps: Sequence[StepParts],
-    sources: dict[str, Tensor],
+    sources: Mapping[str, Tensor],
     constants: bool,
     by_position: bool,
     memory_limit: int,

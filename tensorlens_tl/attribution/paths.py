@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..checks import at_least_one, need, place_label
-from ..graph import Node
+from ..graph import CONTENTS, Node
 from ..maps import DENSE_LIMIT
 from ..operator import Capture, Convention, FrozenTransformer
 from .html import UNIT
@@ -50,7 +50,7 @@ class Path:
     """One path to the target, and what it contributes: a signed summand, never a share.
 
     Attributes:
-        start: The source: "embed", "pos_embed" or a constant.
+        start: The source: one of the embeddings, such as "embed", or a constant.
         pos: The source's position among the real tokens; None for a constant summed over positions.
         nodes: The heads and MLPs that the path passes, in the order of the run.
         positions: The position at which each node writes, among the real tokens; None where
@@ -271,8 +271,9 @@ def find_paths(
     sources = capture.embeddings
     if from_token is not None:
         only = int(frame.index(from_token))
-        sources = {"embed": torch.zeros_like(capture.embed)}
-        sources["embed"][:, only] = capture.embed[:, only]
+        sources = {n: torch.zeros_like(x) for n, x in sources.items() if n in CONTENTS}
+        for name, x in sources.items():
+            x[:, only] = capture.embeddings[name][:, only]
         constants = False
 
     # 1. The bounds.
@@ -338,7 +339,7 @@ def _path(
 ) -> Path:
     start, (passed, positions) = capture.frame.spans[0][0], path
     pos, label = (None, name) if at is None else (at - start, f"{name}@{at - start}")
-    if name == "embed" and pos is not None:
+    if name in CONTENTS and pos is not None:
         label = place_label(capture.prompts.strings[0][pos], pos)
     where = tuple(p - start for p in positions) if by_position else None
     return Path(

@@ -203,7 +203,9 @@ def attribute_many(
         One attribution per target.
     """
     # A step keeps about four arrays of the size of the residual per target.
-    each = 4 * (len(operator.steps) + 1) * capture.embed.numel() * capture.frame.dtype.itemsize
+    each = (
+        4 * (len(operator.steps) + 1) * capture.resid_final.numel() * capture.frame.dtype.itemsize
+    )
     chunk = max(1, memory_limit // each)
     for start in range(0, len(targets), chunk):
         some = targets[start : start + chunk]
@@ -398,7 +400,7 @@ def _total_by_layer(gradient: TargetGradient, table: TableBuilder, by: str) -> N
     """⟨all that a layer adds, covector after it⟩."""
     steps = enumerate(gradient.operator.steps)
     for layer, own in groupby(steps, key=lambda item: item[1].layer):
-        added, after = torch.zeros_like(gradient.capture.embed), 0
+        added, after = torch.zeros_like(gradient.capture.resid_final), 0
         for i, step in own:
             added = added + sum(b.map.apply(step.state) + b.map.bias for b in step.branches)
             for edit in step.edits:
@@ -412,9 +414,7 @@ def _orders(gradient: TargetGradient, table: TableBuilder) -> None:
 
     A node's own constants have passed that node: order 1. Constants that no node holds are order 0.
     """
-    states = torch.stack(
-        [sum(gradient.capture.embeddings.values(), torch.zeros_like(gradient.capture.embed))]
-    )
+    states = gradient.capture.input[None]
     for step in gradient.operator.steps:
         grown = torch.cat([states, torch.zeros_like(states[:1])])
         for branch in step.branches:

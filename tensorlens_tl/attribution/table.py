@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import as_array, at_least_one, need, pick_prompts
-from ..graph import Edge, Node
+from ..graph import SOURCES, Edge, Node
 from ..operator import Convention
 from .html import UNIT, attribution_html, changes, left_out, patch_map
 
@@ -27,6 +27,8 @@ FORMAT = "tensorlens_tl attribution 2"
 
 AXES = ("pos", "node", "layer", "src", "dest")
 """What :meth:`Attribution.sum` can sum over."""
+
+_ADDED = {"pos_embed": "position", "type_embed": "type"}  # to a token's embedding
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,8 @@ class Attribution:
         if len(rows) == 1:
             return label
         kinds = {getattr(self.sources[i].node, "kind", "edge") for i in rows}
-        if kinds == {"embed", "pos_embed"}:
-            return f"{label} + position"
+        if len(kinds) > 1 and kinds <= {*SOURCES, "constant"}:
+            return " + ".join([label, *(name for kind, name in _ADDED.items() if kind in kinds)])
         if " ← " in label:  # heads by the position that they read
             return f"heads ← {label.partition(' ← ')[2]}"
         return f"{kinds.pop()}s{at}" if len(kinds) == 1 else f"all at {label}"

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import place_label
-from ..graph import Edge, Node
+from ..graph import CONTENTS, Edge, Node
 from ..operator import Capture, CaptureMismatchError, tolerance
 from .table import Attribution, Source
 from .target_gradient import TargetGradient
@@ -178,7 +178,7 @@ def _label(capture: Capture, source: Source, prompt: int, read: bool) -> str:
     pos = source.pos - start
     token = place_label(capture.prompts.strings[prompt][pos], pos)
     kind = getattr(source.node, "kind", "")
-    if kind == "embed":
+    if kind in CONTENTS:
         return token
     # A head's direct effect is split over the positions that the head read.
     return f"{source.node} ← {token}" if read and kind == "head" else f"{source.node}@{pos}"

@@ -108,7 +108,7 @@ def resolve_at_site(
     Raises:
         ValueError: If a direction is something else, or the position does not exist.
     """
-    query, width = capture.frame.index(pos), capture.embed.shape[-1]
+    query, width = capture.frame.index(pos), capture.resid_final.shape[-1]
     state = take_row(capture.unembed.final, query)[:, 0]
 
     def one(direction: TargetLike, name: str) -> Target:

@@ -153,7 +153,7 @@ def check_head(capture: Capture, target: TargetLike, name: str = "target") -> No
     if capture.headless:
         raise ValueError(
             f"{name}={target!r} is read off logits, and {capture.model_name} has no head. Pass a "
-            f"direction in the final residual [{capture.embed.shape[-1]}]."
+            f"direction in the final residual [{capture.resid_final.shape[-1]}]."
         )
 
 

@@ -395,7 +395,7 @@ def circuit_from_names(capture: Capture, given: Circuit | Iterable[Edge | Node |
     if isinstance(given, Circuit):
         given.model.check(model)
         return given
-    edges = as_edges(model.wiring, given, capture.pos_embed is not None)
+    edges = as_edges(model.wiring, given, capture.sources)
     return Circuit(edges, {}, model, convention=capture.convention)
 
 

@@ -27,13 +27,13 @@ def edge_columns(edges: Sequence[Edge], sources: Sequence[Source]) -> list[int]:
         sources: Sources of the split.
 
     Returns:
-        For every source the index of its edge in ``edges``, or −1 for a constant. Token and
-        position embeddings both belong to the edge of the input.
+        For every source the index of its edge in ``edges``, or −1 for a constant. All sources of
+        the embeddings belong to the edge of the input.
     """
     place, columns = {edge: i for i, edge in enumerate(edges)}, []
     for source in sources:
         node = source.node
-        if isinstance(node, Edge) and node.src.kind in ("embed", "pos_embed"):
+        if isinstance(node, Edge) and node.src.enters:
             node = Edge(INPUT, node.dest)
         columns.append(place.get(node, -1) if isinstance(node, Edge) else -1)
     return columns
@@ -63,7 +63,7 @@ def edge_scores(wiring: Wiring, found: Attribution) -> dict[Edge, float]:
 
     Args:
         wiring: The edges that the model has.
-        found: The split by edge. Token and position embeddings are summed to the input.
+        found: The split by edge. The embeddings are summed to the input.
 
     Returns:
         Scores by edge, reader by reader from below.
@@ -84,7 +84,7 @@ def ranked_scores(
         ranking: Scores by edge, a circuit with scores, or edges, best first.
 
     Returns:
-        Scores by edge. Token and position embeddings are one input, whose score is their sum. Edges
+        Scores by edge. All embeddings are one input, whose score is their sum. Edges
         of a list get falling whole numbers.
 
     Raises:
@@ -108,7 +108,7 @@ def ranked_scores(
                 f"ranking holds {edge} with the score {score!r}, but needs an edge and a number. "
                 "Pass edges such as 'L0H1→logits'."
             )
-        if edge.src.kind in ("embed", "pos_embed"):
+        if edge.src.enters:
             edge = Edge(INPUT, edge.dest)
         found[edge] = found.get(edge, 0.0) + score
     universe.wiring.check(found)

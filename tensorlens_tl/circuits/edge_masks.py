@@ -38,11 +38,11 @@ class EdgeUniverse:
 
     Attributes:
         wiring: The edges that the model has.
-        positions: Whether the input is the sum of token and position embeddings.
+        sources: Names of the sources that sum to the input.
     """
 
     wiring: Wiring
-    positions: bool
+    sources: tuple[str, ...]
 
     @cached_property
     def writers(self) -> tuple[Node, ...]:
@@ -92,7 +92,7 @@ class EdgeUniverse:
         Raises:
             ValueError: If this model does not have such an edge or node.
         """
-        return as_edges(self.wiring, given, self.positions)
+        return as_edges(self.wiring, given, self.sources)
 
     def keep(self, edges: Iterable[Edge]) -> Bool[Tensor, "reader writer"]:
         """A circuit as a mask [reader, writer]: true where an edge is in the circuit."""

@@ -133,8 +133,7 @@ class EdgeModel:
             nudge: How much of ``direction`` is added on each edge [reader, writer]. With zeros that
                 require a gradient, the gradient of a metric is the first-order effect of each edge.
             direction: What is added on an edge, by writer [writer, prompt, pos, d_model].
-            embeddings: Replaces the output of the input, token and position embeddings
-                [prompt, pos, d_model].
+            embeddings: Replaces what enters the first block [prompt, pos, d_model].
 
         Returns:
             Logits, outputs of the writers, and patterns.
@@ -181,7 +180,7 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
             )
         no_autocast(adapter.weights.unembed.W_U.device.type)
         points = adapter.points(("q", "k", "pattern"))
-        universe = EdgeUniverse(wiring_of(adapter.weights), (None, "pos_embed") in points)
+        universe = EdgeUniverse(wiring_of(adapter.weights), adapter.sources)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             yield EdgeModel(adapter, universe, adapter.query_key_weights(), points)
@@ -274,7 +273,7 @@ class _Flow:
             make["k"] = lambda layer: lambda tensor: self.keys(layer, tensor)
         found: list[Edit] = []
         for (layer, key), point in self.model.points.items():
-            if layer is None and key in ("embed", "pos_embed") and self.embeddings is None:
+            if (layer, key) == (0, "resid_pre") and self.embeddings is None:
                 found.append((point, self.enter))
             elif layer is not None and key in make:
                 found.append((point, make[key](layer)))
@@ -297,8 +296,7 @@ class _Flow:
     # --- Writers
 
     def enter(self, tensor: Tensor) -> None:
-        part = self.cells(tensor)[:, None].to(self.model.dtype)
-        self.writes[0] = self.writes[0] + part if self.writes else part
+        self.writes[0] = self.cells(tensor)[:, None].to(self.model.dtype)
 
     def see_scale(self, layer: int, norm: str, tensor: Tensor) -> None:
         self.scales[layer, norm] = self.cells(tensor).to(self.model.dtype)

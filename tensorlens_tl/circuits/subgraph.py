@@ -101,8 +101,7 @@ class Subgraph:
     @cached_property
     def final(self) -> Float[Tensor, "batch pos d_model"]:
         """Final normalized residual of the circuit [batch, pos, d_model]."""
-        x = sum(self.capture.embeddings.values(), torch.zeros_like(self.capture.embed))
-        return self.operator.apply(x) + self.operator.bias
+        return self.operator.apply(self.capture.input) + self.operator.bias
 
     @property
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:

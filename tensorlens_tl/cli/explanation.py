@@ -133,7 +133,7 @@ def render(report: dict[str, Any], top: int) -> str:
 def _token_table(report: dict[str, Any]) -> list[str]:
     rows = report["rows"]["token"]
     at: dict[int, list[float]] = {i: [0.0, 0.0] for i in range(len(report["tokens"]))}
-    constants = [row for row in rows if row["kind"] == "constant"]
+    constants = [row for row in rows if row["kind"] == "constant" and row["pos"] is None]
     for row in rows:
         if row["pos"] is not None:
             at[row["pos"]][row["kind"] == "pos_embed"] += row["value"]

@@ -8,16 +8,29 @@ Key concepts:
 No torch in this room.
 """
 
-from .nodes import FINAL_SITE, Edge, Node, numbered_site, resid_site, site_parts
+from .nodes import (
+    CONTENTS,
+    EMBED_NORM_BIAS,
+    FINAL_SITE,
+    SOURCES,
+    Edge,
+    Node,
+    numbered_site,
+    resid_site,
+    site_parts,
+)
 from .selection import connected, select
 from .wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
 __all__ = [
+    "CONTENTS",
+    "EMBED_NORM_BIAS",
     "Edge",
     "FINAL_SITE",
     "INPUT",
     "LOGITS",
     "Node",
+    "SOURCES",
     "Wiring",
     "as_edges",
     "connected",

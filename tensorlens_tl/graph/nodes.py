@@ -10,6 +10,17 @@ from ..checks import is_int
 FINAL_SITE = "unembed.hook_in"
 """Site of the final normalized residual, which the unembedding reads."""
 
+CONTENTS = ("embed", "patch", "frame", "soft", "inputs_embeds")
+"""Sources that are what stands at a position: a token, a patch of a picture, a frame of a sound,
+a vector of a soft prompt, or an embedding that the user gave in place of a token."""
+
+SOURCES = (*CONTENTS, "pos_embed", "type_embed")
+"""Sources of what enters the first block, besides constants. A node of such a source has its name.
+What stands at a position comes first, then what is added to it there."""
+
+EMBED_NORM_BIAS = "embed_ln.b"
+"""The bias of a norm after the embeddings, which is a constant that enters the first block, too."""
+
 _NODE = re.compile(
     r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|(MLP)|E(\d+|\.shared)|(?:E(\d+|\.shared))?N(\d+)|\.(.+))?"
 )
@@ -75,9 +86,10 @@ class Node:
     """A place that writes to the residual stream, or reads from it.
 
     Attributes:
-        kind: "embed", "pos_embed", "input" (the sum of these two, which enters the first block),
-            "head", "mlp", "expert", "neuron", "constant" or "logits". Rows of an attribution can
-            also be a "layer", "dimension", "order" or "change".
+        kind: A source of the first residual (one of ``SOURCES``, such as "embed" and "pos_embed"),
+            "input" (the sum of all sources, which enters the first block), "head", "mlp", "expert",
+            "neuron", "constant" or "logits". Rows of an attribution can also be a "layer",
+            "dimension", "order" or "change".
         layer: Number of the block, from 0, or None outside the blocks.
         index: Number of the head, the expert, the neuron, the dimension of the residual, or the
             order. None for the shared expert of a mixture, which every token passes.
@@ -123,12 +135,17 @@ class Node:
                 return self.name
         return self.kind
 
+    @property
+    def enters(self) -> bool:
+        """Whether it is one of the sources that sum to "input"."""
+        return self.kind in SOURCES or self.name == EMBED_NORM_BIAS
+
     @classmethod
     def parse(cls, text: str) -> Node:
         """Read the name of a node.
 
         Args:
-            text: One of "embed", "pos_embed", "input", "logits", a head "L3H7" or its input
+            text: A source such as "embed" or "patch", "input", "logits", a head "L3H7" or its input
                 "L3H7.v", an MLP "L3MLP", an expert "L3E2" or "L3E.shared", a neuron "L3N512" or
                 "L3E2N17", a constant "L3.b_O", or a row of an attribution: "L3" (a layer), "dim5"
                 or "order 2".
@@ -144,9 +161,11 @@ class Node:
         """
         if not isinstance(text, str):
             raise ValueError(f"{text!r} is not a node. Pass a name such as 'L3H7' or 'embed'.")
-        if text in ("embed", "pos_embed", "input", "logits"):
+        if text in (*SOURCES, "input", "logits"):
             return cls(text)
-        if text in ("b_U", "ln_final.b", "softmax") or (text.endswith("[user]") and text[0] != "L"):
+        if text in ("b_U", "ln_final.b", "softmax", EMBED_NORM_BIAS) or (
+            text.endswith("[user]") and text[0] != "L"
+        ):
             return cls("constant", name=text)
         if text in _CHANGES:
             return cls("change", name=text)

@@ -1,18 +1,17 @@
 """The edges that a model of a given shape has. No torch.
 
-Writers are ``input`` (the sum of token and position embeddings, which enters the first block),
-heads, MLPs and experts. Readers are the queries, keys and values of every query head, the MLPs, the
-experts, and the logits. Constants write, too, but a circuit does not choose them: they are always
-kept.
+Writers are ``input`` (all that enters the first block), heads, MLPs and experts.
+Readers are the queries, keys and values of every query head, the MLPs, the experts, and the logits.
+Constants write, too, but a circuit does not choose them: they are always kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .nodes import Edge, Node
+from .nodes import CONTENTS, Edge, Node
 
 INPUT, LOGITS = Node("input"), Node("logits")
 
@@ -142,16 +141,16 @@ def _some(nodes: dict[Node, None]) -> str:
 
 
 def as_edges(
-    wiring: Wiring, given: Iterable[Edge | Node | str], pos_embed: bool = False
+    wiring: Wiring, given: Iterable[Edge | Node | str], sources: Collection[str] | None = None
 ) -> tuple[Edge, ...]:
     """The edges that a user named, or all edges between the nodes that a user named.
 
     Args:
         wiring: Shape of the model.
         given: Either edges such as "L0H1→L1H2.k", or nodes such as "L0H1". Nodes are joined with
-            each other, the input and the logits. ``embed`` and ``pos_embed`` together stand for
-            ``input``.
-        pos_embed: Whether the model adds position embeddings to the token embeddings.
+            each other, the input and the logits. All sources together stand for ``input``.
+        sources: Names of the sources that sum to what enters the first block; None where they are
+            not known.
 
     Returns:
         The edges without repeats, in the order of :meth:`Wiring.edges`.
@@ -184,22 +183,27 @@ def as_edges(
             "between the nodes are then kept."
         )
     edges = {item for item in items if isinstance(item, Edge)}
-    _both_embeddings(edges, pos_embed)
+    _all_sources(edges, sources)
     wanted = {Edge(_whole(edge.src), edge.dest) for edge in edges}
     wiring.check(wanted)
     return tuple(edge for edge in wiring.edges() if edge in wanted)
 
 
 def _whole(node: Node) -> Node:
-    return INPUT if node.kind in ("embed", "pos_embed") else node
+    return INPUT if node.enters else node
 
 
-def _both_embeddings(edges: set[Edge], pos_embed: bool) -> None:
-    pos = {edge.dest for edge in edges if edge.src.kind == "pos_embed"}
-    tokens = {edge.dest for edge in edges if edge.src.kind == "embed"}
-    if one := pos - tokens if not pos_embed else pos ^ tokens:
-        dest = min(map(str, one))
-        raise ValueError(
-            f"Only one of embed→{dest} and pos_embed→{dest} was given, but the operator acts on "
-            f"their sum. Name both, or input→{dest}."
-        )
+def _all_sources(edges: set[Edge], sources: Collection[str] | None) -> None:
+    given: dict[Node, set[str]] = {}
+    for edge in edges:
+        if edge.src.enters:
+            given.setdefault(edge.dest, set()).add(str(edge.src))
+    for dest in sorted(given, key=str):
+        # Of sources that are not known, what stands at a position is one for certain.
+        whole = sources or [name for name in CONTENTS if name in given[dest]] or ["embed"]
+        if not given[dest] >= {*whole} or (sources and len(given[dest]) > len(whole)):
+            named, whole = (", ".join(sorted(names)) for names in (given[dest], whole))
+            raise ValueError(
+                f"Of the sources, {named} was given for {dest}, but the operator acts on their "
+                f"sum: {whole}. Name all of these, or input→{dest}."
+            )

@@ -39,16 +39,10 @@ from .attention_parts import AttentionReader
 from .attention_reading import NotRecomputableError, RecomputedReading, score_weights
 from .experts import ExpertsRead
 from .hook_points import (
-    EDITS,
-    FINAL_EDITS,
     LAYER_HOOKS,
-    NORMS,
+    HookReader,
     Read,
     alone,
-    edited_labels,
-    edited_points,
-    foreign_hooks,
-    host_names,
 )
 from .supported import UnsupportedArchitectureError, activation_name, check_weights, refusal
 from .tokens import prepare
@@ -65,7 +59,7 @@ QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
 
 
-class Adapter(ABC):
+class Adapter(HookReader, ABC):
     """What the rest of the library needs of a host model. One subclass per host class.
 
     Args:
@@ -190,7 +184,7 @@ class Adapter(ABC):
         """What the host calls each of a block's norms."""
         if self.architecture in _NORMS_AFTER and getattr(block, "ln1_post", None) is None:
             return {"ln1_post": "ln1", "ln2_post": "ln2"}
-        return dict(zip(NORMS, NORMS, strict=True))
+        return super().norm_names(block)
 
     # --- What they share
 
@@ -310,12 +304,9 @@ class Adapter(ABC):
         Raises:
             ValueError: If the host has no such hook point.
         """
-        names: dict[Read, str] = {(None, "embed"): "hook_embed"}
-        if (
-            self.read_at is None
-            and getattr(self.cfg, "positional_embedding_type", "standard") == "standard"
-        ):
-            names[None, "pos_embed"] = "hook_pos_embed"
+        names: dict[Read, str] = {(None, key): name for key, name in self.source_hooks.items()}
+        if self.embed_norm() is not None:
+            names[None, "embed_ln.scale"] = "embed_ln.hook_scale"
         if self.weights.ln_final is not None:
             names[None, "ln_final.scale"] = "ln_final.hook_scale"
         modules: dict[Read, nn.Module] = {}
@@ -362,34 +353,6 @@ class Adapter(ABC):
         layers, hooks = range(len(self.weights.blocks)), self.hooks
         names = {(at, key): f"blocks.{at}.{LAYER_HOOKS[key]}" for at in layers for key in keys}
         return {read: hooks[name] for read, name in names.items() if name in hooks}
-
-    def hooked_patterns(self) -> dict[str, nn.Module]:
-        """Hook points of scores and patterns that carry hooks of the user's own."""
-        names = (LAYER_HOOKS["scores"], LAYER_HOOKS["pattern"])
-        layers = range(len(self.weights.blocks))
-        return edited_points(self.hooks, [f"blocks.{at}.{name}" for at in layers for name in names])
-
-    def foreign_hooks(self) -> list[str]:
-        """Names of the hook points and modules that carry hooks of the user's own."""
-        return foreign_hooks(self.hooks, self.model)
-
-    def edits(self) -> dict[Read, tuple[str, ...]]:
-        """Find where hooks of the user's own may edit the run.
-
-        Returns:
-            Labels of the hook points, by (layer, stage); see ``hook_points.EDITS``.
-        """
-        found: dict[Read, tuple[str, ...]] = {(None, "normalized"): self._final_edits()}
-        for layer, block in enumerate(self.model.blocks):
-            own = self.norm_names(block)
-            for stage, names in EDITS.items():
-                found[layer, stage] = edited_labels(
-                    self.hooks, f"blocks.{layer}.", host_names(names, own)
-                )
-        return {read: labels for read, labels in found.items() if labels}
-
-    def _final_edits(self) -> tuple[str, ...]:
-        return edited_labels(self.hooks, "", host_names(FINAL_EDITS, {}))
 
     def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Prompts]:
         """Check an input and tokenize it.

@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from ..graph import FINAL_SITE
+from ..graph import EMBED_NORM_BIAS, FINAL_SITE, SOURCES
+from ..maps import NormWeights
+from ..operator import Prompts
 
 Read = tuple[int | None, str]
 """What is read, and in which layer: (3, "pattern"), (None, "embed")."""
@@ -208,3 +211,98 @@ def _is_edited(point: Any) -> bool:
         return handle.is_permanent and made_by.startswith("transformer_lens")
 
     return any(not own(handle) for handle in point.fwd_hooks)
+
+
+class HookReader:
+    """What an adapter finds at hook points: what enters block 0, and hooks of the user's own."""
+
+    model: Any
+    cfg: Any
+    hooks: dict[str, Any]
+    read_at: int | None
+
+    def norm_names(self, block: Any) -> dict[str, str]:
+        """What the host calls each of a block's norms."""
+        return dict(zip(NORMS, NORMS, strict=True))
+
+    # --- What enters block 0
+
+    @property
+    def source_hooks(self) -> dict[str, str]:
+        """Hook points at which the sources of what enters block 0 pass, by source.
+
+        A norm between the sources and block 0 is :meth:`embed_norm`.
+        """
+        names = {"embed": "hook_embed"}
+        kind = getattr(self.cfg, "positional_embedding_type", "standard")
+        if kind == "standard" and self.read_at is None:
+            names["pos_embed"] = "hook_pos_embed"
+        return names
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources of what enters block 0 in a run on token ids."""
+        norm = self.embed_norm()
+        bias = norm is not None and norm.b is not None
+        return (*self.source_hooks, *([EMBED_NORM_BIAS] if bias else []))
+
+    def embed_norm(self) -> NormWeights | None:
+        """The norm that the sources pass before block 0; None where they are read after it."""
+        return None
+
+    def sources_of(
+        self, seen: Mapping[str, Tensor], prompts: Prompts, kwargs: Mapping[str, Any]
+    ) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        """Give the sources of what enters block 0 in a run, which sum to it.
+
+        No source is a remainder: each is what its module gave, or is computed by that module. The
+        recorder compares the sum with what entered.
+
+        Args:
+            seen: What passed at :attr:`source_hooks` in the run, by source; a hook that did not
+                fire is missing.
+            prompts: Tokens of the run.
+            kwargs: Arguments of the run.
+
+        Returns:
+            The sources by name; see ``SOURCES`` for the names.
+
+        Raises:
+            ValueError: If no source was seen.
+        """
+        if not seen:
+            raise ValueError(
+                "The model ran without exposing its embeddings (the host ran something else than "
+                "its blocks). Run the whole model, with no module replaced."
+            )
+        return {name: seen[name] for name in SOURCES if name in seen}
+
+    # --- Hooks of the user's own
+
+    def hooked_patterns(self) -> dict[str, nn.Module]:
+        """Hook points of scores and patterns that carry hooks of the user's own."""
+        names = (LAYER_HOOKS["scores"], LAYER_HOOKS["pattern"])
+        layers = range(len(self.model.blocks))
+        return edited_points(self.hooks, [f"blocks.{at}.{name}" for at in layers for name in names])
+
+    def foreign_hooks(self) -> list[str]:
+        """Names of the hook points and modules that carry hooks of the user's own."""
+        return foreign_hooks(self.hooks, self.model)
+
+    def edits(self) -> dict[Read, tuple[str, ...]]:
+        """Find where hooks of the user's own may edit the run.
+
+        Returns:
+            Labels of the hook points, by (layer, stage); see ``hook_points.EDITS``.
+        """
+        found: dict[Read, tuple[str, ...]] = {(None, "normalized"): self._final_edits()}
+        for layer, block in enumerate(self.model.blocks):
+            own = self.norm_names(block)
+            for stage, names in EDITS.items():
+                found[layer, stage] = edited_labels(
+                    self.hooks, f"blocks.{layer}.", host_names(names, own)
+                )
+        return {read: labels for read, labels in found.items() if labels}
+
+    def _final_edits(self) -> tuple[str, ...]:
+        return edited_labels(self.hooks, "", host_names(FINAL_EDITS, {}))

@@ -33,7 +33,15 @@ from ..operator import Capture, FrozenTransformer
 from .fingerprints import agree, products
 from .missing_weights import missing
 from .saved_checks import Misfit, check
-from .saved_tree import DTYPES, Builder, Writer, differences, parse_dtype, weights_in
+from .saved_tree import (
+    DTYPES,
+    Builder,
+    Writer,
+    as_written_now,
+    differences,
+    parse_dtype,
+    weights_in,
+)
 from .saved_vocabulary import read_vocabulary, write_vocabulary
 
 FORMAT, VERSION = "tensorlens_tl lens", 1
@@ -87,6 +95,7 @@ class _File:
         try:
             self.header = json.loads(text)
             version = self.header["version"] if self.header["format"] == FORMAT else None
+            self.header["capture"] = as_written_now(self.header["capture"])
         except (ValueError, KeyError, TypeError, RecursionError):
             self.damaged("its header is not that of a lens")
         if version != VERSION:
@@ -193,8 +202,8 @@ def _check_run(capture: Capture) -> None:
     lengths = tuple(stop - start for start, stop in frame.spans)
     if saved.spans != frame.spans or tuple(map(len, saved.strings)) != lengths:
         raise Misfit(f"prompts: expected tokens at {frame.spans}, got {saved.spans}")
-    if not capture.blocks or not capture.checks:
-        raise Misfit("expected at least one block and its checks, got none")
+    if not capture.blocks or not capture.checks or not capture.sources:
+        raise Misfit("expected at least one block, its checks and a source, got none")
     with torch.no_grad():  # on the device "meta", where only shapes are computed
         operator = FrozenTransformer.of(capture)
         y = operator @ capture.blocks[0].resid_pre + operator.bias

@@ -233,7 +233,9 @@ class Builder:
         if kind == "dtype":
             return parse_dtype(node["name"], path)
         if kind == "map":
-            return {self.value(k, path): self.value(v, path) for k, v in node["items"]}
+            keys = [self.value(key, path) for key, _ in node["items"]]
+            items = zip(keys, node["items"], strict=True)
+            return {key: self.value(item[1], _join(path, str(key))) for key, item in items}
         if kind == "Frame":
             return self.frame
         if not (isinstance(kind, str) and (cls := _CLASSES.get(kind))):
@@ -245,6 +247,25 @@ class Builder:
             raise Misfit(f"{path}: {kind} has no {', '.join(sorted(unknown))}")
         parts = {name: self.value(node[name], _join(path, name)) for name in known & set(node)}
         return cls(**parts)
+
+
+def as_written_now(node: Any) -> Any:
+    """The tree of a capture as it is written now.
+
+    Args:
+        node: The tree in a file. Earlier builds had three fields in place of ``embeddings``.
+
+    Returns:
+        The tree, with the field ``embeddings``.
+    """
+    if not isinstance(node, dict) or "embeddings" in node or "embed" not in node:
+        return node
+    former = {name: node.get(name) for name in ("embed", "pos_embed")}
+    if edit := node.get("edit"):
+        former[edit["name"]] = edit["constant"]
+    items = [[name, part] for name, part in former.items() if part is not None]
+    rest = {name: part for name, part in node.items() if name not in ("embed", "pos_embed", "edit")}
+    return {**rest, "embeddings": {"$": "map", "items": items}}
 
 
 def parse_dtype(name: Any, path: str) -> torch.dtype:

@@ -184,7 +184,7 @@ class _Question:
         if self.name == "norm" and options.probes is not None:
             generator = torch.Generator().manual_seed(options.seed + prompt)
             g = orthogonal_probes(stop - start, options.probes, d_model, generator)
-            g = g.to(self.capture.embed)
+            g = g.to(self.capture.resid_final)
             return _PromptSweep(
                 sweep, options.probes, lambda index, part: g[index][:, part], squares()
             )

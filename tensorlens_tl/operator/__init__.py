@@ -8,13 +8,7 @@ Key concepts:
 
 from .batched_sweep import BatchedSweep, Reduction, dots, squares
 from .blocks import PLANNED
-from .capture import (
-    Capture,
-    CaptureMismatchError,
-    Convention,
-    FrozenBlock,
-    tolerance,
-)
+from .capture import Capture, CaptureMismatchError, Convention, FrozenBlock, tolerance
 from .frozen_transformer import FrozenTransformer, Segment
 from .prompts import ClassNames, Prompts, token_id
 from .query_key import QueryKey

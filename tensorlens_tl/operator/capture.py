@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph import FINAL_SITE, site_parts
+from ..graph import FINAL_SITE, Node, site_parts
 from ..maps import Frame, Gate, Mix, Norm, Shift
 from ..sublayers import (
     MLP,
@@ -96,19 +96,8 @@ class FrozenBlock:
         return tuple(norm for norm in norms if norm is not None)
 
 
-_OF_THE_RUN = (
-    FrozenBlock,
-    Attention,
-    Mix,
-    RecomputedMix,
-    MLP,
-    GatedMLP,
-    Experts,
-    Gate,
-    Norm,
-    Shift,
-    Unembed,
-)
+_OF_THE_RUN = (FrozenBlock, Attention, Mix, RecomputedMix, Gate, Norm, Shift, Unembed)
+_OF_THE_RUN = (*_OF_THE_RUN, MLP, GatedMLP, Experts)
 """Classes whose tensors, apart from ``weights``, have the axes batch and pos of a run."""
 
 
@@ -120,8 +109,8 @@ class Capture:
         model_name: The model's name, for display.
         frame: Spans of real tokens, number of positions, compute dtype and device.
         prompts: Token ids and token strings.
-        embed: Token embeddings as they entered the residual [batch, pos, d_model].
-        pos_embed: Position embeddings [batch, pos, d_model], or None where the model adds none.
+        embeddings: The sources of what enters block 0, each [batch, pos, d_model], by name:
+            "embed" (tokens), "pos_embed" and others; what the user's hooks added is one, too.
         blocks: The frozen blocks, first to last.
         resid_final: The residual after the last block [batch, pos, d_model].
         ln_final: The final norm, or None.
@@ -132,7 +121,6 @@ class Capture:
         convention: The choices under which the run was made linear.
         checks: Relative error of every product that was checked during the run, by name.
         tokenizer: The host's tokenizer, or None.
-        edit: What the user's hooks added to the first residual, or None.
         final_edit: What the user's hooks added to the final normalized residual, or None.
         noise_floor: The model's own rounding, max |Δ logits| / max |logits| against a float32 copy
             of the model. None where it was not measured.
@@ -153,8 +141,7 @@ class Capture:
     model_name: str
     frame: Frame
     prompts: Prompts
-    embed: Float[Tensor, "batch pos d_model"]
-    pos_embed: Float[Tensor, "batch pos d_model"] | None
+    embeddings: Mapping[str, Float[Tensor, "batch pos d_model"]]
     blocks: tuple[FrozenBlock, ...]
     resid_final: Float[Tensor, "batch pos d_model"]
     ln_final: Norm | None
@@ -163,7 +150,6 @@ class Capture:
     convention: Convention
     checks: Mapping[str, float]
     tokenizer: Any = field(repr=False, default=None)
-    edit: Shift | None = None
     final_edit: Shift | None = None
     noise_floor: float | None = None
     embed_weights: EmbedWeights | None = field(repr=False, default=None)
@@ -175,12 +161,24 @@ class Capture:
         return f"Capture({self.model_name}, {shape}, {self.nbytes / 2**20:.1f} MiB)"
 
     @property
-    def embeddings(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """The parts that sum to the first residual, by source."""
-        parts = {"embed": self.embed, "pos_embed": self.pos_embed}
-        if self.edit is not None:
-            parts[self.edit.name] = self.edit.constant
-        return {name: part for name, part in parts.items() if part is not None}
+    def embed(self) -> Float[Tensor, "batch pos d_model"] | None:
+        """The source of that name; None where no token was embedded."""
+        return self.embeddings.get("embed")
+
+    @property
+    def pos_embed(self) -> Float[Tensor, "batch pos d_model"] | None:
+        """The source of that name; None where the model adds no positions."""
+        return self.embeddings.get("pos_embed")
+
+    @property
+    def input(self) -> Float[Tensor, "batch pos d_model"]:
+        """The sum of :attr:`embeddings`, which enters block 0."""
+        return sum(self.embeddings.values(), torch.zeros_like(self.resid_final))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources that the model itself has, without edits by the user's hooks."""
+        return tuple(name for name in self.embeddings if Node.parse(name).enters)
 
     def logits_at(self, query: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
         """The model's logits at one position of each prompt, in its dtype.
@@ -244,7 +242,7 @@ class Capture:
     @property
     def nbytes(self) -> int:
         """Memory in bytes that the capture alone keeps alive: no weights and no logits."""
-        tensors = [self.embed, self.pos_embed, self.resid_final, self.unembed.final]
+        tensors = [*self.embeddings.values(), self.resid_final, self.unembed.final]
         tensors += [] if self.ln_final is None else [self.ln_final.scale]
         for block in self.blocks:
             tensors += [block.resid_pre, block.resid_mid, *block.attn.frozen]
@@ -308,6 +306,8 @@ class Capture:
                 return frame
             if isinstance(value, tuple):
                 return tuple(cut(part) for part in value)
+            if isinstance(value, Mapping):
+                return {key: cut(part) for key, part in value.items()}
             if isinstance(value, Tensor):
                 # Most tensors are [batch, pos, …]; those of attention have heads in between.
                 if name == "pattern":  # [batch, head, query_pos, key_pos]
@@ -372,6 +372,8 @@ class Capture:
                 return replace(value, device=device or value.device)
             if isinstance(value, tuple):
                 return tuple(map(changed, value))
+            if isinstance(value, Mapping):
+                return {key: changed(part) for key, part in value.items()}
             if is_dataclass(value) and not isinstance(value, type):
                 held = vars(value)  # the stand-in of weights that were not loaded holds none
                 names = [f.name for f in fields(value) if f.name in held]

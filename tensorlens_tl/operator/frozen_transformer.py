@@ -108,7 +108,7 @@ class FrozenTransformer(StepChain):
                 mid = resid_site(layer, "mid")
                 steps.append(Step(pre, (attn,), block.resid_pre, block.mid_edits))
                 steps.append(Step(mid, mlp, block.resid_mid, block.post_edits))
-        width = capture.embed.shape[-1]
+        width = capture.resid_final.shape[-1]
         ln_final = capture.ln_final or Identity(capture.frame, width)
         return cls(capture.frame, tuple(steps), ln_final, capture.final_edit)
 

@@ -13,7 +13,7 @@ A transposed, swapped or renamed weight is therefore an error at capture, never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph import EMBED_NORM_BIAS, SOURCES
 from ..hosts import Adapter, ExpertsRead, Read, RecomputedReading, StoredReading, in_this_thread
 from ..maps import Frame, Norm, NormWeights, Shift, take_row
 from ..operator import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
@@ -45,6 +46,7 @@ class Recorder:
         frame: Spans of real tokens, positions, compute dtype and device.
         convention: The choices under which the operator is unique.
         reading: How attention is read.
+        kwargs: Arguments of the run.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class Recorder:
         frame: Frame,
         convention: Convention,
         reading: StoredReading | RecomputedReading,
+        kwargs: Mapping[str, Any],
     ):
         self.adapter, self.prompts, self.frame, self.reading = adapter, prompts, frame, reading
-        self.convention = convention
+        self.convention, self.kwargs = convention, kwargs
         self.check = SelfCheck(adapter.model, frame, adapter.dtype)
         self.hooked = adapter.edits()
         by_head = (*reading.heads_first, "v_by_head")
@@ -65,7 +68,7 @@ class Recorder:
         self.experts: dict[int, ExpertsRead] = {}
         self.blocks: list[FrozenBlock] = []
         self.state: Tensor | None = None
-        self.first_edit: Shift | None = None
+        self.embeddings: dict[str, Tensor] = {}
 
     # --- What is read
 
@@ -136,7 +139,7 @@ class Recorder:
         Raises:
             CaptureMismatchError: If the check fails with products of the weights as they are.
         """
-        before = dict(self.reads.tensors), self.state, list(self.blocks), self.first_edit
+        before = dict(self.reads.tensors), self.state, list(self.blocks), self.embeddings
         self.check.remembered = False
         try:
             step()
@@ -145,7 +148,7 @@ class Recorder:
             if not self.check.remembered:
                 raise
             self.check.forget()
-            self.reads.tensors, self.state, self.blocks, self.first_edit = before
+            self.reads.tensors, self.state, self.blocks, self.embeddings = before
             step()
 
     def freeze_block(self, layer: int) -> None:
@@ -198,12 +201,7 @@ class Recorder:
             The state; the same tensor as before where nothing came between.
         """
         if layer == 0:
-            parts = self.reads.tensors[None, "embed"]
-            if (pos := self.reads.tensors.get((None, "pos_embed"))) is not None:
-                parts = parts + pos
-            self.first_edit = self.edit(0, ("resid_pre",), state, lambda: parts)
-            if self.first_edit is None:
-                self.check.same("embedding (token + position)", state, parts)
+            self.embeddings = self.sources(state)
             return state
         last = self.state
         self.reads.unchanged(layer - 1, "resid_post")
@@ -215,6 +213,32 @@ class Recorder:
         else:
             self.check.same(f"L{layer} input (residual of L{layer - 1})", state, last)
         return state
+
+    def sources(self, state: Tensor) -> dict[str, Tensor]:
+        """Find the sources that sum to what enters the first block, and check that they do.
+
+        A norm after the embeddings is frozen: each source is what its linear part makes of it, and
+        its bias is one more.
+
+        Args:
+            state: What enters the first block [batch, pos, d_model].
+
+        Returns:
+            The sources by name, with what hooks of the user's own added.
+        """
+        seen = {key: self.pop(None, key) for at, key in [*self.reads.tensors] if key in SOURCES}
+        parts = self.adapter.sources_of(seen, self.prompts, self.kwargs)
+        parts = {name: self.frame.cast(part) for name, part in parts.items()}
+        if (norm := self.norm(None, "embed_ln", self.adapter.embed_norm())) is not None:
+            parts = {name: norm.apply(part) for name, part in parts.items()}
+            if norm.weights.b is not None:
+                parts[EMBED_NORM_BIAS] = norm.bias
+        first, *others = parts.values()
+        total = sum(others, first)
+        if edit := self.edit(0, ("resid_pre",), state, lambda: total):
+            return {**parts, edit.name: edit.constant}
+        self.check.same(f"what enters block 0 ({' + '.join(parts)})", state, total)
+        return parts
 
     def step(
         self,
@@ -282,8 +306,7 @@ class Recorder:
             self.adapter.name,
             self.frame,
             self.prompts,
-            self.pop(None, "embed"),
-            self.reads.tensors.pop((None, "pos_embed"), None),
+            self.embeddings,
             tuple(self.blocks),
             final,
             ln_final,
@@ -292,8 +315,7 @@ class Recorder:
             self.convention,
             self.check.errors,
             self.adapter.tokenizer,
-            self.first_edit,
-            edit,
+            final_edit=edit,
             headless=self.adapter.headless,
         )
 

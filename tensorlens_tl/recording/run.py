@@ -123,7 +123,7 @@ def record(
         frame = Frame(prompts.spans, prompts.n_pos, dtype, device, adapter.read_at)
         if pattern == "stored":
             _note_patterns(adapter, frame)
-        recorder = Recorder(adapter, prompts, frame, convention or Convention(), how)
+        recorder = Recorder(adapter, prompts, frame, convention or Convention(), how, kwargs)
         handles = how.guards(adapter.hooked_patterns())
         try:
             for read, point in adapter.points(how.reads).items():

@@ -185,7 +185,7 @@ def test_views_of_one_memory_are_saved(lens, path):
     both = torch.stack([capture.embed, capture.resid_final])
     view = replace(
         capture,
-        embed=both[0],
+        embeddings={**capture.embeddings, "embed": both[0]},
         resid_final=both[1],
         logits=both.new_zeros(1).expand(capture.logits.shape),
     )
@@ -449,6 +449,13 @@ def test_foreign_files(path):
         refuse(path, "header is not that of a lens|has version None")
 
 
+EMBED = "embeddings.embed"
+
+
+def _embedded(header):
+    return header["capture"]["embeddings"]["items"][0][1]
+
+
 def test_sizes_are_checked_before_memory_is_taken(lens, path):
     lens.save(path)
     table, data = unpack(path)
@@ -456,16 +463,14 @@ def test_sizes_are_checked_before_memory_is_taken(lens, path):
         n = 8
         for size in shape:
             n *= size
-        for end in (table["embed"]["data_offsets"][1], n % 2**64):
-            begin = table["embed"]["data_offsets"][0]
+        for end in (table[EMBED]["data_offsets"][1], n % 2**64):
+            begin = table[EMBED]["data_offsets"][0]
             entry = {"dtype": "F64", "shape": shape, "data_offsets": [begin, end]}
-            pack(path, {**table, "embed": entry}, data)
+            pack(path, {**table, EMBED: entry}, data)
             refuse(path, "is no whole safetensors file")
     for shape in ([0, 10**15], [2**50, 7, 32], [2, 7, True], [2, -7, 32], [2.0, 7, 32], "abc"):
         lens.save(path)
-        edit_header(
-            path, lambda header, shape=shape: header["capture"]["embed"].update(shape=shape)
-        )
+        edit_header(path, lambda header, shape=shape: _embedded(header).update(shape=shape))
         refuse(path, "is damaged: ")
 
 
@@ -485,11 +490,11 @@ def test_missing_and_unknown_tensors(lens, path):
     lens.save(path)
 
     def forget(header):
-        header["capture"]["pos_embed"] = None
+        header["capture"]["embeddings"]["items"].pop()
 
     if lens.capture.pos_embed is not None:
         edit_header(path, forget)
-        refuse(path, "tensor pos_embed is unknown")
+        refuse(path, "tensor embeddings.pos_embed is unknown")
 
 
 def test_a_stored_tensor_of_another_shape_or_dtype(lens, path):
@@ -501,7 +506,7 @@ def test_a_stored_tensor_of_another_shape_or_dtype(lens, path):
     ):
         lens.save(path)
         table, data = unpack(path)
-        table["embed"] |= change
+        table[EMBED] |= change
         pack(path, table, data)
         refuse(path, "embed: expected F64 of shape .*, got")
 
@@ -521,9 +526,9 @@ def _both(dtype, code):
     # Header and table agree on a wrong dtype.
     def change(table):
         header = json.loads(table["__metadata__"]["tensorlens_tl"])
-        header["capture"]["embed"]["dtype"] = dtype
+        _embedded(header)["dtype"] = dtype
         table["__metadata__"]["tensorlens_tl"] = json.dumps(header)
-        table["embed"]["dtype"] = code
+        table[EMBED]["dtype"] = code
 
     return change
 
@@ -537,6 +542,7 @@ def test_a_dtype_that_header_and_table_agree_on(lens, path):
 
 
 BLOCK = ("capture", "blocks", 0)
+FIRST_SOURCE = ("capture", "embeddings", "items", 0, 1)
 HEADER_EDITS = {
     "frame dtype": (_set("frame", "dtype", "name", "float32"), "float64 .*float32"),
     "frame dtype is no compute dtype": (_set("frame", "dtype", "name", "int64"), "compute dtype"),
@@ -593,21 +599,23 @@ HEADER_EDITS = {
     "model name": (_set("capture", "model_name", 1), "expected <class 'str'>, got int"),
     "no key": (
         _set(
-            "capture",
-            "embed",
+            *FIRST_SOURCE,
             {"$": "tensor", "dtype": "float64", "shape": [2, 7, 32], "products": ["0.0", "0.0"]},
         ),
         "embed has no tensor",
     ),
     "weights maybe": (_set("weights", None), "does not say whether it holds weights"),
     "weights said to be there": (_set("weights", True), "has no tensor"),
-    "order": (_set("capture", "embed", "order", [0, 0, 1]), "expected an order of axes"),
-    "products": (_set("capture", "embed", "products", ["a", "b"]), "damaged"),
-    "another tensor": (_set("capture", "embed", "key", "resid_final"), "tensor embed is unknown"),
-    "key": (_set("capture", "embed", "key", [1]), "damaged"),
+    "order": (_set(*FIRST_SOURCE, "order", [0, 0, 1]), "expected an order of axes"),
+    "products": (_set(*FIRST_SOURCE, "products", ["a", "b"]), "damaged"),
+    "another tensor": (
+        _set(*FIRST_SOURCE, "key", "resid_final"),
+        "tensor embeddings.embed is unknown",
+    ),
+    "key": (_set(*FIRST_SOURCE, "key", [1]), "damaged"),
     "fingerprint of the data": (
-        _set("capture", "embed", "products", ["1.0", "2.0"]),
-        "the values of embed are not those that were saved",
+        _set(*FIRST_SOURCE, "products", ["1.0", "2.0"]),
+        "the values of embeddings.embed are not those that were saved",
     ),
 }
 
@@ -634,7 +642,7 @@ def test_flipped_bits_in_the_data(lens, path):
     raw = path.read_bytes()
     table, data = unpack(path)
     start = len(raw) - len(data)
-    for name in ("embed", "logits", "blocks.1.attn.mix.pattern"):
+    for name in (EMBED, "logits", "blocks.1.attn.mix.pattern"):
         begin, end = (start + offset for offset in table[name]["data_offsets"])
         at = begin + (end - begin) // 16 * 8 + 6  # the exponent of a float64
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
