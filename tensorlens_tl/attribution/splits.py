@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..graph import Node
+from ..graph import CONTENTS, Node
 from ..maps import take_row
 from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, Step
 from ..sublayers import Attention, Experts
@@ -226,10 +226,14 @@ def _attention_only(gradient: TargetGradient) -> bool:
 
 def _embedded(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
     """Embeddings and all constants, each apart. ``by`` names the kind that is split by position."""
-    for name, embedding in gradient.capture.embeddings.items():
+    sources = gradient.capture.embeddings
+    several = sum(name in CONTENTS for name in sources) > 1
+    for name, embedding in sources.items():
         shares = dot(gradient.trace.covectors[0], embedding)
         if by == "token":
-            table.spread(Node.parse(name), shares)
+            # A patch is not at the row of [CLS]: what stands nowhere in a row has none there.
+            there = embedding.any(-1).any(0) if several and name in CONTENTS else None
+            table.spread(Node.parse(name), shares, there)
         else:
             table.add([Node.parse(name)], shares.sum(-1, keepdim=True))
     for name, effect in reversed(gradient.trace.effects.items()):

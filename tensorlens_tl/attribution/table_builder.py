@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..checks import place_label
@@ -34,15 +34,22 @@ class TableBuilder:
         self.sources += [Source(node) for node in nodes]
         self.values.append(values)
 
-    def spread(self, node: Node, values: Float[Tensor, "batch pos"]) -> None:
+    def spread(
+        self,
+        node: Node,
+        values: Float[Tensor, "batch pos"],
+        there: Bool[Tensor, " pos"] | None = None,
+    ) -> None:
         """Add one row per position.
 
         Args:
             node: A node that contributes at every position.
             values: The contribution at each position, in units of the target.
+            there: True at positions that get a row; None for all.
         """
-        self.sources += [Source(node, pos) for pos in range(values.shape[1])]
-        self.values.append(values)
+        kept = range(values.shape[1]) if there is None else there.nonzero().flatten().tolist()
+        self.sources += [Source(node, pos) for pos in kept]
+        self.values.append(values if there is None else values[:, there])
 
     def add_constants(self) -> None:
         """Add the rows of what stands above the final norm: b_U, and the softmax."""

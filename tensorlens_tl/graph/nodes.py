@@ -10,7 +10,10 @@ from ..checks import is_int
 FINAL_SITE = "unembed.hook_in"
 """Site of the final normalized residual, which the unembedding reads."""
 
-CONTENTS = ("embed", "patch", "frame", "soft", "inputs_embeds")
+SPECIAL_ROWS = {"cls_token": "[CLS]", "distillation_token": "[DIST]"}
+"""Sources that stand before the patches of a picture, and the names of their rows."""
+
+CONTENTS = ("embed", *SPECIAL_ROWS, "patch", "frame", "soft", "inputs_embeds")
 """Sources that are what stands at a position: a token, a patch of a picture, a frame of a sound,
 a vector of a soft prompt, or an embedding that the user gave in place of a token."""
 

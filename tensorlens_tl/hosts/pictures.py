@@ -14,15 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..checks import kind_of
+from ..graph import SPECIAL_ROWS
 from ..operator import ClassNames, Prompts
 from ..sublayers import UnembedWeights
 from .bridge import BridgeAdapter
 from .hook_points import Read
 from .tokens import check_arguments
 from .tokens import each_prompt as each_text
-
-SPECIAL = {"cls_token": "[CLS]", "distillation_token": "[DIST]"}
-"""Parameters that stand before the patches, in this order, and the names of their rows."""
 
 
 def embeddings_of(model: Any) -> Any:
@@ -84,6 +82,33 @@ class PictureAdapter(BridgeAdapter):
         weight = self.embeddings.cls_token  # what it returns is read as it is
         return UnembedWeights(torch.eye(weight.shape[-1], dtype=weight.dtype).to(weight), None)
 
+    # --- What enters block 0
+
+    @property
+    def source_hooks(self) -> dict[str, str]:
+        return {}  # no hook point shows a part; see points
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        special = [part for part in SPECIAL_ROWS if hasattr(self.embeddings, part)]
+        return (*special, "patch", "pos_embed")
+
+    def sources_of(
+        self, seen: Mapping[str, Tensor], prompts: Prompts, kwargs: Mapping[str, Any]
+    ) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        patches, own = super().sources_of(seen, prompts, kwargs)["patch"], self.embeddings
+        batch, n = len(patches), len(self.special)
+        zeros = patches.new_zeros(batch, n + patches.shape[1], patches.shape[2])
+        found = {name: zeros.clone() for name in self.sources}
+        for row, name in enumerate(self.sources[:n]):
+            found[name][:, row] = getattr(own, name)[0, 0].to(patches)
+        found["patch"][:, n:] = patches
+        positions = own.position_embeddings
+        if kwargs.get("interpolate_pos_encoding"):  # by the model's own function
+            positions = own.interpolate_pos_encoding(zeros, *prompts.given.shape[-2:])
+        found["pos_embed"] += positions.to(patches)
+        return found
+
     # --- What is run
 
     def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Prompts]:
@@ -143,7 +168,7 @@ class PictureAdapter(BridgeAdapter):
     @property
     def special(self) -> list[str]:
         """Names of the rows before the patches."""
-        return [name for part, name in SPECIAL.items() if hasattr(self.embeddings, part)]
+        return [name for part, name in SPECIAL_ROWS.items() if hasattr(self.embeddings, part)]
 
     def patch_rows(self, prompt: Tensor) -> range:
         """Positions of the patches of one picture."""
@@ -187,6 +212,7 @@ class PictureAdapter(BridgeAdapter):
 
     def points(self, attention: tuple[str, ...] = ("pattern",)) -> dict[Read, nn.Module]:
         found = super().points(attention)
+        found[None, "patch"] = self.embeddings.patch_embeddings
         if (None, "normalized") in found:  # a classifier is given one row of it
             found[None, "normalized"] = self.model.ln_final
         return found
