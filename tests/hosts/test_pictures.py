@@ -51,6 +51,27 @@ def test_rows_are_called_after_patches():
     assert names[-1] == f"patch[{ROWS - 1},{COLUMNS - 1}]" and len(names) == 2 + ROWS * COLUMNS
 
 
+def test_cls_patches_and_positions_are_sources_apart():
+    case = picture("deit")
+    hf, n, found = case.model.original_model, 2, case.lens.capture.embeddings
+    assert tuple(found) == ("cls_token", "distillation_token", "patch", "pos_embed")
+    start = "deit.embeddings._original_component."
+    own = {name.removeprefix(start): p for name, p in hf.named_parameters()}
+    for row, name in enumerate(("cls_token", "distillation_token")):
+        assert_close(found[name][:, row], own[name][0].expand(2, -1), ROUNDING)
+        assert found[name].any(-1).sum() == 2  # in one row of each picture
+    for i in range(ROWS):
+        for j in range(COLUMNS):
+            pixels = case.inputs[:, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].flatten(1)
+            patch = pixels @ own["patch_embeddings.projection.weight"].flatten(1).T
+            patch = patch + own["patch_embeddings.projection.bias"]
+            assert_close(found["patch"][:, n + i * COLUMNS + j], patch, ROUNDING)
+    assert_close(found["pos_embed"], own["position_embeddings"].expand(2, -1, -1), ROUNDING)
+    rows = case.lens.attribute(3).labels[0]
+    assert rows[:4] == ('"[CLS]"@0', '"[DIST]"@1', "patch[0,0]", "patch[0,1]")
+    assert rows[n + ROWS * COLUMNS] == "pos_embed@0"
+
+
 def test_classes_are_called_by_name_and_number():
     case = picture("vit")
     by_name, by_number = case.lens.attribute("class 2"), case.lens.attribute(2)
@@ -196,7 +217,9 @@ def test_earlier_methods_score_patches(method):
 
 TEXT_ONLY = {
     "attribute_sequence needs token ids": lambda lens, model: lens.attribute_sequence(-2),
-    "baseline='mean' needs token ids": lambda lens, model: lens.attribute(3, baseline="mean"),
+    "An embedding as baseline replaces those of tokens": lambda lens, model: lens.attribute(
+        3, baseline="mean"
+    ),
     "'chefer' has a row per position": lambda lens, model: lens.token_matrix("chefer", model=model),
     "The classes of .* are read at row 0": lambda lens, model: lens.token_matrix("in_out", 3),
 }
