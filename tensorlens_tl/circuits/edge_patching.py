@@ -12,9 +12,11 @@ own attention rotates, normalizes, caps and masks the q and k that it is given; 
 final norm run on their rebuilt inputs. Only W_Q, W_K, W_V, W_O and W_out are applied here. Nobody
 reads the residual that the host itself carries along.
 
-Values are per query head: z_h = A_h v_h with v_h = N(x_{h.v}) W_V^{kv(h)} overwrites the host's z.
-Where g query heads share a key, the batch is run in g copies. Copy i carries, for every key head,
-the key of its i-th query head; of its patterns, those of these query heads are taken.
+Queries, keys and values are per query head: v_h = N(x_{h.v}) W_V^{kv(h)}. Where g query heads share
+a key and a value, the batch is run in g copies. Copy i carries, for every key head, the key and the
+value of its i-th query head; of what it makes, patterns and z of these query heads are taken. Where
+one norm divides the queries of all heads, a head's query is what the host's norm makes of x_{h.q}
+W_Q, all heads of it, and it is handed over behind that norm. Keys likewise.
 
 One pass (:meth:`EdgeModel.run`) takes four steps, in every layer from below:
 
@@ -30,7 +32,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -38,16 +40,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..checks import no_autocast
-from ..hosts import (
-    Adapter,
-    QueryKeyWeights,
-    Read,
-    UnsupportedArchitectureError,
-    adapt,
-    in_this_thread,
-)
+from ..hosts import Adapter, QueryKeyWeights, Read, adapt, query_key_weights, whole_norms
 from ..maps import NormWeights
-from ..recording import Edit, hooked, unsplit
+from ..recording import Edit, hooked, input_replaced, output_replaced, unsplit
 from .edge_masks import EdgeUniverse, wiring_of
 
 Writes = Float[Tensor, "writer prompt pos d_model"]
@@ -79,12 +74,14 @@ class EdgeModel:
         universe: All edges of the model.
         query_keys: W_Q, b_Q, W_K and b_K of every block.
         points: Hook points by layer and by what passes there.
+        whole_norms: Norms of the queries ("q") or keys ("k") of all heads together, by layer.
     """
 
     adapter: Adapter
     universe: EdgeUniverse
     query_keys: tuple[QueryKeyWeights, ...]
     points: dict[Read, nn.Module]
+    whole_norms: dict[Read, nn.Module]
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -144,7 +141,11 @@ class EdgeModel:
         with ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a Bridge says how it computes norms
             for module, replace in flow.modules():
-                stack.callback(_before(module, replace).remove)
+                stack.callback(input_replaced(module, replace).remove)
+            for read, module in self.whole_norms.items() if flow.attends else ():
+                stack.callback(
+                    output_replaced(module, partial(flow.at_norm.pop, read, None)).remove
+                )
             stack.enter_context(hooked(flow.edits()))
             logits = self.adapter.run(tokens, self.adapter.all_real(tokens))
         return EdgeRun(flow.cells(logits), flow.written(), tuple(flow.patterns))
@@ -162,16 +163,10 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
 
     Raises:
         ValueError: If the model carries hooks of the user's own, or autocast is on.
-        UnsupportedArchitectureError: If the architecture cannot be run edge by edge.
+        UnsupportedArchitectureError: If the architecture cannot be frozen.
     """
     with unsplit(model):
         adapter = adapt(model)
-        if adapter.attends_apart:
-            raise UnsupportedArchitectureError(
-                f"{adapter.name} cannot be run edge by edge, as its host shows an attention "
-                "pattern only after the layer has used it. Rank edges with lens.discover(..., "
-                "qk=False), or load the model as a HookedTransformer."
-            )
         if hooks := adapter.foreign_hooks():
             raise ValueError(
                 f"The model carries hooks of your own at {', '.join(hooks[:3])}, and an ablation "
@@ -183,28 +178,13 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
         universe = EdgeUniverse(wiring_of(adapter.weights), adapter.sources)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            yield EdgeModel(adapter, universe, adapter.query_key_weights(), points)
-
-
-def _before(module: nn.Module, replace: Callable[[], Tensor]) -> Any:
-    """Add a hook that gives a module another input."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (replace(), *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): replace()}
-
-    return module.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True)
+            whole = whole_norms(adapter)
+            yield EdgeModel(adapter, universe, query_key_weights(adapter), points, whole)
 
 
 def _scaled(w: NormWeights | None, scale: Tensor | None, x: Tensor, b: bool = False) -> Tensor:
     """Apply a post-norm to one part x of its input, at the scale of the whole; with b if asked."""
-    if w is None or scale is None:
-        return x
-    x = x - x.mean(-1, keepdim=True) if w.center else x
-    x = x / scale
-    x = x if w.gain is None else x * w.gain.to(x)
-    return x + w.b.to(x) if b and w.b is not None else x
+    return x if w is None or scale is None else w.at_scale(x, scale, b)
 
 
 class _Flow:
@@ -226,8 +206,10 @@ class _Flow:
         self.keep = None if keep is None else keep.to(model.device, model.dtype)
         self.replacement, self.held, self.embeddings = replacement, held, embeddings
         self.nudge, self.direction = nudge, direction
-        self.circuits, self.prompts = 1 if keep is None else len(keep), len(ids)
-        self.copies = model.group() if rebuilt and held is None else 1
+        self.circuits, (self.prompts, self.n_pos) = 1 if keep is None else len(keep), ids.shape
+        self.attends = rebuilt and held is None
+        """Whether patterns are made of rebuilt queries and keys."""
+        self.copies = model.group() if self.attends else 1
         self.writes: dict[int, Tensor] = {}
         """By the first writer's index: [circuit, writer, prompt, pos, d_model]."""
         self.constants: dict[int, Tensor] = {}
@@ -235,6 +217,8 @@ class _Flow:
         self.pending: list[Callable[[], None]] = []
         self.scales: dict[Read, Tensor] = {}
         self.patterns: list[Tensor] = []
+        self.at_norm: dict[Read, Tensor | None] = {}
+        """Normalized queries and keys, which wait for the host's norm."""
         self.firsts: dict[Any, int] = {}
         for i, node in enumerate(self.universe.readers):
             self.firsts.setdefault((node.kind, node.layer, node.name), i)
@@ -268,9 +252,9 @@ class _Flow:
             "ln1_post.scale": lambda layer: lambda t: self.see_scale(layer, "ln1_post", t),
             "ln2_post.scale": lambda layer: lambda t: self.see_scale(layer, "ln2_post", t),
         }
-        if self.rebuilt and self.held is None:
-            make["q"] = lambda layer: lambda tensor: self.queries(layer, tensor)
-            make["k"] = lambda layer: lambda tensor: self.keys(layer, tensor)
+        if self.attends:
+            for side in ("q", "k", "v"):
+                make[side] = lambda layer, side=side: partial(self.attend, layer, side)
         found: list[Edit] = []
         for (layer, key), point in self.model.points.items():
             if (layer, key) == (0, "resid_pre") and self.embeddings is None:
@@ -289,7 +273,7 @@ class _Flow:
             if w.mlp is not None:
                 norm = adapter.norm(block, "ln2") if w.ln2 is not None else None
                 read = lambda layer=layer, norm=norm: self.one(("mlp", layer, ""), norm)  # noqa: E731
-                yield block.mlp, read
+                yield adapter.mlp_entry(block), read
         end = host.ln_final if weights.ln_final is not None else host.unembed
         yield end, lambda: self.one(("logits", None, ""), None)
 
@@ -302,7 +286,7 @@ class _Flow:
         self.scales[layer, norm] = self.cells(tensor).to(self.model.dtype)
 
     def see_post(self, layer: int, tensor: Tensor) -> None:
-        post = self.cells(tensor).to(self.model.dtype)
+        post = self.cells(tensor.view(-1, self.n_pos, tensor.shape[-1])).to(self.model.dtype)
         self.pending.append(lambda: self.write_mlp(layer, post))
 
     def write_mlp(self, layer: int, post: Tensor) -> None:
@@ -390,48 +374,68 @@ class _Flow:
         """What a single reader is handed."""
         return self.handed(self.normed(norm, self.read(key, 1))[:, 0])
 
-    def queries(self, layer: int, tensor: Tensor) -> Tensor:
-        W_Q, b_Q, *_ = self.model.query_keys[layer]
-        q = _projected(self.heads(layer, "q"), W_Q, b_Q)
-        return self.handed(q).reshape(tensor.shape)
+    def attend(self, layer: int, side: str, tensor: Tensor) -> Tensor | None:
+        """Give the host's attention its queries, keys or values: a hook at "q", "k" or "v"."""
+        own, adapter = self.projected(layer, side), self.model.adapter
+        if side == "q":
+            own = self.handed(own)
+        else:
+            # [circuit, prompt, pos, head, e] → a copy per member of each group of query heads.
+            own = own.unflatten(3, (-1, self.copies)).movedim(4, 0).flatten(0, 2).to(adapter.dtype)
+        if (layer, side) not in self.model.whole_norms:
+            return own.reshape(tensor.shape)
+        self.at_norm[layer, side] = own
+        return None
 
-    def keys(self, layer: int, tensor: Tensor) -> Tensor:
-        kv_of, (_, _, W_K, b_K) = self.kv_of(layer), self.model.query_keys[layer]
-        b_K = None if b_K is None else b_K[kv_of]
-        k = _projected(self.heads(layer, "k"), W_K[kv_of], b_K)
-        # [circuit, prompt, pos, head, e] → a copy per member of each group of query heads.
-        k = k.unflatten(3, (-1, self.copies)).movedim(4, 0).flatten(0, 2)
-        return k.to(self.model.adapter.dtype).reshape(tensor.shape)
+    def projected(self, layer: int, side: str) -> Tensor:
+        """Queries, keys or values of every query head [circuit, prompt, pos, head, e]."""
+        W_Q, b_Q, W_K, b_K = self.model.query_keys[layer]
+        attn = self.model.adapter.weights.blocks[layer].attn
+        W, b = {"q": (W_Q, b_Q), "k": (W_K, b_K), "v": (attn.W_V, attn.b_V)}[side]
+        of = [*range(len(W))] if side == "q" else self.kv_of(layer)
+        x, norm = self.heads(layer, side), self.model.whole_norms.get((layer, side))
+        if norm is None:
+            return _projected(x, W[of], None if b is None else b[of])
+        found = []
+        for head, own in enumerate(of):  # the input of this head, through all heads' weights
+            y = _projected(x[:, head, None].expand(-1, len(W), -1, -1, -1), W, b)
+            y = self.normed(norm, y.flatten(-2)[:, None])[:, 0].unflatten(-1, W.shape[::2])
+            found.append(y[..., own, :])
+        return torch.stack(found, 3)
 
     def kv_of(self, layer: int) -> list[int]:
         w = self.model.adapter.weights.blocks[layer].attn
         heads, kv_heads = w.W_O.shape[0], w.W_V.shape[0]
         return [h * kv_heads // heads for h in range(heads)]
 
-    def see_pattern(self, tensor: Tensor) -> None:
-        if self.held is not None:
-            held = self.held[len(self.patterns)]
-            self.patterns.append(held.expand(self.circuits, *held.shape))
-            return
+    def own(self, tensor: Tensor, heads: int) -> Tensor:
+        """What each query head made of its own key and value; heads are axis ``heads``."""
         each = tensor.unflatten(0, (self.copies, self.circuits, self.prompts))
+        if self.copies == 1:
+            return each[0]
         # Query head h read its own key in copy h mod g only.
-        head = torch.arange(each.shape[3], device=tensor.device)
-        each = each[head % self.copies, :, :, head].movedim(0, 2) if self.copies > 1 else each[0]
-        self.patterns.append(each)
+        each = each.movedim(heads + 3, 1)
+        head = torch.arange(each.shape[1], device=tensor.device)
+        return each[head % self.copies, head].movedim(0, heads + 2)
+
+    def see_pattern(self, tensor: Tensor) -> None:
+        if self.held is None:
+            self.patterns.append(self.own(tensor, 0))
+            return
+        held = self.held[len(self.patterns)]
+        self.patterns.append(held.expand(self.circuits, *held.shape))
 
     def mix(self, layer: int, tensor: Tensor) -> Tensor | None:
-        w = self.model.adapter.weights.blocks[layer].attn
-        shape = (self.circuits, self.prompts, -1, *w.W_O.shape[:2])
-        if not self.rebuilt:
-            z = self.cells(tensor).reshape(shape).to(self.model.dtype)
-            self.pending.append(lambda: self.write_heads(layer, z))
-            return None
-        kv_of = self.kv_of(layer)
-        # z_h = A_h v_h, per query head, as each head has a value input of its own.
-        b_V = None if w.b_V is None else w.b_V[kv_of]
-        v = _projected(self.heads(layer, "v"), w.W_V[kv_of], b_V)
-        z = torch.einsum("cbhqk,cbkhe->cbqhe", self.patterns[layer].to(v), v)
+        heads, width = self.model.adapter.weights.blocks[layer].attn.W_O.shape[:2]
+        if self.held is None:
+            z = self.own(tensor.reshape(*tensor.shape[:2], heads, width), 1)
+        else:
+            A = self.held[layer].to(self.model.dtype)
+            z = torch.einsum("bhqk,cbkhe->cbqhe", A, self.projected(layer, "v"))
+        z = z.to(self.model.dtype)
         self.pending.append(lambda: self.write_heads(layer, z))
+        if self.held is None and self.copies == 1:
+            return None
         return self.handed(z).reshape(tensor.shape)
 
 

@@ -6,7 +6,8 @@ Key concepts:
     UnsupportedArchitectureError: Names the part of a model that cannot be frozen exactly.
 """
 
-from .adapter import Adapter, QueryKeyWeights
+from .adapter import Adapter
+from .attention_parts import QueryKeyWeights, query_key_weights, whole_norms
 from .attention_reading import NotRecomputableError, RecomputedReading, StoredReading
 from .entry import adapt, as_host, load_model, unwrap, wrap
 from .experts import ExpertsRead
@@ -33,6 +34,8 @@ __all__ = [
     "not_finite",
     "own_ids",
     "prompts_of",
+    "query_key_weights",
     "unwrap",
+    "whole_norms",
     "wrap",
 ]

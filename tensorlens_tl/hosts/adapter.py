@@ -35,8 +35,8 @@ from ..sublayers import (
     ScoreWeights,
     UnembedWeights,
 )
-from .attention_parts import AttentionReader
-from .attention_reading import NotRecomputableError, RecomputedReading, score_weights
+from .attention_parts import AttentionReader, QueryKeyWeights, score_weights
+from .attention_reading import NotRecomputableError, RecomputedReading
 from .experts import ExpertsRead
 from .hook_points import (
     LAYER_HOOKS,
@@ -54,9 +54,6 @@ _NORMS_AFTER = (
     "FlexOlmoForCausalLM",
 )
 """Architectures whose norms follow the sublayers; transformer_lens 3 names them as if before."""
-
-QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-"""W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
 
 
 class Adapter(HookReader, ABC):
@@ -192,6 +189,13 @@ class Adapter(HookReader, ABC):
         """A norm of a block of the host: "ln1", "ln1_post", "ln2" or "ln2_post"."""
         return getattr(block, self.norm_names(block).get(which, ""), None)
 
+    def mlp_entry(self, block: Any) -> nn.Module:
+        """The module that is given what a block's MLP reads."""
+        # OPT's blocks have no module of their MLP: the Bridge puts the block itself there.
+        part = getattr(block.mlp, "original_component", None)
+        apart = part is None or part is not getattr(block, "original_component", None)
+        return block.mlp if apart else getattr(block.mlp, "in")
+
     def _norm_weights_of(self, block: Any, which: str) -> NormWeights | None:
         return self.norm_weights(self.norm(block, which))
 
@@ -201,17 +205,6 @@ class Adapter(HookReader, ABC):
             return None
         norm = getattr(self.model, "embed_ln", None) or getattr(self.model.embed, "ln", None)
         return EmbedWeights(W_E, self.norm_weights(norm))
-
-    def query_key_weights(self) -> tuple[QueryKeyWeights, ...]:
-        """W_Q, b_Q, W_K and b_K of every block, by reference; norms and rotations come after."""
-        for layer, reader in enumerate(self.attention):
-            if not reader.plain:
-                raise UnsupportedArchitectureError(
-                    f"{self.name} cannot be run edge by edge, as L{layer} has {reader.kind}, whose "
-                    "queries and keys are no products of the residual alone. Use "
-                    'lens.attribute(by="edge").'
-                )
-        return tuple(self.query_key_weights_of(block.attn) for block in self.model.blocks)
 
     def score_weights(
         self, n_pos: int, kwargs: Mapping[str, Any] | None = None

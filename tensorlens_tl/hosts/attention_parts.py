@@ -9,14 +9,23 @@ class here, which tells what else to read and how the sublayer is frozen from it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from ..maps import Frame
-from ..sublayers import Attention, AttentionWeights, LatentWeights
-from .attention_reading import RecomputedReading, StoredReading, Take
+from ..maps import Frame, NormWeights
+from ..sublayers import Attention, AttentionWeights, HeadNorm, LatentWeights, ScoreWeights
+from .attention_reading import (
+    NotRecomputableError,
+    RecomputedReading,
+    StoredReading,
+    Take,
+    norm_last,
+)
+from .hook_points import Read
 from .supported import UnsupportedArchitectureError, refusal
 
 if TYPE_CHECKING:
@@ -24,6 +33,10 @@ if TYPE_CHECKING:
 
 Point = str | nn.Module
 """Where something is read: a hook point by its name within the block, or a module."""
+
+
+QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
 
 
 class AttentionReader:
@@ -50,6 +63,17 @@ class AttentionReader:
     def plain(self) -> bool:
         """Whether the sublayer is W_V, a pattern and W_O alone."""
         return type(self) is AttentionReader
+
+    def head_norm(self, which: str) -> NormWeights | None:
+        """The norm of queries ("q_norm") or of keys ("k_norm"), or None."""
+        norm = getattr(self.block.attn, which, None)
+        each = getattr(getattr(norm, "original_component", None), "norms", None)
+        if each is None:
+            return self.adapter.norm_weights(norm)
+        # StableLM's attention has a LayerNorm for each head.
+        w = None if each[0].weight is None else torch.stack([one.weight for one in each])
+        b = None if each[0].bias is None else torch.stack([one.bias for one in each])
+        return NormWeights(w, b, center=True, eps=each[0].eps)
 
     def freeze(
         self, layer: int, frame: Frame, reading: StoredReading | RecomputedReading, take: Take
@@ -111,3 +135,100 @@ class LatentReader(AttentionReader):
         mix = reading.mix(layer, frame, take, w)
         v, z = take(layer, "v_by_head").transpose(1, 2).flatten(2), take(layer, "z").flatten(2)
         return Attention(frame, layer, mix, w, latent_scale=take(layer, "latent.scale")), v, z
+
+
+# --- What attention scores are made of -----------------------------------------------------------
+
+
+def query_key_weights(adapter: Adapter) -> tuple[QueryKeyWeights, ...]:
+    """W_Q, b_Q, W_K and b_K of every block, by reference; norms and rotations come after.
+
+    Args:
+        adapter: Adapter of the model.
+
+    Returns:
+        One entry per block.
+
+    Raises:
+        UnsupportedArchitectureError: If a block's queries and keys are no such products.
+    """
+    for layer, reader in enumerate(adapter.attention):
+        if not reader.plain:
+            raise UnsupportedArchitectureError(
+                f"{adapter.name} cannot be run edge by edge, as L{layer} has {reader.kind}, whose "
+                "queries and keys are no products of the residual alone. Use "
+                'lens.attribute(by="edge").'
+            )
+    return tuple(adapter.query_key_weights_of(block.attn) for block in adapter.model.blocks)
+
+
+def whole_norms(adapter: Adapter) -> dict[Read, nn.Module]:
+    """Norms of the queries ("q") or keys ("k") of all heads together, by layer.
+
+    Args:
+        adapter: Adapter of the model.
+
+    Returns:
+        The host's modules. A norm of each head apart is not among them.
+    """
+    found: dict[Read, nn.Module] = {}
+    rows = zip(adapter.attention, query_key_weights(adapter), strict=True)
+    for layer, (reader, (W_Q, _, W_K, _)) in enumerate(rows):
+        for side, W in (("q", W_Q), ("k", W_K)):
+            norm = _of_heads(reader.head_norm(f"{side}_norm"), W)
+            if norm is not None and norm.whole:
+                found[layer, side] = getattr(reader.block.attn, f"{side}_norm")
+    return found
+
+
+def score_weights(adapter: Adapter, n_pos: int, position_ids: Any) -> Iterator[ScoreWeights]:
+    """What the attention scores of every block are made of, by reference.
+
+    Args:
+        adapter: Adapter of the model.
+        n_pos: Number of positions for which rotations are needed.
+        position_ids: Positions of the run, or None for consecutive ones.
+
+    Yields:
+        One entry per block.
+
+    Raises:
+        NotRecomputableError: If it is not known how the model computes its scores.
+    """
+    how, weights = adapter.recomputed_reading(), query_key_weights(adapter)
+    with torch.no_grad():
+        rotations = adapter.rotations(n_pos)
+    if rotations is None:
+        raise NotRecomputableError(what="rotations", why="the model's tables of them are not found")
+    given = torch.as_tensor([0] if position_ids is None else position_ids)
+    if any(rotations) and bool((given.diff() != 1).any()):
+        raise NotRecomputableError(what="position_ids", why="they are not consecutive")
+    rows = zip(adapter.attention, weights, how.scores, rotations, strict=True)
+    for layer, (reader, own, s, rotation) in enumerate(rows):
+        yield ScoreWeights(
+            *own,
+            scale=s.scale,
+            soft_cap=s.soft_cap,
+            q_norm=_of_heads(reader.head_norm("q_norm"), own[0]),
+            k_norm=_of_heads(reader.head_norm("k_norm"), own[2]),
+            rotation=rotation,
+            slopes=s.slopes,
+            sinks=how.sinks[layer] if how.sinks else None,
+            norm_last=norm_last(adapter),
+        )
+
+
+def _of_heads(norm: NormWeights | None, W: Tensor) -> HeadNorm | None:
+    """A norm of queries or keys, with its gains head by head; their shape tells what it divides."""
+    if norm is None:
+        return None
+    (heads, _, width), w = W.shape, norm.w
+    if w is None or w.shape == (width,):
+        return HeadNorm(norm)
+    whole = w.shape == (heads * width,)
+    if norm.b is not None or not (whole or w.shape == (heads, width)) or (whole and norm.center):
+        raise NotRecomputableError(
+            what=f"the norm of queries and keys with weights {list(w.shape)}",
+            why="it is neither one of each head nor an RMSNorm of all heads together",
+        )
+    return HeadNorm(replace(norm, w=w.reshape(heads, 1, width)), whole)

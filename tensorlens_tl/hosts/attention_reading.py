@@ -17,7 +17,7 @@ dropped as soon as the layer is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maps import HALF, Frame, Mix, version
-from ..sublayers import AttentionWeights, RecomputedMix, Scores, ScoreWeights
+from ..sublayers import AttentionWeights, RecomputedMix, Scores
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -196,17 +196,21 @@ def refuse_edits(name: str, point: nn.Module) -> list[Any]:
 
 def _rotated_by_host(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
     """Queries and keys are shown normalized and rotated; the rest is in the wrapped module."""
-    if getattr(parts[0], "sinks", None) is not None:
-        raise NotRecomputableError(
-            what="attention sinks", why="they change the scores after the last hook"
-        )
 
     def scores(attn: Any, layer: int) -> Scores:
         cap = getattr(attn, "attn_logit_softcapping", None)
         return Scores(float(attn.scaling), True, cap, _window(attn, layer))
 
-    reads = ("rot_q", "rot_k")
-    return RecomputedReading(reads, tuple(map(scores, parts, range(len(parts)))), reads)
+    has_sinks = getattr(parts[0], "sinks", None) is not None
+    sinks = tuple(part.sinks.detach().clone() for part in parts) if has_sinks else ()
+    reads = ("q_normed", "k_normed") if norm_last(adapter) else ("rot_q", "rot_k")
+    each = tuple(map(scores, parts, range(len(parts))))
+    return RecomputedReading(reads, each, reads, sinks=sinks)
+
+
+def norm_last(adapter: Adapter) -> bool:
+    """Whether queries and keys are normalized after their rotation, as in HunYuan."""
+    return bool(getattr(adapter.cfg, "qk_norm_after_rope", False))
 
 
 def _joint_rotary(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
@@ -249,16 +253,37 @@ def _bloom(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
     return _alibi(adapter, parts)
 
 
-def _native(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
-    """The module of ``boot_native``, which the Bridge wraps like a Hugging Face one."""
-    if type(parts[0]).__name__ != "NativeAttention":
-        raise NotRecomputableError.unknown("AttentionBridge")
-    cap = adapter.soft_cap("attn_scores_soft_cap")
-    scores = tuple(Scores(1 / part.scale, part.causal, cap) for part in parts)
-    if getattr(adapter.cfg, "positional_embedding_type", None) != "rotary":
+def _wrapped(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+    """Modules that run as they are, and whose queries and keys are shown before their rotation."""
+    if (kind := type(parts[0]).__name__) not in _WRAPPED:
+        raise NotRecomputableError.unknown(kind)
+    scores = tuple(_WRAPPED[kind](adapter, part) for part in parts)
+    if rotary_tables(parts[0]) is None:
         return RecomputedReading(("q", "k"), scores)
-    tables = _NativeTables(parts)
-    return RecomputedReading(("q", "k"), scores, rotate=tables, listen=tables.listen)
+    rotate = _ByTables(adapter, parts)
+    return RecomputedReading(("q", "k"), scores, rotate=rotate, listen=rotate.listen)
+
+
+def _native(adapter: Adapter, part: Any) -> Scores:
+    return Scores(1 / part.scale, part.causal, adapter.soft_cap("attn_scores_soft_cap"))
+
+
+def _neo(adapter: Adapter, part: Any) -> Scores:
+    return Scores(1.0, window=part.config.window_size if part.attention_type == "local" else None)
+
+
+_WRAPPED: dict[str, Callable[[Adapter, Any], Scores]] = {
+    "NativeAttention": _native,
+    "GPTJAttention": lambda adapter, part: Scores(1 / float(part.scale_attn)),
+    "CodeGenAttention": lambda adapter, part: Scores(1 / float(part.scale_attn)),
+    "GPTNeoSelfAttention": _neo,
+    "OPTAttention": lambda adapter, part: Scores(part.scaling),
+}
+"""How scores are made of queries and keys, by the class of the wrapped module."""
+
+
+def _unknown(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+    raise NotRecomputableError.unknown(type(adapter.model.blocks[0].attn).__name__)
 
 
 BRIDGE_READINGS: dict[str, Callable[[Adapter, list[Any]], RecomputedReading]] = {
@@ -267,9 +292,35 @@ BRIDGE_READINGS: dict[str, Callable[[Adapter, list[Any]], RecomputedReading]] = 
     "JointQKVAttentionBridge": _joint,
     "BloomAttentionBridge": _bloom,
     "MPTALiBiAttentionBridge": _alibi,
-    "AttentionBridge": _native,
+    "ALiBiJointQKVAttentionBridge": _unknown,
+    "CodeGenAttentionBridge": _wrapped,
+    "AttentionBridge": _wrapped,
 }
-"""How scores are computed, by the class of the attention component."""
+"""How scores are computed, by the class of the attention component, or by one it derives from."""
+
+
+def bridge_reading(adapter: Adapter) -> RecomputedReading:
+    """The reading of a Bridge's attention, by the class of its components.
+
+    Args:
+        adapter: Adapter of the Bridge.
+
+    Returns:
+        The reading of every block's queries and keys.
+
+    Raises:
+        NotRecomputableError: If a class is not known.
+    """
+    attentions = [block.attn for block in adapter.model.blocks]
+    makers = []
+    for attn in attentions:
+        names = (kind.__name__ for kind in type(attn).__mro__)
+        makers.append(next(filter(None, map(BRIDGE_READINGS.get, names)), _unknown))
+    if len(set(makers)) > 1:
+        raise NotRecomputableError(
+            what="a model whose layers attend in several ways", why="one way is read of all layers"
+        )
+    return makers[0](adapter, [attn.original_component for attn in attentions])
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
@@ -295,10 +346,35 @@ def _rotate_halves(layer: int, read: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return rotated(x, torch.cat((-b, a), -1), cos, sin)
 
 
-class _NativeTables:
-    """The native host's rotation: its own tables, at the positions it gave its attention."""
+def rotary_tables(part: Any) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines [pos, rotary] that an attention module holds itself, in adjacent pairs.
 
-    def __init__(self, parts: list[Any]):
+    Args:
+        part: The wrapped attention module.
+
+    Returns:
+        The two tables, or None where the module has none of its own.
+    """
+    if (rotary := getattr(part, "rotary", None)) is not None:
+        return rotary.cos_cached, rotary.sin_cached
+    if isinstance(table := getattr(part, "embed_positions", None), Tensor):
+        sin, cos = (half.repeat_interleave(2, -1) for half in table.chunk(2, -1))
+        return cos, sin
+    return None
+
+
+def rotates(attn: Any) -> bool:
+    """Whether a layer rotates queries and keys; some of SmolLM3, Cohere-2 and EXAONE-4 do not."""
+    if (without := getattr(attn, "_is_nope_layer", None)) is not None:
+        return not without()
+    return bool(getattr(attn.original_component, "use_rope", True))
+
+
+class _ByTables:
+    """Rotations by a module's own tables, at the positions that the host gave its attention."""
+
+    def __init__(self, adapter: Adapter, parts: list[Any]):
+        self.attentions = [block.attn for block in adapter.model.blocks]
         self.parts, self.positions = parts, [None] * len(parts)
 
     def listen(self) -> list[Any]:
@@ -306,14 +382,14 @@ class _NativeTables:
             self.positions[layer] = kwargs.get("position_ids")
 
         return [
-            part.register_forward_pre_hook(partial(see, layer), with_kwargs=True)
-            for layer, part in enumerate(self.parts)
+            attn.register_forward_pre_hook(partial(see, layer), with_kwargs=True)
+            for layer, attn in enumerate(self.attentions)
         ]
 
     def __call__(self, layer: int, read: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        at, rotary = self.positions[layer], self.parts[layer].rotary
+        at, tables = self.positions[layer], rotary_tables(self.parts[layer]) or ()
         at = torch.arange(x.shape[1], device=x.device)[None] if at is None else at
-        cos, sin = rotary.cos_cached[at].to(x), rotary.sin_cached[at].to(x)
+        cos, sin = (table.to(at.device)[at].to(x) for table in tables)
         a, b = x[..., : cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
         return rotated(x, torch.stack((-b, a), -1).flatten(-2), cos, sin)
 
@@ -321,49 +397,3 @@ class _NativeTables:
 def drop_pattern(module: Any, args: Any, output: Any) -> None:
     """Forget, as a hook on a Bridge's attention, the pattern that the Bridge keeps there."""
     module._pattern = None
-
-
-def score_weights(adapter: Adapter, n_pos: int, position_ids: Any) -> Iterator[ScoreWeights]:
-    """What the attention scores of every block are made of, by reference.
-
-    Args:
-        adapter: Adapter of the model.
-        n_pos: Number of positions for which rotations are needed.
-        position_ids: Positions of the run, or None for consecutive ones.
-
-    Yields:
-        One entry per block.
-
-    Raises:
-        NotRecomputableError: If it is not known how the model computes its scores.
-    """
-    how, weights = adapter.recomputed_reading(), adapter.query_key_weights()
-    if how.sinks:
-        raise NotRecomputableError(
-            what="sinks", why="the pattern is no softmax of the scores alone"
-        )
-    with torch.no_grad():
-        rotations = adapter.rotations(n_pos)
-    if rotations is None:
-        raise NotRecomputableError(what="rotations", why="the model's tables of them are not found")
-    given = torch.as_tensor([0] if position_ids is None else position_ids)
-    if any(rotations) and bool((given.diff() != 1).any()):
-        raise NotRecomputableError(what="position_ids", why="they are not consecutive")
-    blocks, d_head = adapter.model.blocks, adapter.cfg.d_head
-    for block, own, s, rotation in zip(blocks, weights, how.scores, rotations, strict=True):
-        norms = [getattr(block.attn, name, None) for name in ("q_norm", "k_norm")]
-        q_norm, k_norm = map(adapter.norm_weights, norms)
-        gains = [n.w for n in (q_norm, k_norm) if n is not None and n.w is not None]
-        if any(w.shape != (d_head,) for w in gains):  # OLMo-2, Cohere
-            raise NotRecomputableError(
-                what="the norm of queries and keys", why="heads differ in it"
-            )
-        yield ScoreWeights(
-            *own,
-            scale=s.scale,
-            soft_cap=s.soft_cap,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            rotation=rotation,
-            slopes=s.slopes,
-        )

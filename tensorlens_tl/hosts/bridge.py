@@ -1,11 +1,12 @@
 """TransformerBridge of transformer_lens 3.x and 4.x: weight layout, attention scores, refusals.
 
 A Bridge wraps each module of a Hugging Face model in a component. How scores are made is told by
-the component's class: see ``BRIDGE_READINGS``, one entry per component and none per architecture.
+the component's class: see ``bridge_reading``, one entry per component and none per architecture.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,10 +31,12 @@ from ..sublayers import (
 from .adapter import Adapter, QueryKeyWeights, norm_eps
 from .attention_parts import AttentionReader, LatentReader
 from .attention_reading import (
-    BRIDGE_READINGS,
     NotRecomputableError,
     RecomputedReading,
+    bridge_reading,
     drop_pattern,
+    rotary_tables,
+    rotates,
 )
 from .experts import (
     eager_experts,
@@ -257,10 +260,7 @@ class BridgeAdapter(Adapter):
 
     def recomputed_reading(self) -> RecomputedReading:
         attentions = [block.attn for block in self.model.blocks]
-        kind = type(attentions[0]).__name__
-        if kind not in BRIDGE_READINGS:
-            raise NotRecomputableError.unknown(kind)
-        found = BRIDGE_READINGS[kind](self, [attn.original_component for attn in attentions])
+        found = bridge_reading(self)
         keepers = [attn for attn in attentions if hasattr(attn, "_pattern")]
 
         def listen() -> list[Any]:
@@ -280,33 +280,49 @@ class BridgeAdapter(Adapter):
         return W_Q, b_Q, W_K, b_K
 
     def rotations(self, n_pos: int) -> Sequence[Rotation | None] | None:
-        blocks, cfg = self.model.blocks, self.cfg
+        attentions, cfg = [block.attn for block in self.model.blocks], self.cfg
+        parts = [attn.original_component for attn in attentions]
+        if (tables := rotary_tables(parts[0])) is not None:
+            cos, sin = (table[:n_pos] for table in tables)
+            return [Rotation(cos, sin, True)] * len(parts)
         if getattr(cfg, "positional_embedding_type", None) != "rotary":
-            return [None] * len(blocks)
-        part = blocks[0].attn.original_component
-        if type(part).__name__ == "NativeAttention":
-            tables = (part.rotary.cos_cached[:n_pos], part.rotary.sin_cached[:n_pos])
-            return [Rotation(*tables, True)] * len(blocks)
-        config = getattr(self.model.original_model, "config", None)
+            return [None] * len(parts)
+        config = getattr(parts[0], "config", None)
         rope = getattr(config, "rope_parameters", None) or {}
         beta, first = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
         if beta and first and n_pos > first:
             why = f"queries from position {first} on are scaled after their rotation"
             raise NotRecomputableError(f"llama_4_scaling_beta={beta}", why)
-        flags = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
-        adjacent = any(getattr(cfg, flag, False) for flag in flags)
+        kinds = getattr(config, "layer_types", None) or [None] * len(parts)
+        found: dict[str | None, Rotation | None] = {}
+        for kind in dict.fromkeys(kinds):
+            found[kind] = self._rotation(n_pos, kind)
+        if None in found.values():
+            return None
+        turned = [rotates(attn) for attn in attentions]
+        return [found[kind] if turns else None for kind, turns in zip(kinds, turned, strict=True)]
+
+    def _rotation(self, n_pos: int, kind: str | None) -> Rotation | None:
+        """What the model's rotary module gives for a kind of layers; None if it is not found."""
         for name, module in self.model.original_model.named_modules():
             if name.rpartition(".")[2] == "rotary_emb":
                 rotary = getattr(module, "original_component", module)  # no hook is to fire
                 x = self.weights.unembed.W_U[:1]
+                of = (
+                    {"layer_type": kind}
+                    if "layer_type" in inspect.signature(rotary.forward).parameters
+                    else {}
+                )
                 try:
-                    cos, sin = rotary(x, torch.arange(n_pos, device=x.device)[None])
+                    cos, sin = rotary(x, torch.arange(n_pos, device=x.device)[None], **of)
                 except TypeError:  # one that asks for more than positions
                     return None
+                flags = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
+                adjacent = any(getattr(self.cfg, flag, False) for flag in flags)
                 if self.architecture in _HALVES_INTERLEAVED:
                     half, adjacent = cos.shape[-1] // 2, True
                     cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
-                return [Rotation(cos[0], sin[0], adjacent)] * len(blocks)
+                return Rotation(cos[0], sin[0], adjacent)
         return None
 
 

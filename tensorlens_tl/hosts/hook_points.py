@@ -30,6 +30,8 @@ LAYER_HOOKS = {
     "z": "attn.hook_z",
     "rot_q": "attn.hook_rot_q",
     "rot_k": "attn.hook_rot_k",
+    "q_normed": "attn.hook_q_normed",
+    "k_normed": "attn.hook_k_normed",
     "cos": "attn.hook_cos",
     "sin": "attn.hook_sin",
     "pre": "mlp.hook_pre",

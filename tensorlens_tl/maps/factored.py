@@ -25,18 +25,24 @@ class Factored:
             It runs at every use, because cast copies for all layers would be as large as the model.
         finish: Function that changes the wide vectors of a span of positions in place, or None.
             :meth:`total` needs one that does the same at every position.
+        along: How much of ``common`` is added to each vector before ``finish``, or None.
+        common: Vectors that all nodes share, such as those of a norm over all heads.
     """
 
     narrow: Float[Tensor, "node batch pos d_narrow"]
     matrix: Callable[[], Float[Tensor, "group d_narrow d_model"]] | None = None
     finish: Callable[[Tensor, slice], object] | None = None
+    along: Float[Tensor, "node batch pos"] | None = None
+    common: Float[Tensor, "batch pos d_model"] | None = None
 
     def then(
         self, scale: Float[Tensor, "batch pos 1"], finish: Callable[[Tensor], None]
     ) -> Factored:
         """The vectors after a norm, whose scale divides the narrow ones; ``finish`` is the rest."""
         # A scale is one number per position, so it may divide d_head numbers in place of d_model.
-        found = replace(self, narrow=self.narrow / scale, finish=lambda wide, span: finish(wide))
+        along = None if self.along is None else self.along / scale[..., 0]
+        narrow, last = self.narrow / scale, lambda wide, span: finish(wide)
+        found = replace(self, narrow=narrow, along=along, finish=last)
         return found if self.matrix is not None else Factored(found.wide())
 
     def wide(
@@ -62,12 +68,16 @@ class Factored:
             # product.
             found = torch.bmm(narrow.reshape(groups, -1, W.shape[1]), W, out=into)
             found = found.view(*narrow.shape[:-1], width)
+        if self.along is not None and self.common is not None:
+            found += self.along[:, :, span, None] * self.common[:, span]
         if self.finish is not None:
             self.finish(found, span)
         return found
 
     def total(self) -> Float[Tensor, "node batch d_model"]:
         """The sum over positions. It adds up narrow vectors and widens only the result."""
+        if self.along is not None:  # what is common differs from position to position
+            return self.wide().sum(2)
         return replace(self, narrow=self.narrow.sum(2, keepdim=True)).wide()[:, :, 0]
 
     def summed(self) -> Float[Tensor, "batch pos d_model"]:
@@ -78,12 +88,16 @@ class Factored:
         groups, narrow, _ = W.shape
         # Σ_h z_h W_g(h) = Σ_g (Σ_{h in g} z_h) W_g, and side by side that is one product.
         together = self.narrow.unflatten(0, (groups, -1)).sum(1).permute(1, 2, 0, 3)
-        return together.flatten(2) @ W.reshape(groups * narrow, -1)
+        found = together.flatten(2) @ W.reshape(groups * narrow, -1)
+        if self.along is None or self.common is None:
+            return found
+        return found + self.along.sum(0)[..., None] * self.common
 
     def __sub__(self, other: Factored) -> Factored:
         """The difference to the vectors of the same nodes in another run of the model."""
-        if (self.matrix is None) != (other.matrix is None):
-            # One of the runs has a matrix and the other has none: only wide vectors can be
-            # compared.
+        common = self.along is not None or other.along is not None
+        if (self.matrix is None) != (other.matrix is None) or common:
+            # One of the runs has a matrix and the other has none, or what is common differs: only
+            # wide vectors can be compared.
             return Factored(self.wide() - other.wide())
         return replace(self, narrow=self.narrow - other.narrow)

@@ -301,6 +301,14 @@ class NormWeights:
         """The factor w + offset, or None for 1."""
         return self.w if self.w is None or not self.offset else self.w + self.offset
 
+    def at_scale(
+        self, x: Float[Tensor, "*shape d"], scale: Float[Tensor, "*shape 1"], b: bool = True
+    ) -> Float[Tensor, "*shape d"]:
+        """Apply the norm to a part x of its input, at the scale of the whole; b if asked."""
+        x = (x - x.mean(-1, keepdim=True) if self.center else x) / scale
+        x = x if self.gain is None else x * self.gain.detach().to(x)
+        return x + self.b.detach().to(x) if b and self.b is not None else x
+
 
 @dataclass(frozen=True, eq=False)
 class Norm(LinearMap):

@@ -27,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import Node
-from ..maps import HALF, TINY, Factored, Frame, Norm, NormWeights
-from ..sublayers import Attention, Rotation, ScoreWeights, add_alibi_bias_
+from ..maps import HALF, TINY, Factored, Frame, Norm
+from ..sublayers import Attention, HeadNorm, Rotation, ScoreWeights, add_alibi_bias_
 from .capture import CaptureMismatchError
 
 CELLS = 2**24
@@ -83,8 +83,7 @@ class QueryKey:
         w, frame, heads = self.weights, self.attn.frame, len(self.attn.nodes())
         kv_heads, n_pos = w.W_K.shape[0], frame.n_pos
         x = state if self.norm is None else self.norm.apply(state) + self.norm.bias
-        q = Projection.of(frame, x, w, w.W_Q, w.b_Q, w.q_norm)
-        k = Projection.of(frame, x, w, w.W_K, w.b_K, w.k_norm)
+        q, k = Projection.both(frame, x, w)
         values = self.attn.values.apply(x) + self.attn.values.bias
         if self.attn.v_edit is not None:
             values = values + self.attn.v_edit.constant
@@ -102,8 +101,8 @@ class QueryKey:
             queries = q.rotated[:, own]
             S = queries @ keys.mT * w.scale
             S = S if w.soft_cap is None else w.soft_cap * torch.tanh(S / w.soft_cap)
-            biased = with_alibi_bias(S, w.slopes, own)
-            check_pattern(self.attn, A, biased.masked_fill(A <= 0, -torch.inf), self.model_dtype)
+            seen = with_alibi_bias(S, w.slopes, own).masked_fill(A <= 0, -torch.inf)
+            check_pattern(self.attn, A, with_sinks(seen, w.sinks, own), self.model_dtype)
             # Adjoints of z = A v, of the softmax and of the soft cap: the formulas of the module.
             dA = z[:, own] @ v[:, kv].repeat_interleave(each, 1).mT
             dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
@@ -129,6 +128,22 @@ def with_alibi_bias(S: Tensor, slopes: tuple[float, ...] | None, heads: slice) -
     return add_alibi_bias_(S.clone(), S.new_tensor(slopes[heads])[:, None, None], 0, False)
 
 
+def with_sinks(S: Tensor, sinks: Tensor | None, heads: slice) -> Tensor:
+    """Scores [batch, head, query_pos, key_pos], and in a last column the sinks of the heads.
+
+    Args:
+        S: The scores of these heads.
+        sinks: The sink of every head of the layer, or None in a model without sinks.
+        heads: The heads of ``S`` among all heads of the layer.
+
+    Returns:
+        The scores, with one column more where there are sinks.
+    """
+    if sinks is None:
+        return S
+    return torch.cat((S, sinks[heads].to(S)[:, None, None].expand(*S.shape[:-1], 1)), -1)
+
+
 def check_pattern(
     attn: Attention,
     A: Tensor,
@@ -142,7 +157,7 @@ def check_pattern(
     Args:
         attn: The sublayer, for its name and its real tokens.
         A: The pattern of the run [batch, head, query_pos, key_pos].
-        S: The recomputed scores, −∞ where nothing is attended to.
+        S: The recomputed scores, −∞ where nothing is attended to; a column of sinks may follow.
         model_dtype: The model's dtype.
         remedy: Last sentence of the message: what to do instead.
         prompts: The prompts of the batch that ``A`` and ``S`` belong to.
@@ -150,7 +165,7 @@ def check_pattern(
     Raises:
         CaptureMismatchError: If the two differ by more than rounding.
     """
-    softmax = S.softmax(-1).nan_to_num(0.0)
+    softmax = S.softmax(-1).nan_to_num(0.0)[..., : A.shape[-1]]
     real = attn.frame.real[prompts, None, :, None]
     size = (A * real).square().sum((-2, -1)).sqrt()
     off = ((softmax - A) * real).square().sum((-2, -1)).sqrt()
@@ -171,69 +186,83 @@ class Projection:
 
     Attributes:
         frame: Spans of real tokens, number of positions, dtype and device.
-        raw: Queries as W_Q gives them [batch, head, pos, d_query].
+        raw: What their norm reads [batch, head, pos, d_query]; without a norm, what W_Q gives.
         rotated: Queries after their norm and rotation. Scores are products of these.
         W: The weights W_Q (or W_K) [head, d_model, d_query].
         norm: The norm of queries (or keys), or None.
-        scale: The divisor of that norm in the run [batch, head, pos, 1], or None.
+        scale: The divisor of that norm in the run [batch, head or 1, pos, 1], or None.
         rotation: The rotary embedding, or None.
+        norm_last: Whether the norm follows the rotation.
     """
 
     frame: Frame
     raw: Float[Tensor, "batch any_head pos d_query"]
     rotated: Float[Tensor, "batch any_head pos d_query"]
     W: Float[Tensor, "any_head d_model d_query"]
-    norm: NormWeights | None
-    scale: Float[Tensor, "batch any_head pos 1"] | None
+    norm: HeadNorm | None
+    scale: Float[Tensor, "batch heads_apart pos 1"] | None
     rotation: Rotation | None
+    norm_last: bool
 
     @classmethod
-    def of(
+    def both(cls, frame: Frame, x: Tensor, w: ScoreWeights) -> tuple[Projection, Projection]:
+        """Project the normalized residual x [batch, pos, d_model] to queries, and to keys."""
+        return (
+            cls._of(frame, x, w, w.W_Q, w.b_Q, w.q_norm),
+            cls._of(frame, x, w, w.W_K, w.b_K, w.k_norm),
+        )
+
+    @classmethod
+    def _of(
         cls,
         frame: Frame,
         x: Tensor,
         w: ScoreWeights,
         W: Tensor,
         b: Tensor | None,
-        norm: NormWeights | None,
+        norm: HeadNorm | None,
     ) -> Projection:
-        """Project the normalized residual x [batch, pos, d_model] to queries or keys."""
-        # W and b, then a norm where the model has one, then the rotation.
+        # W and b, then a norm where the model has one, then the rotation, or these two in turn.
         y, scale = x[:, None] @ frame.cast(W), None
         y = y if b is None else y + frame.cast(b)[:, None]
-        raw = y
+        raw = y = _turned(y, w.rotation) if w.norm_last else y
         if norm is not None:
-            centered = y - y.mean(-1, keepdim=True) if norm.center else y
-            scale = (centered.square().mean(-1, keepdim=True) + (norm.eps or 0.0)).sqrt()
-            y = centered / scale
-            y = y if norm.gain is None else y * frame.cast(norm.gain)
-            y = y if norm.b is None else y + frame.cast(norm.b)
-        y = y if w.rotation is None else _turned(y, w.rotation)
-        return cls(frame, raw, y, W, norm, scale, w.rotation)
+            y, scale = norm.apply(y)
+        y = y if w.norm_last else _turned(y, w.rotation)
+        return cls(frame, raw, y, W, norm, scale, w.rotation, w.norm_last)
 
     def pull(self, y: Float[Tensor, "batch head pos d_query"], before: Norm | None) -> Factored:
         """Pull covectors at every query head's queries or keys back to the residual."""
-        y = self.unrotated(y)
+        y = self.to_norm(y)
         if self.norm is not None and self.scale is not None:
-            y = y.unflatten(1, (self.W.shape[0], -1))  # [batch, any_head, repeat, …]
             # The adjoint of the norm with its scale frozen: weights, scale, centering.
-            y = y if self.norm.gain is None else y * self.norm.gain.detach().to(y)
-            y = y / self.scale[:, :, None]
-            y = (y - y.mean(-1, keepdim=True) if self.norm.center else y).flatten(1, 2)
-        found = self.through(y)
+            w, y = self.norm.weights, self.by_head(y)
+            y = (y if w.gain is None else y * w.gain.detach().to(y)) / self.scale[:, None]
+            y = y - y.mean(-1, keepdim=True) if w.center else y
+            y = y.transpose(1, 2).flatten(1, 2)
+        found = self.from_norm(y)
         return found if before is None else found.then(before.scale, before.unscaled_t_)
 
-    def unrotated(self, y: Float[Tensor, "batch head pos d_query"]) -> Tensor:
-        """Pull covectors back through the rotation."""
-        return y if self.rotation is None else _turned(y, self.rotation, back=True)
+    def by_head(self, y: Float[Tensor, "batch head pos d_query"]) -> Tensor:
+        """Tell query heads that share a key apart: [batch, repeat, any_head, pos, d_query]."""
+        return y.unflatten(1, (self.W.shape[0], -1)).transpose(1, 2)
 
-    def through(self, y: Float[Tensor, "batch head pos d_query"]) -> Factored:
-        """Pull covectors back through W_Q or W_K."""
+    def to_norm(self, y: Float[Tensor, "batch head pos d_query"]) -> Tensor:
+        """Pull covectors back to what the norm gives."""
+        return y if self.norm_last else _turned(y, self.rotation, back=True)
+
+    def from_norm(self, y: Float[Tensor, "batch head pos d_query"]) -> Factored:
+        """Pull covectors at what the norm reads back through W_Q or W_K."""
+        y = _turned(y, self.rotation, back=True) if self.norm_last else y
         return Factored(y.transpose(0, 1), lambda: self.frame.cast(self.W).mT)
 
 
-def _turned(y: Float[Tensor, "batch head pos d"], rotation: Rotation, back: bool = False) -> Tensor:
+def _turned(
+    y: Float[Tensor, "batch head pos d"], rotation: Rotation | None, back: bool = False
+) -> Tensor:
     """Rotate vectors, or pull covectors back through the rotation."""
+    if rotation is None:
+        return y
     # y = x cos + quarter(x) sin, with quarter a turn by 90° in each plane, whose adjoint is
     # −quarter. Rotary embeddings may turn the first dimensions only.
     cos, sin = (t[: y.shape[-2]].to(y) for t in (rotation.cos, rotation.sin))

@@ -44,7 +44,14 @@ from ..maps import TINY, Factored, Identity, Norm, NormWeights
 from ..sublayers import MLP, Attention, Experts, GatedMLP, gating_ratio
 from .capture import Capture, CaptureMismatchError
 from .frozen_transformer import FrozenTransformer
-from .query_key import CELLS, Projection, check_pattern, tolerated, with_alibi_bias
+from .query_key import (
+    CELLS,
+    Projection,
+    check_pattern,
+    tolerated,
+    with_alibi_bias,
+    with_sinks,
+)
 from .residual_stream import Branch, Readers
 
 REMEDY = "Pass at='clean' or at='corrupted'."
@@ -126,11 +133,13 @@ class NormSecant:
     mid: Float[Tensor, "*many pos d"]
 
     @classmethod
-    def of(cls, weights: NormWeights, x: Tensor, y: Tensor, s: Tensor, t: Tensor) -> NormSecant:
-        """Make the secant of two runs' inputs x, y and scales s, t."""
-        mid = (x + y) / 2
+    def of(
+        cls, weights: NormWeights, x: Tensor, y: Tensor, s: Tensor, t: Tensor, parts: int = 1
+    ) -> NormSecant:
+        """Make the secant of two runs' inputs x, y and scales s, t, each of ``parts`` vectors."""
+        mid, width = (x + y) / 2, x.shape[-1] * parts
         mid = mid - mid.mean(-1, keepdim=True) if weights.center else mid
-        return cls(weights, (1 / s + 1 / t) / 2, mid * (2 / (x.shape[-1] * s * t * (s + t))).sqrt())
+        return cls(weights, (1 / s + 1 / t) / 2, mid * (2 / (width * s * t * (s + t))).sqrt())
 
     def pull_(
         self, y: Float[Tensor, "*more pos d"], span: slice = slice(None)
@@ -225,8 +234,8 @@ def _attention(
     heads, kv_heads = len(clean.nodes()), w.W_K.shape[0]
     each = heads // kv_heads
     runs = clean, corrupted
-    q = _Projections.of(*(Projection.of(frame, x, w, w.W_Q, w.b_Q, w.q_norm) for x in xs))
-    k = _Projections.of(*(Projection.of(frame, x, w, w.W_K, w.b_K, w.k_norm) for x in xs))
+    both = [Projection.both(frame, x, w) for x in xs]
+    q, k = (_Projections.of(*sides) for sides in zip(*both, strict=True))
     v = clean.values.apply((xs[0] + xs[1]) / 2) + clean.values.bias
     v = v.unflatten(-1, (kv_heads, -1)).transpose(1, 2)
     z = clean.output.apply_t(c).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -262,13 +271,15 @@ def _attention(
             least = torch.finfo(v.dtype).eps ** 0.5
             slope = _slope(S[0] - S[1], products[0] - products[1], 1 - (S[0] / cap) ** 2, least)
         S = [with_alibi_bias(scores, w.slopes, own).masked_fill(hidden, -torch.inf) for scores in S]
+        S = [with_sinks(scores, w.sinks, own) for scores in S]
         for run, pattern, scores, capture in zip(runs, A, S, captures, strict=True):
             check_pattern(run, pattern, scores, capture.logits.dtype, REMEDY, b)
         # Δ(A v) = Ā Δv + ΔA v̄. Through ΔA = L ⊙ (ΔS − Σ_j L_j ΔS_j / Σ_j L_j) goes the adjoint:
         # with g = L ⊙ ⟨z, v̄⟩ it is g − L Σ g / Σ L. Then Δ(q·k) = q̄ Δk + k̄ Δq.
         mean, L = softmax_secant(*S)
-        g = L * (z[b, own] @ shared(v).mT)
         total = L.sum(-1, keepdim=True).clamp_min(torch.finfo(L.dtype).tiny)
+        mean, L = mean[..., :n_pos], L[..., :n_pos]  # a sink has a share in the sum, and no value
+        g = L * (z[b, own] @ shared(v).mT)
         dP = (g - L * (g.sum(-1, keepdim=True) / total)) * slope * w.scale
         at_v[b, own] = mean.mT @ z[b, own]
         at_q[b, own] = dP @ shared(k.mean)
@@ -298,17 +309,29 @@ class _Projections:
     def of(cls, clean: Projection, corrupted: Projection) -> _Projections:
         norm = None
         if clean.norm is not None and clean.scale is not None and corrupted.scale is not None:
-            norm = NormSecant.of(clean.norm, clean.raw, corrupted.raw, clean.scale, corrupted.scale)
+            parts = len(clean.W) if clean.norm.whole else 1
+            ends, scales = (clean.raw, corrupted.raw), (clean.scale, corrupted.scale)
+            norm = NormSecant.of(clean.norm.weights, *ends, *scales, parts)
         return cls((clean, corrupted), (clean.rotated + corrupted.rotated) / 2, norm)
 
     def pull(self, y: Float[Tensor, "batch head pos d_query"]) -> Factored:
         """Pull covectors at rotated queries back to what W_Q reads."""
-        y = self.runs[0].unrotated(y)
-        if self.norm is not None:  # query heads of a group share the norm of their keys
-            repeat = y.shape[1] // self.norm.mid.shape[1]
-            parts = y.unflatten(1, (-1, repeat)).transpose(1, 2).contiguous()
-            y = torch.stack([self.norm.pull_(p) for p in parts.unbind(1)], 2).flatten(1, 2)
-        return self.runs[0].through(y)
+        run, norm = self.runs[0], self.norm
+        y = run.to_norm(y)
+        if norm is None or run.norm is None:
+            return run.from_norm(y)
+        parts = run.by_head(y).contiguous()  # query heads of a group share the norm of their keys
+        if not run.norm.whole:
+            parts = torch.stack([norm.pull_(p) for p in parts.unbind(1)], 1)
+            return run.from_norm(parts.transpose(1, 2).flatten(1, 2))
+        # One scale divides all heads, and it depends on every head's queries. So a head reads
+        # inverse Δq of its own, and by its share of mid ⟨mid, Δq⟩ what all W_Q read.
+        if (gain := norm.weights.gain) is not None:
+            parts = parts * gain.detach().to(parts)
+        along = (parts * norm.mid[:, None]).sum(-1).transpose(1, 2).flatten(1, 2)
+        found = run.from_norm((parts * norm.inverse[:, None]).transpose(1, 2).flatten(1, 2))
+        common = run.from_norm(norm.mid).summed()
+        return replace(found, along=-along.transpose(0, 1), common=common)
 
 
 def _check(site: str, capture: Capture, *sites: tuple[Tensor, Tensor]) -> None:

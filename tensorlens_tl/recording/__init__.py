@@ -5,7 +5,17 @@ Key concepts:
     LiveModel: The real model on the prompts of a capture, run with hooks of the library.
 """
 
-from .live_model import Edit, LiveModel, Scores, hooked, live_models, target_of, unsplit
+from .live_model import (
+    Edit,
+    LiveModel,
+    Scores,
+    hooked,
+    input_replaced,
+    live_models,
+    output_replaced,
+    target_of,
+    unsplit,
+)
 from .run import freeze, record
 
 __all__ = [
@@ -14,7 +24,9 @@ __all__ = [
     "Scores",
     "freeze",
     "hooked",
+    "input_replaced",
     "live_models",
+    "output_replaced",
     "record",
     "target_of",
     "unsplit",

@@ -45,6 +45,44 @@ def hooked(edits: Iterable[Edit]) -> Iterator[None]:
             point.fwd_hooks.remove(handle)
 
 
+def input_replaced(module: nn.Module, replace: Callable[[], Tensor]) -> Any:
+    """Give a module of the host another input.
+
+    Args:
+        module: A module that the host calls in its forward pass.
+        replace: Makes the input when the module is called, in any shape of the same size.
+
+    Returns:
+        Handle of the hook, to be removed.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given, found = [*args, *kwargs.values()][0], replace()
+        found = found.reshape(given.shape)
+        if args:
+            return (found, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): found}
+
+    return module.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True)
+
+
+def output_replaced(module: nn.Module, replace: Callable[[], Tensor | None]) -> Any:
+    """Give a module of the host another output.
+
+    Args:
+        module: A module that the host calls in its forward pass.
+        replace: Makes the output, in any shape of the same size; None keeps the module's own.
+
+    Returns:
+        Handle of the hook, to be removed.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return None if (found := replace()) is None else found.reshape(output.shape)
+
+    return module.register_forward_hook(in_this_thread(hook))
+
+
 def inference_weights(model: nn.Module) -> bool:
     """Whether the model was built under ``torch.inference_mode``, without any gradients."""
     return any(p.is_inference() for p in model.parameters())

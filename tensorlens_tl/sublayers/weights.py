@@ -92,6 +92,33 @@ class Rotation:
 
 
 @dataclass(frozen=True, eq=False)
+class HeadNorm:
+    """The norm of queries or keys. Every head has a scale of its own, or all heads share one.
+
+    Attributes:
+        weights: The affine part. Its gain is the same for all heads, or one row for each.
+        whole: Whether one scale, of the vector of all heads side by side, divides every head.
+    """
+
+    weights: NormWeights
+    whole: bool = False
+
+    def apply(self, y: Float[Tensor, "*batch any_head pos d_query"]) -> tuple[Tensor, Tensor]:
+        """Normalize queries or keys.
+
+        Args:
+            y: Queries or keys, heads apart.
+
+        Returns:
+            The normalized ones, and the scale that divided them [..., any_head or 1, pos, 1].
+        """
+        w, over = self.weights, (-3, -1) if self.whole else -1
+        centered = y - y.mean(-1, keepdim=True) if w.center else y
+        scale = (centered.square().mean(over, keepdim=True) + (w.eps or 0.0)).sqrt()
+        return w.at_scale(y, scale), scale
+
+
+@dataclass(frozen=True, eq=False)
 class ScoreWeights:
     """Query and key matrices, and how scores come from them: cap · tanh(q·k · scale / cap).
 
@@ -109,6 +136,8 @@ class ScoreWeights:
         k_norm: Norm of the keys.
         rotation: Rotary positions of queries and keys.
         slopes: ALiBi's loss of score per position of distance, one per query head.
+        sinks: One more score per query head, which takes part in the softmax and has no value.
+        norm_last: Whether the norms follow the rotation, and do not precede it.
     """
 
     W_Q: Float[Tensor, "head d_model d_query"]
@@ -117,10 +146,12 @@ class ScoreWeights:
     b_K: Float[Tensor, "kv_head d_query"] | None
     scale: float
     soft_cap: float | None = None
-    q_norm: NormWeights | None = None
-    k_norm: NormWeights | None = None
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
     rotation: Rotation | None = None
     slopes: tuple[float, ...] | None = None
+    sinks: Float[Tensor, " head"] | None = None
+    norm_last: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparisons import assert_close
 from models import ORACLE, ROUNDING, SHAPES, TWO_RUNS, every_convention, lens_of, quiet, tokens
-from oracles import FrozenModel, gradient_of, written
+from oracles import FrozenModel, attends_apart, gradient_of, written
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
@@ -41,6 +41,14 @@ class LiveScores(FrozenModel):
             return self.cache[f"{self.attn}.hook_pattern"] + live
 
         kept = [(n, f) for n, f in super()._hooks() if n != f"{self.attn}.hook_pattern"]
+        if attends_apart(self.model):  # no edit of its pattern counts: open a head's q or k itself
+            kept = [(n, f) for n, f in kept if not n.startswith(f"{self.attn}.")]
+
+            def of_head(side):
+                return lambda g: self.open[side] * self.head.to(g)[:, None]
+
+            kept += [(f"{self.attn}.hook_{s}", through(of_head(s))) for s in "qk"]
+            return [*kept, (f"{self.attn}.hook_v", lambda t, hook: t.detach())]
         scales = [
             n for n in self.cache if n.startswith(self.attn) and n.endswith("_norm.hook_scale")
         ]

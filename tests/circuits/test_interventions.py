@@ -35,6 +35,8 @@ from tensorlens_tl.circuits.faithfulness_result import (
     FaithfulnessCurve,
     share_difference,
 )
+from tensorlens_tl.hosts.attention_parts import whole_norms
+from tensorlens_tl.hosts.entry import adapt
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 _EACH = ("gpt2", "gpt2-compat", "llama", "neox", "gemma2", "gemma2-compat")
@@ -110,6 +112,10 @@ class PathPatching:
     def __init__(self, model, clean, corrupted):
         self.model, self.ids = model, clean
         self.n_layers = len(model.blocks)
+        self.names = adapt(model).norm_names(model.blocks[0])
+        self.hooks = {name: f"hook_{name}" for name in "qkvz"}
+        if whole_norms(adapt(model)):  # a head's query is what the norm makes of its own input
+            self.hooks |= {name: f"hook_rot_{name}" for name in "qk"}
         self.clean, self.corrupted = (self.cached(ids) for ids in (clean, corrupted))
 
     def cached(self, ids, hooks=()):
@@ -118,13 +124,13 @@ class PathPatching:
             n
             for layer in range(self.n_layers)
             for n in (
-                *(f"blocks.{layer}.attn.hook_{name}" for name in "qkvz"),
+                *(f"blocks.{layer}.attn.{self.hooks[name]}" for name in "qkvz"),
                 f"blocks.{layer}.hook_mlp_out",
                 f"blocks.{layer}.hook_resid_pre",
                 f"blocks.{layer}.hook_resid_mid",
                 f"blocks.{layer}.hook_resid_post",
-                f"blocks.{layer}.ln1_post.hook_scale",
-                f"blocks.{layer}.ln2_post.hook_scale",
+                f"blocks.{layer}.{self.names['ln1_post']}.hook_scale",
+                f"blocks.{layer}.{self.names['ln2_post']}.hook_scale",
             )
         ]
         wanted += ["hook_embed", "hook_pos_embed"]
@@ -148,7 +154,7 @@ class PathPatching:
         at = f"blocks.{node.layer}"
         block, norm = (
             self.model.blocks[node.layer],
-            "ln2_post" if node.kind == "mlp" else "ln1_post",
+            self.names["ln2_post" if node.kind == "mlp" else "ln1_post"],
         )
         scale, post = f"{at}.{norm}.hook_scale", getattr(block, norm, None)
         if node.kind == "mlp":
@@ -166,7 +172,7 @@ class PathPatching:
         return out / cache[scale] * gain
 
     def heads(self, cache, layer, name):
-        t = cache[f"blocks.{layer}.attn.hook_{name}"]
+        t = cache[f"blocks.{layer}.attn.{self.hooks[name]}"]
         return t if t.ndim == 4 else t.unflatten(-1, (-1, 8))
 
     def logits(self, edge, change):
@@ -191,7 +197,7 @@ class PathPatching:
         own = h * ours.shape[2] // 4  # under grouped queries, the head that it reads
         mixed = ours.clone()
         mixed[:, :, own] = theirs[:, :, own]
-        one = self.put(f"{at}.attn.hook_{dest.name}", mixed)
+        one = self.put(f"{at}.attn.{self.hooks[dest.name]}", mixed)
         z = self.heads(self.clean, dest.layer, "z").clone()
         z[:, :, h] = self.heads(one, dest.layer, "z")[:, :, h]
         return self.put(f"{at}.attn.hook_z", z)["logits"]

@@ -36,7 +36,6 @@ from models import (
 )
 
 import tensorlens_tl
-from tensorlens_tl.circuits.edge_baselines import score_edges
 from tensorlens_tl.evaluation.masking import Masking
 from tensorlens_tl.hosts.attention_reading import NotRecomputableError
 from tensorlens_tl.hosts.entry import adapt
@@ -76,6 +75,8 @@ LAWS = [
     test_edits.test_an_edit_that_the_host_discards_is_refused,
     test_baselines_gradient.test_attnlrp_in_every_family,
 ]
+EDGE_BY_EDGE = {"olmo2", "gptj", "opt", "gemma3", "cohere"}
+"""One norm of all heads, attention of Hugging Face's own, layers that differ, gains by head."""
 NEW_SHAPES = {"phi", "gemma3", "olmo2", "bloom", "youtu"}
 """A norm for two branches, norms after sublayers, a norm of embeddings, a latent: all laws."""
 OF_THE_HOST = [  # injections and total effects follow from the frozen model's gradient
@@ -92,6 +93,7 @@ OF_THE_HOST = [  # injections and total effects follow from the frozen model's g
 ]
 GIVEN = {"gate": "gate", "by": "token", "side": "left", "dtype": torch.float64, "target": 7}
 SCORES = [
+    test_interventions.test_one_edge_patched_is_path_patching_on_the_host,
     test_qk_edges.test_query_and_key_edges_are_gradients_of_the_real_model,
     test_secant.test_rows_sum_to_the_difference_and_nothing_is_left_over,
     test_secant.test_edges_are_a_flow,
@@ -101,12 +103,8 @@ SCORES = [
 """Laws of what queries and keys are made of."""
 APART = {"gptj", "gpt-neo", "opt"}
 """Families that run Hugging Face's attention: patterns are shown, not made or edited outside."""
-NO_QUERIES = {"codegen", "smollm3", "cohere2", "youtu"}
 NOT_PLAIN = {"youtu"}
-"""Whose attention is more than W_V, a pattern and W_O: it is not run edge by edge."""
-"""Whose own classes of attention are not known here: pattern="recomputed" is refused, too."""
-NO_SCORES = {"gemma3", "olmo2", "olmo3"} | NO_QUERIES | APART
-"""Whose scores' layout is not known here: two rotations, norms over all heads."""
+"""Whose attention is more than W_V, a pattern and W_O: it has no edges into queries and keys."""
 FLOAT32_SOFTMAX = {
     "phi",
     "cohere",
@@ -118,7 +116,7 @@ FLOAT32_SOFTMAX = {
     "codegen",
     "jais2",
     "cohere2",
-}
+} | APART
 """Whose Bridges compute it so: a pattern made anew is as inexact as their norms would be."""
 MADE_ANEW = [
     *SCORES,
@@ -126,17 +124,18 @@ MADE_ANEW = [
     test_padding.test_a_batch_is_its_prompts,
 ]
 """Laws of patterns made anew, or of padding, whose mask overflows float64 in that softmax."""
-UNSHOWN = [
-    test_interventions.test_ablating_nothing_and_everything_gives_the_model_s_own_logits,
-    test_recomputed.test_recomputed_equals_stored,
-]
 NO_SOLU = [
     test_secant.test_rows_sum_to_the_difference_and_nothing_is_left_over,
     test_baselines_gradient.test_attnlrp_in_every_family,
 ]
+UNSHOWN = [
+    *SCORES,
+    test_interventions.test_ablating_nothing_and_everything_gives_the_model_s_own_logits,
+    test_recomputed.test_recomputed_equals_stored,
+]
 REFUSALS = (
-    r"W_Q and W_K, which|does not serve the attention|recomputed from W_Q and W_K differs|"
-    r"cannot be run edge by edge|which SoLU is not|uses SoLU"
+    r"W_Q and W_K, which|does not serve the attention|cannot be run edge by edge|"
+    r"which SoLU is not|uses SoLU"
 )
 HOLD_NORMS = [
     test_operator.test_gradient_and_curvature_of_the_frozen_model,
@@ -159,6 +158,11 @@ HELD = [
     for law in (LAWS if family(case) in NEW_SHAPES else OF_THE_HOST)
     if not (family(case) == "olmo" and law in HOLD_NORMS)
 ]
+HELD += [
+    (case, test_interventions.test_one_edge_patched_is_path_patching_on_the_host)
+    for case in MORE
+    if family(case) in EDGE_BY_EDGE
+]
 
 
 @pytest.mark.offered(bool(HELD))
@@ -172,14 +176,8 @@ def test_the_law_holds_or_is_refused_by_name(case, law, tmp_path):
         case = replace(case, float32_norms=True)
     given = GIVEN | {"case": case, "tmp_path": tmp_path, "path": tmp_path / "lens"}
     given = {name: given[name] for name in inspect.signature(law).parameters}
-    unknown = (
-        (family(case) in NO_SCORES and law in SCORES)
-        or (family(case) in APART and law in UNSHOWN)
-        or (family(case) in NOT_PLAIN and law in UNSHOWN)
-        or (family(case) in NO_QUERIES and law is test_recomputed.test_recomputed_equals_stored)
-        or (family(case).startswith("solu") and law in NO_SOLU)
-    )
-    if unknown:
+    unknown = family(case) in NOT_PLAIN and law in UNSHOWN
+    if unknown or (family(case).startswith("solu") and law in NO_SOLU):
         with pytest.raises(ValueError, match=REFUSALS):
             law(**given)
     else:
@@ -200,8 +198,6 @@ def test_patterns_that_hooks_cannot_change_are_not_held(case):
         direction_errors(lens, model, one[None], (0.1,), ("scale",)).held["scale"] for one in delta
     ]
     assert_close(both, torch.cat(alone), 1e-6, "scales are held for every direction")
-    with pytest.raises(UnsupportedArchitectureError, match="only after the layer has used it"):
-        score_edges(model, tokens(), tokens(seed=1), target=3)
 
 
 BLOOMS = [case for case in MORE if family(case) == "bloom"]
