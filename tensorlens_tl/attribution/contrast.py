@@ -182,7 +182,7 @@ def mean_embedding(
     largest = rows.square().sum(-1).argmax()
     row, wanted = rows[largest], seen[largest].to(exact)
     scale = (wanted @ row) / (row @ row)
-    if not (wanted - scale * row).abs().max() <= 1e-2 * wanted.abs().max():
+    if not (seen.to(exact) - scale * rows).abs().max() <= 1e-2 * wanted.abs().max():
         raise ValueError(
             "The token embeddings of this run are not rows of W_E: they were edited or resized. "
             "Pass the mean embedding as baseline."

@@ -297,12 +297,17 @@ class Adapter(HookReader, ABC):
         Raises:
             ValueError: If the host has no such hook point.
         """
-        names: dict[Read, str] = {(None, key): name for key, name in self.source_hooks.items()}
-        if self.embed_norm() is not None:
+        modules: dict[Read, nn.Module] = {}
+        names: dict[Read, str] = {}
+        for key, at in self.source_hooks.items():
+            if isinstance(at, str):
+                names[None, key] = at
+            else:
+                modules[None, key] = at
+        if self.embed_norm() is not None and "embed_ln.hook_scale" in self.hooks:
             names[None, "embed_ln.scale"] = "embed_ln.hook_scale"
         if self.weights.ln_final is not None:
             names[None, "ln_final.scale"] = "ln_final.hook_scale"
-        modules: dict[Read, nn.Module] = {}
         for layer, block in enumerate(self.weights.blocks):
             wanted = list(attention)
             if block.mlp is not None and not isinstance(block.mlp, ExpertsWeights):

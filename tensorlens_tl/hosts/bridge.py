@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..maps import NormWeights
+from ..maps import NormWeights, version
 from ..sublayers import (
     AttentionWeights,
     BlockWeights,
@@ -75,6 +76,10 @@ _ACT_FNS = {
 
 _HALVES_INTERLEAVED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM")
 """Architectures that turn neighbours by the first half of their tables, each entry for two."""
+
+
+_multiplied: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+"""Weights with their multipliers, by model and place; they are made once, and when one changes."""
 
 
 class BridgeAdapter(Adapter):
@@ -177,13 +182,15 @@ class BridgeAdapter(Adapter):
             W_O.unflatten(0, (-1, d_head)),
             b_O,
         )
-        return AttentionReader(self, block, weights)
+        return AttentionReader(self, block, self.multiplied("residual_multiplier", weights))
 
     def block_weights(self, block: Any, attention: AttentionReader) -> BlockWeights:
         norm = partial(self._norm_weights_of, block)
+        mlp = getattr(block, "mlp", None)
+        own = None if mlp is None else self._mlp_weights(mlp)
         return BlockWeights(
             attention.weights,
-            None if (mlp := getattr(block, "mlp", None)) is None else self._mlp_weights(mlp),
+            self.multiplied("residual_multiplier", own),
             norm("ln1"),
             norm("ln2") if mlp is not None else None,
             norm("ln1_post"),
@@ -231,7 +238,60 @@ class BridgeAdapter(Adapter):
         W_U, b_U = linear_weights(self.model.unembed)
         if b_U is not None and not bool(b_U.any()):
             b_U = None  # zeros that the Bridge adds where the model has no bias
-        return UnembedWeights(W_U, b_U, self.soft_cap())
+        return self.multiplied("logits_scaling", UnembedWeights(W_U, b_U, self.soft_cap()))
+
+    # --- Multipliers
+
+    def multiplier(self, option: str) -> float:
+        """A factor of Hugging Face's configuration by which an activation is multiplied."""
+        config = getattr(self.model.original_model, "config", None)
+        factor = float(getattr(config, option, None) or 1)
+        return 1 / factor if option == "logits_scaling" else factor
+
+    def multiplied(self, option: str, weights: Any) -> Any:
+        """Fold the multiplier of what a sublayer, or the unembedding, gives into its weights.
+
+        Args:
+            option: The multiplier's name in the configuration.
+            weights: Weights of the sublayer, or None.
+
+        Returns:
+            The same weights where the multiplier is 1, else ones whose outputs are multiplied.
+
+        Raises:
+            UnsupportedArchitectureError: If a norm stands before the multiplier.
+        """
+        if (factor := self.multiplier(option)) == 1 or weights is None:
+            return weights
+        if self.norm(self.model.blocks[0], "ln1_post") is not None:
+            why = "it multiplies what a norm gives"
+            raise UnsupportedArchitectureError(refusal(f"{option}={factor}", why))
+        known, changed = _multiplied.setdefault(self.model, {}), {}
+        for name in ("W_O", "b_O", "W_out", "b_out", "W_U", "b_U"):
+            if (W := getattr(weights, name, None)) is not None:
+                place, now = (W.data_ptr(), W.shape, W.stride()), (version(W), factor)
+                if known.get(place, (None,))[0] != now:
+                    known[place] = now, W.detach() * factor
+                changed[name] = known[place][1]
+        return replace(weights, **changed)
+
+    # --- What enters block 0
+
+    @property
+    def source_hooks(self):
+        names = super().source_hooks
+        if self.multiplier("embedding_multiplier") != 1:
+            names["embed"] = self.model.embed  # its hook point is passed over without a hook there
+        for name, module in self.model.original_model.named_modules():
+            if name.endswith("embed_positions") and "hook_pos_embed" not in self.hooks:
+                names["pos_embed"] = module  # XGLM's sinusoids, which the host does not wrap
+        return names
+
+    def sources_of(self, seen, prompts, kwargs):
+        parts = super().sources_of(seen, prompts, kwargs)
+        if (factor := self.multiplier("embedding_multiplier")) != 1:
+            parts["embed"] = parts["embed"] * factor
+        return parts
 
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Tensor:
         config = getattr(self.model.original_model, "config", None)

@@ -230,12 +230,12 @@ class HookReader:
     # --- What enters block 0
 
     @property
-    def source_hooks(self) -> dict[str, str]:
-        """Hook points at which the sources of what enters block 0 pass, by source.
+    def source_hooks(self) -> dict[str, str | nn.Module]:
+        """Hook points, or modules, at which the sources of what enters block 0 pass, by source.
 
         A norm between the sources and block 0 is :meth:`embed_norm`.
         """
-        names = {"embed": "hook_embed"}
+        names: dict[str, str | nn.Module] = {"embed": "hook_embed"}
         kind = getattr(self.cfg, "positional_embedding_type", "standard")
         if kind == "standard" and self.read_at is None:
             names["pos_embed"] = "hook_pos_embed"

@@ -66,6 +66,9 @@ SUPPORTED = {
     "MiniMaxM2ForCausalLM": "MiniMax-M2",
     "PhiMoEForCausalLM": "Phi-MoE",
     "Llama4ForCausalLM": "Llama-4",
+    "GraniteForCausalLM": "Granite",
+    "XGLMForCausalLM": "XGLM",
+    "NanoChatForCausalLM": "NanoChat",
     "TransformerLensNative": "TransformerBridge.boot_native",
     # Old names of those above.
     "Gemma1ForCausalLM": "Gemma",

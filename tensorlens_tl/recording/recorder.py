@@ -229,7 +229,7 @@ class Recorder:
         seen = {key: self.pop(None, key) for at, key in [*self.reads.tensors] if key in SOURCES}
         parts = self.adapter.sources_of(seen, self.prompts, self.kwargs)
         parts = {name: self.frame.cast(part) for name, part in parts.items()}
-        if (norm := self.norm(None, "embed_ln", self.adapter.embed_norm())) is not None:
+        if (norm := self.embed_norm(sum(parts.values()))) is not None:
             parts = {name: norm.apply(part) for name, part in parts.items()}
             if norm.weights.b is not None:
                 parts[EMBED_NORM_BIAS] = norm.bias
@@ -239,6 +239,27 @@ class Recorder:
             return {**parts, edit.name: edit.constant}
         self.check.same(f"what enters block 0 ({' + '.join(parts)})", state, total)
         return parts
+
+    def embed_norm(self, x: Any) -> Norm | None:
+        """Freeze the norm that the sources pass before the first block; None where there is none.
+
+        Args:
+            x: The sum of the sources before the norm [batch, pos, d_model].
+
+        Returns:
+            The norm, at the scale that was read, or else at the one that is computed of the sum.
+        """
+        weights, read = self.adapter.embed_norm(), "embed_ln"
+        if weights is None and (None, "ln_final.scale") in self.reads.tensors:
+            weights, read = self.adapter.weights.ln_final, "ln_final"  # it ran before the blocks
+        if weights is None:
+            return None
+        if (None, f"{read}.scale") in self.reads.tensors:
+            scale = self.pop(None, f"{read}.scale")
+        else:
+            x = x - x.mean(-1, keepdim=True) if weights.center else x
+            scale = (x.square().mean(-1, keepdim=True) + (weights.eps or 0)).sqrt()
+        return Norm(self.frame, "embed_ln", scale, weights, x.shape[-1])
 
     def step(
         self,
