@@ -99,8 +99,8 @@ def file_path(path: Any, name: str = "path") -> Path:
 
 
 def new_file(path: Any) -> Path:
-    """Return ``path`` as a Path; refuse it unless it is a file in a folder that exists."""
-    file = file_path(path)
+    """Return where ``path`` leads to; refuse it unless it is a file in a folder that exists."""
+    file = Path(os.path.realpath(file_path(path)))  # a link stays one, and its file is written
     if file.is_dir() or not file.parent.is_dir():
         raise ValueError(
             f"path={str(path)!r} cannot be written. Pass a file in a folder that exists."

@@ -74,6 +74,10 @@ WRONG = {
         lambda g: tl.load_model(str(demo.model_folder()), dtype="float99"),
         "dtype='float99' is no dtype",
     ),
+    "load_model, a misspelt name": (
+        lambda g: tl.load_model(str(demo.model_folder()), dtyp="float32"),
+        "dtyp='float32' is no argument of load_model or .* Use some of kind, .*dtype",
+    ),
     "load_model, device": (
         lambda g: tl.load_model(str(demo.model_folder()), device="nowhere"),
         "device='nowhere' is no device",
@@ -102,6 +106,14 @@ WRONG = {
     "memory_limit": (lambda g: g.lens.paths(memory_limit="x"), "memory_limit='x' is not"),
     "source": (lambda g: g.lens.loadings("L9H9", "Paris"), "L9H9"),
     "source, None": (lambda g: g.lens.loadings(None, "Paris"), "Position None is not an integer"),
+    "a word as a path": (
+        lambda g: g.lens.paths("Paris", k=2)["x"],
+        r"paths\['x'\] does not exist, as the index is a path's number or a slice. Pass an integer",
+    ),
+    "a word as a prompt": (
+        lambda g: g.lens.capture.prompt("x"),
+        r"capture.prompt\['x'\] does not exist, as the index is a prompt's number",
+    ),
     "top": (lambda g: g.rows.top(0), "k=0 is not an integer ≥ 1"),
     "axis": (lambda g: g.rows.sum("word"), "There is no axis 'word'"),
     "dest": (lambda g: g.edges.select(dest="L9H9"), "L9H9"),
@@ -137,7 +149,18 @@ WRONG = {
     "a wrong model": (lambda g: g.lens.token_matrix("attnlrp", model=3), "model is an int"),
     "plan": (lambda g: g.lens.plan("x"), "There is no plan of 'x'"),
     "save": (lambda g: g.lens.save(None), "path=None is not a path"),
-    "save, folder": (lambda g: g.lens.save("/no/such/folder/lens"), "existing folder"),
+    "save, folder": (
+        lambda g: g.lens.save("/no/such/lens"),
+        "path='/no/such/lens' cannot be written. Pass a file in a folder that exists",
+    ),
+    "discover's path": (
+        lambda g: tl.discover(g.model, [FRANCE], n_edges=5, path=3),
+        "path=3 is not a path. Pass a string or a pathlib.Path",
+    ),
+    "discover's folder": (
+        lambda g: tl.discover(g.model, [FRANCE], n_edges=5, path="/no/such/file"),
+        "path='/no/such/file' cannot be written. Pass a file in a folder that exists",
+    ),
     "load": (lambda g: tl.load(3), "path=3 is not a path"),
     "load, nothing": (lambda g: tl.load("/no/such/lens"), "There is no file /no/such/lens"),
     # Prompts and circuits
@@ -180,6 +203,19 @@ WRONG = {
     "prompts=3": (lambda g: tl.validity(g.model, 3), "prompts=3 holds fewer than three prompts"),
     "protocol": (lambda g: evaluate(g, protocol="x"), "'x'"),
     "scores": (lambda g: evaluate(g, scores=3), "scores is an int, not a dictionary"),
+    "scores by one name": (
+        lambda g: evaluate(g, scores={"mine": 1}),
+        r"scores\['mine'\] is an int, not a list. Pass one list",
+    ),
+    "scores of one prompt": (
+        lambda g: evaluate(g, scores={"mine": [1]}),
+        r"scores\['mine'\]\[0\] is an int, not a list of numbers. Pass one list for each prompt",
+    ),
+    "words as scores": (
+        lambda g: evaluate(g, scores={"mine": [["a"] * 6]}),
+        r"scores\['mine'\]\[0\] is a list, not a list of numbers",
+    ),
+    "keep_last": (lambda g: evaluate(g, keep_last="x"), "keep_last='x' is not a choice"),
     "evaluate's metric": (lambda g: evaluate(g, metric="x"), "metric='x' does not exist"),
     "relation": (lambda g: demo.relation("x"), "There is no relation 'x'"),
     "Relation.load": (lambda g: relations.Relation.load(None), "path=None is not a path"),
@@ -195,6 +231,20 @@ def test_a_wrong_argument_is_named(name):
     with quiet(), torch.no_grad(), pytest.raises(ValueError, match=match) as caught:
         call(given())
     assert str(caught.value).count(". ") >= 1, "two sentences: what was wrong, and what to do"
+
+
+def test_an_index_beyond_the_end_says_how_many_there_are():
+    """An IndexError, by which loops end."""
+    lens = given().lens
+    paths = lens.paths("Paris", k=2)
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=rf"no path {index}. The number of paths is 2"):
+            paths[index]
+    assert list(paths) == [paths[0], paths[-1]] == list(paths[:9])
+    for index in (9, -2):
+        with pytest.raises(IndexError, match=rf"no prompt {index}. The number of prompts is 1"):
+            lens.capture.prompt(index)
+    assert lens.capture.prompt(-1).prompts.strings == lens.capture.prompts.strings
 
 
 def test_every_public_function_is_called_wrongly():

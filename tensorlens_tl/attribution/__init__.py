@@ -8,6 +8,7 @@ Key concepts:
 
 from .averages import MeanAttribution, mean_attribution
 from .contrast import check_comparable, difference, fixed_baseline, mean_embedding
+from .edges import plan_edges
 from .head_loadings import loadings
 from .html import PROMPTS, grid_html, legend_html, more_prompts, patch_map, strip_html
 from .paths import Paths, find_paths
@@ -54,6 +55,7 @@ __all__ = [
     "more_prompts",
     "own_prediction",
     "patch_map",
+    "plan_edges",
     "resolve",
     "resolve_at_site",
     "resolve_each",

@@ -12,21 +12,21 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import at_least_one, need, new_file, one_each, progress_bar
+from ..checks import as_array, at_least_one, need, new_file, one_each, progress_bar
 from ..graph import Edge, Node
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, FrozenTransformer
 from ..recording import freeze
 from .html import ROWS, UNIT, left_out, legend_html, sum_html, table_html
 from .splits import attribute
-from .table import Source
+from .table import Source, rows_that_fit
 from .target_gradient import TargetGradient
 from .targets import TargetLike, resolve
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = "tensorlens_tl mean attribution 1"
+_COLUMNS = ("mean", "sem")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,44 @@ class MeanAttribution:
     n: int
     target_mean: float
     completeness_error: float | None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """The means [row] for NumPy, by ``numpy.asarray(means)``."""
+        return as_array(self.mean, dtype, copy)
+
+    def select(
+        self,
+        src: str | Node | None = None,
+        dest: str | Node | None = None,
+        *,
+        kind: str | None = None,
+        layer: int | None = None,
+    ) -> MeanAttribution:
+        """Select rows: edges by their ends, any rows by the kind and layer of their node.
+
+        Args:
+            src: A writer, as in :meth:`Attribution.select`; None for every writer.
+            dest: A reader, as in :meth:`Attribution.select`; None for every reader.
+            kind: A kind of node, such as "head"; of an edge, the kind of its writer.
+            layer: The number of a block; of an edge, the block of its writer.
+
+        Returns:
+            The rows that fit everything given. A part of the rows has no completeness error, as a
+            part of them sums to no target.
+
+        Raises:
+            ValueError: If nothing fits. The message names what there is.
+        """
+        wanted = {"src": src, "dest": dest, "kind": kind, "layer": layer}
+        keep = rows_that_fit(self.nodes, self.by, wanted)
+        whole = len(keep) == len(self.nodes)
+        return replace(
+            self,
+            mean=self.mean[keep],
+            sem=self.sem[keep],
+            nodes=tuple(self.nodes[i] for i in keep),
+            completeness_error=self.completeness_error if whole else None,
+        )
 
     def top(self, k: int = 10) -> list[tuple[str, float, float]]:
         """The k largest means by absolute value, without those that are exactly 0.
@@ -112,6 +151,35 @@ class MeanAttribution:
         names = ("by", "effect", "n", "target_mean", "completeness_error")
         data = {"format": FORMAT, "unit": UNIT} | {name: getattr(self, name) for name in names}
         return json.dumps(data | {"rows": rows}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> MeanAttribution:
+        """Read means that :meth:`to_json` wrote.
+
+        Args:
+            text: The JSON text.
+
+        Returns:
+            The means, on the CPU.
+
+        Raises:
+            ValueError: If the text does not hold means.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            data.pop("unit")
+            rows = data.pop("rows")
+            names = [row["node"] for row in rows]
+            numbers = [[math.nan if row[k] is None else row[k] for row in rows] for k in _COLUMNS]
+            mean, sem = torch.tensor(numbers, dtype=torch.float64)
+            nodes = tuple((Edge if "→" in name else Node).parse(name) for name in names)
+            return cls(mean, sem, nodes, **data)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"The text is not means as to_json writes them ({error}). Write it again."
+            ) from None
 
     def _repr_html_(self) -> str:
         rows = [(f"{name} (± {sem:.3g})", mean) for name, mean, sem in self.top(ROWS)]

@@ -32,9 +32,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..costs import Cost, Plan
 from ..graph import LOGITS, Edge, Node
 from ..maps import Factored
 from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, Step, Trace
+from ..sublayers import Attention
 from .table import Source
 
 SPAN_BYTES = 2**25
@@ -192,6 +194,70 @@ def frozen_readers(
                     yield Readers(nodes, seen, covectors, {})
     top = {name: share[None] for name, share in (constants or {}).items()}
     yield Readers((LOGITS,), below[-1], Factored(trace.covectors[-2][None]), top)
+
+
+def plan_edges(
+    operator: FrozenTransformer, embeddings: int, at: str | None, qk: bool, what: str
+) -> Plan:
+    """Predict what a split by edge costs: the target's sweep, and the three steps of this file.
+
+    Args:
+        operator: The operator of the run.
+        embeddings: How many writers the embeddings are.
+        at: The operator that reads the difference of two runs; None where there is one run.
+        qk: Whether queries and keys are readers, too.
+        what: Name of what is planned, for display.
+
+    Returns:
+        The plan. Nothing has run but products that measure the machine.
+    """
+    frame, D, cost = operator.frame, operator.in_dim, Cost()
+    rows, runs, secant = frame.batch * frame.n_pos, 1 if at is None else 2, at == "secant"
+    readers: list[tuple[int, int]] = []  # how many there are, and how many writers they see
+    kept, below = 0, embeddings
+    for step in operator.steps:
+        last, seen = step.layer == operator.steps[-1].layer, below
+        alone = len(step.branches) == 1 and not step.edits
+        for branch in step.branches:
+            body, n = branch.body, len(branch.body.nodes())
+            width, z = (
+                D * body.output.in_dim,
+                frame.batch if last else rows,
+            )  # rows that are written
+            cells = 2 * frame.batch * frame.n_pos**2 * body.output.in_dim
+            readers.append((len(body.reads()), seen))
+            below += n + (branch.post is not None)
+            kept += runs * rows * (body.output.in_dim if branch.has_heads else D)
+            cost.calls += 30 * runs
+            if not isinstance(body, Attention):
+                cost.product += 0 if alone and n == 1 and not last else 2 * runs * z * width
+                cost.product += 4 * (rows - frame.batch) * width if secant and last else 0
+                cost.product += 2 * rows * width if secant and hasattr(body, "pre_linear") else 0
+                cost.product += 12 * rows * width if secant and branch.post is not None else 0
+                continue
+            values, wide = 2 * rows * D * body.values.out_dim, 2 * rows * width
+            # 1. What every head writes; 2. what its values read.
+            cost.product += runs * ((0 if last else values) + 2 * z * width) + wide
+            cost.mixing += 0 if last else runs * cells
+            scores = wide + values  # W_Q and W_K
+            if secant:
+                cost.product += 2 * scores + 3 * wide
+                cost.product += 2 * (rows - frame.batch) * width if last else 0
+                cost.product += 2 * (values + 2 * wide) if branch.post is not None else 0
+                cost.mixing += 5 * cells + (4 * cells if branch.post is not None else 0)
+            elif qk:
+                cost.product += scores + values + wide
+                cost.mixing += 4 * cells
+            if qk:
+                cost.product += 2 * wide
+                readers += [(n, seen), (n, seen)]
+    readers.append((1, below))
+    # 3. The products, of a few readers at a time.
+    for group in _groups([n for n, _ in readers]):
+        part = readers[group]
+        cost.product += 2 * sum(n for n, _ in part) * max(seen for _, seen in part) * rows * D
+    kept += 2 * min(SPAN_BYTES // frame.dtype.itemsize, below * rows * D)
+    return operator.plan_pull(what, cost, kept * frame.dtype.itemsize)
 
 
 def _products(

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from ..checks import at_least_one, need, place_label
+from ..checks import at_least_one, is_int, need, place_label
 from ..graph import CONTENTS, Node
 from ..maps import DENSE_LIMIT
 from ..operator import Capture, Convention, FrozenTransformer
@@ -120,6 +120,14 @@ class Paths(Sequence[Path]):
     @overload
     def __getitem__(self, index: slice) -> tuple[Path, ...]: ...
     def __getitem__(self, index: int | slice) -> Path | tuple[Path, ...]:
+        n = len(self)
+        if is_int(index) and not -n <= index < n:  # loops end by it
+            raise IndexError(f"There is no path {index}. The number of paths is {n}.")
+        if not is_int(index) and not isinstance(index, slice):
+            raise ValueError(
+                f"paths[{index!r}] does not exist, as the index is a path's number or a slice. "
+                "Pass an integer, or look for names in .to_dataframe()."
+            )
         return self.paths[index]
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -217,28 +218,11 @@ class Attribution:
             ValueError: If nothing fits. The message names what there is.
         """
         wanted = {"src": src, "dest": dest, "kind": kind, "layer": layer}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        edges = any(isinstance(source.node, Edge) for source in self.sources)
-        if not edges and wanted.keys() & {"src", "dest"}:
-            raise ValueError(
-                f"src= and dest= need a split by edge, but this one is by {self.by}. Call "
-                "attribute(by='edge'), or select by kind= and layer=."
-            )
-        keep = range(len(self.sources))
-        for name, value in wanted.items():
-            has = [_property(source.node, name) for source in self.sources]
-            if name in ("src", "dest"):
-                value = str(Node.parse(value) if isinstance(value, str) else value)
-            if value not in has:
-                raise ValueError(_nothing_has(name, value, list(dict.fromkeys(has))))
-            keep = [i for i in keep if has[i] == value]
-        if not keep:
-            given = ", ".join(f"{name}={str(value)!r}" for name, value in wanted.items())
-            raise ValueError(f"No row has {given} together. Drop one of them.")
-        to_logits = list(wanted) == ["dest"] and str(dest) == "logits"
+        keep = rows_that_fit([source.node for source in self.sources], self.by, wanted)
+        to_logits = str(dest) == "logits" and src is kind is layer is None
         return replace(
             self,
-            values=self.values[:, list(keep)],
+            values=self.values[:, keep],
             sources=tuple(self.sources[i] for i in keep),
             labels=tuple(tuple(own[i] for i in keep) for own in self.labels),
             sums_to_target=to_logits or (self.sums_to_target and len(keep) == len(self.sources)),
@@ -388,6 +372,29 @@ def _merged(source: Source, axis: str) -> Source:
     if axis == "layer" and node.layer is not None:
         return Source(Node("layer", node.layer), pos)
     return Source(Node("pos"), pos) if axis == "node" and pos is not None else source
+
+
+def rows_that_fit(nodes: Sequence[Node | Edge], by: str, wanted: Mapping[str, Any]) -> list[int]:
+    """The numbers of the rows that fit what ``select`` was given; refuse what nothing fits."""
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    edges = any(isinstance(node, Edge) for node in nodes)
+    if not edges and wanted.keys() & {"src", "dest"}:
+        raise ValueError(
+            f"src= and dest= need a split by edge, but this one is by {by}. Call "
+            "attribute(by='edge'), or select by kind= and layer=."
+        )
+    keep = list(range(len(nodes)))
+    for name, value in wanted.items():
+        has = [_property(node, name) for node in nodes]
+        if name in ("src", "dest"):
+            value = str(Node.parse(value) if isinstance(value, str) else value)
+        if value not in has:
+            raise ValueError(_nothing_has(name, value, list(dict.fromkeys(has))))
+        keep = [i for i in keep if has[i] == value]
+    if not keep:
+        given = ", ".join(f"{name}={str(value)!r}" for name, value in wanted.items())
+        raise ValueError(f"No row has {given} together. Drop one of them.")
+    return keep
 
 
 def _property(node: Node | Edge, name: str) -> Any:

@@ -11,7 +11,7 @@ from .ablation import AblationOptions, faithfulness, faithfulness_curve, faithfu
 from .circuit import Circuit, circuit_from_names, select_circuit
 from .discovery import discover
 from .edge_averages import edge_scores
-from .edge_baselines import score_edges
+from .edge_baselines import plan_score_edges, score_edges
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
 from .subgraph import Subgraph
@@ -29,6 +29,7 @@ __all__ = [
     "faithfulness",
     "faithfulness_curve",
     "faithfulness_of_many",
+    "plan_score_edges",
     "score_edges",
     "select_circuit",
 ]

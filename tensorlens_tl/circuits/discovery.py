@@ -34,7 +34,7 @@ from ..attribution import (
     own_prediction,
     resolve_each,
 )
-from ..checks import as_list, at_least_one, one_each, progress_bar, whole, write_whole
+from ..checks import as_list, at_least_one, new_file, one_each, progress_bar, whole, write_whole
 from ..graph import Edge
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
@@ -154,9 +154,7 @@ def discover(
     # 3. What is done already.
     file = None
     if path is not None:
-        if not isinstance(path, str | os.PathLike):
-            raise ValueError(f"path={path!r} is not the path of a file. Pass a string.")
-        file = _File(Path(os.path.realpath(path)), work.digest(info), len(work))
+        file = _File(new_file(path), work.digest(info), len(work))
         scores, n = file.read(info)
         means = torch.tensor([scores.get(edge, 0.0) for edge in edges], dtype=torch.double)
     # 4. The rest, and 5. the circuit.
@@ -339,10 +337,6 @@ class _File:
     """The circuit of what is done so far, and how far that is."""
 
     def __init__(self, path: Path, digest: str, total: int):
-        if not path.parent.is_dir() or path.is_dir():
-            raise ValueError(
-                f"path={str(path)!r} cannot be written. Pass a file in a known folder."
-            )
         self.path, self.digest, self.total = path, digest, total
 
     def read(self, model: ModelInfo) -> tuple[dict[Edge, float], int]:

@@ -28,7 +28,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import at_least_one, progress_bar
+from ..costs import Cost, Plan
 from ..graph import LOGITS, Edge, Node, owner
+from ..operator import Capture, FrozenTransformer
 from .edge_masks import EdgeUniverse
 from .edge_patching import EdgeModel, edge_model
 from .prompt_pairs import LogitMetric, Metric, Pairs, paired
@@ -88,9 +90,7 @@ def score_edges(
         >>> len(scores)
         479
     """
-    if method not in EDGE_METHODS:
-        raise ValueError(f"method={method!r} does not exist. Use one of {', '.join(EDGE_METHODS)}.")
-    at_least_one(steps, "steps")
+    _check(method, steps)
     # 1. The model and the prompts.
     with edge_model(model) as edged:
         universe = edged.universe
@@ -112,6 +112,58 @@ def score_edges(
     # 3. Means, by edge.
     scores = _as_scores(universe, total / n)
     return _direct(universe, scores) if method == "direct" else scores
+
+
+def plan_score_edges(
+    capture: Capture, operator: FrozenTransformer, method: str = "eap", steps: int = 5
+) -> Plan:
+    """Predict what :func:`score_edges` costs for prompts like those of a run.
+
+    Args:
+        capture: The captured run, whose prompts are as many and as long.
+        operator: The operator of the run.
+        method: How edges are scored, one of :data:`EDGE_METHODS`.
+        steps: Number of points of "eap_ig".
+
+    Returns:
+        The plan, of forward and backward passes of the real model.
+
+    Raises:
+        ValueError: If the method does not exist, or ``steps`` is below 1.
+    """
+    _check(method, steps)
+    frame, wiring, D = operator.frame, operator.wiring, operator.in_dim
+    rows, below = frame.batch * frame.n_pos, len(wiring.edges())
+    forward = own = backward = mixed = 0
+    copies = 1
+    for block in capture.blocks:
+        attn, mlp = block.attn.weights, block.mlp
+        Z, group = attn.W_O.numel(), len(attn.W_O) // len(attn.W_V)
+        out = 0 if mlp is None else mlp.output.in_dim * D
+        inner = (3 if hasattr(mlp, "pre_linear") else 2) * out
+        copies, cells = max(copies, group), frame.batch * frame.n_pos**2 * Z // D
+        forward += 2 * Z + 2 * Z // group + inner  # the host's own pass
+        own += Z + out  # what heads and MLPs write
+        backward += 4 * Z + out + (inner - out) * group
+        mixed += cells
+    W_U = capture.unembed.weights.W_U.numel()
+    forward += W_U
+    points = steps if method == "eap_ig" else 1
+    heads = 3 * sum(block.attn.weights.W_O.numel() for block in capture.blocks)
+    cost = Cost(calls=400 * len(capture.blocks) * (2 + 2 * points))
+    cost.product = 2 * rows * 2 * (forward + own)
+    passed = copies * forward + own + heads + below * D
+    cost.product += 2 * rows * points * (passed + backward + copies * W_U + below * D)
+    cost.mixing = 2 * mixed * (2 * 2 + points * (2 * copies + 1 + 2 * copies + 2))
+    cost = Cost() if method == "random" else cost
+    kept = rows * D * len(wiring.writers()) * (4 + 6 * points)
+    return operator.plan_work("score_edges", cost, kept * frame.dtype.itemsize)
+
+
+def _check(method: str, steps: int) -> None:
+    if method not in EDGE_METHODS:
+        raise ValueError(f"method={method!r} does not exist. Use one of {', '.join(EDGE_METHODS)}.")
+    at_least_one(steps, "steps")
 
 
 def edge_gradients(

@@ -17,6 +17,7 @@ import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import Any, SupportsIndex
 
 from torch import Tensor
@@ -119,6 +120,8 @@ def evaluate(
         )
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r} does not exist. Use one of {', '.join(METRICS)}.")
+    if not isinstance(keep_last, bool):
+        raise ValueError(f"keep_last={keep_last!r} is not a choice. Pass True or False.")
     batch_size, seed = at_least_one(batch_size, "batch_size"), whole(seed, "seed")
     own = dict(scores or {})
     asked, adapter = _measures(protocol, preset, metric, beam), adapt(model)
@@ -354,13 +357,23 @@ def _orders(
     name: str, scores: Sequence[Any], lengths: Sequence[int], positions: Sequence[range], seed: int
 ) -> list[Ordered]:
     """Every prompt's maskable positions by falling score; ties in random order."""
+    if not isinstance(scores, Sequence | Tensor):
+        raise ValueError(
+            f"scores[{name!r}] is {kind_of(scores)}, not a list. Pass one list of numbers for each "
+            "prompt."
+        )
     if len(scores) != len(lengths):
         raise ValueError(
             f"scores[{name!r}] has {len(scores)} entries for {len(lengths)} prompts. Pass one each."
         )
     found = []
     for prompt, (given, n, places) in enumerate(zip(scores, lengths, positions, strict=True)):
-        values = given.tolist() if hasattr(given, "tolist") else list(given)
+        values = given.tolist() if hasattr(given, "tolist") else given
+        if not isinstance(values, list | tuple) or not all(isinstance(v, Real) for v in values):
+            raise ValueError(
+                f"scores[{name!r}][{prompt}] is {kind_of(given)}, not a list of numbers. Pass one "
+                "list for each prompt, with one number for each token."
+            )
         if len(values) != n:
             raise ValueError(
                 f"scores[{name!r}] has {len(values)} numbers for the {n} tokens of prompt "

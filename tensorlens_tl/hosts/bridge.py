@@ -49,6 +49,7 @@ from .experts import (
 )
 from .supported import (
     BRIDGE,
+    UNASKED,
     NotFoldedError,
     UnsupportedArchitectureError,
     check_architecture,
@@ -311,7 +312,13 @@ class BridgeAdapter(Adapter):
         watching = [point.register_forward_hook(see) for point in points]
         try:
             with eager_experts(self.model.original_model):
-                return super().run(inputs, kwargs)
+                logits = super().run(inputs, kwargs)
+            vars(self.model).pop(UNASKED, None)
+            return logits
+        except UnsupportedArchitectureError:
+            if (unwrap := vars(self.model).pop(UNASKED, None)) is not None:
+                unwrap()
+            raise
         finally:
             for hook in watching:
                 hook.remove()

@@ -18,8 +18,10 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from .bridge import BridgeAdapter
 from .hook_points import alone
 from .hooked_transformer import HookedTransformerAdapter
 from .pictures import PictureAdapter, embeddings_of
-from .supported import NotFoldedError, UnsupportedArchitectureError
+from .supported import UNASKED, NotFoldedError, UnsupportedArchitectureError
 from .wrapping import BEFORE, BRIDGE, build_bridge, give_tokenizer, restore
 
 
@@ -93,6 +95,7 @@ def as_host(model: Any, tokenizer: Any = None) -> Any:
             try:
                 if fresh:
                     adapt(bridge)
+                    vars(bridge)[UNASKED] = partial(unwrap, bridge)
             except ValueError:
                 unwrap(model)
                 raise
@@ -147,6 +150,7 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
     with alone(model), torch.inference_mode(False):  # the Bridge has weights of its own
         fresh = BRIDGE not in vars(model)
         bridge = _bridge_around(model) if fresh else vars(model)[BRIDGE]
+        vars(bridge).pop(UNASKED, None)  # now the user holds it
         try:
             if tokenizer is not None:
                 give_tokenizer(bridge, tokenizer)
@@ -286,6 +290,19 @@ def load_model(
     return _load(str(name_or_folder), kind, False, kwargs)
 
 
+def _call(load: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any:
+    """Call a loader; refuse arguments that it does not have, as far as it names them all."""
+    _, *known = signature(load).parameters.values()
+    wrong = sorted(kwargs.keys() - {parameter.name for parameter in known})
+    if wrong and all(parameter.kind != parameter.VAR_KEYWORD for parameter in known):
+        names = ", ".join(("kind", *(parameter.name for parameter in known)))
+        raise ValueError(
+            f"{wrong[0]}={kwargs[wrong[0]]!r} is no argument of load_model or of the host's "
+            f"{load.__name__}. Use some of {names}."
+        )
+    return load(name, **kwargs).eval()
+
+
 def _load(name: str, kind: str | None, is_folder: bool, kwargs: dict[str, Any]) -> Any:
     if kind != "hooked":
         try:
@@ -297,7 +314,7 @@ def _load(name: str, kind: str | None, is_folder: bool, kwargs: dict[str, Any]) 
                     'Upgrade transformer_lens, or use kind="hooked".'
                 ) from None
         else:
-            return TransformerBridge.boot_transformers(name, **kwargs).eval()
+            return _call(TransformerBridge.boot_transformers, name, kwargs)
     try:
         from transformer_lens import HookedTransformer
     except ImportError:
@@ -306,8 +323,8 @@ def _load(name: str, kind: str | None, is_folder: bool, kwargs: dict[str, Any]) 
             'Install transformer_lens 3, or use kind="bridge".'
         ) from None
     if is_folder:
-        return hooked_from_folder(name, **kwargs).eval()
-    return HookedTransformer.from_pretrained_no_processing(name, **kwargs).eval()
+        return _call(hooked_from_folder, name, kwargs)
+    return _call(HookedTransformer.from_pretrained_no_processing, name, kwargs)
 
 
 @contextmanager

@@ -99,6 +99,10 @@ SUPPORTED = {
 }
 """Architectures that the tests cover, by Hugging Face class name."""
 
+UNASKED = "_tensorlens_unasked"
+"""Attribute of a Bridge that a call made for itself: how to unwrap it if its first run is refused.
+"""
+
 BRIDGE = "_tensorlens_bridge"
 """Attribute of a Hugging Face model that holds the Bridge around it."""
 

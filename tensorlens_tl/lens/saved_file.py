@@ -18,7 +18,6 @@ import math
 import os
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -26,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import file_path, usable_device, write_whole
+from ..checks import file_path, new_file, usable_device, write_whole
 from ..hosts import Adapter, adapt
 from ..maps import Frame
 from ..operator import Capture, FrozenTransformer
@@ -59,10 +58,7 @@ def save_capture(capture: Capture, path: str | os.PathLike[str], weights: bool =
     Raises:
         ValueError: If the folder does not exist, or if weights are asked for that were not loaded.
     """
-    target = Path(os.path.realpath(file_path(path)))
-    if not target.parent.is_dir() or target.is_dir():
-        wrong = "is a folder" if target.is_dir() else "is in a folder that does not exist"
-        raise ValueError(f"{path} {wrong}. Pass the path of a file in an existing folder.")
+    target = new_file(path)
     frame, writer = capture.frame, Writer(capture.frame, weights)
     about = {f.name: getattr(frame, f.name) for f in fields(frame) if f.name != "device"}
     header = {

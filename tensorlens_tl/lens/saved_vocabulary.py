@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from functools import lru_cache
 from typing import Any
 
 from ..operator import ClassNames
@@ -25,7 +26,7 @@ def write_vocabulary(tokenizer: Any) -> str | None:
         The text; None where the tokenizer has no JSON, as those written in Python have none.
     """
     if isinstance(tokenizer, ClassNames):
-        return _packed({"classes": tokenizer.names})
+        return _packed(json.dumps({"classes": tokenizer.names}))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         return None
@@ -37,11 +38,12 @@ def write_vocabulary(tokenizer: Any) -> str | None:
     special = {name: token for name, token in names.items() if isinstance(token, str)}
     spaces = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
     about = {"rules": rules, "special": special, "clean_up_tokenization_spaces": spaces}
-    return _packed(about)
+    return _packed(json.dumps(about))
 
 
-def _packed(about: dict[str, Any]) -> str:
-    return base64.b64encode(zlib.compress(json.dumps(about).encode())).decode()
+@lru_cache(maxsize=2)  # a vocabulary of megabytes, the same for every lens of a model
+def _packed(text: str) -> str:
+    return base64.b64encode(zlib.compress(text.encode())).decode()
 
 
 def read_vocabulary(text: str) -> Any:

@@ -245,6 +245,10 @@ def continuation_targets(
     ids: Int[Tensor, "batch output"] = torch.stack(
         [all_ids[i, stop - size : stop] for i, (_, stop) in enumerate(spans)]
     ).to(capture.frame.device)
+    if of == "logprob":  # each reads all of W_U: cast once, not once for each
+        unembed = capture.unembed
+        exact = replace(unembed.weights, W_U=capture.frame.cast(unembed.weights.W_U))
+        capture = replace(capture, unembed=replace(unembed, weights=exact))
     goals = [resolve(capture, pos=i - size - 1, predicted=ids[:, i], of=of) for i in range(size)]
     names = tuple(
         tuple(place_label(token, len(own) - size + i) for i, token in enumerate(own[-size:]))

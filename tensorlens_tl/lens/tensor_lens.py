@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..attribution import TargetLike, check_comparable, resolve
+from ..attribution import TargetLike, check_comparable, plan_edges, resolve
 from ..checks import bound, kind_of
 from ..circuits import (
     Circuit,
@@ -16,6 +17,7 @@ from ..circuits import (
     Subgraph,
     circuit_from_names,
     edge_scores,
+    plan_score_edges,
     select_circuit,
 )
 from ..costs import Plan
@@ -307,9 +309,12 @@ class TensorLens(AttributedRun):
 
         Args:
             what: A method of the operator's own for :meth:`token_matrix` ("norm", "in", "out",
-                "in_out"), "attribute", or "block", "to_dense", "frobenius_norm", "svd" or
-                "spectral_norm". Of attribute it is one sweep, which splits by token need.
-            **arguments: The arguments that the call itself would get.
+                "in_out"), "attribute", "discover", "score_edges", or "block", "to_dense",
+                "frobenius_norm", "svd" or "spectral_norm". Of attribute it is one sweep, which
+                splits by token need, or a split by edge. Of :func:`tensorlens_tl.score_edges` it
+                is the runs of the real model for prompts as many and as long as the lens's.
+            **arguments: The arguments that the call itself would get. Of score_edges these are
+                ``method`` and ``steps``.
 
         Returns:
             Time, flops, peak memory and chunks. The machine's rates are measured on products of
@@ -326,16 +331,25 @@ class TensorLens(AttributedRun):
         """
         if what in PLANNED:
             return self.operator.plan(what, **arguments)
-        if what == "attribute":
-            given = bound(self.attribute, arguments)
-            if given["by"] == "edge" or given["baseline"] is not None:
+        if what == "score_edges":
+            planned = partial(plan_score_edges, self.capture, self.operator)
+            return planned(**bound(planned, arguments))
+        if what in ("attribute", "discover"):
+            given = bound(getattr(self, what), arguments)
+            baseline = given.get("baseline", given.get("corrupted"))
+            at = None if baseline is None else given["at"] or "secant"
+            if given.get("by", "edge") == "edge":
+                embeddings = len(self.capture.embeddings)
+                return plan_edges(self.operator, embeddings, at, given["qk"], what)
+            if at is not None:
                 raise ValueError(
-                    "Edges and baselines of attribute cannot be planned. Plan it without: they "
-                    "take a few times as long."
+                    "Baselines of attribute can be planned by edge alone. Plan by='edge', which "
+                    "takes longer, or leave baseline= out."
                 )
             return self.operator.plan_pull(what)
         if what not in OPERATOR_METHODS:
-            known = ", ".join(("attribute", *OPERATOR_METHODS, *PLANNED))
+            known = ("attribute", "discover", "score_edges", *OPERATOR_METHODS, *PLANNED)
+            known = ", ".join(known)
             raise ValueError(f"There is no plan of {what!r}. Use one of {known}.")
         return plan_token_matrix(what, self.capture, self.operator, **arguments)
 

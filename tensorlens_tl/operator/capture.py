@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import pick_prompts
 from ..graph import FINAL_SITE, Node, site_parts
 from ..maps import Frame, Gate, Mix, Norm, Shift
 from ..sublayers import (
@@ -281,7 +282,7 @@ class Capture:
         Returns:
             A capture of batch size 1, whose tensors are views of this one's.
         """
-        return self.picked(range(index, index + 1))
+        return self.picked(pick_prompts(index, self.frame.batch, "capture.prompt", "its tensors"))
 
     def picked(self, rows: Sequence[int]) -> Capture:
         """Some prompts of the batch, without the positions that are padding in all of them.

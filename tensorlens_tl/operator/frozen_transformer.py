@@ -293,16 +293,18 @@ class FrozenTransformer(StepChain):
                 effects |= f.effects
         return Trace(tuple(reversed(covectors)), tuple(reversed(kept)), top, effects)
 
-    def plan_pull(self, what: str = "pull") -> Plan:
+    def plan_pull(self, what: str = "pull", more: Cost | None = None, kept: int = 0) -> Plan:
         """Predict what one transposed sweep of :meth:`pull` costs, all positions kept.
 
         Args:
             what: Name of what is planned, for display.
+            more: Work beside the sweep; it is counted up.
+            kept: Memory beside the sweep's, in bytes.
 
         Returns:
             The plan. Nothing has run but products that measure the machine.
         """
-        frame, D, cost = self.frame, self.in_dim, Cost()
+        frame, D, cost = self.frame, self.in_dim, more or Cost()
         rows = frame.batch * frame.n_pos
         shapes = [shape_of(stage, True) for stage in stages_of(self.map)]
         for step, stage in zip(self.steps, shapes, strict=False):
@@ -316,9 +318,24 @@ class FrozenTransformer(StepChain):
                 if b.heads:
                     cells = b.heads * frame.batch * frame.n_pos**2
                     cost.mixing += 2 * cells * (b.width_in // b.heads + b.score)
-        measured = rates_of(shapes, D, frame.n_pos, rows, frame.dtype, frame.device)
         # A step keeps about four arrays of the size of the residual.
-        peak = 4 * (len(self.steps) + 1) * rows * D * frame.dtype.itemsize
+        kept += 4 * (len(self.steps) + 1) * rows * D * frame.dtype.itemsize
+        return self.plan_work(what, cost, kept)
+
+    def plan_work(self, what: str, cost: Cost, peak: int) -> Plan:
+        """Predict how long some work takes, at the rates of products as large as this operator's.
+
+        Args:
+            what: Name of what is planned, for display.
+            cost: The work, counted by kind.
+            peak: The memory that it takes, in bytes.
+
+        Returns:
+            The plan. Nothing has run but products that measure the machine.
+        """
+        frame, shapes = self.frame, [shape_of(stage, True) for stage in stages_of(self.map)]
+        rows = frame.batch * frame.n_pos
+        measured = rates_of(shapes, self.in_dim, frame.n_pos, rows, frame.dtype, frame.device)
         budget = memory_budget(None, frame.device)
         return Plan(what, cost.flops, measured.seconds(cost), peak, budget, 1)
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -66,6 +66,8 @@ def freeze(
         UnsupportedArchitectureError: If the model cannot be frozen exactly.
         CaptureMismatchError: If the run is not what the operator would compute.
     """
+    if isinstance(inputs, Iterator):  # such as a generator; it can be read once
+        inputs = list(inputs)
     with alone(model.model if isinstance(model, Adapter) else model):
         adapter = model if isinstance(model, Adapter) else adapt(model)
         if noise_floor:

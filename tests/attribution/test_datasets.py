@@ -5,13 +5,14 @@ import math
 import re
 from html import unescape
 
+import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
 from models import ORACLE, ROUNDING, SHAPES, lens_of, quiet, tokens
 
 import tensorlens_tl
-from tensorlens_tl import Attribution, Node, demo
+from tensorlens_tl import Attribution, MeanAttribution, Node, demo
 from tensorlens_tl.attribution.html import changes, grid_html, strip_html, table_html
 
 pytestmark = pytest.mark.algebra
@@ -72,6 +73,34 @@ def test_targets_of_their_own_and_prompts_of_several_lengths(capsys, monkeypatch
     assert [row["mean"] for row in data["rows"]] == found.mean.tolist()
     assert [row["node"] for row in data["rows"]] == list(map(str, found.nodes))
     assert "mean of 3 prompts" in found._repr_html_() and "(± " in found._repr_html_()
+
+
+def test_means_select_and_come_back_from_their_json():
+    model, ids = FIRST.model(), prompts(2)
+    for by in ("token", "component", "head", "layer", "dimension", "order"):
+        found = tensorlens_tl.attribute(model, ids, by=by)
+        again = MeanAttribution.from_json(found.to_json())
+        assert repr(again) == repr(found) and again.nodes == found.nodes
+        assert torch.equal(again.mean, found.mean) and torch.equal(again.sem, found.sem)
+        assert np.array_equal(np.asarray(found), found.mean.numpy())
+    found = tensorlens_tl.attribute(model, ids, by="component", progress=False)
+    assert found.select().completeness_error == found.completeness_error is not None
+    heads = found.select(kind="head", layer=1)
+    assert list(map(str, heads.nodes)) == [f"L1H{i}" for i in range(4)]
+    at = [i for i, node in enumerate(found.nodes) if node in heads.nodes]
+    assert torch.equal(heads.mean, found.mean[at]) and torch.equal(heads.sem, found.sem[at])
+    assert heads.completeness_error is None and "do not sum" in heads._repr_html_()
+    edges = tensorlens_tl.attribute(model, ids, by="edge")
+    into = edges.select(dest="logits")
+    assert into.mean.sum().item() == pytest.approx(edges.target_mean, rel=ORACLE)
+    assert repr(MeanAttribution.from_json(into.to_json())) == repr(into)
+    with pytest.raises(ValueError, match=r"No row has layer 9\. Use one of 0, 1"):
+        found.select(layer=9)
+    with pytest.raises(ValueError, match=r"src= and dest= need a split by edge.*by component"):
+        found.select(src="L0H1")
+    for text in ("{}", "no", found.to_json().replace("mean attribution 1", "x")):
+        with pytest.raises(ValueError, match="is not means as to_json writes them"):
+            MeanAttribution.from_json(text)
 
 
 def test_strings_are_padded_in_batches():

@@ -279,7 +279,7 @@ def test_refusals(model, tmp_path):
         (
             rows,
             {"path": tmp_path / "no" / "file"},
-            "cannot be written. Pass a file in a known folder",
+            "cannot be written. Pass a file in a folder that exists",
         ),
     ):
         with pytest.raises(ValueError, match=match):

@@ -70,6 +70,22 @@ def test_no_tokens(case, inputs):
 
 
 @every_host
+def test_what_can_be_read_once_is_a_prompt(case):
+    """A generator of ids, of rows of ids, and of strings, where the run needs the prompt twice."""
+    model, ids = case.model(), tokens()
+    with quiet(), torch.no_grad():
+        expected = model(ids, return_type="logits")
+        for given in ((row.tolist() for row in ids), iter(list(ids))):
+            assert torch.equal(tensorlens_tl.capture(model, given)[0], expected)
+        one = tensorlens_tl.capture(model, (int(i) for i in ids[1]))[1]
+        assert one.capture.prompts.tokens.tolist() == ids[1:].tolist()
+        half, texts = demo.load_model(case.host).to(torch.bfloat16), ["The capital", "The key is"]
+        lens = tensorlens_tl.capture(half, (t for t in texts), noise_floor=True)[1]
+    assert len(lens) == 2 and lens.tokens[1][-1] == "is"
+    refused(model, (i for i in ()), "The prompt is empty")
+
+
+@every_host
 def test_text_without_a_tokenizer(case):
     refused(case.model(), "Hello", "no tokenizer. Pass token ids")
 

@@ -144,6 +144,25 @@ def test_how_wrong_a_bridge_may_be(dtype, fault, found):
 
 
 @wraps
+@pytest.mark.parametrize(
+    ("token", "logit", "found"),
+    [(4, -torch.inf, False), (7, 0.1, True), (4, torch.inf, True), (7, -torch.inf, True)],
+)
+def test_logits_of_minus_infinity_do_not_hide_the_others(token, logit, found):
+    """A vocabulary that is masked in part: the same infinities in both, and the rest compared."""
+    model, ids = build("gpt2"), torch.arange(7)[None]
+    masked = torch.zeros(model.config.vocab_size)
+    masked[3:5] = -torch.inf
+    with quiet(), torch.no_grad():
+        expected = model(ids).logits + masked
+        bridge = to_bridge(model)
+        masked[token] = logit
+        bridge.unembed.register_forward_hook(lambda module, args, out: out + masked)
+        off, rounding = wrapping._difference(model, bridge, ids, expected)
+    assert expected.isinf().any() and (off > rounding) == found
+
+
+@wraps
 def test_a_bridge_that_gives_nan_or_cannot_be_built_is_refused():
     model = build("gpt2")
     before = state(model)
@@ -604,8 +623,18 @@ def test_an_option_that_is_no_matter_is_served(family, options):
     [("olmo", {"clip_qkv": 0.5}), ("mpt", {"attn_config": {"clip_qkv": 0.5}})],
 )
 def test_a_clip_that_clips_is_named(family, options):
-    with pytest.raises(UnsupportedArchitectureError, match=r"with clip_qkv=0\.5 exactly: it clips"):
-        capture(build(family, torch.float64, **options), tokens())
+    """And the model is then as it was, unless it was wrapped before."""
+    model, clips = build(family, torch.float64, **options), r"with clip_qkv=0\.5 exactly: it clips"
+    before = state(model)
+    for call in (capture, lambda *given: tensorlens_tl.discover(*given, n_edges=3)):
+        with pytest.raises(UnsupportedArchitectureError, match=clips):
+            call(model, tokens())
+        assert state(model) == before
+    bridge = tensorlens_tl.wrap(model)
+    with pytest.raises(UnsupportedArchitectureError, match=clips):
+        capture(model, tokens())
+    assert vars(model)[wrapping.BRIDGE] is bridge
+    tensorlens_tl.unwrap(bridge)
 
 
 @wraps

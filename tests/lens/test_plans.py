@@ -9,7 +9,7 @@ from models import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
 import tensorlens_tl
-from tensorlens_tl import TensorLens, demo
+from tensorlens_tl import TensorLens, demo, score_edges
 from tensorlens_tl.recording import run
 
 FIRST = SHAPES[0]
@@ -30,11 +30,52 @@ def test_flops_of_a_split_by_token(pattern):
 
 def test_what_is_not_planned():
     lens = models.lens_of(FIRST)
-    for wrong in ({"by": "edge"}, {"baseline": "zero"}):
-        with pytest.raises(ValueError, match="Edges and baselines of attribute cannot be planned"):
-            lens.plan("attribute", **wrong)
-    with pytest.raises(ValueError, match=r"no plan of 'discover'. Use one of attribute, "):
-        lens.plan("discover")
+    for what, wrong, match in (
+        ("attribute", {"baseline": "zero"}, "Baselines of attribute can be planned by edge alone"),
+        ("attribute", {"bye": "edge"}, "do not fit attribute: .*'bye'"),
+        ("discover", {"edges": 5}, "do not fit discover: .*'edges'"),
+        ("score_edges", {"method": "eep"}, "method='eep' does not exist. Use one of eap"),
+        ("score_edges", {"steps": 0}, "steps=0 is not an integer ≥ 1"),
+        ("score_edges", {"model": 3}, "do not fit .*'model'.* Pass those of .*: method, steps"),
+        ("faith", {}, "no plan of 'faith'. Use one of attribute, discover, score_edges, norm"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            lens.plan(what, **wrong)
+
+
+def flops(call):
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        call()
+    return counted.get_total_flops()
+
+
+def test_flops_of_edges_and_of_a_search():
+    """Those that torch counts, within a twentieth: one run, two, and the operator between them."""
+    text = "When Mary and John went to the store, {} gave a drink to"
+    model = demo.load_model()
+    runs = [tensorlens_tl.capture(model, text.format(name))[1].capture for name in ("John", "Mary")]
+    for at, qk in ((None, True), (None, False), ("corrupted", True), ("secant", True)):
+        lens, other = map(TensorLens, runs)
+        two = {} if at is None else {"baseline": other, "at": at}
+        plan = lens.plan("attribute", by="edge", qk=qk, **two)
+        counted = flops(lambda: lens.attribute("Mary", by="edge", qk=qk, **two))  # noqa: B023
+        assert abs(plan.flops / counted - 1) <= 0.05, (at, qk)
+        assert 0 < plan.seconds < 60 and 0 < plan.peak_bytes < plan.memory_limit
+    lens, other = map(TensorLens, runs)
+    search = lens.plan("discover", target="Mary", n_edges=20, corrupted=other)
+    assert search.flops == plan.flops and repr(search).startswith("Plan(discover: about ")
+    assert lens.plan("discover", n_edges=20, qk=False).flops < search.flops
+
+
+@pytest.mark.parametrize("case", models.PER_SHAPE[:3], ids=str)
+def test_flops_of_score_edges(case):
+    ids, other = models.tokens(), models.tokens(seed=4)
+    for method in ("eap", "eap_ig"):
+        plan = models.lens_of(case).plan("score_edges", method=method, steps=2)
+        arguments = case.model(), ids, other, method, 3
+        counted = flops(lambda: score_edges(*arguments, steps=2, progress=False))  # noqa: B023
+        assert abs(plan.flops / counted - 1) <= 0.05
+    assert models.lens_of(case).plan("score_edges", method="random").flops == 0
 
 
 @pytest.mark.parametrize("case", SHAPES[:2], ids=str)

@@ -20,6 +20,7 @@ import tensorlens_tl
 from tensorlens_tl import Attribution, CaptureMismatchError, demo
 from tensorlens_tl.lens import saved_file as saving
 from tensorlens_tl.lens import saved_tree as headers
+from tensorlens_tl.lens import saved_vocabulary
 from tensorlens_tl.lens.tensor_lens import TensorLens
 
 pytestmark = pytest.mark.algebra
@@ -236,6 +237,19 @@ def test_damaged_or_missing_tokenizers(text, path):
         loaded.attribute("Paris")
     model = demo.load_model()
     assert tensorlens_tl.load(path, model=model).attribute("Paris").target == ("'Paris'",)
+
+
+def test_a_vocabulary_is_packed_once(tmp_path, monkeypatch):
+    packed, pack = [], saved_vocabulary.zlib.compress
+    saved_vocabulary._packed.cache_clear()
+    monkeypatch.setattr(saved_vocabulary.zlib, "compress", lambda x: packed.append(1) or pack(x))
+    model = demo.load_model()
+    for i, prompt in enumerate(("The capital", "The key", "The")):
+        model.run_with_tensorlens(prompt)[1].save(tmp_path / str(i))
+    assert len(packed) == 1
+    model.tokenizer.add_tokens(["one more"])
+    model.run_with_tensorlens("The")[1].save(tmp_path / "other")
+    assert len(packed) == 2
 
 
 def test_the_models_tokenizer_is_attached_and_one_without_json_is_not_saved(lens, path):
@@ -684,9 +698,9 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
 
 
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(lens, path):
-    with pytest.raises(ValueError, match="a folder that does not exist"):
+    with pytest.raises(ValueError, match=r"cannot be written. Pass a file in a folder that exists"):
         lens.save(path / "deeper")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match=r"cannot be written. Pass a file"):
         lens.save(path.parent)
     writer = headers.Writer(lens.capture.frame, False)
     with pytest.raises(

@@ -7,9 +7,11 @@ import pytest
 import torch
 from comparisons import assert_close
 from models import ORACLE, PER_SHAPE, ROUNDING, SHAPES, lens_of, quiet, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorlens_tl
 from tensorlens_tl import SequenceAttribution
+from tensorlens_tl.lens.sequence_attribution import continuation_targets
 
 every_case = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 
@@ -50,6 +52,25 @@ def test_a_column_is_the_attribution_of_its_token(case):
                 expected = alone.attribute(int(tokens()[prompt, 5 + i]), pos=4 + i, by=by)
                 assert_close(column.values, expected.values, ORACLE)
                 assert column.labels == expected.labels and column.target == expected.target
+
+
+@pytest.mark.parametrize(("of", "whole"), [("logprob", 1), ("logit", 0)])
+def test_w_u_of_a_half_precision_model_is_cast_once(of, whole):
+    lens = lens_of(SHAPES[0], torch.bfloat16)
+    W_U = lens.capture.unembed.weights.W_U
+
+    class Casts(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            wide = func is torch.ops.aten._to_copy.default and out.dtype == torch.float32
+            self.made += wide and out.shape == W_U.shape
+            return out
+
+    with Casts() as casts, torch.no_grad():
+        found = continuation_targets(lens.capture, 4, of)[0]
+    assert len(found) == 3 and casts.made == whole
 
 
 def test_ways_to_name_a_continuation():
