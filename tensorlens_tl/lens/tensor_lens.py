@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -332,8 +331,11 @@ class TensorLens(AttributedRun):
         if what in PLANNED:
             return self.operator.plan(what, **arguments)
         if what == "score_edges":
-            planned = partial(plan_score_edges, self.capture, self.operator)
-            return planned(**bound(planned, arguments))
+
+            def score_edges(method: str = "eap", steps: int = 5) -> Plan:
+                return plan_score_edges(self.capture, self.operator, method, steps)
+
+            return score_edges(**bound(score_edges, arguments))
         if what in ("attribute", "discover"):
             given = bound(getattr(self, what), arguments)
             baseline = given.get("baseline", given.get("corrupted"))
