@@ -20,13 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import as_array, at_least_one, need, new_file, one_each, progress_bar
-from ..graph import Edge, Node
+from ..graph import Edge, Node, rows_that_fit
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, FrozenTransformer
 from ..recording import freeze
 from .html import ROWS, UNIT, left_out, legend_html, sum_html, table_html
 from .splits import attribute
-from .table import Source, rows_that_fit
+from .table import Source
 from .target_gradient import TargetGradient
 from .targets import TargetLike, resolve
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import as_array, at_least_one, need, pick_prompts
-from ..graph import SOURCES, Edge, Node
+from ..graph import SOURCES, Edge, Node, rows_that_fit
 from ..operator import Convention
 from .html import UNIT, attribution_html, changes, left_out, patch_map
 
@@ -372,44 +371,6 @@ def _merged(source: Source, axis: str) -> Source:
     if axis == "layer" and node.layer is not None:
         return Source(Node("layer", node.layer), pos)
     return Source(Node("pos"), pos) if axis == "node" and pos is not None else source
-
-
-def rows_that_fit(nodes: Sequence[Node | Edge], by: str, wanted: Mapping[str, Any]) -> list[int]:
-    """The numbers of the rows that fit what ``select`` was given; refuse what nothing fits."""
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    edges = any(isinstance(node, Edge) for node in nodes)
-    if not edges and wanted.keys() & {"src", "dest"}:
-        raise ValueError(
-            f"src= and dest= need a split by edge, but this one is by {by}. Call "
-            "attribute(by='edge'), or select by kind= and layer=."
-        )
-    keep = list(range(len(nodes)))
-    for name, value in wanted.items():
-        has = [_property(node, name) for node in nodes]
-        if name in ("src", "dest"):
-            value = str(Node.parse(value) if isinstance(value, str) else value)
-        if value not in has:
-            raise ValueError(_nothing_has(name, value, list(dict.fromkeys(has))))
-        keep = [i for i in keep if has[i] == value]
-    if not keep:
-        given = ", ".join(f"{name}={str(value)!r}" for name, value in wanted.items())
-        raise ValueError(f"No row has {given} together. Drop one of them.")
-    return keep
-
-
-def _property(node: Node | Edge, name: str) -> Any:
-    """What :meth:`Attribution.select` asks of a row. An edge has its writer's kind and layer."""
-    if name in ("src", "dest"):
-        return str(getattr(node, name)) if isinstance(node, Edge) else None
-    return getattr(node.src if isinstance(node, Edge) else node, name)
-
-
-def _nothing_has(name: str, value: Any, there: list[Any]) -> str:
-    names = [str(one) for one in there if one is not None]
-    # A head is named where one of its inputs is meant.
-    near = [one for one in names if one.startswith(f"{value}.")] if name == "dest" else []
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"Use one of {', '.join(names)}."
-    return f"No {'edge' if name in ('src', 'dest') else 'row'} has {name} {value}. {hint}"
 
 
 def _difference(a: Attribution, b: Attribution) -> Attribution:

@@ -21,6 +21,7 @@ from .nodes import (
     site_parts,
 )
 from .selection import connected, select
+from .table_rows import rows_that_fit
 from .wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "numbered_site",
     "owner",
     "resid_site",
+    "rows_that_fit",
     "select",
     "site_parts",
 ]
