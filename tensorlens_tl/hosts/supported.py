@@ -70,6 +70,11 @@ SUPPORTED = {
     "XGLMForCausalLM": "XGLM",
     "NanoChatForCausalLM": "NanoChat",
     "TransformerLensNative": "TransformerBridge.boot_native",
+    "DeepseekV2ForCausalLM": "DeepSeek-V2",
+    "DeepseekV3ForCausalLM": "DeepSeek-V3",
+    "Glm4MoeLiteForCausalLM": "GLM-4-MoE-Lite",
+    "Llama4ForConditionalGeneration": "Llama-4 with pictures",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL-MoE",
     # Old names of those above.
     "Gemma1ForCausalLM": "Gemma",
     "NeoForCausalLM": "GPT-Neo",
