@@ -30,6 +30,7 @@ import torch
 from ..hosts import UnsupportedArchitectureError
 from ..plugin import capture
 from .every_name import Name, summary, try_all
+from .name_tables import names_markdown
 from .tiny_models import (
     D_VOCAB,
     FAMILIES,
@@ -281,11 +282,12 @@ def _head(column: tuple[str, str]) -> str:
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    """The support tables of several hosts, in three parts, each narrow enough to be read.
+    """The support tables of several hosts, in parts that are each narrow enough to be read.
 
     1. Families that a Bridge has, and the same as HookedTransformer.
     2. Families that ``boot_native`` or HookedTransformer alone has.
     3. Why not: a list for the cells of both tables, and one of what no class supports.
+    4. Every name that a host registers (:mod:`tensorlens_tl.support.name_tables`).
 
     Args:
         reports: One report for each host version, in any order.
@@ -326,7 +328,9 @@ def markdown(reports: Sequence[Report]) -> str:
         + table.reasons(works)
         + "\n### Not supported by any class\n\n"
         + table.reasons(refused)
-        + "\nMade by `python -m tensorlens_tl.support --json` under each host and `python -m "
+        + "\n"
+        + names_markdown({v: found for v in by_age if (found := by_version[v].names)})
+        + "\nMade by `python -m tensorlens_tl.support --all --json` under each host and `python -m "
         "tensorlens_tl.support --merge docs/support/*.json --into docs/models.md`: "
         f"{made}.\n"
     )

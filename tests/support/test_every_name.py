@@ -3,6 +3,8 @@
 import json
 import re
 from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,12 @@ from tensorlens_tl.support.frozen_gradient import plain_run
 from tensorlens_tl.support.tiny_models import to_bridge
 
 NAMES = registered()
+VERSION = metadata.version("transformer_lens")
+KEPT = Path(__file__).resolve().parents[2] / "docs" / "support" / f"{VERSION}.json"
+AS_KEPT = {one.name: one for one in table.Report.load(KEPT).names} if KEPT.exists() else {}
+REMEDY = (
+    f"if this is meant: `python -m tensorlens_tl.support --all --json > {KEPT.name}`, and --merge"
+)
 pytestmark = pytest.mark.offered(bool(NAMES))
 OF_THE_HOST = re.compile(
     r"transformer_lens \S+ cannot bridge it|with transformer_lens 3 |as it is:"
@@ -38,6 +46,8 @@ NO_ADJOINT = {"TransformerLensNative"}
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_exact_against_hugging_face_or_refused_by_name(name):
     found = try_name(name)
+    kept = AS_KEPT[name]
+    assert (found.outcome, found.reason) == (kept.outcome, kept.reason), REMEDY
     assert found.outcome in ("exact", "refused", "not built"), found
     if found.outcome == "exact":
         compared = {"logits", "token", "component", "adjoint"}

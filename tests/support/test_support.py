@@ -12,6 +12,8 @@ from models import CASES, ROUNDING
 from tensorlens_tl import UnsupportedArchitectureError
 from tensorlens_tl.support import table as support
 from tensorlens_tl.support import tiny_models as families
+from tensorlens_tl.support.every_name import Name
+from tensorlens_tl.support.name_tables import names_markdown
 from tensorlens_tl.support.table import (
     BEGIN,
     END,
@@ -26,8 +28,8 @@ from tensorlens_tl.support.table import (
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = [Report.load(path) for path in sorted((ROOT / "docs" / "support").glob("*.json"))]
 REMEDY = (
-    "if this is meant: under each host `python -m tensorlens_tl.support --json > docs/support/"
-    "VERSION.json`, then `python -m tensorlens_tl.support --merge docs/support/*.json --into "
+    "if this is meant: under each host `python -m tensorlens_tl.support --all --json > docs/"
+    "support/VERSION.json`, then `python -m tensorlens_tl.support --merge docs/support/*.json --into "
     "docs/models.md`"
 )
 CLASSES = {
@@ -126,7 +128,8 @@ def test_a_cell_for_every_row_that_a_host_has():
         assert heads[0] == "family" and all(len(line) == len(heads) for line in lines)
         for line in lines:
             shown |= {(line[0], head): cell for head, cell in zip(heads, line, strict=True)}
-    assert len(lists) == 2 and all(part.startswith(("Why", "Not")) for part in lists)
+    why_not, no_class, *of_names = lists
+    assert why_not.startswith("Why") and no_class.startswith("Not") and len(of_names) == 3
     for report in KEPT:
         version = ".".join(report.versions["transformer_lens"].split(".")[:2])
         for row in report.rows:
@@ -135,7 +138,9 @@ def test_a_cell_for_every_row_that_a_host_has():
                 assert shown[label, head] == str(row), row
             elif row.status != "not offered":  # in a table or not, a list says why
                 why = row.reason.removeprefix("UnsupportedArchitectureError: ")
-                reasons = [line for line in "\n".join(lists).splitlines() if f"**{label}**" in line]
+                reasons = [
+                    line for line in f"{why_not}\n{no_class}".splitlines() if f"**{label}**" in line
+                ]
                 assert any(head in line and why in line and row.status in line for line in reasons)
                 assert shown.get((label, head), row.status) == row.status
 
@@ -271,6 +276,24 @@ def test_other_user_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         support.main(["--into", str(page)])
     assert page.read_text() == f"{END}\n{BEGIN}\n"
+
+
+def test_names_are_shown_with_what_is_in_their_way():
+    exact = Name(
+        "AForCausalLM", "exact", {"logits": 2e-16}, answers={"edges": "", "secant": "L3 is"}
+    )
+    blocked = "Cannot freeze {} exactly: it has a state space in block 0: {}"
+    names = [exact] + [Name(n, "refused", reason=blocked.format(n, f"{n}Mixer")) for n in "BC"]
+    names.append(Name("D", "not built", reason="transformers 5 has no class D"))
+    older = (replace(exact, outcome="refused", errors={}), *names[1:3])
+    table, others, unanswered = names_markdown({"3.9.0": older, "4.3.0": tuple(names)}).split(
+        "\n### "
+    )
+    assert "transformer_lens 4.3.0 registers 4 names. 3 can be built here, and 1 of" in table
+    assert "| AForCausalLM | refused | 2e-16 | yes | yes | no |" in table
+    assert "- it has a state space: B (BMixer), C (CMixer).\n" in others
+    assert "- transformers 5 has no class this name: D.\n" in others
+    assert "- **secant**: `a block is`: AForCausalLM.\n" in unanswered
 
 
 def test_a_changed_status_shows():
