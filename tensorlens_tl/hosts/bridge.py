@@ -50,7 +50,6 @@ from .experts import (
 from .supported import (
     BRIDGE,
     UNASKED,
-    NotFoldedError,
     UnsupportedArchitectureError,
     check_architecture,
     faulty_option,
@@ -97,12 +96,6 @@ class BridgeAdapter(Adapter):
         if what != self.architecture and BRIDGE not in vars(self.model.original_model):
             why = "its Bridge gives other logits than Hugging Face's model"
             raise UnsupportedArchitectureError(refusal(what, why, remedy))
-        if getattr(self.model.original_model, "logit_scale", 1) != 1:
-            raise NotFoldedError(
-                f"Cannot freeze {self.architecture} as it is: its logits are scaled after the "
-                "unembedding. Call tensorlens_tl.wrap(model).enable_compatibility_mode() first, "
-                "which folds that in."
-            )
         attention = getattr(config, "_attn_implementation", "eager")
         if attention not in ("eager", None) and self.attends_apart:
             raise ValueError(
@@ -239,14 +232,17 @@ class BridgeAdapter(Adapter):
         W_U, b_U = linear_weights(self.model.unembed)
         if b_U is not None and not bool(b_U.any()):
             b_U = None  # zeros that the Bridge adds where the model has no bias
-        return self.multiplied("logits_scaling", UnembedWeights(W_U, b_U, self.soft_cap()))
+        weights = UnembedWeights(W_U, b_U, self.soft_cap())
+        return self.multiplied("logits_scaling", self.multiplied("logit_scale", weights))
 
     # --- Multipliers
 
     def multiplier(self, option: str) -> float:
-        """A factor of Hugging Face's configuration by which an activation is multiplied."""
-        config = getattr(self.model.original_model, "config", None)
-        factor = float(getattr(config, option, None) or 1)
+        """A factor of Hugging Face's by which an activation, or the logits, are multiplied."""
+        # Compatibility mode folds the logits' scale itself, and then sets the model's own to 1.
+        model = self.model.original_model
+        holder = model if option == "logit_scale" else getattr(model, "config", None)
+        factor = float(getattr(holder, option, None) or 1)
         return 1 / factor if option == "logits_scaling" else factor
 
     def multiplied(self, option: str, weights: Any) -> Any:

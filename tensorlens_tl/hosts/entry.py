@@ -19,7 +19,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -33,7 +33,7 @@ from .bridge import BridgeAdapter
 from .hook_points import alone
 from .hooked_transformer import HookedTransformerAdapter
 from .pictures import PictureAdapter, embeddings_of
-from .supported import UNASKED, NotFoldedError, UnsupportedArchitectureError
+from .supported import UNASKED, UnsupportedArchitectureError
 from .wrapping import BEFORE, BRIDGE, build_bridge, give_tokenizer, restore
 
 
@@ -179,8 +179,7 @@ def _bridge_around(model: Any) -> Any:
     source = str(getattr(model, "name_or_path", ""))
     bridge.cfg.model_name = Path(source).resolve().name if os.path.isdir(source) else source
     try:
-        with suppress(NotFoldedError):  # a call on the Bridge mends it
-            adapt(bridge)
+        adapt(bridge)
     except UnsupportedArchitectureError:
         unwrap(model)
         raise

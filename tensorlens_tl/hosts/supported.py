@@ -141,10 +141,6 @@ class UnsupportedArchitectureError(ValueError):
     """
 
 
-class NotFoldedError(UnsupportedArchitectureError):
-    """A Bridge that can be frozen once it is in compatibility mode."""
-
-
 def refusal(what: str, why: str, remedy: str = "") -> str:
     """Word the message that refuses something by name.
 

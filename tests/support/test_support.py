@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = [Report.load(path) for path in sorted((ROOT / "docs" / "support").glob("*.json"))]
 REMEDY = (
     "if this is meant: under each host `python -m tensorlens_tl.support --all --json > docs/"
-    "support/VERSION.json`, then `python -m tensorlens_tl.support --merge docs/support/*.json --into "
-    "docs/models.md`"
+    "support/VERSION.json`, then `python -m tensorlens_tl.support --merge docs/support/*.json "
+    "--into docs/models.md`"
 )
 CLASSES = {
     "hooked": "HookedTransformer",
