@@ -226,7 +226,9 @@ def _one_prompt(one: Attribution) -> str:
     heads = any(getattr(source.node, "kind", "") == "head" for source in one.sources)
     value = f"{escape(one.target[0])} = {float(one.target_value[0]):.4g}"
     parts = [f"<div><b>{value}</b>, by {one.by} ({one.effect})</div>"]
-    if one.by == "token" and any(source.pos is not None for source in one.sources):
+    if one.by == "token" and any(map(_PATCH.fullmatch, one.labels[0])):
+        parts.append(_picture(one))
+    elif one.by == "token" and any(source.pos is not None for source in one.sources):
         parts.append(_strip(one))
     elif one.by in ("head", "loading") and heads:
         parts.append(_grid(one))
@@ -266,6 +268,22 @@ def _strip(one: Attribution) -> str:
     note = f"{len(rest)} constants {math.fsum(rest):+.4g}. " if rest else ""
     note += "" if len(one.sources) == len(whole.sources) else _MERGED
     return strip_html(tokens, values, titles) + legend_html(values) + (_note(note) if note else "")
+
+
+def _picture(one: Attribution) -> str:
+    """The patches of a picture in their places; beside them other rows, and the constants."""
+    places, values = [source.pos for source in one.sources], one.values[0]
+    grid = patch_map(one.labels[0], places, values).tolist()
+    patches = {s.pos for s, n in zip(one.sources, one.labels[0], strict=True) if _PATCH.search(n)}
+    beside: dict[str, float] = {}
+    for place, value in zip(places, values.tolist(), strict=True):
+        if place not in patches:
+            named = "constants" if place is None else f"row {place}"
+            beside[named] = beside.get(named, 0.0) + value
+    rows, columns = ([str(i) for i in range(len(axis))] for axis in (grid, grid[0]))
+    numbers = [*(value for row in grid for value in row), *beside.values()]
+    picture = grid_html(rows, columns, grid, beside=list(beside.items()))
+    return picture + legend_html(numbers) + _note("A patch is shown with its position.")
 
 
 _MERGED = "A token is shown with the embedding of its position; hover for both."

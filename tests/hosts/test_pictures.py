@@ -152,6 +152,18 @@ def test_patch_maps_have_rows_and_columns():
         case.lens.attribute(3, by="component").grid()
 
 
+def test_a_notebook_shows_the_map_and_what_is_beside_it():
+    found = picture("vit").lens[0].attribute(3)
+    html = found._repr_html_()
+    for value in found.grid()[0].flatten().tolist():
+        assert f'title="{value:+.4g}"' in html
+    rest = found.sum("node")
+    cls = next(v for s, v in zip(rest.sources, rest.values[0].tolist()) if s.pos == 0)
+    constants = sum(v for s, v in zip(rest.sources, rest.values[0].tolist()) if s.pos is None)
+    assert "row 0 <b" in html and f'title="{cls:+.4g}"' in html
+    assert f'title="{constants:+.4g}"' in html
+
+
 def test_several_pictures_have_no_map():
     with pytest.raises(ValueError, match="patches of several pictures"):
         patch_map(("patch[0,0]", "patch[0,0]"), (1, 2), torch.ones(2))
