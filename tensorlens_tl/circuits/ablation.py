@@ -365,7 +365,7 @@ class _Study:
         if options.mean_over is not None:
             mean_over = paired(model.adapter, options.mean_over)
         if kind == "mean":
-            lengths = [group.ids.shape[1] for group in (*groups, *mean_over)]
+            lengths = [group.n_pos for group in (*groups, *mean_over)]
             if len(set(lengths)) > 1:
                 raise ValueError(
                     "ablation='mean' needs prompts of one length, as it averages position by "
@@ -391,7 +391,7 @@ class _Study:
 
     def mean(self) -> Writes:
         """Mean output of every writer at every position [writer, 1, pos, d_model]."""
-        pieces = (p for g in self.mean_over for p in g.split(self.at_once(g.ids.shape[1])))
+        pieces = (p for g in self.mean_over for p in g.split(self.at_once(g.n_pos)))
         sums = (self.model.run(piece.ids).writes[0].sum(1, keepdim=True) for piece in pieces)
         total = next(sums)
         for other in sums:
@@ -409,7 +409,7 @@ class _Study:
         mean = self.mean() if self.options.ablation == "mean" else None
         with progress_bar("prompts", n, self.options.progress) as bar:
             for group in self.groups:
-                size = self.at_once(group.ids.shape[1])
+                size = self.at_once(group.n_pos)
                 circuits = min(len(masks), size)
                 for piece in group.split(max(1, size // circuits)):
                     runs = self._runs(piece, masks.split(circuits), mean)

@@ -104,7 +104,7 @@ def score_edges(
         with progress_bar("prompts", n, progress) as bar:
             for group in groups:
                 # A backward pass keeps the graph: about four times the memory.
-                size = batch_size or max(1, edged.at_once(group.ids.shape[1]) // 4)
+                size = batch_size or max(1, edged.at_once(group.n_pos) // 4)
                 for piece in group.split(size):
                     points = steps if method == "eap_ig" else 1
                     total += edge_gradients(edged, piece, measured, points).to(total)

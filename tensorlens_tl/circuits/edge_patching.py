@@ -137,7 +137,7 @@ class EdgeModel:
         """
         own = keep is None and nudge is None and patterns is None and embeddings is None
         flow = _Flow(self, ids, keep, replacement, patterns, nudge, direction, embeddings, not own)
-        tokens = ids.repeat(flow.copies * flow.circuits, 1)
+        tokens = ids.repeat(flow.copies * flow.circuits, *[1] * (ids.ndim - 1))
         with ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a Bridge says how it computes norms
             for module, replace in flow.modules():
@@ -148,6 +148,7 @@ class EdgeModel:
                 )
             stack.enter_context(hooked(flow.edits()))
             logits = self.adapter.run(tokens, self.adapter.all_real(tokens))
+        logits = logits[:, None] if logits.ndim == 2 else logits  # a classifier's
         return EdgeRun(flow.cells(logits), flow.written(), tuple(flow.patterns))
 
 
@@ -206,7 +207,8 @@ class _Flow:
         self.keep = None if keep is None else keep.to(model.device, model.dtype)
         self.replacement, self.held, self.embeddings = replacement, held, embeddings
         self.nudge, self.direction = nudge, direction
-        self.circuits, (self.prompts, self.n_pos) = 1 if keep is None else len(keep), ids.shape
+        self.circuits, self.prompts = 1 if keep is None else len(keep), len(ids)
+        self.n_pos = model.adapter.n_pos_of(ids)
         self.attends = rebuilt and held is None
         """Whether patterns are made of rebuilt queries and keys."""
         self.copies = model.group() if self.attends else 1

@@ -27,20 +27,22 @@ class Pairs:
 
     Attributes:
         index: Index of each prompt among all prompts of the call [prompt].
-        ids: Token ids of the prompts [prompt, pos].
+        ids: Token ids of the prompts [prompt, pos]; or pictures.
+        n_pos: Number of positions of each prompt.
         corrupted: Token ids of the corrupted prompts [prompt, pos], or None.
     """
 
     index: Int[Tensor, " prompt"]
-    ids: Int[Tensor, "prompt pos"]
-    corrupted: Int[Tensor, "prompt pos"] | None = None
+    ids: Int[Tensor, "prompt pos"] | Float[Tensor, "prompt ..."]
+    n_pos: int
+    corrupted: Int[Tensor, "prompt pos"] | Float[Tensor, "prompt ..."] | None = None
 
     def split(self, size: int) -> list[Pairs]:
         """Split into pieces of at most ``size`` prompts."""
         none = [None] * len(self.ids)
         corrupted = none if self.corrupted is None else self.corrupted.split(size)
         pieces = zip(self.index.split(size), self.ids.split(size), corrupted, strict=False)
-        return [Pairs(*piece) for piece in pieces]
+        return [Pairs(index, ids, self.n_pos, other) for index, ids, other in pieces]
 
 
 def token_rows(adapter: Adapter, prompts: Any, name: str = "prompts") -> list[Int[Tensor, " pos"]]:
@@ -93,7 +95,7 @@ def paired(adapter: Adapter, prompts: Any, corrupted: Any = None) -> list[Pairs]
         these = [i for i, row in enumerate(rows) if len(row) == length]
         ids = torch.stack([rows[i] for i in these])
         bad = None if others is None else torch.stack([others[i] for i in these])
-        found.append(Pairs(torch.tensor(these), ids, bad))
+        found.append(Pairs(torch.tensor(these), ids, adapter.n_pos_of(ids), bad))
     return found
 
 
@@ -151,6 +153,13 @@ class LogitMetric:
                 a function, or both a metric and a target are given.
         """
         check_metric(metric, pos)
+        if adapter.headless and metric is None:
+            raise ValueError(
+                f"A logit is measured, and {adapter.name} has no head. Pass metric=, a function of "
+                "the final residual at pos."
+            )
+        if adapter.headless and pos == -1 and adapter.read_at is not None:
+            pos = adapter.read_at
         if metric is not None and (target is not None or versus is not None):
             raise ValueError(
                 "metric= and target= (or versus=) are both given, but only one is measured. Drop "

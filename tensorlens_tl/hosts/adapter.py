@@ -389,6 +389,10 @@ class Adapter(HookReader, ABC):
         masked = self.mask(ids, kwargs or {}) is not None
         return {"attention_mask": torch.ones_like(ids)} if masked else {}
 
+    def n_pos_of(self, given: Tensor) -> int:
+        """Number of rows that the model makes of each of some prompts without padding."""
+        return given.shape[1]
+
     def token_string(self, token: int) -> str:
         """A token as text; "#" and its id where there is no tokenizer."""
         return token_text(self.tokenizer, token)

@@ -278,6 +278,9 @@ _WRAPPED: dict[str, Callable[[Adapter, Any], Scores]] = {
     "CodeGenAttention": lambda adapter, part: Scores(1 / float(part.scale_attn)),
     "GPTNeoSelfAttention": _neo,
     "OPTAttention": lambda adapter, part: Scores(part.scaling),
+    "ViTAttention": lambda adapter, part: Scores(part.scaling, causal=False),
+    "DeiTAttention": lambda adapter, part: Scores(part.scaling, causal=False),
+    "ASTAttention": lambda adapter, part: Scores(part.scaling, causal=False),
 }
 """How scores are made of queries and keys, by the class of the wrapped module."""
 

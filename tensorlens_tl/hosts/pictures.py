@@ -175,6 +175,9 @@ class PictureAdapter(BridgeAdapter):
         rows, columns = self.grid(prompt[None])
         return range(len(self.special), len(self.special) + rows * columns)
 
+    def n_pos_of(self, given: Tensor) -> int:
+        return self.patch_rows(given[0]).stop
+
     @property
     def patch_width(self) -> int:
         """Number of pixels from a patch's left to its right."""

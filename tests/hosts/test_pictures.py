@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import ORACLE, ROUNDING, quiet
+from models import ORACLE, ROUNDING, TOLERANCES, quiet
 from oracles import FrozenModel
 from pictures import COLUMNS, KINDS, OFFERED, ROWS, build, picture
 
@@ -158,8 +158,10 @@ def test_a_notebook_shows_the_map_and_what_is_beside_it():
     for value in found.grid()[0].flatten().tolist():
         assert f'title="{value:+.4g}"' in html
     rest = found.sum("node")
-    cls = next(v for s, v in zip(rest.sources, rest.values[0].tolist()) if s.pos == 0)
-    constants = sum(v for s, v in zip(rest.sources, rest.values[0].tolist()) if s.pos is None)
+    cls = next(v for s, v in zip(rest.sources, rest.values[0].tolist(), strict=True) if s.pos == 0)
+    constants = sum(
+        v for s, v in zip(rest.sources, rest.values[0].tolist(), strict=True) if s.pos is None
+    )
     assert "row 0 <b" in html and f'title="{cls:+.4g}"' in html
     assert f'title="{constants:+.4g}"' in html
 
@@ -250,3 +252,50 @@ def test_means_over_pictures():
     rows = case.lens.attribute(3, by="component").sum("pos")
     assert_close(means.mean.sum(), case.expected[:, 3].mean(), ROUNDING)
     assert_close(means.mean, rows.values.mean(0), ROUNDING)
+
+
+# --- Queries and keys, circuits
+
+
+def test_a_recomputed_pattern_is_the_stored_one():
+    case = picture("vit")
+    _, lens = tensorlens_tl.capture(case.model, case.inputs, pattern="recomputed")
+    other = case.lens.attribute(3).values
+    assert_close(lens.attribute(3).values, other, TOLERANCES["oracle"][1])  # softmax in float32
+
+
+def test_between_nearly_equal_pictures_the_secant_is_the_models_gradient():
+    case = picture("deit")
+    near = tensorlens_tl.capture(case.model, case.inputs * (1 + 1e-4))[1]
+    found = case.lens.attribute(3, baseline=near, at="secant")
+    x, y = case.lens.embedding, near.embedding
+    middle = ((x + y) / 2).requires_grad_()
+    with case.model.hooks([("blocks.0.hook_resid_pre", lambda t, hook: middle)]):
+        logits = case.model(case.inputs)
+    (gradient,) = torch.autograd.grad(logits[:, 3].sum(), middle)
+    by_row = found.sum("node")
+    rows = [i for i, source in enumerate(by_row.sources) if source.pos is not None]
+    assert_close(by_row.values[:, rows], (gradient * (x - y)).sum(-1), TOLERANCES["slope"][1])
+    assert_close(found.values.sum(1), logits_apart(case, near), TOLERANCES["two runs"][1])
+
+
+def logits_apart(case, other):
+    return case.expected[:, 3] - other.logits[:, 3]
+
+
+def test_all_edges_are_the_model_and_none_the_other_picture():
+    case, other = picture("vit"), picture("vit").inputs * 0.5
+    circuit = case.lens.discover(3, n_edges=110, qk=True)
+    proof = circuit.faithfulness(case.model, case.inputs, other, target="class 3")
+    with torch.no_grad():
+        ablated = case.model(other)[:, 3]
+    assert_close(proof.circuit, case.expected[:, 3], TOLERANCES["oracle"][1])
+    assert_close(proof.full, case.expected[:, 3], TOLERANCES["oracle"][1])
+    assert_close(proof.ablated, ablated, TOLERANCES["oracle"][1])
+    headless = picture("vit-headless")
+    with pytest.raises(ValueError, match=r"A logit is measured, and ViTModel has no head\. Pass m"):
+        circuit_of(headless).faithfulness(headless.model, headless.inputs, headless.inputs)
+
+
+def circuit_of(case):
+    return case.lens.discover(case.target, n_edges=5, qk=False)
