@@ -23,6 +23,7 @@ METHOD = "run_with_tensorlens"
 
 _HOSTS = {
     "transformer_lens.HookedTransformer": "HookedTransformer",
+    "transformer_lens.HookedEncoder": "HookedEncoder",
     "transformer_lens.model_bridge.bridge": "TransformerBridge",
     "transformer_lens.model_bridge.transformer_bridge": "TransformerBridge",
 }

@@ -29,6 +29,7 @@ from tensorlens_tl.support.tiny_models import (
     build_hf,
     build_hooked,
     build_native,
+    find,
     hooked_model,
     hooked_offered,
     quiet,
@@ -40,6 +41,10 @@ try:
     from transformer_lens import HookedTransformer
 except ImportError:  # transformer_lens 4
     HookedTransformer = None
+try:
+    from transformer_lens import HookedEncoder, HookedTransformerConfig
+except ImportError:  # transformer_lens 4
+    HookedEncoder = None
 try:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 except ImportError:  # transformer_lens 2
@@ -68,6 +73,18 @@ ROUNDING, ORACLE, TWO_RUNS, GRADIENT = (
 )
 """Those of float64, for tests of the library's own algebra."""
 
+_BASE_CONFIG = {
+    "n_layers": 2,
+    "d_model": 32,
+    "d_head": 8,
+    "n_heads": 4,
+    "d_mlp": 48,
+    "n_ctx": N_CTX,
+    "d_vocab": D_VOCAB,
+    "normalization_type": "LN",
+    "device": "cpu",
+    "seed": 0,
+}
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEQ = 7
 
@@ -158,6 +175,48 @@ shape_conventions = pytest.mark.parametrize(
 )
 """The same of :data:`PER_SHAPE`."""
 
+
+def encoder_hf(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A tiny BERT or RoBERTa of Hugging Face, with two token types."""
+    import transformers
+
+    config = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": D_VOCAB,
+        "max_position_embeddings": N_CTX,
+        "type_vocab_size": 2,
+        "attn_implementation": "eager",
+    }
+    kind = name.removesuffix("Model").removesuffix("ForMaskedLM")
+    own = getattr(transformers, f"{kind}Config")(**config)
+    cls = getattr(transformers, name if name.endswith("Model") else f"{kind}ForMaskedLM")
+    model = cls(own).to(dtype).eval()
+    randomize(model)
+    return model
+
+
+def encoder_bridge(name: str, dtype: torch.dtype) -> Any:
+    return to_bridge(encoder_hf(name, dtype))
+
+
+def encoder_offered(architecture: str) -> bool:
+    """Whether the installed host has Bridges of this class of Hugging Face's."""
+    known = find(
+        "transformer_lens.factories.architecture_adapter_factory", "SUPPORTED_ARCHITECTURES"
+    )
+    return known is not None and architecture in known
+
+
+def hooked_encoder(dtype: torch.dtype) -> Any:
+    cfg = {**_BASE_CONFIG, "act_fn": "gelu", "attention_dir": "bidirectional", "dtype": dtype}
+    model = HookedEncoder(HookedTransformerConfig(**cfg)).to(dtype)
+    randomize(model)
+    return model.eval()
+
+
 # Families that are those shapes in another dress: the laws that need the host, once each.
 # Cohere's Bridges are Hugging Face's model under transformer_lens 4 alone.
 _COHERE = () if HookedTransformer else (True,)
@@ -174,8 +233,16 @@ if hooked_offered("olmo2"):
     )
 if HookedTransformer is not None:
     MORE.append(Case("hooked-bloom", lambda dtype: hooked_model("bloom", dtype), "hooked"))
+ENCODERS = [
+    Case(f"bridge-{name}", lambda dtype, name=name: encoder_bridge(name, dtype), "bridge")
+    for name in ("Bert", "Roberta")
+    if encoder_offered(f"{name}ForMaskedLM")
+]
+"""Post-norm models: BERT and RoBERTa, in every class that the host has for them."""
+if HookedEncoder is not None:
+    ENCODERS.append(Case("hooked-encoder", hooked_encoder, "hooked"))
 DRESSED = [case for case in CASES.values() if case.name.split("-", 1)[1] not in _SHAPES]
-CASES |= {case.name: case for case in MORE}
+CASES |= {case.name: case for case in (*MORE, *ENCODERS)}
 
 
 @cache

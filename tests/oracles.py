@@ -33,10 +33,21 @@ class FrozenModel:
         self.cache = {k: v.detach() for k, v in cache_.items() if isinstance(v, Tensor)}
         self.layers = range(len(model.blocks))
 
+    @property
+    def post_norm(self) -> bool:
+        return hasattr(self.model, "mlm_head")
+
+    def host_name(self, site: str) -> str:
+        """The hook point of a site: HookedEncoder's hook_resid_post is the sum before a norm."""
+        after = site.replace("resid_post", "normalized_resid_post")
+        return after if after in self.model.hook_dict else site
+
     def site_names(self) -> list[str]:
         names = []
         for layer in self.layers:
             names.append(f"blocks.{layer}.hook_resid_pre")
+            if self.post_norm:
+                continue
             mid = f"blocks.{layer}.hook_resid_mid"
             parallel = "Parallel" in type(self.model.blocks[layer]).__name__ or getattr(
                 self.model.cfg, "parallel_attn_mlp", False
@@ -117,7 +128,8 @@ class FrozenModel:
 
             return hook
 
-        hooks = [(name, site_hook(name)) for name in self.site_names()] + self._hooks()
+        hooks = [(self.host_name(name), site_hook(name)) for name in self.site_names()]
+        hooks += self._hooks()
         # On the Bridge hook_resid_mid is only what ln2 reads: what reaches the residual there is
         # added to the attention's output.
         for name in inject or ():
@@ -125,7 +137,7 @@ class FrozenModel:
                 at = name.replace("hook_resid_mid", "hook_attn_out")
                 hooks.append((at, lambda t, hook, name=name: t + inject[name]))
         final: list[Tensor] = []
-        has_norm = hasattr(self.model, "ln_final")
+        has_norm = hasattr(self.model, "ln_final") and not self.post_norm
         handle = None
         if has_norm:
             handle = self.model.ln_final.register_forward_hook(lambda m, a, out: final.append(out))
@@ -145,6 +157,16 @@ def written(writers):
         part.wide() if hasattr(part, "wide") else part.expand_as(pos[:1]) for part in writers.parts
     ]
     return torch.cat(rows).transpose(0, 1)
+
+
+def arrived(operator, writers, layer):
+    """What every writer below a layer has added when it comes there, past the residual's norms."""
+    found = written(writers).clone()
+    for step, below in zip(operator.steps, writers.below[1:], strict=True):
+        if step.norm is not None and step.layer < layer:
+            own = below - len(step.own)  # its own constant is added after it
+            found[:, :own] = step.norm.apply(found[:, :own].transpose(0, 1)).transpose(0, 1)
+    return found
 
 
 def gradient_of(lens, target, versus=None, pos=-1):

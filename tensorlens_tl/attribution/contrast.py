@@ -28,14 +28,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import kind_of
-from ..graph import CONTENTS, Node
+from ..graph import CONTENTS, EMBED_NORM_BIAS, Node
 from ..operator import Capture, FrozenTransformer, SecantOperator
 from ..sublayers import EmbedWeights
 from .edges import Writers
-from .splits import by_edge, check_qk, edge_result, top_covector, written_at
+from .splits import by_edge, check_qk, edge_result, written_at
 from .table import Attribution
 from .table_builder import TableBuilder, check_sum
-from .target_gradient import TargetGradient
+from .target_gradient import TargetGradient, direct_covectors
 
 BY = ("token", "component", "edge")
 AT_OPERATORS = ("clean", "corrupted", "secant")
@@ -140,6 +140,11 @@ def _embedding(capture: Capture, baseline: str | Tensor) -> Tensor:
     others = [capture.embeddings[name] for name in CONTENTS if name in capture.sources]
     of_tokens = ~sum(others[1:], torch.zeros_like(embed)).any(-1)
     if isinstance(baseline, str) and baseline == "mean":
+        if EMBED_NORM_BIAS in capture.embeddings:
+            raise ValueError(
+                "baseline='mean' is not available where a norm follows the embeddings, as each "
+                "token has a scale of its own. Pass 'zero', or an embedding [d_model]."
+            )
         tokens = capture.prompts.ids("baseline='mean'")
         if capture.embed_weights is None:
             raise ValueError(
@@ -274,10 +279,12 @@ def _between(clean: TargetGradient, baseline: TargetGradient, by: str, qk: bool)
         for name, (x_c, x_k) in _aligned(clean.capture.embeddings, baseline.capture.embeddings):
             table.spread(Node.parse(name), (c * (x_c - x_k)).sum(-1))
     else:
-        c = secant.top[prompts, query]
+        at = {node: i for i, nodes, _ in written_at(clean) for node in nodes}
+        at |= {node: i for i, nodes, _ in written_at(baseline) for node in nodes}
+        us = [u[prompts, query] for u in secant.direct]
         for node, (a_c, a_k) in _aligned(_written(clean), _written(baseline)):
             if node.kind != "constant" or not torch.equal(a_c, a_k):  # a post-norm scales b_O
-                table.add([node], ((a_c - a_k) * c).sum(-1, keepdim=True))
+                table.add([node], ((a_c - a_k) * us[at[node]]).sum(-1, keepdim=True))
     if not torch.equal(goals[0].covector, goals[1].covector):  # a soft cap's, or a softmax's
         y = sum(run.capture.unembed.final[prompts, query] for run in (clean, baseline)) / 2
         change = ((goals[0].covector - goals[1].covector) * y).sum(-1)
@@ -290,7 +297,7 @@ def _written(gradient: TargetGradient) -> dict[Node, Float[Tensor, "batch d_mode
     """What every writer adds to the residual at the target's position."""
     return {
         node: vector
-        for nodes, vectors in written_at(gradient)
+        for _, nodes, vectors in written_at(gradient)
         for node, vector in zip(nodes, vectors.unbind(1), strict=True)
     }
 
@@ -316,9 +323,11 @@ def _by_component(
     table: TableBuilder, clean: TargetGradient, baseline: TargetGradient, at_clean: bool
 ) -> Float[Tensor, " batch"]:
     """Add each writer's difference, read by one readout; return what the readouts change."""
-    (u_c, top_c), (u_k, top_k) = top_covector(clean), top_covector(baseline)
+    (us_c, top_c), (us_k, top_k) = direct_covectors(clean), direct_covectors(baseline)
     change = torch.zeros_like(clean.target.value)
+    at = {node: i for g in (clean, baseline) for i, nodes, _ in written_at(g) for node in nodes}
     for node, (a_c, a_k) in _aligned(_written(clean), _written(baseline)):
+        u_c, u_k = us_c[at[node]], us_k[at[node]]
         read = u_c if at_clean else u_k
         table.add([node], ((a_c - a_k) * read[:, 0]).sum(-1, keepdim=True))
         change = change + ((a_k if at_clean else a_c) * (u_c - u_k)[:, 0]).sum(-1)

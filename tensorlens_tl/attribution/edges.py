@@ -10,6 +10,9 @@ effect; for "logits", they are the target. Edges into different readers overlap:
 With queries and keys a head has two more readers, "L2H1.q" and "L2H1.k" (see ``QueryKey``). These
 are first-order, and in no sum.
 
+In post-norm models the residual passes norms between a writer and a reader. Then the writer's
+output is carried past them, R out_w in place of out_w: a layer at a time, at 2 d_model flops each.
+
 Both sides are kept narrow: d_head numbers per head and position. For one span of positions a time
 
 1. all writers are widened to [writer, span · d_model], at 2 pos d_model² flops a layer,
@@ -34,7 +37,7 @@ from torch import Tensor
 
 from ..costs import Cost, Plan
 from ..graph import LOGITS, Edge, Node
-from ..maps import Factored
+from ..maps import Factored, Norm
 from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, Step, Trace
 from ..sublayers import Attention
 from .table import Source
@@ -90,9 +93,10 @@ class Writers:
         parts: list[Factored | Tensor | None] = [Factored(e[None]) for e in embeddings.values()]
         fine = capture.logits.dtype == operator.frame.dtype  # a coarser residual is mostly rounding
         after = [step.state if fine else None for step in steps[1:]]
+        still = all(step.norm is None for step in steps)
         for step, then in zip(steps, [*after, None][: len(steps)], strict=True):
             last = step.layer == steps[-1].layer
-            parts += _write(step, query if last else None, then)
+            parts += _write(step, query if last else None, then, still)
         return cls(sum(names, ()), tuple(accumulate(map(len, names))), tuple(parts))
 
     def minus(self, baseline: Writers) -> Writers:
@@ -180,11 +184,14 @@ def frozen_readers(
     Yields:
         Groups of readers that see the same writers, from below.
     """
-    steps = zip(operator.steps, trace.pulls, below, trace.covectors[1:], strict=False)
+    steps = zip(operator.steps, trace.pulls, below, trace.written, strict=False)
+    norm: Norm | None = None  # of the residual, since the readers before
     for step, pulls, seen, c in steps:
         for branch, pull in zip(step.branches, pulls, strict=True):
             covectors, own = branch.readers(pull)
-            yield Readers(branch.body.reads(), seen, covectors, {} if constants is None else own)
+            own = {} if constants is None else own
+            yield Readers(branch.body.reads(), seen, covectors, own, norm)
+            norm = None
             if scores_of is not None and branch.has_heads:
                 side = scores_of(branch)  # first all heads' queries, then all heads' keys
                 heads = len(side.reads()) // 2
@@ -192,8 +199,9 @@ def frozen_readers(
                 for i, covectors in enumerate(both):
                     nodes = side.reads()[i * heads : (i + 1) * heads]
                     yield Readers(nodes, seen, covectors, {})
+        norm = step.norm
     top = {name: share[None] for name, share in (constants or {}).items()}
-    yield Readers((LOGITS,), below[-1], Factored(trace.covectors[-2][None]), top)
+    yield Readers((LOGITS,), below[-1], Factored(trace.covectors[-2][None]), top, norm)
 
 
 def plan_edges(
@@ -273,7 +281,7 @@ def _products(
     n_spans = -(-n_pos // most)
     size = -(-n_pos // n_spans)
     seen = [sum(i < r.n_writers for i in which) for r in readers]
-    groups = _groups([len(r.nodes) for r in readers])
+    groups = _groups(readers)
     rows = max(sum(len(r.nodes) for r in readers[group]) for group in groups)
     kept = [like.new_empty(many * batch * size * d_model) for many in (len(which), rows)]
     for start in range(0, n_pos, size):
@@ -287,6 +295,9 @@ def _products(
             at += len(part.narrow)
         first = 0
         for group in groups:
+            # A norm of the residual that all writers below the group pass, but for its own b.
+            if (norm := readers[group][0].norm) is not None:
+                norm.push_(W[: seen[group][0] - (norm.weights.b is not None)], span)
             # 2. Widen a few readers.
             at = 0
             for r in readers[group]:
@@ -313,8 +324,12 @@ def _products(
     return found
 
 
-def _groups(sizes: list[int]) -> list[slice]:
+def _groups(readers: list[Readers]) -> list[slice]:
     """Runs of neighbouring groups, each of at least :data:`FEW_READERS` readers where possible."""
+    sizes = [len(r.nodes) for r in readers]
+    if any(r.norm is not None for r in readers):  # such a norm begins a new run
+        starts = [0, *(i for i, r in enumerate(readers) if i and r.norm is not None)]
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
     found, start, held = [], 0, 0
     for i, size in enumerate(sizes):
         held += size
@@ -331,18 +346,21 @@ def _names(step: Step) -> tuple[Node, ...]:
     found: list[Node] = []
     for branch in step.branches:
         found += [*branch.body.nodes(), *map(Node.parse, branch.outside_names())]
-    return (*found, *(Node.parse(edit.name) for edit in step.edits))
+    return (*found, *(Node.parse(name) for name in (*(e.name for e in step.edits), *step.own)))
 
 
 def _write(
     step: Step,
     query: Int[Tensor, " batch"] | None,
     after: Float[Tensor, "batch pos d_model"] | None,
+    still: bool,
 ) -> Iterator[Factored | Float[Tensor, " d_model"]]:
     """What the writers of a step add, in the order of :func:`_names`; only at ``query``, if any."""
+    # b_O and b_out are one vector each where no norm comes after them.
     for branch in step.branches:
         outside, name = branch.outside(), branch.body.external[0]
         alone = len(branch.body.nodes()) == len(step.branches) == 1 and not step.edits
+        alone = alone and step.norm is None
         if query is None and after is not None and alone:  # the residual tells it
             gained = after - step.state
             for constant in outside.values():
@@ -351,10 +369,12 @@ def _write(
         else:
             yield branch.writes(step.state, query)
         for constant_name, constant in outside.items():
-            still = branch.post is None and constant_name == name
-            yield constant[0, 0] if still else Factored(constant[None])
+            same = still and branch.post is None and constant_name == name
+            yield constant[0, 0] if same else Factored(constant[None])
     for edit in step.edits:
         yield Factored(edit.constant[None])
+    for constant in step.own.values():
+        yield Factored(constant[None])
 
 
 @lru_cache(maxsize=16)

@@ -46,8 +46,8 @@ def loadings(gradient: TargetGradient, source: int | Node | Edge) -> Attribution
     effect = _dot(state, trace.covectors[first])
     table = TableBuilder(gradient.capture, gradient.target)
     for i in range(first, len(steps)):
-        step, after = steps[i], trace.covectors[i + 1]
-        past = _dot(state, after)
+        step = steps[i]
+        past = _dot(state, trace.written[i])
         pairs = list(zip(step.branches, trace.pulls[i], strict=True))
         heads = [pair for pair in pairs if pair[0].body.nodes()[0].kind == "head"]
         for branch, pull in heads:
@@ -58,7 +58,7 @@ def loadings(gradient: TargetGradient, source: int | Node | Edge) -> Attribution
                 if branch.body.nodes()[0].kind != "head":
                     past = past + _dot(state, pull.covector)
             table.add([Node("constant", step.layer, name="past")], past[:, None])
-        state = state + sum(branch.map.apply(state) for branch in step.branches)
+        state = step.normed(state + sum(branch.map.apply(state) for branch in step.branches))
     if not table.sources:
         raise ValueError(f"No layer with heads is above {source}. Take a source further below.")
     name = str(source) if isinstance(source, Node | Edge) else f"position {source}"
@@ -105,17 +105,19 @@ def _start(gradient: TargetGradient, source: int | Node | Edge) -> tuple[Tensor,
             f"There is no edge {source}, as {source.dest} is not above {source.src}. Take a reader "
             "above the writer."
         )
+    for step in steps[first:i]:
+        x = step.normed(x)
     x = branch.body.part(node).apply(x if branch.pre is None else branch.pre.apply(x))
-    return (x if branch.post is None else branch.post.apply(x)), i + 1
+    return steps[i].normed(x if branch.post is None else branch.post.apply(x)), i + 1
 
 
 def _written(gradient: TargetGradient, node: Node) -> tuple[Tensor, int]:
-    """What a node adds [batch, pos, d_model], and the first step above the node."""
+    """What a node adds [batch, pos, d_model], as it reaches the first step above the node."""
     if str(node) in gradient.capture.embeddings:
         return gradient.capture.embeddings[str(node)], 0
     i, branch = _find(gradient.operator.steps, node)
-    state = gradient.operator.steps[i].state
-    return branch.outputs(state)[:, branch.body.nodes().index(node)], i + 1
+    step = gradient.operator.steps[i]
+    return step.normed(branch.outputs(step.state)[:, branch.body.nodes().index(node)]), i + 1
 
 
 def _find(steps: tuple[Step, ...], node: Node) -> tuple[int, Branch]:

@@ -13,6 +13,7 @@ no covector v reads more than Σ_p √(v_pᵀ C_p v_p) of any of them. C is buil
    With t_k the size of what is at k, a key that holds nothing costs nothing: e.g. the first token,
    for paths from a later one. With positions apart the factor is A_k² for each key, exactly.
 4. A constant c that the step writes adds c cᵀ.
+5. A norm N of the residual itself (post-norm models) makes C into N C Nᵀ.
 
 Everything is in float64: a bound must not be lost to rounding.
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from ..checks import at_least_one
 from ..graph import Node
-from ..maps import Chain, LinearMap
+from ..maps import Chain, LinearMap, Norm
 from ..operator import Step
 from ..sublayers import AnyMix, Sublayer
 
@@ -47,11 +48,13 @@ class NodeMap:
         node: The head or MLP.
         map: The map from the residual that the node reads to what the node adds.
         constants: What the node's own constants make it add, by name [1, pos, d_model].
+        step: Index of the step that the node belongs to.
     """
 
     node: Node
     map: Chain
     constants: dict[str, Tensor]
+    step: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +64,15 @@ class StepParts:
     Attributes:
         node_maps: The nodes of the step.
         outside: The constants that the step adds and no node holds, by name [1, pos, d_model].
+        norm: The norm of the residual itself, after the sum, or None.
     """
 
     node_maps: tuple[NodeMap, ...]
     outside: dict[str, Tensor]
+    norm: Norm | None
 
     @classmethod
-    def of(cls, step: Step) -> StepParts:
+    def of(cls, step: Step, index: int = 0) -> StepParts:
         """Take a step apart. Constants that are zero everywhere are left out."""
         node_maps, outside = [], {edit.name: edit.constant for edit in step.edits}
         for branch in step.branches:
@@ -77,9 +82,10 @@ class StepParts:
                 # A post-norm's own bias belongs to no node: it is outside.
                 own, carried = Chain(inside).constants(), whole.constants()
                 constants = {name: carried[name] for name in own if carried[name].any()}
-                node_maps.append(NodeMap(node, whole, constants))
+                node_maps.append(NodeMap(node, whole, constants, index))
             outside |= branch.outside()
-        return cls(tuple(node_maps), {name: c for name, c in outside.items() if c.any()})
+        outside = {name: c for name, c in outside.items() if c.any()}
+        return cls(tuple(node_maps), outside, step.norm)
 
 
 # --- The bounds ----------------------------------------------------------------------------------
@@ -175,6 +181,11 @@ def bounds_by_site(
         written = [*step.outside.values()]
         written += [c for node_map in step.node_maps for c in node_map.constants.values()]
         C = C + added + (_outer(written) if constants and written else 0)
+        # 5. The residual's own norm, and its b.
+        if step.norm is not None:
+            C = _sandwich([step.norm], C)
+            b = [*step.norm.constants().values()]
+            C = C + (_outer(b) if constants and b else 0)
         found.append(PathBound.of(C, rank))
     return found
 

@@ -188,16 +188,25 @@ class _Partial:
         here = () if self.pos is None else (self.pos,)
         return (node_map, *self.passed), (*here, *self.positions)
 
-    def covector(self, v: Tensor) -> Tensor:
+    def covector(self, v: Tensor, steps: Sequence[StepParts]) -> Tensor:
         """The target's covector [1, pos, d_model] at the last site, pulled along the path."""
         read_at = (self.pos, *(self.positions or [None] * len(self.passed)))
+        above = len(steps)
         for node_map, at in zip(reversed(self.passed), reversed(read_at[:-1]), strict=True):
+            v, above = _past_norms(v, steps[node_map.step : above]), node_map.step
             v = node_map.map.apply_t(v)
             if at is not None:  # by position, the path goes through this position alone
                 row = v[:, at]
                 v = torch.zeros_like(v)
                 v[:, at] = row
-        return v
+        return _past_norms(v, steps[self.site : above])
+
+
+def _past_norms(v: Tensor, steps: Sequence[StepParts]) -> Tensor:
+    """Pull a covector back through the norms of the residual itself, past all nodes."""
+    for step in reversed(steps):
+        v = v if step.norm is None else step.norm.apply_t(v)
+    return v
 
 
 class _Best:
@@ -285,7 +294,7 @@ def find_paths(
         constants = False
 
     # 1. The bounds.
-    steps = [StepParts.of(step) for step in operator.steps]
+    steps = [StepParts.of(step, i) for i, step in enumerate(operator.steps)]
     bounds = bounds_by_site(steps, sources, constants, by_position, memory_limit)
 
     # 2. The empty path: the target's covector below the final norm.
@@ -307,7 +316,13 @@ def find_paths(
         partial = heapq.heappop(heap)[-1]
         expansions += 1
         site = partial.site - 1
-        step, v = steps[site], partial.covector(root)
+        step, v = steps[site], partial.covector(root, steps)
+        own = {} if step.norm is None else step.norm.constants()
+        if constants:
+            for name, constant in own.items():
+                value = float((v * constant).sum())
+                best.offer(value, name, partial.pos, partial.through(None))
+        v = _past_norms(v, [step])
         if constants:  # a path may start at any constant of this step
             written = [(None, step.outside), *((m, m.constants) for m in step.node_maps)]
             for node_map, by_name in written:

@@ -29,7 +29,7 @@ from ..sublayers import Attention, Experts
 from .edges import Writers, edge_products, frozen_readers
 from .table import Attribution
 from .table_builder import TableBuilder, check_sum
-from .target_gradient import Effects, TargetGradient, dot
+from .target_gradient import TargetGradient, direct_covectors, dot, top_covector
 from .targets import Target
 
 BY = (
@@ -244,27 +244,9 @@ def _embedded(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
             table.spread(node, effect)
 
 
-def top_covector(gradient: TargetGradient) -> tuple[Float[Tensor, "batch 1 d_model"], Effects]:
-    """Pull the target through the final norm, at the target's position alone.
-
-    Args:
-        gradient: The target and its run.
-
-    Returns:
-        The covector below the final norm, and what the constants above that site add, by name.
-    """
-    capture, query = gradient.capture, gradient.target.query
-    u, effects = gradient.target.covector[:, None], {}
-    if (edit := capture.final_edit) is not None:
-        effects[edit.name] = dot(u, take_row(edit.constant, query))
-    if capture.ln_final is not None:
-        u = capture.ln_final.row(query).apply_t(u, effects)
-    return u, effects
-
-
 def written_at(
     gradient: TargetGradient, without: tuple[str, ...] = (), experts: bool = False
-) -> Iterator[tuple[Sequence[Node], Float[Tensor, "batch node d_model"]]]:
+) -> Iterator[tuple[int, Sequence[Node], Float[Tensor, "batch node d_model"]]]:
     """Give what every writer adds to the residual at the target's position.
 
     Args:
@@ -273,12 +255,13 @@ def written_at(
         experts: Whether the experts of a mixture stand apart, and not as one MLP.
 
     Yields:
-        Nodes, and one vector for each of them.
+        The index of the covector of :func:`direct_covectors` that reads them, nodes, and one
+        vector for each of them.
     """
     query = gradient.target.query
     for name, embedding in gradient.capture.embeddings.items():
-        yield (Node.parse(name),), take_row(embedding, query)
-    for step in gradient.operator.steps:
+        yield 0, (Node.parse(name),), take_row(embedding, query)
+    for i, step in enumerate(gradient.operator.steps, 1):
         mixture = None
         for branch in step.branches:
             nodes = branch.body.nodes()
@@ -286,32 +269,35 @@ def written_at(
                 continue
             vectors = branch.outputs_at(step.state, query)
             if nodes[0].kind != "expert" or experts:
-                yield nodes, vectors
+                yield i, nodes, vectors
             else:  # routed and shared experts together are the block's MLP
                 vectors = vectors.sum(1, keepdim=True)
                 mixture = vectors if mixture is None else mixture + vectors
         if mixture is not None:
-            yield (Node("mlp", step.layer),), mixture
+            yield i, (Node("mlp", step.layer),), mixture
         for name, constant in _outside(step):
-            yield (Node.parse(name),), take_row(constant, query)
+            yield i, (Node.parse(name),), take_row(constant, query)
+        for name, constant in step.own.items():
+            yield i + 1, (Node.parse(name),), take_row(constant, query)
 
 
 def _direct(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
     """What every writer adds at the target's position, read through the final norm."""
-    u, effects = top_covector(gradient)
+    us, effects = direct_covectors(gradient)
     split = {"head": ("head",), "neuron": ("mlp", "expert")}.get(by, ())
-    for step in gradient.operator.steps:
+    for step, u in zip(gradient.operator.steps, us[1:], strict=False):
         for branch in step.branches:
             if branch.body.nodes()[0].kind in split:
                 _refine(branch, step.state, gradient.target, u, table)
-    by_dimension = torch.zeros_like(u[:, 0])
-    for nodes, vectors in written_at(gradient, split, by == "expert"):
+    by_dimension = torch.zeros_like(us[0][:, 0])
+    for i, nodes, vectors in written_at(gradient, split, by == "expert"):
         if by == "dimension":
-            by_dimension += (vectors * u).sum(1)
+            by_dimension += (vectors * us[i]).sum(1)
         else:
-            table.add(nodes, dot(vectors, u))
+            table.add(nodes, dot(vectors, us[i]))
     if by == "dimension":
-        table.add([Node("dimension", index=i) for i in range(u.shape[-1])], by_dimension)
+        width = by_dimension.shape[-1]
+        table.add([Node("dimension", index=i) for i in range(width)], by_dimension)
     for name, effect in effects.items():
         table.add([Node.parse(name)], effect)
 
@@ -351,7 +337,7 @@ def _neurons(owner: Node, width: int) -> list[Node]:
 
 
 def _outside(step: Step) -> Iterator[tuple[str, Tensor]]:
-    """The constants that a step adds and no node holds, with their names."""
+    """The constants that a step adds to its sum and no node holds, with their names."""
     for branch in step.branches:
         yield from branch.outside().items()
     for edit in step.edits:
@@ -360,11 +346,12 @@ def _outside(step: Step) -> Iterator[tuple[str, Tensor]]:
 
 def _total(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
     """⟨output, covector where it is written⟩ of every writer, at every position."""
-    covectors, steps = gradient.trace.covectors, gradient.operator.steps
+    trace, steps = gradient.trace, gradient.operator.steps
+    covectors = trace.covectors
     if by == "component":
         for name, embedding in gradient.capture.embeddings.items():
             table.spread(Node.parse(name), dot(embedding, covectors[0]))
-    for step, c in zip(steps, covectors[1:], strict=False):
+    for step, c, after in zip(steps, trace.written, covectors[1:], strict=False):
         mixture: Tensor | float = 0.0
         for branch in step.branches:
             body = branch.body
@@ -394,6 +381,8 @@ def _total(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
         if by == "component":
             for name, constant in _outside(step):
                 table.spread(Node.parse(name), dot(constant, c))
+            for name, constant in step.own.items():
+                table.spread(Node.parse(name), dot(constant, after))
     if by == "component":
         for name in gradient.trace.effects:
             if (node := Node.parse(name)).layer is None:
@@ -409,7 +398,7 @@ def _total_by_layer(gradient: TargetGradient, table: TableBuilder, by: str) -> N
             added = added + sum(b.map.apply(step.state) + b.map.bias for b in step.branches)
             for edit in step.edits:
                 added = added + edit.constant
-            after = i + 1
+            added, after = step.normed(added) + sum(step.own.values()), i + 1
         table.spread(Node("layer", layer), dot(added, gradient.trace.covectors[after]))
 
 
@@ -428,7 +417,8 @@ def _orders(gradient: TargetGradient, table: TableBuilder) -> None:
                 grown[0 if name in outside else 1] += constant
         for edit in step.edits:
             grown[0] += edit.constant
-        states = grown
+        states = step.normed(grown)
+        states[0] += sum(step.own.values())
     u, effects = top_covector(gradient)
     prompts = torch.arange(u.shape[0], device=u.device)
     shares = dot(states[:, prompts, gradient.target.query], u[:, 0]).T

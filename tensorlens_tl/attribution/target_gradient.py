@@ -63,6 +63,46 @@ class TargetGradient:
         return tuple(cls(capture, operator, target, trace[i]) for i, target in enumerate(targets))
 
 
+def top_covector(gradient: TargetGradient) -> tuple[Float[Tensor, "batch 1 d_model"], Effects]:
+    """Pull the target through the final norm, at the target's position alone.
+
+    Args:
+        gradient: The target and its run.
+
+    Returns:
+        The covector below the final norm, and what the constants above that site add, by name.
+    """
+    capture, query = gradient.capture, gradient.target.query
+    u, effects = gradient.target.covector[:, None], {}
+    if (edit := capture.final_edit) is not None:
+        effects[edit.name] = dot(u, take_row(edit.constant, query))
+    if capture.ln_final is not None:
+        u = capture.ln_final.row(query).apply_t(u, effects)
+    return u, effects
+
+
+def direct_covectors(
+    gradient: TargetGradient,
+) -> tuple[list[Float[Tensor, "batch 1 d_model"]], Effects]:
+    """Pull the target past all nodes, through the norms alone, at the target's position.
+
+    Args:
+        gradient: The target and its run.
+
+    Returns:
+        The covector at the embeddings, at what each step adds, and above the last step: all are the
+        one below the final norm, but in post-norm models. And what the constants above the last
+        step add, by name.
+    """
+    u, effects = top_covector(gradient)
+    found = [u]
+    for step in reversed(gradient.operator.steps):
+        if step.norm is not None:
+            u = step.norm.row(gradient.target.query).apply_t(u)
+        found.append(u)
+    return [u, *reversed(found)], effects
+
+
 class GradientCache:
     """The gradients of the latest few targets of one run, so that asking again costs nothing.
 

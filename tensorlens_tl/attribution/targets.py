@@ -9,6 +9,7 @@ A target is u · y + constant, with y the final normalized residual at one posit
     a difference       the first functional minus the second
 
 A soft cap of the logits is frozen: column and bias are multiplied by the cap's ratio in this run.
+So is the head of a masked language model: the column is pulled back through it, to y.
 
 The log-probability of a token t is not linear in the logits z. With p = softmax(z) held,
 
@@ -261,8 +262,9 @@ def resolve_target(
         ids = own_prediction(capture, pos) if predicted is None else predicted
     else:
         ids = torch.full_like(query, resolve_token(capture, target, name))
-    covector = frame.cast(unembed.W_U[:, ids].T)
-    constants = {} if unembed.b_U is None else {"b_U": frame.cast(unembed.b_U[ids])}
+    covector, constants = capture.unembed.pull_head(frame.cast(unembed.W_U[:, ids].T), query)
+    if unembed.b_U is not None:
+        constants["b_U"] = frame.cast(unembed.b_U[ids])
     if unembed.soft_cap is not None:  # c · tanh(l / c) = ratio · l, with the ratio held
         own = sum(constants.values(), (covector * y).sum(-1))
         ratio = soft_cap_ratio(own, unembed.soft_cap)
@@ -360,7 +362,7 @@ def as_direction(direction: Any, name: str) -> Tensor:
 def _direction(capture: Capture, direction: Any, query: Tensor, y: Tensor, name: str) -> Target:
     """A direction in the logits [d_vocab] or in the residual [d_model], told apart by its width."""
     frame = capture.frame
-    d_model, d_vocab = capture.unembed.weights.W_U.shape
+    d_model, d_vocab = capture.unembed.in_dim, capture.unembed.out_dim
     u = as_direction(direction, name)
     if u.ndim != 1 or u.shape[0] not in (d_model, d_vocab):
         raise ValueError(
@@ -388,8 +390,10 @@ def _weighted(
     ratio = unembed.ratio
     weights = weights * (take_row(ratio, query)[:, 0] if isinstance(ratio, Tensor) else ratio)
     covector = weights @ frame.cast(unembed.weights.W_U).T
-    b_U = unembed.weights.b_U
-    return covector, {} if b_U is None else {"b_U": weights @ frame.cast(b_U)}
+    covector, constants = unembed.pull_head(covector, query)
+    if (b_U := unembed.weights.b_U) is not None:
+        constants["b_U"] = weights @ frame.cast(b_U)
+    return covector, constants
 
 
 def _without(capture: Capture, ids: Tensor, pos: int) -> Float[Tensor, "batch d_vocab"]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..graph import Edge, Node, Wiring, as_edges
+from ..hosts import Adapter, UnsupportedArchitectureError
 from ..sublayers import ModelWeights
 
 
@@ -30,6 +31,19 @@ def wiring_of(weights: ModelWeights) -> Wiring:
         parallel=any(b.parallel and b.mlp is not None for b in blocks),
         attn_only=all(b.mlp is None for b in blocks),
     )
+
+
+def refuse_norms_between(adapter: Adapter) -> None:
+    """Refuse a model whose residual itself passes norms: nodes of the real model share them.
+
+    Raises:
+        UnsupportedArchitectureError: If it has such norms.
+    """
+    if any(block.mid_norm is not None for block in adapter.weights.blocks):
+        raise UnsupportedArchitectureError(
+            f"{adapter.name} cannot be run edge by edge, as it normalizes the residual itself. Ask "
+            "the operator instead: lens.circuit(edges).share(target)."
+        )
 
 
 @dataclass(frozen=True)

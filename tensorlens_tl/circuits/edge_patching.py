@@ -43,7 +43,7 @@ from ..checks import no_autocast
 from ..hosts import Adapter, QueryKeyWeights, Read, adapt, query_key_weights, whole_norms
 from ..maps import NormWeights
 from ..recording import Edit, hooked, input_replaced, output_replaced, unsplit
-from .edge_masks import EdgeUniverse, wiring_of
+from .edge_masks import EdgeUniverse, refuse_norms_between, wiring_of
 
 Writes = Float[Tensor, "writer prompt pos d_model"]
 CHUNK = 2**28
@@ -168,6 +168,7 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
     """
     with unsplit(model):
         adapter = adapt(model)
+        refuse_norms_between(adapter)
         if hooks := adapter.foreign_hooks():
             raise ValueError(
                 f"The model carries hooks of your own at {', '.join(hooks[:3])}, and an ablation "

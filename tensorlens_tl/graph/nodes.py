@@ -29,6 +29,7 @@ _NODE = re.compile(
 )
 _NUMBERED = {"dim": "dimension", "order ": "order"}
 _CHANGES = ("operator change", "readout change")
+_HEAD = ("mlm_head.b", "mlm_head.ln.b")
 
 
 def resid_site(layer: int, where: str) -> str:
@@ -169,6 +170,8 @@ class Node:
         if text in ("b_U", "ln_final.b", "softmax", EMBED_NORM_BIAS) or (
             text.endswith("[user]") and text[0] != "L"
         ):
+            return cls("constant", name=text)
+        if text in _HEAD:
             return cls("constant", name=text)
         if text in _CHANGES:
             return cls("change", name=text)

@@ -9,10 +9,10 @@ Key concepts:
 from .adapter import Adapter
 from .attention_parts import QueryKeyWeights, query_key_weights, whole_norms
 from .attention_reading import NotRecomputableError, RecomputedReading, StoredReading
+from .encoders import each_prompt
 from .entry import adapt, as_host, load_model, unwrap, wrap
 from .experts import ExpertsRead
 from .hook_points import Read, alone, in_this_thread
-from .pictures import each_prompt
 from .supported import UnsupportedArchitectureError, not_finite
 from .tokens import own_ids, prompts_of
 

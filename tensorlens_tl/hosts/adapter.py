@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checks import token_text
-from ..graph import FINAL_SITE, resid_site
+from ..graph import FINAL_SITE
 from ..maps import NormWeights
 from ..operator import Prompts
 from ..sublayers import (
@@ -77,8 +77,14 @@ class Adapter(HookReader, ABC):
     )
     """Keyword arguments that would make the run something else than prompt → logits."""
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Arguments that the host knows by another name, and that name."""
+
     before_edits: frozenset[str] = frozenset()
     """What is read before the user's own hooks at its point, as they do not enter the residual."""
+
+    embed_norm_hook = "embed_ln.hook_scale"
+    """Where the scale of the norm of the sources passes, in a model that has one."""
 
     read_at: int | None = None
     """The row at which a classifier is read, or a model without a head; None for every row."""
@@ -108,7 +114,7 @@ class Adapter(HookReader, ABC):
         """How the attention of every block is read, and frozen from what is read."""
         self.weights = ModelWeights(
             tuple(map(self.block_weights, self.model.blocks, self.attention)),
-            self.norm_weights(getattr(self.model, "ln_final", None)),
+            self.final_norm(),
             self.unembed_weights(),
         )
 
@@ -195,6 +201,21 @@ class Adapter(HookReader, ABC):
         part = getattr(block.mlp, "original_component", None)
         apart = part is None or part is not getattr(block, "original_component", None)
         return block.mlp if apart else getattr(block.mlp, "in")
+
+    def final_norm(self) -> NormWeights | None:
+        """The norm after the last block; None where there is none."""
+        return self.norm_weights(getattr(self.model, "ln_final", None))
+
+    @property
+    def readout(self) -> nn.Module:
+        """The module that reads the final residual: the unembedding, or a head before it."""
+        has_head = self.weights.unembed.head is not None
+        return self.model.mlm_head if has_head else self.model.unembed
+
+    @property
+    def attends_ahead(self) -> bool:
+        """Whether a token reads later tokens, as in an encoder."""
+        return getattr(self.cfg, "attention_dir", "causal") == "bidirectional"
 
     def _norm_weights_of(self, block: Any, which: str) -> NormWeights | None:
         return self.norm_weights(self.norm(block, which))
@@ -304,8 +325,8 @@ class Adapter(HookReader, ABC):
                 names[None, key] = at
             else:
                 modules[None, key] = at
-        if self.embed_norm() is not None and "embed_ln.hook_scale" in self.hooks:
-            names[None, "embed_ln.scale"] = "embed_ln.hook_scale"
+        if self.embed_norm() is not None and self.embed_norm_hook in self.hooks:
+            names[None, "embed_ln.scale"] = self.embed_norm_hook
         if self.weights.ln_final is not None:
             names[None, "ln_final.scale"] = "ln_final.hook_scale"
         for layer, block in enumerate(self.weights.blocks):
@@ -323,10 +344,7 @@ class Adapter(HookReader, ABC):
             for norm, own in self.norm_names(self.model.blocks[layer]).items():
                 if getattr(block, norm) is not None:
                     names[layer, f"{norm}.scale"] = f"blocks.{layer}.{own}.hook_scale"
-            names[layer, "resid_pre"] = resid_site(layer, "pre")
-            if block.mlp is not None and not block.parallel:
-                names[layer, "resid_mid"] = resid_site(layer, "mid")
-            names[layer, "resid_post"] = resid_site(layer, "post")
+            names |= {(layer, key): name for key, name in self.residual_hooks(layer).items()}
         hooks = self.hooks
         if missing := [name for name in names.values() if name not in hooks]:
             kind = type(self.model).__name__
@@ -399,6 +417,7 @@ class Adapter(HookReader, ABC):
 
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_vocab"]:
         """One ordinary forward pass, when no other thread of the library runs the model."""
+        kwargs = {self.renamed.get(name, name): value for name, value in kwargs.items()}
         with alone(self.model):
             return self.model(inputs, return_type="logits", **kwargs)
 

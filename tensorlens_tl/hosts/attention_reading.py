@@ -272,6 +272,11 @@ def _neo(adapter: Adapter, part: Any) -> Scores:
     return Scores(1.0, window=part.config.window_size if part.attention_type == "local" else None)
 
 
+def _encoder(adapter: Adapter, part: Any) -> Scores:
+    attention = getattr(part, "self")  # noqa: B009
+    return Scores(attention.scaling, causal=bool(attention.is_decoder))
+
+
 _WRAPPED: dict[str, Callable[[Adapter, Any], Scores]] = {
     "NativeAttention": _native,
     "GPTJAttention": lambda adapter, part: Scores(1 / float(part.scale_attn)),
@@ -281,6 +286,9 @@ _WRAPPED: dict[str, Callable[[Adapter, Any], Scores]] = {
     "ViTAttention": lambda adapter, part: Scores(part.scaling, causal=False),
     "DeiTAttention": lambda adapter, part: Scores(part.scaling, causal=False),
     "ASTAttention": lambda adapter, part: Scores(part.scaling, causal=False),
+    "BertAttention": _encoder,
+    "RobertaAttention": _encoder,
+    "XLMRobertaAttention": _encoder,
 }
 """How scores are made of queries and keys, by the class of the wrapped module."""
 

@@ -121,7 +121,7 @@ class BridgeAdapter(Adapter):
     @property
     def act_fn(self) -> str:
         for name, module in self.model.blocks[0].named_modules():
-            if re.search(r"\b(act|act_fn|activation_fn|gelu_impl)$", name):
+            if re.search(r"\b(act|act_fn|activation_fn|gelu_impl|intermediate_act_fn)$", name):
                 return act_name(module)
         return self.cfg.act_fn
 
@@ -191,6 +191,8 @@ class BridgeAdapter(Adapter):
             norm("ln2_post"),
             parallel="Parallel" in type(block).__name__,
             shared=self._shared_weights(mlp),
+            mid_norm=norm("mid_norm"),
+            post_norm=norm("post_norm"),
         )
 
     def _shared_weights(self, mlp: Any) -> GatedMLPWeights | None:

@@ -30,11 +30,11 @@ import torch
 from ..checks import as_device, file_path, kind_of
 from .adapter import Adapter
 from .bridge import BridgeAdapter
+from .encoders import EncoderAdapter, PictureAdapter, embeddings_of, normalizes_sums
 from .hook_points import alone
-from .hooked_transformer import HookedTransformerAdapter
-from .pictures import PictureAdapter, embeddings_of
+from .hooked_transformer import HookedEncoderAdapter, HookedTransformerAdapter
 from .supported import UNASKED, UnsupportedArchitectureError
-from .wrapping import BEFORE, BRIDGE, build_bridge, give_tokenizer, restore
+from .wrapping import BEFORE, BRIDGE, ENCODER, build_bridge, give_tokenizer, restore, within_head
 
 
 def adapt(model: Any) -> Adapter:
@@ -58,11 +58,13 @@ def adapt(model: Any) -> Adapter:
             f"This {type(model).__name__} was taken off its model by unwrap, and runs no longer. "
             "Use what tensorlens_tl.wrap returns for the model now."
         )
+    if "HookedEncoder" in names:
+        return HookedEncoderAdapter(model)
     if "HookedTransformer" in names:
         return HookedTransformerAdapter(model)
     if any("TransformerBridge" in name for name in names):
         of = BridgeAdapter if embeddings_of(model) is None else PictureAdapter
-        return of(model)
+        return (EncoderAdapter if normalizes_sums(model) else of)(model)
     raise UnsupportedArchitectureError(
         f"model is {kind_of(model)}, which is neither a HookedTransformer nor a "
         "TransformerBridge. Pass one of these, or a Hugging Face causal language model."
@@ -161,7 +163,8 @@ def wrap(model: Any, tokenizer: Any = None) -> Any:
     return bridge
 
 
-def _bridge_around(model: Any) -> Any:
+def _bridge_around(encoder: Any) -> Any:
+    model = within_head(encoder)
     name = type(model).__name__
     try:
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -176,12 +179,15 @@ def _bridge_around(model: Any) -> Any:
         return build_bridge_from_module(model, name, hf_config=model.config)
 
     bridge = build_bridge(model, build)
-    source = str(getattr(model, "name_or_path", ""))
+    if model is not encoder:
+        vars(encoder)[BRIDGE], vars(encoder)[BEFORE] = bridge, vars(model)[BEFORE]
+    source = str(getattr(encoder, "name_or_path", ""))
+    source = source or ("" if model is encoder else type(encoder).__name__)
     bridge.cfg.model_name = Path(source).resolve().name if os.path.isdir(source) else source
     try:
         adapt(bridge)
     except UnsupportedArchitectureError:
-        unwrap(model)
+        unwrap(encoder)
         raise
     except ValueError:  # a call on the model mends it, such as model.eval()
         pass
@@ -227,9 +233,10 @@ def unwrap(model: Any) -> Any:
             "enable_compatibility_mode has processed the weights of this model, which are no "
             "longer the ones it had. Load the Hugging Face model again."
         )
+    encoder, _ = vars(inner).get(ENCODER, (inner, None))
     restore(vars(inner)[BEFORE])
     vars(bridge)[BRIDGE] = None  # adapt refuses it from now on
-    return inner
+    return encoder
 
 
 # --- Loading by name ------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..graph import EMBED_NORM_BIAS, FINAL_SITE, SOURCES
+from ..graph import EMBED_NORM_BIAS, FINAL_SITE, SOURCES, resid_site
 from ..maps import NormWeights
 from ..operator import Prompts
+from ..sublayers import ModelWeights
 
 Read = tuple[int | None, str]
 """What is read, and in which layer: (3, "pattern"), (None, "embed")."""
@@ -222,6 +223,7 @@ class HookReader:
     cfg: Any
     hooks: dict[str, Any]
     read_at: int | None
+    weights: ModelWeights
 
     def norm_names(self, block: Any) -> dict[str, str]:
         """What the host calls each of a block's norms."""
@@ -279,6 +281,22 @@ class HookReader:
             )
         return {name: seen[name] for name in SOURCES if name in seen}
 
+    def residual_hooks(self, layer: int) -> dict[str, str]:
+        """Find where a block's residual passes.
+
+        Args:
+            layer: Number of the block.
+
+        Returns:
+            Names of hook points, by what passes there: "resid_pre", "resid_mid" and "resid_post".
+            A block that normalizes the residual itself has "mid_sum" and "post_sum", which its
+            norms read, and no "resid_mid".
+        """
+        block, names = self.weights.blocks[layer], ["pre", "post"]
+        if block.mlp is not None and not block.parallel:
+            names.insert(1, "mid")
+        return {f"resid_{name}": resid_site(layer, name) for name in names}
+
     # --- Hooks of the user's own
 
     def hooked_patterns(self) -> dict[str, nn.Module]:
@@ -307,4 +325,6 @@ class HookReader:
         return {read: labels for read, labels in found.items() if labels}
 
     def _final_edits(self) -> tuple[str, ...]:
+        if self.weights.unembed.head is not None:  # these hook points are inside the head
+            return ()
         return edited_labels(self.hooks, "", host_names(FINAL_EDITS, {}))

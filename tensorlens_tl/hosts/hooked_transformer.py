@@ -1,10 +1,13 @@
-"""HookedTransformer of transformer_lens 2.x and 3.x: weight layout, attention scores, refusals."""
+"""HookedTransformer and HookedEncoder of transformer_lens 2.x and 3.x.
+
+Weight layout, attention scores, refusals; and BERT's blocks, embeddings and head.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -14,6 +17,7 @@ from ..sublayers import (
     BlockWeights,
     ExpertsWeights,
     GatedMLPWeights,
+    HeadWeights,
     MLPWeights,
     Rotation,
     Scores,
@@ -26,6 +30,7 @@ from .experts import hooked_weights, watch_hooked
 from .supported import UnsupportedArchitectureError, flags_off, refusal
 
 _ATTENTION = ("Attention", "GroupedQueryAttention")
+_BLOCKS = ("TransformerBlock", "BertBlock")
 
 
 class HookedTransformerAdapter(Adapter):
@@ -53,7 +58,7 @@ class HookedTransformerAdapter(Adapter):
     def attention_reader(self, block: Any) -> AttentionReader:
         for module in (block, block.attn):
             kind = type(module).__name__
-            if kind not in ("TransformerBlock", *_ATTENTION):
+            if kind not in (*_BLOCKS, *_ATTENTION):
                 raise UnsupportedArchitectureError(
                     refusal(f"the module {kind}", "its computation is not known here")
                 )
@@ -73,6 +78,8 @@ class HookedTransformerAdapter(Adapter):
             norm("ln1_post"),
             norm("ln2_post"),
             parallel=bool(self.cfg.parallel_attn_mlp),
+            mid_norm=norm("mid_norm"),
+            post_norm=norm("post_norm"),
         )
 
     def watch_experts(self, layer: int, give: Any) -> list[Any]:
@@ -164,3 +171,47 @@ class HookedTransformerAdapter(Adapter):
         bos = kwargs.get("prepend_bos")
         bos = self.cfg.default_prepend_bos if bos is None else bos
         return get_attention_mask(self.tokenizer, tokens, bos)
+
+
+class HookedEncoderAdapter(HookedTransformerAdapter):
+    """``HookedEncoder`` of transformer_lens 2.x and 3.x."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"attention_mask": "one_zero_attention_mask"}
+    embed_norm_hook = "embed.ln.hook_scale"
+
+    def check_model(self) -> None:
+        flags_off(self.cfg)
+
+    @property
+    def attends_ahead(self) -> bool:
+        return True
+
+    def norm_names(self, block: Any) -> dict[str, str]:
+        return {"mid_norm": "ln1", "post_norm": "ln2"}
+
+    def residual_hooks(self, layer: int) -> dict[str, str]:
+        # This host's sites in the middle and at the end are the sums, before their norms.
+        names = {
+            "resid_pre": "hook_resid_pre",
+            "mid_sum": "hook_resid_mid",
+            "post_sum": "hook_resid_post",
+            "resid_post": "hook_normalized_resid_post",
+        }
+        return {read: f"blocks.{layer}.{name}" for read, name in names.items()}
+
+    @property
+    def source_hooks(self) -> dict[str, str]:
+        names = {"embed": "embed", "pos_embed": "pos_embed", "type_embed": "token_type_embed"}
+        return {source: f"embed.hook_{name}" for source, name in names.items()}
+
+    def embed_norm(self) -> NormWeights | None:
+        return self.norm_weights(self.model.embed.ln)
+
+    def unembed_weights(self) -> UnembedWeights:
+        head, unembed = self.model.mlm_head, self.model.unembed
+        norm = cast(NormWeights, self.norm_weights(head.ln))
+        weights = HeadWeights(head.W, head.b, self.activation("gelu"), norm)
+        return UnembedWeights(unembed.W_U, unembed.b_U, None, weights)
+
+    def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        return kwargs.get("attention_mask")

@@ -69,6 +69,9 @@ SUPPORTED = {
     "GraniteForCausalLM": "Granite",
     "XGLMForCausalLM": "XGLM",
     "NanoChatForCausalLM": "NanoChat",
+    "BertForMaskedLM": "BERT",
+    "BertLMHeadModel": "BERT",
+    "RobertaForMaskedLM": "RoBERTa",
     "TransformerLensNative": "TransformerBridge.boot_native",
     "DeepseekV2ForCausalLM": "DeepSeek-V2",
     "DeepseekV3ForCausalLM": "DeepSeek-V3",
@@ -110,6 +113,10 @@ UNASKED = "_tensorlens_unasked"
 
 BRIDGE = "_tensorlens_bridge"
 """Attribute of a Hugging Face model that holds the Bridge around it."""
+
+ENCODER = "_tensorlens_encoder"
+"""Attribute of a model that was made around an encoder without a head: the encoder, and the module
+in the head's place."""
 
 _FAULTY = {
     ("GPT2LMHeadModel", "scale_attn_weights"): False,

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..checks import kind_of
-from ..operator import Prompts
+from ..operator import EMPTY, Prompts, check_tokens
 
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-EMPTY = "The prompt is empty. Give at least one token."
 Spans = list[tuple[int, int]]
 
 CONVENTION = "_tensorlens_convention"
@@ -39,11 +38,14 @@ def prepare(
     model, device, mask = adapter.model, adapter.weights.unembed.W_U.device, None
     hosts = model, getattr(model, "original_model", model)
     inputs, kwargs = unpacked(inputs, kwargs, hosts)
-    check_arguments(kwargs, adapter.forbidden, hosts)
+    typed = "type_embed" in adapter.source_hooks  # an encoder
+    plain = {k: v for k, v in kwargs.items() if k != "token_type_ids" or not typed}
+    check_arguments(plain, adapter.forbidden, hosts)
     if isinstance(inputs, Prompts):
         return {**adapter.all_real(inputs.given, kwargs), **kwargs}, inputs
     if is_text(inputs):
-        tokens, mask = tokenize(model, [inputs] if isinstance(inputs, str) else inputs, kwargs)
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        tokens, mask = tokenize(model, texts, kwargs, typed)
         tokens, mask = tokens.to(device), mask.to(device)
         kwargs.pop("prepend_bos", None)
     else:
@@ -52,7 +54,9 @@ def prepare(
         kwargs["attention_mask"] = mask = as_mask(kwargs["attention_mask"], tokens)
     elif mask is None:
         mask = adapter.mask(tokens, kwargs)
-    elif not mask[:, 0].all() or adapter.mask(tokens, kwargs) is not None:
+    elif not (mask if adapter.attends_ahead else mask[:, 0]).all() or (
+        adapter.mask(tokens, kwargs) is not None
+    ):
         kwargs["attention_mask"] = mask
     return kwargs, prompts_of(adapter, tokens, mask_spans(mask, tokens, adapter.tokenizer))
 
@@ -91,7 +95,9 @@ def own_ids(adapter: Adapter, prompt: Any) -> Int[Tensor, " pos"]:
     return prompts_of(adapter, prompt[None]).given[0]
 
 
-def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def tokenize(
+    model: Any, texts: Sequence[str], kwargs: Mapping[str, Any], encoder: bool = False
+) -> tuple[Tensor, Tensor]:
     """Tokenize texts one by one as the host does, and pad them to one length.
 
     Hosts guess by a token's id what is padding. Here each text has the ids that it has alone, and
@@ -101,6 +107,7 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
         model: A host model with a method ``to_tokens``.
         texts: One or more texts.
         kwargs: Arguments of the model; ``prepend_bos`` and ``padding_side`` matter here.
+        encoder: Whether the tokenizer itself adds all special tokens, such as [CLS] and [SEP].
 
     Returns:
         Token ids [batch, pos], and the mask of the real tokens among them [batch, pos].
@@ -118,12 +125,20 @@ def tokenize(model: Any, texts: Sequence[str], kwargs: Mapping[str, Any]) -> tup
             "model.tokenizer was not set by set_tokenizer, so the host does not know whether it "
             "begins a text with BOS. Call model.set_tokenizer(tokenizer), or pass token ids."
         )
+    if encoder and kwargs.get("prepend_bos") is not None:
+        raise ValueError(
+            "prepend_bos is not for an encoder, whose tokenizer adds special tokens. Drop it."
+        )
     # Told once, where the host's convention is not the tokenizer's own and neither was chosen.
-    if kwargs.get("prepend_bos") is None and (told := vars(model).pop(CONVENTION, None)):
+    told = vars(model).pop(CONVENTION, None) if kwargs.get("prepend_bos") is None else None
+    if told and not encoder:
         warnings.warn(told, UserWarning, stacklevel=2)
     keys = {k: kwargs[k] for k in ("prepend_bos", "padding_side") if k in kwargs}
     keys["truncate"] = False  # a text over n_ctx is refused, not cut
-    rows = [model.to_tokens(text, **keys)[0] for text in texts if text]
+    if encoder:
+        rows = [torch.tensor(model.tokenizer(text)["input_ids"]) for text in texts if text]
+    else:
+        rows = [model.to_tokens(text, **keys)[0] for text in texts if text]
     if len(rows) < len(texts) or not all(map(len, rows)):
         raise ValueError(EMPTY)
     for text, row in zip(texts, rows, strict=True):
@@ -178,7 +193,8 @@ def unpacked(
 
 def _known(hosts: Sequence[Any]) -> set[str]:
     """Names of the arguments of the hosts' forward passes."""
-    return {name for host in hosts for name in inspect.signature(type(host).forward).parameters}
+    own = {name for host in hosts for name in inspect.signature(type(host).forward).parameters}
+    return own | ({"attention_mask"} if "one_zero_attention_mask" in own else set())
 
 
 def check_arguments(
@@ -422,27 +438,3 @@ def mask_spans(mask: Any, tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> S
             )
         spans.append((real[0], real[-1] + 1))
     return spans
-
-
-def check_tokens(tokens: Int[Tensor, "batch pos"], n_ctx: int, d_vocab: int) -> None:
-    """Refuse prompts that the model cannot take.
-
-    Args:
-        tokens: Token ids of all prompts.
-        n_ctx: Number of tokens that the model's context holds.
-        d_vocab: Number of tokens in the vocabulary.
-
-    Raises:
-        ValueError: If the prompt is empty, longer than n_ctx, or has ids outside the vocabulary.
-    """
-    if tokens.numel() == 0:
-        raise ValueError(EMPTY)
-    if tokens.shape[1] > n_ctx:
-        raise ValueError(
-            f"The prompt has {tokens.shape[1]} tokens, but the model's context holds "
-            f"n_ctx = {n_ctx}. Shorten the prompt."
-        )
-    if wrong := tokens[(tokens < 0) | (tokens >= d_vocab)].tolist():
-        raise ValueError(
-            f"Token id {wrong[0]} is outside the vocabulary. Give ids from 0 to {d_vocab - 1}."
-        )

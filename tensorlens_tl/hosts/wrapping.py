@@ -17,9 +17,10 @@ from torch import Tensor
 from ..checks import kind_of
 from ..graph import resid_site
 from ..maps import TINY
-from .pictures import embeddings_of, random_input
+from .encoders import embeddings_of, random_input
 from .supported import (
     BRIDGE,
+    ENCODER,
     UnsupportedArchitectureError,
     adapter_at,
     check_architecture,
@@ -30,6 +31,13 @@ from .supported import (
     refusal,
 )
 from .tokens import CONVENTION
+
+_HEADED = {
+    "BertModel": "BertForMaskedLM",
+    "RobertaModel": "RobertaForMaskedLM",
+    "XLMRobertaModel": "RobertaForMaskedLM",
+}
+"""Encoders without a head, and the class with a head and the same blocks that hosts know."""
 
 BEFORE = "_tensorlens_before"
 """Attribute of such a model that holds what it was before."""
@@ -112,6 +120,37 @@ def _probe_ids(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(weight), (1, room), generator=generator, device="cpu")
     return ids.to(weight.device)
+
+
+def within_head(model: Any) -> Any:
+    """Put an encoder without a head into the class with a head that the host knows.
+
+    Args:
+        model: A Hugging Face encoder, such as a BertModel. It is used as it is, not copied.
+
+    Returns:
+        The model around it, whose head passes on what the encoder gives. Another model as it is.
+    """
+    if (name := _HEADED.get(type(model).__name__)) is None:
+        return model
+    import transformers
+
+    tiny = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 2}
+    tiny |= {"num_hidden_layers": 1, "max_position_embeddings": 4, "pad_token_id": 0}
+    config = deepcopy(model.config)
+    for option, value in tiny.items():  # of weights that are never used
+        setattr(config, option, value)
+    with torch.random.fork_rng([]):
+        whole = getattr(transformers, name)(config)
+    setattr(whole, whole.base_model_prefix, model)
+    whole.config = model.config
+    weight = model.get_input_embeddings().weight
+    head = whole.cls if hasattr(whole, "cls") else whole.lm_head
+    head.to(weight.device, weight.dtype).train(model.training)
+    whole.training = model.training
+    head.forward = lambda hidden, **_: hidden
+    vars(whole)[ENCODER] = model, head
+    return whole
 
 
 @contextmanager

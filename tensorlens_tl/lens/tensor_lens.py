@@ -32,12 +32,12 @@ from ..methods import (
     token_scores,
 )
 from ..operator import PLANNED
-from .attributed_run import AttributedRun
 from .saved_file import load_capture, save_capture
+from .similarity import PooledRun
 from .write_check import WriteCheck
 
 
-class TensorLens(AttributedRun):
+class TensorLens(PooledRun):
     """One run of a transformer as an exact linear map, and every question to it as one call.
 
     A lens is made by ``model.run_with_tensorlens(prompt)`` or :func:`tensorlens_tl.capture`. Three
@@ -51,6 +51,7 @@ class TensorLens(AttributedRun):
     Which words does a logit come from?              ``lens.attribute("Paris", versus="Rome")``
     Which heads, MLPs, neurons, constants, edges?    ``lens.attribute("Paris", by="head")``
     What changed between two prompts?                ``lens.attribute(baseline=other_lens)``
+    Why are two sentences close?                     ``lens.attribute_similarity(other_lens)``
     What do many targets or positions come from?     ``lens.attribute_many(pos=range(3))``
     Where does every token of an answer come from?   ``lens.attribute_sequence("ele phant")``
     What does every component write directly?        ``lens.dla("Paris", versus="Rome")``

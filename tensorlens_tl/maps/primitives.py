@@ -360,6 +360,11 @@ class Norm(LinearMap):
         if self.weights.gain is not None:
             x *= self.frame.cast(self.weights.gain)
 
+    def push_(self, x: Float[Tensor, "*many batch pos d"], span: slice) -> None:
+        """:meth:`apply` in place, to vectors at a span of positions."""
+        self.unscaled_(x)
+        x /= self.scale[:, span]
+
     def unscaled_t_(self, y: Float[Tensor, "*many d"]) -> None:
         """:meth:`apply_t` in place, but for the division by the scale."""
         if self.weights.gain is not None:

@@ -191,6 +191,8 @@ def _predictions(capture: Capture) -> Float[Tensor, "batch pos d_model"]:
     frame, w = capture.frame, capture.unembed.weights
     ids = capture.logits.argmax(-1)
     u = frame.cast(w.W_U.T[ids])
+    if (head := capture.unembed.head) is not None:
+        return head.apply_t(u)
     if w.soft_cap is None:
         return u
     logits = (u * capture.unembed.final).sum(-1, keepdim=True)

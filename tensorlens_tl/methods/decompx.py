@@ -25,12 +25,12 @@ def decompx_vectors(capture: Capture) -> Float[Tensor, "key_pos batch query_pos 
     # 2. Through every block.
     for block in capture.blocks:
         attn = linear(block.ln1_post, block.attn.apply(linear(block.ln1, vectors)))
-        state = vectors + attn
+        state = linear(block.mid_norm, vectors + attn)
         if block.mlp is not None:
             # A parallel MLP reads the state that attention read, too.
             read = vectors if block.resid_mid is None else state
             state = state + linear(block.ln2_post, block.mlp.apply(linear(block.ln2, read)))
-        vectors = state
+        vectors = linear(block.post_norm, state)
     return vectors
 
 

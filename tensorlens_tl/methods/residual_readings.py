@@ -12,10 +12,10 @@ At the last site both are the model's own logits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..attribution import TargetLike, resolve_token
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label, token_text
-from ..maps import DENSE_LIMIT, Norm, take_row
+from ..maps import DENSE_LIMIT, Chain, Gate, Linear, Norm, take_row
 from ..operator import Capture, FrozenTransformer
 from ..sublayers import soft_cap_ratio
 
@@ -250,6 +250,8 @@ def logit_lens(
         return tensor if query is None else take_row(tensor, query)
 
     def linear(y: Tensor) -> Tensor:
+        if (head := capture.unembed.head) is not None:
+            y = capture.unembed.anew(y) if norm == "anew" else _through(head, y, at)
         b_U = 0 if weights.b_U is None else frame.cast(weights.b_U)
         return y @ frame.cast(weights.W_U) + b_U
 
@@ -285,6 +287,15 @@ def logit_lens(
         for own, places in zip(strings, shown, strict=True)
     )
     return LogitLens(logits, operator.sites[:-1], labels, spans, norm, capture.tokenizer)
+
+
+def _through(head: Chain, y: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
+    """The frozen head on states at some positions."""
+    into, gate, ln = cast(tuple[Linear, Gate, Norm], head.maps)
+    z = y @ into.frame.cast(into.W)
+    z = (z if into.b is None else z + into.frame.cast(into.b)) * at(gate.ratio)
+    h = replace(ln, scale=at(ln.scale)).apply(z)
+    return h if ln.weights.b is None else h + ln.frame.cast(ln.weights.b)
 
 
 def _variance(ln: Norm, x: Float[Tensor, "*many d"]) -> Float[Tensor, "*many 1"]:

@@ -47,7 +47,7 @@ class Split:
             [batch, pos, d_model].
         resid_post: State after the block [batch, pos, d_model].
         next_norms: Two frozen norms: the one that reads the state after attention, and the one
-            that reads the state after the block.
+            that reads the state after the block. In post-norm models those of the residual itself.
     """
 
     block: FrozenBlock
@@ -91,9 +91,9 @@ def splits(capture: Capture) -> Iterator[Split]:
         moved = torch.einsum("bkhe,hed->bkhd", v, capture.frame.cast(attn.weights.W_O))
         out = attn.apply(x) + attn.bias
         # A parallel block has no ln2 after attention: the next reader sees the sum of both.
-        yield Split(
-            block, moved, out, after, (reader if block.resid_mid is None else block.ln2, reader)
-        )
+        norms = (reader if block.resid_mid is None else block.ln2, reader)
+        norms = norms if block.mid_norm is None else (block.mid_norm, block.post_norm)
+        yield Split(block, moved, out, after, norms)
 
 
 # --- Norms of moved value vectors ----------------------------------------------------------------
@@ -163,12 +163,16 @@ def alti_layers(capture: Capture) -> list[Matrix]:
     """ALTI (Ferrando et al. 2022), one layer at a time: contributions with rows normalized."""
     layers = []
     for s in splits(capture):
-        y = s.block.resid_pre + normed(s.block.ln1_post, s.out)
+        own = s.block.mid_norm
+        y = normed(own, s.block.resid_pre + normed(s.block.ln1_post, s.out))
         size = y.abs().sum(-1)
 
         # 0 where y without the token is farther from 0 than y itself, in the 1-norm.
-        def measure(key: int, s: Split = s, y: Tensor = y, size: Tensor = size) -> Tensor:
-            return (size - (y - s.with_residual(key)).abs().sum(-1)).clamp_min(0)
+        def measure(
+            key: int, s: Split = s, y: Tensor = y, size: Tensor = size, own: Norm | None = own
+        ) -> Tensor:
+            part = linear(own, s.with_residual(key))
+            return (size - (y - part).abs().sum(-1)).clamp_min(0)
 
         layers.append(rows(capture, s.matrix(measure)))
     return layers
@@ -178,8 +182,9 @@ def alti(capture: Capture) -> Matrix:
     """ALTI (Ferrando et al. 2022): how much nearer a token's vector comes to the output.
 
     c_ij = max(0, ‖y_i‖₁ − ‖y_i − G_ij‖₁), with y_i the state after attention and
-    G_ij = F_ij + δ_ij x_i. Rows are normalized, and the layers multiplied. Blocks that normalize
-    first have no norm after the residual. Cost: L² H D per layer.
+    G_ij = F_ij + δ_ij x_i. Rows are normalized, and the layers multiplied. In post-norm models, as
+    in the paper, both are taken after the residual's norm, without its constant in G. Cost:
+    L² H D per layer.
 
     Args:
         capture: The captured run.

@@ -28,6 +28,11 @@ def _rerun(norm: Norm | None, was: Tensor, x: Tensor) -> Tensor:
     return x if norm is None else normed(norm.moved(was, x), x)
 
 
+def _passed(norm: Norm | None, was: Tensor, change: Tensor) -> Tensor:
+    """What the residual's own norm makes of a change of the sum that it reads."""
+    return change if norm is None else _rerun(norm, was, was + change) - normed(norm, was)
+
+
 def _zeroed(s: Split, key: int) -> Tensor:
     """The block's output with one token's value vectors at zero, everything behind them live."""
     block, mid, mlp = s.block, s.block.resid_mid, s.block.mlp
@@ -35,11 +40,16 @@ def _zeroed(s: Split, key: int) -> Tensor:
     change = attn - normed(block.ln1_post, s.out)
     if mid is None or mlp is None:  # no MLP reads what attention wrote
         return s.resid_post + change
+    edits = sum(edit.constant for edit in block.mid_edits)
+    summed = block.resid_pre + normed(block.ln1_post, s.out) + edits
+    change = _passed(block.mid_norm, summed, change)
     was, x = normed(block.ln2, mid), _rerun(block.ln2, mid, mid + change)
     moved = mlp.moved(x - was)
     raw_was, raw = mlp.apply(was) + mlp.bias, moved.apply(x) + moved.bias
-    added = _rerun(block.ln2_post, raw_was, raw) - normed(block.ln2_post, raw_was)
-    return s.resid_post + change + added
+    out = normed(block.ln2_post, raw_was)
+    change = change + _rerun(block.ln2_post, raw_was, raw) - out
+    summed = mid + out + sum(edit.constant for edit in block.post_edits)
+    return s.resid_post + _passed(block.post_norm, summed, change)
 
 
 def value_zeroing_layers(capture: Capture) -> list[Matrix]:

@@ -10,7 +10,7 @@ from .batched_sweep import BatchedSweep, Reduction, dots, squares
 from .blocks import PLANNED
 from .capture import Capture, CaptureMismatchError, Convention, FrozenBlock, tolerance
 from .frozen_transformer import FrozenTransformer, Segment
-from .prompts import ClassNames, Prompts, token_id
+from .prompts import EMPTY, ClassNames, Prompts, check_tokens, token_id
 from .query_key import QueryKey
 from .residual_stream import Branch, Readers, Step, Trace
 from .restricted_transformer import RestrictedTransformer
@@ -23,6 +23,7 @@ __all__ = [
     "CaptureMismatchError",
     "ClassNames",
     "Convention",
+    "EMPTY",
     "FrozenBlock",
     "FrozenTransformer",
     "PLANNED",
@@ -35,6 +36,7 @@ __all__ = [
     "Segment",
     "Step",
     "Trace",
+    "check_tokens",
     "dots",
     "squares",
     "token_id",

@@ -14,7 +14,6 @@ from ..checks import pick_prompts
 from ..graph import FINAL_SITE, Node, site_parts
 from ..maps import Frame, Gate, Mix, Norm, Shift
 from ..sublayers import (
-    MLP,
     Attention,
     EmbedWeights,
     Experts,
@@ -65,8 +64,7 @@ class FrozenBlock:
 
     Attributes:
         resid_pre: The residual before the block [batch, pos, d_model].
-        resid_mid: The residual between attention and MLP [batch, pos, d_model]. None in blocks
-            that have no such place: parallel ones, and those with attention only.
+        resid_mid: The residual between attention and MLP; None in parallel blocks and without MLP.
         attn: The frozen attention.
         mlp: The frozen MLP, or mixture of experts; None in an attention-only block.
         ln1: The norm that attention reads through, or None.
@@ -75,7 +73,9 @@ class FrozenBlock:
         ln2_post: The norm after the MLP, or None.
         mid_edits: What the user's hooks added to the residual after attention.
         post_edits: What the user's hooks added to the residual after the block.
-        shared: The frozen MLP that every token passes beside a mixture's experts, or None.
+        shared: The MLP that every token passes beside a mixture's experts, or None.
+        mid_norm: The norm of the residual itself after attention (post-norm models), or None.
+        post_norm: The same after the MLP.
     """
 
     resid_pre: Float[Tensor, "batch pos d_model"]
@@ -89,16 +89,17 @@ class FrozenBlock:
     mid_edits: tuple[Shift, ...] = ()
     post_edits: tuple[Shift, ...] = ()
     shared: GatedMLP | None = None
+    mid_norm: Norm | None = None
+    post_norm: Norm | None = None
 
     @property
     def norms(self) -> tuple[Norm, ...]:
         """The norms that the block has."""
-        norms = (self.ln1, self.ln2, self.ln1_post, self.ln2_post)
-        return tuple(norm for norm in norms if norm is not None)
+        norms = self.ln1, self.ln2, self.ln1_post, self.ln2_post, self.mid_norm, self.post_norm
+        return tuple(filter(None, norms))
 
 
-_OF_THE_RUN = (FrozenBlock, Attention, Mix, RecomputedMix, Gate, Norm, Shift, Unembed)
-_OF_THE_RUN = (*_OF_THE_RUN, MLP, GatedMLP, Experts)
+_OF_THE_RUN = (FrozenBlock, Attention, FeedForward, Mix, RecomputedMix, Gate, Norm, Shift, Unembed)
 """Classes whose tensors, apart from ``weights``, have the axes batch and pos of a run."""
 
 
@@ -342,13 +343,13 @@ class Capture:
         if where == "mid":
             block = self.blocks[layer]
             state, edits = block.resid_mid, block.mid_edits
-            attention = {"resid_mid": None, "mlp": None, "mid_edits": (), "post_edits": edits}
-            attention |= {"shared": None}
-            blocks = (*blocks, replace(block, **attention))
+            none = dict.fromkeys(("resid_mid", "mlp", "shared", "mid_norm"))
+            ends = {"mid_edits": (), "post_edits": edits, "post_norm": block.mid_norm}
+            blocks = (*blocks, replace(block, **none, **ends))
         else:
             state = self.resid_final if layer == len(self.blocks) else self.blocks[layer].resid_pre
         ends = {"resid_final": state, "ln_final": None, "final_edit": None}
-        return replace(self, blocks=blocks, **ends, unembed=replace(self.unembed, final=state))
+        return replace(self, blocks=blocks, **ends, unembed=self.unembed.reading(state))
 
     def mapped(
         self, change: Callable[[Tensor], Tensor], device: torch.device | None = None

@@ -2,10 +2,11 @@
 
 A block is one step or two, and every block shape is an expression of the same kind,
 
-    step: x → x + Σ branches(x),     branch: post-norm ∘ sublayer ∘ pre-norm
+    step: x → norm(x + Σ branches(x)),     branch: post-norm ∘ sublayer ∘ pre-norm
 
 A sequential block has two steps of one branch each. A parallel block has one step of two branches.
-A norm that a model lacks is left out. The operator is the chain of all steps and the final norm.
+A norm that a model lacks is left out: only post-norm models (BERT) have one of the residual itself.
+The operator is the chain of all steps and the final norm.
 Nothing of size (pos · d_model)² is ever built.
 """
 
@@ -103,11 +104,14 @@ class FrozenTransformer(StepChain):
             mlp = _branches_of_mlp(block)
             pre = resid_site(layer, "pre")
             if block.resid_mid is None:  # parallel, or attention only: one step
-                steps.append(Step(pre, (attn, *mlp), block.resid_pre, block.post_edits))
+                branches, edits = (attn, *mlp), block.post_edits
+                steps.append(Step(pre, branches, block.resid_pre, edits, block.post_norm))
             else:
                 mid = resid_site(layer, "mid")
-                steps.append(Step(pre, (attn,), block.resid_pre, block.mid_edits))
-                steps.append(Step(mid, mlp, block.resid_mid, block.post_edits))
+                steps += [
+                    Step(pre, (attn,), block.resid_pre, block.mid_edits, block.mid_norm),
+                    Step(mid, mlp, block.resid_mid, block.post_edits, block.post_norm),
+                ]
         width = capture.resid_final.shape[-1]
         ln_final = capture.ln_final or Identity(capture.frame, width)
         return cls(capture.frame, tuple(steps), ln_final, capture.final_edit)
@@ -274,15 +278,17 @@ class FrozenTransformer(StepChain):
         top: dict[str, Tensor] = {}
         covectors = [u, self.map.maps[-1].apply_t(u, top)]
         # 2. Step by step downwards. Edits come after a step, so their shares are read off first.
-        kept, shares = [], []
+        kept, shares, written = [], [], []
         for step in reversed(self.steps):
-            own = {}
+            own, c = {}, covectors[-1]
+            c = c if step.norm is None else step.norm.apply_t(c, own)
             for edit in reversed(step.edits):
-                edit.apply_t(covectors[-1], own)
+                edit.apply_t(c, own)
             # Below the last layer, attention has spread the covector to other positions.
-            c, at = covectors[-1], query if step.layer == self.steps[-1].layer else None
+            at = query if step.layer == self.steps[-1].layer else None
             found = [b.pull(c) if at is None else b.pull_at(c, at) for b in step.branches]
-            covectors.append(sum((f.covector for f in found), covectors[-1]))
+            covectors.append(sum((f.covector for f in found), c))
+            written.append(c)
             kept.append(tuple(found))
             shares.append(own)
         # 3. All constants' effects, in the order in which the sweep met them.
@@ -291,7 +297,8 @@ class FrozenTransformer(StepChain):
             effects |= edits
             for f in reversed(found):
                 effects |= f.effects
-        return Trace(tuple(reversed(covectors)), tuple(reversed(kept)), top, effects)
+        sites = tuple(reversed(covectors)), tuple(reversed(written))
+        return Trace(*sites, tuple(reversed(kept)), top, effects)
 
     def plan_pull(self, what: str = "pull", more: Cost | None = None, kept: int = 0) -> Plan:
         """Predict what one transposed sweep of :meth:`pull` costs, all positions kept.
@@ -306,11 +313,10 @@ class FrozenTransformer(StepChain):
         """
         frame, D, cost = self.frame, self.in_dim, more or Cost()
         rows = frame.batch * frame.n_pos
-        shapes = [shape_of(stage, True) for stage in stages_of(self.map)]
-        for step, stage in zip(self.steps, shapes, strict=False):
+        for step in self.steps:
             # In the last layer the covector is at one position until attention spreads it.
             top = frame.batch if step.layer == self.steps[-1].layer else rows
-            for b in stage:
+            for b in (b for stage in stages_of(step.map) for b in shape_of(stage, True)):
                 below = rows if b.heads else top
                 cost.product += 2 * D * (top * b.width_in + below * b.width_out)
                 cost.moved += D * (b.width_in + b.width_out) + rows * (3 * D + b.width_in)

@@ -10,6 +10,8 @@ from typing import Any, cast
 from jaxtyping import Float, Int
 from torch import Tensor
 
+EMPTY = "The prompt is empty. Give at least one token."
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
@@ -149,3 +151,27 @@ def token_id(capture: Any, text: str, name: str = "target") -> int:
         f"{name}={text!r} is {len(pieces)} tokens: {shown}. Pass one of them or its id, or end the "
         "prompt with them and call lens.attribute_sequence."
     )
+
+
+def check_tokens(tokens: Int[Tensor, "batch pos"], n_ctx: int, d_vocab: int) -> None:
+    """Refuse prompts that the model cannot take.
+
+    Args:
+        tokens: Token ids of all prompts.
+        n_ctx: Number of tokens that the model's context holds.
+        d_vocab: Number of tokens in the vocabulary.
+
+    Raises:
+        ValueError: If the prompt is empty, longer than n_ctx, or has ids outside the vocabulary.
+    """
+    if tokens.numel() == 0:
+        raise ValueError(EMPTY)
+    if tokens.shape[1] > n_ctx:
+        raise ValueError(
+            f"The prompt has {tokens.shape[1]} tokens, but the model's context holds "
+            f"n_ctx = {n_ctx}. Shorten the prompt."
+        )
+    if wrong := tokens[(tokens < 0) | (tokens >= d_vocab)].tolist():
+        raise ValueError(
+            f"Token id {wrong[0]} is outside the vocabulary. Give ids from 0 to {d_vocab - 1}."
+        )

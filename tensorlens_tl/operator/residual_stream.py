@@ -1,6 +1,8 @@
 """The parts of a block: branches that write to the residual stream, and steps of one or two.
 
-    step: x → x + Σ branches(x),     branch: post-norm ∘ sublayer ∘ pre-norm
+    step: x → norm(x + Σ branches(x)),     branch: post-norm ∘ sublayer ∘ pre-norm
+
+The norm of the residual itself is the identity but in post-norm models such as BERT.
 
 A transposed sweep carries a covector, the gradient of a target at a site, down through the steps.
 ``Pull`` and ``Trace`` hold what it finds on the way.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,6 +23,7 @@ from ..maps import (
     Factored,
     LinearMap,
     Norm,
+    NormWeights,
     Residual,
     Shift,
     Sum,
@@ -58,12 +62,14 @@ class Trace:
     Attributes:
         covectors: The covector before every step, after the last step and after the final norm,
             each [..., batch, pos, d_model].
+        written: The covector at what each step writes, below the residual's own norm.
         pulls: For every step, the result of each of its branches.
         top: What the constants of the final norm, and edits after it, add to the target, by name.
         effects: What every constant adds to the target, by name [..., batch, pos].
     """
 
     covectors: tuple[Float[Tensor, "*many batch pos d_model"], ...]
+    written: tuple[Float[Tensor, "*many batch pos d_model"], ...]
     pulls: tuple[tuple[Pull, ...], ...]
     top: dict[str, Float[Tensor, "*many batch pos"]]
     effects: dict[str, Float[Tensor, "*many batch pos"]]
@@ -72,6 +78,7 @@ class Trace:
         """The sweep of one of the many vectors."""
         return Trace(
             tuple(c[index] for c in self.covectors),
+            tuple(c[index] for c in self.written),
             tuple(tuple(p[index] for p in pulls) for pulls in self.pulls),
             *({n: e[index] for n, e in found.items()} for found in (self.top, self.effects)),
         )
@@ -222,19 +229,21 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step of the residual stream, x → x + Σ branches(x).
+    """A step of the residual stream, x → norm(x + Σ branches(x)).
 
     Attributes:
         site: Name of the residual site that the step starts from.
         branches: The branches: one, or attention and MLP side by side.
         state: The run's residual at that site [batch, pos, d_model].
-        edits: What the user's hooks added to the residual after the step.
+        edits: What the user's hooks added to the sum.
+        norm: The norm of the residual itself, after the sum (post-norm models), or None.
     """
 
     site: str
     branches: tuple[Branch, ...]
     state: Float[Tensor, "batch pos d_model"]
     edits: tuple[Shift, ...] = ()
+    norm: Norm | None = None
 
     @property
     def layer(self) -> int:
@@ -245,7 +254,23 @@ class Step:
     def map(self) -> LinearMap:
         """The step as one map."""
         step = Residual(Sum(tuple(branch.map for branch in self.branches)))
-        return Chain((step, *self.edits)) if self.edits else step
+        after = (*self.edits, self.norm) if self.norm is not None else self.edits
+        return Chain((step, *after)) if after else step
+
+    @property
+    def summed(self) -> Float[Tensor, "batch pos d_model"]:
+        """The run's sum x + Σ branches(x) and edits, which the residual's norm reads."""
+        edits = sum(edit.constant for edit in self.edits)
+        return self.state + sum(b.map.apply(self.state) + b.map.bias for b in self.branches) + edits
+
+    @property
+    def own(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        """The constant b of the residual's norm, by name. It is added after the norm."""
+        return {} if self.norm is None else self.norm.constants()
+
+    def normed(self, x: Float[Tensor, "*many batch pos d_model"]) -> Tensor:
+        """Carry what the step, or a step before, has written past the residual's norm."""
+        return x if self.norm is None else self.norm.apply(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,9 +284,77 @@ class Readers:
             [reader, batch, pos, d_model].
         own: What each reader's own constants (ln1.b, b_V, b_in) add to the target, by name
             [reader, batch].
+        norm: The norm of the residual between these readers and those before, or None. All that was
+            written before passes it; its own constant is the last writer.
     """
 
     nodes: tuple[Node, ...]
     n_writers: int
     covectors: Factored
     own: dict[str, Float[Tensor, "reader batch"]]
+    norm: StreamNorm | None = None
+
+
+class StreamNorm(Protocol):
+    """A norm of the residual, or its secant, as writers pass it on the way to a reader."""
+
+    @property
+    def weights(self) -> NormWeights:
+        """The affine part; its b is a writer of its own."""
+        ...
+
+    def push_(self, x: Float[Tensor, "*many batch pos d"], span: slice) -> None:
+        """Carry vectors at a span of positions past the norm, in place."""
+
+
+@dataclass(frozen=True, eq=False)
+class NormSecant:
+    """The secant of a norm: Δ(x/σ) = inverse Δx − mid ⟨mid, Δx⟩, times the norm's weights.
+
+    Attributes:
+        weights: The weights of the norm.
+        inverse: The mean of 1/σ and 1/σ′ [..., pos, 1].
+        mid: x̄ · √(2 / (d σ σ′ (σ + σ′))) [..., pos, d], where x̄ has mean zero for a LayerNorm.
+    """
+
+    weights: NormWeights
+    inverse: Float[Tensor, "*many pos 1"]
+    mid: Float[Tensor, "*many pos d"]
+
+    @classmethod
+    def of(
+        cls, weights: NormWeights, x: Tensor, y: Tensor, s: Tensor, t: Tensor, parts: int = 1
+    ) -> NormSecant:
+        """Make the secant of two runs' inputs x, y and scales s, t, each of ``parts`` vectors."""
+        mid, width = (x + y) / 2, x.shape[-1] * parts
+        mid = mid - mid.mean(-1, keepdim=True) if weights.center else mid
+        return cls(weights, (1 / s + 1 / t) / 2, mid * (2 / (width * s * t * (s + t))).sqrt())
+
+    def pull_(
+        self, y: Float[Tensor, "*more pos d"], span: slice = slice(None)
+    ) -> Float[Tensor, "*more pos d"]:
+        """Apply the adjoint at a span of positions, in place."""
+        mid, inverse = self.mid[..., span, :], self.inverse[..., span, :]
+        if (gain := self.weights.gain) is not None:
+            y *= gain.detach().to(y)
+        along = (y * mid).sum(-1, keepdim=True)
+        y *= inverse
+        y -= along * mid
+        if self.weights.center:
+            y -= y.mean(-1, keepdim=True)
+        return y
+
+    def push_(self, x: Float[Tensor, "*more pos d"], span: slice) -> None:
+        """Apply the secant at a span of positions, in place."""
+        mid, inverse = self.mid[..., span, :], self.inverse[..., span, :]
+        if self.weights.center:
+            x -= x.mean(-1, keepdim=True)
+        along = (x * mid).sum(-1, keepdim=True)
+        x *= inverse
+        x -= along * mid
+        if (gain := self.weights.gain) is not None:
+            x *= gain.detach().to(x)
+
+    def after(self, covectors: Factored) -> Factored:
+        """Pull covectors at the norm's output back to its input."""
+        return replace(covectors, finish=self.pull_)

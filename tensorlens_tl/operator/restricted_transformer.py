@@ -5,6 +5,7 @@ belong to no node. Then
 
     x_r = Σ_{w → r} y_w + k,     y_n = F_n(x_n) for every node n with a kept path to the logits
 
+where y_w and k have passed the norms of the residual that stand before r (in post-norm models),
 and the output is the final norm of x_logits. All edges together give the unrestricted operator.
 The edge input → logits alone gives the direct path. F_n are frozen parts of the sublayers, so the
 restricted operator is affine, too. Its adjoint carries covectors along the same edges backwards.
@@ -115,6 +116,11 @@ class RestrictedTransformer(LinearMap):
                 everywhere = everywhere + constant(branch.outside)
             for edit in step.edits:
                 everywhere = everywhere + constant(edit.constants)
+            if (norm := step.norm) is not None:  # all that is written so far passes it
+                written = {node: norm.apply(y) for node, y in written.items()}
+                if isinstance(everywhere, Tensor):
+                    everywhere = norm.apply(everywhere)
+                everywhere = everywhere + constant(norm.constants)
         # The final norm's scale is the run's, so the readout stays linear in what is kept.
         return self.last.apply(read(LOGITS)) + constant(self.last.constants)
 
@@ -138,6 +144,11 @@ class RestrictedTransformer(LinearMap):
 
         give(LOGITS, c)
         for step, parts in zip(reversed(self.steps), reversed(self._parts), strict=True):
+            if (norm := step.norm) is not None:
+                own = {}
+                everywhere = norm.apply_t(everywhere, own)
+                enter(own)
+                covectors = {node: norm.apply_t(c) for node, c in covectors.items()}
             for edit in step.edits:
                 enter({edit.name: (everywhere * edit.constant).sum(-1)})
             for branch in step.branches:
@@ -147,7 +158,7 @@ class RestrictedTransformer(LinearMap):
             pulled = []
             for node, part in parts:
                 own: dict[str, Tensor] = {}
-                pulled.append((node, part.apply_t(covectors[node], own)))
+                pulled.append((node, part.apply_t(covectors.pop(node), own)))
                 enter(own)
             for node, c in pulled:
                 give(node, c)

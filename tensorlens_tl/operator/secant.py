@@ -40,7 +40,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import LOGITS, Node
-from ..maps import TINY, Factored, Identity, Norm, NormWeights
+from ..maps import TINY, Factored, Identity, Norm
 from ..sublayers import MLP, Attention, Experts, GatedMLP, gating_ratio
 from .capture import Capture, CaptureMismatchError
 from .frozen_transformer import FrozenTransformer
@@ -52,7 +52,7 @@ from .query_key import (
     with_alibi_bias,
     with_sinks,
 )
-from .residual_stream import Branch, Readers
+from .residual_stream import Branch, NormSecant, Readers
 
 REMEDY = "Pass at='clean' or at='corrupted'."
 """What a user can do where there is no operator between two runs."""
@@ -116,48 +116,6 @@ def softmax_secant(
     mean = (log_A.exp() + log_B.exp()) / 2
     L = log_mean_exp(log_A, log_B)
     return mean.masked_fill(masked, 0.0), L.masked_fill(masked, 0.0)
-
-
-@dataclass(frozen=True, eq=False)
-class NormSecant:
-    """The secant of a norm: Δ(x/σ) = inverse Δx − mid ⟨mid, Δx⟩, times the norm's weights.
-
-    Attributes:
-        weights: The weights of the norm.
-        inverse: The mean of 1/σ and 1/σ′ [..., pos, 1].
-        mid: x̄ · √(2 / (d σ σ′ (σ + σ′))) [..., pos, d], where x̄ has mean zero for a LayerNorm.
-    """
-
-    weights: NormWeights
-    inverse: Float[Tensor, "*many pos 1"]
-    mid: Float[Tensor, "*many pos d"]
-
-    @classmethod
-    def of(
-        cls, weights: NormWeights, x: Tensor, y: Tensor, s: Tensor, t: Tensor, parts: int = 1
-    ) -> NormSecant:
-        """Make the secant of two runs' inputs x, y and scales s, t, each of ``parts`` vectors."""
-        mid, width = (x + y) / 2, x.shape[-1] * parts
-        mid = mid - mid.mean(-1, keepdim=True) if weights.center else mid
-        return cls(weights, (1 / s + 1 / t) / 2, mid * (2 / (width * s * t * (s + t))).sqrt())
-
-    def pull_(
-        self, y: Float[Tensor, "*more pos d"], span: slice = slice(None)
-    ) -> Float[Tensor, "*more pos d"]:
-        """Apply the adjoint at a span of positions, in place."""
-        mid, inverse = self.mid[..., span, :], self.inverse[..., span, :]
-        if (gain := self.weights.gain) is not None:
-            y *= gain.detach().to(y)
-        along = (y * mid).sum(-1, keepdim=True)
-        y *= inverse
-        y -= along * mid
-        if self.weights.center:
-            y -= y.mean(-1, keepdim=True)
-        return y
-
-    def after(self, covectors: Factored) -> Factored:
-        """Pull covectors at the norm's output back to its input."""
-        return replace(covectors, finish=self.pull_)
 
 
 def _of_norms(
@@ -391,19 +349,38 @@ class SecantOperator:
         return top
 
     @cached_property
+    def _norms(self) -> tuple[NormSecant | None, ...]:
+        """For every step, the secant of the residual's own norm."""
+        found = []
+        for a, b in zip(self.clean[1].steps, self.corrupted[1].steps, strict=True):
+            sums = (a.state, b.state) if a.norm is None else (a.summed, b.summed)
+            found.append(_of_norms(a.norm, b.norm, *sums))
+        return tuple(found)
+
+    @property
+    def direct(self) -> list[Float[Tensor, "batch pos d_model"]]:
+        """The covector past all nodes: at the embeddings, at what each step adds, and above."""
+        found = [self.top]
+        for norm in reversed(self._norms):
+            found.append(found[-1] if norm is None else norm.pull_(found[-1].clone()))
+        return [found[-1], *reversed(found)]
+
+    @cached_property
     def _sweep(self) -> tuple[tuple[Tensor, ...], tuple[list[Reads], ...]]:
         (capture, operator), (other, other_operator) = self.clean, self.corrupted
         covectors, found = [self.top], []
         after = capture.resid_final - other.resid_final
-        for a, b in zip(reversed(operator.steps), reversed(other_operator.steps), strict=True):
-            c, states = covectors[-1], (a.state, b.state)
+        steps = zip(operator.steps, other_operator.steps, self._norms, strict=True)
+        for a, b, norm in reversed(list(steps)):
+            whole, states = covectors[-1], (a.state, b.state)
+            c = whole if norm is None else norm.pull_(whole.clone())
             pulls = [
                 _pull(x, y, states, c, (capture, other))
                 for x, y in zip(a.branches, b.branches, strict=True)
             ]
             covectors.append(sum((total for total, _ in pulls), c))
             before = a.state - b.state
-            _check(a.site, capture, (covectors[-1], before), (c, after))
+            _check(a.site, capture, (covectors[-1], before), (whole, after))
             after = before
             found.append([reads for _, parts in pulls for reads in parts])
         return tuple(reversed(covectors)), tuple(reversed(found))
@@ -426,8 +403,11 @@ class SecantOperator:
         Yields:
             The readers, first layer first.
         """
-        for reads, seen in zip(self._sweep[1], below, strict=False):
+        norm: NormSecant | None = None
+        for reads, seen, then in zip(self._sweep[1], below, self._norms, strict=False):
             for nodes, covectors in reads:
                 if qk or nodes[0].name not in ("q", "k"):
-                    yield Readers(nodes, seen, covectors, {})
-        yield Readers((LOGITS,), below[-1], Factored(self.top[None]), {})
+                    yield Readers(nodes, seen, covectors, {}, norm)
+                    norm = None
+            norm = then
+        yield Readers((LOGITS,), below[-1], Factored(self.top[None]), {}, norm)

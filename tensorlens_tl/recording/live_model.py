@@ -162,7 +162,7 @@ class LiveModel:
                 end = model.ln_final.register_forward_hook(see)
             else:
                 see = in_this_thread(lambda module, args: seen.append(args[0]))
-                end = model.unembed.register_forward_pre_hook(see)
+                end = self.adapter.readout.register_forward_pre_hook(see)
             try:
                 with hooked([(entry, lambda tensor: x), *edits]), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a Bridge says how it computes norms

@@ -91,11 +91,14 @@ class Recorder:
             if isinstance(block.mlp, ExpertsWeights):
                 yield layer, partial(self.experts.__setitem__, layer)
 
-    def norm(self, layer: int | None, key: str, weights: NormWeights | None) -> Norm | None:
+    def norm(
+        self, layer: int | None, key: str, weights: NormWeights | None, own: str = ""
+    ) -> Norm | None:
         """Freeze a norm at the scale that was read; None where the model has none."""
         if weights is None:
             return None
-        name = key if layer is None else f"L{layer}.{key}"
+        name = own or key
+        name = name if layer is None else f"L{layer}.{name}"
         scale = self.pop(layer, f"{key}.scale")
         return Norm(self.frame, name, scale, weights, self.adapter.cfg.d_model)
 
@@ -159,10 +162,12 @@ class Recorder:
         before = self.enter(layer, before)
         self.state = after
         # 1. The frozen sublayers; each also notes its own products for the check.
-        ln1 = self.norm(layer, "ln1", weights.ln1)
-        ln1_post = self.norm(layer, "ln1_post", weights.ln1_post)
-        ln2 = self.norm(layer, "ln2", weights.ln2)
-        ln2_post = self.norm(layer, "ln2_post", weights.ln2_post)
+        names = ("ln1", "ln2", "ln1_post", "ln2_post")
+        norms = [self.norm(layer, name, getattr(weights, name)) for name in names]
+        ln1, ln2, ln1_post, ln2_post = norms
+        # Norms of the residual itself, which read the sums, have the host's names.
+        mid_norm = self.norm(layer, "mid_norm", weights.mid_norm, "ln1")
+        post_norm = self.norm(layer, "post_norm", weights.post_norm, "ln2")
 
         attn, attn_own = freeze_attention(self, layer, weights.attn, ln1, ln1_post, before)
         mid, mlp, shared, mid_edits = None, None, None, ()
@@ -179,16 +184,21 @@ class Recorder:
             both = attn_added + added, lambda: attn_out() + out(), rounding
             post_edits = self.step(layer, label, stages, before, after, both)
         else:
-            mid = self.pop(layer, "resid_mid")
+            summed = mid = self.pop(layer, "resid_mid" if mid_norm is None else "mid_sum")
             label = f"{name} output (W_O, b_O)"
-            mid_edits = self.step(layer, label, ("attn_out",), before, mid, attn_own)
+            mid_edits = self.step(layer, label, ("attn_out",), before, summed, attn_own)
+            mid = normed(mid_norm, summed)
             mlp, shared, own = freeze_mlps(self, layer, ln2, ln2_post, mid)
             label = f"L{layer} MLP output (W_out, b_out)"
-            post_edits = self.step(layer, label, ("mlp_out",), mid, after, own)
+            summed = after if post_norm is None else self.pop(layer, "post_sum")
+            post_edits = self.step(layer, label, ("mlp_out",), mid, summed, own)
+            if post_norm is not None:
+                label = f"L{layer} output (norm of the residual, ln2)"
+                self.check.same(label, after, normed(post_norm, summed))
         # 2. All products of the block are judged together, which costs one transfer to the CPU.
         self.check.check_block(self.adapter.foreign_hooks)
-        norms, edits = (ln1, ln2, ln1_post, ln2_post), (mid_edits, post_edits)
-        self.blocks.append(FrozenBlock(before, mid, attn, mlp, *norms, *edits, shared))
+        own = mid_edits, post_edits, shared, mid_norm, post_norm
+        self.blocks.append(FrozenBlock(before, mid, attn, mlp, *norms, *own))
 
     def enter(self, layer: int, state: Tensor) -> Tensor:
         """Check the state that enters a block: the embeddings, or what left the block before.
@@ -207,8 +217,10 @@ class Recorder:
         self.reads.unchanged(layer - 1, "resid_post")
         if last is None or state.data_ptr() == last.data_ptr():
             return state if last is None else last
-        if edit := self.edit(layer, ("resid_pre",), state, lambda: last):
-            block = self.blocks[-1]
+        block = self.blocks[-1]
+        # Behind a norm of the residual no edit is served: the comparison below refuses it.
+        served = block.post_norm is None
+        if served and (edit := self.edit(layer, ("resid_pre",), state, lambda: last)):
             self.blocks[-1] = replace(block, post_edits=(*block.post_edits, edit))
         else:
             self.check.same(f"L{layer} input (residual of L{layer - 1})", state, last)
@@ -318,6 +330,7 @@ class Recorder:
             y = y if edit is None else seen
         unembed = Unembed(self.frame, weights.unembed, y)
         before = (final, ln_final) if edit is None else (y, None)
+        before = before if unembed.head is None else (unembed.hidden(y), None)
         if seen_logits.ndim == 2:  # of a classifier, which reads one row
             self._check_classes(unembed, *before, seen_logits[:, None])
         else:

@@ -1,23 +1,25 @@
-"""The unembedding with its soft cap frozen at one run."""
+"""The unembedding, and the head before it, frozen at one run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..maps import Frame, Linear, LinearMap
-from .activations import soft_cap_ratio
+from ..maps import Chain, Frame, Gate, Linear, LinearMap, Norm, take_row
+from .activations import gating_ratio, soft_cap_ratio
 from .weights import UnembedWeights
 
 
 @dataclass(frozen=True, eq=False)
 class Unembed(LinearMap):
-    """The frozen readout (y W_U + b_U) ⊙ ratio, with the ratio cap(l) / l of a soft cap.
+    """The frozen readout (h W_U + b_U) ⊙ ratio, with the ratio cap(l) / l of a soft cap.
 
-    The ratios [pos, d_vocab] are the largest frozen quantity. So they are computed on first use.
+    h is y itself. A masked language model has a head between, h = norm((y W + b) ⊙ act(z) / z),
+    whose activation ratios and scale are frozen, too. The ratios [pos, d_vocab] are the largest
+    frozen quantity. So all are computed on first use, from y.
 
     Attributes:
         frame: Layout of the batch.
@@ -33,8 +35,67 @@ class Unembed(LinearMap):
     def ratio(self) -> Tensor | float:
         if self.weights.soft_cap is None:
             return 1.0
-        logits = self._linear.apply(self.final) + self._linear.bias
+        logits = self._linear.apply(self.hidden(self.final)) + self._linear.bias
         return soft_cap_ratio(logits, self.weights.soft_cap)
+
+    @cached_property
+    def head(self) -> Chain | None:
+        """The frozen head, from y to what W_U reads; None where W_U reads y."""
+        if (w := self.weights.head) is None:
+            return None
+        into = Linear(self.frame, w.W, w.b, "mlm_head.b")
+        z = into.apply(self.final) + into.bias
+        ratio = gating_ratio(w.act, z)
+        h = ratio * z
+        h = h - h.mean(-1, keepdim=True) if w.norm.center else h
+        scale = (h.square().mean(-1, keepdim=True) + (w.norm.eps or 0.0)).sqrt()
+        norm = Norm(self.frame, "mlm_head.ln", scale, w.norm, h.shape[-1])
+        return Chain((into, Gate(self.frame, ratio), norm))
+
+    def hidden(
+        self, y: Float[Tensor, "*many batch pos d_model"]
+    ) -> Float[Tensor, "*many batch pos d_head"]:
+        """What W_U reads of y: the frozen head's output, constants included; or y itself."""
+        return y if self.head is None else self.head.apply(y) + self.head.bias
+
+    def pull_head(
+        self, c: Float[Tensor, "batch d_head"], query: Int[Tensor, " batch"]
+    ) -> tuple[Float[Tensor, "batch d_model"], dict[str, Float[Tensor, " batch"]]]:
+        """Pull covectors at what W_U reads back to y, at one position per prompt.
+
+        Args:
+            c: One covector per prompt.
+            query: Index of the position, per prompt.
+
+        Returns:
+            The covectors at y, and what each constant of the head adds, by name. Without a head,
+            the covectors as they are.
+        """
+        if self.head is None:
+            return c, {}
+        into, gate, norm = self.head.maps
+        row, effects = self.frame.row, {}
+        ratio = take_row(gate.ratio, query)
+        y = norm.row(query).apply_t(c[:, None], effects) * ratio
+        y = replace(into, frame=row).apply_t(y, effects)
+        return y[:, 0], {name: share[:, 0] for name, share in effects.items()}
+
+    def anew(self, y: Float[Tensor, "*many d_model"]) -> Float[Tensor, "*many d_head"]:
+        """What W_U would read of another y: the head as the model would run it there."""
+        if (w := self.weights.head) is None:
+            return y
+        cast = self.frame.cast
+        z = y @ cast(w.W)
+        z = z if w.b is None else z + cast(w.b)
+        h = gating_ratio(w.act, z) * z
+        h = h - h.mean(-1, keepdim=True) if w.norm.center else h
+        h = h / (h.square().mean(-1, keepdim=True) + (w.norm.eps or 0.0)).sqrt()
+        h = h if w.norm.gain is None else h * cast(w.norm.gain)
+        return h if w.norm.b is None else h + cast(w.norm.b)
+
+    def reading(self, y: Float[Tensor, "batch pos d_model"]) -> Unembed:
+        """The readout frozen at another final residual."""
+        return Unembed(self.frame, self.weights, y)
 
     @property
     def _linear(self) -> Linear:
@@ -42,21 +103,26 @@ class Unembed(LinearMap):
 
     @property
     def in_dim(self) -> int:
-        return self.weights.W_U.shape[0]
+        return self.final.shape[-1]
 
     @property
     def out_dim(self) -> int:
         return self.weights.W_U.shape[1]
 
     def apply(self, x):
-        return self._linear.apply(x) * self.ratio
+        return self._linear.apply(x if self.head is None else self.head.apply(x)) * self.ratio
 
     def apply_t(self, y, effects=None):
-        return self._linear.apply_t(y * self.ratio, effects)
+        h = self._linear.apply_t(y * self.ratio, effects)
+        return h if self.head is None else self.head.apply_t(h, effects)
 
     @property
     def bias(self):
-        return self._linear.bias * self.ratio
+        b = self._linear.bias
+        b = b if self.head is None else self._linear.apply(self.head.bias) + b
+        return b * self.ratio
 
     def constants(self):
-        return dict.fromkeys(self._linear.constants(), self.bias)
+        found = {} if self.head is None else self.head.constants()
+        found = {name: self._linear.apply(c) * self.ratio for name, c in found.items()}
+        return found | {name: b * self.ratio for name, b in self._linear.constants().items()}

@@ -216,17 +216,31 @@ class ExpertsWeights:
 
 
 @dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """The head of a masked language model, norm(act(y W + b)), before its unembedding."""
+
+    W: Float[Tensor, "d_model d_head"]
+    b: Float[Tensor, " d_head"] | None
+    act: str
+    norm: NormWeights
+
+
+@dataclass(frozen=True, eq=False)
 class UnembedWeights:
-    """The readout cap(y W_U + b_U), where cap(l) = soft_cap · tanh(l / soft_cap), or l."""
+    """The readout cap(h W_U + b_U), where cap(l) = soft_cap · tanh(l / soft_cap), or l.
+
+    h is the final residual y, or what a head makes of it.
+    """
 
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"] | None
     soft_cap: float | None = None
+    head: HeadWeights | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class BlockWeights:
-    """One block: x + ln1_post(attn(ln1(x))), then the same with ln2 and mlp.
+    """One block: mid_norm(x + ln1_post(attn(ln1(x)))), then the same with ln2, mlp and post_norm.
 
     In a parallel block both branches read the same residual. A norm that a model lacks is None.
     ``shared`` is the MLP that every token passes beside a mixture's experts.
@@ -240,6 +254,8 @@ class BlockWeights:
     ln2_post: NormWeights | None
     parallel: bool
     shared: GatedMLPWeights | None = None
+    mid_norm: NormWeights | None = None
+    post_norm: NormWeights | None = None
 
 
 @dataclass(frozen=True, eq=False)

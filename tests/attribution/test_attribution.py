@@ -93,9 +93,10 @@ def test_token_contributions_are_gradient_times_input_of_the_frozen_model(case):
     lens, frozen = lens_of(case), FrozenModel(case.model(), tokens())
     x = lens.embedding.clone().requires_grad_()
     y, _ = frozen(x)
-    target = y[:, -1] @ (
-        lens.capture.unembed.weights.W_U[:, 3] - lens.capture.unembed.weights.W_U[:, 4]
-    )
+    unembed = lens.capture.unembed
+    u = (unembed.weights.W_U[:, 3] - unembed.weights.W_U[:, 4]).expand(len(y), -1)
+    u = unembed.pull_head(u, torch.full((len(y),), y.shape[1] - 1))[0]  # in test_encoders
+    target = (y[:, -1] * u).sum(-1)
     if lens.capture.unembed.weights.soft_cap is None:
         (g,) = torch.autograd.grad(target.sum(), x)
         a = lens.attribute(3, 4)

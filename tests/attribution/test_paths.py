@@ -104,7 +104,11 @@ def pushed(steps, labels, states, by_position=False):
             for label, out in split((name,), c[None], by_position).items():
                 names, s = grown[()]
                 grown[()] = [*names, label], torch.cat([s, out])
-        frontier = grown
+        frontier = {key: (names, step.normed(s)) for key, (names, s) in grown.items()}
+        for name, c in step.own.items():  # a norm of the residual itself
+            for label, out in split((name,), c[None], by_position).items():
+                names, s = frontier[()]
+                frontier[()] = [*names, label], torch.cat([s, out])
     return frontier
 
 
@@ -137,8 +141,8 @@ def brute_force(lens, target=None, pos=-1, only=None, by_position=False):
         for name, c in operator.map.maps[-1].constants().items():
             at = (int(goal.query),) if by_position else ()
             found[(name, *at), ()] = float((u * c).sum())
-        if lens.capture.unembed.weights.b_U is not None:
-            found[("b_U",), ()] = float(goal.constant)
+        for name, share in goal.constants.items():
+            found[(name,), ()] = float(share)
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparisons import assert_close
 from models import ORACLE, ROUNDING, SHAPES, TWO_RUNS, every_convention, lens_of, quiet, tokens
-from oracles import FrozenModel, attends_apart, gradient_of, written
+from oracles import FrozenModel, arrived, attends_apart, gradient_of, written
 
 import tensorlens_tl
 from tensorlens_tl import Edge, Node
@@ -88,7 +88,7 @@ def test_query_and_key_edges_are_gradients_of_the_real_model(case, gate):
         u, heads = sweep.target.covector, lens.capture.n_heads
         live, around = model.gradients(lens.embedding, u, layer, heads)
         below = next(n for n, s in zip(writers.below, op.steps, strict=False) if s.layer == layer)
-        nodes, outputs = writers.nodes[:below], written(writers)[:, :below]
+        nodes, outputs = writers.nodes[:below], arrived(op, writers, layer)[:, :below]
         for (side, head), g in live.items():
             reader = Node("head", layer, head, side)
             expected = torch.einsum("bwpd,bpd->bw", outputs, g.to(outputs))

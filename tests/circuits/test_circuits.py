@@ -76,23 +76,36 @@ def slowly(lens, edges):
         """Constants outside nodes, before a layer or between its halves."""
         found = torch.zeros_like(embedded)
         for i, block in enumerate(capture.blocks[: layer + 1]):
-            halves = [(block.attn.weights.b_O, block.ln1_post, block.mid_edits)]
+            halves = [(block.attn.weights.b_O, block.ln1_post, block.mid_norm)]
             if block.mlp is not None:
-                halves.append((block.mlp.weights.b_out, block.ln2_post, block.post_edits))
+                halves.append((block.mlp.weights.b_out, block.ln2_post, block.post_norm))
             if i == layer:
                 halves = halves[:1] if after_attention else []
-            for b, post, _ in halves:
+            for b, post, after in halves:
                 if b is not None:
                     found = found + without_b(post, cast(b).expand_as(embedded))
                 if post is not None and post.weights.b is not None:
                     found = found + cast(post.weights.b)
+                found = normed(after, found)
         return found
+
+    def carried(src, layer, after_attention):
+        """What a node wrote, past the norms of the residual itself that come before a reader."""
+        x, node = written(src), Node.parse(src)
+        for i, block in enumerate(capture.blocks[: layer + 1]):
+            norms = [block.mid_norm, block.post_norm]
+            if i == layer:
+                norms = norms[:1] if after_attention else []
+            for half, norm in enumerate(norms):
+                if node.layer is None or (node.layer, node.kind == "mlp") <= (i, bool(half)):
+                    x = without_b(norm, x)
+        return x
 
     def read(reader, layer, after_attention=False):
         x = fixed(layer, after_attention)
         for src, dest in kept:
             if dest == reader:
-                x = x + written(src)
+                x = x + carried(src, layer, after_attention)
         return x
 
     def written(node):
@@ -151,11 +164,15 @@ def test_all_edges_are_the_operator_and_two_are_the_direct_path(case, gate):
     assert own.keys() == theirs.keys()
     direct = op.restrict(direct_edges(lens))
     assert direct.live == frozenset() and direct.reads == {LOGITS: (INPUT,)}
-    assert torch.equal(direct @ x, op.map.maps[-1].apply(x))
+    past = x
+    for step in op.steps:
+        past = step.normed(past)
+    assert torch.equal(direct @ x, op.map.maps[-1].apply(past))
     # What no node holds stays: from the run's own states, everything less what nodes write.
     fixed = op.bias * 0
     for step in op.steps:
         fixed = fixed + sum((c for b in step.branches for c in b.outside().values()), 0.0)
+        fixed = step.normed(fixed) + sum(step.own.values())
     assert_same(direct.bias, op.map.maps[-1].apply(fixed) + op.map.maps[-1].bias)
     empty = op.restrict([])
     assert (empty @ x == 0).all() and torch.equal(empty.bias, direct.bias)

@@ -47,7 +47,9 @@ def nothing(monkeypatch):
                 effects = {name: torch.zeros_like(e) for name, e in pulled.effects.items()}
                 found.append(Pull(zero, torch.zeros_like(pulled.kept), effects))
             kept.append(tuple(found))
-        return Trace((*[zero] * (len(self.steps) + 1), u), tuple(kept), shares, dict(shares))
+        n = len(self.steps)
+        sites = (*[zero] * (n + 1), u), (zero,) * n
+        return Trace(*sites, tuple(kept), shares, dict(shares))
 
     def apply_t(self, y, effects=None):
         if effects is not None:

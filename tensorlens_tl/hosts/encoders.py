@@ -1,24 +1,28 @@
-"""Models of pictures and sounds: pixels in, a row per patch, classes read at the row of [CLS].
+"""Encoders in a Bridge: models of pictures and sounds, and BERT.
 
-The embeddings module tells such a model: it has patches and a [CLS] token. A spectrogram is a
-picture whose rows are frequencies and whose columns are times.
+Of pictures: pixels in, a row per patch, classes read at the row of [CLS]. The embeddings module
+tells such a model: it has patches and a [CLS] token. A spectrogram is a picture whose rows are
+frequencies and whose columns are times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..checks import kind_of
-from ..graph import SPECIAL_ROWS
+from ..graph import SPECIAL_ROWS, resid_site
+from ..maps import NormWeights
 from ..operator import ClassNames, Prompts
-from ..sublayers import UnembedWeights
-from .bridge import BridgeAdapter
+from ..sublayers import HeadWeights, UnembedWeights
+from .bridge import BridgeAdapter, act_name, linear_weights
 from .hook_points import Read
+from .supported import ENCODER
 from .tokens import check_arguments
 from .tokens import each_prompt as each_text
 
@@ -248,3 +252,60 @@ def each_prompt(prompts: Any, tokenizer: Any, mask: Any = None, name: str = "pro
 
 def _is_picture(given: Any) -> bool:
     return isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 1
+
+
+# --- BERT ----------------------------------------------------------------------------------------
+
+
+def normalizes_sums(model: Any) -> bool:
+    """Whether a Bridge's blocks normalize the residual itself, after each sum, as in BERT."""
+    norm = getattr(next(iter(getattr(model, "blocks", [])), None), "ln1", None)
+    return str(getattr(norm, "name", "")).endswith("output.LayerNorm")
+
+
+class EncoderAdapter(BridgeAdapter):
+    """A Bridge around BERT, RoBERTa, or the like, with or without a head."""
+
+    attends_ahead = True
+
+    @property
+    def headless(self) -> bool:
+        """Whether an encoder without a head is inside; see ``wrapping.within_head``."""
+        return ENCODER in vars(self.model.original_model)
+
+    @property
+    def readout(self) -> nn.Module:
+        inner = self.model.original_model
+        return vars(inner)[ENCODER][1] if self.headless else super().readout
+
+    def final_norm(self) -> NormWeights | None:
+        return None  # the module of that name is in the head
+
+    def norm_names(self, block: Any) -> dict[str, str]:
+        return {"mid_norm": "ln1", "post_norm": "ln2"}
+
+    def residual_hooks(self, layer: int) -> dict[str, str]:
+        sums = {"mid_sum": f"blocks.{layer}.ln1.hook_in", "post_sum": f"blocks.{layer}.ln2.hook_in"}
+        ends = {f"resid_{name}": resid_site(layer, name) for name in ("pre", "post")}
+        return sums | ends
+
+    @property
+    def source_hooks(self) -> dict[str, Any]:
+        # Below the norm of the embeddings; hook_embed is behind it.
+        names = {"embed": "embed", "pos_embed": "pos_embed", "type_embed": "token_type_embed"}
+        return {source: f"{name}.hook_out" for source, name in names.items()}
+
+    def embed_norm(self) -> NormWeights | None:
+        return self.norm_weights(self.model.embed_ln)
+
+    def unembed_weights(self) -> UnembedWeights:
+        if self.headless:  # what it returns is read as it is
+            like = self.model.embed.weight
+            eye = torch.eye(self.cfg.d_model, dtype=like.dtype, device=like.device)
+            return UnembedWeights(eye, None)
+        norm = self.norm_weights(self.model.ln_final)
+        modules = self.model.original_model.named_modules()
+        own = [m for name, m in modules if name.endswith("transform_act_fn")]  # RoBERTa has none
+        act = self.activation(act_name(own[0] if own else nn.GELU()))
+        head = HeadWeights(*linear_weights(self.model.mlm_head), act, cast(NormWeights, norm))
+        return replace(super().unembed_weights(), head=head)
