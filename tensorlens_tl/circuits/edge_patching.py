@@ -266,7 +266,7 @@ class _Flow:
                 found.append((point, make[key](layer)))
         return found
 
-    def modules(self) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
+    def modules(self) -> Iterator[tuple[nn.Module, Callable[[], Tensor | None]]]:
         """Modules whose input is a reader's, and what gives it."""
         if not self.rebuilt:
             return
@@ -278,7 +278,8 @@ class _Flow:
                 read = lambda layer=layer, norm=norm: self.one(("mlp", layer, ""), norm)  # noqa: E731
                 yield adapter.mlp_entry(block), read
         end = host.ln_final if weights.ln_final is not None else host.unembed
-        yield end, lambda: self.one(("logits", None, ""), None)
+        # NanoChat norms its embeddings by the same module, before anything is written.
+        yield end, lambda: self.one(("logits", None, ""), None) if self.writes else None
 
     # --- Writers
 

@@ -45,12 +45,13 @@ def hooked(edits: Iterable[Edit]) -> Iterator[None]:
             point.fwd_hooks.remove(handle)
 
 
-def input_replaced(module: nn.Module, replace: Callable[[], Tensor]) -> Any:
+def input_replaced(module: nn.Module, replace: Callable[[], Tensor | None]) -> Any:
     """Give a module of the host another input.
 
     Args:
         module: A module that the host calls in its forward pass.
-        replace: Makes the input when the module is called, in any shape of the same size.
+        replace: Makes the input when the module is called, in any shape of the same size; None
+            keeps the module's own.
 
     Returns:
         Handle of the hook, to be removed.
@@ -58,6 +59,8 @@ def input_replaced(module: nn.Module, replace: Callable[[], Tensor]) -> Any:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given, found = [*args, *kwargs.values()][0], replace()
+        if found is None:
+            return args, kwargs
         found = found.reshape(given.shape)
         if args:
             return (found, *args[1:]), kwargs

@@ -250,7 +250,7 @@ class Recorder:
         if edit := self.edit(0, ("resid_pre",), state, lambda: total):
             return {**parts, edit.name: edit.constant}
         self.check.same(f"what enters block 0 ({' + '.join(parts)})", state, total)
-        return parts
+        return {name: part.expand_as(state) for name, part in parts.items()}
 
     def embed_norm(self, x: Any) -> Norm | None:
         """Freeze the norm that the sources pass before the first block; None where there is none.
