@@ -27,7 +27,7 @@ class Wiring:
 
     Attributes:
         n_layers: Number of blocks.
-        n_heads: Number of query heads in each block.
+        n_heads: Number of query heads in each block; one number per block where blocks differ.
         parallel: Whether attention and MLP of a block read the same residual.
         attn_only: Whether the model has no MLPs.
         experts: For a model with mixtures of experts, the nodes of every block's MLP: its experts,
@@ -35,7 +35,7 @@ class Wiring:
     """
 
     n_layers: int
-    n_heads: int
+    n_heads: int | tuple[int, ...]
     parallel: bool = False
     attn_only: bool = False
     experts: tuple[tuple[Node, ...], ...] = ()
@@ -46,11 +46,15 @@ class Wiring:
             return self.experts[layer]
         return () if self.attn_only else (Node("mlp", layer),)
 
+    def heads_of(self, layer: int) -> int:
+        """Number of query heads in one block."""
+        return self.n_heads if isinstance(self.n_heads, int) else self.n_heads[layer]
+
     def writers(self) -> tuple[Node, ...]:
         """All writers, first to last."""
         found = [INPUT]
         for layer in range(self.n_layers):
-            found += [Node("head", layer, head) for head in range(self.n_heads)]
+            found += [Node("head", layer, head) for head in range(self.heads_of(layer))]
             found += self.mlps(layer)
         return tuple(found)
 
@@ -66,7 +70,7 @@ class Wiring:
         found: list[Node] = []
         for layer in range(self.n_layers):
             for name in "qkv" if qk else "v":
-                found += [Node("head", layer, head, name) for head in range(self.n_heads)]
+                found += [Node("head", layer, head, name) for head in range(self.heads_of(layer))]
             found += self.mlps(layer)
         return (*found, LOGITS)
 

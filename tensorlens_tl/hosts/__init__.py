@@ -7,7 +7,7 @@ Key concepts:
 """
 
 from .adapter import Adapter
-from .attention_parts import QueryKeyWeights, query_key_weights, whole_norms
+from .attention_parts import QueryKeyWeights, query_key_weights, unlike, whole_norms
 from .attention_reading import NotRecomputableError, RecomputedReading, StoredReading
 from .encoders import each_prompt
 from .entry import adapt, as_host, load_model, unwrap, wrap
@@ -35,6 +35,7 @@ __all__ = [
     "own_ids",
     "prompts_of",
     "query_key_weights",
+    "unlike",
     "unwrap",
     "whole_norms",
     "wrap",

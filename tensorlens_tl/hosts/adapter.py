@@ -330,7 +330,7 @@ class Adapter(HookReader, ABC):
         if self.weights.ln_final is not None:
             names[None, "ln_final.scale"] = "ln_final.hook_scale"
         for layer, block in enumerate(self.weights.blocks):
-            wanted = list(attention)
+            wanted = list(attention) if self.attention[layer].has_pattern else []
             if block.mlp is not None and not isinstance(block.mlp, ExpertsWeights):
                 wanted += ["pre", "post"]
                 wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []

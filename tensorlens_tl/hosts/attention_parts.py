@@ -5,19 +5,29 @@ class here, which tells what else to read and how the sublayer is frozen from it
 
     AttentionReader   v = x W_V + b_V
     LatentReader      v = norm(x W_DKV + b_DKV) W_V, the norm's scale as the run had it
+    GatedReader       z ⊙ σ(gate), the gate as the run had it
+    DeltaNetReader    v = silu(conv(x W_V)), a recurrence in place of a pattern, and a gated norm
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..maps import Frame, NormWeights
-from ..sublayers import Attention, AttentionWeights, HeadNorm, LatentWeights, ScoreWeights
+from ..maps import Conv, DeltaRule, Frame, NormWeights
+from ..sublayers import (
+    Attention,
+    AttentionWeights,
+    DeltaNetWeights,
+    HeadNorm,
+    LatentWeights,
+    ScoreWeights,
+    gating_ratio,
+)
 from .attention_reading import (
     NotRecomputableError,
     RecomputedReading,
@@ -32,7 +42,9 @@ if TYPE_CHECKING:
     from .adapter import Adapter
 
 Point = str | nn.Module
-"""Where something is read: a hook point by its name within the block, or a module."""
+"""Where something is read: a hook point by its name within the block, or what a module gives."""
+
+_OUTPUT_GATES = {"sigmoid": torch.sigmoid, "softplus": torch.nn.functional.softplus}
 
 
 QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -58,6 +70,12 @@ class AttentionReader:
 
     kind = "attention"
     """What the component is, for messages."""
+
+    has_pattern = True
+    """Whether attention has a pattern to read."""
+
+    shown = True
+    """Whether hooks show all that is frozen, as patterns and scales, so that they can hold it."""
 
     @property
     def plain(self) -> bool:
@@ -137,6 +155,159 @@ class LatentReader(AttentionReader):
         return Attention(frame, layer, mix, w, latent_scale=take(layer, "latent.scale")), v, z
 
 
+class GatedReader(AttentionReader):
+    """Attention whose z is multiplied by a gate that its own projection of the input makes."""
+
+    kind = "gated attention"
+    shown = False
+
+    def __init__(self, adapter: Adapter, block: Any, weights: AttentionWeights, at: str, act: str):
+        super().__init__(adapter, block, weights)
+        self.at, self.act = at, act
+
+    @property
+    def points(self):
+        return {**super().points, "gate": self.at}
+
+    def freeze(self, layer, frame, reading, take):
+        attn, v, z = super().freeze(layer, frame, reading, take)
+        gate = _OUTPUT_GATES[self.act](take(layer, "gate").flatten(2))
+        gate = gate.repeat_interleave(z.shape[-1] // gate.shape[-1], -1)  # one number for a head
+        return replace(attn, output_ratio=gate), v, z
+
+
+class DeltaNetReader(AttentionReader):
+    """A gated delta net: gates, decay, keys and queries frozen, it is linear in its values.
+
+    All is read where the host's own projections give it, before its short convolution. What
+    follows is computed here, and checked by what the output matrix reads.
+    """
+
+    weights: DeltaNetWeights
+    kind = "a gated delta net"
+    has_pattern = shown = False
+
+    @classmethod
+    def of(cls, adapter: Any, block: Any) -> DeltaNetReader:
+        """Read the weights of the host's module."""
+        part = block.linear_attn.original_component
+        conv, first = part.conv1d, 2 * int(part.key_dim)
+        if conv.bias is not None or part.activation not in ("silu", "swish"):
+            raise UnsupportedArchitectureError(
+                refusal(
+                    "a gated delta net", "its convolution has a bias, or is not followed by SiLU"
+                )
+            )
+        heads, width = int(part.num_v_heads), int(part.head_v_dim)
+        if hasattr(part, "in_proj_qkvz"):  # grouped by key head: q, k, then its values and gates
+            groups, d_key = int(part.num_k_heads), int(part.head_k_dim)
+            W = _matrix(part.in_proj_qkvz).unflatten(1, (groups, -1))
+            values = W[..., 2 * d_key : 2 * d_key + heads // groups * width]
+            W_V = values.unflatten(-1, (-1, width)).flatten(1, 2)
+        elif hasattr(part, "in_proj_qkv"):
+            W_V = _matrix(part.in_proj_qkv)[:, first:].unflatten(1, (heads, width))
+        else:
+            W_V = _matrix(part.v_proj).unflatten(1, (heads, width))
+        W_O = _matrix(part.out_proj if hasattr(part, "out_proj") else part.o_proj)
+        return cls(
+            adapter,
+            block,
+            DeltaNetWeights(
+                W_V.transpose(0, 1),
+                None,
+                W_O.unflatten(0, (heads, width)),
+                None,
+                conv.weight[first:, 0],
+            ),
+        )
+
+    @property
+    def part(self) -> Any:
+        """The host's module."""
+        return self.block.linear_attn.original_component
+
+    @property
+    def points(self):
+        names = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+        names += ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
+        found = {name: getattr(self.part, name) for name in names if hasattr(self.part, name)}
+        return found | {"into_output": getattr(self.part, "out_proj", None) or self.part.o_proj}
+
+    def projections(self, take: Callable[[str], Tensor]) -> tuple[Tensor, ...]:
+        """What enters the short convolution, and the logits of the gates.
+
+        Args:
+            take: Gives what one of the host's projections gave.
+
+        Returns:
+            Queries, keys and values side by side [batch, pos, d], the gate of the norm, and the
+            logits of β and of the decay [batch, pos, head].
+        """
+        part = self.part
+        if hasattr(part, "in_proj_qkvz"):
+            found = take("in_proj_qkvz"), take("in_proj_ba")
+            q, k, v, z, b, a = part.fix_query_key_value_ordering(*found)
+            return torch.cat([x.flatten(2) for x in (q, k, v)], -1), z.flatten(2), b, a
+        if hasattr(part, "in_proj_qkv"):
+            return tuple(take(f"in_proj_{name}") for name in ("qkv", "z", "b", "a"))
+        qkv = torch.cat([take(f"{name}_proj") for name in "qkv"], -1)
+        return qkv, *(take(f"{name}_proj") for name in "gba")
+
+    def freeze(self, layer, frame, reading, take):
+        part, w, cast = self.part, self.weights, frame.cast
+        qkv, gate, b, a = self.projections(lambda name: take(layer, name))
+        # 1. Queries and keys: the convolution, SiLU, length 1, and one for every value head.
+        first = 2 * int(part.key_dim)
+        qk = Conv(frame, part.conv1d.weight[:first, 0]).apply(qkv[..., :first])
+        qk = (qk * gating_ratio("silu", qk)).unflatten(-1, (2, -1, int(part.head_k_dim)))
+        qk = qk * (qk.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+        heads, width = w.W_O.shape[:2]
+        queries, keys = qk.repeat_interleave(heads // qk.shape[3], 3).unbind(2)
+        # 2. The gates of the recurrence.
+        beta = b.sigmoid() * (2 if getattr(part, "allow_neg_eigval", False) else 1)
+        step = torch.nn.functional.softplus(a + cast(part.dt_bias))
+        decay = (-cast(part.A_log).exp() * step).exp()
+        scale = queries.shape[-1] ** -0.5
+        rule = DeltaRule(frame, queries * scale, keys, beta, decay, width)
+        # 3. Values, what is made of them, and the norm of that with its gate.
+        v = Conv(frame, w.kernel).apply(qkv[..., first:])
+        ratio = gating_ratio("silu", v)
+        mixed = rule.apply(v * ratio).unflatten(-1, (heads, width))
+        norm = getattr(part, "norm", None) or part.o_norm
+        inverse = (mixed.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+        gate = gate * gating_ratio("silu", gate)
+        gate = gate * (inverse * cast(norm.weight)).flatten(2)
+        attn = Attention(frame, layer, rule, w, value_ratio=ratio, output_ratio=gate)
+        return attn, v * ratio, take(layer, "into_output")
+
+
+def unlike(adapter: Adapter, what: str) -> str:
+    """Name the first attention of a model that is not as a question needs it.
+
+    Args:
+        adapter: Adapter of the model.
+        what: What is needed: "has_pattern", "shown" or "plain".
+
+    Returns:
+        The start of a sentence, such as "L0 of Qwen3.5 has a gated delta net"; "" for none.
+    """
+    for layer, reader in enumerate(adapter.attention):
+        if not getattr(reader, what):
+            return f"L{layer} of {adapter.name} has {reader.kind}"
+    return ""
+
+
+def _matrix(module: Any) -> Tensor:
+    """A linear module without a bias as x @ W."""
+    if type(module) is not nn.Linear or module.bias is not None:
+        raise UnsupportedArchitectureError(
+            refusal(
+                f"the linear module {type(module).__name__}", "a delta net's have no more than W"
+            )
+        )
+    return module.weight.T
+
+
 # --- What attention scores are made of -----------------------------------------------------------
 
 
@@ -152,13 +323,11 @@ def query_key_weights(adapter: Adapter) -> tuple[QueryKeyWeights, ...]:
     Raises:
         UnsupportedArchitectureError: If a block's queries and keys are no such products.
     """
-    for layer, reader in enumerate(adapter.attention):
-        if not reader.plain:
-            raise UnsupportedArchitectureError(
-                f"{adapter.name} cannot be run edge by edge, as L{layer} has {reader.kind}, whose "
-                "queries and keys are no products of the residual alone. Use "
-                'lens.attribute(by="edge").'
-            )
+    if odd := unlike(adapter, "plain"):
+        raise UnsupportedArchitectureError(
+            f"{odd}, so the model cannot be run edge by edge. "
+            'Use lens.attribute(by="edge"), which does not run it.'
+        )
     return tuple(adapter.query_key_weights_of(block.attn) for block in adapter.model.blocks)
 
 

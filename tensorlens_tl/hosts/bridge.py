@@ -30,7 +30,7 @@ from ..sublayers import (
     UnembedWeights,
 )
 from .adapter import Adapter, QueryKeyWeights, norm_eps
-from .attention_parts import AttentionReader, LatentReader
+from .attention_parts import AttentionReader, DeltaNetReader, GatedReader, LatentReader
 from .attention_reading import (
     NotRecomputableError,
     RecomputedReading,
@@ -85,7 +85,7 @@ _multiplied: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 class BridgeAdapter(Adapter):
     """``TransformerBridge`` of transformer_lens 3.x and 4.x, raw or in compatibility mode."""
 
-    before_edits = frozenset({"resid_mid", "shared.post"})
+    before_edits = frozenset({"resid_mid", "shared.post", "into_output"})
 
     def check_model(self) -> None:
         flags_off(self.cfg)
@@ -113,7 +113,7 @@ class BridgeAdapter(Adapter):
         # Learned positions end, and so do tables: MPT's biases, rotations of GPT-J, CodeGen and
         # boot_native. Other rotations and ALiBi are computed for any position.
         kind = getattr(self.cfg, "positional_embedding_type", "standard")
-        part = self.model.blocks[0].attn.original_component
+        part = self.attentions[0].original_component
         if kind == "standard" or hasattr(part, "embed_positions") or hasattr(part, "rotary"):
             return self.cfg.n_ctx
         return getattr(self.model.original_model.config, "max_seq_len", sys.maxsize)
@@ -135,7 +135,7 @@ class BridgeAdapter(Adapter):
     def attends_apart(self) -> bool:
         # The other attention bridges compute softmax(QK) themselves, whatever Hugging Face would
         # do. So does boot_native's module of transformer_lens 4, with what hooks return for it.
-        attn = self.model.blocks[0].attn
+        attn = next(b.attn for b in self.model.blocks if hasattr(b, "attn"))
         made_here = getattr(attn.original_component, "accepts_pattern_fn", False)
         return type(attn).__name__ == "AttentionBridge" and not made_here
 
@@ -165,6 +165,8 @@ class BridgeAdapter(Adapter):
         return NormWeights(w, b, center=not rms, offset=offset, eps=norm_eps(component))
 
     def attention_reader(self, block: Any) -> AttentionReader:
+        if getattr(block, "attn", None) is None and hasattr(block, "linear_attn"):
+            return DeltaNetReader.of(self, block)
         attn, d_head = block.attn, self.cfg.d_head
         if type(attn).__name__ == "MLAAttentionBridge":
             return LatentReader.of(self, block, linear_weights)
@@ -176,7 +178,15 @@ class BridgeAdapter(Adapter):
             W_O.unflatten(0, (-1, d_head)),
             b_O,
         )
-        return AttentionReader(self, block, self.multiplied("residual_multiplier", weights))
+        weights = self.multiplied("residual_multiplier", weights)
+        if getattr(self.cfg, "gated_q_proj", False):
+            return GatedReader(self, block, weights, "attn.hook_q_gate", "sigmoid")
+        return AttentionReader(self, block, weights)
+
+    @property
+    def attentions(self) -> list[Any]:
+        """The attention of every block that has one with a pattern."""
+        return [r.block.attn for r in self.attention if r.has_pattern]
 
     def block_weights(self, block: Any, attention: AttentionReader) -> BlockWeights:
         norm = partial(self._norm_weights_of, block)
@@ -296,7 +306,7 @@ class BridgeAdapter(Adapter):
         config = getattr(self.model.original_model, "config", None)
         config = getattr(config, "attn_config", config)  # MPT
         clip: float = getattr(config, "clip_qkv", None) or 0.0
-        points = [block.attn.hook_v for block in self.model.blocks] if clip else []
+        points = [attn.hook_v for attn in self.attentions] if clip else []
 
         def see(module: Any, args: Any, output: Tensor) -> None:
             if bool((output.abs() > clip).any()):
@@ -324,7 +334,10 @@ class BridgeAdapter(Adapter):
     # --- Attention scores
 
     def recomputed_reading(self) -> RecomputedReading:
-        attentions = [block.attn for block in self.model.blocks]
+        for reader in self.attention:
+            if not reader.has_pattern:
+                raise NotRecomputableError(what=reader.kind, why="it has no pattern")
+        attentions = self.attentions
         found = bridge_reading(self)
         keepers = [attn for attn in attentions if hasattr(attn, "_pattern")]
 

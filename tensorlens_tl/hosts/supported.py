@@ -72,6 +72,8 @@ SUPPORTED = {
     "BertForMaskedLM": "BERT",
     "BertLMHeadModel": "BERT",
     "RobertaForMaskedLM": "RoBERTa",
+    "Qwen3_5ForCausalLM": "Qwen3.5",
+    "OlmoHybridForCausalLM": "OLMo-Hybrid",
     "TransformerLensNative": "TransformerBridge.boot_native",
     "DeepseekV2ForCausalLM": "DeepSeek-V2",
     "DeepseekV3ForCausalLM": "DeepSeek-V3",

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..graph import Edge, Node
 from ..maps import (
     Chain,
+    DeltaRule,
     Frame,
     Gate,
     Identity,
@@ -39,6 +40,7 @@ from ..sublayers import (
     Attention,
     AttentionWeights,
     BlockWeights,
+    DeltaNetWeights,
     EmbedWeights,
     Experts,
     ExpertsWeights,
@@ -89,6 +91,7 @@ _PARTS = (
     Transposed,
     Linear,
     Mix,
+    DeltaRule,
     Gate,
     Routed,
     Shift,
@@ -109,6 +112,7 @@ _WEIGHTS = (
     BlockWeights,
     AttentionWeights,
     LatentWeights,
+    DeltaNetWeights,
     MLPWeights,
     GatedMLPWeights,
     ExpertsWeights,

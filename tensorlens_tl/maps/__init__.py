@@ -20,11 +20,14 @@ from .primitives import (
     put_row,
     take_row,
 )
+from .recurrence import Conv, DeltaRule
 from .routed import Routed
 
 __all__ = [
     "Chain",
+    "Conv",
     "DENSE_LIMIT",
+    "DeltaRule",
     "Factored",
     "Frame",
     "Gate",

@@ -53,6 +53,11 @@ class Frame:
         """The frame of one position per prompt."""
         return replace(self, n_pos=1, spans=((0, 1),) * self.batch, read_at=None)
 
+    def cut(self, pos: slice) -> Frame:
+        """The frame of some neighbouring real positions of one prompt."""
+        n_pos = len(range(*pos.indices(self.n_pos)))
+        return replace(self, n_pos=n_pos, spans=((0, n_pos),), read_at=None)
+
     def index(self, pos: int) -> Tensor:
         """Turn a position among the real tokens into indices of the position axis.
 

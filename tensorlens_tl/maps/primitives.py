@@ -197,6 +197,10 @@ class Gate(LinearMap):
         """The gate of some dimensions, without its offset."""
         return Gate(self.frame, self.ratio[..., dims])
 
+    def cut(self, prompt: int, pos: slice) -> Gate:
+        """The gate at some neighbouring positions of one prompt, without its offset."""
+        return Gate(self.frame.cut(pos), self.ratio[prompt, pos][None])
+
     @property
     def bias(self):
         b = self.offset

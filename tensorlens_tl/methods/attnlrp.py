@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..hosts import Adapter, Read, UnsupportedArchitectureError
+from ..hosts import Adapter, Read, UnsupportedArchitectureError, unlike
 from ..recording import Edit, LiveModel, Scores, target_of
 from ..sublayers import gating_ratio, soft_cap_ratio
 
@@ -96,6 +96,10 @@ def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
     Raises:
         UnsupportedArchitectureError: If the model has SoLU activations.
     """
+    if odd := unlike(adapter, "shown"):
+        raise UnsupportedArchitectureError(
+            f"{odd}, for which attnlrp has no rule. Use another method."
+        )
     cap = adapter.soft_cap("attn_scores_soft_cap")
     # A·V halves both factors; Q·Kᵀ halves again, once at the pattern, as softmax is linear in g.
     factors: dict[str, Callable[[Tensor], Tensor | float]] = {

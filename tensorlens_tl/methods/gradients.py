@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import at_least_one, need
-from ..hosts import UnsupportedArchitectureError
+from ..hosts import UnsupportedArchitectureError, unlike
 from ..recording import LiveModel, Scores, hooked, target_of
 
 # --- Methods -------------------------------------------------------------------------------------
@@ -142,6 +142,10 @@ def chefer(
     Raises:
         UnsupportedArchitectureError: If the pattern that can be read is not the one that acts.
     """
+    if odd := unlike(live.adapter, "has_pattern"):
+        raise UnsupportedArchitectureError(
+            f"{odd}, which has no pattern to weigh. Use a method without patterns."
+        )
     y, patterns = live.plain  # one run serves every row of a matrix
     target = target_of(y, query, covector).sum()
     gradients = _gradients(live, target, patterns)

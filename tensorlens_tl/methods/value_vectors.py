@@ -46,6 +46,8 @@ class Split:
         out: Output of attention before the norm after it, constants included
             [batch, pos, d_model].
         resid_post: State after the block [batch, pos, d_model].
+        gated: Values of every token and query head, and what multiplies z [batch, pos, head,
+            d_head]; None where nothing does.
         next_norms: Two frozen norms: the one that reads the state after attention, and the one
             that reads the state after the block. In post-norm models those of the residual itself.
     """
@@ -55,10 +57,15 @@ class Split:
     out: Float[Tensor, "batch pos d_model"]
     resid_post: Float[Tensor, "batch pos d_model"]
     next_norms: tuple[Norm | None, Norm | None]
+    gated: tuple[Tensor, Tensor] | None = None
 
     def part(self, key: int) -> Float[Tensor, "batch query_pos d_model"]:
         """What one source adds to every destination, before the norm after attention."""
-        return torch.einsum("bhq,bhd->bqd", self.pattern[..., key], self.moved[:, key])
+        if self.gated is None:
+            return torch.einsum("bhq,bhd->bqd", self.pattern[..., key], self.moved[:, key])
+        v, gate = self.gated  # a gate of the destination stands between the values and W_O
+        z = torch.einsum("bhq,bhe,bqhe->bqhe", self.pattern[..., key], v[:, key], gate)
+        return self.block.attn.output.apply(z.flatten(2))
 
     @cached_property
     def pattern(self) -> Float[Tensor, "batch head query_pos key_pos"]:
@@ -89,11 +96,12 @@ def splits(capture: Capture) -> Iterator[Split]:
         # Grouped queries share key/value heads: kv_of tells which one each query head reads.
         v = v.unflatten(-1, (-1, attn.weights.W_V.shape[-1]))[..., attn.kv_of, :]
         moved = torch.einsum("bkhe,hed->bkhd", v, capture.frame.cast(attn.weights.W_O))
-        out = attn.apply(x) + attn.bias
+        out, ratio = attn.apply(x) + attn.bias, attn.output_ratio
+        gated = None if ratio is None else (v, attn.by_node(ratio))
         # A parallel block has no ln2 after attention: the next reader sees the sum of both.
         norms = (reader if block.resid_mid is None else block.ln2, reader)
         norms = norms if block.mid_norm is None else (block.mid_norm, block.post_norm)
-        yield Split(block, moved, out, after, norms)
+        yield Split(block, moved, out, after, norms, gated)
 
 
 # --- Norms of moved value vectors ----------------------------------------------------------------

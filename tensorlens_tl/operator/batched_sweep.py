@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -44,18 +45,9 @@ from ..costs import (
     memory_budget,
 )
 from ..maps import LinearMap
-from .folding import (
-    Folded,
-    FoldedNorm,
-    FoldedStep,
-    Mixing,
-    Positionwise,
-    Stage,
-    fold,
-    mixes_in,
-    shape_of,
-    stages_of,
-)
+from ..sublayers import Tiles
+from .folding import Stage, fold, mixes_in, shape_of, stages_of
+from .normal_forms import Folded, FoldedNorm, FoldedStep, Mixing, Positionwise, Scan, StoredTiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +264,7 @@ class BatchedSweep:
             state = _placed(own[span], t[span], end)
             # Branches side by side read the same rows: none sees what another one added.
             for branch in step.mixing:
-                if branch.gates[1] is None:
+                if branch.gates[1] is None and not isinstance(branch.tiles, Scan):
                     _spread_one(branch, rows[span], t[span], state)
                     continue
                 # A factor after mixing differs from position to position: no outer product.
@@ -325,6 +317,9 @@ class BatchedSweep:
         groups, repeats = b.groups
         # Narrow first: d_head numbers per head are mixed, not d_model.
         z = _times(state.flatten(0, 1) @ b.into, b.gates[0], slice(n))
+        if isinstance(b.tiles, Scan):
+            found = b.tiles(z.view(n, rows, -1))
+            return _times(found.flatten(0, 1), b.gates[1], slice(n)).view_as(found)
         inner = (groups, repeats, -1) if b.gathers else (groups, 1, -1)
         z = z.view(n, rows, *inner).permute(2, 3, 0, 1, 4).flatten(3)  # [group, repeat, from, …]
         mixed = z.new_empty(groups, 1 if b.gathers else repeats, n, z.shape[-1])
@@ -419,7 +414,8 @@ def _spread_one(b: Mixing, rows: Tensor, t: Tensor, state: Tensor) -> None:
         heads = torch.matmul(z, b.out.view(groups, repeats, -1, d_model))
     heads = heads.view(groups * repeats, n, many * d_model).transpose(0, 1)
     # Every row stands at one position, so mixing is an outer product with a column of A.
-    pattern = b.tiles[slice(len(state)), t].flatten(0, 1).permute(2, 1, 0)  # [n, to, head]
+    tiles = cast(StoredTiles | Tiles, b.tiles)  # a scan has no columns, and does not come here
+    pattern = tiles[slice(len(state)), t].flatten(0, 1).permute(2, 1, 0)  # [n, to, head]
     spread = torch.bmm(pattern, heads).unflatten(2, (many, d_model))
     state.unflatten(1, (n, many)).add_(spread.transpose(0, 1))
 

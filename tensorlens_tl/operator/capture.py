@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import pick_prompts
 from ..graph import FINAL_SITE, Node, site_parts
-from ..maps import Frame, Gate, Mix, Norm, Shift
+from ..maps import DeltaRule, Frame, Gate, Mix, Norm, Shift
 from ..sublayers import (
     Attention,
     EmbedWeights,
@@ -99,7 +99,8 @@ class FrozenBlock:
         return tuple(filter(None, norms))
 
 
-_OF_THE_RUN = (FrozenBlock, Attention, FeedForward, Mix, RecomputedMix, Gate, Norm, Shift, Unembed)
+_OF_THE_RUN = (FrozenBlock, Attention, FeedForward, Mix, RecomputedMix, DeltaRule, Gate)
+_OF_THE_RUN = (*_OF_THE_RUN, Norm, Shift, Unembed)
 """Classes whose tensors, apart from ``weights``, have the axes batch and pos of a run."""
 
 
@@ -238,8 +239,8 @@ class Capture:
 
     @property
     def n_heads(self) -> int:
-        """Number of query heads per layer."""
-        return self.blocks[0].attn.mix.heads
+        """Number of query heads per layer; the largest where layers differ."""
+        return max(block.attn.mix.heads for block in self.blocks)
 
     @property
     def nbytes(self) -> int:

@@ -16,16 +16,16 @@ copy afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import singledispatchmethod
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..costs import BranchShape, StageShape
 from ..maps import (
     Chain,
+    Conv,
+    DeltaRule,
     Gate,
     Identity,
     Linear,
@@ -38,169 +38,19 @@ from ..maps import (
     Sum,
 )
 from ..sublayers import AnyMix, RecomputedMix, Sublayer, Tiles
-from .routed_rows import RoutedRows
-
-
-@dataclass(frozen=True, eq=False)
-class Positionwise:
-    """A branch that keeps positions apart: x → ((x · into) ⊙ ratio) · out, for one prompt.
-
-    Attributes:
-        into: First matrix, norms before it included [d_in, width].
-        out: Second matrix, norms after it included [width, d_out].
-        ratio: Gating ratio over the scales of the norms [pos, width].
-    """
-
-    into: Float[Tensor, "d_in width"]
-    out: Float[Tensor, "width d_out"]
-    ratio: Float[Tensor, "pos width"]
-
-    def flipped(self, transposed: bool) -> Positionwise:
-        """The branch in causal coordinates; see :func:`fold`."""
-        if transposed:
-            # (into diag(r) out)ᵀ = outᵀ diag(r) intoᵀ: the normal form is closed under
-            # transposition.
-            return Positionwise(self.out.T, self.into.T, self.ratio)
-        return Positionwise(self.into, self.out, self.ratio.flip(0))
-
-    def cast(self, dtype: torch.dtype) -> Positionwise:
-        """The branch in another precision."""
-        return Positionwise(self.into.to(dtype), self.out.to(dtype), self.ratio.to(dtype))
-
-
-@dataclass(frozen=True, eq=False)
-class StoredTiles:
-    """A stored pattern of one prompt that is used like :class:`~tensorlens_tl.sublayers.Tiles`.
-
-    Attributes:
-        pattern: Attention [group, repeat, to, from], where a group shares a key/value head.
-    """
-
-    pattern: Float[Tensor, "group repeat to from"]
-
-    def __getitem__(
-        self, at: tuple[slice, slice | Tensor]
-    ) -> Float[Tensor, "group repeat to source"]:
-        return self.pattern[:, :, at[0], at[1]]
-
-    def times(
-        self, query_gain: Tensor | None = None, key_gain: Tensor | None = None
-    ) -> StoredTiles:
-        """The pattern with rows of queries or columns of keys multiplied by numbers [pos]."""
-        A = self.pattern if query_gain is None else self.pattern * query_gain[:, None]
-        return StoredTiles(A if key_gain is None else A * key_gain)
-
-    def flipped(self, transposed: bool) -> StoredTiles:
-        """The pattern in the causal coordinates of a pull (transposed) or of a push."""
-        return StoredTiles(
-            self.pattern.mT.contiguous() if transposed else self.pattern.flip(-2, -1)
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Mixing:
-    """A branch that mixes positions: x → Σ_h A_h (x · into_{g(h)}) · out_h, for one prompt.
-
-    What multiplies values or z, frozen, stands before and after A.
-
-    Attributes:
-        into: First matrix [d_in, width_in]: W_V for a push, W_Oᵀ for a pull.
-        out: Second matrix [width_out, d_out].
-        tiles: The pattern. ``tiles[to, from]`` is a part of it [group, repeat, to, from], stored or
-            made when it is asked for. Query head g · repeats + r is ``[g, r]``.
-        groups: Number of key/value heads, and of the query heads that share each.
-        gates: Factors before mixing [pos, width_in] and after it [pos, width_out], or None.
-        gathers: Whether the repeats of a group are summed, as in a pull. A push copies one group to
-            its repeats.
-    """
-
-    into: Float[Tensor, "d_in width_in"]
-    out: Float[Tensor, "width_out d_out"]
-    tiles: StoredTiles | Tiles
-    groups: tuple[int, int]
-    gates: tuple[Tensor | None, Tensor | None] = (None, None)
-    gathers: bool = False
-
-    @property
-    def recomputed(self) -> bool:
-        """Whether tiles of the pattern are made when they are asked for."""
-        return isinstance(self.tiles, Tiles)
-
-    def flipped(self, transposed: bool) -> Mixing:
-        """The branch in causal coordinates; see :func:`fold`."""
-        tiles, (before, after) = self.tiles.flipped(transposed), self.gates
-        if transposed:
-            return Mixing(self.out.T, self.into.T, tiles, self.groups, (after, before), True)
-        gates = None if before is None else before.flip(0), None if after is None else after.flip(0)
-        return Mixing(self.into, self.out, tiles, self.groups, gates)
-
-    def cast(self, dtype: torch.dtype) -> Mixing:
-        """The branch in another precision; scores are recomputed in their own."""
-        A = self.tiles
-        A = replace(A, dtype=dtype) if isinstance(A, Tiles) else StoredTiles(A.pattern.to(dtype))
-        before, after = self.gates
-        gates = (
-            None if before is None else before.to(dtype),
-            None if after is None else after.to(dtype),
-        )
-        return replace(self, into=self.into.to(dtype), out=self.out.to(dtype), tiles=A, gates=gates)
-
-
-@dataclass(frozen=True, eq=False)
-class FoldedStep:
-    """A step of the residual stream: x → x + Σ branches(x).
-
-    Attributes:
-        mixing: The branches that mix positions.
-        positionwise: The branches that keep positions apart.
-        routed: The branches of experts.
-    """
-
-    mixing: tuple[Mixing, ...]
-    positionwise: tuple[Positionwise, ...]
-    routed: tuple[RoutedRows, ...] = ()
-
-    def cast(self, dtype: torch.dtype) -> FoldedStep:
-        """The step in another precision; experts compute in the operator's own."""
-        mixing = tuple(b.cast(dtype) for b in self.mixing)
-        return FoldedStep(mixing, tuple(b.cast(dtype) for b in self.positionwise), self.routed)
-
-
-@dataclass(frozen=True, eq=False)
-class FoldedNorm:
-    """A norm on the residual stream itself: x → (x · C diag(w)) / s, or its transpose.
-
-    Attributes:
-        norm: The frozen norm; C subtracts the mean, for a LayerNorm.
-        inverse: 1/s of one prompt, in causal coordinates [pos, 1].
-        transposed: Whether the norm is applied as its adjoint.
-    """
-
-    norm: Norm
-    inverse: Float[Tensor, "pos 1"]
-    transposed: bool
-
-    def rows(self, x: Tensor, at: Tensor | slice) -> Tensor:
-        """Apply the norm to vectors [pos, many, d_model] that stand at the positions ``at``."""
-        w, scale = self.norm.weights, self.inverse[at][:, None]
-        gain = None if w.gain is None else self.norm.frame.cast(w.gain)
-        if self.transposed:
-            # (C diag(w) / s)ᵀ = diag(w) C / s: centring is symmetric, and comes last in the
-            # adjoint.
-            x = (x if gain is None else x * gain) * scale
-            return x - x.mean(-1, keepdim=True) if w.center else x
-        x = (x - x.mean(-1, keepdim=True) if w.center else x) * scale
-        return x if gain is None else x * gain
-
-    def cast(self, dtype: torch.dtype) -> FoldedNorm:
-        """The norm as it is: norms are computed in the operator's own precision."""
-        return self
-
+from .normal_forms import (
+    Folded,
+    FoldedNorm,
+    FoldedStep,
+    Mixing,
+    Positionwise,
+    RoutedRows,
+    Scan,
+    StoredTiles,
+)
 
 Stage = Residual | Norm
 """What an operator is a chain of: a residual step, or a norm on the stream itself."""
-
-Folded = FoldedStep | FoldedNorm
 
 
 def stages_of(op: LinearMap) -> Iterator[Stage]:
@@ -284,8 +134,10 @@ class _Folding:
         self.values: Tensor | None = None  # a ratio before the pattern
         self.tiles: StoredTiles | Tiles | None = None
         self.groups = (1, 1)
+        self.scan: list[Conv | Gate | DeltaRule] = []  # in place of tiles, in a delta net
         self.norms: list[Norm] = []  # their matrices go into the next one
         self.before: Tensor | None = None  # 1/scale of norms [pos, 1], for the middle to come
+        self.after: Tensor | None = None  # and of norms after a delta net
         self.halves = 1  # branches of a gated MLP side by side
 
     def branch(self, op: LinearMap) -> Positionwise | Mixing:
@@ -293,6 +145,9 @@ class _Folding:
         for part in _primitives(op):
             self.take(part)
         into, out = _found(self.into), _found(self.out)
+        if self.scan:
+            scan, before = Scan(Chain(tuple(self.scan))), self.before
+            return Mixing(into, out, scan, (1, 1), (before, self.after))
         if self.tiles is not None:
             return Mixing(into, out, self.tiles, self.groups, (self.values, self.ratio))
         out = out.repeat(self.halves, 1) if self.halves > 1 else out
@@ -328,17 +183,25 @@ class _Folding:
             W = W if gain is None else W * norm.frame.cast(gain)[:, None]
             W = _centred(W, 0) if norm.weights.center else W
         self.norms = []
-        if self.ratio is not None or self.tiles is not None:
+        if self.ratio is not None or self.tiles is not None or self.scan:
             self.out = W
         else:  # before the middle; a latent is read by a second matrix
             self.into = W if self.into is None else self.into @ W
 
     @take.register
     def _gate(self, part: Gate) -> None:
+        if self.scan:
+            self._scan(part)
+            return
         ratio = self.cut(part.ratio).repeat(1, self.halves)
         self.ratio = ratio if self.ratio is None else self.ratio * ratio
         if self.tiles is None:
             self.settle()
+
+    @take.register(Conv)
+    @take.register(DeltaRule)
+    def _scan(self, part: Conv | DeltaRule | Gate) -> None:
+        self.scan.append(part.cut(self.prompt, self.real))
 
     @take.register(Mix)
     @take.register(RecomputedMix)
@@ -375,7 +238,9 @@ class _Folding:
 
     def scale(self, numbers: Tensor) -> None:
         """Take a norm's 1/scale [pos, 1] into the ratio or the pattern."""
-        if self.tiles is not None:  # a norm after W_O scales what is written: the pattern's rows
+        if self.scan and self.out is not None:
+            self.after = numbers if self.after is None else self.after * numbers
+        elif self.tiles is not None:  # a norm after W_O scales what is written: the pattern's rows
             self.tiles = self.tiles.times(query_gain=numbers[:, 0])
         else:
             self.before = numbers if self.before is None else self.before * numbers
@@ -409,10 +274,10 @@ def _found(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def mixes_in(stage: Stage) -> list[AnyMix]:
+def mixes_in(stage: Stage) -> list[AnyMix | DeltaRule]:
     """The attention patterns of a stage."""
     parts = (part for branch in _branches(stage) for part in _primitives(branch))
-    return [part for part in parts if isinstance(part, AnyMix)]
+    return [part for part in parts if isinstance(part, AnyMix | DeltaRule)]
 
 
 def shape_of(stage: Stage, transposed: bool) -> StageShape:
@@ -423,7 +288,7 @@ def shape_of(stage: Stage, transposed: bool) -> StageShape:
 def _branch_shape(branch: LinearMap, transposed: bool) -> BranchShape:
     parts = list(_primitives(branch))
     for mix in parts:
-        if isinstance(mix, AnyMix):
+        if isinstance(mix, AnyMix | DeltaRule):
             score = mix.keys.shape[2] if isinstance(mix, RecomputedMix) else 0
             widths = (mix.out_dim, mix.in_dim) if transposed else (mix.in_dim, mix.out_dim)
             return BranchShape(*widths, mix.heads, score)

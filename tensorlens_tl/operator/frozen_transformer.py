@@ -188,14 +188,15 @@ class FrozenTransformer(StepChain):
     @property
     def wiring(self) -> Wiring:
         """The edges that the model has."""
-        heads = next(b for step in self.steps for b in step.branches if b.has_heads).body.nodes()
+        branches = (b for step in self.steps for b in step.branches)
+        heads = tuple(len(b.body.nodes()) for b in branches if b.has_heads)
         bodies = [(b.body, step) for step in self.steps for b in step.branches if not b.has_heads]
         layers = range(self.steps[-1].layer + 1)
         nodes = [[n for body, s in bodies if s.layer == at for n in body.nodes()] for at in layers]
         mixture = any(node.kind == "expert" for own in nodes for node in own)
         return Wiring(
             len(layers),
-            len(heads),
+            heads[0] if len({*heads}) == 1 else heads,
             parallel=any(step.branches[0].has_heads for _, step in bodies),
             attn_only=not bodies,
             experts=tuple(map(tuple, nodes)) if mixture else (),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..maps import Norm
+from ..maps import DeltaRule, Norm
 from ..sublayers import Attention, AttentionWeights
 from .self_check import Rounding
 
@@ -71,7 +71,7 @@ def freeze_attention(
     if attn.edits:
         return attn, (check.project(out()), out, float)
     values, mixing = f"{name} values (W_V, b_V)", f"{name} mixing (pattern · values)"
-    if not reader.plain:
+    if isinstance(mix, DeltaRule) or not reader.plain:
         check.whole(values, v, predict_v())
         check.whole(mixing, z, predict_z())
         return attn, (check.output(w.W_O.flatten(0, 1), w.b_O, post, z), out, float)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..hosts import Read, UnsupportedArchitectureError
+from ..hosts import Read, UnsupportedArchitectureError, unlike
 from ..recording import Edit, LiveModel
 from ..sublayers import gating_ratio
 
@@ -68,6 +68,10 @@ def _check_parts(live: LiveModel, parts: Sequence[str]) -> None:
     if wrong := sorted(set(parts) - set(FREEZABLE)):
         raise ValueError(
             f"The operator freezes no {', '.join(wrong)}. Hold some of {', '.join(FREEZABLE)}."
+        )
+    if odd := unlike(live.adapter, "shown") if parts else "":
+        raise UnsupportedArchitectureError(
+            f"{odd}, parts of which no hook can hold. Measure with nothing held."
         )
     if "pattern" in parts and live.adapter.attends_apart:
         raise UnsupportedArchitectureError(

@@ -16,6 +16,7 @@ from .unembed import Unembed
 from .weights import (
     AttentionWeights,
     BlockWeights,
+    DeltaNetWeights,
     EmbedWeights,
     ExpertsWeights,
     GatedMLPWeights,
@@ -34,6 +35,7 @@ __all__ = [
     "Attention",
     "AttentionWeights",
     "BlockWeights",
+    "DeltaNetWeights",
     "EmbedWeights",
     "Experts",
     "ExpertsWeights",

@@ -16,10 +16,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import Node
-from ..maps import Chain, Factored, Frame, Gate, Linear, Norm, Shift, put_effects, take_row
+from ..maps import (
+    Chain,
+    Conv,
+    DeltaRule,
+    Factored,
+    Frame,
+    Gate,
+    Linear,
+    Norm,
+    Shift,
+    put_effects,
+    put_row,
+    take_row,
+)
 from .recomputed_pattern import AnyMix
 from .sublayer import Sublayer, _chain, _edits, _unknown
-from .weights import AttentionWeights, LatentWeights
+from .weights import AttentionWeights, DeltaNetWeights, LatentWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,30 +41,34 @@ class Attention(Sublayer):
 
     Rows of A need not sum to 1, because of attention sinks or masked rows. So b_V stays inside the
     sum. Three parts that most models lack are frozen like a norm or an activation: the norm of a
-    latent from which values are made, what multiplies the values, and what multiplies z.
+    latent from which values are made, what multiplies the values, and what multiplies z. A gated
+    delta net is attention whose mixing is a recurrence in place of a pattern.
 
     Attributes:
         frame: Layout of the batch.
         layer: Number of the block, from 0.
-        mix: The map v → z by A. A is stored, or recomputed from queries and keys at every use.
+        mix: The map v → z by A. A is stored, or recomputed from queries and keys at every use; a
+            delta rule has none.
         weights: Value and output matrices.
         v_edit: What a hook of the user added to the values, or None.
         z_edit: What a hook of the user added to z, or None.
         latent_scale: Scale of the norm of the latent that W_V reads [batch, pos, 1], as in the run.
             None where W_V reads the residual.
-        value_maps: Maps that keep dimensions apart, from x W_V + b_V to the values.
-        output_gate: What multiplies z, frozen; None where nothing does.
+        value_ratio: What multiplies the values [batch, pos, kv_head · d_head], such as the inverse
+            scale of their norm; None where nothing does.
+        output_ratio: What multiplies z [batch, pos, head · d_head], such as an output gate; None
+            where nothing does.
     """
 
     frame: Frame
     layer: int
-    mix: AnyMix
+    mix: AnyMix | DeltaRule
     weights: AttentionWeights
     v_edit: Shift | None = None
     z_edit: Shift | None = None
     latent_scale: Float[Tensor, "batch pos 1"] | None = None
-    value_maps: tuple[Gate, ...] = ()
-    output_gate: Gate | None = None
+    value_ratio: Float[Tensor, "batch pos d_values"] | None = None
+    output_ratio: Float[Tensor, "batch pos d_z"] | None = None
 
     @cached_property
     def projected(self) -> Linear:
@@ -69,6 +86,19 @@ class Attention(Sublayer):
             return None
         norm = Norm(self.frame, f"{name}.kv_norm", self.latent_scale, w.norm, w.W_DKV.shape[1])
         return Chain((Linear(self.frame, w.W_DKV, w.b_DKV, f"{name}.b_DKV"), norm))
+
+    @property
+    def value_maps(self) -> tuple[Conv | Gate, ...]:
+        """The maps from x W_V + b_V to the values, which keep dimensions apart."""
+        ratio, found = self.value_ratio, []
+        if isinstance(self.weights, DeltaNetWeights):
+            found.append(Conv(self.frame, self.weights.kernel))
+        return tuple(found if ratio is None else [*found, Gate(self.frame, ratio)])
+
+    @property
+    def output_gate(self) -> Gate | None:
+        """The map by which z is multiplied, or None."""
+        return None if self.output_ratio is None else Gate(self.frame, self.output_ratio)
 
     @cached_property
     def values(self) -> Linear | Chain:
@@ -106,8 +136,7 @@ class Attention(Sublayer):
     @property
     def frozen(self) -> tuple[Tensor, ...]:
         """The tensors of the run that the sublayer keeps."""
-        gates = (*self.value_maps, self.output_gate)
-        kept = (self.latent_scale, *(gate and gate.ratio for gate in gates))
+        kept = (self.latent_scale, self.value_ratio, self.output_ratio)
         return (*self.mix.frozen, *(tensor for tensor in kept if tensor is not None))
 
     def part(self, node: Node) -> Attention:
@@ -123,10 +152,11 @@ class Attention(Sublayer):
             # outside.
             v_edit=None,
             z_edit=None,
-            value_maps=tuple(m.columns(values) for m in self.value_maps),
-            output_gate=None if self.output_gate is None else self.output_gate.columns(z),
+            value_ratio=None if self.value_ratio is None else self.value_ratio[..., values],
+            output_ratio=None if self.output_ratio is None else self.output_ratio[..., z],
             weights=replace(
                 w,
+                **({"kernel": w.kernel[values]} if isinstance(w, DeltaNetWeights) else {}),
                 W_V=w.W_V[kv : kv + 1],
                 b_V=None if w.b_V is None else w.b_V[kv : kv + 1],
                 W_O=w.W_O[h : h + 1],
@@ -141,6 +171,8 @@ class Attention(Sublayer):
 
     def hidden_at(self, x, query):
         w, frame = self.weights, self.frame
+        if isinstance(self.mix, DeltaRule):  # the state passes through all positions anyway
+            return take_row(self.hidden(x), query)[:, 0]
         row = self.mix.rows(query)
         kv_heads = w.W_V.shape[0]
         if self.value_maps:  # they differ from position to position, and so stand before mixing
@@ -156,7 +188,7 @@ class Attention(Sublayer):
                 # Σ_k A[q, k] b_V: the constant arrives with the weight that the row sums to.
                 z = z + row.sum(-1, keepdim=True) * frame.cast(w.b_V)[self.kv_of]
             z = z.flatten(1)
-        return z if self.output_gate is None else z * take_row(self.output_gate.ratio, query)[:, 0]
+        return z if self.output_ratio is None else z * take_row(self.output_ratio, query)[:, 0]
 
     def _read(self, x: Tensor) -> Tensor:
         """What W_V reads: the latent, constants included, or the input itself."""
@@ -177,11 +209,13 @@ class Attention(Sublayer):
         return self._pull_values(self.mix.by_head_t(z), effects)
 
     def pull_at(self, y, query, effects):
+        if isinstance(self.mix, DeltaRule):
+            return self.pull(put_row(y, query, self.frame.n_pos), effects)
         own: dict[str, Tensor] = {}
         # y is nonzero at one query only, so the pull by A is an outer product with the row A[q].
         z = self.output.apply_t(y, own)[..., 0, :]
-        if self.output_gate is not None:
-            z = z * take_row(self.output_gate.ratio, query)[:, 0]
+        if self.output_ratio is not None:
+            z = z * take_row(self.output_ratio, query)[:, 0]
         effects |= put_effects(own, query, self.frame.n_pos)
         by_head = torch.einsum("...bhe,bhk->...bkhe", self.by_node(z), self.mix.rows(query))
         return self._pull_values(by_head, effects)
@@ -247,11 +281,14 @@ class Attention(Sublayer):
 
     def read_at(self, x, query, y):
         w, frame = self.weights, self.frame
-        row = self.mix.rows(query)
         z = torch.einsum("bd,hed->bhe", y, frame.cast(w.W_O))
-        if self.output_gate is not None:
-            z = z * self.by_node(take_row(self.output_gate.ratio, query)[:, 0])
-        grouped = z.unflatten(1, (w.W_V.shape[0], -1))
+        if self.output_ratio is not None:
+            z = z * self.by_node(take_row(self.output_ratio, query)[:, 0])
+        if isinstance(self.mix, DeltaRule):
+            by_head = self.mix.by_head_t(put_row(z.flatten(1)[:, None], query, frame.n_pos))
+            v = self.by_node(self.projected.apply(x) + self.projected.bias)
+            return (self._before_value_maps(by_head) * v).sum(-1).mT
+        row, grouped = self.mix.rows(query), z.unflatten(1, (w.W_V.shape[0], -1))
         if self.value_maps:
             v = self.by_kv_head(self.values.apply(x) + self.values.bias)
             return row * torch.einsum("bgre,bkge->bgrk", grouped, v).flatten(1, 2)

@@ -74,6 +74,17 @@ class LatentWeights(AttentionWeights):
 
 
 @dataclass(frozen=True, eq=False)
+class DeltaNetWeights(AttentionWeights):
+    """A gated delta net, as far as it is linear in what it reads.
+
+    Attributes:
+        kernel: The short convolution over x W_V, one kernel per dimension [head · d_head, kernel].
+    """
+
+    kernel: Float[Tensor, "d_values kernel"]
+
+
+@dataclass(frozen=True, eq=False)
 class Rotation:
     """Rotary positions: the first dimensions of x become x ⊙ cos + quarter turn(x) ⊙ sin.
 

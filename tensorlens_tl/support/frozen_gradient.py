@@ -12,6 +12,7 @@ model nonlinear is given another derivative; its value stays as it is:
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ _CONSTANT = {"softmax", "sigmoid", "rsqrt", "sqrt", "exp", "softplus", "logsigmo
              "vector_norm", "reciprocal", "topk"}  # fmt: skip
 _RATIO = {"silu", "gelu", "relu", "relu6", "leaky_relu", "tanh", "clamp", "clip", "expm1", "elu",
           "hardtanh", "mish"}  # fmt: skip
+_RULES = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule")
 _PRODUCT = {"mul", "multiply", "__mul__", "__rmul__", "mul_", "__imul__"}
 _CAST = {"to", "type_as", "float", "double", "contiguous"}
 _QUOTIENT = {"div", "divide", "true_divide", "__truediv__", "div_"}
@@ -139,8 +141,10 @@ def _derivatives(model: Any) -> Iterator[None]:
         and not any(True for _ in module.children())
     ]
     hooks = [h for module in activations for h in mode.around(module)]
-    for module in model.modules():
-        for name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule"):
+    # Later versions of transformers have one function for all layers, beside their classes.
+    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    for module in (*model.modules(), *files):
+        for name in _RULES:
             if rule := vars(module).get(name):
                 wrapped.append((module, name, rule))
                 setattr(module, name, _linear_in_values(rule))

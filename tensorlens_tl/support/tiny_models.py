@@ -100,6 +100,11 @@ BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
 _GQA_8 = {**_GQA, "head_dim": 8}
 _MOE = {**_GQA, "num_experts_per_tok": 2}
 _EMBD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX, "vocab_size": D_VOCAB}
+_DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5, "linear_conv_kernel_dim": 3,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 _LATENT = {
     "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 4,
     "qk_rope_head_dim": 4, "v_head_dim": 6, "attention_bias": True, "tie_word_embeddings": False,
@@ -139,6 +144,9 @@ MORE_BRIDGE: dict[str, tuple[str, dict[str, Any]]] = {
                                   **_CAPS}),
     "cohere2": ("Cohere2", {**_GQA_8, "sliding_window": 3}),
     "youtu": ("Youtu", {**_HF, **_LATENT}),
+    "qwen3.5": ("Qwen3_5", {**_GQA_8, **_DELTA}),
+    "olmo-hybrid": ("OlmoHybrid", {**_GQA, **_DELTA, "linear_num_key_heads": 4,
+                                   "linear_allow_neg_eigval": True, "pad_token_id": 0}),
 }  # fmt: skip
 """The same, for families whose blocks have a shape of those above."""
 
@@ -196,6 +204,8 @@ FLOAT32_NORMS = {
     "arcee",
     "vaultgemma",
     "youtu",
+    "qwen3.5",
+    "olmo-hybrid",
 }
 
 _HOOKED_CLASS = {"bert": "HookedEncoder", "t5": "HookedEncoderDecoder"}  # else HookedTransformer
@@ -222,7 +232,7 @@ FAMILIES = {
     "gpt-bigcode": "GPTBigCode", "codegen": "CodeGen", "smollm3": "SmolLM3", "seed-oss": "Seed-OSS",
     "ministral3": "Ministral-3", "ernie4.5": "ERNIE-4.5", "glm": "GLM", "glm4": "GLM-4",
     "arcee": "Arcee", "jais2": "Jais-2", "vaultgemma": "VaultGemma", "cohere2": "Cohere-2",
-    "youtu": "Youtu",
+    "youtu": "Youtu", "qwen3.5": "Qwen3.5", "olmo-hybrid": "OLMo-Hybrid",
     "mixtral": "Mixtral", "olmoe": "OLMoE",
     "qwen3-moe": "Qwen3-MoE", "gpt-oss": "GPT-OSS", "deepseek-v2": "DeepSeek-V2", "bert": "BERT",
     "t5": "T5", "mamba": "Mamba",

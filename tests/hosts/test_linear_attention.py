@@ -1,0 +1,102 @@
+"""Gated delta nets, gated attention and latents, against plain Hugging Face models."""
+
+import inspect
+from dataclasses import dataclass, fields
+from functools import partial
+
+import pytest
+import test_contraction
+import test_edits
+import test_granularity
+import test_operator
+import test_padding
+import test_saving
+import torch
+from models import MORE, MORE_BRIDGE, Case, bridge_offered, build_hf, lens_of, quiet, tokens
+
+import tensorlens_tl
+from tensorlens_tl import CaptureMismatchError, dot_test, validity
+from tensorlens_tl.support.every_name import exactness
+from tensorlens_tl.support.frozen_gradient import plain_run
+
+WITHIN = 1e-5
+"""Hosts compute the recurrence in float32, in chunks, whatever the model's dtype."""
+ROWS = [name for name in ("youtu", "qwen3.5", "olmo-hybrid") if bridge_offered(name)]
+LAWS = [
+    test_operator.test_operator_reproduces_the_logits,
+    test_operator.test_adjoint,
+    test_operator.test_linear_and_bias_apart,
+    test_operator.test_constants_sum_to_the_bias,
+    test_operator.test_dense_block_and_scipy,
+    test_granularity.test_every_direct_split_sums_to_the_target,
+    test_granularity.test_finer_splits_sum_to_the_components,
+    test_granularity.test_edges_into_a_reader_sum_to_what_it_makes_of_the_target,
+    test_granularity.test_edges_the_slow_way,
+    test_contraction.test_rows_and_constants_sum_to_the_target,
+    test_padding.test_a_batch_is_its_prompts,
+    test_saving.test_with_the_model_everything_is_equal_and_weights_are_the_models_own,
+    test_edits.test_every_other_point_that_is_served,
+    test_edits.test_an_edit_is_nothing_at_padding,
+]
+GIVEN = {"gate": "gate", "by": "token", "side": "left", "dtype": torch.float64, "target": 7}
+
+
+@dataclass(frozen=True)
+class InFloat32(Case):
+    """A case whose host computes more than norms in float32."""
+
+    def tol(self, dtype: torch.dtype = torch.float64) -> float:
+        return max(WITHIN, super().tol(dtype))
+
+    def within(self, compared: str) -> float:
+        return max(WITHIN, super().within(compared))
+
+
+def of(name: str) -> Case:
+    case = next(case for case in MORE if case.name == f"bridge-{name}")
+    return InFloat32(**{f.name: getattr(case, f.name) for f in fields(Case)})
+
+
+@pytest.mark.offered(bool(ROWS))
+@pytest.mark.parametrize("name", ROWS)
+def test_logits_sums_and_gradient_are_those_of_hugging_face(name):
+    """Of the model before it is wrapped; the gradient with all that is frozen held."""
+    with quiet():
+        plain = plain_run(build_hf(*MORE_BRIDGE[name], torch.float64), {"input_ids": tokens()})
+        lens = lens_of(of(name))
+    assert not plain.no_gradient
+    errors = exactness(lens, plain)
+    assert {"logits", "token", "component", "adjoint"} <= errors.keys()
+    assert max(errors.values()) <= WITHIN, errors
+    assert dot_test(lens.operator) < 1e-14
+
+
+@pytest.mark.offered(len(ROWS) > 1)
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("test_"))
+def test_the_law_holds_for_a_gated_delta_net(law, tmp_path):
+    given = GIVEN | {"case": of("qwen3.5"), "tmp_path": tmp_path, "path": tmp_path / "lens"}
+    law(**{name: given[name] for name in inspect.signature(law).parameters})
+
+
+@pytest.mark.offered(len(ROWS) > 1)
+def test_what_a_gated_delta_net_cannot_answer_is_refused_by_name():
+    case = of("qwen3.5")
+    lens, model = lens_of(case), case.model()
+    other = tensorlens_tl.capture(model, tokens(seed=1))[1]
+    circuit, prompts = lens.discover(7, n_edges=3, qk=False), tokens().tolist()
+    questions = [
+        lambda: tensorlens_tl.capture(model, tokens(), pattern="recomputed"),
+        lambda: lens.attribute(7, by="edge", qk=True),
+        lambda: lens.attribute(7, baseline=other, at="secant"),
+        lambda: lens.discover(7, n_edges=3),
+        lambda: circuit.faithfulness(model, prompts, tokens(seed=1).tolist(), 7),
+        lambda: validity(model, [*prompts, [3, 4, 5]], held=("pattern",)),
+        *(partial(lens.token_matrix, method, model=model) for method in ("attnlrp", "chefer")),
+        *(partial(lens.token_matrix, method) for method in ("rollout", "globenc", "alti")),
+    ]
+    for ask in questions:
+        with quiet(), pytest.raises(ValueError, match="gated delta net"):
+            ask()
+    edited = [("blocks.0.linear_attn.hook_out", lambda x, hook: x * 1.1)]
+    with model.hooks(fwd_hooks=edited), pytest.raises(CaptureMismatchError, match="hook_out"):
+        tensorlens_tl.capture(model, tokens())
