@@ -65,6 +65,8 @@ class Routed(LinearMap):
     @cached_property
     def groups(self) -> tuple[tuple[int, Int[Tensor, " row"]], ...]:
         """The experts that tokens reached, and the slots of each among [batch · pos · slot]."""
+        if self.experts.is_meta:  # shapes without values: one expert stands for all
+            return ((0, torch.arange(self.experts.numel(), device="meta")),)
         experts, order = self.experts.flatten().sort(stable=True)
         found, counts = experts.unique_consecutive(return_counts=True)
         pairs = zip(found.tolist(), order.split(counts.tolist()), strict=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..hosts import Adapter, Read, UnsupportedArchitectureError, unlike
 from ..recording import Edit, LiveModel, Scores, target_of
-from ..sublayers import gating_ratio, soft_cap_ratio
+from ..sublayers import ExpertsWeights, gating_ratio, soft_cap_ratio
 
 
 def attnlrp(
@@ -94,7 +94,7 @@ def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
         gradient has met.
 
     Raises:
-        UnsupportedArchitectureError: If the model has SoLU activations.
+        UnsupportedArchitectureError: If the model has SoLU activations, or a mixture of experts.
     """
     if odd := unlike(adapter, "shown"):
         raise UnsupportedArchitectureError(
@@ -112,6 +112,11 @@ def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
     points = adapter.points() | adapter.score_points()
     acts: dict[int | None, str] = {}
     for layer, block in enumerate(adapter.weights.blocks):
+        if isinstance(block.mlp, ExpertsWeights):
+            raise UnsupportedArchitectureError(
+                f"{adapter.name} has a mixture of experts, for which attnlrp has no rule. "
+                "Use another method."
+            )
         acts[layer] = block.mlp.act if block.mlp is not None else ""
         if acts[layer] == "solu":
             raise UnsupportedArchitectureError(

@@ -29,7 +29,8 @@ def decompx_vectors(capture: Capture) -> Float[Tensor, "key_pos batch query_pos 
         if block.mlp is not None:
             # A parallel MLP reads the state that attention read, too.
             read = vectors if block.resid_mid is None else state
-            state = state + linear(block.ln2_post, block.mlp.apply(linear(block.ln2, read)))
+            for mlp in (block.mlp, *([] if block.shared is None else [block.shared])):
+                state = state + linear(block.ln2_post, mlp.apply(linear(block.ln2, read)))
         vectors = linear(block.post_norm, state)
     return vectors
 

@@ -35,17 +35,19 @@ def _passed(norm: Norm | None, was: Tensor, change: Tensor) -> Tensor:
 
 def _zeroed(s: Split, key: int) -> Tensor:
     """The block's output with one token's value vectors at zero, everything behind them live."""
-    block, mid, mlp = s.block, s.block.resid_mid, s.block.mlp
+    block, mid = s.block, s.block.resid_mid
+    mlps = [mlp for mlp in (block.mlp, block.shared) if mlp is not None]
     attn = _rerun(block.ln1_post, s.out, s.out - s.part(key))
     change = attn - normed(block.ln1_post, s.out)
-    if mid is None or mlp is None:  # no MLP reads what attention wrote
+    if mid is None or not mlps:  # no MLP reads what attention wrote
         return s.resid_post + change
     edits = sum(edit.constant for edit in block.mid_edits)
     summed = block.resid_pre + normed(block.ln1_post, s.out) + edits
     change = _passed(block.mid_norm, summed, change)
     was, x = normed(block.ln2, mid), _rerun(block.ln2, mid, mid + change)
-    moved = mlp.moved(x - was)
-    raw_was, raw = mlp.apply(was) + mlp.bias, moved.apply(x) + moved.bias
+    raw_was = torch.stack([mlp.apply(was) + mlp.bias for mlp in mlps]).sum(0)
+    moved = [mlp.moved(x - was) for mlp in mlps]
+    raw = torch.stack([mlp.apply(x) + mlp.bias for mlp in moved]).sum(0)
     out = normed(block.ln2_post, raw_was)
     change = change + _rerun(block.ln2_post, raw_was, raw) - out
     summed = mid + out + sum(edit.constant for edit in block.post_edits)
@@ -67,8 +69,9 @@ def value_zeroing(capture: Capture) -> Matrix:
     """Value zeroing (Mohebbi et al. 2023): what outputs lose without a token's values, rolled out.
 
     A layer's matrix is the cosine distance between the block's output at i and the same output
-    with v_j = 0. Patterns are kept; norms and MLP run anew. Rows are normalized, and the layers
-    multiplied. Cost: L runs of every block. The real model is not needed: a norm's scale tells ε.
+    with v_j = 0. Patterns, and the routing of a mixture of experts, are kept; norms and MLP run
+    anew. Rows are normalized, and the layers multiplied. Cost: L runs of every block. The real
+    model is not needed: a norm's scale tells ε.
 
     Args:
         capture: The captured run.

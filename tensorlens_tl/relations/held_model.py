@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..hosts import Read, UnsupportedArchitectureError, unlike
 from ..recording import Edit, LiveModel
-from ..sublayers import gating_ratio
+from ..sublayers import ExpertsWeights, gating_ratio
 
 FREEZABLE = ("pattern", "scale", "ratio")
 """What the operator freezes, by name."""
@@ -78,7 +78,13 @@ def _check_parts(live: LiveModel, parts: Sequence[str]) -> None:
             f"{name} computes on with its own patterns, so a hook cannot hold them. "
             "Hold scales or ratios, or use a HookedTransformer."
         )
-    acts = [block.mlp.act for block in live.adapter.weights.blocks if block.mlp is not None]
+    mlps = [block.mlp for block in live.adapter.weights.blocks if block.mlp is not None]
+    if "ratio" in parts and any(isinstance(mlp, ExpertsWeights) for mlp in mlps):
+        raise UnsupportedArchitectureError(
+            f"{name} has a mixture of experts, whose ratios and routing a hook cannot hold. "
+            "Hold patterns or scales."
+        )
+    acts = [mlp.act for mlp in mlps]
     if "ratio" in parts and "solu" in acts:
         raise UnsupportedArchitectureError(
             f"{name} uses SoLU, x ⊙ softmax(x), whose ratio a hook cannot hold. "
