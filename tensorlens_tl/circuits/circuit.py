@@ -18,10 +18,21 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checks import need
-from ..graph import INPUT, LOGITS, Edge, Node, Wiring, as_edges, connected, owner, select
+from ..graph import (
+    INPUT,
+    LOGITS,
+    Edge,
+    Node,
+    Wiring,
+    as_edges,
+    connected,
+    eap_name,
+    owner,
+    parse_eap,
+    select,
+)
 from ..operator import Capture, Convention
 from .ablation import DEFAULTS, AblationOptions, faithfulness, faithfulness_curve
-from .eap_names import eap_name, parse_eap
 from .edge_averages import NO_SCORES
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
@@ -296,6 +307,7 @@ class Circuit:
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
             "attn_only": wiring.attn_only,
+            "experts": [[str(node) for node in own] for own in wiring.experts],
             "scored": bool(self.scores),
             "convention": asdict(self.convention),
         }
@@ -325,7 +337,8 @@ class Circuit:
             # 1. The model's shape, which says what edges there are.
             layers, heads, width = (_size(cfg[n]) for n in ("n_layers", "n_heads", "d_model"))
             parallel, attn_only = bool(cfg["parallel_attn_mlp"]), bool(about.get("attn_only"))
-            wiring = Wiring(layers, heads, parallel, attn_only)
+            experts = tuple(tuple(map(Node.parse, own)) for own in about.get("experts", ()))
+            wiring = Wiring(layers, heads, parallel, attn_only, experts)
             name = str(about.get("model", "a model of EAP-IG's"))
             model = ModelInfo(name, wiring, width, str(about.get("fingerprint", "")))
             # 2. Edges and scores, in the order of the model.

@@ -254,4 +254,4 @@ def _reader_of(writer: Node, draw: Callable[[int], int]) -> Node | None:
     """One of the inputs of a node; None for the input of the model itself."""
     if writer.kind == "head":
         return Node("head", writer.layer, writer.index, "qkv"[draw(3)])
-    return writer if writer.kind == "mlp" else None
+    return writer if writer.kind in ("mlp", "expert") else None

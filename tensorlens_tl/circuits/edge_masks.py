@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..graph import Edge, Node, Wiring, as_edges
 from ..hosts import Adapter, UnsupportedArchitectureError
-from ..sublayers import ModelWeights
+from ..sublayers import BlockWeights, ExpertsWeights, ModelWeights
 
 
 def wiring_of(weights: ModelWeights) -> Wiring:
@@ -25,12 +25,22 @@ def wiring_of(weights: ModelWeights) -> Wiring:
         The shape of the model's graph.
     """
     blocks = weights.blocks
+    mixture = any(isinstance(block.mlp, ExpertsWeights) for block in blocks)
     return Wiring(
         len(blocks),
         blocks[0].attn.W_O.shape[0],
         parallel=any(b.parallel and b.mlp is not None for b in blocks),
         attn_only=all(b.mlp is None for b in blocks),
+        experts=tuple(_mlps(layer, b) for layer, b in enumerate(blocks)) if mixture else (),
     )
+
+
+def _mlps(layer: int, block: BlockWeights) -> tuple[Node, ...]:
+    """The nodes of a block's MLP: its experts and its shared expert, or one node, or none."""
+    if not isinstance(block.mlp, ExpertsWeights):
+        return () if block.mlp is None else (Node("mlp", layer),)
+    found = tuple(Node("expert", layer, e) for e in range(len(block.mlp.W_out)))
+    return found if block.shared is None else (*found, Node("expert", layer, name="shared"))
 
 
 def refuse_norms_between(adapter: Adapter) -> None:

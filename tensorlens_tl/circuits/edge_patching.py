@@ -43,7 +43,9 @@ from ..checks import no_autocast
 from ..hosts import Adapter, QueryKeyWeights, Read, adapt, query_key_weights, whole_norms
 from ..maps import NormWeights
 from ..recording import Edit, hooked, input_replaced, output_replaced, unsplit
+from ..sublayers import ExpertsWeights
 from .edge_masks import EdgeUniverse, refuse_norms_between, wiring_of
+from .expert_patching import experts_apart, post_normed
 
 Writes = Float[Tensor, "writer prompt pos d_model"]
 CHUNK = 2**28
@@ -136,7 +138,7 @@ class EdgeModel:
             Logits, outputs of the writers, and patterns.
         """
         own = keep is None and nudge is None and patterns is None and embeddings is None
-        flow = _Flow(self, ids, keep, replacement, patterns, nudge, direction, embeddings, not own)
+        flow = Flow(self, ids, keep, replacement, patterns, nudge, direction, embeddings, not own)
         tokens = ids.repeat(flow.copies * flow.circuits, *[1] * (ids.ndim - 1))
         with ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a Bridge says how it computes norms
@@ -146,6 +148,8 @@ class EdgeModel:
                 stack.callback(
                     output_replaced(module, partial(flow.at_norm.pop, read, None)).remove
                 )
+            for handle in experts_apart(flow):
+                stack.callback(handle.remove)
             stack.enter_context(hooked(flow.edits()))
             logits = self.adapter.run(tokens, self.adapter.all_real(tokens))
         logits = logits[:, None] if logits.ndim == 2 else logits  # a classifier's
@@ -184,12 +188,7 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
             yield EdgeModel(adapter, universe, query_key_weights(adapter), points, whole)
 
 
-def _scaled(w: NormWeights | None, scale: Tensor | None, x: Tensor, b: bool = False) -> Tensor:
-    """Apply a post-norm to one part x of its input, at the scale of the whole; with b if asked."""
-    return x if w is None or scale is None else w.at_scale(x, scale, b)
-
-
-class _Flow:
+class Flow:
     """One pass under way: what was written so far, and what each reader is given of it."""
 
     def __init__(
@@ -273,7 +272,7 @@ class _Flow:
         adapter = self.model.adapter
         host, weights = adapter.model, adapter.weights
         for layer, (block, w) in enumerate(zip(host.blocks, weights.blocks, strict=True)):
-            if w.mlp is not None:
+            if w.mlp is not None and not isinstance(w.mlp, ExpertsWeights):
                 norm = adapter.norm(block, "ln2") if w.ln2 is not None else None
                 read = lambda layer=layer, norm=norm: self.one(("mlp", layer, ""), norm)  # noqa: E731
                 yield adapter.mlp_entry(block), read
@@ -298,7 +297,7 @@ class _Flow:
         if block.mlp is None:
             return
         W, scale = block.mlp.W_out.to(post), self.scales.get((layer, "ln2_post"))
-        written = _scaled(block.ln2_post, scale, post @ W)
+        written = post_normed(block.ln2_post, scale, post @ W)
         at = self.firsts["out", "mlp", layer]
         self.writes[at] = written[:, None]
         self.constant(at, block.mlp.b_out, block.ln2_post, scale, written)
@@ -312,7 +311,7 @@ class _Flow:
         like: Tensor,
     ) -> None:
         whole = torch.zeros_like(like) if b is None else b.to(like).expand_as(like)
-        self.constants[at] = _scaled(norm, scale, whole, b=True)
+        self.constants[at] = post_normed(norm, scale, whole, b=True)
 
     def write_heads(self, layer: int, z: Tensor) -> None:
         block = self.model.adapter.weights.blocks[layer]
@@ -320,7 +319,7 @@ class _Flow:
         parts = torch.einsum("cbphe,hed->chbpd", z, block.attn.W_O.to(z))
         each = None if scale is None else scale[:, None]
         at = self.firsts["out", "head", layer]
-        self.writes[at] = _scaled(block.ln1_post, each, parts)
+        self.writes[at] = post_normed(block.ln1_post, each, parts)
         self.constant(at, block.attn.b_O, block.ln1_post, scale, parts[:, 0])
 
     def written(self) -> Tensor:

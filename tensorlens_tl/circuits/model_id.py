@@ -58,6 +58,7 @@ class ModelInfo:
                 getattr(b.mlp, "weights", None),
                 *no_norms,
                 parallel=b.resid_mid is None,
+                shared=getattr(b.shared, "weights", None),
             )
             for b in capture.blocks
         )

@@ -8,6 +8,7 @@ Key concepts:
 No torch in this room.
 """
 
+from .eap_names import eap_name, parse_eap
 from .nodes import (
     CONTENTS,
     EMBED_NORM_BIAS,
@@ -37,8 +38,10 @@ __all__ = [
     "Wiring",
     "as_edges",
     "connected",
+    "eap_name",
     "numbered_site",
     "owner",
+    "parse_eap",
     "resid_site",
     "rows_that_fit",
     "select",

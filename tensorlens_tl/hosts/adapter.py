@@ -14,7 +14,7 @@ It never edits the run. The two classes of hosts are in ``hooked_transformer`` a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +37,7 @@ from ..sublayers import (
 )
 from .attention_parts import AttentionReader, QueryKeyWeights, score_weights
 from .attention_reading import NotRecomputableError, RecomputedReading
-from .experts import ExpertsRead
+from .experts import Mixture
 from .hook_points import (
     LAYER_HOOKS,
     HookReader,
@@ -152,20 +152,8 @@ class Adapter(HookReader, ABC):
         """
 
     @abstractmethod
-    def watch_experts(self, layer: int, give: Callable[[ExpertsRead], None]) -> list[Any]:
-        """Read the experts of a block whenever they run.
-
-        Args:
-            layer: Number of a block with a mixture of experts.
-            give: Called with what the experts did.
-
-        Returns:
-            Handles of the hooks, to be removed.
-        """
-
-    def shared_points(self, layer: int) -> dict[str, nn.Module]:
-        """Where the activations of a mixture's shared expert pass; empty where there is none."""
-        return {}
+    def mixture(self, layer: int) -> Mixture:
+        """The reader of the mixture of experts in a block."""
 
     @abstractmethod
     def query_key_weights_of(self, attn: Any) -> QueryKeyWeights:
@@ -356,7 +344,7 @@ class Adapter(HookReader, ABC):
         points = {read: hooks[name] for read, name in names.items()} | modules
         for layer, block in enumerate(self.weights.blocks):
             if block.shared is not None:
-                points |= {(layer, key): at for key, at in self.shared_points(layer).items()}
+                points |= {(layer, key): at for key, at in self.mixture(layer).points.items()}
         if self.weights.unembed.soft_cap is not None:
             points[None, "raw_logits"] = self.model.unembed  # the cap comes after this module
         if self._final_edits():  # 2.18 has no hook at the unembedding

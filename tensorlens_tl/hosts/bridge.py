@@ -39,14 +39,7 @@ from .attention_reading import (
     rotary_tables,
     rotates,
 )
-from .experts import (
-    eager_experts,
-    inner,
-    packed_weights,
-    shared_expert,
-    shared_points,
-    watch_packed,
-)
+from .experts import PackedMixture, eager_experts, inner, packed_weights, shared_expert
 from .supported import (
     BRIDGE,
     UNASKED,
@@ -234,11 +227,8 @@ class BridgeAdapter(Adapter):
             return MLPWeights(W_in, b_in, W_out, b_out, act)
         return GatedMLPWeights(*linear_weights(mlp.gate), W_in, b_in, None, W_out, b_out, act)
 
-    def watch_experts(self, layer: int, give: Any) -> list[Any]:
-        return watch_packed(inner(self.model.blocks[layer].mlp), give)
-
-    def shared_points(self, layer: int) -> dict[str, nn.Module]:
-        return shared_points(inner(self.model.blocks[layer].mlp))
+    def mixture(self, layer: int) -> PackedMixture:
+        return PackedMixture(inner(self.model.blocks[layer].mlp))
 
     def unembed_weights(self) -> UnembedWeights:
         W_U, b_U = linear_weights(self.model.unembed)

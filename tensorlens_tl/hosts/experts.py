@@ -13,6 +13,7 @@ Each gives an :class:`ExpertsRead` per run and block.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,49 @@ class ExpertsRead:
 Give = Callable[[ExpertsRead], None]
 
 
+class Mixture(ABC):
+    """Reads the mixture of experts of one block.
+
+    Args:
+        module: The host's module of the whole mixture.
+    """
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    @abstractmethod
+    def watch(self, give: Give) -> list[Any]:
+        """Read the experts whenever they run.
+
+        Args:
+            give: Called with what the experts did.
+
+        Returns:
+            Handles of the hooks, to be removed.
+        """
+
+    @abstractmethod
+    def part(self, chunks: int) -> list[Any]:
+        """Let the mixture run on one copy of its input per expert, where each meets that expert.
+
+        The input is [chunk · row, pos, d_model]. In chunk e only expert e adds anything, with the
+        weight that the router gives it there; in the last one, of a mixture with a shared expert,
+        only that. The router runs on every copy. So what leaves a chunk is what one expert makes
+        of it.
+
+        Args:
+            chunks: Number of experts, and one for a shared expert.
+
+        Returns:
+            Handles of the hooks, to be removed.
+        """
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """Where the shared expert's activations pass; empty where there is none."""
+        return {}
+
+
 class _Products(TorchFunctionMode):
     """Sees the products with two packed tensors: what the first gives, and what the second reads.
 
@@ -91,16 +135,6 @@ def shared_expert(mixture: Any) -> Any:
     """The MLP that every token passes beside the experts, or None."""
     found = (getattr(mixture, name, None) for name in ("shared_expert", "shared_experts"))
     return next((inner(module) for module in found if module is not None), None)
-
-
-def shared_points(mixture: Any) -> dict[str, Any]:
-    """Where the shared expert's activations pass, by the recorder's names of them."""
-    if (shared := shared_expert(mixture)) is None:
-        return {}
-    found = {"pre": shared.gate_proj, "pre_linear": shared.up_proj, "post": shared.down_proj}
-    if (gate := getattr(mixture, "shared_expert_gate", None)) is not None:
-        found["gate"] = gate
-    return {f"shared.{name}": module for name, module in found.items()}
 
 
 def packed_weights(module: Any, activation: Callable[[Any], str]) -> ExpertsWeights:
@@ -161,43 +195,84 @@ def _halves(packed: Any, joined: bool) -> tuple[Any, Any]:
     return packed[..., ::2], packed[..., 1::2]
 
 
-def watch_packed(mixture: Any, give: Give) -> list[Any]:
-    """Read a packed module of experts whenever it runs.
+class PackedMixture(Mixture):
+    """Experts in one packed module, as Hugging Face has them."""
 
-    Args:
-        mixture: Hugging Face's module of the whole mixture.
-        give: Called with what the experts did.
+    @property
+    def points(self) -> dict[str, Any]:
+        if (shared := shared_expert(self.module)) is None:
+            return {}
+        found = {"pre": shared.gate_proj, "pre_linear": shared.up_proj, "post": shared.down_proj}
+        if (gate := getattr(self.module, "shared_expert_gate", None)) is not None:
+            found["gate"] = gate
+        return {f"shared.{name}": module for name, module in found.items()}
 
-    Returns:
-        Handles of the hooks, to be removed.
-    """
-    module = inner(mixture.experts)
-    running: list[_Products] = []
-    scores: list[Tensor] = []  # Llama-4's router tells the experts of a token
+    def watch(self, give: Give) -> list[Any]:
+        module = inner(self.module.experts)
+        running: list[_Products] = []
+        scores: list[Tensor] = []  # Llama-4's router tells the experts of a token
 
-    def routed(router: Any, args: Any, output: Any) -> None:
-        scores[:] = [output[0]]  # [token, expert]; 0 for the experts that were not chosen
+        def routed(router: Any, args: Any, output: Any) -> None:
+            scores[:] = [output[0]]  # [token, expert]; 0 for the experts that were not chosen
 
-    def before(module: Any, args: Any) -> None:
-        running.append(_Products(module.gate_up_proj, module.down_proj))
-        running[-1].__enter__()
+        def before(module: Any, args: Any) -> None:
+            running.append(_Products(module.gate_up_proj, module.down_proj))
+            running[-1].__enter__()
 
-    def after(module: Any, args: Any, output: Any) -> None:
-        if not running:
-            return
-        products = running.pop()
-        products.__exit__(None, None, None)
-        if output is not None and every_token:
-            give(_llama4_read(mixture.top_k, scores.pop(), products.seen))
-        elif output is not None:  # None after an error inside
-            give(_packed_read(module, args, products.seen))
+        def after(module: Any, args: Any, output: Any) -> None:
+            if not running:
+                return
+            products = running.pop()
+            products.__exit__(None, None, None)
+            if output is not None and every_token:
+                give(_llama4_read(self.module.top_k, scores.pop(), products.seen))
+            elif output is not None:  # None after an error inside
+                give(_packed_read(module, args, products.seen))
 
-    every_token = not hasattr(module, "is_transposed")
-    listen = [mixture.router.register_forward_hook(in_this_thread(routed))] if every_token else []
-    listen.append(module.register_forward_pre_hook(in_this_thread(before)))
-    # Also after an error: the products of the rest of the program are nobody's business.
-    listen.append(module.register_forward_hook(in_this_thread(after), always_call=True))
-    return listen
+        every_token = not hasattr(module, "is_transposed")
+        listen = (
+            [self.module.router.register_forward_hook(in_this_thread(routed))]
+            if every_token
+            else []
+        )
+        listen.append(module.register_forward_pre_hook(in_this_thread(before)))
+        # Also after an error: the products of the rest of the program are nobody's business.
+        listen.append(module.register_forward_hook(in_this_thread(after), always_call=True))
+        return listen
+
+    def part(self, chunks: int) -> list[Any]:
+        module, rows = inner(self.module.experts), {}
+
+        def only(router: Any, args: Any, output: Any) -> Any:  # Llama-4's
+            scores, *rest = output
+            expert = torch.arange(scores.shape[1], device=scores.device)
+            return (scores * (_chunk(scores, chunks) == expert), *rest)
+
+        def before(module: Any, args: Any) -> Any:
+            tokens, experts, share = args
+            token, slot = torch.where(experts == _chunk(tokens, chunks))
+            rows["at"], rows["of"] = token, len(tokens)
+            return tokens[token], experts[token, slot][:, None], share[token, slot][:, None]
+
+        def after(module: Any, args: Any, output: Tensor) -> Tensor:
+            whole = output.new_zeros(rows["of"], output.shape[-1])
+            return whole.index_copy(0, rows["at"], output)
+
+        def last(shared: Any, args: Any, output: Tensor) -> Tensor:
+            flat = output.flatten(0, -2)
+            return torch.where(_chunk(flat, chunks) == chunks - 1, flat, 0).view(output.shape)
+
+        if hasattr(module, "is_transposed"):
+            hooks = [
+                (module.register_forward_pre_hook, before),
+                (module.register_forward_hook, after),
+            ]
+        else:
+            hooks = [(self.module.router.register_forward_hook, only)]
+        for name in ("shared_expert", "shared_experts"):
+            if (shared := getattr(self.module, name, None)) is not None:
+                hooks.append((shared.register_forward_hook, last))
+        return [add(in_this_thread(hook)) for add, hook in hooks]
 
 
 def _packed_read(module: Any, args: Any, seen: dict[tuple[str, int], Tensor]) -> ExpertsRead:
@@ -222,6 +297,12 @@ def _llama4_read(top_k: int, scores: Tensor, seen: dict[tuple[str, int], Tensor]
     token = torch.arange(len(scores), device=scores.device)[:, None]
     into, post = (seen[side, 0][experts, token] for side in ("into", "out"))
     return ExpertsRead(experts, share, *_halves(into, True), post)
+
+
+def _chunk(tokens: Tensor, chunks: int) -> Int[Tensor, "token 1"]:
+    """The copy that every token belongs to, of equal copies one after the other."""
+    each = len(tokens) // chunks
+    return torch.arange(len(tokens), device=tokens.device)[:, None] // each
 
 
 @contextmanager
@@ -274,34 +355,49 @@ def hooked_weights(mixture: Any, act: str) -> ExpertsWeights:
     return ExpertsWeights(W[0], b[0], W[1], b[1], W[2], b[2], own[2], own[0], own[1])
 
 
-def watch_hooked(mixture: Any, give: Give) -> list[Any]:
-    """Read HookedTransformer's experts whenever their mixture runs.
+class HookedMixture(Mixture):
+    """Experts in one module each, as HookedTransformer has them."""
 
-    Args:
-        mixture: The module of the mixture.
-        give: Called with what the experts did.
+    def watch(self, give: Give) -> list[Any]:
+        seen: dict[Any, Tensor] = {}
 
-    Returns:
-        Handles of the hooks, to be removed.
-    """
-    seen: dict[Any, Tensor] = {}
+        def keep(key: Any) -> Callable[..., None]:
+            def hook(module: Any, args: Any, output: Tensor) -> None:
+                seen[key] = output
 
-    def keep(key: Any) -> Callable[..., None]:
-        def hook(module: Any, args: Any, output: Tensor) -> None:
-            seen[key] = output
+            return in_this_thread(hook)
 
-        return in_this_thread(hook)
+        def after(module: Any, args: Any, output: Any) -> None:
+            give(_hooked_read(self.module, dict(seen)))
+            seen.clear()
 
-    def after(module: Any, args: Any, output: Any) -> None:
-        give(_hooked_read(mixture, dict(seen)))
-        seen.clear()
+        points = {
+            "share": self.module.hook_expert_weights,
+            "experts": self.module.hook_expert_indices,
+        }
+        for i, expert in enumerate(self.module.experts):
+            own = {"pre": expert.hook_gate, "pre_linear": expert.hook_pre, "post": expert.hook_post}
+            points |= {(name, i): point for name, point in own.items()}
+        handles = [point.register_forward_hook(keep(key)) for key, point in points.items()]
+        return [*handles, self.module.register_forward_hook(in_this_thread(after))]
 
-    points = {"share": mixture.hook_expert_weights, "experts": mixture.hook_expert_indices}
-    for i, expert in enumerate(mixture.experts):
-        own = {"pre": expert.hook_gate, "pre_linear": expert.hook_pre, "post": expert.hook_post}
-        points |= {(name, i): point for name, point in own.items()}
-    handles = [point.register_forward_hook(keep(key)) for key, point in points.items()]
-    return [*handles, mixture.register_forward_hook(in_this_thread(after))]
+    def part(self, chunks: int) -> list[Any]:
+        routed: dict[str, Tensor] = {}
+
+        def keep(point: Any, args: Any, output: Tensor) -> None:
+            routed["experts"] = output
+
+        def only(expert: int) -> Callable[..., Any]:
+            def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+                token = torch.where(routed["experts"].T.eq(expert))[1]
+                return torch.where(_chunk(routed["experts"], chunks)[token] == expert, output, 0)
+
+            return hook
+
+        handles = [self.module.hook_expert_indices.register_forward_hook(in_this_thread(keep))]
+        for i, expert in enumerate(self.module.experts):
+            handles.append(expert.register_forward_hook(in_this_thread(only(i))))
+        return handles
 
 
 def _hooked_read(mixture: Any, seen: dict[Any, Tensor]) -> ExpertsRead:

@@ -26,7 +26,7 @@ from ..sublayers import (
 from .adapter import Adapter, QueryKeyWeights, norm_eps
 from .attention_parts import AttentionReader
 from .attention_reading import NotRecomputableError, RecomputedReading
-from .experts import hooked_weights, watch_hooked
+from .experts import HookedMixture, hooked_weights
 from .supported import UnsupportedArchitectureError, flags_off, refusal
 
 _ATTENTION = ("Attention", "GroupedQueryAttention")
@@ -82,8 +82,8 @@ class HookedTransformerAdapter(Adapter):
             post_norm=norm("post_norm"),
         )
 
-    def watch_experts(self, layer: int, give: Any) -> list[Any]:
-        return watch_hooked(self.model.blocks[layer].mlp, give)
+    def mixture(self, layer: int) -> HookedMixture:
+        return HookedMixture(self.model.blocks[layer].mlp)
 
     def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights | ExpertsWeights:
         kind, act = type(mlp).__name__, self.activation()

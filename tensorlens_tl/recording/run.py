@@ -133,7 +133,7 @@ def record(
                 add = point.register_forward_pre_hook if early else point.register_forward_hook
                 handles.append(add(recorder.listen(read)))
             for layer, give in recorder.expert_readers():
-                handles += adapter.watch_experts(layer, give)
+                handles += adapter.mixture(layer).watch(give)
             keeps_graph = how.needs_grad and not inference_weights(adapter.model)
             with torch.set_grad_enabled(torch.is_grad_enabled() and keeps_graph):
                 logits = adapter.run(prompts.given, kwargs)
