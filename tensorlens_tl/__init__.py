@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .hosts import UnsupportedArchitectureError, load_model, unwrap, wrap
     from .lens import SequenceAttribution, TensorLens, load
     from .maps import LinearMap, dot_test
-    from .methods import LogitLens
+    from .methods import LogitLens, Routing
     from .operator import Capture, CaptureMismatchError, Convention, FrozenTransformer
     from .relations import validity
 
@@ -60,7 +60,7 @@ _ROOMS = {
     "graph": ("Edge", "Node"),
     "hosts": ("UnsupportedArchitectureError", "load_model", "unwrap", "wrap"),
     "lens": ("SequenceAttribution", "TensorLens", "load"),
-    "methods": ("LogitLens",),
+    "methods": ("LogitLens", "Routing"),
     "operator": ("Capture", "CaptureMismatchError", "Convention", "FrozenTransformer"),
     "relations": ("validity",),
     "maps": ("LinearMap", "dot_test"),

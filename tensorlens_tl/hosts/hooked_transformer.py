@@ -87,6 +87,12 @@ class HookedTransformerAdapter(Adapter):
 
     def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights | ExpertsWeights:
         kind, act = type(mlp).__name__, self.activation()
+        if kind == "GptOssMoE" and not hasattr(self.cfg, "use_attention_sinks"):
+            why = "attention has no sinks there, so its logits are not Hugging Face's"
+            remedy = "Install transformer_lens 3 or later."
+            raise UnsupportedArchitectureError(
+                refusal("GPT-OSS in transformer_lens 2", why, remedy)
+            )
         if kind in ("MoE", "GptOssMoE"):
             return hooked_weights(mlp, act)
         ln = self.norm_weights(getattr(mlp, "ln", None))

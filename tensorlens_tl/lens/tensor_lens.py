@@ -24,6 +24,7 @@ from ..graph import Edge, Node
 from ..methods import (
     OPERATOR_METHODS,
     LogitLens,
+    Routing,
     TokenMatrix,
     TokenScores,
     logit_lens,
@@ -303,6 +304,32 @@ class TensorLens(PooledRun):
             ('is', 'Paris')
         """
         return logit_lens(self.capture, self.operator, pos, norm)
+
+    def routing(self, layer: int) -> Routing:
+        """Tell which experts of a mixture every token was sent to, and with which weight.
+
+        The router chooses, which no linear map does. So its choice and its weights are frozen, as
+        attention patterns are: ``lens.attribute(by="expert")`` tells what came of them.
+
+        Args:
+            layer: Number of a block with a mixture of experts; −1 is the last block.
+
+        Returns:
+            The experts and weights of every token.
+
+        Raises:
+            ValueError: If there is no such block, or it has no mixture of experts.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> try:
+            ...     lens.routing(0)
+            ... except ValueError as error:
+            ...     print(error)
+            layer=0 has no mixture of experts. No layer of this model has one.
+        """
+        return Routing.of(self.capture, layer)
 
     def plan(self, what: str, **arguments: Any) -> Plan:
         """Estimate what a computation will cost, before it runs.

@@ -3,6 +3,7 @@
 Key concepts:
     METHODS: Every method by name.
     LogitLens: What every residual of a run says as logits.
+    Routing: Which experts of a mixture every token was sent to.
     TokenMatrix: How much of token j is in position i, for every prompt.
     TokenScores: How much of a target is due to every token.
 """
@@ -10,12 +11,14 @@ Key concepts:
 from .operator_matrices import OPERATOR_METHODS, plan_token_matrix
 from .registry import METHODS, check_method, token_matrix, token_scores
 from .residual_readings import LogitLens, logit_lens
+from .routing import Routing
 from .tables import TokenMatrix, TokenScores
 
 __all__ = [
     "LogitLens",
     "METHODS",
     "OPERATOR_METHODS",
+    "Routing",
     "TokenMatrix",
     "TokenScores",
     "check_method",

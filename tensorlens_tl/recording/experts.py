@@ -46,7 +46,7 @@ def frozen_experts(
     # Padding is sent to no expert, so nothing of it is kept.
     experts = torch.where(real, _by_prompt(frame, read.experts), -1)
     parts = (kept(frame, part) for part in (read.share, read.pre, read.pre_linear))
-    return Experts(frame, layer, w, experts, *parts, gate)
+    return Experts(frame, layer, w, experts, *parts, len(w.W_out), gate)
 
 
 def kept(frame: Frame, read: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Experts(FeedForward):
         share: The routing weights ρ of the run.
         pre: The values g = x W_gate + b_gate of the run, before the limit.
         pre_linear: The values u = x W_in + b_in of the run, before the limit.
+        n_experts: Number of experts, also of those that no token reached.
         convention: "gate", "up" or "half", as for a gated MLP.
     """
 
@@ -40,6 +41,7 @@ class Experts(FeedForward):
     share: Float[Tensor, "batch pos slot"]
     pre: Float[Tensor, "batch pos slot d_mlp"]
     pre_linear: Float[Tensor, "batch pos slot d_mlp"]
+    n_experts: int
     convention: str = "gate"
 
     def _routed(self, name: str, out: bool = False) -> Routed:
@@ -102,7 +104,7 @@ class Experts(FeedForward):
         return f"L{self.layer}.b_out", None  # an expert's b_out comes with its weight ρ
 
     def nodes(self) -> tuple[Node, ...]:
-        return tuple(Node("expert", self.layer, e) for e in range(len(self.weights.W_out)))
+        return tuple(Node("expert", self.layer, e) for e in range(self.n_experts))
 
     def part(self, node: Node) -> Experts:
         if node not in self.nodes():
