@@ -62,6 +62,7 @@ MOST_FILES, MOST_LINES = 12, 450
 
 
 parsed = cache(ast.parse)  # a copy of the package has one file that is new
+walked = cache(lambda tree: tuple(ast.walk(tree)))
 
 
 def files(package: Path) -> dict[Path, ast.Module]:
@@ -76,7 +77,7 @@ def room_of(path: Path, package: Path) -> str:
 def cross_room_imports(path: Path, tree: ast.Module, package: Path):
     """(line, room, whether past its door, names) of every import from another room."""
     folder = path.relative_to(package).parts[:-1]
-    for node in ast.walk(tree):
+    for node in walked(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             above = folder[: len(folder) - node.level + 1]
             parts = (*above, *(node.module or "").split(".")) if node.module else above
@@ -160,7 +161,7 @@ def host_names(package: Path) -> list[str]:
         documented = ast.Module | ast.ClassDef | ast.FunctionDef
         docs = {
             id(node.body[0].value)
-            for node in ast.walk(tree)
+            for node in walked(tree)
             if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
         }
         docs |= {  # the names that a door hands out: classes of the library itself
@@ -169,7 +170,7 @@ def host_names(package: Path) -> list[str]:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
             for name in ast.walk(node.value)
         }
-        for node in ast.walk(tree):
+        for node in walked(tree):
             if (
                 isinstance(node, ast.Constant)
                 and isinstance(node.value, str)

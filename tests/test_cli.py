@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -157,12 +158,16 @@ def test_names_are_those_of_the_library():
 # --- Explain --------------------------------------------------------------------------------------
 
 
-def test_a_process_reads_standard_input_as_any_system_writes_it():
-    """The one process of its own: text from Windows is the text, without its marks."""
-    command = [sys.executable, "-m", "tensorlens_tl", "--by", "token", "--json"]
+def test_standard_input_is_read_as_any_system_writes_it(capsys, monkeypatch):
+    """As ``python -m tensorlens_tl``: text from Windows is the text, without its marks."""
     data = b"\xef\xbb\xbf" + f"{PROMPT}\r\n\r\n{OTHER} ".encode()
-    out = subprocess.run(command, input=data, capture_output=True, check=True)
-    first, second = json.loads(out.stdout)
+    monkeypatch.setattr("sys.argv", ["tensorlens_tl", "--by", "token", "--json"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    monkeypatch.delitem(sys.modules, "tensorlens_tl.__main__", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tensorlens_tl", run_name="__main__")
+    assert not ended.value.code
+    first, second = json.loads(capsys.readouterr().out)
     assert first["prompt"] == PROMPT and first["tokens"] == ["<bos>", *PROMPT.split()]
     assert second["prompt"] == f"{OTHER} " and second["target"] == "'Lima'"
 

@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import assert_close
-from models import ORACLE, ROUNDING, SHAPES, TWO_RUNS, every_convention, lens_of, quiet, tokens
+from models import (
+    ORACLE,
+    PER_SHAPE,
+    ROUNDING,
+    SHAPES,
+    TWO_RUNS,
+    every_convention,
+    lens_of,
+    quiet,
+    tokens,
+)
 from oracles import FrozenModel, arrived, attends_apart, gradient_of, written
 
 import tensorlens_tl
@@ -15,6 +25,7 @@ from tensorlens_tl.operator import query_key
 from tensorlens_tl.operator.capture import CaptureMismatchError
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_shape = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 
 
 class LiveScores(FrozenModel):
@@ -107,7 +118,7 @@ def edges_of(lens, **kwargs):
     return {s.node: a.values[:, i] for i, s in enumerate(a.sources)}
 
 
-@every_case
+@every_shape
 def test_the_other_edges_stay_as_they_are_and_none_sums(case):
     lens = lens_of(case)
     plain, both = lens.attribute(3, 4, by="edge"), lens.attribute(3, 4, by="edge", qk=True)
@@ -124,7 +135,7 @@ def test_the_other_edges_stay_as_they_are_and_none_sums(case):
     assert_close(many.values, both.values, ORACLE)
 
 
-@every_case
+@every_shape
 def test_differences_of_runs_are_read_by_one_runs_queries_and_keys(case):
     ids = tokens()
     ids[:, 2:4] = tokens(seed=1)[:, 2:4]
@@ -153,7 +164,7 @@ def test_differences_of_runs_are_read_by_one_runs_queries_and_keys(case):
             assert ((v - ours[edge]).abs() <= ORACLE * size).all()
 
 
-@every_case
+@every_shape
 def test_patterns_recomputed_block_by_block(case, monkeypatch):
     lens = lens_of(case)
     expected = lens.attribute(3, 4, by="edge", qk=True)
@@ -181,7 +192,7 @@ def test_prompts_of_a_batch_and_their_padding(case):
         assert ((whole[edge][:1] - v).abs() <= TWO_RUNS * size).all(), str(edge)
 
 
-@every_case
+@every_shape
 def test_half_precision_models_have_them_too(case):
     with quiet(), torch.no_grad():
         _, lens = tensorlens_tl.capture(case.model(torch.bfloat16), tokens())

@@ -40,9 +40,9 @@ def capture(model, ids, **kwargs):
 
 
 @cache
-def singles(case):
+def singles(case, dtype=torch.float32):
     """Every prompt alone."""
-    return [capture(case.model(torch.float32), prompt) for prompt in prompts()]
+    return [capture(case.model(dtype), prompt) for prompt in prompts()]
 
 
 def overflows(case, side):
@@ -97,10 +97,9 @@ def test_a_batch_is_its_prompts(case, side):
     dtype = torch.float32 if overflows(case, side) else torch.float64
     model, (ids, mask) = case.model(dtype), batch(side)
     lens = capture(model, ids, attention_mask=mask)
-    singles = [capture(model, prompt) for prompt in prompts()]
     # Batched matrix products round in another order; both sides of a comparison do.
     tol = case.tol() if dtype == torch.float64 else 2 * case.tol(dtype)
-    assert_equal_to_single(lens, singles, side, tol)
+    assert_equal_to_single(lens, singles(case, dtype), side, tol)
 
 
 @both_sides
@@ -122,7 +121,7 @@ def test_positions_count_each_prompts_own_tokens(case, side):
     for pos in (0, 2, -4):
         whole = lens.attribute(3, pos=pos)
         for i, k in enumerate(keep):
-            alone = capture(model, prompts()[k])
+            alone = singles(case)[k]
             single = alone.attribute(3, pos=pos)
             assert whole[i].labels == single.labels
             # One token's only contribution may all but cancel inside: rounding is the logits'.

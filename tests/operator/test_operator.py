@@ -9,12 +9,14 @@ from comparisons import assert_close
 from models import (
     GRADIENT,
     ORACLE,
+    PER_SHAPE,
     ROUNDING,
     SHAPES,
     every_convention,
     lens_of,
     quiet,
     randn_like,
+    shape_conventions,
     tokens,
 )
 from oracles import FrozenModel
@@ -23,6 +25,7 @@ import tensorlens_tl
 from tensorlens_tl import dot_test
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_shape = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 
 
 def test_both_classes_where_the_host_has_them():
@@ -56,14 +59,14 @@ def test_the_completeness_error_is_the_largest_one():
     assert lens.completeness_error == pytest.approx(float(off.max()), rel=1e-6)
 
 
-@every_case
+@every_shape
 def test_float64_operator_of_a_float32_model(case):
     lens = lens_of(case, torch.float32, dtype=torch.float64)
     assert lens.operator.bias.dtype == torch.float64
     assert lens.completeness_error <= 2e-6  # the model's own rounding
 
 
-@every_convention
+@shape_conventions
 def test_adjoint(case, gate):
     lens = lens_of(case, gate=gate)
     assert dot_test(lens.operator) <= ROUNDING
@@ -71,7 +74,7 @@ def test_adjoint(case, gate):
     assert dot_test(lens.capture.unembed) <= ROUNDING
 
 
-@every_case
+@every_shape
 def test_linear_and_bias_apart(case):
     op = lens_of(case).operator
     x, y = randn_like(op.frame.zeros(op.in_dim), 1), randn_like(op.frame.zeros(op.in_dim), 2)
@@ -119,7 +122,7 @@ def test_an_injected_vector_changes_every_later_site_as_predicted(case):
             assert_close(y2 - y, lens.between(site, "unembed.hook_in") @ delta, tol, f"{site} → y")
 
 
-@every_case
+@every_shape
 def test_states_and_covectors_at_every_site(case):
     """Law 3: state · covector + the constants written after it = the target, at every site."""
     lens = lens_of(case)
@@ -135,7 +138,7 @@ def test_states_and_covectors_at_every_site(case):
         assert abs(total - target) <= 10 * case.tol() * (state * covectors[site]).abs().sum()
 
 
-@every_case
+@every_shape
 def test_trace_is_between_from_the_first_site(case):
     lens = lens_of(case)
     op = lens.operator
@@ -147,7 +150,7 @@ def test_trace_is_between_from_the_first_site(case):
     assert_close(states["unembed.hook_in"], op @ x, ROUNDING)
 
 
-@every_convention
+@shape_conventions
 def test_constants_sum_to_the_bias(case, gate):
     op = lens_of(case, gate=gate).operator
     total = sum(op.constants().values(), torch.zeros_like(op.bias))
@@ -161,7 +164,7 @@ def test_constants_sum_to_the_bias(case, gate):
         assert off <= ORACLE * (constant * u).abs().sum().clamp_min(1), name
 
 
-@every_case
+@every_shape
 def test_dense_block_and_scipy(case):
     lens = lens_of(case)
     op = lens.between("blocks.1.hook_resid_pre", "unembed.hook_in")

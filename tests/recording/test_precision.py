@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import CASES, SHAPES, build_bridge_from_module, quiet, tokens
+from models import CASES, PER_SHAPE, SHAPES, build_bridge_from_module, quiet, tokens
 
 import tensorlens_tl
 from tensorlens_tl import demo
@@ -18,7 +18,7 @@ def capture(model, inputs, **kwargs):
 
 
 @pytest.mark.parametrize("name", HALF)
-@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 def test_the_error_is_the_models_own_rounding(case, name):
     dtype = HALF[name]
     model = case.model(dtype)
@@ -55,8 +55,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("name", HALF)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), list(zip(KINDS * 2, HALF, strict=False)))
 def test_the_demo_model_padded_and_saved(kind, name, tmp_path):
     with quiet():
         model = demo.load_model(kind).to(HALF[name])
