@@ -239,6 +239,11 @@ class Adapter(HookReader, ABC):
             return reason.replace(" exactly:", ":")
 
     @property
+    def turns_neighbours(self) -> bool:
+        """Whether the model turns neighbours by tables whose halves are equal."""
+        return False
+
+    @property
     def attends_apart(self) -> bool:
         """Whether attention is the wrapped model's own, which shows its pattern when it is done.
 

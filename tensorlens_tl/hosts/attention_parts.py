@@ -33,7 +33,6 @@ from .attention_reading import (
     RecomputedReading,
     StoredReading,
     Take,
-    norm_last,
 )
 from .hook_points import Read
 from .supported import UnsupportedArchitectureError, refusal
@@ -84,7 +83,12 @@ class AttentionReader:
 
     def head_norm(self, which: str) -> NormWeights | None:
         """The norm of queries ("q_norm") or of keys ("k_norm"), or None."""
-        norm = getattr(self.block.attn, which, None)
+        attn = self.block.attn
+        if (
+            shared := getattr(getattr(attn, "original_component", None), "qk_norm", None)
+        ) is not None:
+            return NormWeights(None, None, center=False, eps=shared.eps)  # Llama-4
+        norm = getattr(attn, which, None)
         each = getattr(getattr(norm, "original_component", None), "norms", None)
         if each is None:
             return self.adapter.norm_weights(norm)
@@ -92,6 +96,17 @@ class AttentionReader:
         w = None if each[0].weight is None else torch.stack([one.weight for one in each])
         b = None if each[0].bias is None else torch.stack([one.bias for one in each])
         return NormWeights(w, b, center=True, eps=each[0].eps)
+
+    def norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
+        """The norm of queries, and that of keys, with their gains head by head."""
+        W_Q, _, W_K, _ = self.adapter.query_key_weights_of(self.block.attn)
+        return _of_heads(self.head_norm("q_norm"), W_Q), _of_heads(self.head_norm("k_norm"), W_K)
+
+    @property
+    def norm_last(self) -> bool:
+        """Whether queries and keys are normalized after their rotation: HunYuan, Llama-4."""
+        part = getattr(self.block.attn, "original_component", None)
+        return getattr(self.adapter.cfg, "qk_norm_after_rope", False) or hasattr(part, "qk_norm")
 
     def freeze(
         self, layer: int, frame: Frame, reading: StoredReading | RecomputedReading, take: Take
@@ -341,10 +356,8 @@ def whole_norms(adapter: Adapter) -> dict[Read, nn.Module]:
         The host's modules. A norm of each head apart is not among them.
     """
     found: dict[Read, nn.Module] = {}
-    rows = zip(adapter.attention, query_key_weights(adapter), strict=True)
-    for layer, (reader, (W_Q, _, W_K, _)) in enumerate(rows):
-        for side, W in (("q", W_Q), ("k", W_K)):
-            norm = _of_heads(reader.head_norm(f"{side}_norm"), W)
+    for layer, reader in enumerate(adapter.attention):
+        for side, norm in zip("qk", reader.norms(), strict=True):
             if norm is not None and norm.whole:
                 found[layer, side] = getattr(reader.block.attn, f"{side}_norm")
     return found
@@ -365,6 +378,7 @@ def score_weights(adapter: Adapter, n_pos: int, position_ids: Any) -> Iterator[S
         NotRecomputableError: If it is not known how the model computes its scores.
     """
     how, weights = adapter.recomputed_reading(), query_key_weights(adapter)
+    how.fits(n_pos)
     with torch.no_grad():
         rotations = adapter.rotations(n_pos)
     if rotations is None:
@@ -374,16 +388,17 @@ def score_weights(adapter: Adapter, n_pos: int, position_ids: Any) -> Iterator[S
         raise NotRecomputableError(what="position_ids", why="they are not consecutive")
     rows = zip(adapter.attention, weights, how.scores, rotations, strict=True)
     for layer, (reader, own, s, rotation) in enumerate(rows):
+        q_norm, k_norm = reader.norms()
         yield ScoreWeights(
             *own,
             scale=s.scale,
             soft_cap=s.soft_cap,
-            q_norm=_of_heads(reader.head_norm("q_norm"), own[0]),
-            k_norm=_of_heads(reader.head_norm("k_norm"), own[2]),
+            q_norm=q_norm,
+            k_norm=k_norm,
             rotation=rotation,
             slopes=s.slopes,
             sinks=how.sinks[layer] if how.sinks else None,
-            norm_last=norm_last(adapter),
+            norm_last=reader.norm_last,
         )
 
 

@@ -18,15 +18,16 @@ dropped as soon as the layer is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..maps import HALF, Frame, Mix, version
+from ..maps import HALF, Frame, Mix
 from ..sublayers import AttentionWeights, RecomputedMix, Scores
+from .hook_points import refuse_edits
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 Take = Callable[[int, str], Tensor]
 """Gives what was read of a block, by the adapter's name of it."""
 
-Rotate = Callable[[int, Mapping[str, Tensor], Tensor], Tensor]
-"""Rotates queries or keys [batch, pos, head, d_head] of a block, given what else was read there."""
+Rotate = Callable[[int, Mapping[str, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Makes of queries and keys [batch, pos, head, d_head] of a block, and of what else was read there,
+those that scores are products of."""
 
 
 class NotRecomputableError(ValueError):
@@ -102,9 +104,10 @@ class RecomputedReading:
         reads: Names of what is read: queries, keys, then what is needed to rotate them.
         scores: Scale, soft cap, mask and ALiBi slopes of every block.
         heads_first: Names of the reads that the host has as [batch, head, pos, d_head].
-        rotate: Rotates queries or keys of a block, or None.
+        rotate: Rotates queries and keys of a block, and norms them, or None.
         sinks: Attention sinks [head] of every block; empty where the model has none.
         listen: Adds the hooks that the host needs during such a run, and returns their handles.
+        longest: Tokens of the longest prompt whose scores are known, or None.
     """
 
     reads: tuple[str, ...]
@@ -113,11 +116,13 @@ class RecomputedReading:
     rotate: Rotate | None = None
     sinks: tuple[Tensor, ...] = ()
     listen: Callable[[], list[Any]] = list
+    longest: int | None = None
     needs_grad = False  # autograd would keep every layer's scores and pattern
     note = ' with a recomputed pattern (pattern="stored" reads the run\'s own)'
 
     def mix(self, layer: int, frame: Frame, take: Take, weights: AttentionWeights) -> RecomputedMix:
         """Make the map of :meth:`StoredReading.mix`; padding is never attended to."""
+        self.fits(frame.n_pos)
         (kv_heads, _, d_head), heads = weights.W_V.shape, weights.W_O.shape[0]
         q, k, *others = (take(layer, key) for key in self.reads)
         if self.heads_first:
@@ -128,9 +133,17 @@ class RecomputedReading:
         k = k[:, :, :: k.shape[2] // kv_heads]  # a host may repeat grouped keys
         if self.rotate is not None:
             read = dict(zip(self.reads[2:], others, strict=True))
-            q, k = self.rotate(layer, read, q), self.rotate(layer, read, k)
+            q, k = self.rotate(layer, read, q, k)
         sinks = self.sinks[layer] if self.sinks else None
         return RecomputedMix.of(frame, q, k, self.scores[layer], d_head, sinks)
+
+    def fits(self, n_pos: int) -> None:
+        """Refuse a prompt whose queries are scaled by position, or whose attention is in chunks."""
+        if self.longest is not None and n_pos > self.longest:
+            raise NotRecomputableError(
+                what=f"a prompt of {n_pos} tokens",
+                why=f"scores of this model are known up to {self.longest}",
+            )
 
     def guards(self, edited: Mapping[str, nn.Module]) -> list[Any]:
         """Add the hooks of the host, and those that refuse edits of scores and patterns.
@@ -163,34 +176,6 @@ def rotated(x: Tensor, quarter_turned: Tensor, cos: Tensor, sin: Tensor) -> Tens
     return torch.cat((turned * cos[:, :, None] + quarter_turned * sin[:, :, None], rest), -1)
 
 
-def refuse_edits(name: str, point: nn.Module) -> list[Any]:
-    """Refuse edits at a hook point of scores or patterns: a recomputed pattern would lack them.
-
-    Args:
-        name: Name of the hook point.
-        point: The hook point, which carries hooks of the user's own.
-
-    Returns:
-        Handles to remove. While they are there, an edit raises a ValueError.
-    """
-    seen: list[tuple[Tensor, int]] = []
-
-    def before(module: Any, args: Any) -> None:
-        seen[:] = [(args[0], version(args[0]))]
-
-    def after(module: Any, args: Any, output: Tensor) -> None:
-        (given, was), same = seen.pop(), None
-        if output is not given:  # equal, or not a number in both
-            same = output.shape == given.shape and ((output == given) | (given != given)).all()
-        if version(given) != was or not (same is None or bool(same)):
-            raise ValueError(
-                f"A hook of your own edits {name}, and a pattern that is recomputed from queries "
-                'and keys would not have that edit. Use pattern="stored".'
-            )
-
-    return [point.register_forward_pre_hook(before), point.register_forward_hook(after)]
-
-
 # --- How the scores of each component of a Bridge are computed ------------------------------------
 
 
@@ -203,14 +188,10 @@ def _rotated_by_host(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
 
     has_sinks = getattr(parts[0], "sinks", None) is not None
     sinks = tuple(part.sinks.detach().clone() for part in parts) if has_sinks else ()
-    reads = ("q_normed", "k_normed") if norm_last(adapter) else ("rot_q", "rot_k")
+    last = adapter.attention[0].norm_last
+    reads = ("q_normed", "k_normed") if last else ("rot_q", "rot_k")
     each = tuple(map(scores, parts, range(len(parts))))
     return RecomputedReading(reads, each, reads, sinks=sinks)
-
-
-def norm_last(adapter: Adapter) -> bool:
-    """Whether queries and keys are normalized after their rotation, as in HunYuan."""
-    return bool(getattr(adapter.cfg, "qk_norm_after_rope", False))
 
 
 def _joint_rotary(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
@@ -254,14 +235,24 @@ def _bloom(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
 
 
 def _wrapped(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
-    """Modules that run as they are, and whose queries and keys are shown before their rotation."""
-    if (kind := type(parts[0]).__name__) not in _WRAPPED:
-        raise NotRecomputableError.unknown(kind)
-    scores = tuple(_WRAPPED[kind](adapter, part) for part in parts)
-    if rotary_tables(parts[0]) is None:
-        return RecomputedReading(("q", "k"), scores)
-    rotate = _ByTables(adapter, parts)
-    return RecomputedReading(("q", "k"), scores, rotate=rotate, listen=rotate.listen)
+    """Modules that run as they are, and show queries and keys before their norm and rotation."""
+    scores = []
+    for layer, part in enumerate(parts):
+        if (made := _WRAPPED.get(type(part).__name__)) is not None:
+            scores.append(made(adapter, part))
+        elif hasattr(part, "scaling") and hasattr(part, "is_causal"):
+            scores.append(Scores(part.scaling, part.is_causal, window=_window(part, layer)))
+        else:
+            raise NotRecomputableError.unknown(type(part).__name__)
+    rotate = _AsWrapped(adapter, parts)
+    how = RecomputedReading(("q", "k"), tuple(scores), rotate=rotate, listen=rotate.listen)
+    config: Any = getattr(parts[0], "config", None)
+    limits = []
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        limits.append(int(config.attention_chunk_size))
+    if getattr(parts[0], "attn_temperature_tuning", False):
+        limits.append(int(parts[0].floor_scale) - 1)
+    return replace(how, longest=min(limits, default=None))
 
 
 def _native(adapter: Adapter, part: Any) -> Scores:
@@ -282,15 +273,12 @@ _WRAPPED: dict[str, Callable[[Adapter, Any], Scores]] = {
     "GPTJAttention": lambda adapter, part: Scores(1 / float(part.scale_attn)),
     "CodeGenAttention": lambda adapter, part: Scores(1 / float(part.scale_attn)),
     "GPTNeoSelfAttention": _neo,
-    "OPTAttention": lambda adapter, part: Scores(part.scaling),
-    "ViTAttention": lambda adapter, part: Scores(part.scaling, causal=False),
-    "DeiTAttention": lambda adapter, part: Scores(part.scaling, causal=False),
-    "ASTAttention": lambda adapter, part: Scores(part.scaling, causal=False),
     "BertAttention": _encoder,
     "RobertaAttention": _encoder,
     "XLMRobertaAttention": _encoder,
+    "XGLMAttention": lambda adapter, part: Scores(part.scaling),
 }
-"""How scores are made of queries and keys, by the class of the wrapped module."""
+"""Modules that tell the scale of their scores in a way of their own, by class."""
 
 
 def _unknown(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
@@ -304,6 +292,7 @@ BRIDGE_READINGS: dict[str, Callable[[Adapter, list[Any]], RecomputedReading]] = 
     "BloomAttentionBridge": _bloom,
     "MPTALiBiAttentionBridge": _alibi,
     "ALiBiJointQKVAttentionBridge": _unknown,
+    "MLAAttentionBridge": _unknown,
     "CodeGenAttentionBridge": _wrapped,
     "AttentionBridge": _wrapped,
 }
@@ -351,10 +340,18 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
     return tuple(2 ** (-8 * e) for e in exponents[:heads])
 
 
-def _rotate_halves(layer: int, read: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def _rotate_halves(
+    layer: int, read: Mapping[str, Tensor], q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor]:
     cos, sin = read["cos"], read["sin"]  # [batch or 1, pos, rotary]
-    a, b = x[..., : cos.shape[-1]].chunk(2, -1)
-    return rotated(x, torch.cat((-b, a), -1), cos, sin)
+    return _turned(q, cos, sin, False), _turned(k, cos, sin, False)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
+    pairs = x[..., : cos.shape[-1]]
+    a, b = pairs.unflatten(-1, (-1, 2)).unbind(-1) if adjacent else pairs.chunk(2, -1)
+    quarter = torch.stack((-b, a), -1).flatten(-2) if adjacent else torch.cat((-b, a), -1)
+    return rotated(x, quarter, cos.to(x), sin.to(x))
 
 
 def rotary_tables(part: Any) -> tuple[Tensor, Tensor] | None:
@@ -381,28 +378,67 @@ def rotates(attn: Any) -> bool:
     return bool(getattr(attn.original_component, "use_rope", True))
 
 
-class _ByTables:
-    """Rotations by a module's own tables, at the positions that the host gave its attention."""
+def as_rotation(adapter: Adapter, tables: Any) -> tuple[Tensor, Tensor, bool]:
+    """Read what a rotary module gives, in whichever of four layouts.
+
+    Args:
+        adapter: Adapter of the model.
+        tables: Cosines and sines [..., pos, rotary], or complex numbers of them (Llama-4).
+
+    Returns:
+        Cosines, sines, and whether they turn adjacent pairs, as in :class:`Rotation`.
+    """
+    if isinstance(tables, Tensor):
+        return tables.real.repeat_interleave(2, -1), tables.imag.repeat_interleave(2, -1), True
+    cos, sin = tables
+    a, b = sin.chunk(2, -1)
+    if not torch.equal(a, b):
+        if torch.equal(sin[..., ::2], sin[..., 1::2]):
+            return cos, sin, True  # every angle twice in a row
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), False  # every angle once
+    if not (getattr(adapter.cfg, "rotary_adjacent_pairs", False) or adapter.turns_neighbours):
+        return cos, sin, False
+    half = cos.shape[-1] // 2
+    return *(t[..., :half].repeat_interleave(2, -1) for t in (cos, sin)), True
+
+
+class _AsWrapped:
+    """What wrapped modules make of queries and keys: norms, and the rotations they were given."""
 
     def __init__(self, adapter: Adapter, parts: list[Any]):
-        self.attentions = [block.attn for block in adapter.model.blocks]
-        self.parts, self.positions = parts, [None] * len(parts)
+        self.adapter, self.parts = adapter, parts
+        self.given: list[dict[str, Any]] = [{}] * len(parts)
 
     def listen(self) -> list[Any]:
         def see(layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            self.positions[layer] = kwargs.get("position_ids")
+            names = ("position_ids", "position_embeddings")
+            self.given[layer] = {name: kwargs.get(name) for name in names}
 
         return [
-            attn.register_forward_pre_hook(partial(see, layer), with_kwargs=True)
-            for layer, attn in enumerate(self.attentions)
+            block.attn.register_forward_pre_hook(partial(see, layer), with_kwargs=True)
+            for layer, block in enumerate(self.adapter.model.blocks)
         ]
 
-    def __call__(self, layer: int, read: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        at, tables = self.positions[layer], rotary_tables(self.parts[layer]) or ()
-        at = torch.arange(x.shape[1], device=x.device)[None] if at is None else at
-        cos, sin = (table.to(at.device)[at].to(x) for table in tables)
-        a, b = x[..., : cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
-        return rotated(x, torch.stack((-b, a), -1).flatten(-2), cos, sin)
+    def __call__(
+        self, layer: int, read: Mapping[str, Tensor], q: Tensor, k: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        reader, given, rotation = self.adapter.attention[layer], self.given[layer], None
+        if (tables := rotary_tables(self.parts[layer])) is not None:
+            at = given.get("position_ids")
+            at = torch.arange(q.shape[1], device=q.device)[None] if at is None else at
+            cos, sin = (table.to(at.device)[at] for table in tables)
+            rotation = cos, sin, True
+        elif given.get("position_embeddings") is not None and rotates(reader.block.attn):
+            rotation = as_rotation(self.adapter, given["position_embeddings"])
+        found = []
+        for x, norm in zip((q, k), reader.norms(), strict=True):
+            for step in ("turn", "norm") if reader.norm_last else ("norm", "turn"):
+                if step == "turn" and rotation is not None:
+                    x = _turned(x, *rotation)
+                elif step == "norm" and norm is not None:
+                    x = norm.apply(x.transpose(1, 2))[0].transpose(1, 2)
+            found.append(x)
+        return found[0], found[1]
 
 
 def drop_pattern(module: Any, args: Any, output: Any) -> None:

@@ -34,6 +34,7 @@ from .attention_parts import AttentionReader, DeltaNetReader, GatedReader, Laten
 from .attention_reading import (
     NotRecomputableError,
     RecomputedReading,
+    as_rotation,
     bridge_reading,
     drop_pattern,
     rotary_tables,
@@ -370,27 +371,27 @@ class BridgeAdapter(Adapter):
         turned = [rotates(attn) for attn in attentions]
         return [found[kind] if turns else None for kind, turns in zip(kinds, turned, strict=True)]
 
+    @property
+    def turns_neighbours(self) -> bool:
+        return self.architecture in _HALVES_INTERLEAVED
+
     def _rotation(self, n_pos: int, kind: str | None) -> Rotation | None:
         """What the model's rotary module gives for a kind of layers; None if it is not found."""
-        for name, module in self.model.original_model.named_modules():
-            if name.rpartition(".")[2] == "rotary_emb":
-                rotary = getattr(module, "original_component", module)  # no hook is to fire
-                x = self.weights.unembed.W_U[:1]
-                of = (
-                    {"layer_type": kind}
-                    if "layer_type" in inspect.signature(rotary.forward).parameters
-                    else {}
-                )
+        first = self.model.blocks[0]
+        for module in self.model.original_model.modules():
+            rotary = getattr(module, "rotary_emb", None)
+            # A tower of pictures or sounds may have one of its own, but not these blocks.
+            if rotary is not None and any(part is first for part in module.modules()):
+                rotary = getattr(rotary, "original_component", rotary)  # no hook is to fire
+                known = inspect.signature(rotary.forward).parameters
+                of = {"layer_type": kind} if "layer_type" in known else {}
+                x, n = self.weights.unembed.W_U[:1], max(n_pos, 2)  # one row has no layout
                 try:
-                    cos, sin = rotary(x, torch.arange(n_pos, device=x.device)[None], **of)
+                    tables = rotary(x, torch.arange(n, device=x.device)[None], **of)
                 except TypeError:  # one that asks for more than positions
                     return None
-                flags = ("rotary_adjacent_pairs", "rotary_interleaved_cos_sin")
-                adjacent = any(getattr(self.cfg, flag, False) for flag in flags)
-                if self.architecture in _HALVES_INTERLEAVED:
-                    half, adjacent = cos.shape[-1] // 2, True
-                    cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
-                return Rotation(cos[0], sin[0], adjacent)
+                cos, sin, adjacent = as_rotation(self, tables)
+                return Rotation(cos[0, :n_pos], sin[0, :n_pos], adjacent)
         return None
 
 

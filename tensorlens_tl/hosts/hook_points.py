@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..graph import EMBED_NORM_BIAS, FINAL_SITE, SOURCES, resid_site
-from ..maps import NormWeights
+from ..maps import NormWeights, version
 from ..operator import Prompts
 from ..sublayers import ModelWeights
 
@@ -328,3 +328,31 @@ class HookReader:
         if self.weights.unembed.head is not None:  # these hook points are inside the head
             return ()
         return edited_labels(self.hooks, "", host_names(FINAL_EDITS, {}))
+
+
+def refuse_edits(name: str, point: nn.Module) -> list[Any]:
+    """Refuse edits at a hook point of scores or patterns: a recomputed pattern would lack them.
+
+    Args:
+        name: Name of the hook point.
+        point: The hook point, which carries hooks of the user's own.
+
+    Returns:
+        Handles to remove. While they are there, an edit raises a ValueError.
+    """
+    seen: list[tuple[Tensor, int]] = []
+
+    def before(module: Any, args: Any) -> None:
+        seen[:] = [(args[0], version(args[0]))]
+
+    def after(module: Any, args: Any, output: Tensor) -> None:
+        (given, was), same = seen.pop(), None
+        if output is not given:  # equal, or not a number in both
+            same = output.shape == given.shape and ((output == given) | (given != given)).all()
+        if version(given) != was or not (same is None or bool(same)):
+            raise ValueError(
+                f"A hook of your own edits {name}, and a pattern that is recomputed from queries "
+                'and keys would not have that edit. Use pattern="stored".'
+            )
+
+    return [point.register_forward_pre_hook(before), point.register_forward_hook(after)]

@@ -180,7 +180,7 @@ def answers(
         return lens.attribute(target, baseline=other, at="secant", **pos)
 
     def circuit() -> None:
-        found = lens.discover(target, n_edges=4, qk=False, **pos)
+        found = lens.discover(target, n_edges=4, **pos)
         found.faithfulness(model, given[:1], target=target, ablation="zero", **kwargs)
 
     asked: dict[str, Callable[[], Any]] = {

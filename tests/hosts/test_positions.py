@@ -75,15 +75,12 @@ def test_a_window_of_fused_queries_and_keys_is_recomputed(window):
 
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "llama_4_scaling_beta": 0.5}
 CAUSES = {
-    "stablelm": ({"qk_layernorm": True}, {}, "the norm StableLmLayerNormPerHead"),
-    "olmo2": ({}, {}, "the norm of queries and keys: heads differ in it"),
     "ministral3": (
         {"rope_parameters": {**YARN, "original_max_position_embeddings": 8}},
         {},
         r"llama_4_scaling_beta=0\.5: queries from position 8 on",
     ),
     "llama": ({}, {"position_ids": torch.tensor([[0, 1, 2] * 4 + [3]])}, "position_ids: they are"),
-    "smollm3": ({}, {}, "the attention _SmolLM3AttentionBridge"),
 }
 
 
