@@ -80,6 +80,10 @@ SUPPORTED = {
     "Glm4MoeLiteForCausalLM": "GLM-4-MoE-Lite",
     "Llama4ForConditionalGeneration": "Llama-4 with pictures",
     "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL-MoE",
+    "GraniteMoeForCausalLM": "Granite-MoE",
+    "Qwen3NextForCausalLM": "Qwen3-Next",
+    "Qwen3_5MoeForCausalLM": "Qwen3.5-MoE",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3.5-MoE with pictures",
     # Old names of those above.
     "Gemma1ForCausalLM": "Gemma",
     "NeoForCausalLM": "GPT-Neo",
