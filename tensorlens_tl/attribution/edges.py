@@ -222,16 +222,14 @@ def plan_edges(
     frame, D, cost = operator.frame, operator.in_dim, Cost()
     rows, runs, secant = frame.batch * frame.n_pos, 1 if at is None else 2, at == "secant"
     readers: list[tuple[int, int]] = []  # how many there are, and how many writers they see
+    starts: list[int] = []  # the readers after a norm of the residual
     kept, below = 0, embeddings
     for step in operator.steps:
         last, seen = step.layer == operator.steps[-1].layer, below
         alone = len(step.branches) == 1 and not step.edits
         for branch in step.branches:
             body, n = branch.body, len(branch.body.nodes())
-            width, z = (
-                D * body.output.in_dim,
-                frame.batch if last else rows,
-            )  # rows that are written
+            width, z = D * body.output.in_dim, frame.batch if last else rows  # what is written
             cells = 2 * frame.batch * frame.n_pos**2 * body.output.in_dim
             readers.append((len(body.reads()), seen))
             below += n + (branch.post is not None)
@@ -259,9 +257,11 @@ def plan_edges(
             if qk:
                 cost.product += 2 * wide
                 readers += [(n, seen), (n, seen)]
+        below += len(step.own)
+        starts += [] if step.norm is None else [len(readers)]
     readers.append((1, below))
     # 3. The products, of a few readers at a time.
-    for group in _groups([n for n, _ in readers]):
+    for group in _groups([n for n, _ in readers], starts):
         part = readers[group]
         cost.product += 2 * sum(n for n, _ in part) * max(seen for _, seen in part) * rows * D
     kept += 2 * min(SPAN_BYTES // frame.dtype.itemsize, below * rows * D)
@@ -281,7 +281,8 @@ def _products(
     n_spans = -(-n_pos // most)
     size = -(-n_pos // n_spans)
     seen = [sum(i < r.n_writers for i in which) for r in readers]
-    groups = _groups(readers)
+    starts = [i for i, r in enumerate(readers) if i and r.norm is not None]
+    groups = _groups([len(r.nodes) for r in readers], starts)
     rows = max(sum(len(r.nodes) for r in readers[group]) for group in groups)
     kept = [like.new_empty(many * batch * size * d_model) for many in (len(which), rows)]
     for start in range(0, n_pos, size):
@@ -324,12 +325,11 @@ def _products(
     return found
 
 
-def _groups(readers: list[Readers]) -> list[slice]:
+def _groups(sizes: list[int], starts: list[int]) -> list[slice]:
     """Runs of neighbouring groups, each of at least :data:`FEW_READERS` readers where possible."""
-    sizes = [len(r.nodes) for r in readers]
-    if any(r.norm is not None for r in readers):  # such a norm begins a new run
-        starts = [0, *(i for i, r in enumerate(readers) if i and r.norm is not None)]
-        return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+    if starts:  # groups at which a norm of the residual begins a new run
+        ends = [*starts, len(sizes)]
+        return [slice(a, b) for a, b in zip([0, *starts], ends, strict=True)]
     found, start, held = [], 0, 0
     for i, size in enumerate(sizes):
         held += size

@@ -27,9 +27,9 @@ from oracles import gradient_of
 
 import tensorlens_tl
 from tensorlens_tl import Circuit, Edge, Node, demo, dot_test
-from tensorlens_tl.graph.eap_names import eap_name, parse_eap
 from tensorlens_tl.circuits.edge_averages import edge_scores
 from tensorlens_tl.circuits.model_id import ModelInfo
+from tensorlens_tl.graph.eap_names import eap_name, parse_eap
 from tensorlens_tl.graph.selection import SELECTIONS, connected, influences, ranked_by, select
 from tensorlens_tl.graph.wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
