@@ -125,6 +125,7 @@ def evaluate(
     batch_size, seed = at_least_one(batch_size, "batch_size"), whole(seed, "seed")
     own = dict(scores or {})
     asked, adapter = _measures(protocol, preset, metric, beam), adapt(model)
+    adapter.require_next_token("evaluate")
     maskings = _maskings(masking, adapter, mask_token, black)
     # 2. Scores.
     if isinstance(prompts, Scored):

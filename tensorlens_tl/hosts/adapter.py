@@ -200,6 +200,18 @@ class Adapter(HookReader, ABC):
         has_head = self.weights.unembed.head is not None
         return self.model.mlm_head if has_head else self.model.unembed
 
+    def require_next_token(self, asked: str) -> None:
+        """Refuse a question about the next token to a model that predicts masked ones.
+
+        Raises:
+            UnsupportedArchitectureError: If the model has such a head.
+        """
+        if self.weights.unembed.head is not None:
+            raise UnsupportedArchitectureError(
+                f"{asked} reads what a model predicts after a prompt, and {self.name} predicts "
+                "masked tokens. Call lens.attribute(token, pos=...) at a mask."
+            )
+
     @property
     def attends_ahead(self) -> bool:
         """Whether a token reads later tokens, as in an encoder."""

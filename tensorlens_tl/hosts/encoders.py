@@ -266,7 +266,9 @@ def normalizes_sums(model: Any) -> bool:
 class EncoderAdapter(BridgeAdapter):
     """A Bridge around BERT, RoBERTa, or the like, with or without a head."""
 
-    attends_ahead = True
+    @property
+    def attends_ahead(self) -> bool:
+        return True
 
     @property
     def headless(self) -> bool:

