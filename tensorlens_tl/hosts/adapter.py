@@ -311,6 +311,10 @@ class Adapter(HookReader, ABC):
         """This library's name of an activation; by default of that of the model's MLPs."""
         return activation_name(self.act_fn if act is None else act)
 
+    def mlp_points(self, layer: int) -> dict[str, nn.Module]:
+        """Modules that show what an MLP without hooks computes; empty where hooks show it."""
+        return {}
+
     def points(self, attention: tuple[str, ...] = ("pattern",)) -> dict[Read, nn.Module]:
         """Find the hook point where each needed activation passes.
 
@@ -340,6 +344,9 @@ class Adapter(HookReader, ABC):
                 wanted += ["pre", "post"]
                 wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []
                 wanted += ["mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
+            shown = {} if block.mlp is None else self.mlp_points(layer)
+            modules |= {(layer, key): at for key, at in shown.items()}
+            wanted = [key for key in wanted if key not in shown]
             names |= {(layer, key): f"blocks.{layer}.{LAYER_HOOKS[key]}" for key in wanted}
             for key, at in self.attention[layer].points.items():
                 if isinstance(at, str):

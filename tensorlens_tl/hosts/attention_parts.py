@@ -4,6 +4,7 @@ Plain attention shows its values and z, and W_O reads z as it is. A component th
 class here, which tells what else to read and how the sublayer is frozen from it:
 
     AttentionReader   v = x W_V + b_V
+    FusedReader       the same without hooks: one product makes queries, keys and values
     LatentReader      v = norm(x W_DKV + b_DKV) W_V, the norm's scale as the run had it
     GatedReader       z ⊙ σ(gate), the gate as the run had it
     DeltaNetReader    v = silu(conv(x W_V)), a recurrence in place of a pattern, and a gated norm
@@ -124,6 +125,36 @@ class AttentionReader:
         """
         mix = reading.mix(layer, frame, take, self.weights)
         v, z = take(layer, "v").flatten(2), take(layer, "z").flatten(2)
+        return Attention(frame, layer, mix, self.weights), v, z
+
+
+class FusedReader(AttentionReader):
+    """Attention without hooks, whose queries, keys and values one linear module makes."""
+
+    kind = "attention that shows no queries"
+
+    @classmethod
+    def of(cls, adapter: Any, block: Any, linear: Any) -> FusedReader:
+        """Read the weights of the module inside; ``linear`` reads those of a linear module."""
+        part = block.attn.original_component
+        (W, b), (W_O, b_O) = linear(part.c_attn), linear(part.c_proj)
+        d_head = adapter.cfg.d_head
+        weights = AttentionWeights(
+            W.chunk(3, 1)[2].unflatten(1, (-1, d_head)).transpose(0, 1),
+            None if b is None else b.chunk(3)[2].unflatten(0, (-1, d_head)),
+            W_O.unflatten(0, (-1, d_head)),
+            b_O,
+        )
+        return cls(adapter, block, weights)
+
+    @property
+    def points(self):
+        part = self.block.attn.original_component
+        return {"qkv": part.c_attn, "z_in": part.c_proj}
+
+    def freeze(self, layer, frame, reading, take):
+        mix = reading.mix(layer, frame, take, self.weights)
+        v, z = take(layer, "qkv").chunk(3, -1)[2], take(layer, "z_in")
         return Attention(frame, layer, mix, self.weights), v, z
 
 

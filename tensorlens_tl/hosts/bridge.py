@@ -30,7 +30,13 @@ from ..sublayers import (
     UnembedWeights,
 )
 from .adapter import Adapter, QueryKeyWeights, norm_eps
-from .attention_parts import AttentionReader, DeltaNetReader, GatedReader, LatentReader
+from .attention_parts import (
+    AttentionReader,
+    DeltaNetReader,
+    FusedReader,
+    GatedReader,
+    LatentReader,
+)
 from .attention_reading import (
     NotRecomputableError,
     RecomputedReading,
@@ -79,7 +85,7 @@ _multiplied: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 class BridgeAdapter(Adapter):
     """``TransformerBridge`` of transformer_lens 3.x and 4.x, raw or in compatibility mode."""
 
-    before_edits = frozenset({"resid_mid", "shared.post", "into_output"})
+    before_edits = frozenset({"resid_mid", "z_in", "shared.post", "into_output"})
 
     def check_model(self) -> None:
         flags_off(self.cfg)
@@ -164,6 +170,8 @@ class BridgeAdapter(Adapter):
         attn, d_head = block.attn, self.cfg.d_head
         if type(attn).__name__ == "MLAAttentionBridge":
             return LatentReader.of(self, block, linear_weights)
+        if not hasattr(attn, "v") and hasattr(attn.original_component, "c_attn"):
+            return FusedReader.of(self, block, linear_weights)
         W_V, b_V = linear_weights(attn.v)
         W_O, b_O = linear_weights(attn.o)
         weights = AttentionWeights(
@@ -222,14 +230,22 @@ class BridgeAdapter(Adapter):
             raise UnsupportedArchitectureError(
                 refusal(f"the MLP {kind}", "it is neither MLPBridge nor GatedMLPBridge")
             )
-        W_in, b_in = linear_weights(getattr(mlp, "in"))
-        W_out, b_out = linear_weights(mlp.out)
+        part = inner(mlp)
+        shown = hasattr(mlp, "in")
+        W_in, b_in = linear_weights(getattr(mlp, "in") if shown else part.c_fc)
+        W_out, b_out = linear_weights(mlp.out if shown else part.c_proj)
         if plain:
             return MLPWeights(W_in, b_in, W_out, b_out, act)
         return GatedMLPWeights(*linear_weights(mlp.gate), W_in, b_in, None, W_out, b_out, act)
 
     def mixture(self, layer: int) -> PackedMixture:
         return PackedMixture(inner(self.model.blocks[layer].mlp))
+
+    def mlp_points(self, layer: int) -> dict[str, nn.Module]:
+        mlp = self.model.blocks[layer].mlp
+        part: Any = inner(mlp)
+        hidden = type(mlp).__name__ == "MLPBridge" and not hasattr(mlp, "in")
+        return {"pre": part.c_fc, "post": part.act} if hidden else {}
 
     def unembed_weights(self) -> UnembedWeights:
         W_U, b_U = linear_weights(self.model.unembed)
