@@ -26,7 +26,10 @@ KINDS = {
     "vit-headless": ("ViTModel", "ViTConfig"),
     "deit": ("DeiTForImageClassification", "DeiTConfig"),
     "deit-headless": ("DeiTModel", "DeiTConfig"),
+    "ast": ("ASTForAudioClassification", "ASTConfig"),
 }
+_SOUND = {"time_stride": 2, "frequency_stride": 2, "max_length": 8, "num_mel_bins": 6}
+"""Of overlapping patches: 2 rows of frequencies, 3 columns of times."""
 
 
 class Picture(NamedTuple):
@@ -47,6 +50,8 @@ def build(kind: str, rows: int = ROWS, dtype: torch.dtype = torch.float64) -> tu
     """A Hugging Face model that nobody has wrapped, and two inputs."""
     name, config = KINDS[kind]
     size = {**_SIZE, "image_size": (4 * rows, 4 * COLUMNS)}
+    if kind == "ast":
+        size = {**_SIZE, **_SOUND}
     cfg = find("transformers", config)(**size)
     cfg._attn_implementation = "eager"
     cfg.id2label = {i: f"class {i}" for i in range(CLASSES)}
@@ -55,6 +60,9 @@ def build(kind: str, rows: int = ROWS, dtype: torch.dtype = torch.float64) -> tu
     randomize(model)
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(2, 3, 4 * rows, 4 * COLUMNS, generator=generator, dtype=torch.float64)
+    inputs = (
+        inputs[:, 0, : _SOUND["max_length"], : _SOUND["num_mel_bins"]] if kind == "ast" else inputs
+    )
     return model, inputs.to(dtype)
 
 

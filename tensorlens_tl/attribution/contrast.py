@@ -32,7 +32,7 @@ from ..graph import CONTENTS, EMBED_NORM_BIAS, Node
 from ..operator import Capture, FrozenTransformer, SecantOperator
 from ..sublayers import EmbedWeights
 from .edges import Writers
-from .splits import by_edge, check_qk, edge_result, written_at
+from .splits import by_edge, check_qk, edge_result, summed, written_at
 from .table import Attribution
 from .table_builder import TableBuilder, check_sum
 from .target_gradient import TargetGradient, direct_covectors
@@ -110,6 +110,7 @@ def fixed_baseline(
         ValueError: If the baseline is something else, or the mean embedding is not known.
     """
     capture, operator = gradient.capture, gradient.operator
+    gradient.target.alone("A baseline that is no run")
     if isinstance(baseline, str) and baseline == "zero":
         other = {name: torch.zeros_like(capture.embeddings[name]) for name in capture.sources}
     else:
@@ -224,6 +225,10 @@ def difference(
     if at not in AT_OPERATORS:
         raise ValueError(f"at={at!r} does not exist. Use one of {', '.join(AT_OPERATORS)}.")
     check_qk(by, qk)
+    if clean.target.rows > 1:
+        pairs = zip(clean.each_row(), baseline.each_row(), strict=True)
+        parts = [difference(*pair, by, at, qk) for pair in pairs]
+        return summed(parts, clean.target.value - baseline.target.value)
     if at == "secant":
         found = _between(clean, baseline, by, qk)
     elif by == "edge":

@@ -41,6 +41,7 @@ def loadings(gradient: TargetGradient, source: int | Node | Edge) -> Attribution
     Raises:
         ValueError: If there is no such position, node or edge, or no layer with heads above it.
     """
+    gradient.target.alone("loadings")
     state, first = _start(gradient, source)
     steps, trace = gradient.operator.steps, gradient.trace
     effect = _dot(state, trace.covectors[first])

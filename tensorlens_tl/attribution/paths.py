@@ -280,6 +280,7 @@ def find_paths(
     Source: best-first (A*) search with an admissible bound, Hart, Nilsson & Raphael (1968).
     """
     k, budget = at_least_one(k, "k"), at_least_one(max_expansions, "max_expansions")
+    target.alone("paths")
     frame, ln_final = capture.frame, operator.map.maps[-1]
     if frame.batch != 1:
         raise ValueError(

@@ -15,6 +15,7 @@ Only a split by order (how many heads and MLPs were passed) needs a state per or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import cast
 
@@ -86,6 +87,9 @@ def attribute(
             f"{', '.join(map(repr, TOTALS[:-1]))} or {TOTALS[-1]!r}."
         )
     check_qk(by, qk)
+    if gradient.target.rows > 1 and effect == "direct" and by not in ("token", "constant"):
+        parts = [attribute(row, by, effect, qk) for row in gradient.each_row()]
+        return summed(parts, gradient.target.value)
     table = TableBuilder(gradient.capture, gradient.target)
     if effect == "total" and by in ("mlp", "expert", "neuron") and _attention_only(gradient):
         raise ValueError(
@@ -108,6 +112,27 @@ def attribute(
         table.add_constants()
     found = check_sum(table.to_attribution(by, effect), gradient)
     return found.sum("layer") if by == "layer" and effect == "direct" else found
+
+
+def summed(parts: Sequence[Attribution], value: Tensor) -> Attribution:
+    """Add attributions of the rows that one target reads; a constant may be in the first alone."""
+    names = list(dict.fromkeys(source for part in parts for source in part.sources))
+    at = {source: i for i, source in enumerate(names)}
+    values = parts[0].values.new_zeros(len(value), len(names))
+    labels: list[list[str]] = [[""] * len(names) for _ in value]
+    for part in parts:
+        columns = [at[source] for source in part.sources]
+        values[:, columns] += part.values
+        for own, given in zip(labels, part.labels, strict=True):
+            for i, label in zip(columns, given, strict=True):
+                own[i] = own[i] or label
+    return replace(
+        parts[0],
+        values=values,
+        sources=tuple(names),
+        labels=tuple(map(tuple, labels)),
+        target_value=value,
+    )
 
 
 def check_qk(by: str, qk: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,7 +40,12 @@ class TargetGradient:
         if self.pulled is not None:
             return self.pulled
         u = _at_query(self.operator, [self.target])[0]
-        return self.operator.pull(u, self.target.query)
+        return self.operator.pull(u, self.target.query if self.target.rows == 1 else None)
+
+    def each_row(self) -> Iterator[TargetGradient]:
+        """The gradients of the target's rows apart, for what is written at one row."""
+        for target in self.target.each_row(self.capture.unembed.final):
+            yield TargetGradient(self.capture, self.operator, target)
 
     @classmethod
     def many(
@@ -58,7 +63,7 @@ class TargetGradient:
         """
         query = targets[0].query
         # With one common position the sweep may drop all later positions.
-        same = all(torch.equal(target.query, query) for target in targets)
+        same = all(torch.equal(t.query, query) and t.rows == 1 for t in targets)
         trace = operator.pull(_at_query(operator, targets), query if same else None)
         return tuple(cls(capture, operator, target, trace[i]) for i, target in enumerate(targets))
 
@@ -184,5 +189,6 @@ def _at_query(
     u = frame.zeros(operator.out_dim, len(targets))
     prompts = torch.arange(frame.batch, device=frame.device)
     for i, target in enumerate(targets):
-        u[i, prompts, target.query] = target.covector
+        for row in range(target.rows):
+            u[i, prompts, target.query + row] = target.covector
     return u

@@ -22,7 +22,7 @@ difference of two log-probabilities the softmax cancels: it is the difference of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import index as operator_index
 from typing import Any, SupportsIndex
@@ -54,6 +54,8 @@ class Target:
         constants: What constants above y add to the target, by name: b_U in logits, and softmax,
             in nats, where the target is a log-probability [batch].
         value: The target in the model's own logits, not in the operator's [batch].
+        rows: How many positions from ``query`` on are read, each by ``covector``. More than one
+            only below a head that pools them.
     """
 
     name: tuple[str, ...]
@@ -61,6 +63,7 @@ class Target:
     covector: Float[Tensor, "batch d_model"]
     constants: dict[str, Float[Tensor, " batch"]]
     value: Float[Tensor, " batch"]
+    rows: int = 1
 
     @property
     def constant(self) -> Float[Tensor, " batch"]:
@@ -82,7 +85,7 @@ class Target:
         one = slice(prompt, prompt + 1)
         constants = {name: constant[one] for name, constant in self.constants.items()}
         parts = self.query[one], self.covector[one], constants, self.value[one]
-        return Target(self.name[one], *parts)
+        return Target(self.name[one], *parts, self.rows)
 
     @classmethod
     def stack(cls, targets: Sequence[Target]) -> Target:
@@ -96,7 +99,7 @@ class Target:
             name: torch.cat([t.constants.get(name, torch.zeros_like(t.value)) for t in targets])
             for name in dict.fromkeys(name for t in targets for name in t.constants)
         }
-        return cls(names, query, covector, constants, value)
+        return cls(names, query, covector, constants, value, _same_rows(targets))
 
     def minus(self, versus: Target) -> Target:
         """Subtract another target at the same position.
@@ -126,7 +129,53 @@ class Target:
             covector.masked_fill(equal[:, None], 0),
             {name: constant.masked_fill(nothing, 0) for name, constant in constants.items()},
             (self.value - versus.value).masked_fill(nothing, 0),
+            _same_rows((self, versus)),
         )
+
+    def each_row(self, y: Float[Tensor, "batch pos d_model"]) -> Iterator[Target]:
+        """Split a target that reads several rows into one target for each of them.
+
+        Args:
+            y: The final normalized residual of the run.
+
+        Yields:
+            Targets that sum to this one. The first has the constants.
+        """
+        prompts = torch.arange(len(self.query), device=self.query.device)
+        for i in range(self.rows):
+            query, constants = self.query + i, {} if i else self.constants
+            value = (y[prompts, query] * self.covector).sum(-1)
+            value = sum(constants.values(), value)
+            yield Target(self.name, query, self.covector, constants, value)
+
+    def alone(self, asked: str) -> Target:
+        """This target, for what can be asked of one row only.
+
+        Args:
+            asked: The question, as the user typed it.
+
+        Returns:
+            The same target.
+
+        Raises:
+            ValueError: If it reads several rows.
+        """
+        if self.rows > 1:
+            raise ValueError(
+                f"{asked} is for targets at one row, and these classes read the mean of "
+                f"{self.rows}. Call attribute, or pass a direction in the residual."
+            )
+        return self
+
+
+def _same_rows(targets: Sequence[Target]) -> int:
+    rows = {target.rows for target in targets}
+    if len(rows) > 1:
+        raise ValueError(
+            "A class reads the mean of several rows, and a direction reads one. Pass targets of "
+            "one kind."
+        )
+    return rows.pop()
 
 
 # --- Tokens --------------------------------------------------------------------------------------
@@ -271,7 +320,7 @@ def resolve_target(
         covector = covector * ratio[:, None]
         constants = {name: constant * ratio for name, constant in constants.items()}
     names = tuple(repr(token_text(capture.tokenizer, int(i))) for i in ids)
-    return Target(names, query, covector, constants, logits[prompts, ids])
+    return Target(names, query, covector, constants, logits[prompts, ids], capture.unembed.rows)
 
 
 def resolve_each(
@@ -322,7 +371,8 @@ def expected_others(capture: Capture, ids: Int[Tensor, " batch"], pos: int = -1)
     query = frame.index(pos)
     p = _without(capture, ids, pos).softmax(-1)
     value = (p * frame.cast(capture.logits_at(query))).sum(-1)
-    return Target(("the others",) * frame.batch, query, *_weighted(capture, p, query), value)
+    weighted, rows = _weighted(capture, p, query), capture.unembed.rows
+    return Target(("the others",) * frame.batch, query, *weighted, value, rows)
 
 
 def _log_probability(
@@ -342,7 +392,8 @@ def _log_probability(
     covector, constants = _weighted(capture, frame.cast(gradient), query)
     constants["softmax"] = frame.cast(-torch.special.entr(p).sum(-1))
     names = tuple(f"log p({name})" for name in goal.name)
-    return Target(names, query, covector, constants, frame.cast(log_p[prompts, ids]))
+    value, rows = frame.cast(log_p[prompts, ids]), capture.unembed.rows
+    return Target(names, query, covector, constants, value, rows)
 
 
 def as_direction(direction: Any, name: str) -> Tensor:
@@ -379,7 +430,8 @@ def _direction(capture: Capture, direction: Any, query: Tensor, y: Tensor, name:
         return Target(("residual direction",) * frame.batch, query, covector, {}, y @ u)
     weighted = _weighted(capture, u.expand(frame.batch, -1), query)
     logits = frame.cast(capture.logits_at(query))
-    return Target(("logit direction",) * frame.batch, query, *weighted, logits @ u)
+    names, rows = ("logit direction",) * frame.batch, capture.unembed.rows
+    return Target(names, query, *weighted, logits @ u, rows)
 
 
 def _weighted(

@@ -124,7 +124,8 @@ class Subgraph:
         Raises:
             ValueError: If the target or the position does not exist.
         """
-        return self._attribute(resolve(self.capture, target, versus, pos))
+        goal = resolve(self.capture, target, versus, pos)
+        return self._attribute(goal.alone("attribute of a circuit"))
 
     def _attribute(self, goal: Target) -> Attribution:
         u = torch.zeros_like(self.final)
@@ -157,7 +158,7 @@ class Subgraph:
         Raises:
             ValueError: If the target or the position does not exist.
         """
-        goal = resolve(self.capture, target, versus, pos)
+        goal = resolve(self.capture, target, versus, pos).alone("share of a circuit")
         sizes = self._attribute(goal).values.abs().sum(1)
         columns = (self._value(goal), goal.value, sizes)
         value, target_value, contributions = (tuple(column.tolist()) for column in columns)

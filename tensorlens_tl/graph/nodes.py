@@ -29,7 +29,7 @@ _NODE = re.compile(
 )
 _NUMBERED = {"dim": "dimension", "order ": "order"}
 _CHANGES = ("operator change", "readout change")
-_HEAD = ("mlm_head.b", "mlm_head.ln.b")
+_HEAD = ("mlm_head.b", "mlm_head.ln.b", "classifier.ln.b")
 
 
 def resid_site(layer: int, where: str) -> str:

@@ -19,7 +19,7 @@ from ..checks import kind_of
 from ..graph import SPECIAL_ROWS, resid_site
 from ..maps import NormWeights
 from ..operator import ClassNames, Prompts
-from ..sublayers import HeadWeights, UnembedWeights
+from ..sublayers import HeadWeights, PooledHead, UnembedWeights
 from .bridge import BridgeAdapter, act_name, linear_weights
 from .hook_points import Read
 from .supported import ENCODER
@@ -82,7 +82,12 @@ class PictureAdapter(BridgeAdapter):
 
     def unembed_weights(self) -> UnembedWeights:
         if not self.headless:
-            return super().unembed_weights()
+            found, own = super().unembed_weights(), getattr(self.model, "classifier_ln", None)
+            if own is None:
+                return found
+            # AST: the norm of the mean of the rows before the patches.
+            norm = cast(NormWeights, self.norm_weights(own))
+            return replace(found, head=PooledHead(norm, len(self.special)))
         weight = self.embeddings.cls_token  # what it returns is read as it is
         return UnembedWeights(torch.eye(weight.shape[-1], dtype=weight.dtype).to(weight), None)
 

@@ -54,6 +54,7 @@ SUPPORTED = {
     "ViTModel": "ViT",
     "DeiTForImageClassification": "DeiT",
     "DeiTModel": "DeiT",
+    "ASTForAudioClassification": "AST",
     "YoutuForCausalLM": "Youtu",
     "MixtralForCausalLM": "Mixtral",
     "Qwen2MoeForCausalLM": "Qwen2-MoE",

@@ -50,6 +50,7 @@ from ..sublayers import (
     LatentWeights,
     MLPWeights,
     ModelWeights,
+    PooledHead,
     RecomputedMix,
     Rotation,
     Scores,
@@ -108,6 +109,7 @@ _PARTS = (
 )
 _WEIGHTS = (
     ModelWeights,
+    PooledHead,
     EmbedWeights,
     BlockWeights,
     AttentionWeights,

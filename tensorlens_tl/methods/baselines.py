@@ -158,6 +158,7 @@ def baseline_scores(
         ValueError: If the method or an option does not exist, or the model is missing.
     """
     baseline, frame = _checked_method(name, model, options), capture.frame
+    goal.alone(f"token_scores({name!r})")
     if not baseline.needs_model:
         given = baseline.given(query=goal.query, covector=goal.covector)
         found = baseline.function(capture, **given, **options)

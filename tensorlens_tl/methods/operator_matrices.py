@@ -352,6 +352,11 @@ def operator_row(
     Raises:
         ValueError: If an option does not fit the method, or the work the memory limit.
     """
+    if name == "in_out" and goal.rows > 1:
+        rows = goal.each_row(capture.unembed.final)
+        parts = [operator_row(name, capture, operator, row, options) for row in rows]
+        return sum(parts, torch.zeros_like(parts[0]))
+    goal.alone(f"token_scores({name!r})")
     question = _ask(name, capture, operator, None, None, options or MatrixOptions())
     frame = capture.frame
     values = frame.zeros(1)[..., 0]

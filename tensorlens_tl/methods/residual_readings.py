@@ -235,6 +235,11 @@ def logit_lens(
     """
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} does not exist. Use 'anew' or 'frozen'.")
+    if capture.unembed.rows > 1:
+        raise ValueError(
+            f"The logit lens reads one row, and the classes of {capture.model_name} read the mean "
+            f"of {capture.unembed.rows}. Call attribute with site=."
+        )
     frame, weights = capture.frame, capture.unembed.weights
     query = None if pos is None else frame.index(pos)
     states = [*(step.state for step in operator.steps), capture.resid_final]

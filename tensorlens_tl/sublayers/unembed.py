@@ -9,9 +9,9 @@ from typing import cast
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..maps import Chain, Frame, Gate, Linear, LinearMap, Norm, take_row
+from ..maps import Chain, Frame, Gate, Linear, LinearMap, Mix, Norm, take_row
 from .activations import gating_ratio, soft_cap_ratio
-from .weights import UnembedWeights
+from .weights import PooledHead, UnembedWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,8 @@ class Unembed(LinearMap):
         """The frozen head, from y to what W_U reads; None where W_U reads y."""
         if (w := self.weights.head) is None:
             return None
+        if isinstance(w, PooledHead):
+            return self._pooled(w)
         into = Linear(self.frame, w.W, w.b, "mlm_head.b")
         z = into.apply(self.final) + into.bias
         ratio = gating_ratio(w.act, z)
@@ -52,6 +54,22 @@ class Unembed(LinearMap):
         scale = (h.square().mean(-1, keepdim=True) + (w.norm.eps or 0.0)).sqrt()
         norm = Norm(self.frame, "mlm_head.ln", scale, w.norm, h.shape[-1])
         return Chain((into, Gate(self.frame, ratio), norm))
+
+    def _pooled(self, w: PooledHead) -> Chain:
+        n_pos, width = self.frame.n_pos, self.final.shape[-1]
+        weights = self.final.new_zeros(self.frame.batch, 1, n_pos, n_pos)
+        weights[:, :, 0, : w.rows] = 1 / w.rows
+        mean = Mix(self.frame, weights, 1, width)
+        h = mean.apply(self.final)
+        h = h - h.mean(-1, keepdim=True) if w.norm.center else h
+        scale = (h.square().mean(-1, keepdim=True) + (w.norm.eps or 0.0)).sqrt()
+        return Chain((mean, Norm(self.frame, "classifier.ln", scale, w.norm, width)))
+
+    @property
+    def rows(self) -> int:
+        """How many rows one logit reads: the first ones of a pooled head, else one."""
+        head = self.weights.head
+        return head.rows if isinstance(head, PooledHead) else 1
 
     def hidden(
         self, y: Float[Tensor, "*many batch pos d_model"]
@@ -70,12 +88,15 @@ class Unembed(LinearMap):
 
         Returns:
             The covectors at y, and what each constant of the head adds, by name. Without a head,
-            the covectors as they are.
+            the covectors as they are. A pooled head has one covector for all of its rows.
         """
         if self.head is None:
             return c, {}
-        into, gate, norm = cast(tuple[Linear, Gate, Norm], self.head.maps)
         row, effects = self.frame.row, {}
+        if isinstance(self.weights.head, PooledHead):
+            y = cast(Norm, self.head.maps[1]).row(query).apply_t(c[:, None], effects) / self.rows
+            return y[:, 0], {name: share[:, 0] for name, share in effects.items()}
+        into, gate, norm = cast(tuple[Linear, Gate, Norm], self.head.maps)
         ratio = take_row(gate.ratio, query)
         y = norm.row(query).apply_t(c[:, None], effects) * ratio
         y = replace(into, frame=row).apply_t(y, effects)
@@ -83,7 +104,7 @@ class Unembed(LinearMap):
 
     def anew(self, y: Float[Tensor, "*many d_model"]) -> Float[Tensor, "*many d_head"]:
         """What W_U would read of another y: the head as the model would run it there."""
-        if (w := self.weights.head) is None:
+        if (w := self.weights.head) is None or isinstance(w, PooledHead):
             return y
         cast = self.frame.cast
         z = y @ cast(w.W)

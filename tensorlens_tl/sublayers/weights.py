@@ -237,6 +237,14 @@ class HeadWeights:
 
 
 @dataclass(frozen=True, eq=False)
+class PooledHead:
+    """A head that reads the norm of the mean of the first rows: AST's, of [CLS] and [DIST]."""
+
+    norm: NormWeights
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
 class UnembedWeights:
     """The readout cap(h W_U + b_U), where cap(l) = soft_cap · tanh(l / soft_cap), or l.
 
@@ -246,7 +254,7 @@ class UnembedWeights:
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"] | None
     soft_cap: float | None = None
-    head: HeadWeights | None = None
+    head: HeadWeights | PooledHead | None = None
 
 
 @dataclass(frozen=True, eq=False)
