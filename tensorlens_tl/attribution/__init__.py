@@ -15,7 +15,7 @@ from .paths import Paths, find_paths
 from .splits import attribute, attribute_many
 from .table import Attribution, Source
 from .table_builder import TableBuilder
-from .target_gradient import GradientCache, TargetGradient, resolve_at_site
+from .target_gradient import GradientCache, TargetGradient, resolve_at_site, resolve_each
 from .targets import (
     Target,
     TargetLike,
@@ -23,7 +23,6 @@ from .targets import (
     likeliest_others,
     own_prediction,
     resolve,
-    resolve_each,
     resolve_target,
     resolve_token,
 )

@@ -32,9 +32,9 @@ from ..graph import CONTENTS, EMBED_NORM_BIAS, Node
 from ..operator import Capture, FrozenTransformer, SecantOperator
 from ..sublayers import EmbedWeights
 from .edges import Writers
-from .splits import by_edge, check_qk, edge_result, summed, written_at
+from .splits import by_edge, check_qk, edge_result, written_at
 from .table import Attribution
-from .table_builder import TableBuilder, check_sum
+from .table_builder import TableBuilder, check_sum, summed
 from .target_gradient import TargetGradient, direct_covectors
 
 BY = ("token", "component", "edge")

@@ -15,7 +15,6 @@ Only a split by order (how many heads and MLPs were passed) needs a state per or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import cast
 
@@ -29,7 +28,7 @@ from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, St
 from ..sublayers import Attention, Experts
 from .edges import Writers, edge_products, frozen_readers
 from .table import Attribution
-from .table_builder import TableBuilder, check_sum
+from .table_builder import TableBuilder, check_sum, summed
 from .target_gradient import TargetGradient, direct_covectors, dot, top_covector
 from .targets import Target
 
@@ -112,27 +111,6 @@ def attribute(
         table.add_constants()
     found = check_sum(table.to_attribution(by, effect), gradient)
     return found.sum("layer") if by == "layer" and effect == "direct" else found
-
-
-def summed(parts: Sequence[Attribution], value: Tensor) -> Attribution:
-    """Add attributions of the rows that one target reads; a constant may be in the first alone."""
-    names = list(dict.fromkeys(source for part in parts for source in part.sources))
-    at = {source: i for i, source in enumerate(names)}
-    values = parts[0].values.new_zeros(len(value), len(names))
-    labels: list[list[str]] = [[""] * len(names) for _ in value]
-    for part in parts:
-        columns = [at[source] for source in part.sources]
-        values[:, columns] += part.values
-        for own, given in zip(labels, part.labels, strict=True):
-            for i, label in zip(columns, given, strict=True):
-                own[i] = own[i] or label
-    return replace(
-        parts[0],
-        values=values,
-        sources=tuple(names),
-        labels=tuple(map(tuple, labels)),
-        target_value=value,
-    )
 
 
 def check_qk(by: str, qk: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -87,6 +88,27 @@ class TableBuilder:
             spans=capture.frame.spans,
             effect=effect,
         )
+
+
+def summed(parts: Sequence[Attribution], value: Tensor) -> Attribution:
+    """Add attributions of the rows that one target reads; a constant may be in the first alone."""
+    names = list(dict.fromkeys(source for part in parts for source in part.sources))
+    at = {source: i for i, source in enumerate(names)}
+    values = parts[0].values.new_zeros(len(value), len(names))
+    labels: list[list[str]] = [[""] * len(names) for _ in value]
+    for part in parts:
+        columns = [at[source] for source in part.sources]
+        values[:, columns] += part.values
+        for own, given in zip(labels, part.labels, strict=True):
+            for i, label in zip(columns, given, strict=True):
+                own[i] = own[i] or label
+    return replace(
+        parts[0],
+        values=values,
+        sources=tuple(names),
+        labels=tuple(map(tuple, labels)),
+        target_value=value,
+    )
 
 
 # --- The last guard ------------------------------------------------------------------------------

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..maps import take_row
 from ..operator import Capture, FrozenTransformer, Trace
-from .targets import Target, TargetLike, as_direction, is_token
+from .targets import (
+    Target,
+    TargetLike,
+    as_direction,
+    is_token,
+    resolve_target,
+    resolve_token,
+)
 
 Effects = dict[str, Float[Tensor, "batch pos"]]
 """What constants add to a target, by the constant's name, in units of the target."""
@@ -174,6 +181,35 @@ def resolve_at_site(
 
     goal = one(target, "target")
     return goal if versus is None else goal.minus(one(versus, "versus"))
+
+
+def resolve_each(
+    capture: Capture,
+    targets: Sequence[TargetLike],
+    pos: int,
+    predicted: Int[Tensor, " batch"],
+    name: str = "target",
+) -> Target:
+    """Turn one target per prompt into one functional per prompt.
+
+    Args:
+        capture: The captured run.
+        targets: One target per prompt, each as in :func:`resolve_target`.
+        pos: Position of the prediction among the real tokens; −1 is the last.
+        predicted: Ids that stand for the model's own predictions [batch].
+        name: The name of the user's argument, for messages.
+
+    Returns:
+        The functional of each prompt's own target.
+    """
+    if not all(map(is_token, targets)):
+        goals = (resolve_target(capture, target, pos, predicted, name) for target in targets)
+        return Target.stack([goal.row(prompt) for prompt, goal in enumerate(goals)])
+    ids = [
+        own if target is None else resolve_token(capture, target, name)
+        for target, own in zip(targets, predicted.tolist(), strict=True)
+    ]
+    return resolve_target(capture, None, pos, torch.tensor(ids, device=predicted.device))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

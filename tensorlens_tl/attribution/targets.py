@@ -323,35 +323,6 @@ def resolve_target(
     return Target(names, query, covector, constants, logits[prompts, ids], capture.unembed.rows)
 
 
-def resolve_each(
-    capture: Capture,
-    targets: Sequence[TargetLike],
-    pos: int,
-    predicted: Int[Tensor, " batch"],
-    name: str = "target",
-) -> Target:
-    """Turn one target per prompt into one functional per prompt.
-
-    Args:
-        capture: The captured run.
-        targets: One target per prompt, each as in :func:`resolve_target`.
-        pos: Position of the prediction among the real tokens; −1 is the last.
-        predicted: Ids that stand for the model's own predictions [batch].
-        name: The name of the user's argument, for messages.
-
-    Returns:
-        The functional of each prompt's own target.
-    """
-    if not all(map(is_token, targets)):
-        goals = (resolve_target(capture, target, pos, predicted, name) for target in targets)
-        return Target.stack([goal.row(prompt) for prompt, goal in enumerate(goals)])
-    ids = [
-        own if target is None else resolve_token(capture, target, name)
-        for target, own in zip(targets, predicted.tolist(), strict=True)
-    ]
-    return resolve_target(capture, None, pos, torch.tensor(ids, device=predicted.device))
-
-
 def expected_others(capture: Capture, ids: Int[Tensor, " batch"], pos: int = -1) -> Target:
     """The mean logit of all tokens except a given one, weighted by their probabilities.
 

@@ -45,6 +45,33 @@ def test_the_adjoint_is_the_gradient_of_the_frozen_model(kind):
     assert_close(lens.operator.T @ u, gradient, ORACLE)
 
 
+def test_a_class_of_sound_reads_two_rows_and_every_row_of_the_table_knows_it():
+    case = picture("ast")
+    y, head = case.lens.capture.unembed.final, case.model.original_model.classifier
+    assert_close(head((y[:, 0] + y[:, 1]) / 2), case.expected, ROUNDING)
+    x = case.lens.embedding.clone().requires_grad_()
+    final, _ = FrozenModel(case.model, case.inputs)(x)
+    pooled = (final[:, 0] + final[:, 1]) / 2
+    with torch.no_grad():
+        p = (y[:, 0] + y[:, 1]) / 2
+        scale = (p.var(-1, unbiased=False, keepdim=True) + head.layernorm.eps).sqrt()
+    named = dict(head.named_parameters())
+    W, w = (next(p for n, p in named.items() if n.startswith(k)) for k in ("dense", "layernorm"))
+    normed = (pooled - pooled.mean(-1, keepdim=True)) / scale * w
+    (gradient,) = torch.autograd.grad((normed @ W[3]).sum(), x)
+    by_row = case.lens.attribute(3).sum("node")
+    rows = [i for i, source in enumerate(by_row.sources) if source.pos is not None]
+    assert_close(by_row.values[:, rows], (gradient * x).sum(-1), ORACLE)
+    heads = case.lens.attribute(3, by="head").sum("pos")
+    parts = case.lens.attribute(3, by="component")
+    at = {source.node: i for i, source in enumerate(parts.sources)}
+    for source, value in zip(heads.sources, heads.values.T, strict=True):
+        assert_close(value, parts.values[:, at[source.node]], ROUNDING)
+    for asked in (lambda: case.lens[0].paths(3), lambda: case.lens.token_scores("rollout", 3)):
+        with pytest.raises(ValueError, match="these classes read the mean of 2"):
+            asked()
+
+
 def test_rows_are_called_after_patches():
     names = picture("deit").lens.tokens[0]
     assert names[:3] == ("[CLS]", "[DIST]", "patch[0,0]")
@@ -171,7 +198,7 @@ def test_several_pictures_have_no_map():
         patch_map(("patch[0,0]", "patch[0,0]"), (1, 2), torch.ones(2))
 
 
-@pytest.mark.parametrize("kind", ["vit", "vit-headless"])
+@pytest.mark.parametrize("kind", ["vit", "vit-headless", "ast"])
 @pytest.mark.parametrize("weights", [False, True])
 def test_a_lens_of_a_picture_is_saved_and_loaded(kind, weights, tmp_path):
     case, path = picture(kind), tmp_path / "lens.safetensors"
@@ -207,8 +234,9 @@ def test_an_edit_of_the_row_that_the_head_reads_is_refused():
         tensorlens_tl.capture(model, inputs)
 
 
-def test_differences_of_two_pictures_sum():
-    case = picture("vit")
+@pytest.mark.parametrize("kind", ["vit", "ast"])
+def test_differences_of_two_pictures_sum(kind):
+    case = picture(kind)
     other = tensorlens_tl.capture(case.model, case.inputs.flip(0))[1]
     for by in ("token", "component"):
         found = case.lens.attribute(3, by=by, baseline=other)
@@ -276,8 +304,9 @@ def test_the_secant_between_two_pictures_leaves_nothing_over():
     assert_close(into.values.sum(1), apart, TOLERANCES["two runs"][1])
 
 
-def test_all_edges_are_the_model_and_none_the_other_picture():
-    case, other = picture("vit"), picture("vit").inputs * 0.5
+@pytest.mark.parametrize("kind", ["vit", "ast"])
+def test_all_edges_are_the_model_and_none_the_other_picture(kind):
+    case, other = picture(kind), picture(kind).inputs * 0.5
     circuit = case.lens.discover(3, n_edges=110, qk=True)
     proof = circuit.faithfulness(case.model, case.inputs, other, target="class 3")
     with torch.no_grad():
