@@ -258,10 +258,6 @@ if HookedTransformer is not None:
         ("config", "match"),
         [
             ({"positional_embedding_type": "shortformer"}, "'shortformer' positions"),
-            (
-                {"num_experts": 2, "experts_per_token": 1, "gated_mlp": True, "act_fn": "silu"},
-                "the MLP MoE",
-            ),
         ],
     )
     def test_hooked_refusals(config, match):

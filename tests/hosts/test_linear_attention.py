@@ -100,6 +100,6 @@ def test_what_a_gated_delta_net_cannot_answer_is_refused_by_name():
     edited = [("blocks.0.linear_attn.hook_out", lambda x, hook: x * 1.1)]
     with (
         model.hooks(fwd_hooks=edited),
-        pytest.raises(CaptureMismatchError, match="linear_attn.hook"),
+        pytest.raises(CaptureMismatchError, match=r"linear_attn\.hook"),
     ):
         tensorlens_tl.capture(model, tokens())
