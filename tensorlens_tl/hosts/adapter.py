@@ -213,6 +213,11 @@ class Adapter(HookReader, ABC):
             )
 
     @property
+    def n_types(self) -> int:
+        """Number of token types that have embeddings of their own."""
+        return 0
+
+    @property
     def attends_ahead(self) -> bool:
         """Whether a token reads later tokens, as in an encoder."""
         return getattr(self.cfg, "attention_dir", "causal") == "bidirectional"

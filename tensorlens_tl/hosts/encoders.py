@@ -276,6 +276,10 @@ class EncoderAdapter(BridgeAdapter):
         return True
 
     @property
+    def n_types(self) -> int:
+        return len(self.model.token_type_embed.weight)
+
+    @property
     def headless(self) -> bool:
         """Whether an encoder without a head is inside; see ``wrapping.within_head``."""
         return ENCODER in vars(self.model.original_model)

@@ -192,6 +192,10 @@ class HookedEncoderAdapter(HookedTransformerAdapter):
     def attends_ahead(self) -> bool:
         return True
 
+    @property
+    def n_types(self) -> int:
+        return len(self.model.embed.token_type_embed.W_token_type)
+
     def norm_names(self, block: Any) -> dict[str, str]:
         return {"mid_norm": "ln1", "post_norm": "ln2"}
 

@@ -279,8 +279,6 @@ def _parts(block: Any, number: int) -> Iterator[str]:
             yield f"latent attention {at}: {kind}"
         elif name.rpartition(".")[2] in ("crossattention", "encoder_attn"):
             yield f"attention to an encoder {at}: {kind}"
-        elif name and {"dense", "LayerNorm"} <= own:
-            yield f"a norm after the sum {at}: {kind}"
 
 
 _ACTIVATIONS = {

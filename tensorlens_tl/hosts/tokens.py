@@ -39,8 +39,8 @@ def prepare(
     hosts = model, getattr(model, "original_model", model)
     inputs, kwargs = unpacked(inputs, kwargs, hosts)
     typed = "type_embed" in adapter.source_hooks  # an encoder
-    plain = {k: v for k, v in kwargs.items() if k != "token_type_ids" or not typed}
-    check_arguments(plain, adapter.forbidden, hosts)
+    types = kwargs.pop("token_type_ids", None) if typed else None
+    check_arguments(kwargs, adapter.forbidden, hosts)
     if isinstance(inputs, Prompts):
         return {**adapter.all_real(inputs.given, kwargs), **kwargs}, inputs
     if is_text(inputs):
@@ -50,6 +50,14 @@ def prepare(
         kwargs.pop("prepend_bos", None)
     else:
         tokens = as_ids(inputs, device)
+    if types is not None:
+        kwargs["token_type_ids"] = types = as_ids(types, device)
+        if types.shape != tokens.shape or ((types < 0) | (types >= adapter.n_types)).any():
+            n = adapter.n_types
+            raise ValueError(
+                f"token_type_ids of shape {list(types.shape)} are not one number below {n} for each "
+                "token. Pass what the tokenizer returns."
+            )
     if kwargs.get("attention_mask") is not None:
         kwargs["attention_mask"] = mask = as_mask(kwargs["attention_mask"], tokens)
     elif mask is None:

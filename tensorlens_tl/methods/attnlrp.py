@@ -128,6 +128,8 @@ def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
     edits: dict[Read, Edit] = {}
     for read, point in points.items():
         layer, key = read
+        if key == "embed_ln.scale":  # below X, where relevance ends
+            continue
         if key.endswith("scale"):
             edits[read] = point, _rescaled(read, lambda _: 0.0, met)
         elif key in factors:

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import test_attribution
+import test_baselines_gradient
 import test_circuits
 import test_contraction
 import test_differences
@@ -73,6 +74,8 @@ LAWS = [
     test_secant.test_between_equal_runs_it_is_the_models_gradient,
     test_recomputed.test_recomputed_equals_stored,
     test_padding.test_a_batch_is_its_prompts,
+    test_baselines_gradient.test_attnlrp_in_every_family,
+    test_baselines_gradient.test_grad_x_input_is_the_slope_along_a_token,
     test_saving.test_with_the_model_everything_is_equal_and_weights_are_the_models_own,
     test_saving.test_self_contained_files_need_no_model,
 ]
@@ -333,6 +336,20 @@ def test_what_an_encoder_cannot_answer_is_refused_by_name(case):
     with pytest.raises(UnsupportedArchitectureError, match="evaluate reads what a model predicts"):
         tensorlens_tl.evaluation.evaluate(case.model(), tokens(), ["in_out"])
     assert lens.plan("attribute", by="edge", qk=True).flops > 0
+
+
+@every_case
+def test_token_types_are_one_small_number_per_token(case):
+    model, ids = case.model(), tokens()
+    for wrong in (torch.zeros(2, 3, dtype=torch.long), torch.full((2, 7), 5)):
+        with pytest.raises(ValueError, match="are not one number below 2 for each token"):
+            tensorlens_tl.capture(model, ids, token_type_ids=wrong)
+    types = [[0] * 3 + [1] * 4] * 2
+    with quiet():
+        _, lens = tensorlens_tl.capture(model, {"input_ids": ids, "token_type_ids": types})
+    assert lens.completeness_error <= ROUNDING
+    own = lens.capture.embeddings["type_embed"]
+    assert (own != lens_of(case).capture.embeddings["type_embed"]).any()
 
 
 @every_case

@@ -111,7 +111,8 @@ class Final:
 
     def __call__(self, x, edits=()):
         seen = []
-        end = self.model.unembed.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        readout = getattr(self.model, "mlm_head", self.model.unembed)
+        end = readout.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
         entry = ("blocks.0.hook_resid_pre", lambda state, hook: x)
         try:
             with quiet():
