@@ -132,8 +132,19 @@ _FAULTY = {
 _WRONG_IN_3 = ("CohereForCausalLM", "Cohere2ForCausalLM", "HunYuanDenseV1ForCausalLM")
 """Architectures whose Bridge of transformer_lens 3 is another model."""
 
-_RECURRENT = r"mamba|rwkv|recurrent|rglru|deltanet|shortconv"
-_EXPERTS = r"(moe|moa|moeblock|moelayer|moemlp|experts|sparsemlp)$"
+_PARTS = (
+    ("a state space or other recurrence", r"mamba|rwkv|recurrent|rglru|deltanet|shortconv",
+     {"A_log", "time_decay"}),
+    ("several residual streams", r"hyperconnection", set()),
+    ("a mixture of attention heads", r"moa$", set()),
+    ("attention to what an indexer chooses", r"indexer$", {"indexer"}),
+    ("a gate on what attention gives", r"", {"g_proj"}),
+    ("a norm before W_O or W_out", r"", {"attn_sub_norm", "ffn_sub_norm"}),
+    ("a mixture of experts", r"(moe|moeblock|moelayer|experts|sparsemlp)$", {"experts"}),
+    ("latent attention", r"", {"kv_a_proj_with_mqa", "kv_b_proj"}),
+    ("attention to an encoder", r"", {"crossattention", "encoder_attn"}),
+)  # fmt: skip
+"""What may be in the way in a block: how classes end that do it, and what such modules own."""
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -264,21 +275,15 @@ def _blocks(model: Any) -> tuple[list[Any], str]:
 
 
 def _parts(block: Any, number: int) -> Iterator[str]:
-    """What is known to be in the way inside a block, in the order of its modules."""
-    at = f"in block {number}"
-    for name, module in block.named_modules():
-        kind, own = type(module).__name__, {*module._modules, *module._parameters}
-        word = kind.lower() if name else ""
-        if "Bridge" in kind or "Norm" in kind:  # what a Bridge holds comes next
-            continue
-        if re.search(_RECURRENT, word) or own & {"A_log", "time_decay"}:
-            yield f"a state space or other recurrence {at}: {kind}"
-        elif re.search(_EXPERTS, word) or "experts" in own:
-            yield f"a mixture of experts {at}: {kind}"
-        elif any(part.startswith(("kv_a_proj", "kv_b_proj")) for part in own):
-            yield f"latent attention {at}: {kind}"
-        elif name.rpartition(".")[2] in ("crossattention", "encoder_attn"):
-            yield f"attention to an encoder {at}: {kind}"
+    """What is known to be in the way inside a block, in the order of ``_PARTS``."""
+    for what, pattern, parts in _PARTS:
+        for name, module in block.named_modules():
+            kind, own = type(module).__name__, {*module._modules, *module._parameters}
+            if "Bridge" in kind or "Norm" in kind:  # what a Bridge holds comes next
+                continue
+            gated = "g_proj" in parts and "Attention" in kind and "gate_proj" in own
+            if (name and pattern and re.search(pattern, kind.lower())) or own & parts or gated:
+                yield f"{what} in block {number}: {kind}"
 
 
 _ACTIVATIONS = {
