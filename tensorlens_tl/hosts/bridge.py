@@ -326,7 +326,8 @@ class BridgeAdapter(Adapter):
 
         watching = [point.register_forward_hook(see) for point in points]
         try:
-            with eager_experts(self.model.original_model):
+            mixtures = (inner(getattr(block, "mlp", None)) for block in self.model.blocks)
+            with eager_experts([inner(m.experts) for m in mixtures if hasattr(m, "experts")]):
                 logits = super().run(inputs, kwargs)
             vars(self.model).pop(UNASKED, None)
             return logits

@@ -14,7 +14,7 @@ Each gives an :class:`ExpertsRead` per run and block.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -277,19 +277,26 @@ class PackedMixture(Mixture):
 
 def _packed_read(module: Any, args: Any, seen: dict[tuple[str, int], Tensor]) -> ExpertsRead:
     tokens, experts, share = args
-    slots = experts.shape[1]
-    width = module.down_proj.shape[1 if module.is_transposed else 2]
-    into = tokens.new_zeros(len(tokens), slots, 2 * width)
-    post = tokens.new_zeros(len(tokens), slots, width)
+    width, rows = module.down_proj.shape[1 if module.is_transposed else 2], _rows(experts)
+    into = tokens.new_empty(*experts.shape, 2 * width)
+    post = tokens.new_empty(*experts.shape, width)
     bias = getattr(module, "gate_up_proj_bias", None)
     for (side, expert), found in seen.items():
-        # Each expert's rows come slot by slot, as the module takes them from a mask [slot, token].
-        slot, token = torch.where(experts.T.eq(expert))
-        if side == "into":
-            into[token, slot] = found if bias is None else found + bias[expert]
-        else:
-            post[token, slot] = found
+        if side == "into" and bias is not None:
+            found = found + bias[expert]
+        whole = into if side == "into" else post
+        whole.flatten(0, 1).index_copy_(0, rows[expert], found)
     return ExpertsRead(experts, share, *_halves(into, module.is_concatenated), post)
+
+
+def _rows(experts: Int[Tensor, "token slot"]) -> dict[int, Int[Tensor, " row"]]:
+    """Where the rows of each expert belong among [token · slot]."""
+    # Hosts take an expert's tokens from a mask [slot, token], so its rows come slot by slot.
+    tokens, slots = experts.shape
+    found, order = experts.T.flatten().sort(stable=True)
+    at = order % tokens * slots + order // tokens
+    own, counts = found.unique_consecutive(return_counts=True)
+    return dict(zip(own.tolist(), at.split(counts.tolist()), strict=True))
 
 
 def _llama4_read(top_k: int, scores: Tensor, seen: dict[tuple[str, int], Tensor]) -> ExpertsRead:
@@ -306,15 +313,15 @@ def _chunk(tokens: Tensor, chunks: int) -> Int[Tensor, "token 1"]:
 
 
 @contextmanager
-def eager_experts(model: Any) -> Iterator[None]:
-    """Let packed experts of a Hugging Face model run one after the other for a while.
+def eager_experts(modules: Iterable[Any]) -> Iterator[None]:
+    """Let packed experts run one after the other for a while.
 
     Their other implementations hide what single experts do, and reject float64.
 
     Args:
-        model: A Hugging Face model.
+        modules: Hugging Face's modules of experts.
     """
-    own = [getattr(m, "config", None) for m in model.modules() if hasattr(m, "_apply_gate")]
+    own = [getattr(module, "config", None) for module in modules]
     name = "_experts_implementation_internal"  # the public name would set those of sub-models, too
     held = [(config, getattr(config, name)) for config in own if hasattr(config, name)]
     try:
@@ -406,11 +413,9 @@ def _hooked_read(mixture: Any, seen: dict[Any, Tensor]) -> ExpertsRead:
     norms = type(mixture).__name__ == "MoE" and getattr(mixture.cfg, "norm_topk_prob", True)
     share = share / share.sum(-1, keepdim=True) if norms else share
     like = next(iter(seen.values()))
-    parts = {
-        name: like.new_zeros(*experts.shape, like.shape[-1])
-        for name in ("pre", "pre_linear", "post")
-    }
+    rows, names = _rows(experts), ("pre", "pre_linear", "post")
+    parts = {name: like.new_empty(*experts.shape, like.shape[-1]) for name in names}
     for (name, expert), found in seen.items():
-        slot, token = torch.where(experts.T.eq(expert))
-        parts[name][token, slot] = found
+        if expert in rows:  # some run on no token at all
+            parts[name].flatten(0, 1).index_copy_(0, rows[expert], found)
     return ExpertsRead(experts, share.to(like.dtype), **parts)

@@ -42,9 +42,9 @@ def frozen_experts(
             f"Block {layer} ran without exposing its experts (the host ran something else than its "
             "blocks). Run the whole model, with no module replaced."
         )
-    real = frame.real[..., None]
     # Padding is sent to no expert, so nothing of it is kept.
-    experts = torch.where(real, _by_prompt(frame, read.experts), -1)
+    experts = _by_prompt(frame, read.experts)
+    experts = torch.where(frame.real[..., None], experts, -1) if _padded(frame) else experts
     parts = (kept(frame, part) for part in (read.share, read.pre, read.pre_linear))
     return Experts(frame, layer, w, experts, *parts, len(w.W_out), gate)
 
@@ -52,8 +52,14 @@ def frozen_experts(
 def kept(frame: Frame, read: Tensor) -> Tensor:
     """What was read of all tokens, by prompt, in the compute dtype, and 0 in padding."""
     by_prompt = _by_prompt(frame, frame.cast(read))
-    real = frame.real.reshape(*frame.real.shape, *[1] * (by_prompt.ndim - 2))
-    return by_prompt if bool(real.all()) else torch.where(real, by_prompt, 0)
+    if not _padded(frame):
+        return by_prompt
+    real = frame.real
+    return torch.where(real.reshape(*real.shape, *[1] * (by_prompt.ndim - 2)), by_prompt, 0)
+
+
+def _padded(frame: Frame) -> bool:
+    return any(span != (0, frame.n_pos) for span in frame.spans)
 
 
 def _by_prompt(frame: Frame, read: Tensor) -> Tensor:
@@ -76,16 +82,16 @@ def checked_hidden(
         x: The residual that it reads [batch, pos, d_model].
 
     Returns:
-        What the output matrices read in the run, times the routing weights
-        [batch, pos, slot · d_mlp].
+        What the output matrices read in the run, without routing weights
+        [batch, pos, slot, d_mlp].
     """
     name = f"L{mlp.layer} experts"
     _check_input(check, f"{name} gate (W_gate, b_gate)", mlp, "gate", mlp.pre, norm, x)
     _check_input(check, f"{name} input (W_in, b_in)", mlp, "in", mlp.pre_linear, norm, x)
     post = kept(mlp.frame, read.post)
-    seen = (post if mlp.weights.scales_input else post * mlp.share[..., None]).flatten(2)
-    check.activation(f"{name} gating (activation · up)", seen, lambda at: mlp.at(at).posts)
-    return seen
+    label = f"{name} gating (activation · up)"
+    check.activation(label, post.flatten(2), lambda at: mlp.at(at).unweighted.flatten(2))
+    return post
 
 
 def _check_input(
@@ -137,7 +143,7 @@ def experts_output(check: SelfCheck, mlp: Experts, post: Norm | None, hidden: Te
         check: The check of the run.
         mlp: The frozen experts.
         post: The frozen norm after the mixture, or None.
-        hidden: What the output matrices read in the run [batch, pos, slot · d_mlp].
+        hidden: What the output matrices read in the run [batch, pos, slot, d_mlp].
 
     Returns:
         The projection of what is added to the residual [batch, pos].
@@ -153,7 +159,9 @@ def experts_output(check: SelfCheck, mlp: Experts, post: Norm | None, hidden: Te
     parts = (*_each(W), *_each(b), after)
     starts, bias, end = check.cached_product("experts output", parts, compute)
     slots, at = mlp.experts >= 0, mlp.experts.clamp_min(0)
-    by_slot = (hidden.unflatten(-1, (slots.shape[-1], -1)) * starts[at]).sum(-1)
+    # Of all experts: they are few, beside the width of one.
+    by_slot = (hidden @ starts.T).gather(-1, at[..., None]).squeeze(-1)
+    by_slot = by_slot if mlp.weights.scales_input else by_slot * mlp.share
     added = torch.where(slots, by_slot + mlp.share * bias[at], 0).sum(-1)
     return added if post is None else added / post.scale.squeeze(-1) + end
 

@@ -39,7 +39,11 @@ def freeze_mlps(
         mlp = frozen_experts(recorder.frame, layer, w, read, gate)
         seen = checked_hidden(recorder.check, mlp, read, norm, x)
         added = experts_output(recorder.check, mlp, post_norm, seen)
-        own = added, lambda: normed(post_norm, mlp.output.apply(seen) + mlp.output.bias), float
+        own = (
+            added,
+            lambda: normed(post_norm, mlp.output.apply(mlp.weighted(seen)) + mlp.output.bias),
+            float,
+        )
     else:
         mlp, own = _freeze_mlp(recorder, layer, w, norm, post_norm, x)
     if shared is None:

@@ -89,9 +89,19 @@ class Experts(FeedForward):
         return _chain((product, self.output))
 
     @property
-    def posts(self):
+    def unweighted(self) -> Float[Tensor, "batch pos slot d_mlp"]:
+        """The post-activations of every slot, before its routing weight."""
         ratio, up = self._gated
-        post = ratio * self.pre * up
+        return ratio * self.pre * up
+
+    @property
+    def posts(self):
+        return self.weighted(self.unweighted)
+
+    def weighted(
+        self, post: Float[Tensor, "batch pos slot d_mlp"]
+    ) -> Float[Tensor, "batch pos slot_d_mlp"]:
+        """What the output matrices read, times the routing weights; slots side by side."""
         # Where ρ multiplies the input, it is in g and u already.
         return (post if self.weights.scales_input else post * self.share[..., None]).flatten(2)
 
