@@ -39,8 +39,8 @@ class ExpertsRead:
     Attributes:
         experts: The expert in every slot.
         share: The routing weight of every slot.
-        pre: Pre-activations g.
-        pre_linear: Values u, the factor beside the activation.
+        pre: Pre-activations g = x W_gate + b_gate.
+        pre_linear: Values u = x W_in + b_in, the factor beside the activation.
         post: What the output matrix read.
     """
 

@@ -32,7 +32,7 @@ def frozen_experts(
         gate: How gated MLPs are made linear.
 
     Returns:
-        The sublayer.
+        The frozen sublayer, which is not yet checked.
 
     Raises:
         ValueError: If the experts never ran.
