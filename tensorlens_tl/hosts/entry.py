@@ -30,7 +30,14 @@ import torch
 from ..checks import as_device, file_path, kind_of
 from .adapter import Adapter
 from .bridge import BridgeAdapter
-from .encoders import EncoderAdapter, PictureAdapter, embeddings_of, normalizes_sums
+from .encoders import (
+    EncoderAdapter,
+    PictureAdapter,
+    SeeingAdapter,
+    embeddings_of,
+    normalizes_sums,
+    sees_pictures,
+)
 from .hook_points import alone
 from .hooked_transformer import HookedEncoderAdapter, HookedTransformerAdapter
 from .supported import UNASKED, UnsupportedArchitectureError
@@ -63,6 +70,8 @@ def adapt(model: Any) -> Adapter:
     if "HookedTransformer" in names:
         return HookedTransformerAdapter(model)
     if any("TransformerBridge" in name for name in names):
+        if sees_pictures(model):
+            return SeeingAdapter(model)
         of = BridgeAdapter if embeddings_of(model) is None else PictureAdapter
         return (EncoderAdapter if normalizes_sums(model) else of)(model)
     raise UnsupportedArchitectureError(

@@ -297,6 +297,23 @@ class HookReader:
             names.insert(1, "mid")
         return {f"resid_{name}": resid_site(layer, name) for name in names}
 
+    def added_after(self, layer: int, prompts: Prompts, like: Tensor) -> tuple[str, Tensor] | None:
+        """What the model itself adds to the residual after a block, beside its sublayers.
+
+        Args:
+            layer: Number of the block.
+            prompts: Tokens of the run.
+            like: A residual of the run [batch, pos, d_model].
+
+        Returns:
+            The name of the constant, and its value [batch, pos, d_model]; None where it is nothing.
+        """
+        return None
+
+    def described(self, prompts: Prompts, kwargs: Mapping[str, Any]) -> Prompts:
+        """Name the rows of a run as far as the run tells what they are."""
+        return prompts
+
     # --- Hooks of the user's own
 
     def hooked_patterns(self) -> dict[str, nn.Module]:

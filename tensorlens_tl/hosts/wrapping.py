@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import kind_of
 from ..graph import resid_site
 from ..maps import TINY
-from .encoders import embeddings_of, random_input
+from .encoders import embeddings_of, random_input, sees_pictures
 from .supported import (
     BRIDGE,
     ENCODER,
@@ -72,7 +72,8 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
     adapted, (what, remedy) = adapter_at(model), faulty_option(name, model.config)
     before = snapshot(model)
     kept = [(module, module.training) for module in model.modules()]
-    ids = random_input(model) if embeddings_of(model) is not None else _probe_ids(model)
+    pixels = embeddings_of(model) is not None and not sees_pictures(model)
+    ids = random_input(model) if pixels else _probe_ids(model)
     devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
         failing = "the model itself does not run"

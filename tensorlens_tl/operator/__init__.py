@@ -10,7 +10,7 @@ from .batched_sweep import BatchedSweep, Reduction, dots, squares
 from .blocks import PLANNED
 from .capture import Capture, CaptureMismatchError, Convention, FrozenBlock, tolerance
 from .frozen_transformer import FrozenTransformer, Segment
-from .prompts import EMPTY, ClassNames, Prompts, check_tokens, token_id
+from .prompts import EMPTY, ClassNames, Prompts, check_tokens, patch_names, token_id
 from .query_key import QueryKey
 from .residual_stream import Branch, Readers, Step, Trace
 from .restricted_transformer import RestrictedTransformer
@@ -38,6 +38,7 @@ __all__ = [
     "Trace",
     "check_tokens",
     "dots",
+    "patch_names",
     "squares",
     "token_id",
     "tolerance",

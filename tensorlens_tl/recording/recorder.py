@@ -214,8 +214,8 @@ class Recorder:
         if layer == 0:
             self.embeddings = self.sources(state)
             return state
-        last = self.state
         self.reads.unchanged(layer - 1, "resid_post")
+        last = self.left()
         if last is None or state.data_ptr() == last.data_ptr():
             return state if last is None else last
         block = self.blocks[-1]
@@ -226,6 +226,18 @@ class Recorder:
         else:
             self.check.same(f"L{layer} input (residual of L{layer - 1})", state, last)
         return state
+
+    def left(self) -> Tensor | None:
+        """The residual after the last block, with what the model adds to it there."""
+        if self.state is None:
+            return None
+        layer = len(self.blocks) - 1
+        if (added := self.adapter.added_after(layer, self.prompts, self.state)) is None:
+            return self.state
+        block, (name, constant) = self.blocks[-1], added
+        shift = Shift(self.frame, constant, name)
+        self.blocks[-1] = replace(block, post_edits=(*block.post_edits, shift))
+        return self.state + constant
 
     def sources(self, state: Tensor) -> dict[str, Tensor]:
         """Find the sources that sum to what enters the first block, and check that they do.
@@ -316,7 +328,7 @@ class Recorder:
         Raises:
             ValueError: If the model did not run through its blocks.
         """
-        weights, final = self.adapter.weights, self.state
+        weights, final = self.adapter.weights, self.left()
         if final is None or len(self.blocks) != len(weights.blocks):
             raise ValueError(
                 f"The model ran {len(self.blocks)} of its {len(weights.blocks)} blocks. "
@@ -340,7 +352,7 @@ class Recorder:
         return Capture(
             self.adapter.name,
             self.frame,
-            self.prompts,
+            self.adapter.described(self.prompts, self.kwargs),
             self.embeddings,
             tuple(self.blocks),
             final,
