@@ -22,7 +22,7 @@ from ..operator import ClassNames, Prompts, patch_names
 from ..sublayers import HeadWeights, PooledHead, UnembedWeights
 from .bridge import BridgeAdapter, act_name, linear_weights
 from .hook_points import Read
-from .supported import ENCODER, UnsupportedArchitectureError, refusal
+from .supported import ENCODER, UnsupportedArchitectureError, faulty_option, refusal
 from .tokens import check_arguments, unpacked
 from .tokens import each_prompt as each_text
 
@@ -366,6 +366,10 @@ class SeeingAdapter(BridgeAdapter):
         marks = {k: kwargs.pop(k) for k in ("token_type_ids",) if k in kwargs}  # which see ahead
         kwargs, prompts = super().prepare(inputs, kwargs)
         seen = kwargs.get("pixel_values") is not None
+        what, remedy = faulty_option(f"{self.architecture} with pixel_values", None)
+        if seen and remedy:
+            why = "its Bridge gives other rows of a picture than Hugging Face's model"
+            raise UnsupportedArchitectureError(refusal(what, why, remedy))
         if seen and not bool((prompts.given == self.token).any()):
             raise ValueError(
                 f"pixel_values is given, but no token of the prompt stands for a picture (id "
@@ -428,10 +432,14 @@ class SeeingAdapter(BridgeAdapter):
             strings.append(tuple(next(following) if t == self.token else s for t, s in pairs))
         return replace(prompts, strings=tuple(strings))
 
+    def not_recomputed(self, kwargs: Mapping[str, Any]) -> str:
+        ahead = kwargs.get("token_type_ids") is not None
+        return "rows of a picture see later ones" if ahead else ""
+
     def score_weights(self, n_pos, kwargs=None):
         kwargs = kwargs or {}
-        if kwargs.get("token_type_ids") is not None:
-            return "rows of a picture see later ones"
+        if cause := self.not_recomputed(kwargs):
+            return cause
         rope = getattr(self.model.original_model.config.get_text_config(), "rope_parameters", {})
         if kwargs.get("pixel_values") is not None and "mrope_section" in (rope or {}):
             return "positions in a picture have three axes"

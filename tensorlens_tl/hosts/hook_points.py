@@ -310,6 +310,10 @@ class HookReader:
         """
         return None
 
+    def not_recomputed(self, kwargs: Mapping[str, Any]) -> str:
+        """Why patterns of a run with these arguments cannot be made again; "" if they can."""
+        return ""
+
     def described(self, prompts: Prompts, kwargs: Mapping[str, Any]) -> Prompts:
         """Name the rows of a run as far as the run tells what they are."""
         return prompts

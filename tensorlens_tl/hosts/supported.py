@@ -129,8 +129,13 @@ _FAULTY = {
 }
 """Values of options under which the host's Bridge is another model, or none."""
 
-_WRONG_IN_3 = ("CohereForCausalLM", "Cohere2ForCausalLM", "HunYuanDenseV1ForCausalLM")
-"""Architectures whose Bridge of transformer_lens 3 is another model."""
+_WRONG_IN_3 = (
+    "CohereForCausalLM",
+    "Cohere2ForCausalLM",
+    "HunYuanDenseV1ForCausalLM",
+    "Gemma3ForConditionalGeneration with pixel_values",
+)
+"""Architectures, or uses of them, whose Bridge of transformer_lens 3 is another model."""
 
 _PARTS = (
     ("a state space or other recurrence", r"mamba|rwkv|recurrent|rglru|deltanet|shortconv",

@@ -329,6 +329,12 @@ class SecantOperator:
 
     def __post_init__(self):
         for _, operator in (self.clean, self.corrupted):
+            added = [e.name for s in operator.steps for e in s.edits if "[user]" not in e.name]
+            if added:  # by the model, such as rows of a picture after a block
+                raise ValueError(
+                    f"at='secant' needs runs where sublayers alone add to the residual, and here "
+                    f"{added[0]} does, too. " + REMEDY
+                )
             edited = [b for s in operator.steps for b in s.branches if b.body.edits or s.edits]
             if edited or operator.edit is not None:
                 raise ValueError(

@@ -122,6 +122,8 @@ def record(
     no_autocast(device.type)
     with alone(adapter.model):
         kwargs, prompts = adapter.prepare(inputs, kwargs)
+        if pattern == "recomputed" and (cause := adapter.not_recomputed(kwargs)):
+            raise NotRecomputableError(f"this run of {adapter.name}", cause)
         frame = Frame(prompts.spans, prompts.n_pos, dtype, device, adapter.read_at)
         if pattern == "stored":
             _note_patterns(adapter, frame)
