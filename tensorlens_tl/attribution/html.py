@@ -253,9 +253,9 @@ def _strip(one: Attribution) -> str:
     for source, value in zip(one.sources, one.values[0].tolist(), strict=True):
         parts[source.pos].append(f"{source.node} {value:+.4g}")
     tokens, values, titles = [], [], []
-    for source, label, value in zip(
-        whole.sources, whole.labels[0], whole.values[0].tolist(), strict=True
-    ):
+    rows = zip(whole.sources, whole.labels[0], whole.values[0].tolist(), strict=True)
+    # A picture's rows come after those of tokens, and stand between them in the prompt.
+    for source, label, value in sorted(rows, key=lambda row: row[0].pos or 0):
         if source.pos is not None:
             tokens.append(
                 " − ".join(re.findall(r'"(.*?)"@\d+', label, re.DOTALL))

@@ -109,6 +109,7 @@ def record(
 
     Raises:
         ValueError: On bad input, or where a hook never fired.
+        NotRecomputableError: If patterns of this run cannot be recomputed.
         CaptureMismatchError: If the run is not what the operator would compute.
     """
     if dtype not in (None, torch.float32, torch.float64):
