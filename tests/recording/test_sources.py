@@ -171,7 +171,7 @@ def test_rows_of_a_picture_are_a_source_apart_from_the_tokens(kind):
     shown = found.select(kind="patch")
     assert list(shown.labels[0]) == names and shown.values.abs().min() > 0
     assert {"patch[0,0]", '"#7"@' + str(rows * columns + 4)} <= {*found.sum("node").labels[0]}
-    assert "patch[0,1]" in found._repr_html_()
+    assert "row 1 <b" in found._repr_html_()  # beside the map of the picture
     assert lens.attribute(3, by="component").completeness_error <= 1e-5
     own = lens.paths(3, k=2, from_token=4).paths
     assert {path.label for path in own} == {"patch[0,1]"}
