@@ -95,6 +95,9 @@ class Adapter(HookReader, ABC):
     headless = False
     """Whether the model has no head, and returns its final normalized residual."""
 
+    raw_factor: float = 1.0
+    """What the host multiplies logits by after its unembedding and before their soft cap."""
+
     split_flags: ClassVar[tuple[str, ...]] = (
         "use_split_qkv_input",
         "use_attn_in",
@@ -342,7 +345,7 @@ class Adapter(HookReader, ABC):
         if self.embed_norm() is not None and self.embed_norm_hook in self.hooks:
             names[None, "embed_ln.scale"] = self.embed_norm_hook
         if self.weights.ln_final is not None:
-            names[None, "ln_final.scale"] = "ln_final.hook_scale"
+            names |= self._norm_point(None, "ln_final", "ln_final")
         for layer, block in enumerate(self.weights.blocks):
             wanted = list(attention) if self.attention[layer].has_pattern else []
             if block.mlp is not None and not isinstance(block.mlp, ExpertsWeights):
@@ -360,7 +363,7 @@ class Adapter(HookReader, ABC):
                     modules[layer, key] = at
             for norm, own in self.norm_names(self.model.blocks[layer]).items():
                 if getattr(block, norm) is not None:
-                    names[layer, f"{norm}.scale"] = f"blocks.{layer}.{own}.hook_scale"
+                    names |= self._norm_point(layer, norm, f"blocks.{layer}.{own}")
             names |= {(layer, key): name for key, name in self.residual_hooks(layer).items()}
         hooks = self.hooks
         if missing := [name for name in names.values() if name not in hooks]:
@@ -379,6 +382,12 @@ class Adapter(HookReader, ABC):
         if self._final_edits():  # 2.18 has no hook at the unembedding
             points[None, "normalized"] = hooks.get(FINAL_SITE) or self.model.ln_final
         return points
+
+    def _norm_point(self, layer: int | None, norm: str, at: str) -> dict[Read, str]:
+        """Where a norm's scale passes, or else what enters the norm, which tells the scale."""
+        if f"{at}.hook_scale" in self.hooks or f"{at}.hook_in" not in self.hooks:
+            return {(layer, f"{norm}.scale"): f"{at}.hook_scale"}
+        return {(layer, f"{norm}.in"): f"{at}.hook_in"}
 
     def score_points(self) -> dict[Read, nn.Module]:
         """Find where scores and norms of queries and keys pass; only patterns depend on them."""

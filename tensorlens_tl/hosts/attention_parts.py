@@ -7,6 +7,7 @@ class here, which tells what else to read and how the sublayer is frozen from it
     FusedReader       the same without hooks: one product makes queries, keys and values
     LatentReader      v = norm(x W_DKV + b_DKV) W_V, the norm's scale as the run had it
     GatedReader       z ⊙ σ(gate), the gate as the run had it
+    NormedValuesReader  v = norm(x W_V), head by head
     DeltaNetReader    v = silu(conv(x W_V)), a recurrence in place of a pattern, and a gated norm
 """
 
@@ -19,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..maps import Conv, DeltaRule, Frame, NormWeights
+from ..maps import Frame, NormWeights
 from ..sublayers import (
     Attention,
     AttentionWeights,
+    DeltaNetRun,
     DeltaNetWeights,
     HeadNorm,
     LatentWeights,
     ScoreWeights,
-    gating_ratio,
 )
 from .attention_reading import (
     NotRecomputableError,
@@ -45,6 +46,12 @@ Point = str | nn.Module
 """Where something is read: a hook point by its name within the block, or what a module gives."""
 
 _OUTPUT_GATES = {"sigmoid": torch.sigmoid, "softplus": torch.nn.functional.softplus}
+_GATE_OF = {
+    "AfmoeAttention": "sigmoid",
+    "LagunaAttention": "softplus",
+    "MuseGlimmerTextAttention": "sigmoid",
+}
+"""What makes an output gate of its logits, by Hugging Face's class of the component."""
 
 
 QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -222,6 +229,89 @@ class GatedReader(AttentionReader):
         return replace(attn, output_ratio=gate), v, z
 
 
+def gate_of(attn: Any) -> str:
+    """Name what makes the output gate of an attention of its logits.
+
+    Args:
+        attn: The host's attention, which has a projection for its gate.
+
+    Returns:
+        A key of the gates that are known.
+
+    Raises:
+        UnsupportedArchitectureError: If the component is not known.
+    """
+    kind = type(attn.original_component).__name__
+    if kind not in _GATE_OF:
+        raise UnsupportedArchitectureError(
+            refusal(f"the attention {kind}", "it is not known what its output gate computes")
+        )
+    return _GATE_OF[kind]
+
+
+def refuse_extras(block: Any) -> None:
+    """Refuse what a block adds to or makes of the residual beside attention and MLP.
+
+    Args:
+        block: The host's block.
+
+    Raises:
+        UnsupportedArchitectureError: If there is such a part; the message names it.
+    """
+    part = block.original_component
+    scalar = getattr(part, "layer_scalar", None)
+    for what, why, there in (
+        (
+            "per-layer inputs",
+            "each multiplies a gate of the residual",
+            _has(part, "per_layer_input_gate"),
+        ),
+        ("experts beside an MLP", "both go through one more norm", _has(part, "router")),
+        (
+            "layer_scalar",
+            "it multiplies the residual itself",
+            scalar is not None and scalar.item() != 1,
+        ),
+    ):
+        if there:
+            raise UnsupportedArchitectureError(refusal(what, why))
+
+
+def _has(part: Any, name: str) -> bool:
+    return getattr(part, name, None) is not None
+
+
+class NormedValuesReader(AttentionReader):
+    """Attention whose values are normalized head by head, with a norm that has no weights."""
+
+    kind = "a norm of values"
+    shown = False
+
+    def __init__(self, adapter: Adapter, block: Any, weights: AttentionWeights):
+        super().__init__(adapter, block, weights)
+        refuse_extras(block)
+        part = block.attn.original_component
+        if getattr(part, "is_kv_shared_layer", False):
+            raise UnsupportedArchitectureError(
+                refusal("attention that reuses values", "they are those of an earlier layer")
+            )
+        norm = adapter.norm_weights(block.attn.v_norm)
+        if norm is None or norm.w is not None or norm.center:
+            why = "it is no RMSNorm without weights"
+            raise UnsupportedArchitectureError(refusal("the norm of values", why))
+        self.norm = norm
+
+    @property
+    def points(self):
+        return {"v": "attn.v_norm.hook_out", "v_in": "attn.v_norm.hook_in", "z": "attn.hook_z"}
+
+    def freeze(self, layer, frame, reading, take):
+        attn, v, z = super().freeze(layer, frame, reading, take)
+        heads = attn.by_kv_head(take(layer, "v_in").flatten(2))
+        inverse = self.norm.scale_at(heads).reciprocal()
+        return replace(attn, value_ratio=inverse.expand_as(heads).flatten(2)), v, z
+
+
 class DeltaNetReader(AttentionReader):
     """A gated delta net: gates, decay, keys and queries frozen, it is linear in its values.
 
@@ -300,31 +390,19 @@ class DeltaNetReader(AttentionReader):
         return qkv, *(take(f"{name}_proj") for name in "gba")
 
     def freeze(self, layer, frame, reading, take):
-        part, w, cast = self.part, self.weights, frame.cast
-        qkv, gate, b, a = self.projections(lambda name: take(layer, name))
-        # 1. Queries and keys: the convolution, SiLU, length 1, and one for every value head.
-        first = 2 * int(part.key_dim)
-        qk = Conv(frame, part.conv1d.weight[:first, 0]).apply(qkv[..., :first])
-        qk = (qk * gating_ratio("silu", qk)).unflatten(-1, (2, -1, int(part.head_k_dim)))
-        qk = qk * (qk.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-        heads, width = w.W_O.shape[:2]
-        queries, keys = qk.repeat_interleave(heads // qk.shape[3], 3).unbind(2)
-        # 2. The gates of the recurrence.
-        beta = b.sigmoid() * (2 if getattr(part, "allow_neg_eigval", False) else 1)
-        step = torch.nn.functional.softplus(a + cast(part.dt_bias))
-        decay = (-cast(part.A_log).exp() * step).exp()
-        scale = queries.shape[-1] ** -0.5
-        rule = DeltaRule(frame, queries * scale, keys, beta, decay, width)
-        # 3. Values, what is made of them, and the norm of that with its gate.
-        v = Conv(frame, w.kernel).apply(qkv[..., first:])
-        ratio = gating_ratio("silu", v)
-        mixed = rule.apply(v * ratio).unflatten(-1, (heads, width))
+        part = self.part
         norm = getattr(part, "norm", None) or part.o_norm
-        inverse = (mixed.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-        gate = gate * gating_ratio("silu", gate)
-        gate = gate * (inverse * cast(norm.weight)).flatten(2)
-        attn = Attention(frame, layer, rule, w, value_ratio=ratio, output_ratio=gate)
-        return attn, v * ratio, take(layer, "into_output")
+        run = DeltaNetRun(
+            *self.projections(lambda name: take(layer, name)),
+            kernel=part.conv1d.weight[: 2 * int(part.key_dim), 0],
+            A_log=part.A_log,
+            dt_bias=part.dt_bias,
+            norm=norm.weight,
+            eps=float(norm.variance_epsilon),
+            d_key=int(part.head_k_dim),
+            most=2 if getattr(part, "allow_neg_eigval", False) else 1,
+        )
+        return *run.freeze(frame, layer, self.weights), take(layer, "into_output")
 
 
 def unlike(adapter: Adapter, what: str) -> str:

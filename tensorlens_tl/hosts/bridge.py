@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,8 @@ from .attention_parts import (
     FusedReader,
     GatedReader,
     LatentReader,
+    NormedValuesReader,
+    gate_of,
 )
 from .attention_reading import (
     NotRecomputableError,
@@ -160,7 +163,7 @@ class BridgeAdapter(Adapter):
                 refusal(f"the norm {kind}", "it is neither one LayerNorm nor one RMSNorm")
             )
         shifted = rms and getattr(self.cfg, "rmsnorm_uses_offset", False)
-        offset = 1.0 if shifted or kind.endswith("LayerNorm1P") else 0.0
+        offset = 1.0 if shifted or kind.endswith(("LayerNorm1P", "CenteredRMSNorm")) else 0.0
         w, b = getattr(component, "weight", None), getattr(component, "bias", None)
         return NormWeights(w, b, center=not rms, offset=offset, eps=norm_eps(component))
 
@@ -172,7 +175,10 @@ class BridgeAdapter(Adapter):
             return LatentReader.of(self, block, linear_weights)
         if not hasattr(attn, "v") and hasattr(attn.original_component, "c_attn"):
             return FusedReader.of(self, block, linear_weights)
-        W_V, b_V = linear_weights(attn.v)
+        # Gemma-4 may share one matrix between keys and values; the widths of its layers differ.
+        d_head = getattr(attn.original_component, "head_dim", d_head)
+        shared = isinstance(getattr(attn.original_component, "v_proj", 0), NoneType)
+        W_V, b_V = linear_weights(attn.k if shared else attn.v)
         W_O, b_O = linear_weights(attn.o)
         weights = AttentionWeights(
             W_V.unflatten(1, (-1, d_head)).transpose(0, 1),
@@ -183,6 +189,10 @@ class BridgeAdapter(Adapter):
         weights = self.multiplied("residual_multiplier", weights)
         if getattr(self.cfg, "gated_q_proj", False):
             return GatedReader(self, block, weights, "attn.hook_q_gate", "sigmoid")
+        if "gate" in getattr(attn, "submodules", {}) and hasattr(attn, "gate"):
+            return GatedReader(self, block, weights, "attn.gate.hook_out", gate_of(attn))
+        if "v_norm" in getattr(attn, "submodules", {}):
+            return NormedValuesReader(self, block, weights)
         return AttentionReader(self, block, weights)
 
     @property
@@ -252,6 +262,8 @@ class BridgeAdapter(Adapter):
         if b_U is not None and not bool(b_U.any()):
             b_U = None  # zeros that the Bridge adds where the model has no bias
         weights = UnembedWeights(W_U, b_U, self.soft_cap())
+        self.raw_factor = self.multiplier("output_multiplier")  # Muse Glimmer's
+        weights = self.multiplied("output_multiplier", weights)
         return self.multiplied("logits_scaling", self.multiplied("logit_scale", weights))
 
     # --- Multipliers
@@ -261,6 +273,7 @@ class BridgeAdapter(Adapter):
         # Compatibility mode folds the logits' scale itself, and then sets the model's own to 1.
         model = self.model.original_model
         holder = model if option == "logit_scale" else getattr(model, "config", None)
+        holder = getattr(holder, "text_config", holder)
         factor = float(getattr(holder, option, None) or 1)
         return 1 / factor if option == "logits_scaling" else factor
 
@@ -279,7 +292,7 @@ class BridgeAdapter(Adapter):
         """
         if (factor := self.multiplier(option)) == 1 or weights is None:
             return weights
-        if self.norm(self.model.blocks[0], "ln1_post") is not None:
+        if option == "residual_multiplier" and self.norm(self.model.blocks[0], "ln1_post"):
             why = "it multiplies what a norm gives"
             raise UnsupportedArchitectureError(refusal(f"{option}={factor}", why))
         known, changed = _multiplied.setdefault(self.model, {}), {}

@@ -300,6 +300,12 @@ class NormWeights:
     offset: float = 0.0
     eps: float | None = None
 
+    def scale_at(self, x: Float[Tensor, "*many d"]) -> Float[Tensor, "*many 1"]:
+        """The divisor at an input, computed in float32 as hosts do; ε must be known."""
+        x32 = x.float()
+        x32 = x32 - x32.mean(-1, keepdim=True) if self.center else x32
+        return (x32.square().mean(-1, keepdim=True) + (self.eps or 0.0)).sqrt().to(x.dtype)
+
     @property
     def gain(self) -> Float[Tensor, " d"] | None:
         """The factor w + offset, or None for 1."""

@@ -99,7 +99,10 @@ class Recorder:
             return None
         name = own or key
         name = name if layer is None else f"L{layer}.{name}"
-        scale = self.pop(layer, f"{key}.scale")
+        if (layer, f"{key}.in") in self.reads.tensors:  # the host shows no scale
+            scale = weights.scale_at(self.pop(layer, f"{key}.in"))
+        else:
+            scale = self.pop(layer, f"{key}.scale")
         return Norm(self.frame, name, scale, weights, self.adapter.cfg.d_model)
 
     def edit(
@@ -381,7 +384,9 @@ class Recorder:
         self, unembed: Unembed, final: Tensor, ln_final: Norm | None, logits: Tensor
     ) -> None:
         u = unembed.weights
-        raw = logits if u.soft_cap is None else self.pop(None, "raw_logits")
+        raw = (
+            logits if u.soft_cap is None else self.pop(None, "raw_logits") * self.adapter.raw_factor
+        )
         self.check.linear("logits (W_U, b_U)", ln_final, final, raw, u.W_U, u.b_U)
         if u.soft_cap is not None:
             capped, r = raw * soft_cap_ratio(raw, u.soft_cap), self.check.probe(raw.shape[-1])

@@ -8,6 +8,7 @@ Key concepts:
 from .activations import gating_ratio, soft_cap_ratio
 from .attention import Attention
 from .attention_kernel import Scores, add_alibi_bias_
+from .delta_net import DeltaNetRun
 from .experts import Experts
 from .mlp import MLP, FeedForward, GatedMLP
 from .recomputed_pattern import HOST, AnyMix, RecomputedMix, Tiles
@@ -36,6 +37,7 @@ __all__ = [
     "Attention",
     "AttentionWeights",
     "BlockWeights",
+    "DeltaNetRun",
     "DeltaNetWeights",
     "EmbedWeights",
     "Experts",
