@@ -31,6 +31,7 @@ from ..sublayers import (
     ScoreWeights,
 )
 from .attention_reading import (
+    NORM_LAST,
     NotRecomputableError,
     RecomputedReading,
     StoredReading,
@@ -114,7 +115,8 @@ class AttentionReader:
     def norm_last(self) -> bool:
         """Whether queries and keys are normalized after their rotation: HunYuan, Llama-4."""
         part = getattr(self.block.attn, "original_component", None)
-        return getattr(self.adapter.cfg, "qk_norm_after_rope", False) or hasattr(part, "qk_norm")
+        told = getattr(self.adapter.cfg, "qk_norm_after_rope", False)
+        return told or hasattr(part, "qk_norm") or type(part).__name__ in NORM_LAST
 
     def freeze(
         self, layer: int, frame: Frame, reading: StoredReading | RecomputedReading, take: Take

@@ -160,22 +160,6 @@ class RecomputedReading:
         return handles
 
 
-def rotated(x: Tensor, quarter_turned: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first features of queries or keys, x cos + quarter-turned x sin.
-
-    Args:
-        x: Queries or keys [batch, pos, head, d_head].
-        quarter_turned: The same after a quarter turn of every pair [batch, pos, head, rotary].
-        cos: Cosines [batch or 1, pos, rotary]; features after the first ``rotary`` stay.
-        sin: Sines of the same shape.
-
-    Returns:
-        The rotated queries or keys [batch, pos, head, d_head].
-    """
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    return torch.cat((turned * cos[:, :, None] + quarter_turned * sin[:, :, None], rest), -1)
-
-
 # --- How the scores of each component of a Bridge are computed ------------------------------------
 
 
@@ -196,8 +180,8 @@ def _rotated_by_host(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
 
 def _joint_rotary(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
     """Queries and keys are shown before they are rotated, beside the cosines and sines."""
-    scale = adapter.cfg.d_head**-0.5
-    scores = tuple(Scores(scale, window=_window(part, i)) for i, part in enumerate(parts))
+    windows = (_window(part, layer) for layer, part in enumerate(parts))
+    scores = tuple(Scores(adapter.cfg.d_head**-0.5, window=window) for window in windows)
     return RecomputedReading(("q", "k", "cos", "sin"), scores, rotate=_rotate_halves)
 
 
@@ -311,8 +295,7 @@ def bridge_reading(adapter: Adapter) -> RecomputedReading:
     Raises:
         NotRecomputableError: If a class is not known.
     """
-    attentions = [block.attn for block in adapter.model.blocks]
-    makers = []
+    makers, attentions = [], [block.attn for block in adapter.model.blocks]
     for attn in attentions:
         names = (kind.__name__ for kind in type(attn).__mro__)
         makers.append(next(filter(None, map(BRIDGE_READINGS.get, names)), _unknown))
@@ -348,10 +331,12 @@ def _rotate_halves(
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
-    pairs = x[..., : cos.shape[-1]]
-    a, b = pairs.unflatten(-1, (-1, 2)).unbind(-1) if adjacent else pairs.chunk(2, -1)
+    """Rotate the first features of x [batch, pos, head, d_head], x cos + quarter-turned x sin."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1) if adjacent else turned.chunk(2, -1)
     quarter = torch.stack((-b, a), -1).flatten(-2) if adjacent else torch.cat((-b, a), -1)
-    return rotated(x, quarter, cos.to(x), sin.to(x))
+    cos, sin = (table.to(x)[:, :, None] for table in (cos, sin))
+    return torch.cat((turned * cos + quarter * sin, rest), -1)
 
 
 def rotary_tables(part: Any) -> tuple[Tensor, Tensor] | None:
@@ -378,6 +363,10 @@ def rotates(attn: Any) -> bool:
     return bool(getattr(attn.original_component, "use_rope", True))
 
 
+NORM_LAST = ("NanoChatAttention",)
+"""Modules that normalize queries and keys after they rotate them, where no option tells."""
+
+
 def as_rotation(adapter: Adapter, tables: Any) -> tuple[Tensor, Tensor, bool]:
     """Read what a rotary module gives, in whichever of four layouts.
 
@@ -391,6 +380,8 @@ def as_rotation(adapter: Adapter, tables: Any) -> tuple[Tensor, Tensor, bool]:
     if isinstance(tables, Tensor):
         return tables.real.repeat_interleave(2, -1), tables.imag.repeat_interleave(2, -1), True
     cos, sin = tables
+    part = adapter.model.blocks[0].attn.original_component
+    sin = -sin if type(part).__name__ in NORM_LAST else sin  # it turns backwards, too
     a, b = sin.chunk(2, -1)
     if not torch.equal(a, b):
         if torch.equal(sin[..., ::2], sin[..., 1::2]):
@@ -407,7 +398,7 @@ class _AsWrapped:
 
     def __init__(self, adapter: Adapter, parts: list[Any]):
         self.adapter, self.parts = adapter, parts
-        self.given: list[dict[str, Any]] = [{}] * len(parts)
+        self.given: list[Any] = [{}] * len(parts)
 
     def listen(self) -> list[Any]:
         def see(layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -438,7 +429,7 @@ class _AsWrapped:
                 elif step == "norm" and norm is not None:
                     x = norm.apply(x.transpose(1, 2))[0].transpose(1, 2)
             found.append(x)
-        return found[0], found[1]
+        return tuple(found)
 
 
 def drop_pattern(module: Any, args: Any, output: Any) -> None:

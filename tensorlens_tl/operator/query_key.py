@@ -175,7 +175,7 @@ def check_pattern(
         raise CaptureMismatchError(
             f"L{attn.layer}: the pattern recomputed from W_Q and W_K differs from the run's "
             f"(relative error {error:.1e}, at most {expected:.0e} is allowed). A hook of yours "
-            "edited queries, keys or the pattern, or the layout of the weights is not known. "
+            "edited queries, keys or the pattern, clip_qkv clips them, or their layout is unknown. "
             f"{remedy}"
         )
 

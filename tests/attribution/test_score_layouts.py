@@ -36,6 +36,7 @@ NAMES = {
     "hunyuan": "HunYuanDenseV1ForCausalLM",  # norms after the rotation
     "exaone4": "Exaone4ForCausalLM",  # norms after sublayers, layers without rotation
     "qwen3-vl": "Qwen3VLForConditionalGeneration",  # a module of Hugging Face's own, with norms
+    "nanochat": "NanoChatForCausalLM",  # such a module, with norms after a rotation backwards
     "glm4v": "Glm4vForConditionalGeneration",  # such a module, which turns adjacent pairs
 }
 MIXTURES = {
