@@ -54,7 +54,6 @@ _GATE_OF = {
 }
 """What makes an output gate of its logits, by Hugging Face's class of the component."""
 
-
 QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
 
@@ -493,7 +492,7 @@ def score_weights(adapter: Adapter, n_pos: int, position_ids: Any) -> Iterator[S
     with torch.no_grad():
         rotations = adapter.rotations(n_pos)
     if rotations is None:
-        raise NotRecomputableError(what="rotations", why="the model's tables of them are not found")
+        raise NotRecomputableError("rotations", "the model's tables of them are not found")
     given = torch.as_tensor([0] if position_ids is None else position_ids)
     if any(rotations) and bool((given.diff() != 1).any()):
         raise NotRecomputableError(what="position_ids", why="they are not consecutive")
