@@ -104,9 +104,10 @@ class Subgraph:
         return self.operator.apply(self.capture.input) + self.operator.bias
 
     @property
-    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of the circuit [batch, pos, d_vocab], at the soft-cap ratios of the whole run."""
-        return self.capture.unembed @ self.final + self.capture.unembed.bias
+    def logits(self) -> Float[Tensor, "batch pos d_vocab"] | Float[Tensor, "batch d_vocab"]:
+        """Logits of the circuit, at the soft-cap ratios of the whole run, as the model has them."""
+        found = self.capture.unembed @ self.final + self.capture.unembed.bias
+        return found if self.capture.logits.ndim == 3 else found[:, self.capture.frame.read_at]
 
     def attribute(
         self, target: TargetLike = None, versus: TargetLike = None, pos: int = -1

@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..checks import is_int, kind_of
 from ..maps import NormWeights
+from ..operator import Prompts
 from ..sublayers import (
     AttentionWeights,
     BlockWeights,
@@ -166,7 +169,45 @@ class HookedTransformerAdapter(Adapter):
         tables = ((block.attn.rotary_cos, block.attn.rotary_sin) for block in blocks)
         return [Rotation(cos[:n_pos], sin[:n_pos], adjacent) for cos, sin in tables]
 
+    # --- A run that starts from what enters block 0, such as patches of a picture
+
+    def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Prompts]:
+        start = kwargs.get("start_at_layer")
+        if isinstance(inputs, Prompts) or not is_int(start) or start != 0:
+            return super().prepare(inputs, kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "start_at_layer"}
+        if wrong := sorted(rest):
+            raise ValueError(
+                f"{', '.join(wrong)} is not known beside start_at_layer=0. Call without it."
+            )
+        width, W_U = self.cfg.d_model, self.weights.unembed.W_U
+        numbers = isinstance(inputs, Tensor) and inputs.is_floating_point()
+        x = inputs[None] if numbers and inputs.ndim == 2 else inputs
+        if not numbers or x.ndim != 3 or x.shape[-1] != width or not 0 < x.shape[1] <= self.n_ctx:
+            given = f"{list(inputs.shape)}" if isinstance(inputs, Tensor) else kind_of(inputs)
+            raise ValueError(
+                f"The input is {given}, and start_at_layer=0 starts from what enters block 0. Pass "
+                f"numbers [batch, pos, {width}], with at most {self.n_ctx} positions."
+            )
+        n = x.shape[1]
+        names = tuple(f"inputs_embeds[{i}]" for i in range(n))
+        spans = ((0, n),) * len(x)
+        return {}, Prompts(None, spans, (names,) * len(x), x.detach().to(W_U))
+
+    def sources_of(
+        self, seen: Mapping[str, Tensor], prompts: Prompts, kwargs: Mapping[str, Any]
+    ) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        if prompts.inputs is not None:
+            return {"inputs_embeds": prompts.inputs}
+        return super().sources_of(seen, prompts, kwargs)
+
+    def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_vocab"]:
+        start = {"start_at_layer": 0} if inputs.is_floating_point() else {}
+        return super().run(inputs, {**kwargs, **start})
+
     def mask(self, tokens: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        if tokens.is_floating_point():
+            return None
         given = kwargs.get("attention_mask")
         side = kwargs.get("padding_side") or getattr(self.tokenizer, "padding_side", None)
         if given is not None or side != "left":

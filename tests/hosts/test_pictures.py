@@ -319,5 +319,11 @@ def test_all_edges_are_the_model_and_none_the_other_picture(kind):
         circuit_of(headless).faithfulness(headless.model, headless.inputs, headless.inputs)
 
 
+def test_a_circuit_of_all_nodes_has_the_models_classes():
+    lens = picture("ast").lens
+    names = [f"L{i}{node}" for i in range(2) for node in ("H0", "H1", "H2", "H3", "MLP")]
+    assert_close(lens.circuit(names).logits, lens.logits, ROUNDING)
+
+
 def circuit_of(case):
     return case.lens.discover(case.target, n_edges=5, qk=False)
