@@ -55,8 +55,8 @@ def prepare(
         if types.shape != tokens.shape or ((types < 0) | (types >= adapter.n_types)).any():
             n = adapter.n_types
             raise ValueError(
-                f"token_type_ids of shape {list(types.shape)} are not one number below {n} for each "
-                "token. Pass what the tokenizer returns."
+                f"token_type_ids of shape {list(types.shape)} are not one number below {n} for "
+                "each token. Pass what the tokenizer returns."
             )
     if kwargs.get("attention_mask") is not None:
         kwargs["attention_mask"] = mask = as_mask(kwargs["attention_mask"], tokens)
