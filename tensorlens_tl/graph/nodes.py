@@ -13,9 +13,8 @@ FINAL_SITE = "unembed.hook_in"
 SPECIAL_ROWS = {"cls_token": "[CLS]", "distillation_token": "[DIST]"}
 """Sources that stand before the patches of a picture, and the names of their rows."""
 
-CONTENTS = ("embed", *SPECIAL_ROWS, "patch", "frame", "soft", "inputs_embeds")
-"""Sources that are what stands at a position: a token, a patch of a picture, a frame of a sound,
-a vector of a soft prompt, or an embedding that the user gave in place of a token."""
+CONTENTS = ("embed", *SPECIAL_ROWS, "patch")
+"""Sources that are what stands at a position: a token, or a patch of a picture."""
 
 SOURCES = (*CONTENTS, "pos_embed", "type_embed")
 """Sources of what enters the first block, besides constants. A node of such a source has its name.
