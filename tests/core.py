@@ -31,7 +31,6 @@ TESTS = {
     "other_weights_are_an_error_where_no_sample_tells",
     "tokenizers": "special_tokens_that_are_also_padding padding_of_a_hooked_transformer "
     "prompts_of_a_batch_are_not_mixed_up",
-    "wrapping": "scaled_logits_are_refused_by_name",
     "edits": "an_edited_final_residual_in_every_split_path_and_file an_edit_is_nothing_at_padding",
     "precision": "autocast_is_refused",
     "bad_input": "hooked_refusals attention_mask a_hook_that_never_fires",

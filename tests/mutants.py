@@ -73,7 +73,7 @@ b_v_outside_pattern (edits sublayers recomputed): b_V is added whole, though a r
 b_o_left_out (operator sublayers): Attention adds no b_O.
     Linear(self.frame, W_O, self.weights.b_O, ⇒ Linear(self.frame, W_O, None,
 b_o_in_every_head (sublayers paths): Every head's part holds b_O, which is counted outside, too.
-    w.W_O[h : h + 1], None, ⇒ w.W_O[h : h + 1], w.b_O,
+    W_O=w.W_O[h : h + 1], b_O=None, ⇒ W_O=w.W_O[h : h + 1], b_O=w.b_O,
 b_out_left_out (operator sublayers): MLPs add no b_out.
     self.weights.W_out, self.weights.b_out, ⇒ self.weights.W_out, None,
 b_in_left_out (operator sublayers): Plain MLPs read without b_in.
@@ -96,7 +96,8 @@ embedding_scale_forgotten (differences masking): The mean embedding lacks the sc
 
 # --- Gated MLPs and activations
 gate_choice_ignored (sublayers operator): A capture holds act(gate) whatever was asked for.
-    self.convention.gate ⇒ "gate"
+    GatedMLP(frame, layer, w, pre, up, recorder.convention.gate) ⇒
+    GatedMLP(frame, layer, w, pre, up, "gate")
 wrong_branch_frozen (sublayers operator): "up" holds the gate where it should hold u.
     ratio * self.pre_linear ⇒ ratio * self.pre
 gelu_as_tanh (sublayers operator): The exact GELU has the ratio of its tanh form.
@@ -114,7 +115,7 @@ left_padding_counts (padding): Padding before a prompt counts as real.
 last_position_is_padding (padding targets): −1 is the last column, not the prompt's last token.
     (stop if pos < 0 else start) + pos for ⇒ (self.n_pos if pos < 0 else start) + pos for
 left_padded_text_unmasked (tokenizers padding): Texts padded on the left run without their mask.
-    elif not mask[:, 0].all() or adapter.mask ⇒ elif adapter.mask
+    elif not (mask if adapter.attends_ahead else mask[:, 0]).all() or ( ⇒ elif (
 attention_to_padding_accepted (padding guards): A real token that attends to padding is not refused.
     if bool((pattern * padding_keys).any()): ⇒ if False:
 padding_row_kept (padding attribution): A prompt's table keeps the row of padding after it.
@@ -187,7 +188,7 @@ many_targets_one_position (attribution): Targets of several positions are pulled
 orders_off_by_one (granularity): Constants of nodes are of order 0, and those of none of order 1.
     grown[0 if name in outside else 1] ⇒ grown[1 if name in outside else 0]
 total_effect_read_early (granularity attribution): Outputs are read before the step that wrote them.
-    for step, c in zip(steps, covectors[1:], ⇒ for step, c in zip(steps, covectors,
+    zip(steps, trace.written, covectors[1:], ⇒ zip(steps, covectors, covectors[1:],
 queries_and_keys_swapped (qk_edges): What is due to queries is given to keys.
     dP @ keys, dP.mT @ queries ⇒ dP.mT @ queries, dP @ keys
 score_scale_forgotten (qk_edges): Query and key edges lack the factor of the scores.
@@ -196,9 +197,9 @@ score_scale_forgotten (qk_edges): Query and key edges lack the factor of the sco
 rotation_done_twice (qk_edges secant): A rotation is done again where it should be undone.
     -_quarter(x * sin, rotation) if back ⇒ _quarter(x * sin, rotation) if back
 edge_of_wrong_reader (qk_edges): Queries and keys read a step's target from below it.
-    trace.pulls, below, trace.covectors[1:] ⇒ trace.pulls, below, trace.covectors
+    trace.pulls, below, trace.written ⇒ trace.pulls, below, trace.covectors
 parallel_mlp_reads_heads (circuits): An MLP reads the heads beside it in a parallel block.
-    reader.kind == "mlp" and not self.parallel ⇒ reader.kind == "mlp"
+    reader.kind != "head" and not self.parallel ⇒ reader.kind != "head"
 loadings_past_lacks_mlp (differences): "past" lacks the MLP beside the heads.
     past = past + _dot(state, pull.covector) ⇒ past = past
 secant_softmax_plain_mean (secant): The softmax's secant takes the plain mean, not the logarithmic.
@@ -206,7 +207,7 @@ secant_softmax_plain_mean (secant): The softmax's secant takes the plain mean, n
 secant_product_sum (secant): The product's secant takes both runs' factor twice: no mean, the sum.
     .pre_linear) / 2 ⇒ .pre_linear)
 completeness_understated (operator): The completeness error is the smallest error.
-    (ours - logits).abs().max() ⇒ (ours - logits).abs().min()
+    return float((ours - logits).abs().max() ⇒ return float((ours - logits).abs().min()
 probe_error_too_large (contraction methods): The probes' error ignores that they are orthogonal.
     math.sqrt((1 - k / ⇒ math.sqrt((1 - 0 * k /
 path_bound_too_small (paths): The bound squares a head's weights where paths are summed.
@@ -228,7 +229,7 @@ ablated_by_nothing (interventions): Nothing stands in for what is ablated, whate
 frozen_patterns_live (interventions): Frozen patterns are live, and live ones frozen.
     if self.frozen else None ⇒ if not self.frozen else None
 grouped_copies_take_first_key (interventions): Every query head takes its group's first head's key.
-    each[head % self.copies, :, :, head] ⇒ each[head * 0, :, :, head]
+    each[head % self.copies, head] ⇒ each[head * 0, head]
 share_of_the_whole (interventions): The share is of the full measure, not of what ablation takes.
     (circuits.mean(-1) - ablated.mean()) / gap ⇒ (circuits.mean(-1) - ablated.mean()) / full.mean()
 share_interval_of_90 (interventions): The share's interval covers 90 %, not 95 %.
@@ -248,7 +249,7 @@ ties_share_least_rank (protocols evaluation): Equal values share their least ran
 log_odds_is_log_p (masking evaluation): Log-odds count the target among the others.
     logits.scatter(1, target[:, None], -torch.inf).logsumexp(-1) ⇒ logits.logsumexp(-1)
 bos_masked (evaluation masking): The beginning-of-sequence token may be masked.
-    start = int(bos is not None and int(ids[0]) == bos) ⇒ start = 0
+    range(int(bos is not None and int(prompt[0]) == bos), ⇒ range(0,
 interval_of_90 (evaluation relations): Bootstrap intervals cover 90 %, not 95 %.
     for q in (0.025, 0.975) ⇒ for q in (0.05, 0.95)
 
