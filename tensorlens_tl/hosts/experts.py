@@ -151,7 +151,8 @@ def packed_weights(module: Any, activation: Callable[[Any], str]) -> ExpertsWeig
         UnsupportedArchitectureError: If an expert does something else than a gated MLP.
     """
     kind = type(module).__name__
-    into, out = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    into: Any = getattr(module, "gate_up_proj", None)
+    out: Any = getattr(module, "down_proj", None)
     if getattr(into, "ndim", 0) != 3 or getattr(out, "ndim", 0) != 3:
         raise UnsupportedArchitectureError(
             refusal(f"the experts {kind}", "they are no packed gated MLPs")
@@ -262,6 +263,7 @@ class PackedMixture(Mixture):
             flat = output.flatten(0, -2)
             return torch.where(_chunk(flat, chunks) == chunks - 1, flat, 0).view(output.shape)
 
+        hooks: list[Any]
         if hasattr(module, "is_transposed"):
             hooks = [
                 (module.register_forward_pre_hook, before),

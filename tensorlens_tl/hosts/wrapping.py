@@ -18,6 +18,7 @@ from ..checks import kind_of
 from ..graph import resid_site
 from ..maps import TINY
 from .encoders import embeddings_of, random_input, sees_pictures
+from .experts import eager_experts
 from .supported import (
     BRIDGE,
     ENCODER,
@@ -75,10 +76,12 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
     pixels = embeddings_of(model) is not None and not sees_pictures(model)
     ids = random_input(model) if pixels else _probe_ids(model)
     devices = {p.device for p in model.parameters() if p.is_cuda}
+    mixtures = [module for module in model.modules() if hasattr(module, "_apply_gate")]
     try:
         failing = "the model itself does not run"
         try:
-            with torch.random.fork_rng(devices):  # a Bridge draws the weights that it then replaces
+            # A Bridge draws the weights that it then replaces.
+            with torch.random.fork_rng(devices), eager_experts(mixtures):
                 with _at_rest(model):
                     found = model(ids)
                     expected = getattr(found, "logits", found[0])

@@ -8,6 +8,7 @@ the run reached is an error of the capture.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,29 @@ from ..sublayers import Experts, ExpertsWeights
 from .self_check import SelfCheck, affine
 
 
+def experts_read(reads: Mapping[int, ExpertsRead], layer: int) -> ExpertsRead:
+    """Look up what the experts of a block did.
+
+    Args:
+        reads: What was read so far, by block.
+        layer: Number of the block.
+
+    Returns:
+        What its experts did in the run.
+
+    Raises:
+        ValueError: If they never ran.
+    """
+    if (read := reads.get(layer)) is None:
+        raise ValueError(
+            f"Block {layer} ran without exposing its experts (the host ran something else than its "
+            "blocks). Run the whole model, with no module replaced."
+        )
+    return read
+
+
 def frozen_experts(
-    frame: Frame, layer: int, w: ExpertsWeights, read: ExpertsRead | None, gate: str
+    frame: Frame, layer: int, w: ExpertsWeights, read: ExpertsRead, gate: str
 ) -> Experts:
     """Freeze the experts of a block at the routing of the run.
 
@@ -28,25 +50,17 @@ def frozen_experts(
         frame: Layout of the batch.
         layer: Number of the block.
         w: Weights of the experts.
-        read: What the experts did, or None if they never ran.
+        read: What the experts did.
         gate: How gated MLPs are made linear.
 
     Returns:
         The frozen sublayer, which is not yet checked.
-
-    Raises:
-        ValueError: If the experts never ran.
     """
-    if read is None:
-        raise ValueError(
-            f"Block {layer} ran without exposing its experts (the host ran something else than its "
-            "blocks). Run the whole model, with no module replaced."
-        )
     # Padding is sent to no expert, so nothing of it is kept.
     experts = _by_prompt(frame, read.experts)
     experts = torch.where(frame.real[..., None], experts, -1) if _padded(frame) else experts
-    parts = (kept(frame, part) for part in (read.share, read.pre, read.pre_linear))
-    return Experts(frame, layer, w, experts, *parts, len(w.W_out), gate)
+    share, pre, up = (kept(frame, part) for part in (read.share, read.pre, read.pre_linear))
+    return Experts(frame, layer, w, experts, share, pre, up, len(w.W_out), gate)
 
 
 def kept(frame: Frame, read: Tensor) -> Tensor:

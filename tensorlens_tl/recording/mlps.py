@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from ..maps import Norm, Shift
 from ..sublayers import MLP, ExpertsWeights, FeedForward, GatedMLP, GatedMLPWeights, MLPWeights
 from .attention import Added, normed
-from .experts import checked_hidden, experts_output, frozen_experts
+from .experts import checked_hidden, experts_output, experts_read, frozen_experts
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -35,7 +35,7 @@ def freeze_mlps(
     weights = recorder.adapter.weights.blocks[layer]
     w, shared = weights.mlp, weights.shared
     if isinstance(w, ExpertsWeights):
-        read, gate = recorder.experts.get(layer), recorder.convention.gate
+        read, gate = experts_read(recorder.experts, layer), recorder.convention.gate
         mlp = frozen_experts(recorder.frame, layer, w, read, gate)
         seen = checked_hidden(recorder.check, mlp, read, norm, x)
         added = experts_output(recorder.check, mlp, post_norm, seen)
@@ -45,7 +45,8 @@ def freeze_mlps(
             float,
         )
     else:
-        mlp, own = _freeze_mlp(recorder, layer, w, norm, post_norm, x)
+        dense = cast(MLPWeights | GatedMLPWeights, w)  # a block without an MLP does not come here
+        mlp, own = _freeze_mlp(recorder, layer, dense, norm, post_norm, x)
     if shared is None:
         return mlp, None, own
     if post_norm is not None:  # its b is added once

@@ -49,10 +49,13 @@ class FeedForward(Sublayer):
     def map(self) -> Chain: ...
 
     @abstractmethod
+    def part(self, node: Node) -> FeedForward: ...
+
+    @abstractmethod
     def row(self, query: Int[Tensor, " batch"]) -> FeedForward:
         """The MLP at one position per prompt, given as indices [batch]."""
 
-    def at(self, rows: slice) -> FeedForward:
+    def at(self, rows: slice) -> Any:
         """The sublayer at some positions only, without the user's edits."""
         names = ("pre", "pre_linear", "ln_scale", "factor", "experts", "share")
         tensors = {name: getattr(self, name, None) for name in names}
@@ -66,7 +69,8 @@ class FeedForward(Sublayer):
         """The MLP as the model would run it on an input moved by ``change``, with new ratios."""
 
     def hidden(self, x):
-        maps = (self.part(self.nodes()[0]) if self.edits else self).map.maps[:-1]
+        whole = self.part(self.nodes()[0]) if self.edits else self
+        maps = whole.map.maps[:-1]
         return reduce(_push, maps, x)
 
     def hidden_in_run(self, x):

@@ -16,6 +16,7 @@ from models import (
     TOLERANCES,
     bridge_offered,
     build_bridge,
+    build_hf,
     build_hooked,
     quiet,
     randn_like,
@@ -358,6 +359,17 @@ def test_a_dense_layer_has_no_router_and_a_shared_expert_is_a_node():
     assert isinstance(lens.capture.blocks[0].mlp, GatedMLP)
     assert shared.factor.min() > 0 and shared.factor.max() < 1  # a sigmoid
     assert "L1E.shared" in [str(s.node) for s in lens.attribute(3, by="expert").sources]
+
+
+@pytest.mark.offered("qwen2-moe" in NAMES)
+def test_a_model_in_float64_is_served_and_set_back():
+    """Hugging Face's faster ways to run experts reject float64, and hide single experts."""
+    model = build_hf(*BRIDGES["qwen2-moe"], F64)
+    model.config._experts_implementation = "grouped_mm"
+    with quiet(), torch.no_grad():
+        lens = tensorlens_tl.capture(model, tokens())[1]
+    assert lens.completeness_error < 1e-6
+    assert model.config._experts_implementation == "grouped_mm"
 
 
 # --- The real model, run edge by edge ------------------------------------------------------------
