@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..maps import DeltaRule, Norm
-from ..sublayers import Attention, AttentionWeights
+from ..sublayers import Attention
 from .self_check import Rounding
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ def normed(norm: Norm | None, x: Tensor) -> Tensor:
 def freeze_attention(
     recorder: Recorder,
     layer: int,
-    w: AttentionWeights,
     norm: Norm | None,
     post: Norm | None,
     x: Tensor,
@@ -38,7 +37,6 @@ def freeze_attention(
     Args:
         recorder: The recorder of the run.
         layer: Number of the block.
-        w: Attention weights of the block.
         norm: The frozen norm before attention, or None.
         post: The frozen norm after attention, or None.
         x: The residual that attention reads [batch, pos, d_model].
@@ -50,7 +48,7 @@ def freeze_attention(
     name = f"L{layer} attention{recorder.reading.note}"
     reader = recorder.adapter.attention[layer]
     attn, v, z = reader.freeze(layer, recorder.frame, recorder.reading, recorder.pop)
-    mix, gate = attn.mix, attn.output_gate
+    w, mix, gate = attn.weights, attn.mix, attn.output_gate
 
     def predict_v() -> Tensor:
         values = attn.values

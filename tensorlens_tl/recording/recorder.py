@@ -172,7 +172,7 @@ class Recorder:
         mid_norm = self.norm(layer, "mid_norm", weights.mid_norm, "ln1")
         post_norm = self.norm(layer, "post_norm", weights.post_norm, "ln2")
 
-        attn, attn_own = freeze_attention(self, layer, weights.attn, ln1, ln1_post, before)
+        attn, attn_own = freeze_attention(self, layer, ln1, ln1_post, before)
         mid, mlp, shared, mid_edits = None, None, None, ()
         name = f"L{layer} attention{self.reading.note}"
         if weights.mlp is None:

@@ -230,6 +230,8 @@ def test_the_self_check_finds(case, mistake, where):
         adapter = adapt(case.model(dtype))
         with torch.no_grad(), quiet():
             mistake(adapter)
+            for reader, block in zip(adapter.attention, adapter.weights.blocks, strict=True):
+                reader.weights = block.attn  # a mistake of weights, wherever they are read
             with pytest.raises(CaptureMismatchError, match=where):
                 record(adapter, tokens())
         assert lens_of(case, dtype).capture_check <= 1e-4
