@@ -246,7 +246,7 @@ class _Frozen(TorchFunctionMode):
         if id(b) in self.gates:
             return a * b.detach()
         raise NoFrozenFormError(
-            f"A product {tuple(a.shape)} · {tuple(b.shape)} is of no known kind."
+            f"A product {tuple(a.shape)} · {tuple(b.shape)} is of no known kind. Add a rule."
         )
 
 
