@@ -58,7 +58,8 @@ def capture(
             :func:`wrap`.
         input: Prompt or prompts: a string, a list of strings, token ids [pos] or [batch, pos], or
             what a tokenizer returns. Strings are tokenized by the model's tokenizer, and padded.
-            Padded ids need ``attention_mask=``.
+            Padded ids need ``attention_mask=``. A model of pictures reads pixel values [batch,
+            channel, row, column], and one of sounds spectrograms [batch, time, frequency].
         gate: Frozen factor of a gated MLP act(g) ⊙ u. "gate" freezes act(g), "up" freezes u, and
             "half" takes half of each; see :class:`Convention`. Models without gated MLPs ignore
             the argument.
