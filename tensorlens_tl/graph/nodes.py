@@ -13,8 +13,9 @@ FINAL_SITE = "unembed.hook_in"
 SPECIAL_ROWS = {"cls_token": "[CLS]", "distillation_token": "[DIST]"}
 """Sources that stand before the patches of a picture, and the names of their rows."""
 
-CONTENTS = ("embed", *SPECIAL_ROWS, "patch")
-"""Sources that are what stands at a position: a token, or a patch of a picture."""
+CONTENTS = ("embed", *SPECIAL_ROWS, "patch", "inputs_embeds")
+"""Sources that are what stands at a position: a token, a patch of a picture, or what the user gave
+in place of both (``start_at_layer=0``)."""
 
 SOURCES = (*CONTENTS, "pos_embed", "type_embed")
 """Sources of what enters the first block, besides constants. A node of such a source has its name.
