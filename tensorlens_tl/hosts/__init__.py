@@ -7,13 +7,13 @@ Key concepts:
 """
 
 from .adapter import Adapter
-from .attention_parts import QueryKeyWeights, query_key_weights, unlike, whole_norms
+from .attention_parts import QueryKeyWeights, query_key_weights, whole_norms
 from .attention_reading import NotRecomputableError, RecomputedReading, StoredReading
 from .encoders import each_prompt
 from .entry import adapt, as_host, load_model, unwrap, wrap
 from .experts import ExpertsRead
-from .hook_points import Read, alone, in_this_thread
-from .supported import UnsupportedArchitectureError, not_finite
+from .hook_points import Read, alone, in_this_thread, not_finite
+from .supported import UnsupportedArchitectureError
 from .tokens import own_ids, prompts_of
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "own_ids",
     "prompts_of",
     "query_key_weights",
-    "unlike",
     "unwrap",
     "whole_norms",
     "wrap",

@@ -43,8 +43,9 @@ from .hook_points import (
     HookReader,
     Read,
     alone,
+    check_weights,
 )
-from .supported import UnsupportedArchitectureError, activation_name, check_weights, refusal
+from .supported import UnsupportedArchitectureError, activation_name, refusal
 from .tokens import prepare
 
 _NORMS_AFTER = (
@@ -284,6 +285,20 @@ class Adapter(HookReader, ABC):
         if name in (None, "custom", "external", ""):
             name = getattr(self.cfg, "architecture", None) or "custom model"
         return str(name)
+
+    def unlike(self, what: str) -> str:
+        """Start a sentence on the first attention that lacks a property of its reader; "" if none.
+
+        Args:
+            what: The property: "has_pattern", "shown" or "plain".
+
+        Returns:
+            Such as "L0 of Qwen3.5 has a gated delta net".
+        """
+        for layer, reader in enumerate(self.attention):
+            if not getattr(reader, what):
+                return f"L{layer} of {self.name} has {reader.kind}"
+        return ""
 
     @property
     def n_heads(self) -> int:

@@ -38,7 +38,7 @@ from .attention_reading import (
     Take,
 )
 from .hook_points import Read
-from .supported import UnsupportedArchitectureError, refusal
+from .supported import UnsupportedArchitectureError, refusal, refuse_extras
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -47,12 +47,6 @@ Point = str | nn.Module
 """Where something is read: a hook point by its name within the block, or what a module gives."""
 
 _OUTPUT_GATES = {"sigmoid": torch.sigmoid, "softplus": torch.nn.functional.softplus}
-_GATE_OF = {
-    "AfmoeAttention": "sigmoid",
-    "LagunaAttention": "softplus",
-    "MuseGlimmerTextAttention": "sigmoid",
-}
-"""What makes an output gate of its logits, by Hugging Face's class of the component."""
 
 QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
@@ -230,58 +224,6 @@ class GatedReader(AttentionReader):
         return replace(attn, output_ratio=gate), v, z
 
 
-def gate_of(attn: Any) -> str:
-    """Name what makes the output gate of an attention of its logits.
-
-    Args:
-        attn: The host's attention, which has a projection for its gate.
-
-    Returns:
-        A key of the gates that are known.
-
-    Raises:
-        UnsupportedArchitectureError: If the component is not known.
-    """
-    kind = type(attn.original_component).__name__
-    if kind not in _GATE_OF:
-        raise UnsupportedArchitectureError(
-            refusal(f"the attention {kind}", "it is not known what its output gate computes")
-        )
-    return _GATE_OF[kind]
-
-
-def refuse_extras(block: Any) -> None:
-    """Refuse what a block adds to or makes of the residual beside attention and MLP.
-
-    Args:
-        block: The host's block.
-
-    Raises:
-        UnsupportedArchitectureError: If there is such a part; the message names it.
-    """
-    part = block.original_component
-    scalar = getattr(part, "layer_scalar", None)
-    for what, why, there in (
-        (
-            "per-layer inputs",
-            "each multiplies a gate of the residual",
-            _has(part, "per_layer_input_gate"),
-        ),
-        ("experts beside an MLP", "both go through one more norm", _has(part, "router")),
-        (
-            "layer_scalar",
-            "it multiplies the residual itself",
-            scalar is not None and scalar.item() != 1,
-        ),
-    ):
-        if there:
-            raise UnsupportedArchitectureError(refusal(what, why))
-
-
-def _has(part: Any, name: str) -> bool:
-    return getattr(part, name, None) is not None
-
-
 class NormedValuesReader(AttentionReader):
     """Attention whose values are normalized head by head, with a norm that has no weights."""
 
@@ -406,22 +348,6 @@ class DeltaNetReader(AttentionReader):
         return *run.freeze(frame, layer, self.weights), take(layer, "into_output")
 
 
-def unlike(adapter: Adapter, what: str) -> str:
-    """Name the first attention of a model that is not as a question needs it.
-
-    Args:
-        adapter: Adapter of the model.
-        what: What is needed: "has_pattern", "shown" or "plain".
-
-    Returns:
-        The start of a sentence, such as "L0 of Qwen3.5 has a gated delta net"; "" for none.
-    """
-    for layer, reader in enumerate(adapter.attention):
-        if not getattr(reader, what):
-            return f"L{layer} of {adapter.name} has {reader.kind}"
-    return ""
-
-
 def _matrix(module: Any) -> Tensor:
     """A linear module without a bias as x @ W."""
     if type(module) is not nn.Linear or module.bias is not None:
@@ -448,7 +374,7 @@ def query_key_weights(adapter: Adapter) -> tuple[QueryKeyWeights, ...]:
     Raises:
         UnsupportedArchitectureError: If a block's queries and keys are no such products.
     """
-    if odd := unlike(adapter, "plain"):
+    if odd := adapter.unlike("plain"):
         raise UnsupportedArchitectureError(
             f"{odd}, so the model cannot be run edge by edge. "
             'Use lens.attribute(by="edge"), which does not run it.'

@@ -38,7 +38,6 @@ from .attention_parts import (
     GatedReader,
     LatentReader,
     NormedValuesReader,
-    gate_of,
 )
 from .attention_reading import (
     NotRecomputableError,
@@ -57,6 +56,7 @@ from .supported import (
     check_architecture,
     faulty_option,
     flags_off,
+    gate_of,
     is_adapted,
     merge_first,
     refusal,

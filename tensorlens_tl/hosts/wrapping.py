@@ -19,16 +19,15 @@ from ..graph import resid_site
 from ..maps import TINY
 from .encoders import embeddings_of, random_input, sees_pictures
 from .experts import eager_experts
+from .hook_points import check_weights, not_finite
 from .supported import (
     BRIDGE,
     ENCODER,
     UnsupportedArchitectureError,
     adapter_at,
     check_architecture,
-    check_weights,
     faulty_option,
     merge_first,
-    not_finite,
     refusal,
 )
 from .tokens import CONVENTION

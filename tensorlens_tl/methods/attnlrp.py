@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..hosts import Adapter, Read, UnsupportedArchitectureError, unlike
+from ..hosts import Adapter, Read, UnsupportedArchitectureError
 from ..recording import Edit, LiveModel, Scores, target_of
 from ..sublayers import ExpertsWeights, gating_ratio, soft_cap_ratio
 
@@ -96,7 +96,7 @@ def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
     Raises:
         UnsupportedArchitectureError: If the model has SoLU activations, or a mixture of experts.
     """
-    if odd := unlike(adapter, "shown"):
+    if odd := adapter.unlike("shown"):
         raise UnsupportedArchitectureError(
             f"{odd}, for which attnlrp has no rule. Use another method."
         )

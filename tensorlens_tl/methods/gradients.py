@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import at_least_one, need
-from ..hosts import UnsupportedArchitectureError, unlike
+from ..hosts import UnsupportedArchitectureError
 from ..recording import LiveModel, Scores, hooked, target_of
 
 # --- Methods -------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def chefer(
     Raises:
         UnsupportedArchitectureError: If the pattern that can be read is not the one that acts.
     """
-    if odd := unlike(live.adapter, "has_pattern"):
+    if odd := live.adapter.unlike("has_pattern"):
         raise UnsupportedArchitectureError(
             f"{odd}, which has no pattern to weigh. Use a method without patterns."
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..hosts import Read, UnsupportedArchitectureError, unlike
+from ..hosts import Read, UnsupportedArchitectureError
 from ..recording import Edit, LiveModel
 from ..sublayers import ExpertsWeights, gating_ratio
 
@@ -69,7 +69,7 @@ def _check_parts(live: LiveModel, parts: Sequence[str]) -> None:
         raise ValueError(
             f"The operator freezes no {', '.join(wrong)}. Hold some of {', '.join(FREEZABLE)}."
         )
-    if odd := unlike(live.adapter, "shown") if parts else "":
+    if odd := live.adapter.unlike("shown") if parts else "":
         raise UnsupportedArchitectureError(
             f"{odd}, parts of which no hook can hold. Measure with nothing held."
         )

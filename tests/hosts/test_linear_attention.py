@@ -16,7 +16,7 @@ from models import MORE, MORE_BRIDGE, Case, bridge_offered, build_hf, lens_of, q
 
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError, dot_test, validity
-from tensorlens_tl.support.every_name import exactness
+from tensorlens_tl.support.every_name import exactness, registered, try_name
 from tensorlens_tl.support.frozen_gradient import plain_run
 
 WITHIN = 1e-5
@@ -69,6 +69,30 @@ def test_logits_sums_and_gradient_are_those_of_hugging_face(name):
     assert {"logits", "token", "component", "adjoint"} <= errors.keys()
     assert max(errors.values()) <= WITHIN, errors
     assert dot_test(lens.operator) < 1e-14
+
+
+NAMES = {
+    "AfmoeForCausalLM": "",  # a gate on z
+    "LagunaForCausalLM": "",  # one for each head, and as many heads as a layer wants
+    "MuseGlimmerForConditionalGeneration": "",  # norms that show no scale, and a gate
+    "Gemma4UnifiedForConditionalGeneration": "",  # such norms, and one of values
+    "Gemma4ForCausalLM": "per-layer inputs",
+    "Qwen3NextForCausalLM": "",  # queries, keys and values of a delta net in one matrix
+}
+"""Registered names that have such a component, and why one is refused."""
+
+
+@pytest.mark.offered(len(ROWS) > 1)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_component_of_its_own_is_exact_or_refused_by_name(name):
+    if name not in registered():
+        pytest.skip("the host does not know the name")
+    found = try_name(name)
+    if NAMES[name]:
+        assert NAMES[name] in found.reason
+    else:
+        assert found.outcome == "exact", found
+        assert max(found.errors.values()) <= WITHIN
 
 
 @pytest.mark.offered(len(ROWS) > 1)
