@@ -184,8 +184,8 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
         universe = EdgeUniverse(wiring_of(adapter.weights), adapter.sources)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            whole = whole_norms(adapter)
-            yield EdgeModel(adapter, universe, query_key_weights(adapter), points, whole)
+            own = query_key_weights(adapter)
+            yield EdgeModel(adapter, universe, own, points, whole_norms(adapter))
 
 
 class Flow:

@@ -287,18 +287,9 @@ class Adapter(HookReader, ABC):
         return str(name)
 
     def unlike(self, what: str) -> str:
-        """Start a sentence on the first attention that lacks a property of its reader; "" if none.
-
-        Args:
-            what: The property: "has_pattern", "shown" or "plain".
-
-        Returns:
-            Such as "L0 of Qwen3.5 has a gated delta net".
-        """
-        for layer, reader in enumerate(self.attention):
-            if not getattr(reader, what):
-                return f"L{layer} of {self.name} has {reader.kind}"
-        return ""
+        """Such as "L0 of Qwen3.5 has a gated delta net": the first reader without a property."""
+        odd = [(i, r.kind) for i, r in enumerate(self.attention) if not getattr(r, what)]
+        return f"L{odd[0][0]} of {self.name} has {odd[0][1]}" if odd else ""
 
     @property
     def n_heads(self) -> int:
@@ -360,7 +351,7 @@ class Adapter(HookReader, ABC):
         if self.embed_norm() is not None and self.embed_norm_hook in self.hooks:
             names[None, "embed_ln.scale"] = self.embed_norm_hook
         if self.weights.ln_final is not None:
-            names |= self._norm_point(None, "ln_final", "ln_final")
+            names |= self.norm_point(None, "ln_final", "ln_final")
         for layer, block in enumerate(self.weights.blocks):
             wanted = list(attention) if self.attention[layer].has_pattern else []
             if block.mlp is not None and not isinstance(block.mlp, ExpertsWeights):
@@ -378,7 +369,7 @@ class Adapter(HookReader, ABC):
                     modules[layer, key] = at
             for norm, own in self.norm_names(self.model.blocks[layer]).items():
                 if getattr(block, norm) is not None:
-                    names |= self._norm_point(layer, norm, f"blocks.{layer}.{own}")
+                    names |= self.norm_point(layer, norm, f"blocks.{layer}.{own}")
             names |= {(layer, key): name for key, name in self.residual_hooks(layer).items()}
         hooks = self.hooks
         if missing := [name for name in names.values() if name not in hooks]:
@@ -397,12 +388,6 @@ class Adapter(HookReader, ABC):
         if self._final_edits():  # 2.18 has no hook at the unembedding
             points[None, "normalized"] = hooks.get(FINAL_SITE) or self.model.ln_final
         return points
-
-    def _norm_point(self, layer: int | None, norm: str, at: str) -> dict[Read, str]:
-        """Where a norm's scale passes, or else what enters the norm, which tells the scale."""
-        if f"{at}.hook_scale" in self.hooks or f"{at}.hook_in" not in self.hooks:
-            return {(layer, f"{norm}.scale"): f"{at}.hook_scale"}
-        return {(layer, f"{norm}.in"): f"{at}.hook_in"}
 
     def score_points(self) -> dict[Read, nn.Module]:
         """Find where scores and norms of queries and keys pass; only patterns depend on them."""
@@ -461,11 +446,3 @@ class Adapter(HookReader, ABC):
         kwargs = {self.renamed.get(name, name): value for name, value in kwargs.items()}
         with alone(self.model):
             return self.model(inputs, return_type="logits", **kwargs)
-
-
-def norm_eps(norm: Any) -> float | None:
-    """The ε that a host's norm adds to the variance; None where it shows none."""
-    norm = getattr(norm, "original_component", norm)
-    found = getattr(norm, "variance_epsilon", None)
-    found = getattr(norm, "eps", None) if found is None else found
-    return None if found is None else float(found)

@@ -288,17 +288,8 @@ class DeltaNetReader(AttentionReader):
         else:
             W_V = _matrix(part.v_proj).unflatten(1, (heads, width))
         W_O = _matrix(part.out_proj if hasattr(part, "out_proj") else part.o_proj)
-        return cls(
-            adapter,
-            block,
-            DeltaNetWeights(
-                W_V.transpose(0, 1),
-                None,
-                W_O.unflatten(0, (heads, width)),
-                None,
-                conv.weight[first:, 0],
-            ),
-        )
+        parts = W_V.transpose(0, 1), None, W_O.unflatten(0, (heads, width)), None
+        return cls(adapter, block, DeltaNetWeights(*parts, conv.weight[first:, 0]))
 
     @property
     def part(self) -> Any:

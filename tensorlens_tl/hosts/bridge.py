@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,7 +29,7 @@ from ..sublayers import (
     Rotation,
     UnembedWeights,
 )
-from .adapter import Adapter, QueryKeyWeights, norm_eps
+from .adapter import Adapter, QueryKeyWeights
 from .attention_parts import (
     AttentionReader,
     DeltaNetReader,
@@ -48,7 +47,7 @@ from .attention_reading import (
     rotary_tables,
     rotates,
 )
-from .experts import PackedMixture, eager_experts, inner, packed_weights, shared_expert
+from .experts import PackedMixture, act_name, eager_experts, inner, packed_weights, shared_expert
 from .supported import (
     BRIDGE,
     UNASKED,
@@ -59,23 +58,9 @@ from .supported import (
     gate_of,
     is_adapted,
     merge_first,
+    norm_eps,
     refusal,
 )
-
-_ACT_FNS = {
-    "BloomGelu": "gelu_bloom",
-    "FastGELUActivation": "gelu_fast",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_new",
-    "NewGELUActivation": "gelu_new",
-    "PytorchGELUTanh": "gelu_new",
-    "QuickGELUActivation": "quick_gelu",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
-"""Activations by the class of their module. A Bridge's config may name another one."""
 
 _HALVES_INTERLEAVED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM")
 """Architectures that turn neighbours by the first half of their tables, each entry for two."""
@@ -176,9 +161,9 @@ class BridgeAdapter(Adapter):
         if not hasattr(attn, "v") and hasattr(attn.original_component, "c_attn"):
             return FusedReader.of(self, block, linear_weights)
         # Gemma-4 may share one matrix between keys and values; the widths of its layers differ.
-        d_head = getattr(attn.original_component, "head_dim", d_head)
-        shared = isinstance(getattr(attn.original_component, "v_proj", 0), NoneType)
-        W_V, b_V = linear_weights(attn.k if shared else attn.v)
+        part, own = attn.original_component, getattr(attn, "submodules", {})
+        d_head = getattr(part, "head_dim", d_head)
+        W_V, b_V = linear_weights(attn.k if getattr(part, "v_proj", part) is None else attn.v)
         W_O, b_O = linear_weights(attn.o)
         weights = AttentionWeights(
             W_V.unflatten(1, (-1, d_head)).transpose(0, 1),
@@ -189,9 +174,9 @@ class BridgeAdapter(Adapter):
         weights = self.multiplied("residual_multiplier", weights)
         if getattr(self.cfg, "gated_q_proj", False):
             return GatedReader(self, block, weights, "attn.hook_q_gate", "sigmoid")
-        if "gate" in getattr(attn, "submodules", {}) and hasattr(attn, "gate"):
+        if "gate" in own and hasattr(attn, "gate"):
             return GatedReader(self, block, weights, "attn.gate.hook_out", gate_of(attn))
-        if "v_norm" in getattr(attn, "submodules", {}):
+        if "v_norm" in own:
             return NormedValuesReader(self, block, weights)
         return AttentionReader(self, block, weights)
 
@@ -423,14 +408,6 @@ class BridgeAdapter(Adapter):
                 cos, sin, adjacent = as_rotation(self, tables)
                 return Rotation(cos[0, :n_pos], sin[0, :n_pos], adjacent)
         return None
-
-
-def act_name(module: Any) -> str:
-    """The host's name of an activation, by its module."""
-    kind = type(module).__name__
-    if kind == "GELU":
-        return "gelu" if module.approximate == "none" else "gelu_new"
-    return _ACT_FNS.get(kind, kind)
 
 
 def _xielu(mlp: Any) -> str:

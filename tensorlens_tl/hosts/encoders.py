@@ -20,7 +20,8 @@ from ..graph import SPECIAL_ROWS, resid_site
 from ..maps import NormWeights
 from ..operator import ClassNames, Prompts, patch_names
 from ..sublayers import HeadWeights, PooledHead, UnembedWeights
-from .bridge import BridgeAdapter, act_name, linear_weights
+from .bridge import BridgeAdapter, linear_weights
+from .experts import act_name
 from .hook_points import Read
 from .supported import ENCODER, UnsupportedArchitectureError, faulty_option, refusal
 from .tokens import check_arguments, unpacked

@@ -127,6 +127,30 @@ class _Products(TorchFunctionMode):
 # --- Hugging Face's packed experts ---------------------------------------------------------------
 
 
+_ACT_FNS = {
+    "BloomGelu": "gelu_bloom",
+    "FastGELUActivation": "gelu_fast",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_new",
+    "NewGELUActivation": "gelu_new",
+    "PytorchGELUTanh": "gelu_new",
+    "QuickGELUActivation": "quick_gelu",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+"""Activations by the class of their module. A Bridge's config may name another one."""
+
+
+def act_name(module: Any) -> str:
+    """The host's name of an activation, by its module."""
+    kind = type(module).__name__
+    if kind == "GELU":
+        return "gelu" if module.approximate == "none" else "gelu_new"
+    return _ACT_FNS.get(kind, kind)
+
+
 def inner(module: Any) -> Any:
     """The module inside a component of a Bridge, or the module itself."""
     return getattr(module, "original_component", module)

@@ -230,6 +230,12 @@ class HookReader:
         """What the host calls each of a block's norms."""
         return dict(zip(NORMS, NORMS, strict=True))
 
+    def norm_point(self, layer: int | None, norm: str, at: str) -> dict[Read, str]:
+        """Where a norm's scale passes, or else what enters the norm, which tells the scale."""
+        if f"{at}.hook_scale" in self.hooks or f"{at}.hook_in" not in self.hooks:
+            return {(layer, f"{norm}.scale"): f"{at}.hook_scale"}
+        return {(layer, f"{norm}.in"): f"{at}.hook_in"}
+
     # --- What enters block 0
 
     @property

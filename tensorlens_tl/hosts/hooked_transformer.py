@@ -26,11 +26,11 @@ from ..sublayers import (
     Scores,
     UnembedWeights,
 )
-from .adapter import Adapter, QueryKeyWeights, norm_eps
+from .adapter import Adapter, QueryKeyWeights
 from .attention_parts import AttentionReader
 from .attention_reading import NotRecomputableError, RecomputedReading
 from .experts import HookedMixture, hooked_weights
-from .supported import UnsupportedArchitectureError, flags_off, refusal
+from .supported import UnsupportedArchitectureError, flags_off, norm_eps, refusal
 
 _ATTENTION = ("Attention", "GroupedQueryAttention")
 _BLOCKS = ("TransformerBlock", "BertBlock")

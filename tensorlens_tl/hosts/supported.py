@@ -432,3 +432,11 @@ def gate_of(attn: Any) -> str:
             refusal(f"the attention {kind}", "it is not known what its output gate computes")
         )
     return _GATE_OF[kind]
+
+
+def norm_eps(norm: Any) -> float | None:
+    """The ε that a host's norm adds to the variance; None where it shows none."""
+    norm = getattr(norm, "original_component", norm)
+    found = getattr(norm, "variance_epsilon", None)
+    found = getattr(norm, "eps", None) if found is None else found
+    return None if found is None else float(found)
