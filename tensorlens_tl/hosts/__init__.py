@@ -12,9 +12,10 @@ from .attention_reading import NotRecomputableError, RecomputedReading, StoredRe
 from .encoders import each_prompt
 from .entry import adapt, as_host, load_model, unwrap, wrap
 from .experts import ExpertsRead
-from .hook_points import Read, alone, in_this_thread, not_finite
+from .hook_points import Read, alone, in_this_thread
 from .supported import UnsupportedArchitectureError
 from .tokens import own_ids, prompts_of
+from .wrapping import not_finite
 
 __all__ = [
     "Adapter",

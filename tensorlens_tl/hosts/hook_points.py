@@ -440,27 +440,3 @@ def _is_packed(module: Any) -> bool:
     except Exception:
         return True
     return False
-
-
-def not_finite(name: str, model: Any) -> str:
-    """Message that refuses NaN and infinity in a real token, with the weight or the likely cause.
-
-    Args:
-        name: What is not finite.
-        model: The host model, whose weights may hold the cause.
-
-    Returns:
-        The message, in two sentences.
-    """
-    held = (n for n, p in model.named_parameters() if not bool(p.isfinite().all()))
-    if weight := next(held, None):
-        weight = weight.replace("_original_component.", "").replace("original_component.", "")
-        return (
-            f"{name}: activations of a real token are not finite, as the weight {weight} holds NaN "
-            "or infinity. Load weights that are numbers."
-        )
-    # In float64 a padding mask overflows the host's float32 softmax; later layers read the NaN.
-    return (
-        f"{name}: activations of a real token are not finite (usual causes: padding in a float64 "
-        "model, overflow in a float16 one). Use float32, right padding, or single prompts."
-    )
