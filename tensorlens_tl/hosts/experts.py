@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from .hook_points import in_this_thread
 from .supported import UnsupportedArchitectureError, refusal
 
 _PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
-_SCALED_AFTER = ("LagunaSparseMoeBlock",)  # others multiply the routing weights themselves
 _QUICK = 1.702  # the factor of quick_gelu, act(z) = z σ(1.702 z)
 
 
@@ -253,11 +252,11 @@ class PackedMixture(Mixture):
             if output is not None and every_token:
                 give(_llama4_read(self.module.top_k, scores.pop(), products.seen))
             elif output is not None:  # None after an error inside
-                read = _packed_read(module, args, products.seen)
-                give(read if factor == 1 else replace(read, share=read.share * factor))
+                tokens, experts, share = args
+                give(_packed_read(module, (tokens, experts, share * factor), products.seen))
 
-        scaled_after = type(self.module).__name__ in _SCALED_AFTER
-        factor = float(self.module.routed_scaling_factor) if scaled_after else 1.0
+        after_all = type(self.module).__name__ == "LagunaSparseMoeBlock"  # others scale shares
+        factor = float(self.module.routed_scaling_factor) if after_all else 1.0
         every_token = not hasattr(module, "is_transposed")
         listen = (
             [self.module.router.register_forward_hook(in_this_thread(routed))]
