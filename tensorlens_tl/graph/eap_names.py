@@ -19,7 +19,7 @@ def eap_name(node: Node | Edge) -> str:
         node: The node or edge.
 
     Returns:
-        Its name.
+        The name of the node, or both names with an arrow for an edge.
     """
     if isinstance(node, Edge):
         return f"{eap_name(node.src)}->{eap_name(node.dest)}"
