@@ -216,16 +216,6 @@ class Adapter(HookReader, ABC):
                 "masked tokens. Call lens.attribute(token, pos=...) at a mask."
             )
 
-    @property
-    def n_types(self) -> int:
-        """Number of token types that have embeddings of their own."""
-        return 0
-
-    @property
-    def attends_ahead(self) -> bool:
-        """Whether a token reads later tokens, as in an encoder."""
-        return getattr(self.cfg, "attention_dir", "causal") == "bidirectional"
-
     def _norm_weights_of(self, block: Any, which: str) -> NormWeights | None:
         return self.norm_weights(self.norm(block, which))
 

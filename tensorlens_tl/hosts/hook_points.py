@@ -288,6 +288,16 @@ class HookReader:
             )
         return {name: seen[name] for name in SOURCES if name in seen}
 
+    @property
+    def n_types(self) -> int:
+        """Number of token types that have embeddings of their own."""
+        return 0
+
+    @property
+    def attends_ahead(self) -> bool:
+        """Whether a token reads later tokens, as in an encoder."""
+        return getattr(self.cfg, "attention_dir", "causal") == "bidirectional"
+
     def residual_hooks(self, layer: int) -> dict[str, str]:
         """Find where a block's residual passes.
 
