@@ -306,12 +306,10 @@ class HookReader:
 
         Returns:
             Names of hook points, by what passes there: "resid_pre", "resid_mid" and "resid_post".
-            A block that normalizes the residual itself has "mid_sum" and "post_sum", which its
-            norms read, and no "resid_mid".
+            Where norms read the sums, "mid_sum" and "post_sum" in place of "resid_mid".
         """
-        block, names = self.weights.blocks[layer], ["pre", "post"]
-        if block.mlp is not None and not block.parallel:
-            names.insert(1, "mid")
+        block = self.weights.blocks[layer]
+        names = ("pre", "post") if block.mlp is None or block.parallel else ("pre", "mid", "post")
         return {f"resid_{name}": resid_site(layer, name) for name in names}
 
     def added_after(self, layer: int, prompts: Prompts, like: Tensor) -> tuple[str, Tensor] | None:
