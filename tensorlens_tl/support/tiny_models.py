@@ -185,6 +185,12 @@ NATIVE = {
 }
 COMPAT = {"gpt2", "llama", "neox", "gemma2"}  # one of every block shape, in compatibility mode too
 FLOAT32_NORMS = {
+    "granite",
+    "mixtral",
+    "olmoe",
+    "qwen3-moe",
+    "gpt-oss",
+    "deepseek-v2",
     "llama",
     "mistral",
     "qwen2",
