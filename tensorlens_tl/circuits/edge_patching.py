@@ -294,8 +294,8 @@ class Flow:
 
     def write_mlp(self, layer: int, post: Tensor) -> None:
         block = self.model.adapter.weights.blocks[layer]
-        if block.mlp is None:
-            return
+        if block.mlp is None or isinstance(block.mlp, ExpertsWeights):
+            return  # experts write apart
         W, scale = block.mlp.W_out.to(post), self.scales.get((layer, "ln2_post"))
         written = post_normed(block.ln2_post, scale, post @ W)
         at = self.firsts["out", "mlp", layer]

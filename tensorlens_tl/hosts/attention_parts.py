@@ -409,7 +409,7 @@ def score_weights(adapter: Adapter, n_pos: int, position_ids: Any) -> Iterator[S
     with torch.no_grad():
         rotations = adapter.rotations(n_pos)
     if rotations is None:
-        raise NotRecomputableError("rotations", "the model's tables of them are not found")
+        raise NotRecomputableError(what="rotations", why="the model's tables of them are not found")
     given = torch.as_tensor([0] if position_ids is None else position_ids)
     if any(rotations) and bool((given.diff() != 1).any()):
         raise NotRecomputableError(what="position_ids", why="they are not consecutive")

@@ -425,8 +425,9 @@ class SeeingAdapter(BridgeAdapter):
         for i, picture in enumerate(self.pictures):
             sizes = (("image_grid_thw", slice(1, 3)), ("image_sizes", slice(0, 2)))
             known = [kwargs[name][i][at].tolist() for name, at in sizes if name in kwargs]
+            height, width = known[0] if known else (1, 1)
             first = f"{i}," if len(self.pictures) > 1 else ""
-            names += patch_names(len(picture), *(known[0] if known else (1, 1)), first)
+            names += patch_names(len(picture), height, width, first)
         given, following, strings = prompts.given.tolist(), iter(names), []
         for row, (start, stop), own in zip(given, prompts.spans, prompts.strings, strict=True):
             pairs = zip(row[start:stop], own, strict=True)

@@ -136,7 +136,7 @@ def subject_position(model: Any, template: str, subject: str, tokens: Tensor, **
         ValueError: If the subject ends within a token.
     """
     start = template.partition("{}")[0] + subject
-    ids = adapt(model).prepare(start, kwargs)[1].tokens[0]
+    ids = adapt(model).prepare(start, kwargs)[1].ids("decode")[0]
     if len(ids) > len(tokens) or not equal(ids, tokens[: len(ids)]):
         raise ValueError(
             f"The subject {subject!r} does not end with a token in {template!r}, because the "

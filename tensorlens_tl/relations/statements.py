@@ -366,7 +366,7 @@ def state(
         with torch.no_grad():
             lens = capture(model, template.replace("{}", subject), **kwargs)[1]
         lenses.append(lens)
-        tokens = lens.capture.prompts.tokens[0]
+        tokens = lens.capture.prompts.ids("decode")[0]
         places.append(subject_position(model, template, subject, tokens, **own))
     captured = [lens.capture for lens in lenses]
     hidden = [

@@ -173,7 +173,7 @@ def draw(
         delta = steer.to(x).expand_as(x)
     elif kind == "swap":
         pos = int(torch.randint(len(x), (), generator=generator, device="cpu"))
-        ids = lens.capture.prompts.tokens.clone()
+        ids = lens.capture.prompts.ids("swap").clone()
         d_vocab = lens.capture.unembed.weights.W_U.shape[1]
         # A step of 1 to d_vocab − 1 around the vocabulary never gives the same token.
         step = int(torch.randint(1, d_vocab, (), generator=generator, device="cpu"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import reduce
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -127,6 +128,10 @@ class Sublayer(Mapped):
         # y · W_O (or W_out) is the covector of the hidden values.
         return self.by_node(hidden * self.output.apply_t(y)).sum(-1)
 
+    @property
+    def _W_out(self) -> Tensor:
+        return cast(Tensor, self.output.W)  # a mixture, whose experts hold several, has its own way
+
     def factored(self, hidden: Float[Tensor, "batch pos d_hidden"]) -> Factored:
         """Compute what every node writes, from what the output matrix reads.
 
@@ -139,11 +144,11 @@ class Sublayer(Mapped):
         nodes = len(self.nodes())
         # An MLP is wider inside than outside: nothing is gained by keeping it narrow.
         if hidden.shape[-1] // nodes >= self.out_dim:
-            W = self.frame.cast(self.output.W).unflatten(0, (nodes, -1))
+            W = self.frame.cast(self._W_out).unflatten(0, (nodes, -1))
             return Factored(self.by_node(hidden).permute(2, 0, 1, 3) @ W[:, None])
         return Factored(
             self.by_node(hidden).permute(2, 0, 1, 3),
-            lambda: self.frame.cast(self.output.W).unflatten(0, (nodes, -1)),
+            lambda: self.frame.cast(self._W_out).unflatten(0, (nodes, -1)),
         )
 
     def factored_at(
@@ -164,7 +169,7 @@ class Sublayer(Mapped):
         Returns:
             One row per node [batch, node, d_model].
         """
-        W = self.frame.cast(self.output.W).unflatten(0, (len(self.nodes()), -1))
+        W = self.frame.cast(self._W_out).unflatten(0, (len(self.nodes()), -1))
         return torch.einsum("bne,ned->bnd", self.by_node(self.hidden_at(x, query)), W)
 
     @property

@@ -552,7 +552,7 @@ def test_a_dtype_that_header_and_table_agree_on(lens, path):
     table, data = unpack(path)
     _both("int64", "I64")(table)
     pack(path, table, data)
-    refuse(path, r"lens\.embed: expected Float.*got torch\.int64")
+    refuse(path, r"lens\.embeddings\.embed: expected Float.*got torch\.int64")
 
 
 BLOCK = ("capture", "blocks", 0)
