@@ -84,6 +84,16 @@ class BridgeAdapter(Adapter):
         if what != self.architecture and BRIDGE not in vars(self.model.original_model):
             why = "its Bridge gives other logits than Hugging Face's model"
             raise UnsupportedArchitectureError(refusal(what, why, remedy))
+        folded = getattr(self.model, "compatibility_mode", False)
+        if folded and any(name.endswith("sinks") for name, _ in self.model.named_parameters()):
+            raise UnsupportedArchitectureError(
+                refusal(
+                    f"{self.architecture} in compatibility mode",
+                    "value biases are folded as if patterns summed to 1, and attention sinks take "
+                    "a share",
+                    "Capture the model without enable_compatibility_mode().",
+                )
+            )
         attention = getattr(config, "_attn_implementation", "eager")
         if attention not in ("eager", None) and self.attends_apart:
             raise ValueError(

@@ -34,11 +34,10 @@ from .name_tables import names_markdown
 from .tiny_models import (
     D_VOCAB,
     FAMILIES,
-    TOL,
     host_classes,
     hugging_face_logits,
-    norms_in_float32,
     quiet,
+    tolerance_of,
 )
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
@@ -183,7 +182,7 @@ def measure(family: str, host_class: str) -> Row:
                 status = "not built"
             return Row(family, host_class, status, reason=_reason(crash))
         theirs = against_hugging_face(family, host_class, ids, logits)
-    tolerance = TOL[torch.float64, norms_in_float32(family, host_class)]
+    tolerance = tolerance_of(family, host_class)
     same = theirs is None or theirs <= HUGGING_FACE_TOL
     status = "supported" if error <= tolerance and same else "wrong"  # NaN is wrong, too
     theirs = None if theirs is None else float(f"{theirs:.1e}")

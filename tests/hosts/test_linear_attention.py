@@ -141,3 +141,20 @@ def test_what_a_gated_delta_net_cannot_answer_is_refused_by_name():
         pytest.raises(CaptureMismatchError, match=r"linear_attn\.hook"),
     ):
         tensorlens_tl.capture(model, tokens())
+
+
+def test_what_a_delta_net_is_off_by_is_the_float32_of_its_host(monkeypatch):
+    """With the recurrence in float64, the same run is as exact as other models with such norms."""
+    if "qwen3.5" not in ROWS:
+        pytest.skip("this host does not run gated delta nets")
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as host
+
+    case = next(case for case in MORE if case.name == "bridge-qwen3.5")
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        text = inspect.getsource(getattr(host, name)).replace("torch.float32", "torch.float64")
+        scope = dict(vars(host))
+        exec(text[text.index("def ") :], scope)
+        monkeypatch.setattr(host, name, scope[name])
+    with quiet():
+        _, lens = tensorlens_tl.capture(case.build(torch.float64), tokens())
+    assert lens.completeness_error <= 1e-6

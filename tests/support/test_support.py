@@ -72,7 +72,8 @@ def test_errors_within_tolerance(measured):
             assert bool(row.reason) == (row.status in ("refused", "not built")), row
             if row.error is not None:
                 float32 = families.norms_in_float32(row.family, row.host_class)
-                assert row.error <= row.tolerance == (1e-6 if float32 else ROUNDING), row
+                most = 1e-5 if row.family == "qwen3.5" else 1e-6 if float32 else ROUNDING
+                assert row.error <= row.tolerance == most, row
             compared = row.error is not None and row.host_class.startswith("Bridge")
             assert (row.hugging_face is not None) == compared, row
             assert not compared or row.hugging_face <= 2e-6, row
