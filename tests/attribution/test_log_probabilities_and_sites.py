@@ -150,7 +150,7 @@ def test_total_effects_on_a_site_are_those_along_the_operator_between(case):
     embedded = [i for i, s in enumerate(found.sources) if "embed" in str(s.node)]
     assert_close(found.values[:, embedded].sum(1), expected, ORACLE)
     for by in TOTALS:
-        if by in ("mlp", "neuron") and lens.capture.blocks[0].mlp is None:
+        if by in ("mlp", "neuron", "expert") and lens.capture.blocks[0].mlp is None:
             continue
         assert lens.attribute(d, site=site, by=by, effect="total").values.abs().sum() > 0
 

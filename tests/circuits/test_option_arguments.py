@@ -71,7 +71,7 @@ REFUSED = [
     (discover, {"threshold": True}, "threshold=True is not a finite number"),
     (discover, {"threshold": float("nan")}, "threshold=nan is not a finite number"),
     (discover, {"n_edges": 3, "seed": [1]}, rf"seed=\[1\] {NO_INTEGER}"),
-    (discover, {"n_edges": 3, "path": 3}, "path=3 is not the path of a file. Pass a string"),
+    (discover, {"n_edges": 3, "path": 3}, "path=3 is not a path. Pass a string or a pathlib.Path"),
     (matrix, {"name": ["norm"]}, r"There is no method \['norm'\]\. Choose one of norm, in, out"),
     (matrix, {"name": "norm", "seed": "a"}, f"seed='a' {NO_INTEGER}"),
     (matrix, {"name": "norm", "precision": ["bfloat16"]}, "precision must be 'bfloat16' or None"),

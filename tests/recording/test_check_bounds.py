@@ -43,12 +43,14 @@ def test_a_row_without_variance_is_served(case):
     assert state.var() == 0 and lens.completeness_error <= largest
 
 
-def wrong(weights, part, name):
-    """The weights of a model with one of block 0 a hundredth too large."""
+def make_wrong(adapter, part, name):
+    """Make a weight of block 0 a hundredth too large, wherever it is read."""
+    weights = adapter.weights
     block = weights.blocks[0]
     own = getattr(block, part)
     own = replace(own, **{name: getattr(own, name) * 1.01})
-    return replace(weights, blocks=(replace(block, **{part: own}), *weights.blocks[1:]))
+    adapter.weights = replace(weights, blocks=(replace(block, **{part: own}), *weights.blocks[1:]))
+    adapter.attention[0].weights = adapter.weights.blocks[0].attn
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_a_wrong_weight_is_noticed_beside_such_a_row(case, part, name):
     adapter = adapt(with_a_constant_embedding(case))
     if getattr(getattr(adapter.weights.blocks[0], part), name) is None:
         pytest.skip("this family has no such bias")
-    adapter.weights = wrong(adapter.weights, part, name)
+    make_wrong(adapter, part, name)
     with quiet(), torch.no_grad(), pytest.raises(CaptureMismatchError, match=f"L0 .*{name}"):
         record(adapter, IDS)
 
@@ -85,7 +87,7 @@ def test_a_small_branch_of_a_large_state_is_checked_sharply():
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_a_refusal_names_sublayer_error_and_causes(case):
     adapter = adapt(case.model(torch.float32))
-    adapter.weights = wrong(adapter.weights, "attn", "W_V")
+    make_wrong(adapter, "attn", "W_V")
     with quiet(), torch.no_grad(), pytest.raises(CaptureMismatchError) as caught:
         record(adapter, tokens())
     message = str(caught.value)
