@@ -219,6 +219,7 @@ def hooked_encoder(dtype: torch.dtype) -> Any:
 
 # Families that are those shapes in another dress: the laws that need the host, once each.
 # Cohere's Bridges are Hugging Face's model under transformer_lens 4 alone.
+DELTA_NETS = ("qwen3.5", "olmo-hybrid")
 _COHERE = () if HookedTransformer else (True,)
 _COMPAT = {"cohere": _COHERE, "cohere2": _COHERE, "olmo2": (False, True), "bloom": (False, True)}
 MORE = [
@@ -226,6 +227,8 @@ MORE = [
     for name in MORE_BRIDGE
     for compat in _COMPAT.get(name, (False,))
     if bridge_offered(name)
+    # transformer_lens 3 does not run gated delta nets.
+    and (HookedTransformer is None or name not in DELTA_NETS)
 ]
 if hooked_offered("olmo2"):
     MORE.append(

