@@ -312,7 +312,7 @@ class NormWeights:
         return self.w if self.w is None or not self.offset else self.w + self.offset
 
     def at_scale(
-        self, x: Float[Tensor, "*shape d"], scale: Float[Tensor, "*shape 1"], b: bool = True
+        self, x: Float[Tensor, "*shape d"], scale: Float[Tensor, "*#shape 1"], b: bool = True
     ) -> Float[Tensor, "*shape d"]:
         """Apply the norm to a part x of its input, at the scale of the whole; b if asked."""
         x = (x - x.mean(-1, keepdim=True) if self.center else x) / scale
