@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import assert_close
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from models import ROUNDING, HookedTransformer, build_bridge, build_hooked, quiet
 
@@ -98,6 +98,8 @@ if HookedTransformer is not None:
     @settings(max_examples=480, **options)
     @any_shape
     def test_many_more_shapes(config, batch, pos, gate, seed):
+        # A norm of two numbers divides their difference by itself: its rounding has no bound.
+        assume(config["d_model"] > 2)
         with quiet():
             model = build_hooked(config, torch.float64)
         check(model, batch, pos, gate, seed, 1e-12)
