@@ -275,10 +275,14 @@ def _picture(one: Attribution) -> str:
     places, values = [source.pos for source in one.sources], one.values[0]
     grid = patch_map(one.labels[0], places, values).tolist()
     patches = {s.pos for s, n in zip(one.sources, one.labels[0], strict=True) if _PATCH.search(n)}
+    names: dict[int | None, str] = {None: "constants"}
+    for source, label in zip(one.sources, one.labels[0], strict=True):
+        if getattr(source.node, "kind", "") != "pos_embed":  # the row's own name, not its position
+            names.setdefault(source.pos, label)
     beside: dict[str, float] = {}
     for place, value in zip(places, values.tolist(), strict=True):
         if place not in patches:
-            named = "constants" if place is None else f"row {place}"
+            named = names.get(place, f"row {place}")
             beside[named] = beside.get(named, 0.0) + value
     rows, columns = ([str(i) for i in range(len(axis))] for axis in (grid, grid[0]))
     numbers = [*(value for row in grid for value in row), *beside.values()]

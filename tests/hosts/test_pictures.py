@@ -189,7 +189,7 @@ def test_a_notebook_shows_the_map_and_what_is_beside_it():
     constants = sum(
         v for s, v in zip(rest.sources, rest.values[0].tolist(), strict=True) if s.pos is None
     )
-    assert "row 0 <b" in html and f'title="{cls:+.4g}"' in html
+    assert "&quot;[CLS]&quot;@0 <b" in html and f'title="{cls:+.4g}"' in html
     assert f'title="{constants:+.4g}"' in html
 
 
