@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from contextlib import contextmanager
 from functools import cache
 
@@ -171,7 +172,8 @@ def test_rows_of_a_picture_are_a_source_apart_from_the_tokens(kind):
     shown = found.select(kind="patch")
     assert list(shown.labels[0]) == names and shown.values.abs().min() > 0
     assert {"patch[0,0]", '"#7"@' + str(rows * columns + 4)} <= {*found.sum("node").labels[0]}
-    assert "row 1 <b" in found._repr_html_()  # beside the map of the picture
+    shown = html.unescape(found._repr_html_())
+    assert '"#1"@0 <b' in shown and "row 1 <b" not in shown  # the rows beside the map, by name
     assert lens.attribute(3, by="component").completeness_error <= 1e-5
     own = lens.paths(3, k=2, from_token=4).paths
     assert {path.label for path in own} == {"patch[0,1]"}
