@@ -24,6 +24,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 ROOMS = [
     "checks",
     "graph",
+    "pictures",
     "maps",
     "costs",
     "sublayers",
