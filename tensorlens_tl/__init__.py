@@ -35,11 +35,12 @@ if TYPE_CHECKING:
         score_edges,
     )
     from .graph import Edge, Node
-    from .hosts import UnsupportedArchitectureError, load_model, unwrap, wrap
+    from .hosts import load_model, unwrap, wrap
     from .lens import SequenceAttribution, TensorLens, load
     from .maps import LinearMap, dot_test
     from .methods import LogitLens, Routing
     from .operator import Capture, CaptureMismatchError, Convention, FrozenTransformer
+    from .refusals import UnsupportedArchitectureError
     from .relations import validity
 
 __version__ = "0.1.0"
@@ -58,7 +59,8 @@ _ROOMS = {
         "score_edges",
     ),
     "graph": ("Edge", "Node"),
-    "hosts": ("UnsupportedArchitectureError", "load_model", "unwrap", "wrap"),
+    "hosts": ("load_model", "unwrap", "wrap"),
+    "refusals": ("UnsupportedArchitectureError",),
     "lens": ("SequenceAttribution", "TensorLens", "load"),
     "methods": ("LogitLens", "Routing"),
     "operator": ("Capture", "CaptureMismatchError", "Convention", "FrozenTransformer"),

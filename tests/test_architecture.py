@@ -23,12 +23,14 @@ pytestmark = pytest.mark.algebra
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 ROOMS = [
     "checks",
+    "refusals",
     "graph",
     "pictures",
     "maps",
     "costs",
     "sublayers",
     "operator",
+    "readers",
     "hosts",
     "recording",
     "attribution",
@@ -46,8 +48,8 @@ ROOMS = [
 """From the ground up: a room imports only rooms before it."""
 APART = [{"methods", "circuits"}, {"circuits", "evaluation"}]
 """Rooms beside each other: neither imports the other."""
-FRONT = {"hosts", "plugin", "demo", "support"}
-"""hosts/, what puts the method on its classes, and what builds host models."""
+FRONT = {"hosts", "readers", "refusals", "plugin", "demo", "support"}
+"""Rooms that know host classes: hosts/ and two below, the plugin, and builders of models."""
 SUBMODULES = {
     "evaluation": {"evaluate"},
     "lens": {"TensorLens", "load"},

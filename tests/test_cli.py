@@ -142,7 +142,7 @@ def test_help_and_version_need_no_torch(line, static):
 def test_names_are_those_of_the_library():
     assert choices.BY == attribution.splits.BY
     assert choices.TOTALS == attribution.splits.TOTALS
-    assert choices.KINDS == hosts.entry.KINDS
+    assert choices.KINDS == hosts.loading.KINDS
     assert tuple(methods.METHODS) == choices.METHODS
     assert tuple(evaluation.protocols.PROTOCOLS) == choices.PROTOCOLS
     assert tuple(evaluation.protocols.PRESETS) == choices.PRESETS

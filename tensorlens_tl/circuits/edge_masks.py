@@ -11,7 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ..graph import Edge, Node, Wiring, as_edges
-from ..hosts import Adapter, UnsupportedArchitectureError
+from ..hosts import Adapter
+from ..refusals import UnsupportedArchitectureError
 from ..sublayers import BlockWeights, ExpertsWeights, ModelWeights
 
 

@@ -40,8 +40,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ..checks import no_autocast
-from ..hosts import Adapter, QueryKeyWeights, Read, adapt, query_key_weights, whole_norms
+from ..hosts import Adapter, adapt
 from ..maps import NormWeights
+from ..readers import QueryKeyWeights, Read, query_key_weights, whole_norms
 from ..recording import Edit, hooked, input_replaced, output_replaced, unsplit
 from ..sublayers import ExpertsWeights
 from .edge_masks import EdgeUniverse, refuse_norms_between, wiring_of

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..hosts import in_this_thread
 from ..maps import NormWeights
+from ..readers import in_this_thread
 from ..sublayers import ExpertsWeights
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ..attribution import mean_embedding
 from ..checks import progress_bar
-from ..hosts import Adapter, alone, in_this_thread
+from ..hosts import Adapter
+from ..readers import alone, in_this_thread
 from ..recording import hooked
 
 MASKINGS = ("delete", "token", "mean")

@@ -25,6 +25,24 @@ from ..checks import token_text
 from ..graph import FINAL_SITE
 from ..maps import NormWeights
 from ..operator import Prompts
+from ..readers import (
+    LAYER_HOOKS,
+    AttentionReader,
+    HookReader,
+    Mixture,
+    QueryKeyWeights,
+    Read,
+    RecomputedReading,
+    alone,
+    score_weights,
+)
+from ..refusals import (
+    NotRecomputableError,
+    UnsupportedArchitectureError,
+    activation_name,
+    check_weights,
+    refusal,
+)
 from ..sublayers import (
     BlockWeights,
     EmbedWeights,
@@ -35,17 +53,6 @@ from ..sublayers import (
     ScoreWeights,
     UnembedWeights,
 )
-from .attention_parts import AttentionReader, QueryKeyWeights, score_weights
-from .attention_reading import NotRecomputableError, RecomputedReading
-from .experts import Mixture
-from .hook_points import (
-    LAYER_HOOKS,
-    HookReader,
-    Read,
-    alone,
-    check_weights,
-)
-from .supported import UnsupportedArchitectureError, activation_name, refusal
 from .tokens import prepare
 
 _NORMS_AFTER = (

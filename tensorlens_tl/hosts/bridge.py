@@ -17,9 +17,42 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from ..maps import NormWeights, version
+from ..readers import (
+    AttentionReader,
+    DeltaNetReader,
+    FusedReader,
+    GatedReader,
+    LatentReader,
+    NormedValuesReader,
+    PackedMixture,
+    QueryKeyWeights,
+    RecomputedReading,
+    as_rotation,
+    bridge_reading,
+    drop_pattern,
+    eager_experts,
+    gate_of,
+    inner,
+    norm_eps,
+    packed_weights,
+    rotary_tables,
+    rotates,
+    shared_expert,
+)
+from ..refusals import (
+    NotRecomputableError,
+    UnsupportedArchitectureError,
+    act_name,
+    check_architecture,
+    faulty_option,
+    flags_off,
+    is_adapted,
+    merge_first,
+    refusal,
+    xielu_name,
+)
 from ..sublayers import (
     AttentionWeights,
     BlockWeights,
@@ -29,38 +62,14 @@ from ..sublayers import (
     Rotation,
     UnembedWeights,
 )
-from .adapter import Adapter, QueryKeyWeights
-from .attention_parts import (
-    AttentionReader,
-    DeltaNetReader,
-    FusedReader,
-    GatedReader,
-    LatentReader,
-    NormedValuesReader,
-)
-from .attention_reading import (
-    NotRecomputableError,
-    RecomputedReading,
-    as_rotation,
-    bridge_reading,
-    drop_pattern,
-    rotary_tables,
-    rotates,
-)
-from .experts import PackedMixture, act_name, eager_experts, inner, packed_weights, shared_expert
-from .supported import (
-    BRIDGE,
-    UNASKED,
-    UnsupportedArchitectureError,
-    check_architecture,
-    faulty_option,
-    flags_off,
-    gate_of,
-    is_adapted,
-    merge_first,
-    norm_eps,
-    refusal,
-)
+from .adapter import Adapter
+
+UNASKED = "_tensorlens_unasked"
+"""Attribute of a Bridge that a call made for itself: how to unwrap it if its first run is refused.
+"""
+
+BRIDGE = "_tensorlens_bridge"
+"""Attribute of a Hugging Face model that holds the Bridge around it."""
 
 _HALVES_INTERLEAVED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM")
 """Architectures that turn neighbours by the first half of their tables, each entry for two."""
@@ -223,7 +232,7 @@ class BridgeAdapter(Adapter):
     def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights | ExpertsWeights:
         if hasattr(module := inner(mlp), "experts"):
             return packed_weights(inner(module.experts), lambda m: self.activation(act_name(m)))
-        kind, act = type(mlp).__name__, _xielu(mlp) or self.activation()
+        kind, act = type(mlp).__name__, xielu_name(mlp) or self.activation()
         if getattr(mlp, "_bound_dense_gate", False):  # a dense block among mixtures
             parts = (mlp.dense_gate, mlp.dense_in, mlp.dense_out)
             (W_gate, b_gate), (W_in, b_in), (W_out, b_out) = map(linear_weights, parts)
@@ -418,15 +427,6 @@ class BridgeAdapter(Adapter):
                 cos, sin, adjacent = as_rotation(self, tables)
                 return Rotation(cos[0, :n_pos], sin[0, :n_pos], adjacent)
         return None
-
-
-def _xielu(mlp: Any) -> str:
-    """Name of an xIELU with what it has learned; "" for another activation."""
-    act: Any = getattr(getattr(mlp, "original_component", None), "act_fn", None)
-    if type(act).__name__ != "XIELUActivation":
-        return ""
-    rise, fall = (float(softplus(alpha)) for alpha in (act.alpha_p, act.alpha_n))
-    return f"xielu({rise}, {float(act.beta) + fall}, {float(act.beta)})"
 
 
 def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:

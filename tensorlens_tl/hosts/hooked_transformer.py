@@ -15,6 +15,15 @@ from torch import Tensor, nn
 from ..checks import is_int, kind_of
 from ..maps import NormWeights
 from ..operator import Prompts
+from ..readers import (
+    AttentionReader,
+    HookedMixture,
+    QueryKeyWeights,
+    RecomputedReading,
+    hooked_weights,
+    norm_eps,
+)
+from ..refusals import NotRecomputableError, UnsupportedArchitectureError, flags_off, refusal
 from ..sublayers import (
     AttentionWeights,
     BlockWeights,
@@ -26,11 +35,7 @@ from ..sublayers import (
     Scores,
     UnembedWeights,
 )
-from .adapter import Adapter, QueryKeyWeights
-from .attention_parts import AttentionReader
-from .attention_reading import NotRecomputableError, RecomputedReading
-from .experts import HookedMixture, hooked_weights
-from .supported import UnsupportedArchitectureError, flags_off, norm_eps, refusal
+from .adapter import Adapter
 
 _ATTENTION = ("Attention", "GroupedQueryAttention")
 _BLOCKS = ("TransformerBlock", "BertBlock")

@@ -17,19 +17,20 @@ from torch import Tensor
 from ..checks import kind_of
 from ..graph import resid_site
 from ..maps import TINY
-from .encoders import embeddings_of, random_input, sees_pictures
-from .experts import eager_experts
-from .hook_points import check_weights
-from .supported import (
-    BRIDGE,
-    ENCODER,
+from ..readers import eager_experts
+from ..refusals import (
     UnsupportedArchitectureError,
     adapter_at,
     check_architecture,
+    check_weights,
     faulty_option,
     merge_first,
+    not_finite,
     refusal,
 )
+from .bridge import BRIDGE
+from .encoders import ENCODER
+from .pictures import embeddings_of, random_input, sees_pictures
 from .tokens import CONVENTION
 
 _HEADED = {
@@ -343,27 +344,3 @@ def _probe(tokenizer: Any) -> str:
             if ids and tokenizer.unk_token_id not in ids:
                 return text
     raise ValueError("The tokenizer knows no text. Pass token ids.")
-
-
-def not_finite(name: str, model: Any) -> str:
-    """Message that refuses NaN and infinity in a real token, with the weight or the likely cause.
-
-    Args:
-        name: What is not finite.
-        model: The host model, whose weights may hold the cause.
-
-    Returns:
-        The message, in two sentences.
-    """
-    held = (n for n, p in model.named_parameters() if not bool(p.isfinite().all()))
-    if weight := next(held, None):
-        weight = weight.replace("_original_component.", "").replace("original_component.", "")
-        return (
-            f"{name}: activations of a real token are not finite, as the weight {weight} holds NaN "
-            "or infinity. Load weights that are numbers."
-        )
-    # In float64 a padding mask overflows the host's float32 softmax; later layers read the NaN.
-    return (
-        f"{name}: activations of a real token are not finite (usual causes: padding in a float64 "
-        "model, overflow in a float16 one). Use float32, right padding, or single prompts."
-    )

@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..hosts import Adapter, Read, UnsupportedArchitectureError
+from ..hosts import Adapter
+from ..readers import Read
 from ..recording import Edit, LiveModel, Scores, target_of
+from ..refusals import UnsupportedArchitectureError
 from ..sublayers import ExpertsWeights, gating_ratio, soft_cap_ratio
 
 

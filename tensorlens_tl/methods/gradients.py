@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import at_least_one, need
-from ..hosts import UnsupportedArchitectureError
 from ..recording import LiveModel, Scores, hooked, target_of
+from ..refusals import UnsupportedArchitectureError
 
 # --- Methods -------------------------------------------------------------------------------------
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..hosts import Read, not_finite
 from ..maps import Frame, version
 from ..operator import CaptureMismatchError
+from ..readers import Read
+from ..refusals import not_finite
 
 
 class Activations:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hosts import ExpertsRead
 from ..maps import Frame, Norm
+from ..readers import ExpertsRead
 from ..sublayers import Experts, ExpertsWeights
 from .self_check import SelfCheck, affine
 

@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..hosts import Adapter, adapt, alone, as_host, in_this_thread
+from ..hosts import Adapter, adapt, as_host
 from ..maps import HALF
 from ..operator import Capture
+from ..readers import alone, in_this_thread
 
 Scores = Float[Tensor, "prompt pos"]
 """One score per token, in the target's units."""

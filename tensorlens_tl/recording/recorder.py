@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ..graph import EMBED_NORM_BIAS, SOURCES
-from ..hosts import Adapter, ExpertsRead, Read, RecomputedReading, StoredReading, in_this_thread
+from ..hosts import Adapter
 from ..maps import Frame, Norm, NormWeights, Shift, take_row
 from ..operator import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
+from ..readers import ExpertsRead, Read, RecomputedReading, StoredReading, in_this_thread
 from ..sublayers import (
     BlockWeights,
     ExpertsWeights,

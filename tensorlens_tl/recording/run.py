@@ -19,16 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import no_autocast
-from ..hosts import (
-    Adapter,
-    NotRecomputableError,
-    RecomputedReading,
-    StoredReading,
-    adapt,
-    alone,
-)
+from ..hosts import Adapter, adapt
 from ..maps import HALF, TINY, Frame
 from ..operator import Capture, Convention
+from ..readers import RecomputedReading, StoredReading, alone
+from ..refusals import NotRecomputableError
 from .live_model import in_float32, inference_weights
 from .recorder import Recorder
 

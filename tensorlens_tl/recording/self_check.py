@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..hosts import not_finite
 from ..maps import TINY, Frame, Norm, NormWeights, version
 from ..operator import CaptureMismatchError, tolerance
+from ..refusals import not_finite
 from ..sublayers import AnyMix, AttentionWeights
 
 _SAMPLE = 16

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..hosts import Read, UnsupportedArchitectureError
+from ..readers import Read
 from ..recording import Edit, LiveModel
+from ..refusals import UnsupportedArchitectureError
 from ..sublayers import ExpertsWeights, gating_ratio
 
 FREEZABLE = ("pattern", "scale", "ratio")

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from ..hosts import UnsupportedArchitectureError
 from ..plugin import capture
+from ..refusals import UnsupportedArchitectureError
 from .every_name import Name, summary, try_all
 from .name_tables import names_markdown
 from .tiny_models import (

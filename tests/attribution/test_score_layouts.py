@@ -29,7 +29,7 @@ from models import (
 from test_more_families import KNOWN
 
 import tensorlens_tl
-from tensorlens_tl.hosts.attention_reading import NotRecomputableError
+from tensorlens_tl.refusals.errors import NotRecomputableError
 from tensorlens_tl.support.every_name import tiny_model, without_processor
 
 NAMES = {

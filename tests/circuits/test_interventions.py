@@ -35,8 +35,8 @@ from tensorlens_tl.circuits.faithfulness_result import (
     FaithfulnessCurve,
     share_difference,
 )
-from tensorlens_tl.hosts.attention_parts import whole_norms
 from tensorlens_tl.hosts.entry import adapt
+from tensorlens_tl.readers.attention_scores import whole_norms
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
 _EACH = ("gpt2", "gpt2-compat", "llama", "neox", "gemma2", "gemma2-compat")

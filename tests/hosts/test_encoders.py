@@ -34,7 +34,7 @@ from models import (
 from oracles import FrozenModel, gradient_of
 
 import tensorlens_tl
-from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
+from tensorlens_tl.refusals.errors import UnsupportedArchitectureError
 
 every_case = pytest.mark.parametrize("case", ENCODERS, ids=str)
 BRIDGED = [name for name in ("Bert", "Roberta") if encoder_offered(f"{name}ForMaskedLM")]

@@ -38,10 +38,9 @@ from models import (
 
 import tensorlens_tl
 from tensorlens_tl.evaluation.masking import Masking
-from tensorlens_tl.hosts.attention_reading import NotRecomputableError
 from tensorlens_tl.hosts.entry import adapt
-from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
 from tensorlens_tl.recording.live_model import live_models
+from tensorlens_tl.refusals.errors import NotRecomputableError, UnsupportedArchitectureError
 from tensorlens_tl.relations.held_model import hold_frozen
 from tensorlens_tl.relations.validity_errors import direction_errors
 from tensorlens_tl.support.tiny_models import find

@@ -24,7 +24,8 @@ from torch import nn
 
 import tensorlens_tl
 from tensorlens_tl import UnsupportedArchitectureError
-from tensorlens_tl.hosts import supported, wrapping
+from tensorlens_tl.hosts import wrapping
+from tensorlens_tl.refusals import supported
 from tensorlens_tl.support.tiny_models import _OTHER_BRIDGE
 
 wraps = pytest.mark.offered(build_bridge_from_module is not None)

@@ -28,10 +28,10 @@ from test_baselines import FEW, every_few, matrix, scores, t
 import tensorlens_tl
 from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.hosts.entry import adapt
-from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
 from tensorlens_tl.methods import gradients as gradient
 from tensorlens_tl.methods.baselines import BASELINES, baseline_scores
 from tensorlens_tl.recording.live_model import live_models
+from tensorlens_tl.refusals.errors import UnsupportedArchitectureError
 
 MODELS = [name for name, baseline in BASELINES.items() if baseline.needs_model]
 every_method = pytest.mark.parametrize("name", list(BASELINES))

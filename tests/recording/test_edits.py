@@ -9,7 +9,7 @@ from oracles import attends_apart
 import tensorlens_tl
 from tensorlens_tl import CaptureMismatchError
 from tensorlens_tl.attribution.splits import BY
-from tensorlens_tl.hosts.hook_points import EDITS
+from tensorlens_tl.readers.hook_points import EDITS
 
 STAGES = {
     "blocks.0.hook_resid_pre": "L0.hook_resid_pre[user]",

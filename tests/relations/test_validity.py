@@ -22,8 +22,8 @@ from models import (
 
 import tensorlens_tl
 from tensorlens_tl import demo
-from tensorlens_tl.hosts.supported import UnsupportedArchitectureError
 from tensorlens_tl.recording.live_model import live_models
+from tensorlens_tl.refusals.errors import UnsupportedArchitectureError
 from tensorlens_tl.relations.held_model import FREEZABLE, hold_frozen
 from tensorlens_tl.relations.validity_errors import (
     DIRECTION_KINDS,

@@ -29,12 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorlens_tl
 from tensorlens_tl import dot_test
-from tensorlens_tl.hosts.attention_reading import NotRecomputableError, alibi_slopes
 from tensorlens_tl.hosts.entry import adapt
 from tensorlens_tl.maps.batch_layout import Frame
 from tensorlens_tl.maps.primitives import Mix
 from tensorlens_tl.methods import baselines
 from tensorlens_tl.operator.capture import CaptureMismatchError
+from tensorlens_tl.readers.attention_reading import alibi_slopes
+from tensorlens_tl.refusals.errors import NotRecomputableError
 from tensorlens_tl.sublayers import attention_kernel as score_blocks
 from tensorlens_tl.sublayers.attention_kernel import Scores
 from tensorlens_tl.sublayers.recomputed_pattern import RecomputedMix

@@ -11,7 +11,7 @@ import torch
 from models import quiet
 
 from tensorlens_tl import UnsupportedArchitectureError, capture
-from tensorlens_tl.hosts.supported import SUPPORTED
+from tensorlens_tl.refusals.supported import SUPPORTED
 from tensorlens_tl.support import every_name, table
 from tensorlens_tl.support.configurations import tiny_config
 from tensorlens_tl.support.every_name import (

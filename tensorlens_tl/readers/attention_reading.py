@@ -20,17 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..maps import HALF, Frame, Mix
+from ..refusals import NotRecomputableError
 from ..sublayers import AttentionWeights, RecomputedMix, Scores
 from .hook_points import refuse_edits
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
+from .host import Host
 
 Take = Callable[[int, str], Tensor]
 """Gives what was read of a block, by the adapter's name of it."""
@@ -38,24 +37,6 @@ Take = Callable[[int, str], Tensor]
 Rotate = Callable[[int, Mapping[str, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
 """Makes of queries and keys [batch, pos, head, d_head] of a block, and of what else was read there,
 those that scores are products of."""
-
-
-class NotRecomputableError(ValueError):
-    """A model whose patterns cannot be recomputed from what its hooks show; the message says why.
-
-    Args:
-        what: The part of the model that is in the way.
-        why: The reason, as the end of a sentence.
-    """
-
-    def __init__(self, what: str, why: str):
-        self.cause = f"{what}: {why}"
-        super().__init__(f'pattern="recomputed" does not serve {self.cause}. Use pattern="stored".')
-
-    @classmethod
-    def unknown(cls, kind: str) -> NotRecomputableError:
-        """The refusal of a class of attention modules that no adapter knows."""
-        return cls(f"the attention {kind}", "it is not known what its scores are computed from")
 
 
 @dataclass(frozen=True)
@@ -163,7 +144,7 @@ class RecomputedReading:
 # --- How the scores of each component of a Bridge are computed ------------------------------------
 
 
-def _rotated_by_host(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+def _rotated_by_host(adapter: Host, parts: list[Any]) -> RecomputedReading:
     """Queries and keys are shown normalized and rotated; the rest is in the wrapped module."""
 
     def scores(attn: Any, layer: int) -> Scores:
@@ -178,7 +159,7 @@ def _rotated_by_host(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
     return RecomputedReading(reads, each, reads, sinks=sinks)
 
 
-def _joint_rotary(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+def _joint_rotary(adapter: Host, parts: list[Any]) -> RecomputedReading:
     """Queries and keys are shown before they are rotated, beside the cosines and sines."""
     windows = (_window(part, layer) for layer, part in enumerate(parts))
     scores = tuple(Scores(adapter.cfg.d_head**-0.5, window=window) for window in windows)
@@ -193,7 +174,7 @@ def _window(attn: Any, layer: int) -> int | None:
     return window if window and local else None
 
 
-def _joint(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+def _joint(adapter: Host, parts: list[Any]) -> RecomputedReading:
     """Nothing rotates; GPT-2 may divide the scores by the number of the layer, too."""
     by_layer = getattr(adapter.cfg, "scale_attn_by_inverse_layer_idx", False)
     scale = adapter.cfg.d_head**-0.5
@@ -201,7 +182,7 @@ def _joint(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
     return RecomputedReading(("q", "k"), tuple(scores))
 
 
-def _alibi(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+def _alibi(adapter: Host, parts: list[Any]) -> RecomputedReading:
     """ALiBi's slope · distance is subtracted from the scores, in the model's dtype."""
     cfg = adapter.cfg
     slopes = alibi_slopes(cfg.n_heads)
@@ -209,7 +190,7 @@ def _alibi(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
     return RecomputedReading(("q", "k"), tuple(Scores(s, slopes=slopes) for s in scales))
 
 
-def _bloom(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+def _bloom(adapter: Host, parts: list[Any]) -> RecomputedReading:
     if adapter.dtype in HALF:
         raise NotRecomputableError(
             what="BLOOM in half precision",
@@ -218,7 +199,7 @@ def _bloom(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
     return _alibi(adapter, parts)
 
 
-def _wrapped(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+def _wrapped(adapter: Host, parts: list[Any]) -> RecomputedReading:
     """Modules that run as they are, and show queries and keys before their norm and rotation."""
     scores = []
     for layer, part in enumerate(parts):
@@ -239,20 +220,20 @@ def _wrapped(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
     return replace(how, longest=min(limits, default=None))
 
 
-def _native(adapter: Adapter, part: Any) -> Scores:
+def _native(adapter: Host, part: Any) -> Scores:
     return Scores(1 / part.scale, part.causal, adapter.soft_cap("attn_scores_soft_cap"))
 
 
-def _neo(adapter: Adapter, part: Any) -> Scores:
+def _neo(adapter: Host, part: Any) -> Scores:
     return Scores(1.0, window=part.config.window_size if part.attention_type == "local" else None)
 
 
-def _encoder(adapter: Adapter, part: Any) -> Scores:
+def _encoder(adapter: Host, part: Any) -> Scores:
     attention = getattr(part, "self")  # noqa: B009
     return Scores(attention.scaling, causal=bool(attention.is_decoder))
 
 
-_WRAPPED: dict[str, Callable[[Adapter, Any], Scores]] = {
+_WRAPPED: dict[str, Callable[[Host, Any], Scores]] = {
     "NativeAttention": _native,
     "GPTJAttention": lambda adapter, part: Scores(1 / float(part.scale_attn)),
     "CodeGenAttention": lambda adapter, part: Scores(1 / float(part.scale_attn)),
@@ -265,11 +246,11 @@ _WRAPPED: dict[str, Callable[[Adapter, Any], Scores]] = {
 """Modules that tell the scale of their scores in a way of their own, by class."""
 
 
-def _unknown(adapter: Adapter, parts: list[Any]) -> RecomputedReading:
+def _unknown(adapter: Host, parts: list[Any]) -> RecomputedReading:
     raise NotRecomputableError.unknown(type(adapter.model.blocks[0].attn).__name__)
 
 
-BRIDGE_READINGS: dict[str, Callable[[Adapter, list[Any]], RecomputedReading]] = {
+BRIDGE_READINGS: dict[str, Callable[[Host, list[Any]], RecomputedReading]] = {
     "PositionEmbeddingsAttentionBridge": _rotated_by_host,
     "JointQKVPositionEmbeddingsAttentionBridge": _joint_rotary,
     "JointQKVAttentionBridge": _joint,
@@ -283,7 +264,7 @@ BRIDGE_READINGS: dict[str, Callable[[Adapter, list[Any]], RecomputedReading]] = 
 """How scores are computed, by the class of the attention component, or by one it derives from."""
 
 
-def bridge_reading(adapter: Adapter) -> RecomputedReading:
+def bridge_reading(adapter: Host) -> RecomputedReading:
     """The reading of a Bridge's attention, by the class of its components.
 
     Args:
@@ -367,7 +348,7 @@ NORM_LAST = ("NanoChatAttention",)
 """Modules that normalize queries and keys after they rotate them, where no option tells."""
 
 
-def as_rotation(adapter: Adapter, tables: Any) -> tuple[Tensor, Tensor, bool]:
+def as_rotation(adapter: Host, tables: Any) -> tuple[Tensor, Tensor, bool]:
     """Read what a rotary module gives, in whichever of four layouts.
 
     Args:
@@ -396,7 +377,7 @@ def as_rotation(adapter: Adapter, tables: Any) -> tuple[Tensor, Tensor, bool]:
 class _AsWrapped:
     """What wrapped modules make of queries and keys: norms, and the rotations they were given."""
 
-    def __init__(self, adapter: Adapter, parts: list[Any]):
+    def __init__(self, adapter: Host, parts: list[Any]):
         self.adapter, self.parts = adapter, parts
         self.given: list[Any] = [{}] * len(parts)
 

@@ -13,14 +13,15 @@ class here, which tells what else to read and how the sublayer is frozen from it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..maps import Frame, NormWeights
+from ..refusals import NotRecomputableError, UnsupportedArchitectureError, refusal, refuse_extras
 from ..sublayers import (
     Attention,
     AttentionWeights,
@@ -28,28 +29,21 @@ from ..sublayers import (
     DeltaNetWeights,
     HeadNorm,
     LatentWeights,
-    ScoreWeights,
 )
-from .attention_reading import (
-    NORM_LAST,
-    NotRecomputableError,
-    RecomputedReading,
-    StoredReading,
-    Take,
-)
-from .hook_points import Read
-from .supported import UnsupportedArchitectureError, refusal, refuse_extras
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
+from .attention_reading import NORM_LAST, RecomputedReading, StoredReading, Take
+from .host import Host
 
 Point = str | nn.Module
 """Where something is read: a hook point by its name within the block, or what a module gives."""
 
 _OUTPUT_GATES = {"sigmoid": torch.sigmoid, "softplus": torch.nn.functional.softplus}
 
-QueryKeyWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-"""W_Q [head, d_model, d_head], b_Q, W_K [kv_head, d_model, d_head], b_K; no bias is None."""
+_GATE_OF = {
+    "AfmoeAttention": "sigmoid",
+    "LagunaAttention": "softplus",
+    "MuseGlimmerTextAttention": "sigmoid",
+}
+"""What makes an output gate of its logits, by Hugging Face's class of the component."""
 
 
 class AttentionReader:
@@ -61,7 +55,7 @@ class AttentionReader:
         weights: Value and output matrices.
     """
 
-    def __init__(self, adapter: Adapter, block: Any, weights: AttentionWeights):
+    def __init__(self, adapter: Host, block: Any, weights: AttentionWeights):
         self.adapter, self.block, self.weights = adapter, block, weights
 
     @property
@@ -209,7 +203,7 @@ class GatedReader(AttentionReader):
     kind = "gated attention"
     shown = False
 
-    def __init__(self, adapter: Adapter, block: Any, weights: AttentionWeights, at: str, act: str):
+    def __init__(self, adapter: Host, block: Any, weights: AttentionWeights, at: str, act: str):
         super().__init__(adapter, block, weights)
         self.at, self.act = at, act
 
@@ -230,7 +224,7 @@ class NormedValuesReader(AttentionReader):
     kind = "a norm of values"
     shown = False
 
-    def __init__(self, adapter: Adapter, block: Any, weights: AttentionWeights):
+    def __init__(self, adapter: Host, block: Any, weights: AttentionWeights):
         super().__init__(adapter, block, weights)
         refuse_extras(block)
         part = block.attn.original_component
@@ -350,85 +344,6 @@ def _matrix(module: Any) -> Tensor:
     return module.weight.T
 
 
-# --- What attention scores are made of -----------------------------------------------------------
-
-
-def query_key_weights(adapter: Adapter) -> tuple[QueryKeyWeights, ...]:
-    """W_Q, b_Q, W_K and b_K of every block, by reference; norms and rotations come after.
-
-    Args:
-        adapter: Adapter of the model.
-
-    Returns:
-        One entry per block.
-
-    Raises:
-        UnsupportedArchitectureError: If a block's queries and keys are no such products.
-    """
-    if odd := adapter.unlike("plain"):
-        raise UnsupportedArchitectureError(
-            f"{odd}, so the model cannot be run edge by edge. "
-            'Use lens.attribute(by="edge"), which does not run it.'
-        )
-    return tuple(adapter.query_key_weights_of(block.attn) for block in adapter.model.blocks)
-
-
-def whole_norms(adapter: Adapter) -> dict[Read, nn.Module]:
-    """Norms of the queries ("q") or keys ("k") of all heads together, by layer.
-
-    Args:
-        adapter: Adapter of the model.
-
-    Returns:
-        The host's modules. A norm of each head apart is not among them.
-    """
-    found: dict[Read, nn.Module] = {}
-    for layer, reader in enumerate(adapter.attention):
-        for side, norm in zip("qk", reader.norms(), strict=True):
-            if norm is not None and norm.whole:
-                found[layer, side] = getattr(reader.block.attn, f"{side}_norm")
-    return found
-
-
-def score_weights(adapter: Adapter, n_pos: int, position_ids: Any) -> Iterator[ScoreWeights]:
-    """What the attention scores of every block are made of, by reference.
-
-    Args:
-        adapter: Adapter of the model.
-        n_pos: Number of positions for which rotations are needed.
-        position_ids: Positions of the run, or None for consecutive ones.
-
-    Yields:
-        One entry per block.
-
-    Raises:
-        NotRecomputableError: If it is not known how the model computes its scores.
-    """
-    how, weights = adapter.recomputed_reading(), query_key_weights(adapter)
-    how.fits(n_pos)
-    with torch.no_grad():
-        rotations = adapter.rotations(n_pos)
-    if rotations is None:
-        raise NotRecomputableError(what="rotations", why="the model's tables of them are not found")
-    given = torch.as_tensor([0] if position_ids is None else position_ids)
-    if any(rotations) and bool((given.diff() != 1).any()):
-        raise NotRecomputableError(what="position_ids", why="they are not consecutive")
-    rows = zip(adapter.attention, weights, how.scores, rotations, strict=True)
-    for layer, (reader, own, s, rotation) in enumerate(rows):
-        q_norm, k_norm = reader.norms()
-        yield ScoreWeights(
-            *own,
-            scale=s.scale,
-            soft_cap=s.soft_cap,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            rotation=rotation,
-            slopes=s.slopes,
-            sinks=how.sinks[layer] if how.sinks else None,
-            norm_last=reader.norm_last,
-        )
-
-
 def _of_heads(norm: NormWeights | None, W: Tensor) -> HeadNorm | None:
     """A norm of queries or keys, with its gains head by head; their shape tells what it divides."""
     if norm is None:
@@ -443,3 +358,23 @@ def _of_heads(norm: NormWeights | None, W: Tensor) -> HeadNorm | None:
             why="it is neither one of each head nor an RMSNorm of all heads together",
         )
     return HeadNorm(replace(norm, w=w.reshape(heads, 1, width)), whole)
+
+
+def gate_of(attn: Any) -> str:
+    """Name what makes the output gate of an attention of its logits.
+
+    Args:
+        attn: The host's attention, which has a projection for its gate.
+
+    Returns:
+        A key of the gates that are known.
+
+    Raises:
+        UnsupportedArchitectureError: If the component is not known.
+    """
+    kind = type(attn.original_component).__name__
+    if kind not in _GATE_OF:
+        raise UnsupportedArchitectureError(
+            refusal(f"the attention {kind}", "it is not known what its output gate computes")
+        )
+    return _GATE_OF[kind]

@@ -18,7 +18,6 @@ from ..graph import EMBED_NORM_BIAS, FINAL_SITE, SOURCES, resid_site
 from ..maps import NormWeights, version
 from ..operator import Prompts
 from ..sublayers import ModelWeights
-from .supported import UnsupportedArchitectureError
 
 Read = tuple[int | None, str]
 """What is read, and in which layer: (3, "pattern"), (None, "embed")."""
@@ -394,57 +393,9 @@ def refuse_edits(name: str, point: nn.Module) -> list[Any]:
     return [point.register_forward_pre_hook(before), point.register_forward_hook(after)]
 
 
-# --- Weights that cannot be read as they are ------------------------------------------------------
-
-
-def check_weights(model: Any) -> None:
-    """Refuse weights that are packed or elsewhere, and modules in the place of hook points.
-
-    Args:
-        model: A host model, or a Hugging Face model.
-
-    Raises:
-        UnsupportedArchitectureError: If there is such a module; the message names the first.
-    """
-    for name, module in model.named_modules():
-        own = vars(module)
-        if "fwd_hooks" in own:  # a hook point, as most modules of a host are
-            continue
-        tensors = [*own["_parameters"].values(), *own["_buffers"].values()]
-        hook = own.get("_hf_hook")  # accelerate's
-        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
-            problem = f"The weights of {name or 'the model'} are offloaded"
-            remedy = "Load the model whole on one device, without a device map that offloads."
-        elif any(t is not None and t.is_meta for t in tensors):
-            problem = f"The weights of {name or 'the model'} are on the meta device, without values"
-            remedy = "Load the model with its weights, whole on one device."
-        elif name.rpartition(".")[2].startswith("hook_"):
-            problem = (
-                f"A module {type(module).__name__} stands at {name} in place of the hook point"
-            )
-            remedy = "Take it off (model.reset_saes()), or call it in a hook of your own."
-        elif tensors and _is_packed(module):
-            kind = f"{type(module).__name__} of {type(module).__module__.split('.')[0]}"
-            problem = f"The weights of {name} are quantized ({kind})"
-            remedy = "Load the model without quantization, or dequantize it first."
-        else:
-            continue
-        raise UnsupportedArchitectureError(f"{problem}. {remedy}")
-
-
-def _is_packed(module: Any) -> bool:
-    """Whether a linear module's weight is no matrix of numbers that can be multiplied with."""
-    own = vars(module)  # not hasattr: a Bridge looks through all its modules for what it lacks
-    if {"qweight", "W_q", "quant_state"} & {*own, *own["_parameters"], *own["_buffers"]}:
-        return True
-    weight = own["_parameters"].get("weight")
-    if weight is None or not {"in_features", "out_features"} <= own.keys():
-        return False
-    shape = (module.out_features, module.in_features)
-    if tuple(weight.shape) != shape or not weight.is_floating_point() or weight.itemsize < 2:
-        return True
-    try:  # what is done to a weight here; packed tensors know few operations
-        weight.detach().permute(1, 0).unflatten(0, (1, -1))
-    except Exception:
-        return True
-    return False
+def norm_eps(norm: Any) -> float | None:
+    """The ε that a host's norm adds to the variance; None where it shows none."""
+    norm = getattr(norm, "original_component", norm)
+    found = getattr(norm, "variance_epsilon", None)
+    found = getattr(norm, "eps", None) if found is None else found
+    return None if found is None else float(found)

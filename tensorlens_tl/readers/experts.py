@@ -24,9 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..refusals import UnsupportedArchitectureError, refusal
 from ..sublayers import ExpertsWeights
 from .hook_points import in_this_thread
-from .supported import UnsupportedArchitectureError, refusal
 
 _PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
 _QUICK = 1.702  # the factor of quick_gelu, act(z) = z σ(1.702 z)
@@ -124,30 +124,6 @@ class _Products(TorchFunctionMode):
 
 
 # --- Hugging Face's packed experts ---------------------------------------------------------------
-
-
-_ACT_FNS = {
-    "BloomGelu": "gelu_bloom",
-    "FastGELUActivation": "gelu_fast",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_new",
-    "NewGELUActivation": "gelu_new",
-    "PytorchGELUTanh": "gelu_new",
-    "QuickGELUActivation": "quick_gelu",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
-"""Activations by the class of their module. A Bridge's config may name another one."""
-
-
-def act_name(module: Any) -> str:
-    """The host's name of an activation, by its module."""
-    kind = type(module).__name__
-    if kind == "GELU":
-        return "gelu" if module.approximate == "none" else "gelu_new"
-    return _ACT_FNS.get(kind, kind)
 
 
 def inner(module: Any) -> Any:

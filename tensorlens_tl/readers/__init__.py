@@ -1,0 +1,76 @@
+"""How the parts of a host are read: hook points, attention, and experts.
+
+Key concepts:
+    AttentionReader: Tells what to read of an attention sublayer, and freezes it from what was read.
+    RecomputedReading: Reads queries and keys, from which the pattern is computed when it is used.
+    ExpertsRead: What the experts of a block did in one run.
+"""
+
+from .attention_parts import (
+    AttentionReader,
+    DeltaNetReader,
+    FusedReader,
+    GatedReader,
+    LatentReader,
+    NormedValuesReader,
+    gate_of,
+)
+from .attention_reading import (
+    RecomputedReading,
+    StoredReading,
+    as_rotation,
+    bridge_reading,
+    drop_pattern,
+    rotary_tables,
+    rotates,
+)
+from .attention_scores import query_key_weights, score_weights, whole_norms
+from .experts import (
+    ExpertsRead,
+    HookedMixture,
+    Mixture,
+    PackedMixture,
+    eager_experts,
+    hooked_weights,
+    inner,
+    packed_weights,
+    shared_expert,
+)
+from .hook_points import LAYER_HOOKS, HookReader, Read, alone, in_this_thread, norm_eps
+from .host import QueryKeyWeights
+
+__all__ = [
+    "AttentionReader",
+    "DeltaNetReader",
+    "ExpertsRead",
+    "FusedReader",
+    "GatedReader",
+    "HookReader",
+    "HookedMixture",
+    "LAYER_HOOKS",
+    "LatentReader",
+    "Mixture",
+    "NormedValuesReader",
+    "PackedMixture",
+    "QueryKeyWeights",
+    "Read",
+    "RecomputedReading",
+    "StoredReading",
+    "alone",
+    "as_rotation",
+    "bridge_reading",
+    "drop_pattern",
+    "eager_experts",
+    "gate_of",
+    "hooked_weights",
+    "in_this_thread",
+    "inner",
+    "norm_eps",
+    "packed_weights",
+    "query_key_weights",
+    "rotary_tables",
+    "rotates",
+    "score_weights",
+    "shared_expert",
+    "whole_norms",
+]
