@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +37,49 @@ def pytest_collection_modifyitems(config, items):
         file = item.path.stem.removeprefix("test_")
         if is_core(file, item.name, item.originalname, parameters):
             item.add_marker("core")
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """One headless Chromium for all tests; skips them where there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not (path := shutil.which("chromium") or shutil.which("chromium-browser")):
+        pytest.skip("chromium is not installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium, tmp_path):
+    """Open HTML as a file, offline; fail on a request, an error, or anything on the console.
+
+    ``opened(html, **options)`` gives Playwright's page, once its views are drawn.
+    """
+    faults, contexts = [], []
+
+    def request(sent):
+        if not sent.url.startswith(("file:", "data:", "blob:", "about:")):
+            faults.append(sent.url)
+
+    def open_html(html, **options):
+        path = tmp_path / f"{len(contexts)}.html"
+        path.write_text(html, encoding="utf-8")
+        contexts.append(chromium.new_context(offline=True, **options))
+        page = contexts[-1].new_page()
+        page.on("request", request)
+        page.on("console", lambda message: faults.append(message.text))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(path.as_uri())
+        if "srcdoc" not in html:
+            page.wait_for_function("window.tensorlens && tensorlens.ready")
+        return page
+
+    yield open_html
+    for context in contexts:
+        context.close()
+    assert not faults
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -17,6 +17,7 @@ from ..attribution import PROMPTS, legend_html, more_prompts, patch_map, strip_h
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label
 from ..maps import TINY
 from ..operator import Convention
+from ..pictures import Page, Paged, depth, map_view, panel
 
 if TYPE_CHECKING:
     import pandas
@@ -25,7 +26,7 @@ MATRIX_FORMAT, SCORES_FORMAT = "tensorlens_tl token matrix 1", "tensorlens_tl to
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenMatrix:
+class TokenMatrix(Paged):
     """A token-by-token matrix [query_pos, key_pos] for every prompt of a batch.
 
     Attributes:
@@ -131,6 +132,26 @@ class TokenMatrix:
         names = [f"{token}@{i}" for i, token in enumerate(self.labels[prompt])]
         return pandas.DataFrame(self[prompt].cpu().numpy(), index=names, columns=names)
 
+    def _page(self) -> Page:
+        unit, error = _UNITS.get(self.kind, _OWN_UNIT), self.completeness_error
+        notes = [f"{self.layers[0]} → {self.layers[1]}. {FIRST_TOKEN}"]
+        if error is not None:
+            notes.append(f"Rows and constants sum to the target, off by at most {error:.0e} of it.")
+        if self.probes is not None:
+            notes.append(f"Entries are estimated from {self.probes} random probes.")
+        views = []
+        for prompt, (start, stop) in enumerate(self.spans):
+            here = slice(start, stop)
+            beside = [
+                None if given is None else as_array(given[prompt, here])
+                for given in (self.constants, self.target_value)
+            ]
+            only = depth(self.layers[0], as_array(self[prompt]), beside[0])
+            shown = panel(self.kind, unit, [only], beside[1])
+            tokens = self.labels[prompt]
+            views.append(map_view(tokens, tokens, [shown], heading=" ".join(tokens[:12])))
+        return Page(repr(self), views, notes, tabs=len(self) > 1, height=900)
+
     def to_json(self) -> str:
         """Write the matrix of every prompt as JSON, with its tokens and without its padding."""
         names = ("values", "constants", "target_value", "standard_error")
@@ -150,7 +171,7 @@ class TokenMatrix:
                 "method": self.kind,
                 "layers": self.layers,
                 "axes": ["query_pos", "key_pos"],
-                "unit": _UNITS.get(self.kind, "a share or score of the method's own"),
+                "unit": _UNITS.get(self.kind, _OWN_UNIT),
                 "completeness_error": self.completeness_error,
                 "probes": self.probes,
                 "convention": asdict(self.convention),
@@ -160,6 +181,8 @@ class TokenMatrix:
         )
 
 
+_OWN_UNIT = "a share or score of the method's own"
+FIRST_TOKEN = "The first token has its own column, like any other."
 _UNITS = {
     "norm": "a norm of the operator's block",
     "in": "a norm of the output",
@@ -301,7 +324,7 @@ class TokenScores:
         data = {
             "format": SCORES_FORMAT,
             "method": self.method,
-            "unit": _UNITS.get(self.method, "a share or score of the method's own"),
+            "unit": _UNITS.get(self.method, _OWN_UNIT),
             "convention": asdict(self.convention),
             "prompts": prompts,
         }

@@ -1,0 +1,170 @@
+"""One result as one HTML file: its numbers, the script that draws them, and nothing else.
+
+1. A result says what to draw: a :class:`Page` of views, each of a kind, with plain data.
+2. The numbers are packed into one JSON text; "<" is written so that no text of a token ends it.
+3. The script is view.js and the parts of the kinds in use. A policy in the page allows this script
+   and this style by their hashes, and forbids every request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import webbrowser
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..checks import new_file, write_whole
+from .packing import plain
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class View:
+    """One drawing of a page.
+
+    Attributes:
+        kind: The drawer: ``views[kind]`` of assets/kind.js.
+        data: What the drawer gets: nested mappings and sequences of text, numbers, NumPy arrays.
+        heading: A line above the drawing.
+    """
+
+    kind: str
+    data: Mapping[str, Any]
+    heading: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one file shows.
+
+    Attributes:
+        title: The result in a few words.
+        views: The drawings, from top to bottom.
+        notes: Sentences below the title: how exact the result is, and by which conventions.
+        tabs: Whether a control shows one view at a time, as for the prompts of a batch.
+        height: Height of the page's frame in a notebook, in pixels.
+    """
+
+    title: str
+    views: Sequence[View]
+    notes: Sequence[str] = ()
+    tabs: bool = False
+    height: int = 640
+
+    def html(self) -> str:
+        """Write the page.
+
+        Returns:
+            The text of one HTML file that needs nothing beside it and asks for nothing.
+        """
+        script, style = (
+            _script(tuple(sorted({view.kind for view in self.views}))),
+            _asset("view.css"),
+        )
+        views = [{"kind": v.kind, "heading": v.heading, "data": v.data} for v in self.views]
+        data = {"title": self.title, "notes": self.notes, "tabs": self.tabs, "views": views}
+        text = json.dumps(plain(data), allow_nan=False, separators=(",", ":"))
+        policy = (
+            f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
+            "img-src data: blob:; base-uri 'none'; form-action 'none'"
+        )
+        page = (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+            f"<title>{escape(self.title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
+            "<main><noscript>This page draws with JavaScript, which is off.</noscript></main>\n"
+            f'<script type="application/json" id="data">{_inert(text)}</script>\n'
+            f"<script>{script}</script>\n</body>\n</html>\n"
+        )
+        return page.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
+
+    def frame(self) -> str:
+        """Write the page as a frame for notebooks, which keeps its script and style to itself.
+
+        Returns:
+            One HTML element.
+        """
+        return (
+            f'<iframe title="{escape(self.title)}" srcdoc="{escape(self.html())}" '
+            'sandbox="allow-scripts allow-downloads" loading="lazy" '
+            f'style="width:100%;height:{self.height}px;border:0;resize:vertical"></iframe>'
+        )
+
+
+class Paged:
+    """What has a page: ``to_html``, ``show``, and a frame in notebooks. A result inherits this."""
+
+    def _page(self) -> Page:
+        """What is drawn."""
+        raise NotImplementedError
+
+    def _strip(self) -> str:
+        """HTML above the frame, for where frames are not shown."""
+        return f"<pre>{escape(repr(self))}</pre>"
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str | None:
+        """Write the result as one interactive HTML page, which needs no network and no server.
+
+        Args:
+            path: The file to write, whole or not at all. None returns the text instead.
+
+        Returns:
+            The text of the page, or None where a file was written.
+
+        Raises:
+            ValueError: If the folder does not exist.
+        """
+        text = self._page().html()
+        if path is None:
+            return text
+        write_whole(new_file(path), lambda file: file.write_text(text, encoding="utf-8"))
+        return None
+
+    def show(self) -> None:
+        """Show the page: below the cell of a notebook, or else in the browser."""
+        ipython = sys.modules.get("IPython")
+        shell = None if ipython is None else ipython.get_ipython()
+        if ipython is not None and getattr(shell, "kernel", None) is not None:
+            ipython.display.display(ipython.display.HTML(self._page().frame()))
+            return
+        # The browser reads the file after this call has returned: it is left to the system.
+        handle, name = tempfile.mkstemp(prefix="tensorlens-", suffix=".html")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(self._page().html())
+        webbrowser.open(Path(name).as_uri())
+
+    def _repr_html_(self) -> str:
+        return self._strip() + self._page().frame()
+
+
+def _inert(text: str) -> str:
+    """JSON that cannot end the element it stands in, whatever its strings hold."""
+    return text.replace("<", "\\u003c")
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+@cache
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+@cache
+def _script(kinds: tuple[str, ...]) -> str:
+    parts = [_asset("view.js"), *(_asset(f"{kind}.js") for kind in kinds)]
+    return "(() => {\n" + "\n".join(parts) + "\nstart();\n})();"

@@ -1,0 +1,104 @@
+"""Pages in a real browser: what they show is what Python has, and nothing leaves the file."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from models import SHAPES, lens_of
+
+from tensorlens_tl.pictures import Page, depth, map_view, panel
+
+pytestmark = pytest.mark.browser
+
+FIRST = SHAPES[0]
+
+NASTY = [
+    "</script><script>alert(1)</script>",
+    "<!--",
+    "<b>&amp;",
+    "שלום",
+    "a\nb\tc",
+    "x" * 400,
+    "\u2028",
+    "😀",
+]
+
+
+def a_map(values, tokens=None, **options):
+    tokens = tokens or [f"t{i}" for i in range(len(values))]
+    only = depth("start", values, np.zeros(len(values)), **options)
+    shown = panel("T", "logits", [only], values.astype(float).sum(1))
+    return Page("a map", [map_view(tokens, tokens, [shown])]).html()
+
+
+def cells(page, places):
+    """What the page holds at places [i, j] of its first panel, and what it says of them."""
+    return page.evaluate(
+        "(at) => at.map(([i, j]) => [tensorlens.views[0].value(0, i, j),"
+        " tensorlens.views[0].exact(0, i, j), tensorlens.views[0].words(0, [i, j])])",
+        places,
+    )
+
+
+def test_a_small_map_holds_pythons_numbers(opened):
+    matrix = lens_of(FIRST)[0].token_matrix("in_out", 3)
+    page = opened(matrix.to_html())
+    n = len(matrix.labels[0])
+    every = [[i, j] for i in range(n) for j in range(n)]
+    found = cells(page, every)
+    assert [v for v, *_ in found] == matrix[0].flatten().tolist()
+    assert all(exact for _, exact, _ in found)
+    # Clicking a row lists its numbers, largest first, and says what they sum to.
+    row = matrix[0][n - 1].tolist()
+    listed = page.locator(".listing").first
+    assert listed.locator("td.num").first.inner_text() == f"{max(row, key=abs):+.4g}"
+    said = listed.locator("caption").inner_text()
+    assert f"row sum {matrix[0][n - 1].double().sum():+.4g}" in said
+    assert f"target {float(matrix.target_value[0, -1]):+.6g}" in said
+
+
+def test_a_long_map_is_small_and_exact_where_it_says_so(opened):
+    rng, n = np.random.default_rng(0), 2048
+    values = np.tril(rng.standard_t(1.5, (n, n)) * rng.random((n, 1))).astype(np.float32)
+    html = a_map(values)
+    assert len(html) <= 2**20
+    page = opened(html)
+    places = rng.integers(0, n, (200, 2))
+    best = np.abs(values).argmax(1)
+    places = [*places.tolist(), *[[i, int(best[i])] for i in range(0, n, 100)]]
+    exact = 0
+    for (i, j), (value, known, words) in zip(places, cells(page, places), strict=True):
+        real = float(values[i, j])
+        if known:
+            exact += 1
+            assert value == real
+        elif "below" in words:
+            assert abs(real) <= float(re.search(r"below (\S+)", words)[1]) * 1.05
+        else:
+            low, high = sorted(map(float, re.search(r"\n(\S+) to (\S+)", words).groups()), key=abs)
+            assert abs(low) * 0.95 <= abs(real) <= abs(high) * 1.05 and real * high > 0
+    assert exact > 20
+
+
+@pytest.mark.parametrize("kind", ["nan", "zero", "one token", "nasty"])
+def test_odd_maps(opened, kind):
+    values, tokens = np.tril(np.ones((8, 8), np.float32)), NASTY
+    if kind == "nan":
+        values[3, :2] = np.nan, np.inf
+    values = values * 0 if kind == "zero" else values
+    if kind == "one token":
+        values, tokens = values[:1, :1], tokens[:1]
+    page = opened(a_map(values, tokens), viewport={"width": 420, "height": 800})
+    assert page.evaluate("document.querySelectorAll('main script, main b script').length") == 0
+    found = cells(page, [[i, j] for i in range(len(values)) for j in range(len(values))])
+    shown = np.array([np.nan if v is None else v for v, *_ in found]).reshape(values.shape)
+    assert np.array_equal(shown, values, equal_nan=True)
+
+
+def test_the_file_is_one_element_of_plain_text():
+    """No token ends the script or starts an element; no address but the page's own."""
+    html = a_map(np.eye(8, dtype=np.float32), NASTY)
+    assert html.count("<script") == 2 and html.count("</script>") == 2 and "http:" not in html
+    data = re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1]
+    assert "<" not in data and json.loads(data)["views"][0]["data"]["rows"] == NASTY
