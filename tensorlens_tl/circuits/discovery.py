@@ -35,7 +35,7 @@ from ..attribution import (
     resolve_each,
 )
 from ..checks import as_list, at_least_one, new_file, one_each, progress_bar, whole, write_whole
-from ..graph import Edge
+from ..graph import Edge, limits
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
 from ..recording import freeze
@@ -150,7 +150,7 @@ def discover(
         )
 
     means, n = torch.zeros(len(edges), dtype=torch.double), 0
-    circuit(means, n)  # refuses a bad size or selection before anything is run
+    limits(len(edges), n_edges, threshold, selection)  # refused before anything is run
     # 3. What is done already.
     file = None
     if path is not None:

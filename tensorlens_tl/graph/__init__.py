@@ -21,7 +21,7 @@ from .nodes import (
     resid_site,
     site_parts,
 )
-from .selection import connected, select
+from .selection import connected, limits, select
 from .table_rows import rows_that_fit
 from .wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
@@ -39,6 +39,7 @@ __all__ = [
     "as_edges",
     "connected",
     "eap_name",
+    "limits",
     "numbered_site",
     "owner",
     "parse_eap",

@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 
 from ..checks import is_int
@@ -96,16 +96,19 @@ def ranked_by(scores: Mapping[Edge, float], wiring: Wiring, selection: str) -> d
     Raises:
         ValueError: If ``selection`` does not exist, or a score is not finite.
     """
-    if selection not in SELECTIONS:
-        raise ValueError(
-            f"selection={selection!r} does not exist. Use one of {', '.join(SELECTIONS)}."
-        )
-    if wrong := [edge for edge, score in scores.items() if not math.isfinite(score)]:
-        raise ValueError(f"The score of {wrong[0]} is {scores[wrong[0]]}. Scores must be finite.")
+    _check_selection(selection)
+    return dict(zip(scores, _numbers(scores, wiring, selection), strict=True))
+
+
+def _numbers(scores: Mapping[Edge, float], wiring: Wiring, selection: str) -> list[float]:
+    numbers = list(scores.values())
+    if not all(map(math.isfinite, numbers)):
+        edge, score = next((e, s) for e, s in scores.items() if not math.isfinite(s))
+        raise ValueError(f"The score of {edge} is {score}. Scores must be finite.")
     if selection == "influence":
         found = influences(scores, wiring)
-        return {edge: found[edge] for edge in scores}
-    return {edge: score if selection == "signed" else abs(score) for edge, score in scores.items()}
+        return [found[edge] for edge in scores]
+    return numbers if selection == "signed" else list(map(abs, numbers))
 
 
 def select(
@@ -131,32 +134,61 @@ def select(
         ValueError: If both or neither of ``n_edges`` and ``threshold`` are given, or one is not a
             usable number.
     """
-    values = ranked_by(scores, wiring, selection)
+    _check_selection(selection)
+    values = _numbers(scores, wiring, selection)
+    size, least = limits(len(scores), n_edges, threshold, selection)
+    edges = tuple(scores)
+    growth = _Growth(edges, values, size)
+    if selection == "greedy":
+        growth.from_the_logits(least)
+    else:
+        for i in growth.best_first(range(len(values))):
+            if len(growth.edges) == size or values[i] < least:
+                break
+            growth.add(i)
+    return tuple(edges[i] for i in sorted(growth.edges))
+
+
+def limits(
+    total: int, n_edges: int | None, threshold: float | None, selection: str
+) -> tuple[int, float]:
+    """Check how much is to be selected, before there are scores.
+
+    Args:
+        total: Number of candidate edges.
+        n_edges: Largest size of the circuit, or None.
+        threshold: Smallest number an edge may be ranked by, or None.
+        selection: Ranking rule, one of :data:`SELECTIONS`.
+
+    Returns:
+        The largest size, and the smallest number.
+
+    Raises:
+        ValueError: If the rule does not exist, both or neither of ``n_edges`` and ``threshold`` are
+            given, or one is not a usable number.
+    """
+    _check_selection(selection)
     if (n_edges is None) == (threshold is None):
         given = (
             "neither n_edges= nor threshold=" if n_edges is None else "both n_edges= and threshold="
         )
         raise ValueError(f"The call gives {given}. Give exactly one of them.")
-    size, least = len(scores), -math.inf
     if threshold is None:
-        size = _count(n_edges, len(scores))
-    elif (
+        return _count(n_edges, total), -math.inf
+    if (
         isinstance(threshold, bool)
         or not isinstance(threshold, Real)
         or not math.isfinite(threshold)
     ):
         raise ValueError(f"threshold={threshold!r} is not a finite number. Pass one such as 0.05.")
-    else:
-        least = threshold
-    growth = _Growth(values, size)
-    if selection == "greedy":
-        growth.from_the_logits(least)
-    else:
-        for edge in sorted(values, key=lambda e: -values[e]):
-            if len(growth.edges) == size or values[edge] < least:
-                break
-            growth.add(edge)
-    return tuple(edge for edge in scores if edge in growth.edges)
+    return total, float(threshold)
+
+
+def _check_selection(selection: str) -> None:
+    if selection not in SELECTIONS:
+        raise ValueError(
+            f"selection={selection!r} does not exist. Use one of {', '.join(SELECTIONS)}."
+        )
 
 
 def _count(n_edges: object, total: int) -> int:
@@ -169,56 +201,90 @@ def _count(n_edges: object, total: int) -> int:
 
 
 class _Growth:
-    """A circuit that stays connected while edges are added."""
+    """A circuit that stays connected while edges are added. Edges and nodes are numbers."""
 
-    def __init__(self, values: Mapping[Edge, float], size: int):
+    def __init__(self, edges: Sequence[Edge], values: Sequence[float], size: int):
         self.values, self.size = values, size
-        self.edges: set[Edge] = set()
-        self.nodes = {INPUT, LOGITS}
-        self.into: dict[Node, list[Edge]] = defaultdict(list)
-        self.best_in: dict[Node, Edge] = {}
-        self.best_out: dict[Node, Edge] = {}
-        for edge, value in values.items():
-            self.into[owner(edge.dest)].append(edge)
-            for best, node in ((self.best_in, owner(edge.dest)), (self.best_out, edge.src)):
-                if node not in best or value > values[best[node]]:
-                    best[node] = edge
+        self.src, self.dest = ends(edges)
+        self.edges: set[int] = set()
+        self.nodes = {_INPUT, _LOGITS}
+        self.into: dict[int, list[int]] = defaultdict(list)
+        self.best_in: dict[int, int] = {}
+        self.best_out: dict[int, int] = {}
+        for i, (src, dest) in enumerate(zip(self.src, self.dest, strict=True)):
+            self.into[dest].append(i)
+            for best, node in ((self.best_in, dest), (self.best_out, src)):
+                if node not in best or values[i] > values[best[node]]:
+                    best[node] = i
 
-    def add(self, edge: Edge) -> list[Node]:
+    def best_first(self, edges: Iterable[int]) -> list[int]:
+        """Sort edges by their numbers. Of equal ones the first in the order of scores is first."""
+        return sorted(edges, key=lambda i: -self.values[i])
+
+    def add(self, edge: int) -> set[int]:
         """Add an edge with the edges that connect it, if they fit.
 
         Returns:
             The nodes that were not in the circuit before.
         """
         if edge in self.edges:
-            return []
-        chain, node = [edge], edge.src
+            return set()
+        chain, node = [edge], self.src[edge]
         while node not in self.nodes and node in self.best_in:
             chain.append(self.best_in[node])
-            node = chain[-1].src
-        top = owner(edge.dest)
+            node = self.src[chain[-1]]
+        top = self.dest[edge]
         while top not in self.nodes and top in self.best_out:
             chain.append(self.best_out[top])
-            top = owner(chain[-1].dest)
+            top = self.dest[chain[-1]]
         fits = len(self.edges) + len(chain) <= self.size
         if not fits or node not in self.nodes or top not in self.nodes:
-            return []
+            return set()
         self.edges.update(chain)
-        new = {end for e in chain for end in (e.src, owner(e.dest))} - self.nodes
+        new = {end for i in chain for end in (self.src[i], self.dest[i])} - self.nodes
         self.nodes |= new
-        return sorted(new, key=str)
+        return new
 
     def from_the_logits(self, least: float) -> None:
         """Add the best edge into any selected node, again and again, while one fits."""
-        order = {edge: i for i, edge in enumerate(self.values)}
-        todo: list[tuple[float, int, Edge]] = []
+        waiting: dict[int, Iterator[int]] = {}
+        todo: list[tuple[float, int, int]] = []
 
-        def candidates(node: Node) -> None:
-            for edge in self.into[node]:
-                if self.values[edge] >= least:
-                    heapq.heappush(todo, (-self.values[edge], order[edge], edge))
+        def next_into(node: int) -> None:  # the heap holds one edge per node: its next
+            edge = next(waiting[node], None)
+            if edge is not None and self.values[edge] >= least:
+                heapq.heappush(todo, (-self.values[edge], edge, node))
 
-        candidates(LOGITS)
+        def open_node(node: int) -> None:
+            waiting[node] = iter(self.best_first(self.into[node]))
+            next_into(node)
+
+        open_node(_LOGITS)
         while todo and len(self.edges) < self.size:
-            for node in self.add(heapq.heappop(todo)[2]):
-                candidates(node)
+            _, edge, node = heapq.heappop(todo)
+            next_into(node)
+            for new in self.add(edge):
+                open_node(new)
+
+
+_INPUT, _LOGITS = 0, 1
+
+
+def ends(edges: Sequence[Edge]) -> tuple[list[int], list[int]]:
+    """Number the nodes at both ends of edges: 0 is the input, 1 the logits.
+
+    Args:
+        edges: The edges.
+
+    Returns:
+        The number of every edge's writer, and of the node that its reader belongs to.
+    """
+    number: dict[Node, int] = {INPUT: _INPUT, LOGITS: _LOGITS}
+    of_reader: dict[Node, int] = {}
+    src, dest = [], []
+    for edge in edges:
+        src.append(number.setdefault(edge.src, len(number)))
+        if (at := of_reader.get(edge.dest)) is None:
+            at = of_reader[edge.dest] = number.setdefault(owner(edge.dest), len(number))
+        dest.append(at)
+    return src, dest

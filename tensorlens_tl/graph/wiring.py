@@ -7,6 +7,7 @@ Constants write, too, but a circuit does not choose them: they are always kept.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -125,8 +126,13 @@ class Wiring:
 
 @lru_cache(maxsize=16)
 def _edges(wiring: Wiring, qk: bool) -> tuple[Edge, ...]:
-    pairs = (Edge(src, dest) for dest in wiring.readers(qk) for src in wiring.writers())
-    return tuple(edge for edge in pairs if wiring._written(edge.src) <= wiring._read(edge.dest))
+    writers = wiring.writers()
+    written = [wiring._written(src) for src in writers]  # from below, so it never falls
+    found: list[Edge] = []
+    for dest in wiring.readers(qk):
+        below = bisect_right(written, wiring._read(dest))
+        found += [Edge(src, dest) for src in writers[:below]]
+    return tuple(found)
 
 
 @lru_cache(maxsize=16)
