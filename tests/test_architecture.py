@@ -32,6 +32,7 @@ ROOMS = [
     "operator",
     "readers",
     "hosts",
+    "saving",
     "recording",
     "attribution",
     "methods",

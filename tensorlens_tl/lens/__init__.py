@@ -1,4 +1,4 @@
-"""What a user holds, and its file.
+"""What a user holds.
 
 Key concepts:
     FrozenRun: A captured run with its operator, and how exact that is.

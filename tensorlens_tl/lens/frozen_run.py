@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import kind_of, no_autocast, pick_prompts, usable_device
 from ..maps import TINY, LinearMap
 from ..operator import Capture, Convention, FrozenTransformer
-from .missing_weights import require_weights
+from ..saving import require_weights
 from .write_check import WriteCheck
 
 Run = TypeVar("Run", bound="FrozenRun")

@@ -33,7 +33,7 @@ from ..methods import (
     token_scores,
 )
 from ..operator import PLANNED
-from .saved_file import load_capture, save_capture
+from ..saving import load_capture, save_capture
 from .similarity import PooledRun
 from .write_check import WriteCheck
 

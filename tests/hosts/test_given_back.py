@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models
 
 import tensorlens_tl
 from tensorlens_tl.checks import as_list, usable_device
-from tensorlens_tl.lens import WriteCheck, saved_file
+from tensorlens_tl.lens import WriteCheck
 from tensorlens_tl.readers.hook_points import foreign_hooks
+from tensorlens_tl.saving import saved_file
 
 wraps = pytest.mark.offered(build_bridge_from_module is not None)
 WORDS = ("<unk>", "<s>", "we", "went", "home")

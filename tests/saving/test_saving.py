@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 import tensorlens_tl
 from tensorlens_tl import Attribution, CaptureMismatchError, demo
-from tensorlens_tl.lens import saved_file as saving
-from tensorlens_tl.lens import saved_tree as headers
-from tensorlens_tl.lens import saved_vocabulary
 from tensorlens_tl.lens.tensor_lens import TensorLens
+from tensorlens_tl.saving import saved_file as saving
+from tensorlens_tl.saving import saved_tree as headers
+from tensorlens_tl.saving import saved_vocabulary
 
 pytestmark = pytest.mark.algebra
 
