@@ -77,8 +77,8 @@ python_maximum_signature_line_length = 88
 _LITERAL = re.compile(r"(``.+?``)")
 _COLON = "\N{PRESENTATION FORM FOR VERTICAL COLON}"
 _OUTSIDE = re.compile(
-    r"'.*|(?:torch|jaxtyping|pandas|numpy|os|collections|typing|numbers)\..+|"
-    r"Tensor|Any|Self|Float|Int|Bool|DataFrame|optional"
+    r"'.*|(?:torch|jaxtyping|pandas|numpy|matplotlib|os|collections|typing|numbers)\..+|"
+    r"Tensor|Any|Self|Axes|Float|Int|Bool|DataFrame|optional"
 )
 """Types of other packages, and the shapes in jaxtyping's annotations: shown, not linked."""
 

@@ -18,10 +18,12 @@ from torch import Tensor
 from ..checks import as_array, at_least_one, need, pick_prompts
 from ..graph import SOURCES, Edge, Node, rows_that_fit
 from ..operator import Convention
+from ..pictures import Split, split_figure
 from .html import UNIT, attribution_html, changes, left_out, patch_map
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl attribution 2"
 
@@ -325,6 +327,31 @@ class Attribution:
                 f"The text is not an attribution as to_json writes it ({error}). Write it again."
             ) from None
         return found
+
+    def plot(
+        self, ax: Axes | None = None, kind: str | None = None, top: int = 20, image: Any = None
+    ) -> Axes:
+        """Draw the contributions with matplotlib.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            kind: "tokens" in the order of the prompt, "heads" (layer × head), "map" (node ×
+                position), "waterfall" along the run, "graph" of edges, "patches" or "bars" of the
+                largest rows. None takes what fits the split.
+            top: Number of bars; a graph has three times as many edges.
+            image: The picture that patches are of, to lie under their map.
+
+        Returns:
+            The axes. A picture, a map, a waterfall and a graph are of one prompt.
+
+        Raises:
+            ValueError: If matplotlib is missing, or the figure does not fit the rows.
+        """
+        sources = [(source.node, source.pos) for source in self.sources]
+        numbers = self.values.tolist(), self.target, self.target_value.tolist()
+        about = self.sums_to_target, self.spans
+        split = Split(self.by, self.effect, sources, self.labels, *numbers, *about)
+        return split_figure(ax, split, kind, top, grid=lambda: self.grid()[0].tolist(), image=image)
 
     def _repr_html_(self) -> str:
         """For notebooks: tokens as a heat strip, heads as a grid, anything else as a table."""

@@ -4,11 +4,21 @@ Key concepts:
     Drawer: A function that draws plain numbers, labels and nodes. What they mean stays above.
     Page: One HTML file that shows a result, needs nothing beside it, and asks for nothing.
     View: One drawing of a page: a kind, and plain data. Its drawer is assets/kind.js.
+    Split: The rows of an attribution as plain numbers, and the figure that fits them.
 
-No torch in this room.
+No torch in this room, and matplotlib only where a figure is drawn.
 """
 
 from .maps import depth, map_view, panel
 from .page import Page, Paged
+from .splits import Split, split_figure
 
-__all__ = ["Page", "Paged", "depth", "map_view", "panel"]
+__all__ = [
+    "Page",
+    "Paged",
+    "Split",
+    "depth",
+    "map_view",
+    "panel",
+    "split_figure",
+]
