@@ -54,7 +54,7 @@ def curves(
         logarithmic: Whether x is drawn on a logarithmic scale.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     ax = axes(ax, 6.0, 4.0)
     looks = [(m, d) for d in ("-", "--", ":", "-.") for m in MARKERS]
@@ -88,7 +88,7 @@ def estimates(
         xlabel: What the numbers are.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     ax = axes(ax, 6.4, 1.2 + len(names) * max(0.26, 0.14 * len(series)))
     for i, (name, points) in enumerate(series.items()):
@@ -122,7 +122,7 @@ def dots(
         title: What stands above.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     ax = axes(ax, 1.5 + 1.1 * len(groups), 3.6)
     for i, values in enumerate(groups.values()):
@@ -180,7 +180,7 @@ def layered_graph(
         unit: What the scores count.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import FancyArrowPatch
@@ -283,7 +283,7 @@ def path_rows(
         unit: What contributions count.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     passed = [node for _, nodes, _ in paths for node, _ in nodes]
     deepest = max((node.layer for node in passed if node.layer is not None), default=0) + 1

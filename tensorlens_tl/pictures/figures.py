@@ -162,7 +162,7 @@ def cell_map(
         image: A picture [row, column] or [row, column, channel] under the map, or None.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     need("matplotlib", "plot", "plot")
     import numpy
@@ -234,7 +234,7 @@ def bars(
         left_out: What is said of rows that are not drawn.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     n = len(values)
     ax = axes(ax, 6.4, 1.1 + 0.21 * max(n, 2))
@@ -278,13 +278,13 @@ def columns(
 
     Args:
         ax: Axes to draw on, or None.
-        values: The numbers.
+        values: The numbers, first on the left.
         unit: What the numbers count.
         title: What stands above.
         xlabel: What stands below, with the numbers 0, 1, 2, ….
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     ax = axes(ax, 7.5, 2.8)
     finite = [v if math.isfinite(v) else 0.0 for v in values]
@@ -315,7 +315,7 @@ def mirrored_bars(
         middle: What stands between the titles.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     n = max(map(len, values))
     ax = axes(ax, 8.0, 1.3 + 0.21 * max(n, 2))
@@ -367,7 +367,7 @@ def token_figure(
         unit: What the numbers count.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     if len(tokens) > 2:
         wide = max(map(len, tokens))
@@ -406,13 +406,13 @@ def waterfall(
     Args:
         ax: Axes to draw on, or None.
         names: Names of the steps.
-        steps: The numbers.
+        steps: The numbers, in order.
         unit: What the numbers count.
         title: What stands above.
         total: Name and value of what the steps lead to, drawn from 0, or None.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     n = len(steps)
     ax = axes(ax, 1.4 + 0.26 * (n + 1), 3.8)

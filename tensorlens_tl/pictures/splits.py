@@ -122,7 +122,7 @@ def split_figure(
 
     Args:
         ax: Axes to draw on, or None.
-        split: The rows.
+        split: The rows of all prompts.
         kind: One of :data:`KINDS`, or None for the one that fits.
         top: How many rows bars show, largest first. A graph shows three times as many.
         errors: Half the interval of every row of a single prompt, or None.
@@ -130,7 +130,7 @@ def split_figure(
         image: The picture itself, for its patches, or None.
 
     Returns:
-        The axes.
+        The axes drawn on.
 
     Raises:
         ValueError: If there is no such figure, or it does not fit the rows.
@@ -392,14 +392,14 @@ def graph_figure(
 
     Args:
         ax: Axes to draw on, or None.
-        edges: The edges.
+        edges: The edges to choose from.
         scores: The score of every edge that has one.
         title: What stands above.
         unit: What the scores count.
         top: How many edges are drawn.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     order = sorted(edges, key=lambda edge: -abs(scores.get(edge, 0.0)))
     left = f" (the {top} largest of {len(order)} edges)" if len(order) > top else ""
@@ -427,7 +427,7 @@ def patch_figure(
         image: The picture [row, column] or [row, column, channel], or None.
 
     Returns:
-        The axes.
+        The axes drawn on.
     """
     names = ([str(i) for i in range(len(grid))], [str(i) for i in range(len(grid[0]))])
     return cell_map(ax, grid, *names, unit=unit, title=title, image=image)

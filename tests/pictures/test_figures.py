@@ -158,5 +158,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="image= lies under patches"):
         found.plot(image=[[0]])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"plot needs the package matplotlib.*tensorlens-tl\[plot\]"):
+    with pytest.raises(
+        ValueError, match=r"plot needs the package matplotlib.*tensorlens-tl\[plot\]"
+    ):
         found.plot()
