@@ -55,7 +55,9 @@ def test_a_bar_per_token_in_the_order_of_the_prompt():
     ax = found.plot()
     lengths = bar_lengths(ax)
     assert lengths[:-1] == pytest.approx(found.sum("node").values[0, :15].tolist(), rel=1e-6)
-    constants = [v for s, v in zip(found.sources, found.values[0].tolist()) if s.pos is None]
+    constants = [
+        v for s, v in zip(found.sources, found.values[0].tolist(), strict=True) if s.pos is None
+    ]
     assert lengths[-1] == pytest.approx(math.fsum(constants)) and labels(ax)[-1] == "26 constants"
     assert math.fsum(lengths) == pytest.approx(float(found.target_value[0]), rel=1e-5)
     assert labels(ax)[2] == '"Mary"@2' and ax.get_xlabel() == "logits"
@@ -65,7 +67,7 @@ def test_a_bar_per_token_in_the_order_of_the_prompt():
 def test_the_largest_components_as_bars():
     found = split(by="component")
     ax = found.plot(top=7)
-    assert list(zip(labels(ax), bar_lengths(ax))) == found.top(7)
+    assert list(zip(labels(ax), bar_lengths(ax), strict=True)) == found.top(7)
     assert ax.get_xlabel() == "logits   (… 24 more and 1 exactly 0)"
 
 
@@ -87,7 +89,7 @@ def test_heads_by_layer_with_mlps_beside():
     found = split(by="head").sum("pos")
     ax = split(by="head").plot()
     grid = cells(ax)
-    values = dict(zip(found.labels[0], found.values[0].tolist()))
+    values = dict(zip(found.labels[0], found.values[0].tolist(), strict=True))
     assert labels(ax, "x") == ["H0", "H1", "H2", "H3", "MLP", "constants"]
     assert grid[1, 0] == pytest.approx(values["L1H0"]) and grid[2, 4] == values["L2MLP"]
     assert f"embed {values['embed']:+.3g}" in ax.get_xlabel()
@@ -101,7 +103,7 @@ def test_nodes_by_position():
     found = split(by="component", effect="total")
     ax = found.plot()
     grid, rows = cells(ax), labels(ax)
-    values = dict(zip(found.labels[0], found.values[0].tolist()))
+    values = dict(zip(found.labels[0], found.values[0].tolist(), strict=True))
     assert labels(ax, "x")[2] == '"Mary"@2'
     assert grid[rows.index("L0MLP"), 4] == values["L0MLP@4"]
     assert grid[rows.index("embed"), 10] == values['"John"@10']
@@ -147,13 +149,13 @@ def test_edges_as_a_graph():
 
 def test_what_does_not_fit_is_refused(monkeypatch):
     found = split()
-    with pytest.raises(ValueError, match="kind='pie' is not a figure. Use one of bars"):
+    with pytest.raises(ValueError, match=r"kind=.pie. is not a figure\. Use one of bars"):
         found.plot(kind="pie")
     with pytest.raises(ValueError, match="kind='graph' does not fit a split by token"):
         found.plot(kind="graph")
     with pytest.raises(ValueError, match="kind='heads' draws one prompt, and there are 2"):
         lens_of(PROMPT, TWIN).attribute("Mary", by="head").plot()
-    with pytest.raises(ValueError, match="ax is an int, not axes. Pass axes"):
+    with pytest.raises(ValueError, match=r"ax is an int, not axes\. Pass axes"):
         found.plot(3)
     with pytest.raises(ValueError, match="image= lies under patches"):
         found.plot(image=[[0]])
