@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         faithfulness_of_many,
         score_edges,
     )
+    from .exports import AttributionGraph
     from .graph import Edge, Node
     from .hosts import load_model, unwrap, wrap
     from .lens import SequenceAttribution, TensorLens, load
@@ -58,6 +59,7 @@ _ROOMS = {
         "faithfulness_of_many",
         "score_edges",
     ),
+    "exports": ("AttributionGraph",),
     "graph": ("Edge", "Node"),
     "hosts": ("load_model", "unwrap", "wrap"),
     "refusals": ("UnsupportedArchitectureError",),

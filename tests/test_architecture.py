@@ -38,6 +38,7 @@ ROOMS = [
     "methods",
     "circuits",
     "evaluation",
+    "exports",
     "lens",
     "plugin",
     "relations",
@@ -47,12 +48,13 @@ ROOMS = [
     "__main__",
 ]
 """From the ground up: a room imports only rooms before it."""
-APART = [{"methods", "circuits"}, {"circuits", "evaluation"}]
+APART = [{"methods", "circuits"}, {"circuits", "evaluation"}, {"evaluation", "exports"}]
 """Rooms beside each other: neither imports the other."""
 FRONT = {"hosts", "readers", "refusals", "plugin", "demo", "support"}
 """Rooms that know host classes: hosts/ and two below, the plugin, and builders of models."""
 SUBMODULES = {
     "evaluation": {"evaluate"},
+    "exports": {"GraphLink", "GraphNode"},
     "lens": {"TensorLens", "load"},
     "methods": {"METHODS"},
     "relations": {"Relation", "decode", "state", "validity"},

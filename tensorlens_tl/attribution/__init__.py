@@ -8,11 +8,11 @@ Key concepts:
 
 from .averages import MeanAttribution, mean_attribution
 from .contrast import check_comparable, difference, fixed_baseline, mean_embedding
-from .edges import plan_edges
+from .edges import Writers, plan_edges
 from .head_loadings import loadings
 from .html import PROMPTS, grid_html, legend_html, more_prompts, patch_map, strip_html
 from .paths import Paths, find_paths
-from .splits import attribute, attribute_many
+from .splits import attribute, attribute_many, queries_and_keys
 from .table import Attribution, Source
 from .table_builder import TableBuilder
 from .target_gradient import GradientCache, TargetGradient, resolve_at_site, resolve_each
@@ -20,6 +20,7 @@ from .targets import (
     Target,
     TargetLike,
     expected_others,
+    is_token,
     likeliest_others,
     own_prediction,
     resolve,
@@ -38,6 +39,7 @@ __all__ = [
     "Target",
     "TargetGradient",
     "TargetLike",
+    "Writers",
     "attribute",
     "attribute_many",
     "check_comparable",
@@ -46,6 +48,7 @@ __all__ = [
     "find_paths",
     "fixed_baseline",
     "grid_html",
+    "is_token",
     "legend_html",
     "likeliest_others",
     "loadings",
@@ -55,6 +58,7 @@ __all__ = [
     "own_prediction",
     "patch_map",
     "plan_edges",
+    "queries_and_keys",
     "resolve",
     "resolve_at_site",
     "resolve_each",

@@ -21,7 +21,7 @@ from .nodes import (
     resid_site,
     site_parts,
 )
-from .selection import connected, limits, select
+from .selection import connected, limits, select, shared_out
 from .table_rows import rows_that_fit
 from .wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
@@ -46,5 +46,6 @@ __all__ = [
     "resid_site",
     "rows_that_fit",
     "select",
+    "shared_out",
     "site_parts",
 ]

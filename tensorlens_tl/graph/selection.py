@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 
 from ..checks import is_int
@@ -69,17 +69,35 @@ def influences(scores: Mapping[Edge, float], wiring: Wiring) -> dict[Edge, float
     Returns:
         Influence of every edge, from 0 to 1. The edges into the logits sum to 1.
     """
-    into: dict[Node, list[Edge]] = defaultdict(list)
-    for edge in scores:
-        into[owner(edge.dest)].append(edge)
-    of_node: dict[Node, float] = defaultdict(float, {LOGITS: 1.0})
-    found: dict[Edge, float] = {}
-    for node in (LOGITS, *reversed(wiring.writers())):
-        total = math.fsum(abs(scores[edge]) for edge in into[node])
-        for edge in into[node]:
-            found[edge] = of_node[node] * abs(scores[edge]) / total if total else 0.0
-            of_node[edge.src] += found[edge]
-    return found
+    links = [(edge.src, owner(edge.dest), score) for edge, score in scores.items()]
+    shares, _ = shared_out(links, (LOGITS, *reversed(wiring.writers())))
+    return dict(zip(scores, shares, strict=True))
+
+
+def shared_out(
+    links: Sequence[tuple[Hashable, Hashable, float]], order: Sequence[Hashable]
+) -> tuple[list[float], dict[Hashable, float]]:
+    """Pass 1 from the last node down: every node shares out what it has by |weight|.
+
+    Args:
+        links: The writer, the reader and the weight of every edge.
+        order: All nodes. The last node of the graph comes first, and readers before their writers.
+
+    Returns:
+        What passes through every edge, and what reaches every node.
+    """
+    into: dict[Hashable, list[int]] = defaultdict(list)
+    for i, (_, dest, _) in enumerate(links):
+        into[dest].append(i)
+    of_node: dict[Hashable, float] = defaultdict(float, {order[0]: 1.0})
+    found = [0.0] * len(links)
+    for node in order:
+        total = math.fsum(abs(links[i][2]) for i in into[node])
+        for i in into[node]:
+            src, _, weight = links[i]
+            found[i] = of_node[node] * abs(weight) / total if total else 0.0
+            of_node[src] += found[i]
+    return found, of_node
 
 
 def ranked_by(scores: Mapping[Edge, float], wiring: Wiring, selection: str) -> dict[Edge, float]:

@@ -34,11 +34,11 @@ from ..methods import (
 )
 from ..operator import PLANNED
 from ..saving import load_capture, save_capture
-from .similarity import PooledRun
+from .exported_run import ExportedRun
 from .write_check import WriteCheck
 
 
-class TensorLens(PooledRun):
+class TensorLens(ExportedRun):
     """One run of a transformer as an exact linear map, and every question to it as one call.
 
     A lens is made by ``model.run_with_tensorlens(prompt)`` or :func:`tensorlens_tl.capture`. Three
@@ -64,6 +64,7 @@ class TensorLens(PooledRun):
     How important is each token, by any method?      ``lens.token_scores("rollout", "Paris")``
     Which edges make up the behaviour?               ``lens.discover("Paris", n_edges=40)``
     What does a given subgraph alone compute?        ``lens.circuit(["L0H1", "L2MLP"])``
+    How do tokens, heads and MLPs make it together?  ``lens.attribution_graph("Paris")``
     What is T itself?                                ``lens.operator``, ``lens.between(a, b)``
     How exact is all this?                           ``lens.completeness_error``, ``lens.verify()``
     What will a large computation cost?              ``lens.plan("norm")``

@@ -1,0 +1,166 @@
+"""A run as a graph and in the forms of other tools."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from ..attribution import TargetLike, is_token, resolve_token
+from ..checks import plain_names, token_text
+from ..circuits import Circuit, circuit_from_names
+from ..exports import AttributionGraph, circuitsvis_arguments, find_graph, save_headvis
+from ..graph import Edge, Node
+from .similarity import PooledRun
+
+
+@plain_names
+class ExportedRun(PooledRun):
+    """A captured run that is written in the forms of other tools."""
+
+    def attribution_graph(
+        self,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+        *,
+        n_nodes: int = 100,
+        n_links: int = 2000,
+        qk: bool = True,
+        circuit: Circuit | Iterable[Edge | Node | str] | None = None,
+    ) -> AttributionGraph:
+        """Lay a target out as a graph of tokens, heads, MLPs, experts and constants at positions.
+
+        The weight of an edge is what the reader at its position makes of what the writer adds at
+        its own. All weights into a node sum to its total effect, and those into the target to the
+        target. Edges into queries and keys are first-order, and in no sum. The sum over all
+        positions is ``attribute(by="edge")``.
+
+        Args:
+            target: As in :meth:`attribute`.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            n_nodes: How many heads, MLPs, experts and constants to keep, by total effect. Tokens
+                are all kept.
+            n_links: How many edges between them to keep, by absolute value.
+            qk: Whether queries and keys are readers, too.
+            circuit: A circuit, or its nodes or edges, to keep only what belongs to it. Constants
+                are always kept.
+
+        Returns:
+            The graph. ``.to_json()`` writes it as attribution-graph JSON, for Neuronpedia and
+            circuit-tracer.
+
+        Raises:
+            ValueError: If there are several prompts, or an argument does not fit.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> graph = lens.attribution_graph("Paris", n_nodes=30)
+            >>> [(graph.labels[x.src], graph.labels[x.dest]) for x in graph.into(-1)[:1]]
+            [('L3MLP@5', "'Paris'")]
+        """
+        gradient, only = self._gradient(target, versus, pos), None
+        if circuit is not None:
+            only = frozenset(circuit_from_names(self.capture, circuit).edges)
+        found = find_graph(gradient, n_nodes, n_links, qk, only)
+        found = replace(found, prompt=self.prompt)
+        if not (is_token(target) and is_token(versus)):
+            return found
+        # The probabilities of the tokens, as the model itself has them.
+        logits = self.capture.logits_at(gradient.target.query)[0]
+        shares = logits.double().softmax(-1)
+        ids = [int(logits.argmax()) if target is None else resolve_token(self.capture, target)]
+        ids += [] if versus is None else [resolve_token(self.capture, versus, "versus")]
+        answer = tuple((token_text(self.capture.tokenizer, i), i, float(shares[i])) for i in ids)
+        return replace(found, answer=answer)
+
+    def save_headvis(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        top_k: int = 8,
+        least: float = 0.005,
+        n_intervals: int = 5,
+        dataset: str = "prompts",
+    ) -> None:
+        """Write the attention patterns of all prompts as a data folder of HeadVis.
+
+        Each head has a file with its largest keys per query, sparse, and one row of scores: to
+        itself, to the token before, induction, distance, entropy. Capture many prompts at once, as
+        a batch.
+
+        Args:
+            folder: The new folder. It is written whole or not at all.
+            top_k: How many keys to keep for each query.
+            least: Attention below this is not kept.
+            n_intervals: Into how many groups the prompts of a head are put, by their largest
+                attention.
+            dataset: What the prompts are called.
+
+        Raises:
+            ValueError: If the folder exists or cannot be made, a number is wrong, the rows have no
+                token ids, or a layer has no patterns.
+
+        Example:
+            >>> import os, tempfile
+            >>> from tensorlens_tl import demo
+            >>> prompts = ["The capital of France is", "The capital of Italy is"]
+            >>> _, lens = demo.load_model().run_with_tensorlens(prompts)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     lens.save_headvis(os.path.join(folder, "data"))
+            ...     len(os.listdir(os.path.join(folder, "data", "heads")))
+            16
+        """
+        self._check_unchanged()
+        save_headvis(self.capture, folder, top_k, least, n_intervals, dataset)
+
+    def circuitsvis(
+        self,
+        function: str,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+        *,
+        layer: int | None = None,
+        head: int | None = None,
+    ) -> dict[str, Any]:
+        """Make the arguments of a function of CircuitsVis from this run.
+
+        Call the function with them: ``circuitsvis.attention.attention_heads(**arguments)``.
+
+        Args:
+            function: The function's name. "attention_heads", "attention_patterns" and
+                "attention_pattern" show patterns, "colored_tokens" the tokens' shares of the target, and
+                "colored_tokens_multi" and "topk_samples" the total effects of heads by position.
+                "text_neuron_activations" and "topk_tokens" show the neurons of MLPs, and
+                "token_log_probs" and "visualize_model_performance" the predictions.
+            target: As in :meth:`attribute`, where shares of a target are shown.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            layer: The block whose patterns are shown; None is all blocks.
+            head: The head of "attention_pattern".
+
+        Returns:
+            The arguments by name.
+
+        Raises:
+            ValueError: If there is no such function, block or head, or the run lacks what is shown.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.circuitsvis("attention_heads", layer=1)["attention"].shape
+            torch.Size([4, 6, 6])
+        """
+        self._check_ready()
+        return circuitsvis_arguments(
+            function,
+            self.capture,
+            self._operator,
+            lambda: self._gradient(target, versus, pos),
+            layer,
+            head,
+        )
