@@ -78,10 +78,10 @@ class AttributionGraph:
         >>> from tensorlens_tl import demo
         >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
         >>> graph = lens.attribution_graph("Paris", n_nodes=20)
-        >>> graph.labels[4], graph.labels[-1]
-        ('"France"@4', "'Paris'")
-        >>> round(sum(link.weight for link in graph.into(-1)), 1), round(graph.target_value, 1)
-        (15.9, 16.1)
+        >>> [(graph.labels[x.src], round(x.weight, 1)) for x in graph.into(-1)[:2]]
+        [('L3MLP@5', 10.9), ('L2MLP@5', 2.8)]
+        >>> len(graph.into(-1)), round(graph.target_value, 1)
+        (11, 18.6)
     """
 
     nodes: tuple[GraphNode, ...]
