@@ -292,7 +292,7 @@ def ends(edges: Sequence[Edge]) -> tuple[list[int], list[int]]:
     """Number the nodes at both ends of edges: 0 is the input, 1 the logits.
 
     Args:
-        edges: The edges.
+        edges: Edges of one model.
 
     Returns:
         The number of every edge's writer, and of the node that its reader belongs to.
