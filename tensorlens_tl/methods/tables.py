@@ -132,24 +132,39 @@ class TokenMatrix(Paged):
         names = [f"{token}@{i}" for i, token in enumerate(self.labels[prompt])]
         return pandas.DataFrame(self[prompt].cpu().numpy(), index=names, columns=names)
 
+    @staticmethod
+    def panel(depths: Sequence[TokenMatrix], prompt: int, name: str) -> dict[str, Any]:
+        """Lay out one prompt's matrix, at one or several depths, for a page's view of maps.
+
+        Args:
+            depths: Matrices of one method and one run that start at different sites.
+            prompt: Index of the prompt in the batch.
+            name: What stands above the map.
+
+        Returns:
+            The panel for :func:`tensorlens_tl.pictures.map_view`.
+        """
+        first, here = depths[0], slice(*depths[0].spans[prompt])
+        n, stops = len(first.labels[prompt]), []
+        for one in depths:
+            small = len(depths) * n**2 <= SMALL
+            form = None if one is first or small else "coarse" if n <= COARSE else "largest"
+            constants = None if one.constants is None else as_array(one.constants[prompt, here])
+            stops.append(depth(one.layers[0], as_array(one[prompt]), constants, form))
+        goal = None if first.target_value is None else as_array(first.target_value[prompt, here])
+        return panel(name, _UNITS.get(first.kind, _OWN_UNIT), stops, goal)
+
     def _page(self) -> Page:
-        unit, error = _UNITS.get(self.kind, _OWN_UNIT), self.completeness_error
+        error = self.completeness_error
         notes = [f"{self.layers[0]} → {self.layers[1]}. {FIRST_TOKEN}"]
         if error is not None:
             notes.append(f"Rows and constants sum to the target, off by at most {error:.0e} of it.")
         if self.probes is not None:
             notes.append(f"Entries are estimated from {self.probes} random probes.")
-        views = []
-        for prompt, (start, stop) in enumerate(self.spans):
-            here = slice(start, stop)
-            beside = [
-                None if given is None else as_array(given[prompt, here])
-                for given in (self.constants, self.target_value)
-            ]
-            only = depth(self.layers[0], as_array(self[prompt]), beside[0])
-            shown = panel(self.kind, unit, [only], beside[1])
-            tokens = self.labels[prompt]
-            views.append(map_view(tokens, tokens, [shown], heading=" ".join(tokens[:12])))
+        views = [
+            map_view(own, own, [self.panel([self], i, self.kind)], heading=" ".join(own[:12]))
+            for i, own in enumerate(self.labels)
+        ]
         return Page(repr(self), views, notes, tabs=len(self) > 1, height=900)
 
     def to_json(self) -> str:
@@ -181,6 +196,8 @@ class TokenMatrix(Paged):
         )
 
 
+SMALL, COARSE = 2**17, 128
+"""Cells of all depths up to which each is packed exactly; tokens up to which all cells are kept."""
 _OWN_UNIT = "a share or score of the method's own"
 FIRST_TOKEN = "The first token has its own column, like any other."
 _UNITS = {

@@ -12,6 +12,7 @@ No torch in this room, and matplotlib only where a figure is drawn.
 from .maps import depth, map_view, panel
 from .page import Page, Paged
 from .splits import Split, split_figure
+from .tables import table_view, waterfall_view
 
 __all__ = [
     "Page",
@@ -21,4 +22,6 @@ __all__ = [
     "map_view",
     "panel",
     "split_figure",
+    "table_view",
+    "waterfall_view",
 ]

@@ -29,8 +29,8 @@ def depth(
     return {
         "name": name,
         "map": packed_map(values, form),
-        "sums": whole.sum(1),
-        "columns": whole.sum(0),
+        "sums": whole.sum(1).astype(values.dtype),
+        "columns": whole.sum(0).astype(values.dtype),
         "constants": constants,
     }
 
@@ -66,6 +66,7 @@ def map_view(
     panels: Sequence[Mapping[str, Any]],
     axes: tuple[str, str] = ("predicting position", "source position"),
     heading: str = "",
+    slider: str = "From",
 ) -> View:
     """A view of maps side by side, in one window.
 
@@ -75,9 +76,12 @@ def map_view(
         panels: The maps, made by :func:`panel`.
         axes: What a row is, and what a column is.
         heading: A line above the view.
+        slider: What the slider through the depths is called.
 
     Returns:
         The view of these maps.
     """
-    data = {"rows": list(rows), "columns": list(columns), "axes": axes, "panels": list(panels)}
+    same = tuple(rows) == tuple(columns)
+    data = {"rows": list(rows), "columns": None if same else list(columns), "axes": axes}
+    data |= {"panels": list(panels), "slider": slider}
     return View("map", data, heading)

@@ -60,14 +60,14 @@ def block(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "zlib": text}
 
 
-def packed_map(values: np.ndarray, form: str | None = None, keep: int = 6) -> dict[str, Any]:
+def packed_map(values: np.ndarray, form: str | None = None, keep: int | None = None) -> dict[str, Any]:
     """Pack a map of numbers.
 
     Args:
         values: The map [row, column].
         form: "exact", "coarse" or "largest". None is exact up to 2¹⁶ cells, then coarse.
         keep: How many of the largest cells of every row, and of every column, a map that is not
-            exact holds exactly.
+            exact holds exactly. None is 6, or 3 beyond 512 rows.
 
     Returns:
         The form, its blocks, ``share`` (how much of Σ|cell| is given exactly), and Σ|cell| of every
@@ -80,6 +80,7 @@ def packed_map(values: np.ndarray, form: str | None = None, keep: int = 6) -> di
     if form == "exact":
         cells = values[np.tril_indices(rows)] if triangle else values.ravel()
         return head | {"cells": block(cells), "share": 1.0}
+    keep = keep or (6 if rows <= 512 else 3)
     finite = np.isfinite(values)
     size = np.where(finite, np.abs(values), 0)
     at = _largest(size, keep, form == "coarse")

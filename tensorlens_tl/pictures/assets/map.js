@@ -41,6 +41,7 @@ function openMap(map) {
 }
 
 views.map = (box, data, watch) => {
+  data.columns = data.columns || data.rows;
   const n = data.rows.length, m = data.columns.length, panels = data.panels;
   const stops = panels.reduce((a, p) => (p.stops.length > a.length ? p.stops : a), []);
   const cache = new Map();
@@ -65,7 +66,7 @@ views.map = (box, data, watch) => {
   // --- Controls
   const controls = make("div", { class: "controls" });
   if (stops.length > 1)
-    controls.append(slider(data.depth || "From", stops.map((s) => s.name), 0, (k) => { state.stop = k; draw(); pick(); }));
+    controls.append(slider(data.slider, stops.map((s) => s.name), 0, (k) => { state.stop = k; draw(); pick(); }));
   if (windowed) {
     const sizes = [16, 32, 64, 128, 256].filter((s) => s < side);
     controls.append(choice("Window", sizes.map((s) => `${s} tokens`), sizes.indexOf(32), (k) => {

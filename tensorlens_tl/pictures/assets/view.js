@@ -160,6 +160,20 @@ function legend(top, unit) {
   return make("div", { class: "legend" }, steps, make("span", { class: "quiet" }, unit));
 }
 
+// Round numbers between two ends, about five of them.
+function ticks(low, high) {
+  const raw = (high - low) / 5, power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * ([1, 2, 5, 10].find((k) => k * power >= raw) || 10), found = [];
+  for (let k = Math.ceil(low / step); k * step <= high; k++) found.push(k * step || 0);
+  return found;
+}
+// A drawing as a file of its own, with the page's letters and ground.
+function standalone(drawing) {
+  const copy = drawing.cloneNode(true);
+  copy.prepend(svg("style", {}, `text { font: 12px sans-serif; fill: ${css("--text")} } svg { background: ${css("--ground")} }`));
+  return new XMLSerializer().serializeToString(copy);
+}
+
 // --- Data
 
 const TYPES = { float32: Float32Array, float64: Float64Array, uint8: Uint8Array, uint16: Uint16Array,

@@ -1,0 +1,147 @@
+"""Two prompts of one length: the target in each, and its difference split without a remainder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..attribution import Attribution, TargetGradient, attribute, difference
+from ..checks import as_array
+from ..graph import Node
+from ..pictures import Page, Paged, depth, map_view, panel, table_view
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PromptComparison(Paged):
+    """A target in two runs, by token, and its exact difference by token and by component.
+
+    The differences are read by the secant, the operator between the two runs. Their rows sum to
+    target(clean) − target(corrupted), and no row is what was left over.
+
+    Attributes:
+        clean: The target of this run, by token.
+        corrupted: The target of the other run, by token.
+        tokens: The difference, by token.
+        components: The difference, by component.
+        labels: The tokens of every prompt, in this run and in the other.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> model = demo.load_model()
+        >>> _, lens = model.run_with_tensorlens("The capital of France is")
+        >>> _, other = model.run_with_tensorlens("The capital of Italy is")
+        >>> found = lens.compare(other, "Paris", "Rome")
+        >>> found.tokens.completeness_error < 1e-5
+        True
+        >>> value = found.clean.target_value - found.corrupted.target_value
+        >>> bool((found.components.values.sum(1) - value).abs().max() < 1e-3)
+        True
+    """
+
+    clean: Attribution
+    corrupted: Attribution
+    tokens: Attribution
+    components: Attribution
+    labels: tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __repr__(self) -> str:
+        a, b = (float(one.target_value[0]) for one in (self.clean, self.corrupted))
+        head = f"{self.clean.target[0]}: {a:.4g} here, {b:.4g} there"
+        return f"PromptComparison of {head}\n{self.tokens!r}"
+
+    def _page(self) -> Page:
+        views = [view for prompt in range(len(self)) for view in self._views(prompt)]
+        worst = max(
+            error or 0.0
+            for error in (self.tokens.completeness_error, self.components.completeness_error)
+        )
+        notes = [
+            f"The differences sum to that of the targets, off by at most {worst:.0e} of Σ|·|.",
+            "They are read by the secant, the operator between the two runs: no row is a remainder.",
+        ]
+        return Page("Two prompts and their difference", views, notes, height=860)
+
+    def _views(self, prompt: int) -> list[Any]:
+        numbers = [_by_position(one[prompt]) for one in (self.clean, self.corrupted, self.tokens)]
+        places = list(dict.fromkeys(place for found in numbers for place in found))
+        places.sort(key=lambda place: (place is None, place))
+        here, there = (own[prompt] for own in self.labels)
+        names = [
+            ["constants and changes", ""] if i is None else [f"{here[i]} @{i}", there[i]]
+            for i in places
+        ]
+        values = np.array([[found.get(i, 0.0) for found in numbers] for i in places])
+        a, b = (float(one.target_value[prompt]) for one in (self.clean, self.corrupted))
+        caption = f"Sums: {a:+.6g} here, {b:+.6g} there, difference {a - b:+.6g}."
+        table = table_view(
+            ["here", "there"],
+            ["here", "there", "difference"],
+            names,
+            values,
+            caption,
+            f"{self.clean.target[prompt]}, by position",
+            together=True,
+        )
+        rows, columns, grid, beside = _grid(self.components[prompt])
+        parts = [table]
+        if rows:
+            unit = "units of the target"
+            shown = [panel("Difference by head and MLP", unit, [depth("", grid)])]
+            axes = ("layer", "column")
+            parts.append(map_view(rows, columns, shown, axes, "The difference, by component"))
+        if beside:
+            labels, found = [[name] for name, _ in beside], np.array([[v] for _, v in beside])
+            parts.append(table_view(["outside the layers"], ["difference"], labels, found))
+        return parts
+
+
+def _by_position(one: Attribution) -> dict[int | None, float]:
+    """The numbers of one prompt by position among its real tokens; None for all other rows."""
+    start, found = one.spans[0][0], {}
+    for source, value in zip(one.sources, one.values[0].double().tolist(), strict=True):
+        place = None if source.pos is None else source.pos - start
+        found[place] = found.get(place, 0.0) + value
+    return found
+
+
+def _grid(one: Attribution) -> tuple[list[str], list[str], np.ndarray, list[tuple[str, float]]]:
+    """The rows of one prompt as layers by heads, MLP and constants; and those outside layers."""
+    cells: dict[tuple[int, str], float] = {}
+    beside = []
+    for source, label, value in zip(
+        one.sources, one.labels[0], one.values[0].double().tolist(), strict=True
+    ):
+        node = source.node
+        if isinstance(node, Node) and node.layer is not None:
+            name = {"head": f"H{node.index}", "mlp": "MLP"}.get(node.kind, node.kind)
+            name = "constants" if node.kind == "constant" else name
+            cells[node.layer, name] = cells.get((node.layer, name), 0.0) + value
+        else:
+            beside.append((label, value))
+    layers = sorted({layer for layer, _ in cells})
+    columns = sorted({c for _, c in cells}, key=lambda c: (c[0] != "H", len(c), c))
+    grid = np.array([[cells.get((layer, c), 0.0) for c in columns] for layer in layers])
+    return [f"L{layer}" for layer in layers], columns, grid, beside
+
+
+def compare_prompts(clean: TargetGradient, corrupted: TargetGradient) -> PromptComparison:
+    """Split a target in two runs of one length, and its difference between them.
+
+    Args:
+        clean: The target in this run, pulled back.
+        corrupted: The same target in the other run.
+
+    Returns:
+        All four splits.
+    """
+    here, there = (attribute(gradient, "token", "direct") for gradient in (clean, corrupted))
+    by_token, by_component = (
+        difference(clean, corrupted, by, "secant") for by in ("token", "component")
+    )
+    labels = clean.capture.prompts.strings, corrupted.capture.prompts.strings
+    return PromptComparison(here, there, by_token, by_component, labels)

@@ -1,0 +1,82 @@
+// One number through depth: what every step adds, the sum so far, and another reading beside it.
+views.waterfall = (box, data, watch) => {
+  const { steps, parts, values } = data, n = steps.length; // parts[i] = [step, label]
+  const own = steps.map(() => []);
+  parts.forEach(([step, label], i) => own[step].push([label, values[i]]));
+  const sums = own.map((rows) => rows.reduce((a, row) => a + row[1], 0));
+  const after = sums.map((_, i) => sums.slice(0, i + 1).reduce((a, b) => a + b, 0));
+  const state = { step: sums.reduce((best, x, i) => (Math.abs(x) > Math.abs(sums[best]) ? i : best), 0), lens: true };
+  const drawing = svg("svg", { role: "application", tabindex: 0, "aria-label": "What each step adds. Left and right arrow keys choose a step." });
+  const list = make("div", { class: "panels" }), below = make("p", { class: "note" });
+  const controls = make("div", { class: "controls" });
+  if (data.lens) controls.append(tick(data.lens_name, true, (on) => { state.lens = on; draw(); }));
+  controls.append(button("Save SVG", () => save("waterfall.svg", new Blob([standalone(drawing)], { type: "image/svg+xml" }))));
+  const words = (i) => `${steps[i]}: adds ${number(sums[i])}, ${number(after[i])} so far` +
+    (data.lens && Number.isFinite(data.lens[i]) ? `\n${data.lens_name}: ${number(data.lens[i])}` : "");
+  function choose(i) {
+    state.step = Math.max(0, Math.min(n - 1, i));
+    draw();
+    const details = (data.details || []).filter((d) => d.step === state.step);
+    list.replaceChildren(listing(own[state.step], { title: `${words(state.step)}.`, total: own[state.step].reduce((a, r) => a + Math.abs(r[1]), 0) }),
+      ...details.map((d) => listing(d.labels.map((label, i) => [label, d.values[i]]), { title: d.name, total: d.values.reduce((a, v) => a + Math.abs(v), 0) })));
+    say(words(state.step));
+  }
+  function draw() {
+    const width = Math.max(280, box.clientWidth), height = 340, left = 52, bottom = 74, top = 12;
+    const room = Math.max((width - left - 8) / n, 9), whole = left + 8 + room * n;
+    let [low, high] = [0, 0];
+    own.forEach((rows, i) => {
+      const start = i ? after[i - 1] : 0, up = rows.reduce((a, r) => a + Math.max(0, r[1]), 0);
+      [low, high] = [Math.min(low, start, after[i]), Math.max(high, start + up)];
+    });
+    if (data.lens && state.lens) for (const x of data.lens) if (Number.isFinite(x)) [low, high] = [Math.min(low, x), Math.max(high, x)];
+    if (low === high) high = low + 1;
+    const y = (v) => top + ((high - v) / (high - low)) * (height - top - bottom), x = (i) => left + i * room;
+    drawing.replaceChildren();
+    drawing.setAttribute("viewBox", `0 0 ${whole} ${height}`);
+    drawing.setAttribute("width", whole);
+    drawing.setAttribute("height", height);
+    for (const v of ticks(low, high)) drawing.append(
+      svg("line", { x1: left, x2: whole, y1: y(v), y2: y(v), stroke: css(v ? "--line" : "--quiet") }),
+      svg("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, number(v, 3, false)));
+    const every = Math.ceil(13 / room);
+    own.forEach((rows, i) => {
+      const start = i ? after[i - 1] : 0, group = svg("g", { onclick: () => choose(i), onpointermove: (e) => tip(e, words(i)), onpointerleave: (e) => tip(e, "") });
+      if (i === state.step) group.append(svg("rect", { x: x(i), y: top, width: room, height: height - top - bottom, fill: css("--panel") }));
+      group.append(svg("rect", { x: x(i), y: top, width: room, height: height - top - bottom, fill: "transparent" }));
+      // Left half: what adds, stacked from the sum before. Right half: what takes away, down to the sum after.
+      const half = Math.max(1, room / 2 - 1.5);
+      let at = start;
+      for (const sign of [1, -1]) {
+        const ordered = rows.filter((r) => r[1] * sign > 0).sort((a, b) => sign * (b[1] - a[1]));
+        for (const [label, v] of ordered) {
+          const edge = y(Math.max(at, at + v)), tall = Math.abs(y(at) - y(at + v));
+          group.append(svg("rect", { x: x(i) + (sign > 0 ? 1 : half + 2), y: edge, width: half, height: Math.max(0.4, tall),
+            fill: css(sign > 0 ? "--pos" : "--neg"), stroke: css("--ground"), "stroke-width": tall > 3 ? 0.8 : 0,
+            onpointermove: (e) => { e.stopPropagation(); tip(e, `${label}: ${number(v)}\n${words(i)}`); } }));
+          at += v;
+        }
+      }
+      drawing.append(group);
+      if (i % every === 0 || i === state.step)
+        drawing.append(svg("text", { x: x(i) + room / 2, y: height - bottom + 12, "text-anchor": "end", transform: `rotate(-50 ${x(i) + room / 2} ${height - bottom + 12})`,
+          "font-weight": i === state.step ? "bold" : null }, shown(steps[i], 16)));
+    });
+    const line = (numbers) => numbers.map((v, i) => (Number.isFinite(v) ? `${x(i) + room / 2},${y(v)}` : "")).filter(Boolean).join(" ");
+    drawing.append(svg("polyline", { points: line([...after]), fill: "none", stroke: css("--mark"), "stroke-width": 2, "pointer-events": "none" }));
+    if (data.lens && state.lens) drawing.append(svg("polyline", { points: line([...data.lens]), fill: "none", stroke: css("--third"), "stroke-width": 2, "stroke-dasharray": "6 4", "pointer-events": "none" }));
+  }
+  const key = (style, text) => make("span", { class: "step" }, make("span", { class: `line ${style}` }), text);
+  below.append(make("span", { class: "legend" }, key("solid", "sum so far"), data.lens ? key("dashed", data.lens_name) : null,
+    make("span", { class: "step" }, make("span", { class: "bar pos wide" }), "adds"), make("span", { class: "step" }, make("span", { class: "bar neg wide" }), "takes away"), data.unit));
+  drawing.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    choose(state.step + by);
+  });
+  box.append(controls, make("div", { class: "scroll" }, drawing), below, list);
+  choose(state.step);
+  watch(draw);
+  return { sums, after, state, choose, parts: own };
+};
