@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         faithfulness_of_many,
         score_edges,
     )
+    from .exhibits import HeadMaps, OperatorMaps, PromptComparison, Waterfall
     from .exports import AttributionGraph
     from .graph import Edge, Node
     from .hosts import load_model, unwrap, wrap
@@ -59,6 +60,7 @@ _ROOMS = {
         "faithfulness_of_many",
         "score_edges",
     ),
+    "exhibits": ("HeadMaps", "OperatorMaps", "PromptComparison", "Waterfall"),
     "exports": ("AttributionGraph",),
     "graph": ("Edge", "Node"),
     "hosts": ("load_model", "unwrap", "wrap"),

@@ -39,6 +39,7 @@ ROOMS = [
     "circuits",
     "evaluation",
     "exports",
+    "exhibits",
     "lens",
     "plugin",
     "relations",

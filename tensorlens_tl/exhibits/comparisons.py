@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ..attribution import Attribution, TargetGradient, attribute, difference
-from ..checks import as_array
 from ..graph import Node
 from ..pictures import Page, Paged, depth, map_view, panel, table_view
 
@@ -62,7 +61,7 @@ class PromptComparison(Paged):
         )
         notes = [
             f"The differences sum to that of the targets, off by at most {worst:.0e} of Σ|·|.",
-            "They are read by the secant, the operator between the two runs: no row is a remainder.",
+            "The secant reads them, the operator between the two runs: no row is a remainder.",
         ]
         return Page("Two prompts and their difference", views, notes, height=860)
 
@@ -93,7 +92,8 @@ class PromptComparison(Paged):
             unit = "units of the target"
             shown = [panel("Difference by head and MLP", unit, [depth("", grid)])]
             axes = ("layer", "column")
-            parts.append(map_view(rows, columns, shown, axes, "The difference, by component"))
+            heading = "The difference, by component"
+            parts.append(map_view(rows, columns, shown, axes, heading, named=True))
         if beside:
             labels, found = [[name] for name, _ in beside], np.array([[v] for _, v in beside])
             parts.append(table_view(["outside the layers"], ["difference"], labels, found))

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attribution import Target, attribute_many
+from ..attribution import TargetLike, attribute_many, resolve
 from ..checks import as_array
 from ..graph import Node
 from ..operator import Capture, FrozenTransformer
@@ -64,11 +64,16 @@ class HeadMaps(Paged):
             here, panels = slice(start, stop), []
             small = len(self.heads) * (stop - start) ** 2 <= 2**16
             for name, unit, maps in (
-                ("Attention pattern", "share of the row", self.patterns),
                 ("What the head adds directly", "units of the target", self.values),
+                ("Attention pattern", "share of the row", self.patterns),
             ):
                 stops = [
-                    depth(head, as_array(maps[prompt, i, here, here]), None, small and "exact" or None)
+                    depth(
+                        head,
+                        as_array(maps[prompt, i, here, here]),
+                        None,
+                        "exact" if small else None,
+                    )
                     for i, head in enumerate(self.heads)
                 ]
                 panels.append(panel(name, unit, stops))
@@ -76,63 +81,63 @@ class HeadMaps(Paged):
             axes = ("query position", "key position")
             views.append(map_view(own, own, panels, axes, " ".join(own[:12]), "Head"))
         notes = [
-            f"Row i of the second map is for the target at position i: {self.target}.",
+            f"Row i of the first map is for the target at position i: {self.target}.",
             "Direct effects alone: what later sublayers make of a head's writing is theirs.",
         ]
         return Page("Heads: where, and what", views, notes, tabs=len(self) > 1, height=860)
 
 
-def maps_of_heads(
-    capture: Capture,
-    operator: FrozenTransformer,
-    goals: Sequence[Target],
-    heads: Sequence[str],
-    target: str,
-) -> HeadMaps:
+def maps_of_heads(capture: Capture, heads: Sequence[str], target: TargetLike = None) -> HeadMaps:
     """Compute patterns of heads, and what they add to a target at every position.
 
     Args:
         capture: The captured run.
-        operator: The operator of that run.
-        goals: The target at every position among the real tokens of the longest prompt.
         heads: Names of heads, such as "L1H2".
-        target: The target in words.
+        target: What is read at every position; None is each position's own prediction.
 
     Returns:
         Both maps of every head.
 
     Raises:
-        ValueError: If a head does not exist.
+        ValueError: If a head or the target does not exist, or a head has no pattern.
     """
     nodes = [Node.parse(head) for head in heads]
-    for node in nodes:
-        known = node.kind == "head" and not node.name and (node.layer or 0) < len(capture.blocks)
-        n_heads = capture.blocks[node.layer or 0].attn.pattern.shape[1] if known else 0
-        if not known or (node.index or 0) >= n_heads:
-            raise ValueError(
-                f"{str(node)!r} is not a head of {capture.model_name}. Pass names such as 'L0H0'."
-            )
+    places = {str(node): i for i, node in enumerate(nodes)}
     frame = capture.frame
-    patterns = torch.stack(
-        [capture.blocks[node.layer or 0].attn.pattern[:, node.index] for node in nodes], 1
-    )
+    patterns = torch.stack([_pattern(capture, node) for node in nodes], 1)
     real = frame.real[:, None, :, None] & frame.real[:, None, None, :]
-    values = patterns.new_zeros(patterns.shape)
-    names = {str(node): i for i, node in enumerate(nodes)}
-    for goal, found in zip(goals, attribute_many(capture, operator, goals, "head"), strict=True):
-        rows = [
-            (row, names[str(source.node)], source.pos)
-            for row, source in enumerate(found.sources)
-            if source.pos is not None and str(source.node) in names
-        ]
-        row, head, pos = (torch.tensor(column, device=values.device) for column in zip(*rows))
-        for prompt in range(frame.batch):
-            values[prompt, head, goal.query[prompt], pos] = found.values[prompt, row].to(values)
-    return HeadMaps(
-        tuple(map(str, nodes)),
-        torch.where(real, patterns, 0),
-        torch.where(real, values, 0),
-        capture.prompts.strings,
-        frame.spans,
-        target,
-    )
+    patterns = torch.where(real, patterns, 0)
+    values = torch.zeros_like(patterns)
+    for prompt, (start, stop) in enumerate(frame.spans):
+        one = capture.prompt(prompt)
+        first = one.frame.spans[0][0]
+        goals = [resolve(one, target, None, pos) for pos in range(stop - start)]
+        splits = attribute_many(one, FrozenTransformer.of(one), goals, "head")
+        for query, found in enumerate(splits):
+            for source, value in zip(found.sources, found.values[0], strict=True):
+                head = places.get(str(source.node))
+                if head is not None and source.pos is not None:
+                    values[prompt, head, start + query, start + source.pos - first] = value
+    said = "its own prediction" if target is None else f"the logit of {target!r}"
+    names = tuple(map(str, nodes))
+    return HeadMaps(names, patterns, values, capture.prompts.strings, frame.spans, said)
+
+
+def _pattern(capture: Capture, node: Node) -> Float[Tensor, "prompt query_pos key_pos"]:
+    layer, head = node.layer or 0, node.index or 0
+    if node.kind != "head" or node.name or layer >= len(capture.blocks):
+        raise ValueError(
+            f"{str(node)!r} is not a head of {capture.model_name}. Pass names such as 'L0H0'."
+        )
+    pattern = getattr(capture.blocks[layer].attn, "pattern", None)
+    if pattern is None:
+        raise ValueError(
+            f"Layer {layer} of {capture.model_name} has no attention pattern. Pass heads of other "
+            "layers."
+        )
+    if head >= pattern.shape[1]:
+        raise ValueError(
+            f"There is no head {str(node)!r} in {capture.model_name}. Pass L{layer}H0 to "
+            f"L{layer}H{pattern.shape[1] - 1}."
+        )
+    return pattern[:, head]

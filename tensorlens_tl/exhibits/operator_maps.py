@@ -104,7 +104,7 @@ def maps_by_depth(
     if sites is None and capture.frame.n_pos > ALL_DEPTHS:
         chosen = chosen[:: max(1, len(chosen) // FEW)][:FEW]
     if not chosen:
-        raise ValueError("sites= is empty. Pass names of sites, or leave it out for all.")
+        raise ValueError("sites= is empty. Pass names of sites, or None for all.")
     depths = tuple(
         token_matrix("in_out", capture, operator, target, (site, FINAL_SITE)) for site in chosen
     )

@@ -9,8 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attribution import Attribution, TargetGradient, attribute, own_prediction, resolve_token
-from ..attribution import TargetLike
+from ..attribution import (
+    Attribution,
+    TargetGradient,
+    TargetLike,
+    attribute,
+    own_prediction,
+    resolve_token,
+)
 from ..checks import as_array
 from ..graph import Node
 from ..methods import logit_lens
@@ -139,7 +145,9 @@ def logit_waterfall(
             ids = torch.full_like(ids, resolve_token(capture, target))
         lens = _at(logits, ids)
         if versus is not None:
-            lens = lens - _at(logits, torch.full_like(ids, resolve_token(capture, versus, "versus")))
+            lens = lens - _at(
+                logits, torch.full_like(ids, resolve_token(capture, versus, "versus"))
+            )
         # What is left after the last sublayer is read by the readout: both are the logit.
         lens = torch.cat([lens, lens[:, -1:]], 1)
     return Waterfall(components, heads, names, tuple(of_step), lens)

@@ -34,11 +34,11 @@ from ..methods import (
 )
 from ..operator import PLANNED
 from ..saving import load_capture, save_capture
-from .exported_run import ExportedRun
+from .pictured_run import PicturedRun
 from .write_check import WriteCheck
 
 
-class TensorLens(ExportedRun):
+class TensorLens(PicturedRun):
     """One run of a transformer as an exact linear map, and every question to it as one call.
 
     A lens is made by ``model.run_with_tensorlens(prompt)`` or :func:`tensorlens_tl.capture`. Three
@@ -57,6 +57,8 @@ class TensorLens(ExportedRun):
     Where does every token of an answer come from?   ``lens.attribute_sequence("ele phant")``
     What does every component write directly?        ``lens.dla("Paris", versus="Rome")``
     What would the model say after each layer?       ``lens.logit_lens()``
+    How does a logit grow through depth?             ``lens.waterfall("Paris").show()``
+    What does the operator's map look like?          ``lens.operator_maps().show()``
     What makes a direction at a layer?               ``lens.attribute(direction, site=5)``
     Which chains of heads and MLPs carry it?         ``lens.paths("Paris", k=10)``
     Which heads carry what a token contributes?      ``lens.loadings(4, "Paris")``

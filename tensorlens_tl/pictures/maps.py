@@ -67,6 +67,7 @@ def map_view(
     axes: tuple[str, str] = ("predicting position", "source position"),
     heading: str = "",
     slider: str = "From",
+    named: bool = False,
 ) -> View:
     """A view of maps side by side, in one window.
 
@@ -77,11 +78,12 @@ def map_view(
         axes: What a row is, and what a column is.
         heading: A line above the view.
         slider: What the slider through the depths is called.
+        named: Whether rows and columns are names, not tokens at positions.
 
     Returns:
         The view of these maps.
     """
     same = tuple(rows) == tuple(columns)
     data = {"rows": list(rows), "columns": None if same else list(columns), "axes": axes}
-    data |= {"panels": list(panels), "slider": slider}
+    data |= {"panels": list(panels), "slider": slider, "named": named}
     return View("map", data, heading)

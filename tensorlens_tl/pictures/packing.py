@@ -60,7 +60,9 @@ def block(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "zlib": text}
 
 
-def packed_map(values: np.ndarray, form: str | None = None, keep: int | None = None) -> dict[str, Any]:
+def packed_map(
+    values: np.ndarray, form: str | None = None, keep: int | None = None
+) -> dict[str, Any]:
     """Pack a map of numbers.
 
     Args:

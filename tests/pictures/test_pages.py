@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from models import SHAPES, lens_of
 
+from tensorlens_tl import demo
 from tensorlens_tl.pictures import Page, depth, map_view, panel
 
 pytestmark = pytest.mark.browser
@@ -102,3 +103,80 @@ def test_the_file_is_one_element_of_plain_text():
     assert html.count("<script") == 2 and html.count("</script>") == 2 and "http:" not in html
     data = re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1]
     assert "<" not in data and json.loads(data)["views"][0]["data"]["rows"] == NASTY
+
+
+@pytest.fixture(scope="module")
+def lenses():
+    """The demo's lens of a prompt, and of its twin."""
+    model = demo.load_model()
+    prompts = "When Mary and John went to the store, {} gave a drink to"
+    return [model.run_with_tensorlens(prompts.format(name))[1] for name in ("John", "Mary")]
+
+
+def test_a_slider_through_the_depths(opened, lenses):
+    maps = lenses[0].operator_maps("Mary")
+    page = opened(maps.to_html())
+    slider = page.get_by_label("From")
+    n = len(maps.depths[0].labels[0])
+    for i, one in enumerate(maps.depths):
+        every = [[q, k] for q in range(n) for k in range(n)]
+        assert [v for v, *_ in cells(page, every)] == one[0].flatten().tolist()
+        assert (
+            page.locator("output").inner_text()
+            == one.layers[0]
+            == slider.get_attribute("aria-valuetext")
+        )
+        if i + 1 < len(maps.depths):
+            slider.press("ArrowRight")
+    share = page.evaluate("tensorlens.views[0].value(1, 5, 2)")
+    assert share == float(maps.baseline[0][5, 2])
+
+
+def test_a_waterfall_shows_every_step(opened, lenses):
+    found = lenses[0].waterfall("Mary", "John")
+    page = opened(found.to_html())
+    shown = page.evaluate("[tensorlens.views[0].sums, tensorlens.views[0].after]")
+    assert np.allclose(shown[0], found.sums[0].tolist(), rtol=0, atol=1e-6)
+    assert np.allclose(shown[1], found.sums[0].double().cumsum(0).tolist(), rtol=0, atol=1e-5)
+    # Keys choose a step; its parts and its heads by position are listed exactly.
+    page.evaluate("tensorlens.views[0].choose(0)")
+    page.get_by_role("application").press("ArrowRight")
+    rows = [
+        source
+        for source, step in zip(found.components.sources, found.of_step, strict=True)
+        if step == 1
+    ]
+    values = dict(
+        zip(map(str, found.components.sources), found.components.values[0].tolist(), strict=True)
+    )
+    listed = page.locator(".listing").first.locator("td.num:not(.quiet)").all_inner_texts()
+    numbers = sorted((values[str(row)] for row in rows), key=abs, reverse=True)
+    assert listed == [f"{v:+.4g}" for v in numbers]
+    heads = [
+        float(v)
+        for s, v in zip(found.heads.sources, found.heads.values[0], strict=True)
+        if s.pos == 2
+    ]
+    more = page.get_by_role("button", name="more")
+    more.first.click()
+    text = page.locator(".listing").nth(1).inner_text()
+    assert f"{heads[0]:+.4g}" in text and "L0H0" in text
+    before = page.locator("polyline").count()
+    page.get_by_label("logit lens").uncheck()
+    assert page.locator("polyline").count() == before - 1 == 1
+
+
+def test_two_prompts_side_by_side(opened, lenses):
+    found = lenses[0].compare(lenses[1], "Mary", "John")
+    page = opened(found.to_html())
+    by_position = [one.sum("node") for one in (found.clean, found.corrupted, found.tokens)]
+    for k, one in enumerate(by_position):
+        for source, value in zip(one.sources, one.values[0].tolist(), strict=True):
+            if source.pos is not None:
+                shown = page.evaluate(f"tensorlens.views[0].value({source.pos}, {k})")
+                assert shown == pytest.approx(value, abs=1e-5)
+    page.get_by_label("Order").select_option("size of difference")
+    first = page.locator("tbody tr").first.inner_text()
+    assert "John @9" in first or "John @10" in first
+    page.get_by_label("Find").fill("mary")
+    assert page.locator("table").first.locator("tbody tr").count() == 2

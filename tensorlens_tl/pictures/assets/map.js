@@ -26,8 +26,11 @@ function openMap(map) {
       exact[here] = 1;
     });
   }
-  let top = 0;
-  for (const x of cells) if (Math.abs(x) > top && Math.abs(x) < Infinity) top = Math.abs(x);
+  let top = 0, signed = false;
+  for (const x of cells) {
+    if (Math.abs(x) > top && Math.abs(x) < Infinity) top = Math.abs(x);
+    if (x < 0) signed = true;
+  }
   function words(i, j) {
     const here = i * columns + j, x = cells[here];
     if (exact[here] || x !== x) return number(x);
@@ -37,11 +40,12 @@ function openMap(map) {
     const ends = [level - 0.5, Math.min(7, level + 0.5)].map((l) => number(sign * full * (l / 7) ** 2, 2));
     return `${ends[0]} to ${ends[1]}`;
   }
-  return { ...map, cells, exact, sizes, top, words };
+  return { ...map, cells, exact, sizes, top, signed, words };
 }
 
 views.map = (box, data, watch) => {
   data.columns = data.columns || data.rows;
+  const label = data.named ? (text) => shown(text) : quoted; // what has a name, or a token at a position
   const n = data.rows.length, m = data.columns.length, panels = data.panels;
   const stops = panels.reduce((a, p) => (p.stops.length > a.length ? p.stops : a), []);
   const cache = new Map();
@@ -55,7 +59,7 @@ views.map = (box, data, watch) => {
     return cache.get(key);
   }
   const side = Math.max(n, m), windowed = side > 40;
-  const state = { stop: 0, size: Math.min(side, windowed ? 32 : side), row: 0, column: 0, i: n - 1, j: 0, rowwise: windowed };
+  const state = { stop: 0, size: Math.min(side, windowed ? 32 : side), row: 0, column: 0, i: n - 1, j: 0, p: 0, rowwise: windowed };
   const rowsShown = () => Math.min(n, state.size), columnsShown = () => Math.min(m, state.size);
   function move(row, column) {
     state.row = Math.max(0, Math.min(n - rowsShown(), Math.round(row)));
@@ -153,7 +157,7 @@ views.map = (box, data, watch) => {
     canvas.addEventListener("click", (event) => {
       const at = where(figure, event);
       if (!at) return;
-      [state.i, state.j] = [at[0] ?? state.i, at[1] ?? state.j];
+      [state.i, state.j, state.p] = [at[0] ?? state.i, at[1] ?? state.j, p];
       drawWindow();
       pick();
     });
@@ -179,13 +183,13 @@ views.map = (box, data, watch) => {
   function words(p, at) {
     if (!at) return "";
     const a = map(p), panel = panels[p], stop = panel.stops[current(p)], [i, j] = at;
-    if (i === null) return `${quoted(data.columns[j], j)}: column sum ${number(stop.columns[j])}`;
+    if (i === null) return `${label(data.columns[j], j)}: column sum ${number(stop.columns[j])}`;
     if (j === null) return sumWords(panel, stop, i);
     const share = a.exact[i * m + j] && a.sizes[i] ? `, ${percent(Math.abs(a.cells[i * m + j]) / a.sizes[i])} of the row's Σ|·|` : "";
-    return `${panel.name}\n${a.words(i, j)}${share}\n${data.axes[1]}: ${quoted(data.columns[j], j)}\n${data.axes[0]}: ${quoted(data.rows[i], i)}`;
+    return `${panel.name}\n${a.words(i, j)}${share}\n${data.axes[1]}: ${label(data.columns[j], j)}\n${data.axes[0]}: ${label(data.rows[i], i)}`;
   }
   function sumWords(panel, stop, i) {
-    const head = `${quoted(data.rows[i], i)}: row sum ${number(stop.sums[i])}`;
+    const head = `${label(data.rows[i], i)}: row sum ${number(stop.sums[i])}`;
     if (!stop.constants) return head;
     const [sum, target] = [stop.sums[i] + stop.constants[i], panel.target[i]];
     return `${head}, constants ${number(stop.constants[i])}, together ${number(sum, 6)}; ${panel.target_name} ${number(target, 6)}, off by ${number(Math.abs(sum - target), 1, false)}`;
@@ -272,7 +276,8 @@ views.map = (box, data, watch) => {
     pen.textAlign = "right";
     pen.fillText("column sum", left - 6, line, left - 8);
     pen.fillText(`${data.axes[1]} →`, left + w * cell, 8, w * cell);
-    pen.fillText(`${data.axes[0]} ↓`, left - 6, top - 8, left - 8);
+    pen.textAlign = "left";
+    pen.fillText(`${data.axes[0]} ↓`, 0, 8, width / 2);
     // 4. The selected cell.
     pen.strokeStyle = css("--mark");
     pen.lineWidth = 1.5;
@@ -280,10 +285,10 @@ views.map = (box, data, watch) => {
     if (y >= 0 && y < h) pen.strokeRect(left, top + y * cell, w * cell, cell);
     if (x >= 0 && x < w) pen.strokeRect(left + x * cell, top, cell, h * cell);
     // 5. What it is, in words.
-    figure.caption.replaceChildren(make("b", {}, panel.name), stop.name && panel.stops.length > 1 ? ` from ${stop.name}. ` : ". ", panel.note || "",
+    figure.caption.replaceChildren(make("b", {}, panel.name), stop.name && panel.stops.length > 1 ? `, ${data.slider.toLowerCase()} ${stop.name}. ` : ". ", panel.note || "",
       a.form === "coarse" ? ` Colours have 15 levels; ${percent(a.share)} of Σ|·| is exact to the digit.` : "",
       a.form === "largest" ? ` The largest cells of each row: ${percent(a.share)} of Σ|·|.` : "");
-    figure.scale.replaceChildren(legend(state.rowwise && y >= 0 && y < h ? rowTop(a, state.i) : a.top, panel.unit + (state.rowwise ? ", of the selected row" : "")));
+    figure.scale.replaceChildren(legend(state.rowwise && y >= 0 && y < h ? rowTop(a, state.i) : a.top, panel.unit + (state.rowwise ? ", of the selected row" : ""), a.signed));
   }
   const sizesOf = (numbers) => {
     let top = 0;
@@ -294,12 +299,12 @@ views.map = (box, data, watch) => {
   // --- Exact numbers of the selected row and column
   const lists = make("div", { class: "panels" });
   function pick() {
-    const a = map(0), { i, j } = state, row = [], column = [];
-    for (let k = 0; k < m; k++) if (a.exact[i * m + k] && a.cells[i * m + k]) row.push([quoted(data.columns[k], k), a.cells[i * m + k]]);
-    for (let k = 0; k < n; k++) if (a.exact[k * m + j] && a.cells[k * m + j]) column.push([quoted(data.rows[k], k), a.cells[k * m + j]]);
+    const { i, j, p } = state, a = map(p), row = [], column = [], name = panels.length > 1 ? `${panels[p].name}, ` : "";
+    for (let k = 0; k < m; k++) if (a.exact[i * m + k] && a.cells[i * m + k]) row.push([label(data.columns[k], k), a.cells[i * m + k]]);
+    for (let k = 0; k < n; k++) if (a.exact[k * m + j] && a.cells[k * m + j]) column.push([label(data.rows[k], k), a.cells[k * m + j]]);
     lists.replaceChildren(
-      listing(row, { title: `Row ${sumWords(panels[0], panels[0].stops[current(0)], i)}`, total: a.sizes[i] }),
-      listing(column, { title: `Column ${words(0, [null, j])}` }));
+      listing(row, { title: `${name}row ${sumWords(panels[p], panels[p].stops[current(p)], i)}`, total: a.sizes[i] }),
+      listing(column, { title: `${name}column ${words(p, [null, j])}` }));
   }
   function drawWindow() {
     panels.forEach((_, p) => drawFigure(p));

@@ -21,7 +21,7 @@ function fill(element, attributes, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined));
   return element;
 }
 const make = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
@@ -83,7 +83,7 @@ function shown(token, most = 200) {
   const cut = text.length > most ? text.slice(0, most - 1).join("") + "…" : text.join("");
   return `\u2068${cut}\u2069`;
 }
-const quoted = (token, i) => `“${shown(token)}” @${i}`;
+const quoted = (token, i) => `“${shown(token)}” @${i}`; // a token at its position
 
 const hint = make("div", { class: "tip", "aria-hidden": "true" });
 function tip(event, text) {
@@ -150,9 +150,9 @@ function palette() {
   };
 }
 // What the colours mean, with ticks at full and at half strength.
-function legend(top, unit) {
+function legend(top, unit, signed = true) {
   const colours = palette();
-  const steps = [-1, -0.25, 0, 0.25, 1].map((t) => {
+  const steps = (signed ? [-1, -0.25, 0, 0.25, 1] : [0, 0.0625, 0.25, 1]).map((t) => {
     const cell = make("span", { class: "swatch" });
     cell.style.background = colours.css(colours.word(t * top, top));
     return make("span", { class: "step" }, cell, number(t * top, 3));

@@ -17,7 +17,7 @@ views.waterfall = (box, data, watch) => {
     state.step = Math.max(0, Math.min(n - 1, i));
     draw();
     const details = (data.details || []).filter((d) => d.step === state.step);
-    list.replaceChildren(listing(own[state.step], { title: `${words(state.step)}.`, total: own[state.step].reduce((a, r) => a + Math.abs(r[1]), 0) }),
+    list.replaceChildren(listing(own[state.step], { title: words(state.step).replace("\n", "; "), total: own[state.step].reduce((a, r) => a + Math.abs(r[1]), 0) }),
       ...details.map((d) => listing(d.labels.map((label, i) => [label, d.values[i]]), { title: d.name, total: d.values.reduce((a, v) => a + Math.abs(v), 0) })));
     say(words(state.step));
   }

@@ -1,0 +1,153 @@
+"""Results of one run that are made for looking at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..attribution import TargetLike, check_comparable, own_prediction
+from ..checks import as_list, kind_of, plain_names
+from ..exhibits import (
+    HeadMaps,
+    OperatorMaps,
+    PromptComparison,
+    Waterfall,
+    compare_prompts,
+    logit_waterfall,
+    maps_by_depth,
+    maps_of_heads,
+)
+from .exported_run import ExportedRun
+
+
+@plain_names
+class PicturedRun(ExportedRun):
+    """A captured run with results that are pages: ``.show()``, ``.to_html(path)``."""
+
+    def operator_maps(
+        self,
+        target: TargetLike = "prediction",
+        baseline: str | None = "rollout",
+        sites: Sequence[str | int] | None = None,
+        *,
+        model: Any = None,
+    ) -> OperatorMaps:
+        """Map tokens to predictions from every depth: what each position's logit is made of.
+
+        Entry (i, j) is u_iᵀ T_ij x_j in the units of the target, with T from a residual site to the
+        logits and x_j the residual at that site. A row and the constants sum to the target.
+
+        Args:
+            target: What each row reads. "prediction" is the logit of each position's own
+                prediction. A token, an id or a direction is read at all positions.
+            baseline: An earlier method of :meth:`token_matrix` that stands beside, or None.
+            sites: Where the maps start: names of residual sites, or numbers of blocks. None is
+                every site, or four sites where there are more than 512 tokens.
+            model: The captured model, for a baseline that runs it again.
+
+        Returns:
+            The maps, whose page has a slider through the depths.
+
+        Raises:
+            ValueError: If a site, the target or the baseline does not exist.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.operator_maps("Paris", sites=[0, 2])
+            OperatorMaps(the logit of 'Paris', 6 × 6, 2 depths, beside rollout)
+        """
+        self._check_ready()
+        return maps_by_depth(self.capture, self._operator, target, baseline, sites, model)
+
+    def waterfall(
+        self, target: TargetLike = None, versus: TargetLike = None, pos: int = -1
+    ) -> Waterfall:
+        """Follow a logit through depth: what every sublayer adds, and the logit lens beside.
+
+        Args:
+            target: As in :meth:`attribute`.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+
+        Returns:
+            The steps, which sum to the target.
+
+        Raises:
+            ValueError: If the target or the position does not exist.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> found = lens.waterfall("Paris", "Rome")
+            >>> found.steps[int(found.sums[0].argmax())]
+            'L3 MLP'
+        """
+        return logit_waterfall(self._gradient(target, versus, pos), target, versus, pos)
+
+    def compare(
+        self,
+        other: PicturedRun,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+    ) -> PromptComparison:
+        """Compare a target in two prompts of one length, and split its difference exactly.
+
+        Args:
+            other: The lens of the other prompt, such as a corrupted one.
+            target: As in :meth:`attribute`. None is this run's own prediction, in both runs.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+
+        Returns:
+            The target by token in both runs, and the difference by token and by component, read by
+            the operator between the two runs.
+
+        Raises:
+            ValueError: If the other lens is of another model or length, or the target does not
+                exist.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> model = demo.load_model()
+            >>> _, lens = model.run_with_tensorlens("The capital of France is")
+            >>> _, other = model.run_with_tensorlens("The capital of Italy is")
+            >>> [label for label, _ in lens.compare(other, "Paris").tokens.top(1)]
+            ['"France"@4 − "Italy"@4']
+        """
+        if not isinstance(other, PicturedRun):
+            raise ValueError(
+                f"other is {kind_of(other)}, not a lens. Capture the other prompt, and pass its "
+                "lens."
+            )
+        check_comparable(self.capture, other.capture, "other run")
+        predicted = own_prediction(self.capture, pos) if target is None else None
+        return compare_prompts(
+            self._gradient(target, versus, pos), other._gradient(target, versus, pos, predicted)
+        )
+
+    def head_maps(self, heads: str | Sequence[str], target: TargetLike = None) -> HeadMaps:
+        """Show where heads attend, and what they add to the logits from there.
+
+        Args:
+            heads: Names of heads, such as "L1H2".
+            target: What is read at every position: a token, an id or a direction. None is each
+                position's own prediction.
+
+        Returns:
+            The pattern of every head, and its direct effect [query_pos, key_pos] on the target of
+            each position.
+
+        Raises:
+            ValueError: If a head or the target does not exist.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.head_maps("L1H0")
+            HeadMaps(L1H0, 6 × 6, of its own prediction)
+        """
+        self._check_ready()
+        names = [heads] if isinstance(heads, str) else list(as_list(heads))
+        return maps_of_heads(self.capture, names, target)
