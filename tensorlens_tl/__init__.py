@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .plugin import capture, install, uninstall
 
 if TYPE_CHECKING:
-    from . import demo, evaluation, methods, relations
+    from . import demo, evaluation, methods, models, relations
     from .attribution import Attribution, MeanAttribution, Paths, mean_attribution
     from .attribution import mean_attribution as attribute
     from .circuits import (
@@ -77,7 +77,7 @@ _HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 _OLD_NAMES = {"attribute": "mean_attribution"}
 """Earlier names of public functions, kept until 1.0."""
 
-_SUBMODULES = ("demo", "evaluation", "methods", "relations")
+_SUBMODULES = ("demo", "evaluation", "methods", "models", "relations")
 """Rooms that are public by themselves: ``tensorlens_tl.demo`` needs no import of its own."""
 
 __all__ = sorted([*_HOMES, *_OLD_NAMES, "capture", "install", "uninstall"])

@@ -59,7 +59,7 @@ REFUSED = {
     f"--file {os.devnull}": "There are no prompts. Pass them as arguments, or one per line",
     "--json --html": "not allowed with argument --json",
     "--output /no/such/x.html y": "--output /no/such/x.html cannot be written",
-    "--model /no/such x": "--model /no/such is not a folder. Pass a hub name",
+    "--model /no/such x": "--model /no/such is not a folder or a GGUF file. Pass a hub name",
     "--model . x": "--model . is not a model, as it has no config.json",
     "--model somebody/a-model": "There are no prompts",
     "--ids": "--ids needs prompts",

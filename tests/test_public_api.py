@@ -23,6 +23,7 @@ SUBMODULES = {
     "tensorlens_tl.evaluation": ("evaluate",),
     "tensorlens_tl.lens": ("TensorLens", "load"),
     "tensorlens_tl.methods": ("METHODS",),
+    "tensorlens_tl.models": tensorlens_tl.models.__all__,
     "tensorlens_tl.relations": ("Relation", "decode", "state", "validity"),
 }
 PROMPT = "When Mary and John went to the store, John gave a drink to"

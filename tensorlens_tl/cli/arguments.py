@@ -178,7 +178,8 @@ def _common(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--ids", action="store_true", help="prompts are token ids, such as '5 17 42'")
     p.add_argument(
-        "--model", help="hub name, or Hugging Face folder (default: the bundled demo model)"
+        "--model",
+        help="hub name, Hugging Face folder, GGUF file, or smollm2 (default: the bundled model)",
     )
     p.add_argument(
         "--kind",
@@ -392,15 +393,17 @@ def _check_files(args: argparse.Namespace) -> None:
     folder = Path(args.model).expanduser()
     if folder.is_dir():
         args.model = str(folder)
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
             raise ValueError(
                 f"--model {folder} is not a model, as it has no config.json. Pass the folder that "
-                "save_pretrained wrote."
+                "save_pretrained wrote, or a GGUF file."
             )
+    elif folder.is_file() and folder.suffix.lower() == ".gguf":
+        args.model = str(folder)
     elif folder.exists() or args.model.startswith((".", "/", "~")) or args.model.count("/") > 1:
         raise ValueError(
-            f"--model {args.model} is not a folder. Pass a hub name, or the folder that "
-            "save_pretrained wrote."
+            f"--model {args.model} is not a folder or a GGUF file. Pass a hub name, or the folder "
+            "that save_pretrained wrote."
         )
 
 

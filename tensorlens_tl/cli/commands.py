@@ -188,6 +188,10 @@ def load(args: argparse.Namespace) -> Any:
         from ..demo import load_model as load_demo
 
         model = load_demo(args.kind)
+    elif args.model == "smollm2":
+        from ..models import smollm2
+
+        model = smollm2(args.kind)
     else:
         from ..hosts import load_model
 

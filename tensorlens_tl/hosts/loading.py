@@ -22,6 +22,8 @@ import torch
 
 from ..checks import as_device, file_path
 from ..refusals import UnsupportedArchitectureError
+from .entry import wrap
+from .gguf_files import gguf_file, read_gguf
 
 KINDS = ("bridge", "hooked")
 """The two classes of host models, as ``load_model`` calls them."""
@@ -33,7 +35,8 @@ def load_model(
     """Load a TransformerLens model with raw weights (nothing folded or centred), for evaluation.
 
     Args:
-        name_or_folder: A hub name, or a folder with config.json, weights and tokenizer files.
+        name_or_folder: A hub name, a folder with config.json, weights and tokenizer files, a GGUF
+            file, or a folder with one. A GGUF file's weights are dequantized.
         kind: "bridge" for a ``TransformerBridge`` or "hooked" for a ``HookedTransformer``. By
             default the Bridge where the installed transformer_lens has it.
         **kwargs: Arguments of the host's own loader (``dtype``, ``device``).
@@ -42,8 +45,8 @@ def load_model(
         The host model, in evaluation mode.
 
     Raises:
-        ValueError: If the kind is not installed, the folder is no model, or the hub name cannot be
-            reached.
+        ValueError: If the kind is not installed, the folder or file is no model, the hub name
+            cannot be reached, or a GGUF file is given and the package gguf is missing.
 
     Example:
         >>> import tensorlens_tl
@@ -62,11 +65,16 @@ def load_model(
     if not isinstance(dtype, torch.dtype | None) or (dtype and not dtype.is_floating_point):
         raise ValueError(f"dtype={dtype!r} is no dtype of weights. Pass one such as torch.float32.")
     folder = file_path(name_or_folder, "name_or_folder")
+    if (file := gguf_file(folder)) is not None:
+        is_bridge = hasattr(_host_class(kind), "boot_transformers")
+        model = _call(bridge_from_gguf if is_bridge else hooked_from_gguf, file, kwargs)
+        model.cfg.model_name = file.stem
+        return model
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(
                 f"{folder} is no Hugging Face model folder, as it has no config.json. "
-                "Give the folder that save_pretrained wrote."
+                "Give the folder that save_pretrained wrote, or a GGUF file."
             )
         with _neutral_link(folder) as link:
             model = _load(link, kind, True, kwargs)
@@ -78,7 +86,7 @@ def load_model(
     return _load(str(name_or_folder), kind, False, kwargs)
 
 
-def _call(load: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any:
+def _call(load: Callable[..., Any], name: str | Path, kwargs: dict[str, Any]) -> Any:
     """Call a loader; refuse arguments that it does not have, as far as it names them all."""
     _, *known = signature(load).parameters.values()
     wrong = sorted(kwargs.keys() - {parameter.name for parameter in known})
@@ -92,6 +100,16 @@ def _call(load: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any:
 
 
 def _load(name: str, kind: str | None, is_folder: bool, kwargs: dict[str, Any]) -> Any:
+    host = _host_class(kind)
+    if hasattr(host, "boot_transformers"):
+        return _call(host.boot_transformers, name, kwargs)
+    if is_folder:
+        return _call(hooked_from_folder, name, kwargs)
+    return _call(host.from_pretrained_no_processing, name, kwargs)
+
+
+def _host_class(kind: str | None) -> Any:
+    """The class of a kind; by default the Bridge where it is installed."""
     if kind != "hooked":
         try:
             from transformer_lens.model_bridge import TransformerBridge
@@ -102,7 +120,7 @@ def _load(name: str, kind: str | None, is_folder: bool, kwargs: dict[str, Any]) 
                     'Upgrade transformer_lens, or use kind="hooked".'
                 ) from None
         else:
-            return _call(TransformerBridge.boot_transformers, name, kwargs)
+            return TransformerBridge
     try:
         from transformer_lens import HookedTransformer
     except ImportError:
@@ -110,9 +128,7 @@ def _load(name: str, kind: str | None, is_folder: bool, kwargs: dict[str, Any]) 
             'kind="hooked" needs transformer_lens 2 or 3, which have HookedTransformer. '
             'Install transformer_lens 3, or use kind="bridge".'
         ) from None
-    if is_folder:
-        return _call(hooked_from_folder, name, kwargs)
-    return _call(HookedTransformer.from_pretrained_no_processing, name, kwargs)
+    return HookedTransformer
 
 
 @contextmanager
@@ -167,13 +183,30 @@ def _hub_answers(timeout: float) -> bool:
     return bool(answers)
 
 
-def hooked_from_folder(folder: str, dtype: Any = None, device: str | None = None) -> Any:
+def bridge_from_gguf(file: Path, dtype: Any = None, device: Any = None) -> Any:
+    """Load a GGUF file as a Hugging Face model, and wrap it; arguments as in :func:`read_gguf`."""
+    return wrap(*read_gguf(file, dtype, device))
+
+
+def hooked_from_gguf(file: Path, dtype: Any = None, device: Any = None) -> Any:
+    """Load a GGUF file as a HookedTransformer; arguments as in :func:`read_gguf`."""
+    hf, tokenizer = read_gguf(file, dtype)
+    with tempfile.TemporaryDirectory(prefix="tensorlens-") as folder:
+        hf.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return hooked_from_folder(folder, dtype, device, hf)
+
+
+def hooked_from_folder(
+    folder: str, dtype: Any = None, device: str | None = None, hf: Any = None
+) -> Any:
     """Load a HookedTransformer from a Hugging Face folder, which its own loader refuses.
 
     Args:
         folder: Path of the folder.
         dtype: Dtype of the weights; None is float32.
         device: Device of the model, or None for the host's default.
+        hf: The Hugging Face model, where the folder has no weights.
 
     Returns:
         The model, with raw weights.
@@ -185,7 +218,7 @@ def hooked_from_folder(folder: str, dtype: Any = None, device: str | None = None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = dtype or torch.float32
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    hf = hf or AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     try:
         cfg = loading_from_pretrained.get_pretrained_model_config(
             folder, hf_cfg=hf.config.to_dict(), fold_ln=False, device=device, dtype=dtype
