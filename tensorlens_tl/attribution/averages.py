@@ -23,6 +23,7 @@ from ..checks import as_array, at_least_one, need, new_file, one_each, progress_
 from ..graph import Edge, Node, rows_that_fit
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, FrozenTransformer
+from ..pictures import Split, split_figure
 from ..recording import freeze
 from .html import ROWS, UNIT, left_out, legend_html, sum_html, table_html
 from .splits import attribute
@@ -32,6 +33,7 @@ from .targets import TargetLike, resolve
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 
 FORMAT = "tensorlens_tl mean attribution 1"
@@ -180,6 +182,26 @@ class MeanAttribution:
             raise ValueError(
                 f"The text is not means as to_json writes them ({error}). Write it again."
             ) from None
+
+    def plot(self, ax: Axes | None = None, kind: str | None = None, top: int = 20) -> Axes:
+        """Draw the means with matplotlib; bars have lines of one standard error to both sides.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            kind: A figure as in :meth:`Attribution.plot`. None takes what fits the split.
+            top: Number of bars; a graph has three times as many edges.
+
+        Returns:
+            The axes drawn on.
+
+        Raises:
+            ValueError: If matplotlib is missing, or the figure does not fit the rows.
+        """
+        sources, names = [(node, None) for node in self.nodes], [list(map(str, self.nodes))]
+        about = [self.mean.tolist()], [f"mean of {self.n} prompts"], [self.target_mean]
+        sums = self.completeness_error is not None
+        split = Split(self.by, self.effect, sources, names, *about, sums, [(0, 0)])
+        return split_figure(ax, split, kind, top, errors=self.sem.tolist())
 
     def _repr_html_(self) -> str:
         rows = [(f"{name} (± {sem:.3g})", mean) for name, mean, sem in self.top(ROWS)]

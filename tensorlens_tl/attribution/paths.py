@@ -32,12 +32,14 @@ from ..checks import at_least_one, is_int, need, place_label
 from ..graph import CONTENTS, Node
 from ..maps import DENSE_LIMIT
 from ..operator import Capture, Convention, FrozenTransformer
+from ..pictures import path_rows, unit_of
 from .html import UNIT
 from .path_bounds import NodeMap, StepParts, bounds_by_site
 from .targets import Target
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl paths 1"
 
@@ -137,6 +139,28 @@ class Paths(Sequence[Path]):
             f"expansions, none left out above {self.largest_unexplored:.3g}"
         )
         return "\n".join((head, *(f"  {path.contribution:+9.4f}  {path.name}" for path in self)))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw each path as a row of its nodes with matplotlib, largest first.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on. A line is as thick as √|contribution|, red above 0 and blue below.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        rows = []
+        for path in self:
+            at = path.positions or [None] * len(path.nodes)
+            names = [
+                f"{n}" if p is None else f"{n}@{p}" for n, p in zip(path.nodes, at, strict=True)
+            ]
+            rows.append((path.label, list(zip(path.nodes, names, strict=True)), path.contribution))
+        title = f"largest paths to {self.target} = {self.target_value:.4g}"
+        return path_rows(ax, rows, title=title, unit=unit_of(self.target))
 
     def to_dataframe(self) -> pandas.DataFrame:
         """The paths as a pandas table.

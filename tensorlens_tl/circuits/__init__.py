@@ -8,13 +8,13 @@ Key concepts:
 """
 
 from .ablation import AblationOptions, faithfulness, faithfulness_curve, faithfulness_of_many
-from .circuit import Circuit, circuit_from_names, select_circuit
+from .circuit import Circuit, select_circuit
 from .discovery import discover
 from .edge_averages import edge_scores
 from .edge_baselines import plan_score_edges, score_edges
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
-from .subgraph import Subgraph
+from .subgraph import Subgraph, circuit_from_names
 
 __all__ = [
     "AblationOptions",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,14 @@ from ..graph import (
     Edge,
     Node,
     Wiring,
-    as_edges,
     connected,
     eap_name,
     owner,
     parse_eap,
     select,
 )
-from ..operator import Capture, Convention
+from ..operator import Convention
+from ..pictures import graph_figure
 from .ablation import DEFAULTS, AblationOptions, faithfulness, faithfulness_curve
 from .edge_averages import NO_SCORES
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
@@ -39,6 +39,7 @@ from .model_id import ModelInfo
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl circuit 2"
 
@@ -210,6 +211,19 @@ class Circuit:
         )
 
     # --- In other forms
+
+    def plot(self, ax: Axes | None = None, top: int = 60) -> Axes:
+        """Draw the edges of the largest |scores| by layer, with matplotlib.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            top: Number of edges that are drawn.
+
+        Returns:
+            The axes drawn on. Edges into queries are dashed, edges into keys dotted.
+        """
+        title = f"circuit of {self.target}" if self.target else "circuit"
+        return graph_figure(ax, self.edges, self.scores, title=title, unit="logits", top=top)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the edges as a pandas table.
@@ -388,28 +402,7 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-# --- From scores, or from names ------------------------------------------------------------------
-
-
-def circuit_from_names(capture: Capture, given: Circuit | Iterable[Edge | Node | str]) -> Circuit:
-    """Make the circuit of edges or nodes that a user named; pass a circuit of the same model on.
-
-    Args:
-        capture: A run of the model.
-        given: A circuit, or edges, or nodes (then all edges between them are kept).
-
-    Returns:
-        The circuit, without scores where edges or nodes were named.
-
-    Raises:
-        ValueError: If the model has no such node or edge, or the circuit is of another model.
-    """
-    model = ModelInfo.of_capture(capture)
-    if isinstance(given, Circuit):
-        given.model.check(model)
-        return given
-    edges = as_edges(model.wiring, given, capture.sources)
-    return Circuit(edges, {}, model, convention=capture.convention)
+# --- From scores ------------------------------------------------------------------
 
 
 def select_circuit(

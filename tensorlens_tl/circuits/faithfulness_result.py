@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import need
+from ..pictures import curves, dots
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 UNIT = "the unit of the metric, logits by default; shares have none"
 Interval = tuple[float, float]
@@ -96,6 +98,26 @@ class Faithfulness:
         data = {"format": "tensorlens_tl faithfulness 1", "unit": UNIT}
         data |= {n: getattr(self, n) for n in names}
         return json.dumps(_finite(data | {n: getattr(self, n).tolist() for n in tensors}))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the metric of every prompt with matplotlib, and its means as lines.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on. The share and its interval stand above.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        low, high = self.interval
+        names = ("full", "circuit", "empty", "ablated")
+        if self.attention == "live":  # where the empty circuit is the ablated model
+            names = ("full", "circuit", "ablated")
+        groups = {name: getattr(self, name).tolist() for name in names}
+        title = f"share {self.share:.3f} [{low:.3f}, {high:.3f}], {self.n_edges} edges"
+        return dots(ax, groups, ylabel="metric (logits by default)", title=title)
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -203,6 +225,40 @@ class FaithfulnessCurve:
         data = {"format": "tensorlens_tl faithfulness curve 1", "unit": UNIT}
         data |= {n: getattr(self, n) for n in names}
         return json.dumps(_finite(data | {n: getattr(self, n).tolist() for n in tensors}))
+
+    def intervals(self) -> dict[str, list[Interval]]:
+        """Compute 95 % bootstrap intervals of the shares over prompts.
+
+        Returns:
+            One interval per size, for "signed" and for "absolute"; nan for one prompt.
+        """
+        found = {}
+        for name in ("signed", "absolute"):
+            drawn = _resampled(self.full, self.ablated, getattr(self, name), self.seed)
+            found[name] = [_quantiles(shares, len(self.full)) for shares in drawn.T]
+        return found
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the shares by size with matplotlib, with 95 % bootstrap intervals over prompts.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on, with one curve per ranking.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        ends, series = self.intervals(), {}
+        areas = {"signed": f"CPR {self.cpr:.3f}", "absolute": f"CMD {self.cmd:.3f}"}
+        for name, shares in (("signed", self.shares), ("absolute", self.absolute_shares)):
+            points = zip(shares.tolist(), ends[name], strict=True)
+            series[f"{name} scores, {areas[name]}"] = [(f, low, high) for f, (low, high) in points]
+        x = [100 * size for size in self.sizes]
+        xlabel = f"edges kept, % of {self.n_total}"
+        title = f"{self.ablation}, {self.attention} attention, {len(self.full)} prompts"
+        return curves(ax, x, series, title=title, xlabel=xlabel, ylabel="share recovered")
 
     def __repr__(self) -> str:
         cpr, cmd = self.cpr_interval, self.cmd_interval

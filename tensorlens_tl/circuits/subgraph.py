@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from ..attribution import Attribution, TableBuilder, Target, TargetLike, resolve
 from ..checks import need
-from ..graph import Node
+from ..graph import Edge, Node, as_edges
 from ..operator import Capture, FrozenTransformer, RestrictedTransformer
+from ..pictures import dots
 from .circuit import Circuit
+from .model_id import ModelInfo
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,21 @@ class CircuitShare:
         data = {"format": "tensorlens_tl circuit share 1", "unit": "logits; shares have none"}
         return json.dumps(data | vars(self) | {"share": share}, ensure_ascii=False)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the circuit's values beside the whole run's with matplotlib, one dot per prompt.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        groups = {"circuit": self.value, "whole run": self.target_value}
+        return dots(ax, groups, ylabel="logits", title=", ".join(dict.fromkeys(self.name)))
+
     def __repr__(self) -> str:
         columns = (self.name, self.value, self.target_value, self.share, self.contributions)
         return "\n".join(
@@ -92,6 +111,10 @@ class Subgraph:
     def __repr__(self) -> str:
         size = f"{len(self.circuit)} edges, {len(self.circuit.nodes)} nodes"
         return f"Subgraph({self.capture.model_name}, {size})"
+
+    def plot(self, ax: Axes | None = None, top: int = 60) -> Axes:
+        """Draw the edges that are kept, as :meth:`Circuit.plot` does."""
+        return self.circuit.plot(ax, top)
 
     @cached_property
     def operator(self) -> RestrictedTransformer:
@@ -168,3 +191,24 @@ class Subgraph:
     def _value(self, goal: Target) -> Float[Tensor, " batch"]:
         prompts = torch.arange(len(self.final), device=self.final.device)
         return (self.final[prompts, goal.query] * goal.covector).sum(-1) + goal.constant
+
+
+def circuit_from_names(capture: Capture, given: Circuit | Iterable[Edge | Node | str]) -> Circuit:
+    """Make the circuit of edges or nodes that a user named; pass a circuit of the same model on.
+
+    Args:
+        capture: A run of the model.
+        given: A circuit, or edges, or nodes (then all edges between them are kept).
+
+    Returns:
+        The circuit, without scores where edges or nodes were named.
+
+    Raises:
+        ValueError: If the model has no such node or edge, or the circuit is of another model.
+    """
+    model = ModelInfo.of_capture(capture)
+    if isinstance(given, Circuit):
+        given.model.check(model)
+        return given
+    edges = as_edges(model.wiring, given, capture.sources)
+    return Circuit(edges, {}, model, convention=capture.convention)

@@ -8,12 +8,14 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ..checks import need
+from ..pictures import estimates
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
 from .study_file import read_study, study_text
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl evaluation 1"
 
@@ -161,6 +163,53 @@ class Evaluation:
     def forwards(self) -> dict[str, float]:
         """Time that the scores of each method took beyond the capture, in plain forward passes."""
         return {name: spent / self.forward_seconds for name, spent in self.seconds.items()}
+
+    def plot(
+        self,
+        ax: Axes | None = None,
+        measure: str | None = None,
+        masking: str | None = None,
+        metric: str | None = None,
+    ) -> Axes:
+        """Draw the means of a measure with matplotlib, with 95 % intervals: methods down.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            measure: Name of the measure. None draws each of them.
+            masking: How tokens were masked. None draws each masking.
+            metric: Number read of the masked runs. None takes the only one.
+
+        Returns:
+            The axes drawn on. By the first measure, the best method is on top.
+
+        Raises:
+            ValueError: If matplotlib is missing, or not exactly one metric fits.
+        """
+        asked = {"measure": measure, "masking": masking, "metric": metric}
+        kinds: dict[tuple[Any, ...], dict[str, Row]] = {}
+        for row in self.rows:
+            if all(value in (None, getattr(row, name)) for name, value in asked.items()):
+                kind = row.metric, row.masking, row.measure, row.preset, row.higher
+                kinds.setdefault(kind, {})[row.method] = row
+        metrics = dict.fromkeys(kind[0] for kind in kinds)
+        if len(metrics) != 1:
+            known = ", ".join(dict.fromkeys(row.metric for row in self.rows))
+            raise ValueError(
+                f"{len(metrics)} metrics fit {asked}, but one is drawn. Name one by metric=, of "
+                f"{known}, and a measure that the evaluation has."
+            )
+        found = {}
+        for (name, masked, of, preset, higher), rows in kinds.items():
+            head = f"{_head(of, name, preset, higher)}, masked by {masked}"
+            found[head] = [rows[method].estimate(self.seed) for method in self.methods]
+        (best, *_), (*_, higher) = found.values(), next(iter(kinds))
+        worst = -math.inf if higher else math.inf
+        size = [worst if math.isnan(e.value) else e.value for e in best]
+        order = sorted(range(len(size)), key=size.__getitem__, reverse=higher)
+        series = {n: [(e[i].value, e[i].low, e[i].high) for i in order] for n, e in found.items()}
+        title = f"{_many(len(self), 'prompt')} of {self.model}"
+        names = [self.methods[i] for i in order]
+        return estimates(ax, names, series, title=title, xlabel="mean and 95 % interval")
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Turn the results into a table with one line per row and prompt.

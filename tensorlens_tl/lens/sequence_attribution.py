@@ -18,11 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..attribution import Attribution, Target, grid_html, legend_html, resolve
-from ..checks import as_array, as_list, is_int, need, pick_prompts, place_label
+from ..checks import as_array, as_list, at_least_one, is_int, need, pick_prompts, place_label
 from ..operator import Capture
+from ..pictures import cell_map, unit_of
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl sequence attribution 1"
 Continuation = int | str | Sequence[int] | Tensor
@@ -174,6 +176,34 @@ class SequenceAttribution:
         """The rows of the first prompt with the largest entries, in the order of the table."""
         size = self.values[0].abs().amax(-1)
         return sorted(size.argsort(descending=True)[:most].tolist())
+
+    def plot(self, ax: Axes | None = None, prompt: int = 0, top: int = 40) -> Axes:
+        """Draw one prompt's matrix with matplotlib: sources down, output tokens across.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            prompt: Number of the prompt in the batch.
+            top: Most sources that are drawn: those with the largest entries, in order.
+
+        Returns:
+            The axes drawn on.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        one = self[prompt]
+        rows = one._largest(at_least_one(top, "top"))
+        names, more = [one.labels[0][i] for i in rows], len(one.labels[0]) - len(rows)
+        title = f"by {self.columns[0].by}" + (f" (… {more} more rows)" if more else "")
+        return cell_map(
+            ax,
+            one.values[0, rows].tolist(),
+            names,
+            one.outputs[0],
+            unit=unit_of(one.columns[0].target[0]),
+            title=title,
+            axis_names=("source", "output"),
+        )
 
     def __repr__(self) -> str:
         one, by = self[0], self.columns[0].by

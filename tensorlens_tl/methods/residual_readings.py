@@ -25,10 +25,12 @@ from ..attribution import TargetLike, resolve_token
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label, token_text
 from ..maps import DENSE_LIMIT, Chain, Gate, Linear, Norm, take_row
 from ..operator import Capture, FrozenTransformer
+from ..pictures import cell_map
 from ..sublayers import soft_cap_ratio
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl logit lens 1"
 NORMS = ("anew", "frozen")
@@ -170,6 +172,35 @@ class LogitLens:
         rows = [row._asdict() for row in self.rows(k)]
         data = {"format": FORMAT, "norm": self.norm, "sites": self.sites, "rows": rows}
         return json.dumps(data, ensure_ascii=False)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the table of the first prompt with matplotlib: words, coloured by probability.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on. A column is a position; of a single position, a rank from 1 to 5.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        names, rows = self._table()
+        words = [[token for token, _ in cells] for _, cells in rows]
+        shares = [[p for _, p in cells] for _, cells in rows]
+        across = "rank" if len(self.labels[0]) == 1 else "position"
+        return cell_map(
+            ax,
+            shares,
+            self.sites,
+            names,
+            unit="probability",
+            title=self._head(),
+            axis_names=("", across),
+            texts=words,
+            signed=False,
+            largest=1.0,
+        )
 
     def _table(self) -> tuple[list[str], list[tuple[str, list[tuple[str, float]]]]]:
         """Names of columns, and rows of cells: the best five of one position, or one of each."""

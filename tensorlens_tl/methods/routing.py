@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,12 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import is_int, need, place_label
+from ..checks import is_int, need, pick_prompts, place_label
 from ..operator import Capture
+from ..pictures import cell_map
 from ..sublayers import Experts
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 SHOWN = 12
 """Tokens that the repr of a routing shows."""
@@ -121,6 +124,29 @@ class Routing:
         """
         pandas = need("pandas", "pandas", "to_dataframe")
         return pandas.DataFrame(list(self.rows()), columns=list(Sent._fields))
+
+    def plot(self, ax: Axes | None = None, prompt: int = 0) -> Axes:
+        """Draw the weights of one prompt with matplotlib: tokens down, experts across.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            prompt: Number of the prompt.
+
+        Returns:
+            The axes drawn on. A gray cell is an expert that the token was not sent to.
+
+        Raises:
+            ValueError: If matplotlib is missing, or there is no such prompt.
+        """
+        whole = pick_prompts(prompt, len(self.tokens), "routing", ".to_dataframe")[0]
+        names = [place_label(token, i) for i, token in enumerate(self.tokens[whole])]
+        grid = [[math.nan] * self.n_experts for _ in names]
+        for sent in self.rows():
+            if sent.prompt == whole:
+                grid[sent.pos][sent.expert] = sent.weight
+        experts = [f"E{i}" for i in range(self.n_experts)]
+        title, signed = f"router of layer {self.layer}", bool((self.weights < 0).any())
+        return cell_map(ax, grid, names, experts, unit="weight", title=title, signed=signed)
 
     def __repr__(self) -> str:
         slots, n = self.experts.shape[-1], sum(map(len, self.tokens))

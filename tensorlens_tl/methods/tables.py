@@ -17,10 +17,11 @@ from ..attribution import PROMPTS, legend_html, more_prompts, patch_map, strip_h
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label
 from ..maps import TINY
 from ..operator import Convention
-from ..pictures import Page, Paged, depth, map_view, panel
+from ..pictures import Page, Paged, cell_map, depth, map_view, panel, token_figure
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 MATRIX_FORMAT, SCORES_FORMAT = "tensorlens_tl token matrix 1", "tensorlens_tl token scores 1"
 
@@ -154,6 +155,35 @@ class TokenMatrix(Paged):
         goal = None if first.target_value is None else as_array(first.target_value[prompt, here])
         return panel(name, _UNITS.get(first.kind, _OWN_UNIT), stops, goal)
 
+    def plot(self, ax: Axes | None = None, prompt: int = 0, largest: float | None = None) -> Axes:
+        """Draw one prompt's matrix with matplotlib. Signed entries have colours about 0.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            prompt: Index of the prompt in the batch.
+            largest: Where the colours end, so that figures can share a scale. None is the largest
+                entry.
+
+        Returns:
+            The axes drawn on: rows are the positions that read, columns those that are read.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        values, names = as_array(self[prompt]), self.labels[prompt]
+        signed = self.kind == "in_out" or bool((values < 0).any())
+        return cell_map(
+            ax,
+            values,
+            names,
+            names,
+            unit=_SHORT_UNITS.get(self.kind, "score"),
+            title=f"{self.kind}, {self.layers[0]} → {self.layers[1]}",
+            axis_names=("query_pos: reads", "key_pos: is read"),
+            signed=signed,
+            largest=largest,
+        )
+
     def _page(self) -> Page:
         error = self.completeness_error
         notes = [f"{self.layers[0]} → {self.layers[1]}. {FIRST_TOKEN}"]
@@ -206,6 +236,7 @@ _UNITS = {
     "out": "a norm of the covector",
     "in_out": "units of the target, logits for tokens",
 }
+_SHORT_UNITS = _UNITS | {"in_out": "logits, or the target's unit"}
 
 
 def _picked(result: TokenMatrix | TokenScores, names: Sequence[str], rows: list[int]) -> Any:
@@ -346,6 +377,27 @@ class TokenScores:
             "prompts": prompts,
         }
         return json.dumps(data, ensure_ascii=False)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the scores with matplotlib: bars, mirrored for two prompts; strips for more.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on, with tokens in the order of the prompt.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        many, prompts = len(self) > 2, range(len(self))
+        names = [
+            list(own) if many else [place_label(token, i) for i, token in enumerate(own)]
+            for own in self.labels
+        ]
+        values = [self[i].tolist() for i in prompts]
+        unit = "logits" if self.method == "in_out" else "score"
+        return token_figure(ax, names, values, self.target, self.method, unit)
 
     def __repr__(self) -> str:
         head = f"{self.method} of {self.target[0]}"

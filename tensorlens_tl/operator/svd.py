@@ -19,20 +19,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import is_int, need, progress_bar
+from ..checks import at_least_one, is_int, need, progress_bar, token_text
 from ..costs import HEAP, KEPT, Cost, Plan, StageShape, make_plan, rates_of
 from ..maps import TINY, LinearMap
+from ..pictures import bars
 from .batched_sweep import BatchedSweep, states
 from .folding import shape_of, stages_of
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl svd 1"
 
@@ -54,6 +56,57 @@ class SVD:
     V: Float[Tensor, "k key_pos d_model"]
     query_pos: tuple[int, ...]
     key_pos: tuple[int, ...]
+
+    def words(self, lens: Any, k: int = 3) -> list[tuple[list[str], list[str]]]:
+        """Read output directions as words: the tokens whose logits U_k W_U raises and lowers most.
+
+        The sign of a triple is free, as U_k and V_k can change theirs together: neither list is
+        the better one. Of several positions, the one with the largest part of U_k is read.
+
+        Args:
+            lens: The lens whose operator this is; it has the unembedding and the tokenizer.
+            k: Number of tokens in each list.
+
+        Returns:
+            For every triple the tokens that are raised, and the tokens that are lowered.
+
+        Raises:
+            ValueError: If the model reads its logits through a head of its own.
+        """
+        unembed, tokenizer = lens.capture.unembed, lens.capture.tokenizer
+        if unembed.head is not None or unembed.weights.W_U.shape[0] != self.U.shape[-1]:
+            raise ValueError(
+                "lens reads logits through a head, which single directions do not pass. Leave the "
+                "words out."
+            )
+        strongest = self.U.norm(dim=-1).argmax(-1)
+        rows = self.U[torch.arange(len(self.U), device=self.U.device), strongest]
+        logits = rows @ unembed.weights.W_U.detach().to(rows)
+        ends = (logits, -logits)
+        best = (end.topk(min(at_least_one(k, "k"), end.shape[-1])).indices.tolist() for end in ends)
+        read = ([[token_text(tokenizer, t) for t in ids] for ids in side] for side in best)
+        return list(zip(*read, strict=True))
+
+    def plot(self, ax: Axes | None = None, lens: Any = None) -> Axes:
+        """Draw the singular values with matplotlib, and the words of their output directions.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            lens: The lens whose operator this is, for the words of :meth:`words`. None writes the
+                values instead.
+
+        Returns:
+            The axes drawn on, with one bar per triple.
+
+        Raises:
+            ValueError: If matplotlib is missing, or the model has no words for a direction.
+        """
+        names, notes = [f"S[{i}]" for i in range(len(self.S))], []
+        if lens is not None:
+            both = ([" ".join(map(repr, side)) for side in pair] for pair in self.words(lens))
+            notes = [f"+ {up}   − {down}" for up, down in both]
+        title = "singular values" + (", and what U raises and lowers" if notes else "")
+        return bars(ax, names, self.S.tolist(), unit="singular value", title=title, notes=notes)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the triples as a pandas table.

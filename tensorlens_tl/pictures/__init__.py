@@ -9,19 +9,30 @@ Key concepts:
 No torch in this room, and matplotlib only where a figure is drawn.
 """
 
+from .charts import curves, dots, estimates, path_rows, token_figure
+from .figures import bars, cell_map
 from .maps import depth, map_view, panel
 from .page import Page, Paged
-from .splits import Split, split_figure
+from .splits import Split, graph_figure, split_figure, unit_of
 from .tables import table_view, waterfall_view
 
 __all__ = [
     "Page",
     "Paged",
     "Split",
+    "bars",
+    "cell_map",
+    "curves",
     "depth",
+    "dots",
+    "estimates",
+    "graph_figure",
     "map_view",
     "panel",
+    "path_rows",
     "split_figure",
     "table_view",
+    "token_figure",
+    "unit_of",
     "waterfall_view",
 ]

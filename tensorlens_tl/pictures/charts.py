@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 from ..graph import Edge, Node, owner
 from .figures import (
     ADDS,
+    LONGER,
+    MOST_LABELS,
     NEUTRAL,
     PLAIN,
     TAKES,
     axes,
     bare,
+    bars,
+    cell_map,
     colour,
     label,
     limit,
+    mirrored_bars,
     named_axis,
     titled,
 )
@@ -27,6 +32,105 @@ if TYPE_CHECKING:
 Interval = tuple[float, float, float]
 """A value, and the ends of its interval."""
 MARKERS = "osD^vX"
+
+
+# --- Tokens --------------------------------------------------------------------------------------
+
+
+def token_figure(
+    ax: Axes | None,
+    tokens: Sequence[Sequence[str]],
+    values: Sequence[Sequence[float]],
+    titles: Sequence[str],
+    how: str,
+    unit: str,
+) -> Axes:
+    """Draw a number per token: bars for one prompt, mirrored bars for two, strips for more.
+
+    Args:
+        ax: Axes to draw on, or None.
+        tokens: The names of every prompt's tokens.
+        values: The numbers of every prompt.
+        titles: What each prompt's numbers are.
+        how: What all numbers are.
+        unit: What the numbers count.
+
+    Returns:
+        The axes drawn on.
+    """
+    if len(tokens) > 2:
+        wide = max(map(len, tokens))
+        grid = [[*own, *[math.nan] * (wide - len(own))] for own in values]
+        texts = [[*own, *[""] * (wide - len(own))] for own in tokens]
+        places = [str(i) for i in range(wide)]
+        low = min((v for own in values for v in own if v == v), default=0.0)
+        return cell_map(
+            ax,
+            grid,
+            list(titles),
+            places,
+            unit=unit,
+            title=how,
+            texts=texts,
+            axis_names=("", "position"),
+            signed=unit != "score" or low < 0,
+        )
+    if max(map(len, tokens)) > MOST_LABELS + 12 and len(tokens) == 1:
+        return columns(
+            ax, tokens[0], values[0], unit=unit, title=f"{titles[0]}, {how}", xlabel="position"
+        )
+    if len(tokens) == 2:
+        sides = (tokens[0], tokens[1]), (values[0], values[1])
+        return mirrored_bars(ax, *sides, unit=unit, titles=(titles[0], titles[1]), middle=how)
+    return bars(ax, tokens[0], values[0], unit=unit, title=f"{titles[0]}, {how}")
+
+
+def columns(
+    ax: Axes | None,
+    names: Sequence[str],
+    values: Sequence[float],
+    *,
+    unit: str,
+    title: str = "",
+    xlabel: str = "",
+) -> Axes:
+    """Draw many numbers in a row, as upright bars. The largest ones bear their names.
+
+    Args:
+        ax: Axes to draw on, or None.
+        names: Names of the numbers.
+        values: The numbers, first on the left.
+        unit: What the numbers count.
+        title: What stands above.
+        xlabel: What stands below, with the numbers 0, 1, 2, ….
+
+    Returns:
+        The axes drawn on.
+    """
+    ax = axes(ax, 7.5, 4.0)
+    finite = [v if math.isfinite(v) else 0.0 for v in values]
+    ax.bar(range(len(finite)), finite, width=1.0, color=[colour(v) for v in finite])
+    named: list[int] = []
+    for i in sorted(range(len(finite)), key=lambda i: -abs(finite[i])):
+        if len(named) < 8 and all(abs(i - j) > len(finite) / 50 for j in named):  # side by side
+            named.append(i)
+            up = finite[i] >= 0
+            ax.annotate(
+                label(names[i], 16),
+                (i, finite[i]),
+                (0, 3 if up else -3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if up else "top",
+                rotation=90,
+                fontsize="x-small",
+                **PLAIN,
+            )
+    ax.axhline(0, color="0.2", linewidth=0.8)
+    ax.margins(y=0.45)  # for the names
+    ax.set_xlim(-0.5, len(finite) - 0.5)
+    bare(ax)
+    return titled(ax, title, xlabel, unit)
 
 
 # --- Curves and intervals -------------------------------------------------------------------------
@@ -56,7 +160,7 @@ def curves(
     Returns:
         The axes drawn on.
     """
-    ax = axes(ax, 6.0, 4.0)
+    ax = axes(ax, 5.2 + _beside(series), 3.8)
     looks = [(m, d) for d in ("-", "--", ":", "-.") for m in MARKERS]
     for i, (name, points) in enumerate(series.items()):
         values, low, high = zip(*points, strict=True)
@@ -90,7 +194,7 @@ def estimates(
     Returns:
         The axes drawn on.
     """
-    ax = axes(ax, 6.4, 1.2 + len(names) * max(0.26, 0.14 * len(series)))
+    ax = axes(ax, 6.0 + _beside(series), 1.2 + len(names) * max(0.26, 0.14 * len(series)))
     for i, (name, points) in enumerate(series.items()):
         y = [row + 0.6 * ((i + 0.5) / len(series) - 0.5) for row in range(len(names))]
         values, low, high = zip(*points, strict=True)
@@ -102,7 +206,7 @@ def estimates(
             values, y, xerr=ends, fmt=MARKERS[i % len(MARKERS)], markersize=4, capsize=2, label=name
         )
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_yticks(range(len(names)), [label(n, 34) for n in names], fontsize="small", **PLAIN)
+    ax.set_yticks(range(len(names)), [label(n, LONGER) for n in names], fontsize="small", **PLAIN)
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
     _legend(ax, len(series))
@@ -137,9 +241,15 @@ def dots(
     return titled(ax, title, "", ylabel)
 
 
+def _beside(series: Mapping[str, object]) -> float:
+    """The width in inches of a legend beside the axes."""
+    return 0.6 + 0.075 * max(map(len, series)) if len(series) > 1 else 0.0
+
+
 def _legend(ax: Axes, n: int) -> None:
-    if n > 1:
-        for text in ax.legend(fontsize="small", frameon=False).get_texts():
+    if n > 1:  # beside the axes, where no point can lie under it
+        legend = ax.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        for text in legend.get_texts():
             text.set(**PLAIN)
 
 
@@ -320,7 +430,10 @@ def path_rows(
     ax.set_xticks(range(end + 1), ["source", *floors.values(), "logits"], fontsize="small")
     ax.tick_params(axis="x", labelrotation=90 if end > 7 else 0)
     ax.set_yticks(
-        range(len(paths)), [label(source, 34) for source, _, _ in paths], fontsize="small", **PLAIN
+        range(len(paths)),
+        [label(source, LONGER) for source, _, _ in paths],
+        fontsize="small",
+        **PLAIN,
     )
     ax.set_xlim(-0.3, end + 0.7)
     ax.set_ylim(len(paths) - 0.4, -0.6)

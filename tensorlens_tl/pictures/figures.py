@@ -23,8 +23,8 @@ ADDS, TAKES, NEUTRAL = "#c0392b", "#2b6cb0", "0.45"
 """Colours of bars and lines: above 0, below 0, and without a sign."""
 PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}
 """How labels are set: "$" and "_" in a token are text, not mathematics."""
-MOST_LABELS, MOST_TEXTS, LONGEST = 48, 600, 22
-"""How many labels an axis bears, how many cells have a text, and how long a label is."""
+MOST_LABELS, MOST_TEXTS, LONGEST, LONGER = 48, 600, 22, 34
+"""How many labels an axis bears, how many cells have a text, how long a label is, and a row's."""
 
 
 # --- What all drawers share -----------------------------------------------------------------------
@@ -97,6 +97,11 @@ def limit(values: Iterable[float]) -> float:
     return max((abs(v) for v in values if math.isfinite(v)), default=0.0) or 1.0
 
 
+def number(value: float, form: str) -> str:
+    """A number as text, with its sign where ``form`` asks for one; nan has none."""
+    return format(value, form) if math.isfinite(value) else str(value)
+
+
 def colour(value: float) -> str:
     """The colour of a bar or line."""
     return ADDS if value > 0 else TAKES if value < 0 else NEUTRAL
@@ -109,7 +114,7 @@ def named_axis(axis: str, ax: Axes, names: Sequence[str]) -> None:
 
         getattr(ax, f"{axis}axis").set_major_locator(MaxNLocator(10, integer=True))
         return
-    texts = [label(name) for name in names]
+    texts = [label(name, LONGEST if axis == "x" else LONGER) for name in names]
     turned = axis == "x" and max(map(len, texts), default=0) * len(texts) > 60
     style = PLAIN | ({"rotation": 90} if turned else {})
     getattr(ax, f"set_{axis}ticks")(range(len(names)), texts, fontsize="small", **style)
@@ -171,7 +176,8 @@ def cell_map(
     grid = numpy.asarray(values, dtype=float).reshape(len(rows), len(columns))
     width, height = len(columns), len(rows)
     if texts is None and grid.size <= MOST_TEXTS // 4 and image is None:
-        texts = [[f"{v:+.2f}" if signed else f"{v:.2f}" for v in row] for row in grid.tolist()]
+        form = "+.2f" if signed else ".2f"
+        texts = [[number(v, form) for v in row] for row in grid.tolist()]
     texts = texts if texts is not None and grid.size <= MOST_TEXTS else None
     longest = max((len(text) for row in texts or () for text in row), default=0)
     wide = min(13.0, max(2.4, width * (0.085 * longest + 0.16 if texts else 0.22)))
@@ -179,7 +185,11 @@ def cell_map(
     if not texts:  # square cells
         wide = tall = max(2.4, min(7.0, max(wide, tall)))
         wide, tall = wide * min(1.0, width / height), tall * min(1.0, height / width)
-    names = max((len(label(name)) for name in rows), default=0) if height <= MOST_LABELS else 4
+    room = wide / width if ax is None else ax.bbox.width / ax.figure.dpi / width
+    texts = texts if room > 0.2 else None
+    names = (
+        max((len(label(name, LONGER)) for name in rows), default=0) if height <= MOST_LABELS else 4
+    )
     ax = axes(ax, wide + 0.075 * names + 1.5, tall + 1.6)
     end = limit(grid.flat) if largest is None else largest
     chosen = colormaps[SIGNED if signed else UNSIGNED].with_extremes(bad="0.85")
@@ -198,12 +208,15 @@ def cell_map(
     )
     for i, row in enumerate(texts or ()):
         for j, text in enumerate(row):
-            share = abs(grid[i, j]) / end
-            ink = "white" if share > 0.6 else "black"
-            ax.text(j, i, label(text), ha="center", va="center", color=ink, size="x-small", **PLAIN)
+            dark = math.isfinite(grid[i, j]) and abs(grid[i, j]) > 0.6 * end
+            ink, text = "white" if dark else "black", label(text, max(3, int(room / 0.062)))
+            ax.text(j, i, text, ha="center", va="center", color=ink, size="x-small", **PLAIN)
     named_axis("x", ax, columns)
     named_axis("y", ax, rows)
-    ax.figure.colorbar(drawn, ax=ax, label=unit, fraction=0.05, pad=0.02)
+    finite = grid[numpy.isfinite(grid)]
+    over, under = (bool((side > end).any()) for side in (finite, -finite))
+    beyond = {(1, 1): "both", (1, 0): "max", (0, 1): "min"}.get((over, under and signed), "neither")
+    ax.figure.colorbar(drawn, ax=ax, label=unit, fraction=0.05, pad=0.02, extend=beyond)
     return titled(ax, title, axis_names[1], axis_names[0])
 
 
@@ -251,7 +264,7 @@ def bars(
     for i, (value, end) in enumerate(zip(values, finite, strict=True)):
         side = -1 if end < 0 else 1
         ax.annotate(
-            notes[i] if notes else f"{value:+.3g}",
+            notes[i] if notes else number(value, "+.3g"),
             (end + side * spread[i], i),
             (4 * side, 0),
             textcoords="offset points",
@@ -266,33 +279,9 @@ def bars(
     ax.set_xlim(low - room * (low < 0), high + room * (1 + 2 * bool(notes)))
     ax.set_ylim(n - 0.4, -0.6)
     ax.axvline(0, color="0.2", linewidth=0.8)
-    ax.set_yticks(range(n), [label(name, 34) for name in names], fontsize="small", **PLAIN)
+    ax.set_yticks(range(n), [label(name, LONGER) for name in names], fontsize="small", **PLAIN)
     bare(ax)
     return titled(ax, title, f"{unit}{f'   (… {left_out})' if left_out else ''}")
-
-
-def columns(
-    ax: Axes | None, values: Sequence[float], *, unit: str, title: str = "", xlabel: str = ""
-) -> Axes:
-    """Draw many numbers in a row, as upright bars without names.
-
-    Args:
-        ax: Axes to draw on, or None.
-        values: The numbers, first on the left.
-        unit: What the numbers count.
-        title: What stands above.
-        xlabel: What stands below, with the numbers 0, 1, 2, ….
-
-    Returns:
-        The axes drawn on.
-    """
-    ax = axes(ax, 7.5, 2.8)
-    finite = [v if math.isfinite(v) else 0.0 for v in values]
-    ax.bar(range(len(finite)), finite, width=1.0, color=[colour(v) for v in finite])
-    ax.axhline(0, color="0.2", linewidth=0.8)
-    ax.set_xlim(-0.5, len(finite) - 0.5)
-    bare(ax)
-    return titled(ax, title, xlabel, unit)
 
 
 def mirrored_bars(
@@ -325,7 +314,7 @@ def mirrored_bars(
         ax.barh(range(len(own)), lengths, height=0.75, color=[colour(v) for v in own])
         for i, (value, at) in enumerate(zip(own, lengths, strict=True)):
             ax.annotate(
-                f"{value:+.3g}",
+                number(value, "+.3g"),
                 (at, i),
                 (4 * side, 0),
                 textcoords="offset points",
@@ -337,7 +326,7 @@ def mirrored_bars(
     ax.set_ylim(n - 0.4, -0.6)
     ax.xaxis.set_major_formatter(lambda x, _: f"{abs(x):.4g}")
     ax.axvline(0, color="0.2", linewidth=0.8)
-    left, right = ([label(name, 34) for name in side] for side in names)
+    left, right = ([label(name, LONGER) for name in side] for side in names)
     ax.set_yticks(range(len(left)), left, fontsize="small", **PLAIN)
     if left != right:
         beside = ax.secondary_yaxis("right")
@@ -346,50 +335,6 @@ def mirrored_bars(
     for side, title in zip(("left", "right"), titles, strict=True):
         ax.set_title(title, loc=side, fontsize="medium", **PLAIN)
     return titled(ax, middle, f"|{unit}|: red adds, blue takes away")
-
-
-def token_figure(
-    ax: Axes | None,
-    tokens: Sequence[Sequence[str]],
-    values: Sequence[Sequence[float]],
-    titles: Sequence[str],
-    how: str,
-    unit: str,
-) -> Axes:
-    """Draw a number per token: bars for one prompt, mirrored bars for two, strips for more.
-
-    Args:
-        ax: Axes to draw on, or None.
-        tokens: The names of every prompt's tokens.
-        values: The numbers of every prompt.
-        titles: What each prompt's numbers are.
-        how: What all numbers are.
-        unit: What the numbers count.
-
-    Returns:
-        The axes drawn on.
-    """
-    if len(tokens) > 2:
-        wide = max(map(len, tokens))
-        grid = [[*own, *[math.nan] * (wide - len(own))] for own in values]
-        texts = [[*own, *[""] * (wide - len(own))] for own in tokens]
-        places = [str(i) for i in range(wide)]
-        return cell_map(
-            ax,
-            grid,
-            list(titles),
-            places,
-            unit=unit,
-            title=how,
-            texts=texts,
-            axis_names=("", "position"),
-        )
-    if max(map(len, tokens)) > MOST_LABELS + 12 and len(tokens) == 1:
-        return columns(ax, values[0], unit=unit, title=f"{titles[0]}, {how}", xlabel="position")
-    if len(tokens) == 2:
-        sides = (tokens[0], tokens[1]), (values[0], values[1])
-        return mirrored_bars(ax, *sides, unit=unit, titles=(titles[0], titles[1]), middle=how)
-    return bars(ax, tokens[0], values[0], unit=unit, title=f"{titles[0]}, {how}")
 
 
 def waterfall(
@@ -416,6 +361,7 @@ def waterfall(
     """
     n = len(steps)
     ax = axes(ax, 1.4 + 0.26 * (n + 1), 3.8)
+    ax.use_sticky_edges = False  # room above and below the steps
     before = [math.fsum(steps[:i]) for i in range(n)]
     ax.bar(range(n), steps, bottom=before, width=0.8, color=[colour(v) for v in steps])
     after = [math.fsum(steps[: i + 1]) for i in range(n)]
@@ -426,7 +372,6 @@ def waterfall(
         ax.bar([n], [total[1]], width=0.8, color=NEUTRAL)
         ends.append(total[0])
     ax.axhline(0, color="0.2", linewidth=0.8)
-    ax.use_sticky_edges = False  # room above the last step
     ax.set_xlim(-0.7, len(ends) - 0.3)
     named_axis("x", ax, ends)
     bare(ax)

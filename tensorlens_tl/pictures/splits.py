@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import at_least_one
 from ..graph import CONTENTS, Edge, Node
-from .charts import floor, layered_graph
-from .figures import bars, cell_map, mirrored_bars, token_figure, waterfall
+from .charts import floor, layered_graph, token_figure
+from .figures import bars, cell_map, mirrored_bars, waterfall
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

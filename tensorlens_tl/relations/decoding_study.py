@@ -23,12 +23,14 @@ from torch import Tensor
 
 from ..checks import need, progress_bar
 from ..evaluation import Estimate, bootstrap, read_study, study_text
+from ..pictures import estimates
 from .linear_relation import MAP_METHODS
 from .relation import Relation
 from .statements import RANKS, Statements, state
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 BETAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 """Values of β to choose from where β is tuned."""
@@ -185,6 +187,23 @@ class RelationStudy:
                     f"    {variant:<19} " + " ".join(f"{cell:<22}" for cell in cells).rstrip()
                 )
         return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None, what: str = "faithfulness") -> Axes:
+        """Draw the means of a share with matplotlib, with 95 % intervals over splits.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            what: Name of the share, as in :meth:`estimate`.
+
+        Returns:
+            The axes drawn on: ways of fitting down, one point per number of training subjects.
+        """
+        names = list(dict.fromkeys(r.variant for r in self.rows if getattr(r, what) is not None))
+        series = {}
+        for n in self.sizes:
+            found = [self.estimate(what, variant, n) for variant in names]
+            series[f"n = {n}"] = [(e.value, e.low, e.high) for e in found]
+        return estimates(ax, names, series, title=", ".join(self.accuracy), xlabel=what)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the decodings as a pandas table.

@@ -20,12 +20,14 @@ import torch
 
 from ..checks import need, progress_bar
 from ..evaluation import Estimate, bootstrap, median, read_study, study_text
+from ..pictures import curves
 from ..plugin import capture
 from .linear_relation import MAP_METHODS
 from .validity_errors import DIRECTION_KINDS, SIZES, direction_errors, draw, radius
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 STUDY_FORMAT = "tensorlens_tl validity study 1"
 
@@ -171,6 +173,34 @@ class ValidityStudy:
                 lines.append(f"{'':>6}10 % is passed at {self.radius(kind, method)}")
             lines.append(f"{'':>6}the operator's error at δ → 0: {self.limit(kind)}")
         return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None, kind: str | None = None) -> Axes:
+        """Draw the median errors by the size of the step with matplotlib, with 95 % intervals.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            kind: One of :attr:`kinds`. None draws all of them.
+
+        Returns:
+            The axes drawn on, with a curve per kind of direction and map.
+
+        Raises:
+            ValueError: If matplotlib is missing, or there is no such kind.
+        """
+        series = {}
+        for one in self.kinds if kind is None else [kind]:
+            for method in MAP_METHODS:
+                found = [self.error(one, method, size) for size in self.sizes]
+                series[f"{one}, {method}"] = [(e.value, e.low, e.high) for e in found]
+        return curves(
+            ax,
+            self.sizes,
+            series,
+            title=f"{self.model}, {self.n} prompts",
+            xlabel="‖δ‖ / ‖X‖",
+            ylabel="median relative error",
+            logarithmic=True,
+        )
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the errors as a pandas table.
