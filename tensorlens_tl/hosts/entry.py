@@ -22,7 +22,8 @@ from .adapter import Adapter
 from .bridge import BRIDGE, UNASKED, BridgeAdapter
 from .encoders import ENCODER, EncoderAdapter, normalizes_sums
 from .hooked_transformer import HookedEncoderAdapter, HookedTransformerAdapter
-from .pictures import PictureAdapter, SeeingAdapter, embeddings_of, sees_pictures
+from .pictures import PictureAdapter, embeddings_of
+from .seeing import SeeingAdapter, senses
 from .wrapping import BEFORE, build_bridge, give_tokenizer, restore, within_head
 
 
@@ -52,7 +53,7 @@ def adapt(model: Any) -> Adapter:
     if "HookedTransformer" in names:
         return HookedTransformerAdapter(model)
     if any("TransformerBridge" in name for name in names):
-        if sees_pictures(model):
+        if senses(model):
             return SeeingAdapter(model)
         of = BridgeAdapter if embeddings_of(model) is None else PictureAdapter
         return (EncoderAdapter if normalizes_sums(model) else of)(model)

@@ -2,8 +2,7 @@
 
 An encoder of pictures gets pixels, has a row per patch, and reads classes at the row of [CLS]. The
 embeddings module tells such a model: it has patches and a [CLS] token. A spectrogram is a picture
-whose rows are frequencies and whose columns are times. A model of texts that also sees puts rows of
-pictures in the place of tokens.
+whose rows are frequencies and whose columns are times.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 from ..checks import kind_of
 from ..graph import SPECIAL_ROWS
 from ..maps import NormWeights
-from ..operator import ClassNames, Prompts, patch_names
+from ..operator import ClassNames, Prompts
 from ..readers import Read
-from ..refusals import UnsupportedArchitectureError, faulty_option, refusal
 from ..sublayers import PooledHead, UnembedWeights
 from .bridge import BridgeAdapter
-from .tokens import check_arguments, unpacked
+from .tokens import check_arguments
 from .tokens import each_prompt as each_text
 
 
@@ -258,128 +256,3 @@ def each_prompt(prompts: Any, tokenizer: Any, mask: Any = None, name: str = "pro
 
 def _is_picture(given: Any) -> bool:
     return isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 1
-
-
-# --- Pictures among the tokens of a text ---------------------------------------------------------
-
-
-def sees_pictures(model: Any) -> bool:
-    """Whether a host, or the model inside, puts pictures in the place of tokens of a text."""
-    config = getattr(getattr(model, "original_model", model), "config", None)
-    return hasattr(_seeing(model), "get_image_features") and _placeholder(config) is not None
-
-
-def _seeing(model: Any) -> Any:
-    """The module of Hugging Face that makes the rows of pictures."""
-    inner = getattr(model, "original_model", model)
-    return getattr(inner, "model", inner)
-
-
-def _placeholder(config: Any) -> int | None:
-    """Id of the token that a row of a picture replaces."""
-    names = ("image_token_id", "image_token_index")
-    return next((i for name in names if (i := getattr(config, name, None)) is not None), None)
-
-
-class SeeingAdapter(BridgeAdapter):
-    """A Bridge around a model of texts with pictures: rows of a picture replace tokens."""
-
-    unknown = ("pixel_values_videos", "input_features", "audio_values")
-    """Arguments of films and sounds, whose rows no function of the host shows."""
-
-    def __init__(self, model: Any):
-        super().__init__(model)
-        self.pictures: list[Tensor] = []
-        self.later: list[Tensor] = []
-        self.token = _placeholder(self.model.original_model.config)
-
-    def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Prompts]:
-        self.pictures, self.later = [], []
-        inputs, kwargs = unpacked(inputs, kwargs, (self.model, self.model.original_model))
-        for name in self.unknown:
-            if kwargs.get(name) is not None:
-                raise UnsupportedArchitectureError(
-                    refusal(f"{self.architecture} with {name}", "only pictures are sources here")
-                )
-        marks = {k: kwargs.pop(k) for k in ("token_type_ids",) if k in kwargs}  # which see ahead
-        kwargs, prompts = super().prepare(inputs, kwargs)
-        seen = kwargs.get("pixel_values") is not None
-        what, remedy = faulty_option(f"{self.architecture} with pixel_values", None)
-        if seen and remedy:
-            why = "its Bridge gives other rows of a picture than Hugging Face's model"
-            raise UnsupportedArchitectureError(refusal(what, why, remedy))
-        if seen and not bool((prompts.given == self.token).any()):
-            raise ValueError(
-                f"pixel_values is given, but no token of the prompt stands for a picture (id "
-                f"{self.token}). Pass the prompt that the model's own processor makes."
-            )
-        return kwargs | marks, prompts
-
-    def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Tensor:
-        if kwargs.get("pixel_values") is None:
-            return super().run(inputs, kwargs)
-        seeing = _seeing(self.model)
-        real = seeing.get_image_features
-
-        def see(*args: Any, **options: Any) -> Any:
-            found = real(*args, **options)
-            rows = getattr(found, "pooler_output", found)
-            later = getattr(found, "deepstack_features", None) or ()
-            self.pictures = [part.detach().flatten(0, -2) for part in rows]
-            self.later = [torch.cat(tuple(part)).detach() for part in later]
-            return found
-
-        vars(seeing)["get_image_features"] = see
-        try:
-            return super().run(inputs, kwargs)
-        finally:
-            del vars(seeing)["get_image_features"]
-
-    def _placed(self, rows: Tensor, prompts: Prompts, like: Tensor) -> Tensor:
-        """Rows of pictures where their tokens are, and 0 elsewhere [batch, pos, d_model]."""
-        at = (prompts.given == self.token)[..., None]
-        return torch.zeros_like(like).masked_scatter(at, rows.to(like))
-
-    def sources_of(self, seen, prompts, kwargs):
-        parts = super().sources_of(seen, prompts, kwargs)
-        if not self.pictures:
-            return parts
-        embed = parts.pop("embed")
-        patch = self._placed(torch.cat(self.pictures), prompts, embed)
-        embed = embed.masked_fill((prompts.given == self.token)[..., None], 0)
-        return {"embed": embed, "patch": patch, **parts}
-
-    def added_after(self, layer: int, prompts: Prompts, like: Tensor) -> tuple[str, Tensor] | None:
-        if layer >= len(self.later):
-            return None
-        return f"L{layer}.deepstack", self._placed(self.later[layer], prompts, like)
-
-    def described(self, prompts: Prompts, kwargs: Mapping[str, Any]) -> Prompts:
-        """Name the rows of pictures: "patch[row,column]", or "patch[picture,row,column]"."""
-        if not self.pictures:
-            return prompts
-        names: list[str] = []
-        for i, picture in enumerate(self.pictures):
-            sizes = (("image_grid_thw", slice(1, 3)), ("image_sizes", slice(0, 2)))
-            known = [kwargs[name][i][at].tolist() for name, at in sizes if name in kwargs]
-            height, width = known[0] if known else (1, 1)
-            first = f"{i}," if len(self.pictures) > 1 else ""
-            names += patch_names(len(picture), height, width, first)
-        given, following, strings = prompts.given.tolist(), iter(names), []
-        for row, (start, stop), own in zip(given, prompts.spans, prompts.strings, strict=True):
-            pairs = zip(row[start:stop], own, strict=True)
-            strings.append(tuple(next(following) if t == self.token else s for t, s in pairs))
-        return replace(prompts, strings=tuple(strings))
-
-    def not_recomputed(self, kwargs: Mapping[str, Any]) -> str:
-        ahead = kwargs.get("token_type_ids") is not None
-        return "rows of a picture see later ones" if ahead else ""
-
-    def score_weights(self, n_pos, kwargs=None):
-        kwargs = kwargs or {}
-        if cause := self.not_recomputed(kwargs):
-            return cause
-        rope = getattr(self.model.original_model.config.get_text_config(), "rope_parameters", {})
-        if kwargs.get("pixel_values") is not None and "mrope_section" in (rope or {}):
-            return "positions in a picture have three axes"
-        return super().score_weights(n_pos, kwargs)

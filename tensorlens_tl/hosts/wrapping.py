@@ -30,7 +30,8 @@ from ..refusals import (
 )
 from .bridge import BRIDGE
 from .encoders import ENCODER
-from .pictures import embeddings_of, random_input, sees_pictures
+from .pictures import embeddings_of, random_input
+from .seeing import senses, tower_norms
 from .tokens import CONVENTION
 
 _HEADED = {
@@ -73,7 +74,7 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
     adapted, (what, remedy) = adapter_at(model), faulty_option(name, model.config)
     before = snapshot(model)
     kept = [(module, module.training) for module in model.modules()]
-    pixels = embeddings_of(model) is not None and not sees_pictures(model)
+    pixels = embeddings_of(model) is not None and not senses(model)
     ids = random_input(model) if pixels else _probe_ids(model)
     devices = {p.device for p in model.parameters() if p.is_cuda}
     mixtures = [module for module in model.modules() if hasattr(module, "_apply_gate")]
@@ -89,6 +90,8 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
                     f"transformer_lens {metadata.version('transformer_lens')} cannot bridge it"
                 )
                 bridge = build()
+                for norm in tower_norms(bridge):  # by the model's own ε, as transformer_lens 4 does
+                    norm.use_native_layernorm_autograd = True
                 with _at_rest(model, bridge):
                     off, rounding = _difference(model, bridge, ids, expected)
         except Exception as error:

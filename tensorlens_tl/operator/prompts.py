@@ -71,22 +71,26 @@ class Prompts:
         return Prompts(tokens, spans, tuple(strings), inputs)
 
 
-def patch_names(n: int, height: float, width: float, first: str = "") -> list[str]:
+def patch_names(
+    n: int, height: float, width: float, first: str = "", kind: str = "patch"
+) -> list[str]:
     """Name the rows of a picture: "patch[row,column]", or "patch[number]" where they fill no grid.
 
     Args:
         n: Number of rows in the residual.
-        height: Height of the picture, in any unit.
+        height: Height of the picture, in any unit; 0 if it is not known.
         width: Width of the picture, in that unit.
         first: What stands before, such as the picture's number and a comma.
+        kind: What a row is called.
 
     Returns:
         The names, row by row of the picture.
     """
-    columns = round((n * width / height) ** 0.5)
-    if columns == 0 or n % columns or abs(n * width / height - columns**2) > 1e-6:
-        return [f"patch[{first}{k}]" for k in range(n)]
-    return [f"patch[{first}{k // columns},{k % columns}]" for k in range(n)]
+    square = n * width / height if height else 0.0
+    columns = round(square**0.5)
+    if columns == 0 or n % columns or abs(square - columns**2) > 1e-6:
+        return [f"{kind}[{first}{k}]" for k in range(n)]
+    return [f"{kind}[{first}{k // columns},{k % columns}]" for k in range(n)]
 
 
 class ClassNames:

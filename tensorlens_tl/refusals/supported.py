@@ -121,8 +121,7 @@ _FAULTY = {
 """Values of options under which the host's Bridge is another model, or none."""
 
 _WRONG_IN_3 = ("CohereForCausalLM", "Cohere2ForCausalLM", "HunYuanDenseV1ForCausalLM")
-_WRONG_IN_3 = (*_WRONG_IN_3, "Gemma3ForConditionalGeneration with pixel_values")
-"""Architectures, or uses of them, whose Bridge of transformer_lens 3 is another model."""
+"""Architectures whose Bridge of transformer_lens 3 is another model."""
 
 
 def faulty_option(architecture: str | None, config: Any) -> tuple[str, str]:

@@ -119,6 +119,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
                         "attn_resolutions": (0,)},
     "Florence2VisionConfig": {"embed_dim": (32,) * 4, "num_heads": (4,) * 4,
                               "num_groups": (4,) * 4},
+    "GlmAsrEncoderConfig": {"intermediate_size": 4 * D_MODEL},
     "Glm4vTextConfig": {"rope_parameters": _SECTIONS},
     "LEDConfig": {"attention_window": 4},
     "Qwen3VLMoeVisionConfig": {"deepstack_visual_indexes": [0]},
