@@ -280,7 +280,7 @@ def token_text(tokenizer: Any, token: int) -> str:
     return f"#{token}" if tokenizer is None else tokenizer.decode([token])
 
 
-_NO_TOKEN = re.compile(r"(patch|film|sound|inputs_embeds)\[\d+(,\d+)*\]")
+_NO_TOKEN = re.compile(r"(patch|film|sound|inputs_embeds|soft_prompt)\[\d+(,\d+)*\]")
 """What stands at a position that holds no token."""
 
 

@@ -58,7 +58,8 @@ def capture(
             :func:`wrap`.
         input: Prompt or prompts: a string, a list of strings, token ids [pos] or [batch, pos], or
             what a tokenizer returns. Strings are tokenized by the model's tokenizer, and padded.
-            Padded ids need ``attention_mask=``. A model of pictures reads pixel values [batch,
+            Padded ids need ``attention_mask=``. None where a Bridge runs ``inputs_embeds=``, rows
+            [batch, pos, d_model] without ids. A model of pictures reads pixel values [batch,
             channel, row, column], and one of sounds spectrograms [batch, time, frequency].
         gate: Frozen factor of a gated MLP act(g) ⊙ u. "gate" freezes act(g), "up" freezes u, and
             "half" takes half of each; see :class:`Convention`. Models without gated MLPs ignore
@@ -74,7 +75,8 @@ def capture(
         noise_floor: Whether to measure how much a bfloat16 or float16 model rounds. The prompt
             then also runs with the model held in float32 for a while, and the lens shows its own
             error beside the model's rounding. It costs that memory and a second run.
-        **kwargs: Arguments of the model, such as ``prepend_bos`` or ``padding_side``.
+        **kwargs: Arguments of the model, such as ``prepend_bos`` or ``padding_side``. For a Bridge
+            also ``soft_prompt``: rows [pos, d_model] that stand before the tokens of a prompt.
 
     Returns:
         The logits [batch, pos, d_vocab], exactly as the model returned them, and the lens.

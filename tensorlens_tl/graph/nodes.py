@@ -13,9 +13,9 @@ FINAL_SITE = "unembed.hook_in"
 SPECIAL_ROWS = {"cls_token": "[CLS]", "distillation_token": "[DIST]"}
 """Sources that stand before the patches of a picture, and the names of their rows."""
 
-CONTENTS = ("embed", *SPECIAL_ROWS, "patch", "inputs_embeds")
+CONTENTS = ("embed", *SPECIAL_ROWS, "patch", "inputs_embeds", "soft_prompt")
 """Sources that are what stands at a position: a token, a patch of a picture, or what the user gave
-in place of both (``start_at_layer=0``)."""
+in place of both (``inputs_embeds=``, ``start_at_layer=0``) or before a prompt's tokens."""
 
 SOURCES = (*CONTENTS, "pos_embed", "type_embed")
 """Sources of what enters the first block, besides constants. A node of such a source has its name.

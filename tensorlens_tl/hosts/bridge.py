@@ -18,7 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..graph import CONTENTS
 from ..maps import NormWeights, version
+from ..operator import Prompts
 from ..readers import (
     AttentionReader,
     DeltaNetReader,
@@ -35,6 +37,7 @@ from ..readers import (
     eager_experts,
     gate_of,
     inner,
+    linear_weights,
     norm_eps,
     packed_weights,
     rotary_tables,
@@ -48,8 +51,6 @@ from ..refusals import (
     check_architecture,
     faulty_option,
     flags_off,
-    is_adapted,
-    merge_first,
     refusal,
     xielu_name,
 )
@@ -63,6 +64,7 @@ from ..sublayers import (
     UnembedWeights,
 )
 from .adapter import Adapter
+from .embedded import from_embeddings
 
 UNASKED = "_tensorlens_unasked"
 """Attribute of a Bridge that a call made for itself: how to unwrap it if its first run is refused.
@@ -176,9 +178,9 @@ class BridgeAdapter(Adapter):
             return DeltaNetReader.of(self, block)
         attn, d_head = block.attn, self.cfg.d_head
         if type(attn).__name__ == "MLAAttentionBridge":
-            return LatentReader.of(self, block, linear_weights)
+            return LatentReader.of(self, block)
         if not hasattr(attn, "v") and hasattr(attn.original_component, "c_attn"):
-            return FusedReader.of(self, block, linear_weights)
+            return FusedReader.of(self, block)
         # Gemma-4 may share one matrix between keys and values; the widths of its layers differ.
         part, own = attn.original_component, getattr(attn, "submodules", {})
         d_head = getattr(part, "head_dim", d_head)
@@ -323,8 +325,11 @@ class BridgeAdapter(Adapter):
     def sources_of(self, seen, prompts, kwargs):
         parts = super().sources_of(seen, prompts, kwargs)
         if (factor := self.multiplier("embedding_multiplier")) != 1:
-            parts["embed"] = parts["embed"] * factor
+            parts |= {name: x * factor for name, x in parts.items() if name in CONTENTS}
         return parts
+
+    def prepare(self, inputs: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Prompts]:
+        return from_embeddings(self, inputs, kwargs) or super().prepare(inputs, kwargs)
 
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Tensor:
         config = getattr(self.model.original_model, "config", None)
@@ -427,19 +432,3 @@ class BridgeAdapter(Adapter):
                 cos, sin, adjacent = as_rotation(self, tables)
                 return Rotation(cos[0, :n_pos], sin[0, :n_pos], adjacent)
         return None
-
-
-def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
-    """A Bridge's linear module as x @ W + b."""
-    # The orientation is told by the module's type, never by the shape: square weights have both.
-    module = inner(bridge)
-    if is_adapted(module):
-        at = bridge.hook_in.name.removesuffix(".hook_in") if module is not bridge else "an expert"
-        raise UnsupportedArchitectureError(merge_first(at))
-    if isinstance(module, nn.Linear):
-        return module.weight.T, module.bias
-    if type(module).__name__ == "Conv1D":
-        return module.weight, module.bias
-    raise UnsupportedArchitectureError(
-        refusal(f"the linear module {type(module).__name__}", "its orientation is not known here")
-    )

@@ -10,9 +10,10 @@ from torch import nn
 
 from ..graph import resid_site
 from ..maps import NormWeights
+from ..readers import linear_weights
 from ..refusals import act_name
 from ..sublayers import HeadWeights, UnembedWeights
-from .bridge import BridgeAdapter, linear_weights
+from .bridge import BridgeAdapter
 
 ENCODER = "_tensorlens_encoder"
 """Attribute of a model that was made around an encoder without a head: the encoder, and the module

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..checks import is_int, kind_of
+from ..checks import is_int
 from ..maps import NormWeights
 from ..operator import Prompts
 from ..readers import (
@@ -36,6 +36,7 @@ from ..sublayers import (
     UnembedWeights,
 )
 from .adapter import Adapter
+from .embedded import all_rows, rows_of
 
 _ATTENTION = ("Attention", "GroupedQueryAttention")
 _BLOCKS = ("TransformerBlock", "BertBlock")
@@ -185,26 +186,8 @@ class HookedTransformerAdapter(Adapter):
             raise ValueError(
                 f"{', '.join(wrong)} is not known beside start_at_layer=0. Call without it."
             )
-        width, W_U = self.cfg.d_model, self.weights.unembed.W_U
-        numbers = isinstance(inputs, Tensor) and inputs.is_floating_point()
-        x = inputs[None] if numbers and inputs.ndim == 2 else inputs
-        if not numbers or x.ndim != 3 or x.shape[-1] != width or not 0 < x.shape[1] <= self.n_ctx:
-            given = f"{list(inputs.shape)}" if isinstance(inputs, Tensor) else kind_of(inputs)
-            raise ValueError(
-                f"The input is {given}, and start_at_layer=0 starts from what enters block 0. Pass "
-                f"numbers [batch, pos, {width}], with at most {self.n_ctx} positions."
-            )
-        n = x.shape[1]
-        names = tuple(f"inputs_embeds[{i}]" for i in range(n))
-        spans = ((0, n),) * len(x)
-        return {}, Prompts(None, spans, (names,) * len(x), x.detach().to(W_U))
-
-    def sources_of(
-        self, seen: Mapping[str, Tensor], prompts: Prompts, kwargs: Mapping[str, Any]
-    ) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        if prompts.inputs is not None:
-            return {"inputs_embeds": prompts.inputs}
-        return super().sources_of(seen, prompts, kwargs)
+        what = "start_at_layer=0 starts from what enters block 0"
+        return {}, all_rows(rows_of(self, inputs, "The input", what))
 
     def run(self, inputs: Any, kwargs: Mapping[str, Any]) -> Float[Tensor, "batch pos d_vocab"]:
         start = {"start_at_layer": 0} if inputs.is_floating_point() else {}

@@ -184,7 +184,7 @@ def unpacked(
     """
     if not isinstance(inputs, Mapping):
         return inputs, dict(kwargs)
-    if "input_ids" not in inputs:
+    if not {"input_ids", "inputs_embeds"} & inputs.keys():
         raise ValueError(
             f"The input is {kind_of(inputs)} without input_ids. Pass what a tokenizer "
             "returns, or token ids."
@@ -196,12 +196,13 @@ def unpacked(
             f"{', '.join(twice)} is given twice, in the prompt's {type(inputs).__name__} and by "
             "itself. Drop one of them."
         )
-    return inputs["input_ids"], {**known, **kwargs}
+    return inputs.get("input_ids"), {**known, **kwargs}
 
 
 def _known(hosts: Sequence[Any]) -> set[str]:
     """Names of the arguments of the hosts' forward passes."""
     own = {name for host in hosts for name in inspect.signature(type(host).forward).parameters}
+    own.add("inputs_embeds")  # refused by name where no host knows it
     return own | ({"attention_mask"} if "one_zero_attention_mask" in own else set())
 
 

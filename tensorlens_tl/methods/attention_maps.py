@@ -159,11 +159,8 @@ def random(capture: Capture, seed: int = 0) -> Matrix:
     numbers = torch.zeros_like(identity(capture))
     for prompt, (start, stop) in enumerate(capture.frame.spans):
         given = capture.prompts.given[prompt]
-        ids = (
-            given.flatten().tolist()
-            if capture.prompts.tokens is None
-            else given[start:stop].tolist()
-        )
+        given = given[start:stop] if capture.prompts.by_row else given
+        ids = given.flatten().tolist()
         generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, ids)).encode()))
         drawn = torch.rand(
             stop - start, stop - start, generator=generator, device="cpu", dtype=torch.float64

@@ -24,12 +24,15 @@ class Prompts:
             "patch[0,1]".
         inputs: What was run in place of ids, such as pixel values [batch, channel, row, column];
             None where ids were run.
+        soft_prompt: Where embeddings [batch, pos, d_model] were run, the number of rows of a soft
+            prompt before each prompt's tokens; 0 where all rows were given. Else None.
     """
 
     tokens: Int[Tensor, "batch pos"] | None
     spans: tuple[tuple[int, int], ...]
     strings: tuple[tuple[str, ...], ...]
     inputs: Float[Tensor, "batch ..."] | None = None
+    soft_prompt: int | None = None
 
     @property
     def given(self) -> Tensor:
@@ -39,7 +42,31 @@ class Prompts:
     @property
     def n_pos(self) -> int:
         """Number of positions, padding included."""
-        return max(stop for _, stop in self.spans) if self.tokens is None else self.tokens.shape[1]
+        return self.given.shape[1] if self.by_row else max(stop for _, stop in self.spans)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether what was run has one entry per row: a token id, or an embedding."""
+        return self.tokens is not None or self.soft_prompt is not None
+
+    def by_source(
+        self, rows: Float[Tensor, "batch pos d_model"]
+    ) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        """Split the rows of a run from embeddings by source: soft prompt, and tokens.
+
+        Args:
+            rows: What the model made of :attr:`inputs`.
+
+        Returns:
+            The rows of each source, which are 0 where another one stands.
+        """
+        n = self.soft_prompt
+        if not n:
+            return {"inputs_embeds": rows}
+        soft = rows.new_zeros(*rows.shape[:2], 1)
+        for row, (start, _) in zip(soft, self.spans, strict=True):
+            row[start : start + n] = 1
+        return {"embed": rows * (1 - soft), "soft_prompt": rows * soft}
 
     def ids(self, asked: str) -> Int[Tensor, "batch pos"]:
         """The token ids, for what cannot be answered without.
@@ -68,7 +95,8 @@ class Prompts:
         strings = self.strings[rows] if isinstance(rows, slice) else [self.strings[r] for r in rows]
         tokens = None if self.tokens is None else self.tokens[rows, pos]
         inputs = None if self.inputs is None else self.inputs[rows]
-        return Prompts(tokens, spans, tuple(strings), inputs)
+        inputs = inputs if self.soft_prompt is None else self.given[rows, pos]
+        return Prompts(tokens, spans, tuple(strings), inputs, self.soft_prompt)
 
 
 def patch_names(

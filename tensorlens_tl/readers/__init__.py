@@ -32,12 +32,12 @@ from .experts import (
     PackedMixture,
     eager_experts,
     hooked_weights,
-    inner,
     packed_weights,
     shared_expert,
 )
 from .hook_points import LAYER_HOOKS, HookReader, Read, alone, in_this_thread, norm_eps
 from .host import QueryKeyWeights
+from .linear import inner, linear_weights
 
 __all__ = [
     "AttentionReader",
@@ -65,6 +65,7 @@ __all__ = [
     "hooked_weights",
     "in_this_thread",
     "inner",
+    "linear_weights",
     "norm_eps",
     "packed_weights",
     "query_key_weights",

@@ -32,6 +32,7 @@ from ..sublayers import (
 )
 from .attention_reading import NORM_LAST, RecomputedReading, StoredReading, Take
 from .host import Host
+from .linear import linear_weights
 
 Point = str | nn.Module
 """Where something is read: a hook point by its name within the block, or what a module gives."""
@@ -130,10 +131,10 @@ class FusedReader(AttentionReader):
     kind = "attention that shows no queries"
 
     @classmethod
-    def of(cls, adapter: Any, block: Any, linear: Any) -> FusedReader:
-        """Read the weights of the module inside; ``linear`` reads those of a linear module."""
+    def of(cls, adapter: Any, block: Any) -> FusedReader:
+        """Read the weights of the module inside."""
         part = block.attn.original_component
-        (W, b), (W_O, b_O) = linear(part.c_attn), linear(part.c_proj)
+        (W, b), (W_O, b_O) = linear_weights(part.c_attn), linear_weights(part.c_proj)
         d_head = adapter.cfg.d_head
         weights = AttentionWeights(
             W.chunk(3, 1)[2].unflatten(1, (-1, d_head)).transpose(0, 1),
@@ -161,13 +162,13 @@ class LatentReader(AttentionReader):
     kind = "latent attention"
 
     @classmethod
-    def of(cls, adapter: Any, block: Any, linear: Any) -> LatentReader:
-        """Read the weights of the host's module; ``linear`` reads those of a linear module."""
+    def of(cls, adapter: Any, block: Any) -> LatentReader:
+        """Read the weights of the host's module."""
         attn = block.attn
         part = attn.original_component
         heads, latent = int(part.num_heads), int(part.kv_lora_rank)
-        (W_DKV, b_DKV), (W_UKV, b_UKV) = linear(attn.kv_a_proj_with_mqa), linear(attn.kv_b_proj)
-        W_O, b_O = linear(attn.o)
+        parts = (attn.kv_a_proj_with_mqa, attn.kv_b_proj, attn.o)
+        (W_DKV, b_DKV), (W_UKV, b_UKV), (W_O, b_O) = map(linear_weights, parts)
         first = int(part.qk_nope_head_dim)  # of every head's columns the first ones make keys
         norm = adapter.norm_weights(attn.kv_a_layernorm)
         if norm.center or norm.b is not None:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from ..refusals import UnsupportedArchitectureError, refusal
 from ..sublayers import ExpertsWeights
 from .hook_points import in_this_thread
+from .linear import inner
 
 _PRODUCTS = ("linear", "matmul", "__matmul__", "bmm")
 _QUICK = 1.702  # the factor of quick_gelu, act(z) = z σ(1.702 z)
@@ -124,11 +125,6 @@ class _Products(TorchFunctionMode):
 
 
 # --- Hugging Face's packed experts ---------------------------------------------------------------
-
-
-def inner(module: Any) -> Any:
-    """The module inside a component of a Bridge, or the module itself."""
-    return getattr(module, "original_component", module)
 
 
 def shared_expert(mixture: Any) -> Any:

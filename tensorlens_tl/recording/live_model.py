@@ -260,7 +260,7 @@ def live_models(capture: Capture, model: Any) -> Iterator[list[LiveModel]]:
             here = prompts[:, None], columns
             x = capture.blocks[0].resid_pre[here].detach().to(adapter.dtype)
             given, final = capture.prompts.given, capture.unembed.final[here]
-            ids = given[prompts] if capture.prompts.tokens is None else given[here]
+            ids = given[here] if capture.prompts.by_row else given[prompts]
             lives.append(LiveModel(adapter, ids, x.requires_grad_(), final, (prompts, columns)))
         yield lives
 

@@ -38,8 +38,9 @@ def obstacle(model: Any) -> str:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "an encoder and a decoder, with attention between them"
-    if not _ids_enter(model):
-        return "no token embedding, so its input is no token ids"
+    for _, module in model.named_modules():
+        if (kind := type(module).__name__).endswith("PositionalConvEmbedding"):
+            return f"a convolution over positions before block 0: {kind}"
     blocks, where = _blocks(model)
     for number, block in enumerate(blocks):
         for part in _parts(block, number):
@@ -49,15 +50,6 @@ def obstacle(model: Any) -> str:
         return "no unembedding, so its output is no logits of tokens"
     kind = type(blocks[0]).__name__ if blocks else type(model).__name__
     return f"blocks{where} that no test covers: {kind}"
-
-
-def _ids_enter(model: Any) -> bool:
-    try:
-        return hasattr(model.get_input_embeddings(), "num_embeddings") or hasattr(
-            getattr(model.get_input_embeddings(), "original_component", None), "num_embeddings"
-        )
-    except (AttributeError, NotImplementedError):
-        return False
 
 
 def _blocks(model: Any) -> tuple[list[Any], str]:

@@ -72,7 +72,7 @@ def _grouped(names: Iterable[Name]) -> str:
     found: dict[str, list[str]] = {}
     for one in names:
         why = re.sub(r"^Cannot freeze .*? exactly: |^Cannot freeze \S+ ", "", one.reason)
-        why, _, module = why.partition(" in block ")
+        why, module = [*re.split(r" (?:in|before) block ", why, maxsplit=1), ""][:2]
         why = re.sub(r"blocks in \S+ that", "blocks that", why.replace(one.name, "this name"))
         why, _, kind = why.partition(" that no test covers: ")
         module = module.partition(": ")[2] or kind

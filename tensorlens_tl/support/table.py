@@ -29,7 +29,7 @@ import torch
 
 from ..plugin import capture
 from ..refusals import UnsupportedArchitectureError
-from .every_name import Name, summary, try_all
+from .every_name import Name, registered, summary, try_all
 from .name_tables import names_markdown
 from .tiny_models import (
     D_VOCAB,
@@ -373,6 +373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.into and not args.merge:
         p.error("--into needs --merge and its reports")
+    if unknown := sorted({*(args.only or ())} - {*registered()}):
+        p.error(f"--only {unknown[0]}: transformer_lens registers no such name; --all lists them")
     if args.merge:
         try:
             table = markdown([Report.load(path) for path in args.merge])
