@@ -28,10 +28,10 @@ from torch import Tensor
 
 import tensorlens_tl
 from tensorlens_tl import Edge, demo, faithfulness_curve, faithfulness_of_many, score_edges
-from tensorlens_tl.circuits.edge_patching import edge_model
 from tensorlens_tl.circuits.faithfulness_result import share_difference
 from tensorlens_tl.graph.selection import select
 from tensorlens_tl.hosts import load_model
+from tensorlens_tl.passes.edge_patching import edge_model
 
 RESULTS = Path(__file__).parent / "results" / "circuits.json"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "circuits.md"

@@ -223,10 +223,18 @@ dead_end_connected (circuits): An edge that leads nowhere counts as connected.
 constants_without_path_kept (circuits): Constants of nodes that are left out stay.
     everywhere + constant(branch.outside) ⇒ everywhere + constant(branch.map.constants)
 zero_ablation_by_mean (interventions): Ablation by zero takes the mean.
+    ablation == "mean" and other is None: ⇒ ablation != "resample" and other is None:
     ablation == "mean" else None ⇒ ablation != "resample" else None
 ablated_by_nothing (interventions): Nothing stands in for what is ablated, whatever was asked for.
     (1 - keep) @ ⇒ (0 * keep) @
+packed_change_is_the_whole (packed): What a packed circuit changes lacks what is replaced.
+    made if replaced is None else made - replaced ⇒ made
+packed_prefix_too_long (packed): The first token at which two prompts differ is not run.
+    nonzero()[:1, 0].tolist(), len(row) - 1 ⇒ nonzero()[1:2, 0].tolist(), len(row) - 1
+packed_pass_unchecked (packed): Packed runs are not compared with the host's own logits.
+    not model.agrees(rows[0], logits[0]) ⇒ False
 frozen_patterns_live (interventions): Frozen patterns are live, and live ones frozen.
+    clean.A if self.frozen else None ⇒ clean.A if not self.frozen else None
     if self.frozen else None ⇒ if not self.frozen else None
 grouped_copies_take_first_key (interventions): Every query head takes its group's first head's key.
     each[head % self.copies, head] ⇒ each[head * 0, head]

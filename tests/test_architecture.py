@@ -34,6 +34,7 @@ ROOMS = [
     "hosts",
     "saving",
     "recording",
+    "passes",
     "attribution",
     "methods",
     "circuits",
@@ -50,7 +51,12 @@ ROOMS = [
     "__main__",
 ]
 """From the ground up: a room imports only rooms before it."""
-APART = [{"methods", "circuits"}, {"circuits", "evaluation"}, {"evaluation", "exports"}]
+APART = [
+    {"methods", "circuits"},
+    {"attribution", "passes"},
+    {"circuits", "evaluation"},
+    {"evaluation", "exports"},
+]
 """Rooms beside each other: neither imports the other."""
 FRONT = {"hosts", "readers", "refusals", "plugin", "demo", "support"}
 """Rooms that know host classes: hosts/ and two below, the plugin, and builders of models."""

@@ -31,24 +31,22 @@ Sources: Conmy et al. 2023 (arXiv 2304.14997), Hanna et al. 2024 (2403.17806), M
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from itertools import chain
 from numbers import Real
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
-from ..checks import at_least_one, kind_of, progress_bar, whole
+from ..checks import at_least_one, kind_of, whole
 from ..graph import Edge, Node
+from ..passes import EdgeModel, edge_model
 from .edge_averages import first_edges, ranked_scores
-from .edge_patching import EdgeModel, Writes, edge_model
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
-from .prompt_pairs import LogitMetric, Metric, Pairs, check_metric, paired
+from .prompt_pairs import Metric, check_metric
+from .study import Study
 
 ABLATIONS = ("resample", "mean", "zero")
 ATTENTION = ("live", "frozen")
@@ -239,7 +237,7 @@ def faithfulness_of_many(
         for circuit in circuits.values():
             _check_model(edged, circuit)
         kept = {name: edged.universe.named(given) for name, given in circuits.items()}
-        study = _Study.of(edged, prompts, corrupted, target, versus, options)
+        study = Study.of(edged, prompts, corrupted, target, versus, options)
         masks = [edged.universe.keep(edges) for edges in ([], *kept.values())]
         full, ablated, found = study.run(torch.stack(masks))
         empty, total = found[0] if study.frozen else ablated, len(edged.universe.edges)
@@ -305,7 +303,7 @@ def faithfulness_curve(
     with edge_model(model) as edged, torch.no_grad():
         _check_model(edged, ranking)
         universe, scores = edged.universe, ranked_scores(edged.universe, ranking)
-        study = _Study.of(edged, prompts, corrupted, target, versus, options)
+        study = Study.of(edged, prompts, corrupted, target, versus, options)
         total = len(universe.edges)
         counts = tuple(max(1, round(size * total)) if size else 0 for size in shares)
         masks = [
@@ -326,117 +324,3 @@ def _check_model(edged: EdgeModel, given: Any) -> None:
     """Refuse a circuit of another model; edges, names and scores do not say their model."""
     if isinstance(info := getattr(given, "model", None), ModelInfo):
         info.check(ModelInfo.of(edged.adapter.name, edged.adapter.weights))
-
-
-@dataclass(frozen=True, eq=False)
-class _Study:
-    """Prompts and options of one call, checked and ready to run."""
-
-    model: EdgeModel
-    groups: list[Pairs]
-    mean_over: list[Pairs]
-    metric: LogitMetric
-    options: AblationOptions
-
-    @classmethod
-    def of(
-        cls,
-        model: EdgeModel,
-        prompts: Any,
-        corrupted: Any,
-        target: Any,
-        versus: Any,
-        options: AblationOptions,
-    ) -> _Study:
-        # 2. Pair prompts, those of one length together.
-        kind = options.ablation
-        if kind == "resample" and corrupted is None:
-            raise ValueError(
-                "ablation='resample' needs corrupted=, one prompt of equal length for each "
-                "prompt. Pass corrupted=, or use ablation='mean' or 'zero'."
-            )
-        if kind != "resample" and corrupted is not None:
-            raise ValueError(
-                f"corrupted= is used by ablation='resample' only, not by ablation={kind!r}. Drop "
-                "corrupted=; for means over those prompts, pass ablation='mean' and mean_over=."
-            )
-        groups = paired(model.adapter, prompts, corrupted)
-        mean_over = groups
-        if options.mean_over is not None:
-            mean_over = paired(model.adapter, options.mean_over)
-        if kind == "mean":
-            lengths = [group.n_pos for group in (*groups, *mean_over)]
-            if len(set(lengths)) > 1:
-                raise ValueError(
-                    "ablation='mean' needs prompts of one length, as it averages position by "
-                    f"position. These have {min(lengths)} to {max(lengths)} tokens: measure each "
-                    "length apart, or use 'resample'."
-                )
-            if sum(len(group.ids) for group in mean_over) < 2:
-                raise ValueError(
-                    "ablation='mean' over one prompt changes nothing. Pass more prompts by "
-                    "mean_over=."
-                )
-        n = sum(len(group.ids) for group in groups)
-        metric = LogitMetric.of(model.adapter, n, target, versus, options.metric, options.pos)
-        return cls(model, groups, mean_over, metric, options)
-
-    @property
-    def frozen(self) -> bool:
-        return self.options.attention == "frozen"
-
-    def at_once(self, n_pos: int) -> int:
-        """Number of sequences of one length that are run together."""
-        return self.options.batch_size or self.model.at_once(n_pos)
-
-    def mean(self) -> Writes:
-        """Mean output of every writer at every position [writer, 1, pos, d_model]."""
-        pieces = (p for g in self.mean_over for p in g.split(self.at_once(g.n_pos)))
-        sums = (self.model.run(piece.ids).writes[0].sum(1, keepdim=True) for piece in pieces)
-        total = next(sums)
-        for other in sums:
-            total = total + other
-        return total / sum(len(group.ids) for group in self.mean_over)
-
-    def run(
-        self, masks: Bool[Tensor, "circuit reader writer"]
-    ) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"], Float[Tensor, "circuit prompt"]]:
-        """The metric of the model as it is, with every edge ablated, and of every circuit."""
-        n = sum(len(group.ids) for group in self.groups)
-        # Equal circuits (small sizes, rankings without negative scores) are run once.
-        masks, which = torch.unique(masks, dim=0, return_inverse=True)
-        values = torch.zeros(2 + len(masks), n, dtype=torch.float64, device="cpu")
-        mean = self.mean() if self.options.ablation == "mean" else None
-        with progress_bar("prompts", n, self.options.progress) as bar:
-            for group in self.groups:
-                size = self.at_once(group.n_pos)
-                circuits = min(len(masks), size)
-                for piece in group.split(max(1, size // circuits)):
-                    runs = self._runs(piece, masks.split(circuits), mean)
-                    values[:, piece.index] = torch.cat(list(runs))
-                    bar.update(len(piece.ids))
-        return values[0], values[1], values[2:][which]
-
-    def _runs(
-        self, piece: Pairs, masks: Sequence[Tensor], mean: Writes | None
-    ) -> Iterator[Float[Tensor, "circuit prompt"]]:
-        """The metric of the clean run, of the fully ablated run, then of the circuits' runs."""
-        # 3a. The clean run, and its patterns where attention is frozen.
-        clean = self.model.run(piece.ids)
-        held = [pattern[0] for pattern in clean.patterns] if self.frozen else None
-        # 3b. What replaces an ablated writer, and the run with every edge ablated (live patterns).
-        if piece.corrupted is None:
-            replacement = None if mean is None else mean.expand(-1, len(piece.ids), -1, -1)
-            none = torch.zeros_like(masks[0][:1])
-            ablated = self.model.run(piece.ids, none, replacement).logits
-        else:
-            corrupted = self.model.run(piece.corrupted)
-            ablated = corrupted.logits
-            if held is not None:
-                corrupted = self.model.run(piece.corrupted, patterns=held)
-            replacement = corrupted.writes[0]
-        # 3c. Every circuit's run, some circuits at once.
-        circuits = (self.model.run(piece.ids, part, replacement, held).logits for part in masks)
-        # 4. Measure.
-        for logits in chain((clean.logits, ablated), circuits):
-            yield self.metric.values(logits, clean.logits[0], piece.index).double().cpu()

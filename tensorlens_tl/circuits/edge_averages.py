@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attribution import Attribution, Source
 from ..graph import INPUT, Edge, Wiring
-from .edge_masks import EdgeUniverse
+from ..passes import EdgeUniverse
 
 NO_SCORES = (
     "This circuit has no scores: its edges were named. Use a circuit that discover returned, or "

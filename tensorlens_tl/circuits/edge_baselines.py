@@ -31,8 +31,7 @@ from ..checks import at_least_one, progress_bar
 from ..costs import Cost, Plan
 from ..graph import LOGITS, Edge, Node, owner
 from ..operator import Capture, FrozenTransformer
-from .edge_masks import EdgeUniverse
-from .edge_patching import EdgeModel, edge_model
+from ..passes import EdgeModel, EdgeUniverse, edge_model
 from .prompt_pairs import LogitMetric, Metric, Pairs, paired
 
 EDGE_METHODS: dict[str, str] = {

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..graph import Wiring
 from ..operator import Capture
+from ..passes import wiring_of
 from ..sublayers import BlockWeights, ModelWeights
-from .edge_masks import wiring_of
 
 
 @dataclass(frozen=True)

@@ -187,13 +187,35 @@ class LogitMetric:
         Raises:
             ValueError: If the position does not exist, or the metric returns another shape.
         """
-        n_pos = logits.shape[2]
+        row = self.row(logits.shape[2])
+        return self.values_at(logits[:, :, row], clean[:, row], index)
+
+    def row(self, n_pos: int) -> int:
+        """Find the position of the prediction in a prompt of some length.
+
+        Args:
+            n_pos: Number of tokens of the prompt.
+
+        Returns:
+            The position, from 0.
+
+        Raises:
+            ValueError: If the position does not exist.
+        """
         if not -n_pos <= self.pos < n_pos:
             raise ValueError(
                 f"pos={self.pos} is outside a prompt of {n_pos} tokens. Use {-n_pos} to "
                 f"{n_pos - 1}."
             )
-        at = logits[:, :, self.pos]
+        return self.pos % n_pos
+
+    def values_at(
+        self,
+        at: Float[Tensor, "circuit prompt d_vocab"],
+        clean: Float[Tensor, "prompt d_vocab"],
+        index: Int[Tensor, " prompt"],
+    ) -> Float[Tensor, "circuit prompt"]:
+        """The same of logits at the position of the prediction alone."""
         if self.metric is not None:
             found = [self.metric(one, index) for one in at]
             if any(getattr(one, "shape", ()) != (len(index),) for one in found):
@@ -202,7 +224,7 @@ class LogitMetric:
                     f"{len(index)} prompts. Return one number per prompt, [{len(index)}]."
                 )
             return torch.stack(found)
-        target = clean[:, self.pos].argmax(-1) if self.target is None else self.target[index]
+        target = clean.argmax(-1) if self.target is None else self.target[index]
         rows = torch.arange(len(index), device=at.device)
         value = at[:, rows, target.to(at.device)]
         if self.versus is not None:

@@ -86,9 +86,14 @@ class Wiring:
         """
         return _edges(self, qk)
 
+    def below(self, qk: bool = True) -> tuple[int, ...]:
+        """Number of writers that every reader sees: the first so many."""
+        written = [self._written(src) for src in self.writers()]  # from below, so it never falls
+        return tuple(bisect_right(written, self._read(dest)) for dest in self.readers(qk))
+
     def has(self, edge: Edge) -> bool:
         """Whether this model has the edge."""
-        return edge in _edge_set(self)
+        return edge in _places(self)
 
     def check(self, edges: Iterable[Edge]) -> None:
         """Refuse edges that this model does not have.
@@ -97,7 +102,7 @@ class Wiring:
             ValueError: If a node does not exist, or an edge goes against the order of layers.
         """
         writers, readers = _members(self)
-        known = _edge_set(self)
+        known = _places(self)
         for edge in (edge for edge in edges if edge not in known):
             for node, known, role in ((edge.src, writers, "writes"), (edge.dest, readers, "reads")):
                 if node not in known:
@@ -126,18 +131,15 @@ class Wiring:
 
 @lru_cache(maxsize=16)
 def _edges(wiring: Wiring, qk: bool) -> tuple[Edge, ...]:
-    writers = wiring.writers()
-    written = [wiring._written(src) for src in writers]  # from below, so it never falls
-    found: list[Edge] = []
-    for dest in wiring.readers(qk):
-        below = bisect_right(written, wiring._read(dest))
+    writers, found = wiring.writers(), []
+    for dest, below in zip(wiring.readers(qk), wiring.below(qk), strict=True):
         found += [Edge(src, dest) for src in writers[:below]]
     return tuple(found)
 
 
 @lru_cache(maxsize=16)
-def _edge_set(wiring: Wiring) -> frozenset[Edge]:
-    return frozenset(wiring.edges())
+def _places(wiring: Wiring) -> dict[Edge, int]:
+    return {edge: i for i, edge in enumerate(wiring.edges())}
 
 
 @lru_cache(maxsize=16)
@@ -196,7 +198,7 @@ def as_edges(
     _all_sources(edges, sources)
     wanted = {Edge(_whole(edge.src), edge.dest) for edge in edges}
     wiring.check(wanted)
-    return tuple(edge for edge in wiring.edges() if edge in wanted)
+    return tuple(sorted(wanted, key=_places(wiring).__getitem__))
 
 
 def _whole(node: Node) -> Node:

@@ -11,7 +11,7 @@ from .blocks import PLANNED
 from .capture import Capture, CaptureMismatchError, Convention, FrozenBlock, tolerance
 from .frozen_transformer import FrozenTransformer, Segment
 from .prompts import EMPTY, ClassNames, Prompts, check_tokens, patch_names, token_id
-from .query_key import QueryKey
+from .query_key import QueryKey, turned
 from .residual_stream import Branch, Readers, Step, Trace
 from .restricted_transformer import RestrictedTransformer
 from .secant import SecantOperator
@@ -42,4 +42,5 @@ __all__ = [
     "squares",
     "token_id",
     "tolerance",
+    "turned",
 ]

@@ -225,10 +225,10 @@ class Projection:
         # W and b, then a norm where the model has one, then the rotation, or these two in turn.
         y, scale = x[:, None] @ frame.cast(W), None
         y = y if b is None else y + frame.cast(b)[:, None]
-        raw = y = _turned(y, w.rotation) if w.norm_last else y
+        raw = y = turned(y, w.rotation) if w.norm_last else y
         if norm is not None:
             y, scale = norm.apply(y)
-        y = y if w.norm_last else _turned(y, w.rotation)
+        y = y if w.norm_last else turned(y, w.rotation)
         return cls(frame, raw, y, W, norm, scale, w.rotation, w.norm_last)
 
     def pull(self, y: Float[Tensor, "batch head pos d_query"], before: Norm | None) -> Factored:
@@ -249,18 +249,27 @@ class Projection:
 
     def to_norm(self, y: Float[Tensor, "batch head pos d_query"]) -> Tensor:
         """Pull covectors back to what the norm gives."""
-        return y if self.norm_last else _turned(y, self.rotation, back=True)
+        return y if self.norm_last else turned(y, self.rotation, back=True)
 
     def from_norm(self, y: Float[Tensor, "batch head pos d_query"]) -> Factored:
         """Pull covectors at what the norm reads back through W_Q or W_K."""
-        y = _turned(y, self.rotation, back=True) if self.norm_last else y
+        y = turned(y, self.rotation, back=True) if self.norm_last else y
         return Factored(y.transpose(0, 1), lambda: self.frame.cast(self.W).mT)
 
 
-def _turned(
+def turned(
     y: Float[Tensor, "batch head pos d"], rotation: Rotation | None, back: bool = False
 ) -> Tensor:
-    """Rotate vectors, or pull covectors back through the rotation."""
+    """Rotate vectors, or pull covectors back through the rotation.
+
+    Args:
+        y: Vectors at the positions 0, 1, … of the rotation.
+        rotation: Cosines and sines by position, or None for no rotation.
+        back: Whether ``y`` are covectors of what the rotation gives.
+
+    Returns:
+        The rotated vectors, or the covectors of what the rotation takes.
+    """
     if rotation is None:
         return y
     # y = x cos + quarter(x) sin, with quarter a turn by 90° in each plane, whose adjoint is

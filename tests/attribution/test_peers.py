@@ -10,7 +10,7 @@ import tensorlens_tl
 from tensorlens_tl import Edge, Node
 from tensorlens_tl.circuits.ablation import faithfulness
 from tensorlens_tl.circuits.edge_baselines import score_edges
-from tensorlens_tl.circuits.edge_patching import edge_model
+from tensorlens_tl.passes.edge_patching import edge_model
 
 try:
     from transformer_lens.tools.analysis import attribution_patching as peer

@@ -10,7 +10,7 @@ from tensorlens_tl import Edge, Node
 from tensorlens_tl.circuits.ablation import faithfulness_curve
 from tensorlens_tl.circuits.edge_averages import first_edges
 from tensorlens_tl.circuits.edge_baselines import EDGE_METHODS, random_scores, score_edges
-from tensorlens_tl.circuits.edge_patching import edge_model
+from tensorlens_tl.passes.edge_patching import edge_model
 
 GOAL = {"target": 3, "versus": [4, 5, 6]}
 

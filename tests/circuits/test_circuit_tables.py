@@ -9,9 +9,9 @@ from models import SHAPES, lens_of, quiet, tokens
 
 from tensorlens_tl import faithfulness_curve
 from tensorlens_tl.circuits.edge_averages import ranked_scores
-from tensorlens_tl.circuits.edge_patching import edge_model
 from tensorlens_tl.circuits.faithfulness_result import Faithfulness, FaithfulnessCurve
 from tensorlens_tl.circuits.subgraph import CircuitShare
+from tensorlens_tl.passes.edge_patching import edge_model
 
 pytestmark = pytest.mark.algebra
 

@@ -20,7 +20,6 @@ from models import (
 
 import tensorlens_tl
 from tensorlens_tl import demo
-from tensorlens_tl.circuits import edge_patching
 from tensorlens_tl.circuits.ablation import (
     SIZES,
     AblationOptions,
@@ -29,13 +28,14 @@ from tensorlens_tl.circuits.ablation import (
     faithfulness_of_many,
 )
 from tensorlens_tl.circuits.edge_averages import first_edges
-from tensorlens_tl.circuits.edge_patching import edge_model
 from tensorlens_tl.circuits.faithfulness_result import (
     Faithfulness,
     FaithfulnessCurve,
     share_difference,
 )
 from tensorlens_tl.hosts.entry import adapt
+from tensorlens_tl.passes import edge_patching
+from tensorlens_tl.passes.edge_patching import edge_model
 from tensorlens_tl.readers.attention_scores import whole_norms
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)

@@ -25,10 +25,10 @@ from models import (
 
 import tensorlens_tl
 from tensorlens_tl import Circuit, Node, dot_test
-from tensorlens_tl.circuits.edge_patching import edge_model
 from tensorlens_tl.hosts.entry import adapt
 from tensorlens_tl.maps import Frame, Routed
 from tensorlens_tl.operator import CaptureMismatchError
+from tensorlens_tl.passes.edge_patching import edge_model
 from tensorlens_tl.recording import freeze
 from tensorlens_tl.refusals.errors import UnsupportedArchitectureError
 from tensorlens_tl.sublayers import Experts, ExpertsWeights, GatedMLP

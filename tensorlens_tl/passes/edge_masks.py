@@ -87,10 +87,7 @@ class EdgeUniverse:
     @cached_property
     def below(self) -> tuple[int, ...]:
         """Number of writers that each reader sees: the first ``below[reader]`` writers."""
-        found = dict.fromkeys(self.readers, 0)
-        for edge in self.edges:
-            found[edge.dest] += 1
-        return tuple(found.values())
+        return self.wiring.below()
 
     @cached_property
     def _writer(self) -> dict[Node, int]:

@@ -1,0 +1,27 @@
+"""The real model run edge by edge: every reader on an input of its own.
+
+Key concepts:
+    EdgeModel: The host itself, with rebuilt inputs; see :func:`edge_model`.
+    PackedModel: The same from the model's weights, for all prompts at once; many times as fast.
+    EdgeUniverse: All edges of a model, and circuits as masks of them.
+"""
+
+from .edge_masks import EdgeUniverse, wiring_of
+from .edge_patching import EdgeModel, Writes, edge_model
+from .packed_circuit import CircuitRuns
+from .packed_model import Layout, PackedModel
+from .packed_run import Outputs, Run, run
+
+__all__ = [
+    "EdgeModel",
+    "EdgeUniverse",
+    "Layout",
+    "Outputs",
+    "PackedModel",
+    "Run",
+    "Writes",
+    "CircuitRuns",
+    "edge_model",
+    "run",
+    "wiring_of",
+]
