@@ -198,7 +198,7 @@ def test_files_of_any_system_hold_the_same_prompts(command, mark, end, tmp_path,
 def test_the_report(capsys):
     lines = said(capsys, "--model", str(demo.model_folder()), PROMPT).splitlines()
     assert (
-        lines[0].startswith("TensorLens(model, 6 tokens, 4 layers × 4 heads") and lines[2] == PROMPT
+        lines[0].startswith("TensorLens(model, 6 tokens") and lines[2] == PROMPT
     )
     for part in ("By token (its", "By component (direct effect)", "Sum by token: ", "  L3MLP  "):
         assert any(line.startswith(part) for line in lines), part

@@ -138,6 +138,7 @@ class Paths(Sequence[Path]):
             f"Paths to {self.target} = {self.target_value:.4g}: {found}, {self.expansions} "
             f"expansions, none left out above {self.largest_unexplored:.3g}"
         )
+        head = ", ".join(filter(None, (head, self.convention.in_front)))
         return "\n".join((head, *(f"  {path.contribution:+9.4f}  {path.name}" for path in self)))
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -362,10 +362,13 @@ class Attribution:
         head = f"Attribution by {self.by}{effect} of {', '.join(self.target[:3])}"
         if len(self) > 1:
             dots = ", …" if len(self) > 3 else ""
-            return f"{head}{dots}: {len(self)} prompts × {len(self.sources)} rows"
+            size = f"{len(self)} prompts × {len(self.sources)} rows"
+            return ", ".join(filter(None, (f"{head}{dots}: {size}", self.convention.in_front)))
         rows = self.top(10)
         nothing = self.completeness_error is None or not rows  # 0/0 tells nothing
-        exact = "" if nothing else f" (sum off by {self.completeness_error:.0e} of Σ|·|)"
+        about = [] if nothing else [f"sum off by {self.completeness_error:.0e} of Σ|·|"]
+        about += [self.convention.in_front] if self.convention.in_front else []
+        exact = f" ({', '.join(about)})" if about else ""
         lines = [f"{head} = {float(self.target_value[0]):.4g}{exact}"]
         lines += [f"  {value:+9.4f}  {label}" for label, value in rows]
         left = left_out(self.values[0], len(rows))

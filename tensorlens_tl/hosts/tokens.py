@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +37,7 @@ def prepare(
     adapter: Adapter, inputs: Any, kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Prompts]:
     """Check an input and tokenize it; see :meth:`Adapter.prepare`."""
-    model, device, mask = adapter.model, adapter.weights.unembed.W_U.device, None
+    model, device, mask, added = adapter.model, adapter.weights.unembed.W_U.device, None, None
     hosts = model, getattr(model, "original_model", model)
     inputs, kwargs = unpacked(inputs, kwargs, hosts)
     typed = "type_embed" in adapter.source_hooks  # an encoder
@@ -45,7 +47,8 @@ def prepare(
         return {**adapter.all_real(inputs.given, kwargs), **kwargs}, inputs
     if is_text(inputs):
         texts = [inputs] if isinstance(inputs, str) else inputs
-        tokens, mask = tokenize(model, texts, kwargs, typed)
+        tokens, mask, count = tokenize(model, texts, kwargs, typed)
+        added = adapter.token_string(int(tokens[0, mask[0].argmax()])) if count else ""
         tokens, mask = tokens.to(device), mask.to(device)
         kwargs.pop("prepend_bos", None)
     else:
@@ -53,10 +56,9 @@ def prepare(
     if types is not None:
         kwargs["token_type_ids"] = types = as_ids(types, device)
         if types.shape != tokens.shape or ((types < 0) | (types >= adapter.n_types)).any():
-            n = adapter.n_types
             raise ValueError(
-                f"token_type_ids of shape {list(types.shape)} are not one number below {n} for "
-                "each token. Pass what the tokenizer returns."
+                f"token_type_ids of shape {list(types.shape)} are not one number below "
+                f"{adapter.n_types} for each token. Pass what the tokenizer returns."
             )
     if kwargs.get("attention_mask") is not None:
         kwargs["attention_mask"] = mask = as_mask(kwargs["attention_mask"], tokens)
@@ -66,7 +68,8 @@ def prepare(
         adapter.mask(tokens, kwargs) is not None
     ):
         kwargs["attention_mask"] = mask
-    return kwargs, prompts_of(adapter, tokens, mask_spans(mask, tokens, adapter.tokenizer))
+    spans = mask_spans(mask, tokens, adapter.tokenizer)
+    return kwargs, replace(prompts_of(adapter, tokens, spans), added=added)
 
 
 def prompts_of(
@@ -105,7 +108,7 @@ def own_ids(adapter: Adapter, prompt: Any) -> Int[Tensor, " pos"]:
 
 def tokenize(
     model: Any, texts: Sequence[str], kwargs: Mapping[str, Any], encoder: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """Tokenize texts one by one as the host does, and pad them to one length.
 
     Hosts guess by a token's id what is padding. Here each text has the ids that it has alone, and
@@ -118,7 +121,7 @@ def tokenize(
         encoder: Whether the tokenizer itself adds all special tokens, such as [CLS] and [SEP].
 
     Returns:
-        Token ids [batch, pos], and the mask of the real tokens among them [batch, pos].
+        Token ids and mask of real tokens [batch, pos]; how many tokens were added to the first.
 
     Raises:
         ValueError: If the model has no tokenizer, or a text has no tokens or would lose one.
@@ -142,28 +145,27 @@ def tokenize(
     if told and not encoder:
         warnings.warn(told, UserWarning, stacklevel=2)
     keys = {k: kwargs[k] for k in ("prepend_bos", "padding_side") if k in kwargs}
-    keys["truncate"] = False  # a text over n_ctx is refused, not cut
+    keys |= {"truncate": False}  # a text over n_ctx is refused, not cut
     if encoder:
         rows = [torch.tensor(model.tokenizer(text)["input_ids"]) for text in texts if text]
     else:
         rows = [model.to_tokens(text, **keys)[0] for text in texts if text]
     if len(rows) < len(texts) or not all(map(len, rows)):
         raise ValueError(EMPTY)
-    for text, row in zip(texts, rows, strict=True):
-        if len(row) < len(model.tokenizer(text, add_special_tokens=False)["input_ids"]):
-            raise ValueError(
-                f"The model would lose a token of {text!r} and run {model.tokenizer.decode(row)!r}"
-                ". Pass token ids, or mend model.cfg.tokenizer_prepends_bos."
-            )
+    typed = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    more = [len(row) - len(ids) for row, ids in zip(rows, typed, strict=True)]
+    if min(more) < 0:
+        text, row = texts[more.index(min(more))], rows[more.index(min(more))]
+        raise ValueError(
+            f"The model would lose a token of {text!r} and run {model.tokenizer.decode(row)!r}. "
+            "Pass token ids, or mend model.cfg.tokenizer_prepends_bos."
+        )
     side = kwargs.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
     pad = getattr(model.tokenizer, "pad_token_id", None)
-    # A padding token that was made up has an id beyond the vocabulary.
+    # A made-up padding token has an id beyond the vocabulary.
     pad = pad if pad is not None and 0 <= pad < model.cfg.d_vocab else 0
-    padded = [
-        pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side)
-        for parts, value in ((rows, pad), ([torch.ones_like(row) for row in rows], 0))
-    ]
-    return padded[0], padded[1]
+    filled = partial(pad_sequence, batch_first=True, padding_side=side)
+    return filled(rows, padding_value=pad), filled([*map(torch.ones_like, rows)]), more[0]
 
 
 def unpacked(

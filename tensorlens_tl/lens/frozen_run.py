@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -46,6 +46,7 @@ class FrozenRun:
         size = (
             f"{count[0]} tokens" if len(self) == 1 else f"{len(self)} prompts, {sum(count)} tokens"
         )
+        size += f", {c.convention.in_front}" if c.convention.in_front else ""
         known = c.noise_floor is not None and "_completeness_error" in vars(self)
         exact = f", {self.exactness}" if known else ""
         depth = f"{len(c.blocks)} layers × {c.n_heads} heads"
@@ -191,7 +192,9 @@ class FrozenRun:
         Returns:
             A lens of the same run, on the same tensors.
         """
-        return type(self)(self.capture.with_convention(Convention(gate)), self.writes)
+        return type(self)(
+            self.capture.with_convention(replace(self.convention, gate=gate)), self.writes
+        )
 
     def readout(
         self, y: Float[Tensor, "*many batch pos d_model"]

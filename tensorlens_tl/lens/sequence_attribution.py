@@ -224,6 +224,8 @@ class SequenceAttribution:
 
     def _head(self) -> str:
         many = f", prompt 1 of {len(self)}" if len(self) > 1 else ""
+        in_front = self.columns[0].convention.in_front
+        many += f", {in_front}" if in_front else ""
         return f"SequenceAttribution of {len(self.columns)} tokens{many}"
 
     def _repr_html_(self) -> str:

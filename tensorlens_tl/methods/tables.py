@@ -82,7 +82,8 @@ class TokenMatrix(Paged):
         size = f"{len(self)} × " if len(self) > 1 else ""
         size += " × ".join(map(str, self.values.shape[1:]))
         how = "" if self.probes is None else f", estimated from {self.probes} probes"
-        return f"TokenMatrix({self.kind}, {size}{how}, {self.layers[0]} → {self.layers[1]})"
+        about = f", {self.convention.in_front}" if self.convention.in_front else ""
+        return f"TokenMatrix({self.kind}, {size}{how}, {self.layers[0]} → {self.layers[1]}{about})"
 
     @property
     def completeness_error(self) -> float | None:
@@ -402,6 +403,7 @@ class TokenScores:
     def __repr__(self) -> str:
         head = f"{self.method} of {self.target[0]}"
         head += f", prompt 1 of {len(self)}" if len(self) > 1 else ""
+        head += f", {self.convention.in_front}" if self.convention.in_front else ""
         return "\n".join([head, *(f"  {value:+10.4f}  {name}" for name, value in self.top())])
 
     def _repr_html_(self) -> str:

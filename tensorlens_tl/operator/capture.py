@@ -23,39 +23,7 @@ from ..sublayers import (
     ScoreWeights,
     Unembed,
 )
-from .prompts import Prompts
-
-GATES = ("gate", "up", "half")
-"""Values of ``Convention.gate``: what a gated MLP keeps fixed of its product act(g) ⊙ u."""
-
-
-@dataclass(frozen=True)
-class Convention:
-    """The choices that make the operator unique. Every result records them.
-
-    A gated MLP multiplies two linear maps of its input, act(g) ⊙ u. A linear form of that product
-    has to hold a factor fixed. All choices reproduce the run, but they attribute it differently.
-
-    Attributes:
-        gate: The fixed factor. "gate" fixes act(g) and is linear in u. "up" fixes u and act(g)/g
-            and is linear in g. "half" takes half of each.
-
-    Raises:
-        ValueError: If ``gate`` has another value.
-
-    Example:
-        >>> from tensorlens_tl import Convention
-        >>> Convention()
-        Convention(gate='gate')
-        >>> Convention(gate="half").gate
-        'half'
-    """
-
-    gate: str = "gate"
-
-    def __post_init__(self):
-        if self.gate not in GATES:
-            raise ValueError(f"gate={self.gate!r} is not known. Pass one of {', '.join(GATES)}.")
+from .prompts import Convention, Prompts
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -11,6 +11,50 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 EMPTY = "The prompt is empty. Give at least one token."
+
+
+GATES = ("gate", "up", "half")
+"""Values of ``Convention.gate``: what a gated MLP keeps fixed of its product act(g) ⊙ u."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The choices that make the operator unique. Every result records them.
+
+    A gated MLP multiplies two linear maps of its input, act(g) ⊙ u. A linear form of that product
+    has to hold a factor fixed. All choices reproduce the run, but they attribute it differently.
+
+    Attributes:
+        gate: The fixed factor. "gate" fixes act(g) and is linear in u. "up" fixes u and act(g)/g
+            and is linear in g. "half" takes half of each.
+        first_token: The token that the host or the tokenizer put in front of a text, such as
+            "<bos>"; "" where none was put there, and None where token ids were given. It belongs to
+            the prompt, so conventions are equal without it.
+
+    Raises:
+        ValueError: If ``gate`` has another value.
+
+    Example:
+        >>> from tensorlens_tl import Convention
+        >>> Convention()
+        Convention(gate='gate', first_token=None)
+        >>> Convention(gate="half").gate
+        'half'
+    """
+
+    gate: str = "gate"
+    first_token: str | None = field(default=None, compare=False)
+
+    def __post_init__(self):
+        if self.gate not in GATES:
+            raise ValueError(f"gate={self.gate!r} is not known. Pass one of {', '.join(GATES)}.")
+
+    @property
+    def in_front(self) -> str:
+        """What was put in front of the text, in words; empty where token ids were given."""
+        if self.first_token is None:
+            return ""
+        return f"{self.first_token or 'no token'} added in front"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +70,8 @@ class Prompts:
             None where ids were run.
         soft_prompt: Where embeddings [batch, pos, d_model] were run, the number of rows of a soft
             prompt before each prompt's tokens; 0 where all rows were given. Else None.
+        added: The token that was put in front of a text; "" where none was, and None where no text
+            was given.
     """
 
     tokens: Int[Tensor, "batch pos"] | None
@@ -33,6 +79,7 @@ class Prompts:
     strings: tuple[tuple[str, ...], ...]
     inputs: Float[Tensor, "batch ..."] | None = None
     soft_prompt: int | None = None
+    added: str | None = None
 
     @property
     def given(self) -> Tensor:
@@ -96,7 +143,7 @@ class Prompts:
         tokens = None if self.tokens is None else self.tokens[rows, pos]
         inputs = None if self.inputs is None else self.inputs[rows]
         inputs = inputs if self.soft_prompt is None else self.given[rows, pos]
-        return Prompts(tokens, spans, tuple(strings), inputs, self.soft_prompt)
+        return Prompts(tokens, spans, tuple(strings), inputs, self.soft_prompt, self.added)
 
 
 def patch_names(

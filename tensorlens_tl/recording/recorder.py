@@ -363,7 +363,7 @@ class Recorder:
             ln_final,
             unembed,
             logits.detach(),
-            self.convention,
+            replace(self.convention, first_token=self.prompts.added),
             self.check.errors,
             self.adapter.tokenizer,
             final_edit=edit,

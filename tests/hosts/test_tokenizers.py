@@ -336,3 +336,28 @@ def test_one_prompt_of_ids_with_padding(row, pad, refused):
     assert mask_spans([1] * len(row), ids, special) == [(0, len(row))]
     if refused is None:
         assert mask_spans(None, ids, special) == [(0, len(row))]
+
+
+@wrapped
+def test_results_say_what_was_put_in_front():
+    with quiet():
+        model = tensorlens_tl.wrap(llama(), tokenizer(**NAMES))
+    for options, first, words in (
+        ({}, "<s>", "<s> added in front"),
+        ({"prepend_bos": False}, "", "no token added in front"),
+    ):
+        lens = capture(model, "we went home", **options)
+        found = lens.attribute(4)
+        results = (
+            found,
+            lens.paths(4, k=1),
+            lens.token_matrix("rollout"),
+            lens.token_scores("in", 4),
+        )
+        for result in (lens, *results, lens[0], lens.attribute_sequence("home")):
+            assert words in repr(result)
+        assert found.convention.first_token == first
+        assert type(found).from_json(found.to_json()).convention.first_token == first
+    lens = capture(model, model.to_tokens("we went home"))
+    assert lens.convention.first_token is None and "in front" not in repr(lens)
+    assert lens.convention == found.convention  # the gate alone must agree between two runs
