@@ -59,7 +59,7 @@ def read_gguf(file: Path, dtype: Any = None, device: Any = None) -> tuple[Any, A
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype or torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype or torch.float32)
     except Exception as error:  # transformers and gguf have no class of errors of their own
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         refusal = UnsupportedArchitectureError if "not supported" in str(error) else ValueError
