@@ -28,9 +28,8 @@ CONVENTION = "_tensorlens_convention"
 
 def is_text(inputs: Any) -> bool:
     """Whether the input is a string or a non-empty list of strings."""
-    if isinstance(inputs, list | tuple):
-        return bool(inputs) and all(isinstance(text, str) for text in inputs)
-    return isinstance(inputs, str)
+    listed = isinstance(inputs, list | tuple) and len(inputs) > 0
+    return isinstance(inputs, str) or (listed and all(isinstance(text, str) for text in inputs))
 
 
 def prepare(
