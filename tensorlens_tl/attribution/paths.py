@@ -32,7 +32,7 @@ from ..checks import at_least_one, is_int, need, place_label
 from ..graph import CONTENTS, Node
 from ..maps import DENSE_LIMIT
 from ..operator import Capture, Convention, FrozenTransformer
-from ..pictures import path_rows, unit_of
+from ..pictures import Page, Paged, flow_view, path_rows, unit_of
 from .html import UNIT
 from .path_bounds import NodeMap, StepParts, bounds_by_site
 from .targets import Target
@@ -71,17 +71,21 @@ class Path:
     @property
     def name(self) -> str:
         """The path in words, without its number, such as ``"Mary"@3 → L2H1 → L3MLP → logits``."""
-        names = [str(node) for node in self.nodes]
-        if self.positions is not None:
-            names = [f"{name}@{p}" for name, p in zip(names, self.positions, strict=True)]
-        return " → ".join((self.label, *names, "logits"))
+        return " → ".join((self.label, *self.stops, "logits"))
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The names of the nodes passed, with positions where these are apart."""
+        at = self.positions or [None] * len(self.nodes)
+        pairs = zip(self.nodes, at, strict=True)
+        return tuple(str(node) if p is None else f"{node}@{p}" for node, p in pairs)
 
     def __repr__(self) -> str:
         return f"{self.name}  {self.contribution:+.4g}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Paths(Sequence[Path]):
+class Paths(Paged, Sequence[Path]):
     """The largest paths to a target, largest |contribution| first.
 
     Signed paths cancel. The sum over *all* paths is the target, but no path, and no sum of a few,
@@ -153,15 +157,17 @@ class Paths(Sequence[Path]):
         Raises:
             ValueError: If matplotlib is missing.
         """
-        rows = []
-        for path in self:
-            at = path.positions or [None] * len(path.nodes)
-            names = [
-                f"{n}" if p is None else f"{n}@{p}" for n, p in zip(path.nodes, at, strict=True)
-            ]
-            rows.append((path.label, list(zip(path.nodes, names, strict=True)), path.contribution))
+        rows = [(p.label, list(zip(p.nodes, p.stops, strict=True)), p.contribution) for p in self]
         title = f"largest paths to {self.target} = {self.target_value:.4g}"
         return path_rows(ax, rows, title=title, unit=unit_of(self.target))
+
+    def _page(self) -> Page:
+        rows = [
+            ((p.label, p.start), list(zip(p.stops, p.nodes, strict=True)), p.contribution)
+            for p in self
+        ]
+        head, *listed = repr(self).splitlines()
+        return Page(head, [flow_view(rows, unit_of(self.target))], listed)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """The paths as a pandas table.

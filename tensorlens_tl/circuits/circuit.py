@@ -31,7 +31,7 @@ from ..graph import (
     select,
 )
 from ..operator import Convention
-from ..pictures import graph_figure
+from ..pictures import Page, Paged, edge_view, graph_figure
 from .ablation import DEFAULTS, AblationOptions, faithfulness, faithfulness_curve
 from .edge_averages import NO_SCORES
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
@@ -45,7 +45,7 @@ FORMAT = "tensorlens_tl circuit 2"
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Paged):
     """Some edges of a model, with the scores they were selected by.
 
     Attributes:
@@ -224,6 +224,13 @@ class Circuit:
         """
         title = f"circuit of {self.target}" if self.target else "circuit"
         return graph_figure(ax, self.edges, self.scores, title=title, unit="logits", top=top)
+
+    def _page(self) -> Page:
+        scores = [self.scores.get(edge, math.nan) for edge in self.edges]
+        notes = ["Only the real model tells whether it needs these edges: ask .faithfulness."]
+        return Page(
+            repr(self).splitlines()[0], [edge_view(self.edges, scores, json=self.to_json())], notes
+        )
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the edges as a pandas table.

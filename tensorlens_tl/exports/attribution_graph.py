@@ -10,6 +10,7 @@ from functools import cached_property
 from ..checks import new_file, place_label, write_whole
 from ..graph import CONTENTS, LOGITS, Node, shared_out
 from ..operator import Convention
+from ..pictures import Page, Paged, graph_view
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class GraphLink:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttributionGraph:
+class AttributionGraph(Paged):
     """A target as a graph: nodes at positions, and what each makes of what others write.
 
     All weights into a node, queries and keys apart, sum to its total effect; those into the target
@@ -139,6 +140,30 @@ class AttributionGraph:
         return tuple(link for link in self.links if link.dest == dest and link.conserved)
 
     # --- In other forms
+
+    def _page(self) -> Page:
+        kept = sum(link.weight for link in self.into(-1))
+        nodes = zip(self.labels, self.nodes, strict=True)
+        view = graph_view(
+            [(label, at.node, at.effect) for label, at in nodes],
+            [(link.src, link.dest, link.reads, link.weight) for link in self.links],
+            self.tokens,
+            [at.pos for at in self.nodes],
+            legend="A node stands where it writes; its area is its total effect.",
+            json=self.to_json() if self.answer else None,
+            ids=self._ids() if self.answer else (),
+        )
+        notes = (
+            f"{len(self)} nodes and {len(self.links)} of the {self.n_found} edges between them.",
+            "All edges into a node sum to its total effect, and those into the target to "
+            f"{self.target_value:+.6g}; the edges kept into the target sum to {kept:+.6g}.",
+        )
+        return Page(f"{self.target} = {self.target_value:.4g} in {self.model}", [view], notes)
+
+    def _ids(self) -> list[str]:
+        from .graph_json import node_entry
+
+        return [node_entry(self, at)["node_id"] for at in self.nodes]
 
     def to_json(self, slug: str | None = None, scan: str | None = None) -> str:
         """Write the graph as attribution-graph JSON, which Neuronpedia and circuit-tracer read.

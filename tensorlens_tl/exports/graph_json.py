@@ -36,7 +36,7 @@ def graph_json(graph: AttributionGraph, slug: str | None = None, scan: str | Non
     if not isinstance(slug, str) or not re.fullmatch(r"[a-z0-9-]+", slug):
         raise ValueError(f"slug={slug!r} is not the name of a graph. Use a–z, 0–9 and '-' alone.")
     held = cumulative(influences(graph))
-    nodes = [_node(graph, at) for at in graph.nodes]
+    nodes = [node_entry(graph, at) for at in graph.nodes]
     names = [node["node_id"] for node in nodes]
     for i, (node, at, share) in enumerate(zip(nodes, graph.nodes, held, strict=True)):
         node |= {"influence": share, "activation": at.effect}
@@ -92,7 +92,7 @@ def _cantor(a: int, b: int) -> int:
     return (a + b) * (a + b + 1) // 2 + b
 
 
-def _node(graph: AttributionGraph, at: GraphNode) -> dict[str, Any]:
+def node_entry(graph: AttributionGraph, at: GraphNode) -> dict[str, Any]:
     """The entry of one node, without its influence."""
     node, pos = at.node, at.pos
     layer = graph.n_layers if node.layer is None else node.layer

@@ -133,9 +133,9 @@ class ExportedRun(PooledRun):
 
         Args:
             function: The function's name. "attention_heads", "attention_patterns" and
-                "attention_pattern" show patterns, "colored_tokens" the tokens' shares of the target, and
-                "colored_tokens_multi" and "topk_samples" the total effects of heads by position.
-                "text_neuron_activations" and "topk_tokens" show the neurons of MLPs, and
+                "attention_pattern" show patterns, and "colored_tokens" the tokens' shares of the
+                target. "colored_tokens_multi" and "topk_samples" show the total effects of heads by
+                position. "text_neuron_activations" and "topk_tokens" show the neurons of MLPs, and
                 "token_log_probs" and "visualize_model_performance" the predictions.
             target: As in :meth:`attribute`, where shares of a target are shown.
             versus: What is subtracted from the target, or None.

@@ -12,6 +12,7 @@ No torch in this room, and matplotlib only where a figure is drawn.
 from .charts import curves, dots, estimates, path_rows, token_figure
 from .figures import bars, cell_map
 from .maps import depth, map_view, panel
+from .node_graph import edge_view, flow_view, graph_view
 from .page import Page, Paged
 from .splits import Split, graph_figure, split_figure, unit_of
 from .tables import table_view, waterfall_view
@@ -25,8 +26,11 @@ __all__ = [
     "curves",
     "depth",
     "dots",
+    "edge_view",
     "estimates",
+    "flow_view",
     "graph_figure",
+    "graph_view",
     "map_view",
     "panel",
     "path_rows",

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import webbrowser
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -90,6 +90,14 @@ class Page:
         )
         return page.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
 
+    def write(self, path: str | os.PathLike[str] | None) -> str | None:
+        """Write the page to a file, whole or not at all; None returns the text instead."""
+        text = self.html()
+        if path is None:
+            return text
+        write_whole(new_file(path), lambda file: file.write_text(text, encoding="utf-8"))
+        return None
+
     def frame(self) -> str:
         """Write the page as a frame for notebooks, which keeps its script and style to itself.
 
@@ -114,11 +122,13 @@ class Paged:
         """HTML above the frame, for where frames are not shown."""
         return f"<pre>{escape(repr(self))}</pre>"
 
-    def to_html(self, path: str | os.PathLike[str] | None = None) -> str | None:
+    def to_html(self, path: str | os.PathLike[str] | None = None, beside: Any = None) -> str | None:
         """Write the result as one interactive HTML page, which needs no network and no server.
 
         Args:
             path: The file to write, whole or not at all. None returns the text instead.
+            beside: What stands below the title, too: a text, or a result such as the faithfulness
+                of a circuit, whose text form is taken.
 
         Returns:
             The text of the page, or None where a file was written.
@@ -126,11 +136,9 @@ class Paged:
         Raises:
             ValueError: If the folder does not exist.
         """
-        text = self._page().html()
-        if path is None:
-            return text
-        write_whole(new_file(path), lambda file: file.write_text(text, encoding="utf-8"))
-        return None
+        page = self._page()
+        lines = [] if beside is None else str(beside).splitlines()
+        return replace(page, notes=(*page.notes, *lines)).write(path)
 
     def show(self) -> None:
         """Show the page: below the cell of a notebook, or else in the browser."""
