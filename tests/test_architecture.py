@@ -39,6 +39,7 @@ ROOMS = [
     "methods",
     "circuits",
     "evaluation",
+    "editing",
     "exports",
     "exhibits",
     "lens",
@@ -61,6 +62,16 @@ APART = [
 FRONT = {"hosts", "readers", "refusals", "plugin", "demo", "support"}
 """Rooms that know host classes: hosts/ and two below, the plugin, and builders of models."""
 SUBMODULES = {
+    "editing": {
+        "EditEvaluation",
+        "EditRanking",
+        "Predictions",
+        "evaluate",
+        "load_edit",
+        "predict",
+        "save_edit",
+        "to_weights",
+    },
     "evaluation": {"evaluate"},
     "exports": {"GraphLink", "GraphNode"},
     "lens": {"TensorLens", "load"},

@@ -349,7 +349,12 @@ def test_output_and_its_forms(tmp_path, capsys):
     _, lens = tensorlens_tl.capture(LOAD(), PROMPT)
     for by in ("head", "token"):
         assert lens.attribute(by=by)._repr_html_() in page
-    assert "<meta charset" in page and "http:" not in page and "https:" not in page and f"<h2>{PROMPT}</h2>" in page
+    assert (
+        "<meta charset" in page
+        and "http:" not in page
+        and "https:" not in page
+        and f"<h2>{PROMPT}</h2>" in page
+    )
     assert "&lt;bos&gt;" in page and "<bos>" not in page
 
 

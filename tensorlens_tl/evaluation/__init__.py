@@ -8,11 +8,15 @@ Key concepts:
 
 from .intervals import Estimate, bootstrap, median
 from .runner import evaluate
+from .significance import Comparison, compare, estimate
 from .study_file import read_study, study_text
 
 __all__ = [
+    "Comparison",
     "Estimate",
     "bootstrap",
+    "compare",
+    "estimate",
     "evaluate",
     "median",
     "read_study",

@@ -23,7 +23,7 @@ from ..attribution import Attribution, Target, TargetGradient, attribute, attrib
 from ..checks import kind_of
 from ..maps import Frame
 from ..operator import Capture, FrozenTransformer
-from .attributed_run import AttributedRun
+from .edited_run import EditedRun
 from .frozen_run import FrozenRun
 
 POOLINGS = ("mean", "cls")
@@ -153,7 +153,7 @@ def other_vectors(
     return found
 
 
-class PooledRun(AttributedRun):
+class PooledRun(EditedRun):
     """A captured run whose final residuals are pooled into sentence vectors."""
 
     def sentence_vectors(

@@ -1,0 +1,275 @@
+"""Ask a run for edits: the smallest one for a target, the one that makes a token the likeliest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..attribution import Target, TargetGradient, TargetLike, resolve_token
+from ..checks import is_int
+from ..maps import HALF, TINY
+from ..operator import Capture, FrozenTransformer
+from .edit import Edit
+from .goals import Goal
+from .places import Place, pulled
+from .smallest import Metric, smallest, smallest_above
+
+CAP_MOVED = 0.1
+"""How far a soft cap's ratio may move under an edit, as a share of itself."""
+
+
+class Asked:
+    """A run, a place in it, and the positions there that may be edited.
+
+    Args:
+        capture: The captured run.
+        operator: The operator of that run.
+        site: The place, as in :meth:`Place.of`.
+        positions: Positions among the real tokens, one or several; None is all of them.
+        metric: What an edit costs, as in :class:`Metric`.
+        qk: Whether the prediction includes queries and keys, to first order.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        operator: FrozenTransformer,
+        site: str | int,
+        positions: int | Sequence[int] | None = None,
+        metric: str | Tensor = "identity",
+        qk: bool = False,
+    ):
+        self.capture, self.operator, self.qk = capture, operator, qk
+        self.place = Place.of(operator, site)
+        self.state = self.place.state(operator, capture)
+        self.where = _places(capture, positions)
+        self.metric = Metric(metric, self.state, capture.frame.real)
+
+    def covector(self, target: Target) -> Float[Tensor, "batch pos d"]:
+        """The gradient of a target at the place, at every position."""
+        gradient = TargetGradient(self.capture, self.operator, target)
+        return self.place.covector(self.operator, pulled(gradient, self.qk))
+
+    def row(self, target: Target) -> Float[Tensor, "batch pos d"]:
+        """The same, 0 where nothing may be edited."""
+        return self.covector(target) * self.where[..., None]
+
+    def spread(self, delta: Tensor) -> Float[Tensor, "*many batch pos d"]:
+        """Lay an edit of any shape out at every position.
+
+        Args:
+            delta: A vector, which goes to the edited positions, or numbers at every position.
+
+        Returns:
+            The edit [..., batch, pos, width].
+
+        Raises:
+            ValueError: If it does not fit the place.
+        """
+        d = torch.as_tensor(delta).detach().to(self.state)
+        width, own = self.state.shape[-1], range(self.state.shape[-1])[self.place.columns]
+        if d.ndim and d.shape[-1] == len(own) < width:  # of one head or neuron
+            whole = d.new_zeros(*d.shape[:-1], width)
+            whole[..., self.place.columns] = d
+            d = whole
+        if d.shape == (width,):
+            return d * self.where[..., None]
+        shape = self.state.shape
+        if d.shape == shape[1:] or d.shape[-3:] == shape:
+            return d.expand(*d.shape[:-3], *shape)
+        raise ValueError(
+            f"delta= has shape {list(d.shape)}. Pass [{width}], {list(shape[1:])} or {list(shape)}."
+        )
+
+    def edit(self, goal: Goal, delta: Tensor, g: Tensor | None = None) -> Edit:
+        """Make an edit of what is added, and predict what it does.
+
+        Args:
+            goal: The target.
+            delta: What is added [batch, pos, width].
+            g: The target's covector at the place, if it is known.
+
+        Returns:
+            The edit.
+
+        Raises:
+            ValueError: If rounding would swallow the edit, or the frozen soft cap would not hold.
+        """
+        target = goal.on(self.capture)
+        g = self.covector(target) if g is None else g
+        predicted = (g * delta).flatten(1).sum(-1)
+        edited = delta.abs().sum(-1) > 0
+        stands = (self.state * edited[..., None]).flatten(1).norm(dim=-1).clamp_min(TINY)
+        size = delta.flatten(1).norm(dim=-1) / stands
+        dtype = self.capture.logits.dtype
+        if dtype in HALF and bool(((size > 0) & (size < torch.finfo(dtype).eps)).any()):
+            raise ValueError(
+                f"The edit is {float(size.min()):.0e} of what stands there, which a model in "
+                f"{str(dtype).removeprefix('torch.')} rounds away. Load the model in float32."
+            )
+        self._refuse_cap(target, predicted)
+        return Edit(self.place, delta, goal, target.value, predicted, size, self.capture)
+
+    def _refuse_cap(self, target: Target, predicted: Tensor) -> None:
+        cap = self.capture.unembed.weights.soft_cap
+        if cap is None:
+            return
+        # Capped logits l = c tanh(z / c); the ratio l / z is held. Moved by Δ, it is another one.
+        top = self.capture.logits.abs().max().clamp(max=cap * (1 - 1e-6)).to(predicted)
+        z = cap * torch.atanh(top / cap)
+        ratio = top / z
+        moved = z + predicted.abs().max() / ratio
+        if float((cap * torch.tanh(moved / cap) / moved / ratio - 1).abs()) > CAP_MOVED:
+            raise ValueError(
+                f"The edit moves logits by {float(predicted.abs().max()):.3g}, and the model caps "
+                f"them at {cap:g}: the held ratio of the cap would be off by more than a tenth. "
+                "Ask for a smaller change."
+            )
+
+
+def smallest_edit(
+    asked: Asked,
+    goal: Goal,
+    to: float | None,
+    by: float | None,
+    keep: Sequence[TargetLike | Mapping[str, Any]],
+) -> Edit:
+    """The smallest edit that brings a target to a value, or changes it by one.
+
+    Args:
+        asked: Run, place and positions.
+        goal: The target.
+        to: The value that is wanted, in logits, or None.
+        by: The change that is wanted, in logits, or None. Give one of the two.
+        keep: Targets that may not change: tokens, or mappings with target, versus and pos; or a
+            probe at the place itself, {"direction": [width]}.
+
+    Returns:
+        The edit.
+
+    Raises:
+        ValueError: If both or none of ``to`` and ``by`` are given, or no such edit exists.
+    """
+    if (to is None) == (by is None):
+        raise ValueError("Both or none of to= and by= are given. Give one of the two.")
+    target = goal.on(asked.capture)
+    change = torch.full_like(target.value, by or 0.0) if to is None else to - target.value
+    g = asked.covector(target)
+    rows = [g * asked.where[..., None]]
+    for one in keep:
+        rows += _kept(asked, one, goal.pos)
+    wanted = torch.stack([change, *[torch.zeros_like(change)] * (len(rows) - 1)], 1)
+    return asked.edit(goal, smallest(torch.stack(rows, 1), wanted.to(g), asked.metric), g)
+
+
+def edit_to_top(asked: Asked, token: TargetLike, pos: int, margin: float, most: int = 10) -> Edit:
+    """The smallest edit that makes a token the likeliest one.
+
+    A token that would still be likelier becomes a further condition, up to ``most`` of them.
+
+    Args:
+        asked: Run, place and positions.
+        token: The token, for every prompt.
+        pos: Position of the prediction among the real tokens.
+        margin: By how much the logit is to exceed all others, in logits.
+        most: How many other tokens are looked at.
+
+    Returns:
+        The edit. Its target is the token's logit less the likeliest other one's.
+
+    Raises:
+        ValueError: If the edit does not settle, or depends on nothing here.
+    """
+    capture, frame = asked.capture, asked.capture.frame
+    wanted = resolve_token(capture, token)
+    to_end = asked.operator.between(_site(asked), asked.operator.sites[-1])
+    query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
+    rows: dict[int, Tensor] = {}
+    delta = frame.zeros(asked.state.shape[-1])
+    known: list[list[int]] = [[] for _ in range(frame.batch)]
+    for _ in range(most):
+        y = (capture.unembed.final + to_end.apply(delta))[prompts, query]
+        logits = y @ frame.cast(capture.unembed.weights.W_U)
+        if (b_U := capture.unembed.weights.b_U) is not None:
+            logits = logits + frame.cast(b_U)
+        lead = logits[:, wanted, None] - logits
+        lead[:, wanted] = torch.inf
+        short = (lead.min(1).values < margin - 1e-6).nonzero().flatten().tolist()
+        if not short:
+            break
+        for i in short:
+            rival = int(lead[i].argmin())
+            known[i] = [*known[i], rival] if rival not in known[i] else known[i]
+            if rival not in rows:
+                both = Goal.of(capture, wanted, rival, pos).on(capture)
+                rows[rival] = asked.row(both)
+        for i in short:
+            stack = torch.stack([rows[rival][i] for rival in known[i]])
+            y0 = capture.unembed.final[i, query[i]]
+            z = y0 @ frame.cast(capture.unembed.weights.W_U)
+            z = z if b_U is None else z + frame.cast(b_U)
+            need = torch.stack([z[rival] - z[wanted] for rival in known[i]]) + margin
+            delta[i] = smallest_above(stack, need, asked.metric)
+    else:
+        raise ValueError(
+            f"After {most} other tokens {token!r} is still not the likeliest. Ask at another site, "
+            "or at more positions."
+        )
+    rivals = [k[0] if k else int(capture.logits_at(query)[i].topk(2).indices[1])
+              for i, k in enumerate(known)]  # fmt: skip
+    return asked.edit(Goal.of(capture, wanted, rivals, pos), delta)
+
+
+def _site(asked: Asked) -> str:
+    if asked.place.kind != "resid":
+        raise ValueError(
+            f"site={asked.place.name!r} is inside a sublayer, and edit_to_top is for residual "
+            "sites. Pass one, such as 2."
+        )
+    return asked.operator.sites[asked.place.step]
+
+
+def _kept(asked: Asked, one: TargetLike | Mapping[str, Any], pos: int) -> list[Tensor]:
+    """The rows of something that an edit may not change."""
+    if not isinstance(one, Mapping):
+        return [asked.row(Goal.of(asked.capture, one, None, pos).on(asked.capture))]
+    if set(one) == {"direction"}:
+        w = torch.as_tensor(one["direction"]).to(asked.state)
+        if w.shape != asked.state.shape[-1:]:
+            raise ValueError(
+                f"keep= has a direction of shape {list(w.shape)}. Pass one of the place, "
+                f"[{asked.state.shape[-1]}]."
+            )
+        found = []
+        for position in range(asked.where.shape[1]):  # at each edited position by itself
+            if bool(asked.where[:, position].all()):
+                row = torch.zeros_like(asked.state)
+                row[:, position] = w
+                found.append(row)
+        return found
+    if not {"target"} <= set(one) <= {"target", "versus", "pos"}:
+        raise ValueError(
+            f"keep= has an entry with {', '.join(map(str, one)) or 'nothing'}. Give target, and "
+            "versus and pos where they matter; or direction alone."
+        )
+    at = one.get("pos", pos)
+    goal = Goal.of(asked.capture, one["target"], one.get("versus"), at)
+    return [asked.row(goal.on(asked.capture))]
+
+
+def _places(capture: Capture, positions: int | Sequence[int] | None) -> Bool[Tensor, "batch pos"]:
+    frame = capture.frame
+    if positions is None:
+        return frame.real
+    listed = [positions] if is_int(positions) else list(positions)  # type: ignore[arg-type]
+    if not listed:
+        raise ValueError("positions=[] names no position. Pass one, or None for all.")
+    found = torch.zeros_like(frame.real)
+    prompts = torch.arange(frame.batch, device=frame.device)
+    for position in listed:
+        found[prompts, frame.index(position)] = True
+    return found

@@ -1,0 +1,412 @@
+"""An edit of some prompts: what it adds, what it predicts, and what the real model makes of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..attribution import TargetGradient
+from ..checks import at_least_one, need, token_text
+from ..hosts import Adapter, adapt
+from ..maps import TINY
+from ..operator import Capture, FrozenTransformer, Prompts
+from ..readers import alone
+from ..recording import freeze
+from .goals import Goal
+from .places import Place
+from .smallest import Metric, smallest
+
+Hook = tuple[str, Callable[..., Tensor]]
+"""A hook point of the host, and a function of its activation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change δ of what stands at one place in a run, and the change of a target it predicts.
+
+    The prediction is ⟨g, δ⟩, with the covector g of the target: exact while attention patterns,
+    norm scales and gating ratios stay as they were. :meth:`check` tells what the real model does.
+
+    Attributes:
+        place: Where the edit is made.
+        delta: What is added at every position, 0 where nothing is [batch, pos, width].
+        goal: The target of every prompt.
+        before: The target's value in the run, in logits [batch].
+        predicted: The predicted change of the target, in logits [batch].
+        size: ‖δ‖ divided by the norm of what stands at the edited positions [batch].
+        capture: The run; None for an edit from a file, until it is given a lens again.
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> model = demo.load_model()
+        >>> _, lens = model.run_with_tensorlens("The capital of France is")
+        >>> edit = lens.edit("Paris", versus="Rome", to=-5.0, site=1)
+        >>> with model.hooks(fwd_hooks=edit.hooks()):
+        ...     logits = model("The capital of France is")
+        >>> model.tokenizer.decode([int(logits[0, -1].argmax())])
+        'Rome'
+    """
+
+    place: Place
+    delta: Float[Tensor, "batch pos d"]
+    goal: Goal
+    before: Float[Tensor, " batch"]
+    predicted: Float[Tensor, " batch"]
+    size: Float[Tensor, " batch"]
+    capture: Capture | None
+
+    def __repr__(self) -> str:
+        def span(values: Tensor, form: str) -> str:
+            low, high = float(values.min()), float(values.max())
+            return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
+
+        n = len(self.before)
+        return (
+            f"Edit({self.place.name}, {n} prompt{'s' * (n > 1)}, "
+            f"target {span(self.before, '.3g')} → {span(self.before + self.predicted, '.3g')} "
+            f"predicted, {span(self.size, '.0%')} of what stands there)"
+        )
+
+    @property
+    def run(self) -> Capture:
+        """The run that is edited.
+
+        Raises:
+            ValueError: If the edit is from a file and was given no lens.
+        """
+        if self.capture is None:
+            raise ValueError(
+                "An edit from a file knows no run. Load it with the lens of its prompts: "
+                "editing.load_edit(path, lens)."
+            )
+        return self.capture
+
+    @property
+    def norm(self) -> Float[Tensor, " batch"]:
+        """‖δ‖ of every prompt."""
+        return self.delta.flatten(1).norm(dim=-1)
+
+    # --- Arithmetic
+
+    def __mul__(self, factor: float) -> Edit:
+        return replace(
+            self,
+            delta=self.delta * factor,
+            predicted=self.predicted * factor,
+            size=self.size * abs(factor),
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Edit:
+        return self * -1.0
+
+    def __add__(self, other: Edit) -> Edit:
+        """Make both edits at once; they must be of one place, target and run."""
+        if not isinstance(other, Edit):
+            return NotImplemented
+        same = other.place.hook == self.place.hook and other.delta.shape == self.delta.shape
+        if not same or not other.goal.same(self.goal) or other.capture is not self.capture:
+            raise ValueError(
+                "The edits are of two places, targets or runs. Add edits of one lens with the same "
+                "site= and target, or pass the hooks of both."
+            )
+        delta = self.delta + other.delta
+        ratio = delta.flatten(1).norm(dim=-1) / self.norm.clamp_min(TINY)
+        return replace(
+            self, delta=delta, predicted=self.predicted + other.predicted, size=self.size * ratio
+        )
+
+    def __sub__(self, other: Edit) -> Edit:
+        return self + -other
+
+    # --- In the model
+
+    def hooks(self) -> list[Hook]:
+        """Make the hooks that edit a run of the same prompts.
+
+        Pass them to ``model.hooks(fwd_hooks=...)`` or ``model.run_with_hooks``. While text is
+        generated, the prompt's positions are edited, and none that comes after; so it does not
+        matter whether keys and values are cached.
+
+        Returns:
+            Pairs of a hook point's name and a function.
+        """
+        return _hooks(self.place, self.delta)
+
+    def check(self, model: Any, jacobian: bool = False) -> EditCheck:
+        """Run the edited model once, and compare.
+
+        Args:
+            model: The model of the lens, with the weights it had then.
+            jacobian: Whether to tell, too, what the real model's gradient at the place predicts.
+                It costs a run and a backward pass more.
+
+        Returns:
+            Predicted and real changes of the target, the likeliest tokens before and after, and how
+            far other positions moved.
+
+        Raises:
+            ValueError: If the model is another one, or lacks the hook point.
+        """
+        adapter, run, n = adapt(model), self.run, len(self.before)
+        real, tops, kl = self.before.new_zeros(n), [("", "")] * n, self.before.new_zeros(n)
+        slopes = self.before.new_full((n,), torch.nan)
+        for rows, columns, ids in groups(run.prompts):
+            whole = run.logits.ndim == 2  # a classifier has one row of logits
+            plain = run.logits[rows] if whole else run.logits[rows[:, None], columns]
+            capture = self._edited(adapter, rows, columns, ids)
+            real[rows] = self.goal.on(capture, rows.tolist()).value.to(real) - self.before[rows]
+            at = capture.frame.index(self.goal.pos)
+            for i, row in enumerate(rows.tolist()):
+                top, after = (
+                    token_text(adapter.tokenizer, int(row_of(logits, i, at).argmax()))
+                    for logits in (plain, capture.logits)
+                )
+                tops[row] = (top, after)
+            kl[rows] = _divergence(plain, capture.logits, at).to(kl)
+            if jacobian:
+                g = jacobian_covectors(adapter, ids, self.place, self.goal, rows.tolist())
+                here = self.delta[rows[:, None], columns]
+                slopes[rows] = (g.to(here) * here).sum((1, 2)).to(slopes)
+        return EditCheck(
+            self.place.name, self.before, self.predicted, real, slopes, tuple(tops), kl, self.size
+        )
+
+    def refine(self, model: Any, rounds: int = 2, metric: str | Tensor = "identity") -> Edit:
+        """Correct the edit by what the real model made of it.
+
+        Every round freezes the edited run, pulls the target in it, and adds the smallest edit
+        that makes up for what is missing: a Newton step on the operators of the edited runs.
+
+        Args:
+            model: The model of the lens, with the weights it had then.
+            rounds: How many times to correct. Each is one run.
+            metric: What an edit costs, as in :meth:`TensorLens.edit`.
+
+        Returns:
+            The corrected edit. What it predicts is what was asked at first.
+
+        Raises:
+            ValueError: If the model is another one, or the target no longer depends on the place.
+        """
+        at_least_one(rounds, "rounds")
+        adapter, delta = adapt(model), self.delta.clone()
+        where, was = self.delta.abs().sum(-1) > 0, torch.full_like(self.before, torch.inf)
+        for _ in range(rounds):
+            now, worse = replace(self, delta=delta), 0
+            for rows, columns, ids in groups(self.run.prompts):
+                here = rows[:, None], columns
+                capture = now._edited(adapter, rows, columns, ids)
+                operator = FrozenTransformer.of(capture)
+                goal = self.goal.on(capture, rows.tolist())
+                missing = self.before[rows] + self.predicted[rows] - goal.value.to(self.before)
+                worse += int((missing.abs() > was[rows]).sum())
+                was[rows] = missing.abs()
+                g = self.place.covector(operator, TargetGradient(capture, operator, goal).trace)
+                g = g * where[here][..., None].to(g)
+                state = self.place.state(operator, capture)
+                cost = Metric(metric, state, capture.frame.real)
+                step = smallest(g[:, None], missing[:, None].to(g), cost)
+                delta[here] = delta[here] + step.to(delta)
+            if worse:
+                warnings.warn(
+                    f"A round of refine brought {worse} of {len(was)} prompts no nearer to what "
+                    "was asked. Ask for less, or edit another site.",
+                    stacklevel=2,
+                )
+        ratio = delta.flatten(1).norm(dim=-1) / self.norm.clamp_min(TINY)
+        return replace(self, delta=delta, size=self.size * ratio)
+
+    def radius(self, model: Any, tolerance: float = 0.1) -> Float[Tensor, " batch"]:
+        """How far the prediction holds along this edit: the largest size within a relative error.
+
+        The error at a factor α is |real(α) − α · predicted| / |real(α)|. It is measured at twelve
+        factors from 1/32 to 4. Very small edits may have larger errors than larger ones: their real
+        change is the Jacobian's, which also moves what is held here.
+
+        Args:
+            model: The model of the lens, with the weights it had then.
+            tolerance: The relative error that is allowed.
+
+        Returns:
+            ‖α δ‖ divided by the norm of what stands there [batch]; 0 where no factor is within.
+
+        Raises:
+            ValueError: If the model is another one.
+        """
+        adapter, found = adapt(model), torch.zeros_like(self.size)
+        for factor in torch.logspace(-5, 2, 12, base=2).tolist():
+            scaled = self * factor
+            for rows, columns, ids in groups(self.run.prompts):
+                capture = scaled._edited(adapter, rows, columns, ids)
+                real = self.goal.on(capture, rows.tolist()).value.to(self.before)
+                real = real - self.before[rows]
+                held = (real - scaled.predicted[rows]).abs() <= tolerance * real.abs()
+                found[rows] = torch.where(held, scaled.size[rows], found[rows])
+        return found
+
+    def _edited(self, adapter: Adapter, rows: Tensor, columns: Tensor, ids: Tensor) -> Capture:
+        """Freeze the edited run of prompts of one length."""
+        if self.place.hook not in adapter.hooks:
+            raise ValueError(
+                f"{adapter.name} has no hook point {self.place.hook}. Pass the model of the lens, "
+                "or edit another site."
+            )
+        delta = self.delta[rows[:, None], columns]
+        with alone(adapter.model), adapter.model.hooks(fwd_hooks=_hooks(self.place, delta)):
+            given = adapter.all_real(ids)
+            _, capture = freeze(
+                adapter, ids, gate=self.run.convention.gate, dtype=delta.dtype, **given
+            )
+        return capture
+
+
+@dataclass(frozen=True, eq=False)
+class EditCheck:
+    """What an edit predicted, and what the real model did.
+
+    Attributes:
+        site: Where the edit was made.
+        before: The target's value without the edit, in logits [batch].
+        predicted: The change that the operator predicts [batch].
+        real: The change in the real model [batch].
+        jacobian: The change that the real model's gradient predicts; NaN if not asked for [batch].
+        tops: The likeliest tokens before and after, one pair per prompt.
+        kl: The mean KL divergence of the predictions at all other positions, in nats [batch].
+        size: ‖δ‖ divided by the norm of what stood there [batch].
+    """
+
+    site: str
+    before: Float[Tensor, " batch"]
+    predicted: Float[Tensor, " batch"]
+    real: Float[Tensor, " batch"]
+    jacobian: Float[Tensor, " batch"]
+    tops: tuple[tuple[str, str], ...]
+    kl: Float[Tensor, " batch"]
+    size: Float[Tensor, " batch"]
+
+    @property
+    def error(self) -> float:
+        """Σ |predicted − real| / Σ |real| over the prompts."""
+        off = (self.predicted - self.real).abs().sum()
+        return float(off / self.real.abs().sum().clamp_min(TINY))
+
+    def to_dataframe(self) -> Any:
+        """Make a pandas table of the check.
+
+        Returns:
+            A ``DataFrame`` with one row per prompt.
+
+        Raises:
+            ValueError: If pandas is not installed.
+        """
+        columns = ("before", "predicted", "real", "jacobian", "kl", "size")
+        table = {name: getattr(self, name).tolist() for name in columns}
+        first, after = zip(*self.tops, strict=True)
+        table |= {"top": list(first), "top_after": list(after)}
+        return need("pandas", "data", "to_dataframe").DataFrame(table)
+
+    def __repr__(self) -> str:
+        rows = [f"Edit at {self.site}, in the real model (predicted off by {self.error:.0%})"]
+        numbers = zip(self.before, self.predicted, self.real, self.kl, self.tops, strict=True)
+        for before, predicted, real, kl, (top, after) in list(numbers)[:10]:
+            rows.append(
+                f"  {float(before):+.3f} → predicted {float(before + predicted):+.3f}, real "
+                f"{float(before + real):+.3f}; {top!r} → {after!r}; KL elsewhere {float(kl):.2g}"
+            )
+        more = len(self.tops) - 10
+        return "\n".join(rows + ([f"  … {more} more"] if more > 0 else []))
+
+
+# --- The real model ------------------------------------------------------------------------------
+
+
+def groups(prompts: Prompts) -> Iterator[tuple[Int[Tensor, " row"], Tensor, Tensor]]:
+    """Prompts of one length together, without their padding.
+
+    Args:
+        prompts: The prompts of a run.
+
+    Yields:
+        Their numbers, their columns in the run [row, pos], and what the model is run on.
+    """
+    device = prompts.given.device
+    spans = torch.tensor(prompts.spans, device=device)
+    lengths = spans[:, 1] - spans[:, 0]
+    for n in sorted(set(lengths.tolist())):
+        rows = (lengths == n).nonzero().flatten()
+        columns = spans[rows, :1] + torch.arange(n, device=device)
+        whole = prompts.tokens is None
+        yield rows, columns, prompts.given[rows] if whole else prompts.given[rows[:, None], columns]
+
+
+def jacobian_covectors(
+    adapter: Adapter, ids: Tensor, place: Place, goal: Goal, prompts: Sequence[int]
+) -> Float[Tensor, "row pos d"]:
+    """The real model's gradient of a target at a place: everything moves.
+
+    Args:
+        adapter: Adapter of the model.
+        ids: What the model is run on, prompts of one length.
+        place: The place.
+        goal: The target.
+        prompts: Which of the goal's prompts these are.
+
+    Returns:
+        The gradient at every position.
+    """
+    seen: list[Tensor] = []
+
+    def watch(tensor: Tensor, hook: Any) -> Tensor:
+        nudge = torch.zeros_like(tensor.flatten(2)).requires_grad_()
+        seen.append(nudge)
+        return tensor + nudge.view_as(tensor)
+
+    with alone(adapter.model), torch.inference_mode(False), torch.enable_grad():
+        with adapter.model.hooks(fwd_hooks=[(place.hook, watch)]):
+            logits = adapter.run(ids, adapter.all_real(ids))
+        value = logits.new_zeros(())
+        for i, prompt in enumerate(prompts):
+            value = value + goal.read(logits[i, goal.pos] if logits.ndim > 2 else logits[i], prompt)
+        (found,) = torch.autograd.grad(value, seen[-1])
+    return found.detach()
+
+
+def row_of(logits: Tensor, i: int, at: Tensor) -> Float[Tensor, " d_vocab"]:
+    """The logits of one prompt at its position, or a classifier's own."""
+    return logits[i] if logits.ndim == 2 else logits[i, at[i]]
+
+
+def _hooks(place: Place, delta: Float[Tensor, "batch pos d"]) -> list[Hook]:
+    def add(tensor: Tensor, hook: Any) -> Tensor:
+        n = delta.shape[1]
+        if tensor.shape[1] < n:  # a step of generation behind the prompt, with cached keys
+            return tensor
+        if tensor.shape[0] not in (len(delta), 1) and len(delta) > 1:
+            raise ValueError(
+                f"The run has {tensor.shape[0]} prompts, and the edit is of {len(delta)}. Run the "
+                "prompts of the edit's lens."
+            )
+        edited = tensor.clone()
+        part = delta.to(tensor).view(*delta.shape[:2], *tensor.shape[2:])
+        edited[:, :n] = edited[:, :n] + part
+        return edited
+
+    return [(place.hook, add)]
+
+
+def _divergence(plain: Tensor, edited: Tensor, at: Tensor) -> Float[Tensor, " batch"]:
+    """The mean over all positions but one of KL(plain ‖ edited), in nats; 0 for one position."""
+    if plain.ndim < 3 or plain.shape[1] == 1:
+        return plain.new_zeros(len(plain))
+    p, q = (logits.double().log_softmax(-1) for logits in (plain, edited))
+    kl = (p.exp() * (p - q)).sum(-1)
+    kl[torch.arange(len(kl)), at] = 0
+    return kl.sum(1) / (kl.shape[1] - 1)

@@ -1,0 +1,117 @@
+"""Where an edit would matter most, from one sweep: sites, heads, neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..attribution import Target, TargetGradient
+from ..checks import need
+from ..operator import Capture, FrozenTransformer
+from ..sublayers import Experts
+
+KINDS = ("site", "head", "neuron")
+"""What edits can be ranked by."""
+
+
+@dataclass(frozen=True, eq=False)
+class EditRanking:
+    """Predicted changes of a target by many edits, none of which was run.
+
+    Attributes:
+        labels: A name of every edit: "L2H1", "L2N7", or a site with its position.
+        values: The predicted change in logits [batch, edit].
+        by: What is ranked.
+        what: What each edit is, in words.
+    """
+
+    labels: tuple[str, ...]
+    values: Float[Tensor, "batch edit"]
+    by: str
+    what: str
+
+    def top(self, k: int = 10) -> list[tuple[str, float]]:
+        """The edits of the largest change, in the mean over the prompts.
+
+        Args:
+            k: How many.
+
+        Returns:
+            Pairs of a name and a change in logits, largest |change| first.
+        """
+        mean = self.values.mean(0)
+        order = mean.abs().argsort(descending=True)[:k].tolist()
+        return [(self.labels[i], float(mean[i])) for i in order]
+
+    def to_dataframe(self) -> Any:
+        """Make a pandas table of all edits.
+
+        Returns:
+            A ``DataFrame`` with one row per edit, and its mean change.
+
+        Raises:
+            ValueError: If pandas is not installed.
+        """
+        table = {"edit": list(self.labels), "change": self.values.mean(0).tolist()}
+        return need("pandas", "data", "to_dataframe").DataFrame(table)
+
+    def __repr__(self) -> str:
+        rows = [f"Edits by {self.by}: {self.what}, predicted change in logits"]
+        rows += [f"    {value:+.4g}  {label}" for label, value in self.top(10)]
+        more = len(self.labels) - 10
+        return "\n".join(rows + ([f"  … {more} more: .top(k)"] if more > 0 else []))
+
+
+def rank_edits(
+    capture: Capture, operator: FrozenTransformer, target: Target, by: str, budget: float
+) -> EditRanking:
+    """Predict many edits of a run from one sweep.
+
+    Args:
+        capture: The captured run.
+        operator: The operator of that run.
+        target: The target.
+        by: "site", "head" or "neuron".
+        budget: Size of the edit of a site, as a share of what stands there.
+
+    Returns:
+        The ranking.
+
+    Raises:
+        ValueError: If ``by`` does not exist, or the model has no such parts.
+    """
+    if by not in KINDS:
+        raise ValueError(f"by={by!r} cannot be ranked. Use one of {', '.join(KINDS)}.")
+    trace = TargetGradient(capture, operator, target).trace
+    labels: list[str] = []
+    values: list[Tensor] = []
+    if by == "site":
+        if not budget > 0:
+            raise ValueError(f"budget={budget!r} is no share. Pass a number above 0, such as 0.1.")
+        # ⟨g, δ⟩ is largest along g: ‖δ‖ ‖g‖, with ‖δ‖ = budget ‖x‖.
+        names = [f"@{i}" for i in range(capture.frame.n_pos)]
+        for step, g in zip(operator.steps, trace.covectors, strict=False):
+            values.append(budget * step.state.norm(dim=-1) * g.norm(dim=-1))
+            labels += [f"{step.site}{name}" for name in names]
+        what = f"the best edit of {budget:.0%} of what stands there"
+    else:
+        for step, c in zip(operator.steps, trace.written, strict=True):
+            for branch in step.branches:
+                if branch.has_heads != (by == "head") or isinstance(branch.body, Experts):
+                    continue
+                here = branch.body.hidden_in_run(branch.read(step.state))
+                share = -(here * branch.pull_to_hidden(c))
+                if by == "head":
+                    share = branch.body.by_node(share).sum(-1)
+                share = share.sum(1)  # over positions
+                values.append(share)
+                letter = "H" if by == "head" else "N"
+                labels += [f"L{step.layer}{letter}{i}" for i in range(share.shape[1])]
+        what = f"each {by} removed at all positions"
+    if not values:
+        raise ValueError(f"by={by!r} has nothing to rank: this model has no {by}s of its own.")
+    return EditRanking(tuple(labels), torch.cat(values, -1), by, what)

@@ -1,0 +1,392 @@
+"""Do predicted edits come true? Edits of many prompts, by several methods, in the real model.
+
+Every method makes an edit of the residual at the last position that is to bring m = logit(answer) −
+logit(foil) to a multiple of itself. The real model then tells what m became.
+
+    operator   the smallest edit by the operator's covector
+    refined    the same, corrected twice by the edited runs
+    jacobian   the smallest edit by the real model's gradient
+    caa        the mean difference of clean and corrupted residuals (Rimsky et al. 2024, arXiv
+               2312.06681), scaled until the operator predicts what is asked
+    logit_lens the difference of the two columns of W_U, scaled through the frozen final norm
+    random     a random direction, as long as the operator's edit
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import need
+from ..evaluation import Comparison, Estimate, compare, estimate
+from ..hosts import Adapter, adapt
+from ..maps import take_row
+from ..operator import Capture, FrozenTransformer
+from ..recording import freeze
+from .asking import Asked, smallest_edit
+from .edit import Edit, groups, jacobian_covectors
+from .goals import Goal
+
+METHODS = ("operator", "refined", "jacobian", "caa", "logit_lens", "random")
+"""What :func:`evaluate` compares."""
+
+MEASURES = ("delivered", "norm", "size", "flipped", "kl")
+"""What is measured of every edit."""
+
+_PARTS = ("clean", "corrupted", "answer", "foil")
+
+Case = tuple[str, str, str, str]
+"""A prompt, its corrupted prompt, the answer and the foil."""
+
+
+@dataclass(frozen=True, eq=False)
+class EditEvaluation:
+    """What edits by several methods did in the real model, prompt by prompt.
+
+    Attributes:
+        values: For every (method, measure), one number per prompt and site. "delivered" is the real
+            change of the target by what was asked; "norm" is ‖δ‖, and "size" that by the residual's
+            norm; "flipped" is 1 where the foil became the likeliest token; "kl" is the mean KL
+            divergence at all other positions, in nats.
+        sites: The sites, in the order of the numbers.
+        to: What the target was to become, as a multiple of itself.
+        n: Number of prompts.
+    """
+
+    values: dict[tuple[str, str], list[float]]
+    sites: tuple[str | int, ...]
+    to: float
+    n: int
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that were compared."""
+        return tuple(dict.fromkeys(method for method, _ in self.values))
+
+    def mean(self, method: str, measure: str) -> Estimate:
+        """Estimate the mean of a measure, with a bootstrap interval over prompts and sites.
+
+        Args:
+            method: One of the methods.
+            measure: "delivered", "norm", "size", "flipped" or "kl".
+
+        Returns:
+            The mean and its 95 % interval.
+        """
+        return estimate(self._of(method, measure))
+
+    def median_miss(self, method: str) -> float:
+        """The median of |delivered − 1|: how far edits miss what was asked, as a share of it."""
+        missed = sorted(abs(x - 1) for x in self._of(method, "delivered"))
+        return missed[len(missed) // 2]
+
+    def compare(self, first: str, second: str, measure: str) -> Comparison:
+        """Compare two methods on the same prompts.
+
+        Args:
+            first: A method.
+            second: Another method.
+            measure: What is compared.
+
+        Returns:
+            The mean difference, its interval and its p-value.
+        """
+        return compare(self._of(first, measure), self._of(second, measure))
+
+    def to_dataframe(self) -> Any:
+        """Make a pandas table of all numbers.
+
+        Returns:
+            A ``DataFrame`` with one row per prompt, site, method and measure.
+
+        Raises:
+            ValueError: If pandas is not installed.
+        """
+        rows = [
+            {"method": m, "measure": name, "site": self.sites[i // self.n], "prompt": i % self.n}
+            | {"value": value}
+            for (m, name), values in self.values.items()
+            for i, value in enumerate(values)
+        ]
+        return need("pandas", "data", "to_dataframe").DataFrame(rows)
+
+    def _of(self, method: str, measure: str) -> list[float]:
+        if (method, measure) not in self.values:
+            raise ValueError(
+                f"There is no {measure!r} of {method!r}. The methods are "
+                f"{', '.join(self.methods)}, and the measures {', '.join(MEASURES)}."
+            )
+        return self.values[method, measure]
+
+    def __repr__(self) -> str:
+        rows = [
+            f"Edits of {self.n} prompts at {len(self.sites)} sites, asked for {self.to:g} × the "
+            "target",
+            f"{'method':>12}  {'miss':>6}  {'flipped':>20}  {'norm':>20}  KL elsewhere",
+        ]
+        for m in self.methods:
+            flipped, norm, kl = (str(self.mean(m, x)) for x in ("flipped", "norm", "kl"))
+            rows.append(f"{m:>12}  {self.median_miss(m):6.1%}  {flipped:>20}  {norm:>20}  {kl}")
+        return "\n".join(rows)
+
+
+def evaluate(
+    model: Any,
+    cases: Iterable[Any],
+    methods: Sequence[str] = METHODS,
+    sites: Sequence[str | int] = (1,),
+    to: float = -1.0,
+    seed: int = 0,
+) -> EditEvaluation:
+    """Edit many prompts by several methods, and run every edit in the real model.
+
+    Prompts whose answer is not ahead of the foil are left out.
+
+    Args:
+        model: A host model, or a Hugging Face model.
+        cases: Prompts with ``clean``, ``corrupted``, ``answer`` and ``foil``, as
+            ``demo.prompts`` makes them, or tuples of these four texts.
+        methods: What to compare; see the head of this module.
+        sites: Residual sites to edit, at the last position, or numbers of blocks.
+        to: What logit(answer) − logit(foil) is to become, as a multiple of itself.
+        seed: Seed of the random directions.
+
+    Returns:
+        What every edit did.
+
+    Raises:
+        ValueError: If a method or a site does not exist, or no prompt is left.
+
+    Example:
+        >>> from tensorlens_tl import demo, editing
+        >>> model, cases = demo.load_model(), demo.prompts("facts", 8)
+        >>> study = editing.evaluate(model, cases, methods=("operator", "jacobian"), sites=(1, 2))
+        >>> study.median_miss("operator") < study.median_miss("jacobian")
+        True
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"methods= has {method!r}. Use some of {', '.join(METHODS)}.")
+    adapter, made = adapt(model), [_case(case) for case in cases]
+    # 1. The clean runs, of the prompts that the model gets right.
+    made, capture, goal = _right(adapter, made)
+    operator = FrozenTransformer.of(capture)
+    _, twins = freeze(adapter, [case[1] for case in made])
+    generator = torch.Generator().manual_seed(seed)
+    values: dict[tuple[str, str], list[float]] = {(m, x): [] for m in methods for x in MEASURES}
+    for site in sites:
+        # 2. Every method's edit.
+        asked = Asked(capture, operator, site, -1)
+        best = _operator_edit(asked, goal, to)
+        change = best.predicted
+        for method in methods:
+            edit = best
+            if method == "refined":
+                edit = best.refine(adapter.model, rounds=2)
+            elif method != "operator":
+                delta = _rival(method, asked, adapter, goal, change, made, twins, generator)
+                size = delta.flatten(1).norm(dim=-1, keepdim=True)[..., None]
+                if method == "random":
+                    delta = delta / size * best.norm[:, None, None]
+                edit = replace(asked.edit(goal, delta), predicted=change)
+            # 3. The real model.
+            check = edit.check(adapter.model)
+            found = {
+                "delivered": check.real / change,
+                "norm": edit.norm,
+                "size": edit.size,
+                "flipped": _flipped(adapter, check.tops, goal),
+                "kl": check.kl,
+            }
+            for name, numbers in found.items():
+                values[method, name] += [float(x) for x in numbers]
+    return EditEvaluation(values, tuple(sites), to, len(made))
+
+
+def _right(adapter: Adapter, made: list[Case]) -> tuple[list[Case], Capture, Goal]:
+    for _ in range(2):
+        if not made:
+            break
+        _, capture = freeze(adapter, [case[0] for case in made])
+        goal = Goal.of(capture, [case[2] for case in made], [case[3] for case in made], -1)
+        ahead = goal.on(capture).value > 0
+        if bool(ahead.all()):
+            return made, capture, goal
+        made = [case for case, right in zip(made, ahead.tolist(), strict=True) if right]
+    raise ValueError("No case is left: the model puts no answer before its foil. Pass other cases.")
+
+
+def _operator_edit(asked: Asked, goal: Goal, to: float) -> Edit:
+    """The smallest edit of every prompt, to a multiple of its own target."""
+    one = smallest_edit(asked, goal, None, 1.0, ())
+    change = (to - 1) * one.before
+    return replace(
+        one,
+        delta=one.delta * change[:, None, None],
+        predicted=change,
+        size=one.size * change.abs(),
+    )
+
+
+def _rival(
+    method: str,
+    asked: Asked,
+    adapter: Adapter,
+    goal: Goal,
+    change: Tensor,
+    made: list[Case],
+    twins: Capture,
+    generator: torch.Generator,
+) -> Tensor:
+    """Another method's edit [batch, pos, width], at the last position."""
+    capture, frame = asked.capture, asked.capture.frame
+    at = frame.index(-1)
+    if method == "jacobian":
+        g = torch.zeros_like(asked.state)
+        for rows, columns, ids in groups(capture.prompts):
+            own = jacobian_covectors(adapter, ids, asked.place, goal, rows.tolist())
+            g[rows[:, None], columns] = own.to(g)
+        g = g * asked.where[..., None]
+        return g * (change / g.flatten(1).square().sum(1))[:, None, None]
+    if method == "random":
+        noise = torch.randn(asked.state[:, 0].shape, generator=generator).to(asked.state)
+        return noise[:, None] * asked.where[..., None]
+    if method == "caa":
+        other = asked.place.state(FrozenTransformer.of(twins), twins)
+        d = take_row(asked.state, at)[:, 0] - take_row(other, twins.frame.index(-1))[:, 0]
+        direction = torch.stack([_mean_of_others(d, made, i) for i in range(len(made))])
+    else:
+        W_U = frame.cast(capture.unembed.weights.W_U)
+        pairs = zip(goal.targets, goal.versus or (), strict=True)
+        direction = torch.stack([W_U[:, a] - W_U[:, b] for a, b in pairs])
+        if capture.ln_final is not None:
+            direction = capture.ln_final.row(at).apply_t(direction[:, None])[:, 0]
+    delta = direction[:, None] * asked.where[..., None]
+    if method == "logit_lens":
+        predicted = direction.square().sum(-1)
+    else:
+        predicted = (asked.covector(goal.on(capture)) * delta).flatten(1).sum(-1)
+    return delta * (change / predicted)[:, None, None]
+
+
+def _mean_of_others(d: Tensor, made: list[Case], i: int) -> Tensor:
+    """The mean over other prompts of the same answer and foil; over all others where none has."""
+    same = [j for j, case in enumerate(made) if j != i and case[2:] == made[i][2:]]
+    return d[same or [j for j in range(len(made)) if j != i] or [i]].mean(0)
+
+
+def _flipped(adapter: Adapter, tops: Iterable[tuple[str, str]], goal: Goal) -> list[float]:
+    words = [adapter.token_string(int(foil)) for foil in goal.versus or ()]
+    return [float(after == word) for (_, after), word in zip(tops, words, strict=True)]
+
+
+def _case(case: Any) -> Case:
+    if isinstance(case, tuple) and len(case) == 4:
+        return case[0], case[1], case[2], case[3]
+    try:
+        clean, corrupted, answer, foil = (getattr(case, name) for name in _PARTS)
+        return clean, corrupted, answer, foil
+    except AttributeError:
+        raise ValueError(
+            f"cases= has {case!r}. Pass prompts with clean, corrupted, answer and foil, or tuples "
+            "of these four texts."
+        ) from None
+
+
+# --- Predicted against real ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predicted and real changes of a target under the same edits.
+
+    Attributes:
+        predicted: The predictions by method: "operator", "operator_qk", "jacobian".
+        real: The changes in the real model.
+    """
+
+    predicted: dict[str, list[float]]
+    real: list[float]
+
+    def error(self, method: str) -> float:
+        """Σ |predicted − real| / Σ |real|."""
+        pairs = zip(self.predicted[method], self.real, strict=True)
+        return sum(abs(p - r) for p, r in pairs) / (sum(map(abs, self.real)) or math.nan)
+
+    def pearson(self, method: str) -> float:
+        """Pearson's correlation of predicted and real changes."""
+        both = torch.tensor([self.predicted[method], self.real], dtype=torch.float64)
+        return float(torch.corrcoef(both)[0, 1])
+
+    def __repr__(self) -> str:
+        rows = [f"{len(self.real)} edits, predicted and real: error, Pearson"]
+        rows += [f"{m:>14}  {self.error(m):6.1%}  {self.pearson(m):+.3f}" for m in self.predicted]
+        return "\n".join(rows)
+
+
+def predict(
+    model: Any, cases: Iterable[Any], site: str | int, methods: Sequence[str] = ("operator",)
+) -> Predictions:
+    """Patch one position of every prompt by its corrupted twin's, and compare the predictions.
+
+    Args:
+        model: A host model, or a Hugging Face model.
+        cases: As for :func:`evaluate`; prompt and twin have equally many tokens.
+        site: A residual site.
+        methods: "operator", "operator_qk" (with queries and keys to first order), "jacobian".
+
+    Returns:
+        One prediction per prompt and position where prompt and twin differ at the site.
+
+    Raises:
+        ValueError: If a method does not exist, or twins have other lengths.
+
+    Example:
+        >>> from tensorlens_tl import demo, editing
+        >>> model, cases = demo.load_model(), demo.prompts("facts", 8)
+        >>> found = editing.predict(model, cases, 1, methods=("operator", "jacobian"))
+        >>> found.error("operator") < found.error("jacobian")
+        True
+    """
+    known = ("operator", "operator_qk", "jacobian")
+    for method in methods:
+        if method not in known:
+            raise ValueError(f"methods= has {method!r}. Use some of {', '.join(known)}.")
+    adapter = adapt(model)
+    made, capture, goal = _right(adapter, [_case(case) for case in cases])
+    _, twins = freeze(adapter, [case[1] for case in made])
+    if twins.prompts.spans != capture.prompts.spans:
+        raise ValueError(
+            "A prompt and its corrupted prompt have different numbers of tokens. Pass pairs of "
+            "equal length."
+        )
+    operator = FrozenTransformer.of(capture)
+    asked = {m: Asked(capture, operator, site, None, qk=m == "operator_qk") for m in methods}
+    first = Asked(capture, operator, site, None)
+    other = first.place.state(FrozenTransformer.of(twins), twins)
+    difference = (other - first.state) * capture.frame.real[..., None]
+    rows = {m: one.covector(goal.on(capture)) for m, one in asked.items() if m != "jacobian"}
+    if "jacobian" in methods:
+        g = torch.zeros_like(first.state)
+        for row, columns, ids in groups(capture.prompts):
+            own = jacobian_covectors(adapter, ids, first.place, goal, row.tolist())
+            g[row[:, None], columns] = own.to(g)
+        rows["jacobian"] = g
+    predicted: dict[str, list[float]] = {m: [] for m in methods}
+    real: list[float] = []
+    moved = difference.abs().sum(-1) > 0
+    for pos in moved.any(0).nonzero().flatten().tolist():
+        delta = torch.zeros_like(difference)
+        delta[:, pos] = difference[:, pos]
+        check = first.edit(goal, delta).check(adapter.model)
+        here = moved[:, pos].nonzero().flatten().tolist()
+        real += [float(check.real[i]) for i in here]
+        for m in methods:
+            numbers = (rows[m][:, pos] * delta[:, pos]).sum(-1)
+            predicted[m] += [float(numbers[i]) for i in here]
+    return Predictions(predicted, real)

@@ -1,0 +1,280 @@
+"""What a lens says about edits: the effect of one, the smallest one, and which would matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..attribution import TargetLike
+from ..editing import Asked, Edit, EditRanking, Goal, edit_to_top, rank_edits, smallest_edit
+from .attributed_run import AttributedRun
+
+
+class EditedRun(AttributedRun):
+    """A frozen run that predicts edits of itself; see :class:`TensorLens`."""
+
+    def covector(
+        self,
+        target: TargetLike | Sequence[TargetLike] = None,
+        versus: TargetLike | Sequence[TargetLike] = None,
+        pos: int = -1,
+        *,
+        site: str | int,
+        qk: bool = False,
+    ) -> Float[Tensor, "batch pos d"]:
+        """The gradient g of a target at a place: an edit δ there changes the target by ⟨g, δ⟩.
+
+        Exact while attention patterns, norm scales and gating ratios stay as they were.
+
+        Args:
+            target: As in :meth:`attribute`, or a list with one per prompt.
+            versus: What is subtracted from the target, or None; or a list.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            site: A residual site such as "blocks.2.hook_resid_pre", or a block's number for what
+                it leaves; or "blocks.2.attn.hook_z", "….hook_v", "blocks.2.mlp.hook_post"; or a
+                head "L2H1", an MLP "L2MLP" or a neuron "L2N7".
+            qk: Whether attention scores move, too, to first order.
+
+        Returns:
+            The covector at every position [batch, pos, width], in logits per unit.
+
+        Raises:
+            ValueError: If the target or the place does not exist.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.covector("Paris", site=1).shape
+            torch.Size([1, 6, 128])
+        """
+        asked = self._asked(site, None, "identity", qk)
+        return asked.covector(Goal.of(self.capture, target, versus, pos).on(self.capture))
+
+    def effect(
+        self,
+        delta: Tensor,
+        target: TargetLike | Sequence[TargetLike] = None,
+        versus: TargetLike | Sequence[TargetLike] = None,
+        pos: int = -1,
+        *,
+        site: str | int,
+        positions: int | Sequence[int] | None = -1,
+        qk: bool = False,
+    ) -> Float[Tensor, " batch"]:
+        """Predict how an edit changes a target, without running the model.
+
+        The change is ⟨g, δ⟩ with the covector g of :meth:`covector`. The real model's change also
+        has what the edit does to patterns, scales and ratios: see :meth:`Edit.check`.
+
+        Args:
+            delta: What is added: one vector [width] at all ``positions``; or [pos, width] or
+                [batch, pos, width], whatever ``positions`` is. A further axis in front of the
+                latter holds many edits.
+            target: As in :meth:`covector`.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            site: The place, as in :meth:`covector`.
+            positions: Where a vector is added, among the real tokens; None is everywhere.
+            qk: Whether attention scores move, too, to first order.
+
+        Returns:
+            The predicted change in logits [batch], or [many, batch].
+
+        Raises:
+            ValueError: If the edit does not fit the place, or the target does not exist.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> state = lens.operator.states()["blocks.2.hook_resid_pre"]
+            >>> change = lens.effect(-state, "Paris", site="blocks.2.hook_resid_pre")
+            >>> bool(change < 0)
+            True
+        """
+        asked = self._asked(site, positions, "identity", qk)
+        g = asked.covector(Goal.of(self.capture, target, versus, pos).on(self.capture))
+        return (g * asked.spread(delta)).flatten(-2).sum(-1)
+
+    def edit(
+        self,
+        target: TargetLike | Sequence[TargetLike] = None,
+        versus: TargetLike | Sequence[TargetLike] = None,
+        pos: int = -1,
+        *,
+        site: str | int,
+        to: float | None = None,
+        by: float | None = None,
+        delta: Tensor | None = None,
+        positions: int | Sequence[int] | None = -1,
+        keep: Sequence[TargetLike | Mapping[str, Any]] = (),
+        metric: str | Tensor = "identity",
+        qk: bool = False,
+    ) -> Edit:
+        """Find the smallest edit that brings a target to a value; or predict your own edit.
+
+        δ = M⁻¹ Gᵀ (G M⁻¹ Gᵀ)⁻¹ t has the smallest δᵀ M δ of all edits that change the target by
+        what is asked and what is kept by 0, in the frozen model.
+
+        Args:
+            target: As in :meth:`covector`.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            site: The place, as in :meth:`covector`.
+            to: The value that is wanted, in logits.
+            by: The change that is wanted, in logits.
+            delta: Your own edit, as in :meth:`effect`. Give one of ``to``, ``by`` and ``delta``.
+            positions: Positions that may be edited, among the real tokens; None is all.
+            keep: Targets that may not change: tokens, or mappings with "target", and "versus" and
+                "pos" where they matter; or {"direction": w} for a probe w at the place itself.
+            metric: What an edit costs: "identity" for ‖δ‖²; "activations" to weigh dimensions by
+                their mean square in this run; or your own second moments, [width] or
+                [width, width].
+            qk: Whether attention scores move, too, to first order.
+
+        Returns:
+            The edit: its prediction, its hooks, and its check in the real model.
+
+        Raises:
+            ValueError: If an argument does not fit, or no such edit exists.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> model = demo.load_model()
+            >>> _, lens = model.run_with_tensorlens("The capital of France is")
+            >>> edit = lens.edit("Paris", versus="Rome", by=-10.0, site=1)
+            >>> edit
+            Edit(blocks.1.hook_resid_post, 1 prompt, target ... predicted, ... of what stands there)
+            >>> edit.check(model)
+            Edit at blocks.1.hook_resid_post, in the real model (predicted off by ...)
+              ...
+        """
+        asked = self._asked(site, positions, metric, qk)
+        goal = Goal.of(self.capture, target, versus, pos)
+        if delta is None:
+            return smallest_edit(asked, goal, to, by, keep)
+        if to is not None or by is not None or len(keep):
+            raise ValueError("delta= is an edit already. Drop to=, by= and keep=, or drop delta=.")
+        return asked.edit(goal, asked.spread(delta))
+
+    def edit_to_top(
+        self,
+        token: TargetLike,
+        pos: int = -1,
+        *,
+        site: str | int,
+        margin: float = 0.0,
+        positions: int | Sequence[int] | None = -1,
+        metric: str | Tensor = "identity",
+    ) -> Edit:
+        """Find the smallest edit that makes a token the likeliest one, in the frozen model.
+
+        It solves min δᵀ M δ such that the token's logit exceeds every other one by ``margin``.
+
+        Args:
+            token: The token that is to be predicted.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            site: A residual site, or the number of a block for what it leaves.
+            margin: By how much the logit is to exceed all others, in logits.
+            positions: Positions that may be edited, among the real tokens; None is all.
+            metric: What an edit costs, as in :meth:`edit`.
+
+        Returns:
+            The edit. Its target is the token's logit less that of the likeliest other one.
+
+        Raises:
+            ValueError: If the token or the place does not exist, or no edit is found.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> model = demo.load_model()
+            >>> _, lens = model.run_with_tensorlens("The capital of France is")
+            >>> lens.edit_to_top("Rome", site=2, margin=1.0).check(model).tops
+            (('Paris', 'Rome'),)
+        """
+        return edit_to_top(self._asked(site, positions, metric, False), token, pos, margin)
+
+    def steering_vector(
+        self,
+        target: TargetLike | Sequence[TargetLike] = None,
+        versus: TargetLike | Sequence[TargetLike] = None,
+        pos: int = -1,
+        *,
+        site: str | int,
+    ) -> Float[Tensor, " d"]:
+        """Make one direction of all prompts that raises a target: the mean covector at ``pos``.
+
+        Args:
+            target: As in :meth:`covector`.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction, and of the direction.
+            site: The place, as in :meth:`covector`.
+
+        Returns:
+            The direction [width], so long that it raises the target by 1 logit in the mean of the
+            frozen prompts when it is added at ``pos``.
+
+        Raises:
+            ValueError: If the target or the place does not exist, or the target does not depend on
+                the place.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens(
+            ...     ["The capital of France is", "The capital of Italy is"]
+            ... )
+            >>> v = lens.steering_vector("Paris", versus="Rome", site=1)
+            >>> round(float(lens.effect(v, "Paris", versus="Rome", site=1).mean()), 4)
+            1.0
+        """
+        asked = self._asked(site, pos, "identity", False)
+        g = asked.row(Goal.of(self.capture, target, versus, pos).on(self.capture)).sum(1)
+        mean = g.mean(0)
+        if not bool(mean.square().sum() > 0):
+            raise ValueError(
+                f"The target does not depend on site={site!r} at pos={pos}. Pass another site."
+            )
+        return mean / mean.square().sum()
+
+    def rank_edits(
+        self,
+        target: TargetLike | Sequence[TargetLike] = None,
+        versus: TargetLike | Sequence[TargetLike] = None,
+        pos: int = -1,
+        *,
+        by: str = "site",
+        budget: float = 0.1,
+    ) -> EditRanking:
+        """Rank edits by the change of a target that they predict, from one sweep.
+
+        Args:
+            target: As in :meth:`covector`.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            by: "site" for the best edit of a given size at every site and position; "head" or
+                "neuron" for the removal of each.
+            budget: Size of the edit of a site, as a share of what stands there.
+
+        Returns:
+            The predicted change of every edit.
+
+        Raises:
+            ValueError: If an argument does not exist.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.rank_edits("Paris", by="head").top(1)  # what its removal is predicted to do
+            [('L1H0', -...)]
+        """
+        self._check_ready()
+        goal = Goal.of(self.capture, target, versus, pos).on(self.capture)
+        return rank_edits(self.capture, self._operator, goal, by, budget)
+
+    def _asked(
+        self, site: str | int, positions: int | Sequence[int] | None, metric: str | Tensor, qk: bool
+    ) -> Asked:
+        self._check_ready()
+        return Asked(self.capture, self._operator, site, positions, metric, qk)
