@@ -89,12 +89,12 @@ class Asked:
         """Make an edit of what is added, and predict what it does.
 
         Args:
-            goal: The target.
+            goal: The target that is to change.
             delta: What is added [batch, pos, width].
             g: The target's covector at the place, if it is known.
 
         Returns:
-            The edit.
+            The edit, with what it predicts.
 
         Raises:
             ValueError: If rounding would swallow the edit, or the frozen soft cap would not hold.
@@ -142,14 +142,14 @@ def smallest_edit(
 
     Args:
         asked: Run, place and positions.
-        goal: The target.
+        goal: The target that is to change.
         to: The value that is wanted, in logits, or None.
         by: The change that is wanted, in logits, or None. Give one of the two.
         keep: Targets that may not change: tokens, or mappings with target, versus and pos; or a
             probe at the place itself, {"direction": [width]}.
 
     Returns:
-        The edit.
+        The edit, with what it predicts.
 
     Raises:
         ValueError: If both or none of ``to`` and ``by`` are given, or no such edit exists.

@@ -281,6 +281,14 @@ class EditCheck:
         tops: The likeliest tokens before and after, one pair per prompt.
         kl: The mean KL divergence of the predictions at all other positions, in nats [batch].
         size: ‖δ‖ divided by the norm of what stood there [batch].
+
+    Example:
+        >>> from tensorlens_tl import demo
+        >>> model = demo.load_model()
+        >>> _, lens = model.run_with_tensorlens("The capital of France is")
+        >>> check = lens.edit("Paris", versus="Rome", by=-18.0, site=2).check(model)
+        >>> check.tops, check.error < 0.5
+        ((('Paris', 'Rome'),), True)
     """
 
     site: str
@@ -335,7 +343,7 @@ def groups(prompts: Prompts) -> Iterator[tuple[Int[Tensor, " row"], Tensor, Tens
         prompts: The prompts of a run.
 
     Yields:
-        Their numbers, their columns in the run [row, pos], and what the model is run on.
+        Numbers of the prompts, their columns in the run [row, pos], and what the model is run on.
     """
     device = prompts.given.device
     spans = torch.tensor(prompts.spans, device=device)
@@ -355,9 +363,9 @@ def jacobian_covectors(
     Args:
         adapter: Adapter of the model.
         ids: What the model is run on, prompts of one length.
-        place: The place.
-        goal: The target.
-        prompts: Which of the goal's prompts these are.
+        place: Where the gradient is taken.
+        goal: The target whose gradient is taken.
+        prompts: Numbers of these prompts among the goal's.
 
     Returns:
         The gradient at every position.

@@ -61,7 +61,7 @@ def load_edit(path: str | os.PathLike[str], lens: Any = None) -> Edit:
         lens: The lens of the same prompts, for :meth:`Edit.check` and the like. Hooks need none.
 
     Returns:
-        The edit.
+        The edit, with its run where a lens was passed.
 
     Raises:
         ValueError: If the file is no edit or is damaged, or the lens has other prompts.

@@ -44,7 +44,7 @@ class Goal:
             pos: Position of the prediction among the real tokens; −1 is the last.
 
         Returns:
-            The goal.
+            The goal, with a token id or a direction for every prompt.
         """
         own = own_prediction(capture, pos).tolist()
         targets = _each(capture, target, "target")
@@ -57,7 +57,7 @@ class Goal:
 
         Args:
             capture: A run of these prompts.
-            prompts: Which of the goal's prompts the run has; None for all.
+            prompts: Numbers of the run's prompts among the goal's; None for all.
 
         Returns:
             The functional, one row per prompt of the run.

@@ -57,7 +57,7 @@ class Place:
                 an MLP "L2MLP" or a neuron "L2N7".
 
         Returns:
-            The place.
+            The place, with the hook point of the host that is edited.
 
         Raises:
             ValueError: If the model has no such place.

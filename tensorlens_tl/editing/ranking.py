@@ -38,7 +38,7 @@ class EditRanking:
         """The edits of the largest change, in the mean over the prompts.
 
         Args:
-            k: How many.
+            k: Number of edits to return.
 
         Returns:
             Pairs of a name and a change in logits, largest |change| first.
@@ -74,12 +74,12 @@ def rank_edits(
     Args:
         capture: The captured run.
         operator: The operator of that run.
-        target: The target.
+        target: The target that the edits change.
         by: "site", "head" or "neuron".
         budget: Size of the edit of a site, as a share of what stands there.
 
     Returns:
-        The ranking.
+        The predicted change of every edit.
 
     Raises:
         ValueError: If ``by`` does not exist, or the model has no such parts.
@@ -113,5 +113,5 @@ def rank_edits(
                 labels += [f"L{step.layer}{letter}{i}" for i in range(share.shape[1])]
         what = f"each {by} removed at all positions"
     if not values:
-        raise ValueError(f"by={by!r} has nothing to rank: this model has no {by}s of its own.")
+        raise ValueError(f"by={by!r} has nothing to rank here. Rank by='site' instead.")
     return EditRanking(tuple(labels), torch.cat(values, -1), by, what)

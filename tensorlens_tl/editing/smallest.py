@@ -84,7 +84,7 @@ def smallest(
         metric: What an edit costs.
 
     Returns:
-        The edit.
+        The edit at every position.
 
     Raises:
         ValueError: If no such edit exists: a covector is 0, or depends on the others.
@@ -118,7 +118,7 @@ def smallest_above(
         metric: What an edit costs.
 
     Returns:
-        The edit.
+        The edit at every position.
     """
     spread = metric.inverse(rows)
     gram = _gram(rows[None], spread[None])[0]

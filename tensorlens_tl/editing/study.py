@@ -89,8 +89,8 @@ class EditEvaluation:
         """Compare two methods on the same prompts.
 
         Args:
-            first: A method.
-            second: Another method.
+            first: The method whose numbers come first.
+            second: The method whose numbers are subtracted.
             measure: What is compared.
 
         Returns:
