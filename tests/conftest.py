@@ -73,7 +73,7 @@ def opened(chromium, tmp_path):
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(path.as_uri())
         if "srcdoc" not in html:
-            page.wait_for_function("window.tensorlens && tensorlens.ready")
+            page.wait_for_selector("main[data-ready]")
         return page
 
     yield open_html

@@ -23,7 +23,7 @@ from ..checks import as_array, at_least_one, need, new_file, one_each, progress_
 from ..graph import Edge, Node, rows_that_fit
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Split, split_figure
+from ..pictures import Page, Paged, Split, split_figure, table_view
 from ..recording import freeze
 from .html import ROWS, UNIT, left_out, legend_html, sum_html, table_html
 from .splits import attribute
@@ -41,7 +41,7 @@ _COLUMNS = ("mean", "sem")
 
 
 @dataclass(frozen=True, eq=False)
-class MeanAttribution:
+class MeanAttribution(Paged):
     """Attributions of many prompts, averaged row by row. Positions are summed.
 
     Attributes:
@@ -203,7 +203,17 @@ class MeanAttribution:
         split = Split(self.by, self.effect, sources, names, *about, sums, [(0, 0)])
         return split_figure(ax, split, kind, top, errors=self.sem.tolist())
 
-    def _repr_html_(self) -> str:
+    def _page(self) -> Page:
+        names = [[str(node)] for node in self.nodes]
+        values = torch.stack([self.mean, self.sem], 1).cpu().numpy()
+        what = f"Mean of {self.n} prompts = {self.target_mean:.4g}, by {self.by} ({self.effect})"
+        table = table_view([self.by], ["mean", "standard error"], names, values, sort=0)
+        exact = "The rows do not sum to the target."
+        if self.completeness_error is not None:
+            exact = f"The rows sum to it, off by at most {self.completeness_error:.0e} of Σ|·|."
+        return Page(what, [table], [exact])
+
+    def _strip(self) -> str:
         rows = [(f"{name} (± {sem:.3g})", mean) for name, mean, sem in self.top(ROWS)]
         parts = [
             f"<div><b>mean of {self.n} prompts = {self.target_mean:.4g}</b>, by {self.by} "

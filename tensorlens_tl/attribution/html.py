@@ -242,6 +242,25 @@ def _one_prompt(one: Attribution) -> str:
     return "".join(parts + [_note(change) for change in changes(one)])
 
 
+def page_notes(attribution: Attribution) -> list[str]:
+    """What the page of an attribution says about its rows, in sentences."""
+    error = attribution.completeness_error
+    exact = "The rows overlap: they do not sum to the target."
+    if error is not None:
+        exact = f"The rows sum to the target, off by at most {error:.0e} of Σ|·|."
+    return [exact, *(change for i in range(len(attribution)) for change in changes(attribution[i]))]
+
+
+def patch_grids(attribution: Attribution) -> list[list[list[float]]]:
+    """The maps of the pictures of all prompts; [] where there is none."""
+    if attribution.by != "token" or not any(map(_PATCH.fullmatch, attribution.labels[0])):
+        return []
+    try:
+        return attribution.grid().tolist()
+    except ValueError:  # several pictures in one prompt
+        return []
+
+
 def _note(text: str) -> str:
     return f"<div><small>{escape(text)}</small></div>"
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..attribution import Attribution, TargetGradient, attribute, difference
-from ..graph import Node
-from ..pictures import Page, Paged, depth, map_view, panel, table_view
+from ..pictures import Page, Paged, View, grid_view, head_cells, table_view
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,9 +61,11 @@ class PromptComparison(Paged):
             f"The differences sum to that of the targets, off by at most {worst:.0e} of Σ|·|.",
             "The secant reads them, the operator between the two runs: no row is a remainder.",
         ]
-        return Page("Two prompts and their difference", views, notes, height=860)
+        return Page(
+            "Two prompts and their difference", views, notes, tabs=len(self) > 1, height=860
+        )
 
-    def _views(self, prompt: int) -> list[Any]:
+    def _views(self, prompt: int) -> list[View]:
         numbers = [_by_position(one[prompt]) for one in (self.clean, self.corrupted, self.tokens)]
         places = list(dict.fromkeys(place for found in numbers for place in found))
         places.sort(key=lambda place: (place is None, place))
@@ -86,18 +86,18 @@ class PromptComparison(Paged):
             f"{self.clean.target[prompt]}, by position",
             together=True,
         )
-        rows, columns, grid, beside = _grid(self.components[prompt])
-        parts = [table]
-        if rows:
-            unit = "units of the target"
-            shown = [panel("Difference by head and MLP", unit, [depth("", grid)])]
-            axes = ("layer", "column")
+        one = self.components[prompt]
+        nodes = [source.node for source in one.sources]
+        down, across, cells, beside = head_cells(nodes, one.values[0].double().tolist())
+        unit, parts = "units of the target", [table]
+        if down:
             heading = "The difference, by component"
-            parts.append(map_view(rows, columns, shown, axes, heading, named=True))
+            parts.append(grid_view(down, across, cells, ("layer", "part"), unit, heading))
         if beside:
-            labels, found = [[name] for name, _ in beside], np.array([[v] for _, v in beside])
+            labels, found = [[name] for name in beside], np.array([[v] for v in beside.values()])
             parts.append(table_view(["outside the layers"], ["difference"], labels, found))
-        return parts
+        tab = f"{prompt + 1}: {' '.join(here[:12])}"
+        return [replace(part, tab=tab) for part in parts]
 
 
 def _by_position(one: Attribution) -> dict[int | None, float]:
@@ -107,26 +107,6 @@ def _by_position(one: Attribution) -> dict[int | None, float]:
         place = None if source.pos is None else source.pos - start
         found[place] = found.get(place, 0.0) + value
     return found
-
-
-def _grid(one: Attribution) -> tuple[list[str], list[str], np.ndarray, list[tuple[str, float]]]:
-    """The rows of one prompt as layers by heads, MLP and constants; and those outside layers."""
-    cells: dict[tuple[int, str], float] = {}
-    beside = []
-    for source, label, value in zip(
-        one.sources, one.labels[0], one.values[0].double().tolist(), strict=True
-    ):
-        node = source.node
-        if isinstance(node, Node) and node.layer is not None:
-            name = {"head": f"H{node.index}", "mlp": "MLP"}.get(node.kind, node.kind)
-            name = "constants" if node.kind == "constant" else name
-            cells[node.layer, name] = cells.get((node.layer, name), 0.0) + value
-        else:
-            beside.append((label, value))
-    layers = sorted({layer for layer, _ in cells})
-    columns = sorted({c for _, c in cells}, key=lambda c: (c[0] != "H", len(c), c))
-    grid = np.array([[cells.get((layer, c), 0.0) for c in columns] for layer in layers])
-    return [f"L{layer}" for layer in layers], columns, grid, beside
 
 
 def compare_prompts(clean: TargetGradient, corrupted: TargetGradient) -> PromptComparison:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..attribution import Attribution, Target, grid_html, legend_html, resolve
 from ..checks import as_array, as_list, at_least_one, is_int, need, pick_prompts, place_label
 from ..operator import Capture
-from ..pictures import cell_map, unit_of
+from ..pictures import Page, Paged, cell_map, grid_view, unit_of
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +32,7 @@ Continuation = int | str | Sequence[int] | Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SequenceAttribution:
+class SequenceAttribution(Paged):
     """Every token of a continuation split by source: a matrix, for every prompt of a lens.
 
     Attributes:
@@ -228,7 +228,20 @@ class SequenceAttribution:
         many += f", {in_front}" if in_front else ""
         return f"SequenceAttribution of {len(self.columns)} tokens{many}"
 
-    def _repr_html_(self) -> str:
+    def _page(self) -> Page:
+        views = []
+        for prompt in range(len(self)):
+            one = self[prompt]
+            cells, names = as_array(one.values[0].double()), one.labels[0]
+            axes, unit = ("source", "output token"), "units of the target"
+            heading = f"{prompt + 1}: {' '.join(one.outputs[0])}"
+            views.append(grid_view(names, one.outputs[0], cells, axes, unit, heading))
+        exact = "The rows do not sum to the targets."
+        if self.completeness_error is not None:
+            exact = f"Columns sum to their token, off by {self.completeness_error:.0e} of Σ|·|."
+        return Page(self._head(), views, [exact], tabs=len(self) > 1, height=760)
+
+    def _strip(self) -> str:
         one = self[0]
         rows = one._largest(20)
         names = [one.labels[0][i] for i in rows]

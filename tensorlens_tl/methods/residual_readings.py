@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,7 +26,7 @@ from ..attribution import TargetLike, resolve_token
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label, token_text
 from ..maps import DENSE_LIMIT, Chain, Gate, Linear, Norm, take_row
 from ..operator import Capture, FrozenTransformer
-from ..pictures import cell_map
+from ..pictures import Page, Paged, cell_map, table_view
 from ..sublayers import soft_cap_ratio
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Reading(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogitLens:
+class LogitLens(Paged):
     """What every residual of a run says as logits, from the embeddings to the last block.
 
     Attributes:
@@ -230,7 +231,17 @@ class LogitLens:
             lines.append(f"  {site:<{width}}  {line}".rstrip())
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
+    def _page(self) -> Page:
+        views = []
+        for prompt in range(len(self)):
+            rows = list(self[prompt].rows(3))
+            labels = [[row.site, row.pos, str(row.rank), row.token] for row in rows]
+            numbers = np.array([[row.probability, row.logit] for row in rows])
+            names, columns = ["site", "position", "rank", "says"], ["probability", "logit"]
+            views.append(table_view(names, columns, labels, numbers))
+        return Page(self._head(), views, [], tabs=len(self) > 1)
+
+    def _strip(self) -> str:
         names, rows = self._table()
         head = "".join(f"<th>{escape(name)}</th>" for name in ["", *names])
         lines = []

@@ -17,7 +17,7 @@ from ..attribution import PROMPTS, legend_html, more_prompts, patch_map, strip_h
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label
 from ..maps import TINY
 from ..operator import Convention
-from ..pictures import Page, Paged, cell_map, depth, map_view, panel, token_figure
+from ..pictures import Page, Paged, cell_map, depth, map_view, panel, table_view, token_figure
 
 if TYPE_CHECKING:
     import pandas
@@ -280,7 +280,7 @@ def student_t(p: float, freedom: int) -> float:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenScores:
+class TokenScores(Paged):
     """How much of a target is due to every token, for every prompt of a batch.
 
     Attributes:
@@ -406,7 +406,16 @@ class TokenScores:
         head += f", {self.convention.in_front}" if self.convention.in_front else ""
         return "\n".join([head, *(f"  {value:+10.4f}  {name}" for name, value in self.top())])
 
-    def _repr_html_(self) -> str:
+    def _page(self) -> Page:
+        views = []
+        for i, own in enumerate(self.labels):
+            labels = [[place_label(token, pos)] for pos, token in enumerate(own)]
+            numbers = as_array(self[i])[:, None]
+            views.append(table_view(["token"], ["score"], labels, numbers, "", self.target[i]))
+        unit = _UNITS.get(self.method, _OWN_UNIT)
+        return Page(f"Scores of tokens by {self.method}", views, [f"In {unit}."], len(self) > 1)
+
+    def _strip(self) -> str:
         parts = []
         for i in range(min(PROMPTS, len(self))):
             scores = self[i].tolist()

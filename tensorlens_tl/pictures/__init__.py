@@ -13,14 +13,16 @@ from .charts import curves, dots, estimates, path_rows, token_figure
 from .figures import bars, cell_map
 from .maps import depth, map_view, panel
 from .node_graph import edge_view, flow_view, graph_view
-from .page import Page, Paged
-from .splits import Split, graph_figure, split_figure, unit_of
+from .page import Page, Paged, View
+from .split_pages import grid_view, split_page
+from .splits import Split, graph_figure, head_cells, split_figure, unit_of
 from .tables import table_view, waterfall_view
 
 __all__ = [
     "Page",
     "Paged",
     "Split",
+    "View",
     "bars",
     "cell_map",
     "curves",
@@ -31,10 +33,13 @@ __all__ = [
     "flow_view",
     "graph_figure",
     "graph_view",
+    "grid_view",
+    "head_cells",
     "map_view",
     "panel",
     "path_rows",
     "split_figure",
+    "split_page",
     "table_view",
     "token_figure",
     "unit_of",

@@ -36,11 +36,13 @@ class View:
         kind: The drawer: ``views[kind]`` of assets/kind.js.
         data: What the drawer gets: nested mappings and sequences of text, numbers, NumPy arrays.
         heading: A line above the drawing.
+        tab: Views of one tab are shown together. Empty is a tab of its own.
     """
 
     kind: str
     data: Mapping[str, Any]
     heading: str = ""
+    tab: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Page:
         title: The result in a few words.
         views: The drawings, from top to bottom.
         notes: Sentences below the title: how exact the result is, and by which conventions.
-        tabs: Whether a control shows one view at a time, as for the prompts of a batch.
+        tabs: Whether a control shows one tab at a time, as for the prompts of a batch.
         height: Height of the page's frame in a notebook, in pixels.
     """
 
@@ -71,7 +73,15 @@ class Page:
             _script(tuple(sorted({view.kind for view in self.views}))),
             _asset("view.css"),
         )
-        views = [{"kind": v.kind, "heading": v.heading, "data": v.data} for v in self.views]
+        views = [
+            {
+                "kind": view.kind,
+                "heading": view.heading,
+                "tab": view.tab or f"{number}: {view.heading}",
+                "data": view.data,
+            }
+            for number, view in enumerate(self.views, 1)
+        ]
         data = {"title": self.title, "notes": self.notes, "tabs": self.tabs, "views": views}
         text = json.dumps(plain(data), allow_nan=False, separators=(",", ":"))
         policy = (

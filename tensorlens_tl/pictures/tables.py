@@ -18,6 +18,7 @@ def table_view(
     caption: str = "",
     heading: str = "",
     together: bool = False,
+    sort: int = -1,
 ) -> View:
     """A view of rows with numbers and bars, which the reader can sort and search.
 
@@ -29,13 +30,14 @@ def table_view(
         caption: A line above the table.
         heading: A line above the view.
         together: Whether the bars of all columns have one scale.
+        sort: The column of numbers that orders the rows at first, largest first; −1 for none.
 
     Returns:
         The view of this table.
     """
     data = {"names": names, "columns": columns, "labels": labels, "values": values}
     scaled = "together" if together else "apart"
-    return View("table", data | {"caption": caption, "scaled": scaled}, heading)
+    return View("table", data | {"caption": caption, "scaled": scaled, "sort": sort}, heading)
 
 
 def waterfall_view(

@@ -2,6 +2,11 @@
 
 import json
 import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -180,3 +185,144 @@ def test_two_prompts_side_by_side(opened, lenses):
     assert "John @9" in first or "John @10" in first
     page.get_by_label("Find").fill("mary")
     assert page.locator("table").first.locator("tbody tr").count() == 2
+
+
+@pytest.mark.parametrize("by", ["token", "head", "edge"])
+def test_every_row_of_a_split_is_in_its_page(opened, lenses, by):
+    found = lenses[0].attribute("Mary", "John", by=by)
+    page = opened(found.to_html())
+    last = page.evaluate("tensorlens.views.length") - 1
+    assert last == (by == "head")
+    n = len(found.sources)
+    shown = page.evaluate(
+        f"[...Array({n}).keys()].map((i) => tensorlens.views[{last}].value(i, 0))"
+    )
+    assert shown == found.values[0].tolist()
+    rows = page.locator(".table tbody tr")
+    assert rows.count() == min(40, n) < n
+    page.locator(".table").get_by_role("button", name="more").click()
+    assert rows.count() == n
+    assert (
+        f"off by at most {found.completeness_error:.0e}" in page.locator(".note").first.inner_text()
+    )
+
+
+def test_other_results_have_pages(opened, lenses):
+    lens = lenses[0]
+    for result, said in (
+        (lens.logit_lens(), "Mary"),
+        (lens.token_scores("rollout", "Mary"), "gave"),
+        (lens.attribute_sequence(-2), "softmax"),
+        (lens.head_maps("L1H0"), "Attention pattern"),
+    ):
+        assert said in opened(result.to_html()).locator("main").inner_text()
+
+
+def test_pages_in_a_notebook(chromium, lenses, tmp_path):
+    """Two results, through nbconvert: a strip for readers without frames, a page for the others."""
+    nbformat = pytest.importorskip("nbformat")
+    exporter = pytest.importorskip("nbconvert").HTMLExporter(embed_images=False)
+    results = lenses[0].attribute("Mary"), lenses[0].waterfall("Mary")
+    cells = []
+    for result in results:
+        data = {"text/html": result._repr_html_(), "text/plain": repr(result)}
+        output = nbformat.v4.new_output("execute_result", data=data)
+        cells.append(nbformat.v4.new_code_cell("result", outputs=[output]))
+    page_text, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=cells))
+    path = tmp_path / "notebook.html"
+    path.write_text(page_text, encoding="utf-8")
+    context = chromium.new_context(offline=True)
+    page, faults = context.new_page(), []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.route(
+        "https://**", lambda route: route.abort()
+    )  # nbconvert's own template asks for MathJax
+    page.goto(path.as_uri())
+    for frame in page.locator("iframe").all():
+        frame.scroll_into_view_if_needed()
+        assert frame.content_frame.locator("section .view").first.is_visible()
+    assert page.locator("iframe").count() == 2 and "takes away" in page.content()
+    heights = page.evaluate("[...document.querySelectorAll('iframe')].map((f) => f.offsetHeight)")
+    assert heights == [620, 760]
+    context.close()
+    assert not faults
+
+
+def test_show_opens_a_file_or_a_cell(lenses, monkeypatch, capsys):
+    found, opened = lenses[0].attribute("Mary"), []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    found.show()
+    path = Path(url2pathname(urlparse(opened[0]).path))
+    assert path.read_text(encoding="utf-8") == found.to_html()
+    path.unlink()
+    shown = []
+    display = SimpleNamespace(display=shown.append, HTML=str)
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(
+        sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell, display=display)
+    )
+    found.show()
+    assert len(opened) == 1 and shown[0].startswith("<iframe") and "sandbox" in shown[0]
+
+
+def test_a_page_is_written_whole(lenses, tmp_path):
+    found = lenses[0].attribute("Mary")
+    assert found.to_html(tmp_path / "a.html") is None
+    assert (tmp_path / "a.html").read_text(encoding="utf-8") == found.to_html()
+    with pytest.raises(ValueError, match=r"cannot be written\. Pass a file in a folder"):
+        found.to_html(tmp_path / "no" / "a.html")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_is_named_reachable_and_legible(opened, lenses, scheme):
+    """Controls have names and take the focus; text stands out 4.5 : 1, marks 3 : 1 (WCAG AA)."""
+    for result in lenses[0].compare(lenses[1], "Mary"), lenses[0].waterfall("Mary"):
+        page = opened(result.to_html(), color_scheme=scheme)
+        controls = "[...document.querySelectorAll('input, select, button, [tabindex]')]"
+        unnamed = page.evaluate(
+            controls + ".filter((e) => !(e.labels && e.labels.length) && !e.textContent.trim()"
+            " && !e.getAttribute('aria-label')).map((e) => e.outerHTML)"
+        )
+        assert not unnamed
+        hidden = page.evaluate(controls + ".map((e) => !e.getClientRects().length)")
+        reached = set()
+        for _ in range(len(hidden) + 4):
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate(controls + ".indexOf(document.activeElement)"))
+        assert reached - {-1} == {i for i, unseen in enumerate(hidden) if not unseen}
+        colours = page.evaluate(
+            "Object.fromEntries(['ground', 'panel', 'text', 'quiet', 'pos', 'neg', 'mark', 'third']"
+            ".map((name) => [name, getComputedStyle(document.documentElement)"
+            ".getPropertyValue('--' + name).trim()]))"
+        )
+        for front, back, least in (
+            *(("text", back, 4.5) for back in ("ground", "panel")),
+            *(("quiet", back, 4.5) for back in ("ground", "panel")),
+            *((front, "ground", 3) for front in ("pos", "neg", "mark", "third")),
+        ):
+            assert contrast(colours[front], colours[back]) >= least, (front, back)
+
+
+def contrast(one, other):
+    """The ratio of two colours' relative luminances, as WCAG 2 defines it."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_the_script_stays_small():
+    """What a page carries beside its numbers: at most 40 kB, whichever views it has."""
+    from tensorlens_tl.pictures import page
+
+    kinds = sorted(path.stem for path in page.ASSETS.glob("*.js") if path.stem != "view")
+    assert kinds
+    style = len((page.ASSETS / "view.css").read_bytes())
+    for kind in kinds:
+        assert len(page._script((kind,)).encode()) + style <= 40_000, kind

@@ -1,5 +1,5 @@
 // A map of rows by columns: one panel or several side by side, through depth, in a window.
-function openMap(map) {
+function openMap(map, named) {
   const { rows, columns, form } = map, sizes = map.sizes || new Float64Array(rows);
   const kind = map.cells || map.value, cells = new kind.constructor(rows * columns);
   const exact = new Uint8Array(rows * columns);
@@ -33,7 +33,7 @@ function openMap(map) {
   }
   function words(i, j) {
     const here = i * columns + j, x = cells[here];
-    if (exact[here] || x !== x) return number(x);
+    if (exact[here] || x !== x) return x !== x && named ? "nothing" : number(x);
     if (form === "largest") return "smaller than those given of this row";
     const full = map.top[i], level = Math.round(7 * Math.sqrt(Math.abs(x) / full)) || 0, sign = x < 0 ? -1 : 1;
     if (!level) return `below ${number(full * (0.5 / 7) ** 2, 2, false)} in size`;
@@ -54,12 +54,12 @@ views.map = (box, data, watch) => {
     const key = `${p}.${current(p)}`;
     if (!cache.has(key)) {
       if (cache.size > 6) cache.delete(cache.keys().next().value);
-      cache.set(key, openMap(panels[p].stops[current(p)].map));
+      cache.set(key, openMap(panels[p].stops[current(p)].map, data.named));
     }
     return cache.get(key);
   }
   const side = Math.max(n, m), windowed = side > 40;
-  const state = { stop: 0, size: Math.min(side, windowed ? 32 : side), row: 0, column: 0, i: n - 1, j: 0, p: 0, rowwise: windowed };
+  const state = { stop: 0, size: Math.min(side, windowed ? 32 : side), row: 0, column: 0, i: n - 1, j: 0, p: 0, rowwise: windowed && !data.named };
   const rowsShown = () => Math.min(n, state.size), columnsShown = () => Math.min(m, state.size);
   function move(row, column) {
     state.row = Math.max(0, Math.min(n - rowsShown(), Math.round(row)));
@@ -218,7 +218,7 @@ views.map = (box, data, watch) => {
       for (let j = 0; j < w; j++) {
         const here = (state.row + i) * m + state.column + j;
         out[i * w + j] = a.form === "largest" && !a.exact[here] ? colours.none : colours.word(a.cells[here], full);
-        if (a.triangle && state.column + j > state.row + i) out[i * w + j] = colours.none;
+        if ((a.triangle && state.column + j > state.row + i) || (data.named && Number.isNaN(a.cells[here]))) out[i * w + j] = colours.none;
       }
     }
     const small = make("canvas", { width: w, height: h });

@@ -212,18 +212,22 @@ async function start() {
     document.body.append(hint, spoken);
     main.replaceChildren(make("h1", {}, page.title), ...page.notes.map((note) => make("p", { class: "note" }, note)));
     const boxes = page.views.map((view) => make("section", {}, view.heading && make("h2", {}, view.heading)));
-    const show = async (i) => {
-      boxes.forEach((box, j) => (box.hidden = page.tabs && i !== j));
-      if (tensorlens.views[i]) return;
-      const box = make("div", { class: `view ${page.views[i].kind}` });
-      boxes[i].append(box);
-      tensorlens.views[i] = views[page.views[i].kind](box, await opened(page.views[i].data), watch) || {};
+    const tabs = [...new Set(page.views.map((view) => view.tab))];
+    const show = async (tab) => {
+      for (const [i, view] of page.views.entries()) {
+        boxes[i].hidden = page.tabs && view.tab !== tab;
+        if (boxes[i].hidden || tensorlens.views[i]) continue;
+        const box = make("div", { class: `view ${view.kind}` });
+        boxes[i].append(box);
+        tensorlens.views[i] = views[view.kind](box, await opened(view.data), watch) || {};
+      }
     };
-    if (page.tabs && boxes.length > 1)
-      main.append(make("div", { class: "controls" }, choice("Prompt", page.views.map((v, i) => `${i + 1}: ${v.heading}`), 0, show)));
+    if (page.tabs && tabs.length > 1)
+      main.append(make("div", { class: "controls" }, choice("Prompt", tabs, 0, (k) => show(tabs[k]))));
     main.append(...boxes);
-    for (let i = 0; i < (page.tabs ? 1 : boxes.length); i++) await show(i);
+    await show(tabs[0]);
     tensorlens.ready = true;
+    main.dataset.ready = "";
   } catch (error) {
     main.append(make("p", { class: "note" }, `This page cannot be drawn here (${error.message}). Open it in a newer browser.`));
     throw error;
