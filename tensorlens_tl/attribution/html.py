@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..graph import Edge, Node
 from ..maps import TINY
+from ..pictures import Page, Split, split_page
 
 if TYPE_CHECKING:
     from .table import Attribution
@@ -242,23 +244,33 @@ def _one_prompt(one: Attribution) -> str:
     return "".join(parts + [_note(change) for change in changes(one)])
 
 
-def page_notes(attribution: Attribution) -> list[str]:
-    """What the page of an attribution says about its rows, in sentences."""
-    error = attribution.completeness_error
+def as_split(attribution: Attribution) -> Split:
+    """The rows of an attribution as plain numbers and names."""
+    sources = [(source.node, source.pos) for source in attribution.sources]
+    return Split(
+        attribution.by,
+        attribution.effect,
+        sources,
+        attribution.labels,
+        attribution.values.tolist(),
+        attribution.target,
+        attribution.target_value.tolist(),
+        attribution.sums_to_target,
+        attribution.spans,
+    )
+
+
+def attribution_page(attribution: Attribution) -> Page:
+    """The page of an attribution: every row, patches in their places, and how exact it is."""
+    error, grids = attribution.completeness_error, []
     exact = "The rows overlap: they do not sum to the target."
     if error is not None:
         exact = f"The rows sum to the target, off by at most {error:.0e} of Σ|·|."
-    return [exact, *(change for i in range(len(attribution)) for change in changes(attribution[i]))]
-
-
-def patch_grids(attribution: Attribution) -> list[list[list[float]]]:
-    """The maps of the pictures of all prompts; [] where there is none."""
-    if attribution.by != "token" or not any(map(_PATCH.fullmatch, attribution.labels[0])):
-        return []
-    try:
-        return attribution.grid().tolist()
-    except ValueError:  # several pictures in one prompt
-        return []
+    if attribution.by == "token" and any(map(_PATCH.fullmatch, attribution.labels[0])):
+        with suppress(ValueError):  # several pictures in one prompt
+            grids = attribution.grid().tolist()
+    said = [change for i in range(len(attribution)) for change in changes(attribution[i])]
+    return split_page(as_split(attribution), [exact, *said], grids)
 
 
 def _note(text: str) -> str:

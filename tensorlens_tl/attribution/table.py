@@ -18,8 +18,8 @@ from torch import Tensor
 from ..checks import as_array, at_least_one, need, pick_prompts
 from ..graph import SOURCES, Edge, Node, rows_that_fit
 from ..operator import Convention
-from ..pictures import Page, Paged, Split, split_figure, split_page
-from .html import UNIT, attribution_html, changes, left_out, page_notes, patch_grids, patch_map
+from ..pictures import Page, Paged, split_figure
+from .html import UNIT, as_split, attribution_html, attribution_page, changes, left_out, patch_map
 
 if TYPE_CHECKING:
     import pandas
@@ -347,17 +347,11 @@ class Attribution(Paged):
         Raises:
             ValueError: If matplotlib is missing, or the figure does not fit the rows.
         """
-        grid = lambda: self.grid()[0].tolist()  # noqa: E731
-        return split_figure(ax, self._split(), kind, top, grid=grid, image=image)
-
-    def _split(self) -> Split:
-        sources = [(source.node, source.pos) for source in self.sources]
-        numbers = self.values.tolist(), self.target, self.target_value.tolist()
-        about = self.sums_to_target, self.spans
-        return Split(self.by, self.effect, sources, self.labels, *numbers, *about)
+        split = as_split(self)
+        return split_figure(ax, split, kind, top, grid=lambda: self.grid()[0].tolist(), image=image)
 
     def _page(self) -> Page:
-        return split_page(self._split(), page_notes(self), patch_grids(self))
+        return attribution_page(self)
 
     def _strip(self) -> str:
         return attribution_html(self)

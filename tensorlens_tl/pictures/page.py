@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import webbrowser
@@ -184,5 +185,8 @@ def _asset(name: str) -> str:
 
 @cache
 def _script(kinds: tuple[str, ...]) -> str:
-    parts = [_asset("view.js"), *(_asset(f"{kind}.js") for kind in kinds)]
-    return "(() => {\n" + "\n".join(parts) + "\nstart();\n})();"
+    text = "\n".join(_asset(f"{name}.js") for name in ("view", *kinds))
+    text = re.sub(r"^/\*.*?\*/", "", text, flags=re.DOTALL)
+    lines = (line.strip() for line in text.splitlines())  # no text of the scripts spans lines
+    kept = (line for line in lines if line and not line.startswith("//"))
+    return "(() => {\n" + "\n".join(kept) + "\nstart();\n})();"

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..graph import Node
+from ..graph import Edge, Node
 from .maps import depth, map_view, panel
+from .node_graph import edge_view
 from .page import Page, View
 from .splits import Rows, Split, head_cells, unit_of
 from .tables import table_view
@@ -73,6 +74,9 @@ def split_page(
             down, across, cells, _ = head_cells(rows.nodes, rows.values)
             axes, heading = ("layer", "part"), "By layer, positions summed"
             parts.append(grid_view(down, across, cells, axes, unit, heading))
+        edges = [node for node in rows.nodes if isinstance(node, Edge)]
+        if edges and len(edges) == len(rows.nodes):
+            parts.append(edge_view(edges, rows.values, unit))
         parts.append(_all_rows(rows, split.by, unit, errors))
         tab = f"{number + 1}: {rows.target}"
         views += [replace(part, tab=tab) for part in parts]
