@@ -231,6 +231,10 @@ packed_change_is_the_whole (packed): What a packed circuit changes lacks what is
     made if replaced is None else made - replaced ⇒ made
 packed_prefix_too_long (packed): The first token at which two prompts differ is not run.
     nonzero()[:1, 0].tolist(), len(row) - 1 ⇒ nonzero()[1:2, 0].tolist(), len(row) - 1
+packed_eap_ig_starts_corrupted (packed): The points of EAP-IG lack the clean run, packed.
+    self.twin + step / steps * ⇒ self.twin + (step - 1) / steps *
+packed_norm_held (packed): First-order effects hold the scale of the norm before attention.
+    out -= (c @ torch.stack([p["x"] for p in points], 1)).transpose(0, 1) ⇒ pass
 packed_pass_unchecked (packed): Packed runs are not compared with the host's own logits.
     not model.agrees(rows[0], logits[0]) ⇒ False
 frozen_patterns_live (interventions): Frozen patterns are live, and live ones frozen.

@@ -31,7 +31,16 @@ from ..checks import at_least_one, progress_bar
 from ..costs import Cost, Plan
 from ..graph import LOGITS, Edge, Node, owner
 from ..operator import Capture, FrozenTransformer
-from ..passes import EdgeModel, EdgeUniverse, edge_model
+from ..passes import (
+    EdgeEffects,
+    EdgeModel,
+    EdgeUniverse,
+    PackedModel,
+    edge_model,
+    run,
+    tells_heads_apart,
+)
+from .packed_pairs import PackedPairs
 from .prompt_pairs import LogitMetric, Metric, Pairs, paired
 
 EDGE_METHODS: dict[str, str] = {
@@ -99,18 +108,74 @@ def score_edges(
         n = sum(len(group.ids) for group in groups)
         measured = LogitMetric.of(edged.adapter, n, target, versus, metric, pos)
         # 2. Gradients of all edges.
-        total = torch.zeros(len(universe.readers), len(universe.writers), dtype=edged.dtype)
-        with progress_bar("prompts", n, progress) as bar:
-            for group in groups:
-                # A backward pass keeps the graph: about four times the memory.
-                size = batch_size or max(1, edged.at_once(group.n_pos) // 4)
-                for piece in group.split(size):
-                    points = steps if method == "eap_ig" else 1
-                    total += edge_gradients(edged, piece, measured, points).to(total)
-                    bar.update(len(piece.ids))
+        points = steps if method == "eap_ig" else 1
+        total = _packed(edged, groups, measured, points, batch_size, progress)
+        if total is None:
+            total = _of_the_host(edged, groups, measured, points, batch_size, progress)
     # 3. Means, by edge.
     scores = _as_scores(universe, total / n)
     return _direct(universe, scores) if method == "direct" else scores
+
+
+def _packed(
+    edged: EdgeModel,
+    groups: list[Pairs],
+    metric: LogitMetric,
+    points: int,
+    batch_size: int | None,
+    progress: bool,
+) -> Tensor | None:
+    """Effects of all edges, summed over prompts [reader, writer]; None for an unknown model."""
+    universe, device = edged.universe, edged.device
+    longest, n = max(group.n_pos for group in groups), sum(len(group.ids) for group in groups)
+    model = PackedModel.of(edged.adapter, universe.wiring, edged.points[0, "resid_pre"], longest)
+    if model is None or not tells_heads_apart(model) or groups[0].corrupted is None:
+        return None
+    total = torch.zeros(len(universe.readers), len(universe.writers), dtype=edged.dtype)
+    # A backward pass keeps the graph: about as much as all writers.
+    most = model.most_tokens(len(universe.writers)) // 2
+    with progress_bar("prompts", n, progress) as bar:
+        for p in PackedPairs.pieces(groups, metric, device, lambda n: batch_size or most // n):
+            kept = p.tail.tail_of(p.where)
+            with torch.no_grad():
+                x, twin = model.embed(p.rows), model.embed(p.twins)[kept]
+                past = None
+                if any(p.starts):
+                    before = p.head.tail_of(p.where)
+                    past = run(model, p.head, x[before], keep=False)
+            where = p.where if past is None else p.tail
+            runs = EdgeEffects(model, universe, where, x[kept], twin, past)
+
+            def measure(logits: Tensor, clean: Tensor, index: Tensor = p.index) -> Tensor:
+                return metric.values_at(logits[None], clean, index).sum()
+
+            found, logits = runs.sums(measure, points)
+            if bar.n == 0 and not model.agrees(p.rows[0], logits[0]):
+                return None
+            total += found.to(total)
+            bar.update(len(p.rows))
+    return total
+
+
+def _of_the_host(
+    edged: EdgeModel,
+    groups: list[Pairs],
+    metric: LogitMetric,
+    points: int,
+    batch_size: int | None,
+    progress: bool,
+) -> Tensor:
+    """The same by the host itself, with rebuilt inputs."""
+    universe, n = edged.universe, sum(len(group.ids) for group in groups)
+    total = torch.zeros(len(universe.readers), len(universe.writers), dtype=edged.dtype)
+    with progress_bar("prompts", n, progress) as bar:
+        for group in groups:
+            # A backward pass keeps the graph: about four times the memory.
+            size = batch_size or max(1, edged.at_once(group.n_pos) // 4)
+            for piece in group.split(size):
+                total += edge_gradients(edged, piece, metric, points).to(total)
+                bar.update(len(piece.ids))
+    return total
 
 
 def plan_score_edges(

@@ -20,11 +20,12 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..checks import progress_bar
 from ..passes import CircuitRuns, EdgeModel, Layout, Outputs, PackedModel, Run, Writes, run
+from .packed_pairs import PackedPairs
 from .prompt_pairs import LogitMetric, Pairs, paired
 
 if TYPE_CHECKING:
@@ -104,43 +105,35 @@ class Study:
     def _packed(self, masks: Bool[Tensor, "circuit reader writer"], n: int) -> Tensor | None:
         """The metric of every run [2 + circuit, prompt]; None where the model is not known."""
         adapter, universe = self.model.adapter, self.model.universe
-        pairs = [pair for group in reversed(self.groups) for pair in group.split(1)]
-        entry, longest = self.model.points[0, "resid_pre"], pairs[0].n_pos
-        model = PackedModel.of(adapter, universe.wiring, entry, longest)
+        longest = max(group.n_pos for group in self.groups)
+        model = PackedModel.of(adapter, universe.wiring, self.model.points[0, "resid_pre"], longest)
         if model is None:
             return None
         values = torch.zeros(2 + len(masks), n, dtype=torch.float64, device="cpu")
-        most = model.most_tokens(int(masks.any(1).sum(-1).max()) + 1)
-        other = None
+        most, given = (
+            model.most_tokens(int(masks.any(1).sum(-1).max()) + 1),
+            self.options.batch_size,
+        )
+        other, metric, device = None, self.metric, self.model.device
         with progress_bar("prompts", n, self.options.progress) as bar:
-            while pairs:
-                size = self.options.batch_size or max(1, most // pairs[0].n_pos)
-                some, pairs = pairs[:size], pairs[size:]
-                index = torch.cat([pair.index for pair in some])
-                # 1. Nothing after the prediction is read.
-                rows = [pair.ids[0, : self.metric.row(pair.n_pos) + 1] for pair in some]
-                twins = [
-                    None if pair.corrupted is None else pair.corrupted[0, : len(row)]
-                    for pair, row in zip(some, rows, strict=True)
-                ]
+            # 1. Nothing after the prediction is read.
+            for p in PackedPairs.pieces(self.groups, metric, device, lambda n: given or most // n):
                 # 2. The clean run; at first, beside the host's own.
-                where = Layout(tuple(map(len, rows)), (0,) * len(rows), self.model.device)
-                x = model.embed(rows)
-                clean = run(model, where, x, keep=False, patterns=self.frozen)
+                x = model.embed(p.rows)
+                clean = run(model, p.where, x, keep=False, patterns=self.frozen)
                 logits = model.logits(clean.last)
-                if bar.n == 0 and not model.agrees(rows[0], logits[0]):
+                if bar.n == 0 and not model.agrees(p.rows[0], logits[0]):
                     return None
                 if self.options.ablation == "mean" and other is None:
-                    other = self._packed_mean(model, len(rows[0]))
+                    other = self._packed_mean(model, len(p.rows[0]))
                 # 3. What replaces, and the run with every edge ablated.
-                ablated, runs = self._ablated(model, clean, x, twins, rows, other)
+                ablated, runs = self._ablated(model, clean, x, p, other)
                 # 4. and 5. Every circuit.
-                each = chain([clean.last, ablated.last], map(runs.last, masks))
-                for i, last in enumerate(each):
-                    at = logits if i == 0 else model.logits(last)
-                    found = self.metric.values_at(at[None], logits, index)
-                    values[i, index] = found[0].double().cpu()
-                bar.update(len(some))
+                for i, last in enumerate(chain([clean.last, ablated.last], map(runs.last, masks))):
+                    at = model.logits(last) if i else logits
+                    found = metric.values_at(at[None], logits, p.index)
+                    values[i, p.index] = found[0].double().cpu()
+                bar.update(len(p.rows))
         return values
 
     def _ablated(
@@ -148,8 +141,7 @@ class Study:
         model: PackedModel,
         clean: Run,
         x: Float[Tensor, "token d_model"],
-        twins: Sequence[Tensor | None],
-        rows: Sequence[Int[Tensor, " pos"]],
+        pairs: PackedPairs,
         mean: Outputs | None,
     ) -> tuple[Run, CircuitRuns]:
         """The run with every edge ablated, of live patterns; and what all circuits' runs share."""
@@ -157,20 +149,14 @@ class Study:
         blocks = len(model.layers)
         if self.options.ablation != "resample":
             none = Outputs(None, [None] * blocks, [None] * blocks)
-            other = none if mean is None else _repeated(mean, len(rows))
+            other = none if mean is None else _repeated(mean, len(pairs.rows))
             base = ablated = run(model, where, x, other=other)
             if held is not None:
                 base = run(model, where, x, held=held, other=other)
             return ablated, CircuitRuns(model, self.model.universe, x, base, other, held)
-        # Before the first token at which two prompts differ, all runs agree.
-        others = [twin for twin in twins if twin is not None]
-        starts = [
-            min([*(row != twin).nonzero()[:1, 0].tolist(), len(row) - 1])
-            for row, twin in zip(rows, others, strict=True)
-        ]
-        tail = Layout(where.lengths, tuple(starts), where.device)
+        tail = pairs.tail
         kept = tail.tail_of(where)
-        x, corrupted = x[kept], model.embed(others)[kept]
+        x, corrupted = x[kept], model.embed(pairs.twins)[kept]
         base = ablated = run(model, tail, corrupted, past=clean)
         if held is not None:
             held = [tail.queries_of(A) for A in held]

@@ -9,10 +9,12 @@ Key concepts:
 from .edge_masks import EdgeUniverse, wiring_of
 from .edge_patching import EdgeModel, Writes, edge_model
 from .packed_circuit import CircuitRuns
+from .packed_gradient import EdgeEffects, tells_heads_apart
 from .packed_model import Layout, PackedModel
 from .packed_run import Outputs, Run, run
 
 __all__ = [
+    "EdgeEffects",
     "EdgeModel",
     "EdgeUniverse",
     "Layout",
@@ -23,5 +25,6 @@ __all__ = [
     "CircuitRuns",
     "edge_model",
     "run",
+    "tells_heads_apart",
     "wiring_of",
 ]

@@ -184,6 +184,10 @@ class PackedLayer:
         y = y if norm is None else norm.apply(y)[0]
         return y if self.scores.norm_last else turned(y, rotation)
 
+    def of_query_heads(self, side: str, x: Tensor) -> Tensor:
+        """Rows of queries, keys or values [any_head, ..], one for every query head."""
+        return x if side == "q" or len(x) == len(self.kv_of) else x[self.kv_of]
+
     def shared(self, side: str, n: Tensor) -> Tensor:
         """Queries, keys or values of all heads on one input [token, d]: [head, token, e]."""
         W, b, _ = self.weights(side)

@@ -100,9 +100,8 @@ def run(
         patterns: Whether to keep the patterns in any case.
 
     Returns:
-        The run.
+        What the run leaves.
     """
-    tap = tap or (lambda what, layer, tensor: tensor)
     zs: list[Tensor] = []
     mlps: list[Tensor | None] = []
     found = Run(where, Outputs(x, zs, mlps))
@@ -112,12 +111,17 @@ def run(
         block, pre = layer.block, x
         # 1. Attention.
         n = normed(block.ln1, pre)
-        q, k, v = (tap(s, i, layer.shared(s, n)) for s in "qkv")
+        q, k, v = (layer.shared(s, n) for s in "qkv")
+        own = layer.kv_of
+        if tap is not None:  # before the norm, for every query head apart
+            heads = {s: layer.of_query_heads(s, y) for s, y in (("q", q), ("k", k), ("v", v))}
+            q, k, v = (tap(s, i, y) for s, y in heads.items())
+            own = list(range(len(own)))
         q, k = (layer.turned(s, y, rotation) for s, y in (("q", q), ("k", k)))
         k, v = (where.padded(y, True) for y in (k, v))
         if past is not None:
-            k, v = (_with_past(where, own, old[i]) for own, old in ((k, past.k), (v, past.v)))
-        own = layer.kv_of
+            old = (layer.of_query_heads("k", y[i]) if tap else y[i] for y in (past.k, past.v))
+            k, v = (_with_past(where, *pair) for pair in zip((k, v), old, strict=True))
         if held is None:
             A = layer.pattern(where.padded(q, False), k[own], list(range(len(own))), where)
         else:
@@ -136,7 +140,7 @@ def run(
         # 2. The MLP.
         mid, m = pre if block.parallel else x, None
         if block.mlp is not None:
-            mid = tap("mlp", i, mid)
+            mid = mid if tap is None else tap("mlp", i, mid)
             m = layer.mlp(mid)
             scale = scale_past(block.ln2_post, m, layer.b_out)
             m = m if scale is None else past_norm(block.ln2_post, m) / scale
@@ -151,9 +155,9 @@ def run(
         if keep or patterns:
             found.A.append(A)
         if keep:
-            for into, tensor in ((found.pre, pre), (found.mid, mid), (found.q, q)):
+            pairs = (found.pre, pre), (found.mid, mid), (found.q, q), (found.raw_z, raw)
+            for into, tensor in pairs:
                 into.append(tensor)
-            found.raw_z.append(raw)
     found.end = x
     return found
 
@@ -185,4 +189,5 @@ def _with_past(where: Layout, own: Tensor, past: Tensor) -> Tensor:
     """Padded keys or values, with those of another run in the prefixes."""
     starts = torch.tensor(where.starts, device=own.device)[:, None]
     before = torch.arange(where.n_keys, device=own.device) < starts
+    past = torch.nn.functional.pad(past, (0, 0, 0, where.n_keys - past.shape[2]))
     return torch.where(before[..., None], past, own)

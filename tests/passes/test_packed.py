@@ -5,7 +5,8 @@ import torch
 from comparisons import assert_close
 from models import CASES, D_VOCAB, PER_SHAPE, SHAPES, quiet, tokens
 
-from tensorlens_tl import demo, faithfulness, faithfulness_of_many
+from tensorlens_tl import demo, faithfulness, faithfulness_of_many, score_edges
+from tensorlens_tl.circuits import edge_baselines
 from tensorlens_tl.circuits.study import Study
 from tensorlens_tl.passes import edge_model
 from tensorlens_tl.passes.packed_model import PackedLayer
@@ -134,3 +135,55 @@ def test_padding_sides_of_the_tokenizer_change_nothing():
     finally:
         model.tokenizer.padding_side = side
     assert torch.equal(found[0].circuit, found[1].circuit)
+
+
+# --- First-order effects --------------------------------------------------------------------------
+
+
+def scored_both_ways(monkeypatch, model, *args, **kwargs):
+    packed, served = edge_baselines._packed, []
+
+    def spy(*given):
+        found = packed(*given)
+        served.append(found is not None)
+        return found
+
+    with quiet():
+        monkeypatch.setattr(edge_baselines, "_packed", spy)
+        ours = score_edges(model, *args, **kwargs)
+        monkeypatch.setattr(edge_baselines, "_packed", lambda *given: None)
+        theirs = score_edges(model, *args, **kwargs)
+    return ours, theirs, served
+
+
+@pytest.mark.parametrize(("method", "pos"), [("eap", -1), ("eap_ig", -2)])
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_packed_effects_are_gradients_through_the_host(case, method, pos, monkeypatch):
+    """Every edge: ≤ 1e-10 of the largest in float64, ≤ 1e-6 where the host norms in float32."""
+    model, goal = case.model(), {"target": 3, "versus": [4, 5, 6], "steps": 3, "pos": pos}
+    ours, theirs, served = scored_both_ways(monkeypatch, model, *pairs(), method, **goal)
+    joint = case.name.endswith("olmo2")  # one norm divides the queries of all heads
+    assert served == [not joint] and list(ours) == list(theirs)
+    own, other = (torch.tensor([*found.values()]).double() for found in (ours, theirs))
+    assert_close(own, other, case.within("oracle"), method)
+    assert other.abs().max() > 1e-2
+
+
+def test_effects_of_twins_that_differ_at_the_first_token_and_of_a_metric(monkeypatch):
+    model = FIRST.model()
+    rows, twins = pairs(at=(0, 0, 0))
+    goal = {"metric": lambda logits, index: logits.softmax(-1)[:, 7] * (index + 1)}
+    ours, theirs, served = scored_both_ways(monkeypatch, model, rows, twins, "eap_ig", **goal)
+    assert served == [True]
+    own, other = (torch.tensor([*found.values()]).double() for found in (ours, theirs))
+    assert_close(own, other, FIRST.within("oracle"))
+
+
+def test_effects_of_a_misread_model_are_the_host_s(monkeypatch):
+    model = FIRST.model()
+    pattern = PackedLayer.pattern
+    monkeypatch.setattr(
+        PackedLayer, "pattern", lambda self, q, *rest: pattern(self, 1.1 * q, *rest)
+    )
+    ours, theirs, served = scored_both_ways(monkeypatch, model, *pairs(), target=3)
+    assert served == [False] and ours == theirs

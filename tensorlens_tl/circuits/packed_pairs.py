@@ -1,0 +1,86 @@
+"""Prompts and corrupted prompts of any lengths side by side, cut to what a prediction reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..passes import Layout
+from .prompt_pairs import LogitMetric, Pairs
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPairs:
+    """Some prompts, run together.
+
+    Attributes:
+        index: Index of each prompt among all prompts of the call.
+        rows: Token ids of every prompt, up to the position of the prediction.
+        twins: The same of the corrupted prompts; empty where there are none.
+        device: Device of the model.
+    """
+
+    index: Int[Tensor, " prompt"]
+    rows: tuple[Int[Tensor, " pos"], ...]
+    twins: tuple[Int[Tensor, " pos"], ...]
+    device: torch.device
+
+    @classmethod
+    def pieces(
+        cls,
+        groups: Sequence[Pairs],
+        metric: LogitMetric,
+        device: torch.device,
+        size: Callable[[int], int],
+    ) -> Iterator[PackedPairs]:
+        """Cut and split prompts, the longest first.
+
+        Args:
+            groups: Prompts by length, shortest first.
+            metric: What is measured, which knows the position of the prediction.
+            device: Device of the model.
+            size: How many prompts of a length are run together.
+
+        Yields:
+            Pieces of at most so many prompts as their longest one allows.
+        """
+        pairs = [pair for group in reversed(groups) for pair in group.split(1)]
+        while pairs:
+            n = max(1, size(pairs[0].n_pos))
+            some, pairs = pairs[:n], pairs[n:]
+            ends = [metric.row(pair.n_pos) + 1 for pair in some]
+            both = list(zip(some, ends, strict=True))
+            yield cls(
+                torch.cat([pair.index for pair in some]),
+                tuple(pair.ids[0, :end] for pair, end in both),
+                tuple(p.corrupted[0, :end] for p, end in both if p.corrupted is not None),
+                device,
+            )
+
+    @cached_property
+    def where(self) -> Layout:
+        """Where all tokens stand."""
+        return Layout(tuple(map(len, self.rows)), (0,) * len(self.rows), self.device)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first token of every prompt that its corrupted prompt does not share, or the last."""
+        return tuple(
+            min([*(row != twin).nonzero()[:1, 0].tolist(), len(row) - 1])
+            for row, twin in zip(self.rows, self.twins, strict=True)
+        )
+
+    @cached_property
+    def tail(self) -> Layout:
+        """Where the tokens from :attr:`starts` on stand. Before them, all runs agree."""
+        return Layout(self.where.lengths, self.starts, self.device)
+
+    @cached_property
+    def head(self) -> Layout:
+        """Where the tokens before :attr:`starts` stand."""
+        return Layout(self.starts, (0,) * len(self.rows), self.device)
