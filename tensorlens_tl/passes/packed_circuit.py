@@ -51,8 +51,8 @@ class CircuitRuns:
     """All that the runs of circuits on the same prompts share.
 
     Attributes:
-        model: The model.
-        universe: Its edges.
+        model: Weights and scores of the model.
+        universe: All edges of the model.
         x: What enters the first block in the clean run, at the tokens that are run.
         base: The run with every edge ablated.
         other: What replaces the outputs of ablated writers.

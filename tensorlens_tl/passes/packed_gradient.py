@@ -50,8 +50,8 @@ class EdgeEffects:
     """The clean and the corrupted run of packed prompts, ready to be compared edge by edge.
 
     Attributes:
-        model: The model.
-        universe: Its edges.
+        model: Weights and scores of the model.
+        universe: All edges of the model.
         where: The tokens from which two prompts differ.
         x: What enters the first block in the clean run.
         twin: What enters it in the corrupted run.
@@ -71,7 +71,7 @@ class EdgeEffects:
         """Compute the effects of all edges, summed over prompts.
 
         Args:
-            measure: The metric.
+            measure: What is measured of the logits.
             steps: Number of points on the way from the corrupted to the clean embeddings.
 
         Returns:
@@ -121,10 +121,10 @@ class _Point:
 
     Attributes:
         outputs: What its writers add.
-        logits: Its logits.
-        layers: By layer: the gradient at the queries ("q"), keys and values of every query head
-            divided by the scale of the norm before them, "c" of each over the squared scale
-            ("cq", …), the centred residual ("x"), and the gradient at the MLP's input ("mlp").
+        logits: Logits after every prompt.
+        layers: What was differentiated in every block, by name. "q", "k" and "v" are gradients of
+            every query head, divided by the scale of the norm before them. "cq", "ck" and "cv" are
+            c over the squared scale. "x" is the centred residual. "mlp" is the gradient there.
         end: The gradient at the final residual after every prompt.
     """
 
@@ -191,7 +191,7 @@ def pull(
     """Pull gradients at queries, keys or values back to the residual, summed over points.
 
     Args:
-        layer: The block.
+        layer: Weights of the block.
         side: "q", "k" or "v".
         points: The gradients of every point; see :class:`_Point`.
         out: Receives one row per query head.

@@ -139,7 +139,7 @@ class PackedLayer:
     """One block.
 
     Attributes:
-        block: Its weights.
+        block: Weights of the block.
         scores: What its attention scores are made of.
         window: Number of keys that a query sees, its own included, or None for all.
     """
@@ -201,7 +201,7 @@ class PackedLayer:
         Args:
             side: "q", "k" or "v".
             heads: The query heads.
-            n: Their normalized inputs [head, token, d].
+            n: Normalized inputs of these heads [head, token, d].
             rotation: Rotation of the tokens, or None.
 
         Returns:
@@ -300,7 +300,7 @@ class PackedModel:
 
     Attributes:
         adapter: Adapter of the host, which gives embeddings and is compared with.
-        layers: The blocks.
+        layers: Weights of every block.
         wiring: The edges that the model has.
         entry: The hook point of what enters the first block.
     """

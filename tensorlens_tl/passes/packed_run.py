@@ -46,10 +46,10 @@ class Run:
         outputs: What its writers add.
         pre: Residual before attention, by layer.
         mid: Residual that the MLP reads.
-        q: Queries.
+        q: Queries of every head.
         k: Keys, padded, with those of the prefixes.
         v: Values, padded, with those of the prefixes.
-        A: Patterns.
+        A: Patterns of every head.
         raw_z: z before the scale of a post-norm.
         leak: By layer and by sublayer (0 attention, 1 MLP): b_O or b_out past the post-norm, and
             the scale that divides it; only where there are both.
@@ -88,7 +88,7 @@ def run(
     """Run packed prompts.
 
     Args:
-        model: The model.
+        model: Weights and scores of the model.
         where: Where the tokens stand.
         x: What enters the first block.
         past: A run of the same prompts, whose keys and values stand in the prefixes.
