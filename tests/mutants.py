@@ -236,8 +236,7 @@ packed_eap_ig_starts_corrupted (packed): The points of EAP-IG lack the clean run
 packed_norm_held (packed): First-order effects hold the scale of the norm before attention.
     out -= (c @ torch.stack([p["x"] for p in points], 1)).transpose(0, 1) ⇒ pass
 packed_pass_unchecked (packed): Packed runs are not compared with the host's own logits.
-    bar.n == 0 and not model.agrees(p.rows[0], logits[0]): return None total ⇒
-    False: return None total
+    bool((own - logits).abs().max() <= eps**0.5 * own.abs().max()) ⇒ True
 frozen_patterns_live (interventions): Frozen patterns are live, and live ones frozen.
     clean.A if self.frozen else None ⇒ clean.A if not self.frozen else None
     if self.frozen else None ⇒ if not self.frozen else None
