@@ -208,8 +208,8 @@ def cell_map(
     )
     for i, row in enumerate(texts or ()):
         for j, text in enumerate(row):
-            dark = math.isfinite(grid[i, j]) and abs(grid[i, j]) > 0.6 * end
-            ink, text = "white" if dark else "black", label(text, max(3, int(room / 0.062)))
+            ink = "white" if _luminance(drawn.to_rgba(grid[i, j])) < 0.18 else "black"
+            text = label(text, max(3, int(room / 0.062)))
             ax.text(j, i, text, ha="center", va="center", color=ink, size="x-small", **PLAIN)
     named_axis("x", ax, columns)
     named_axis("y", ax, rows)
@@ -218,6 +218,12 @@ def cell_map(
     beyond = {(1, 1): "both", (1, 0): "max", (0, 1): "min"}.get((over, under and signed), "neither")
     ax.figure.colorbar(drawn, ax=ax, label=unit, fraction=0.05, pad=0.02, extend=beyond)
     return titled(ax, title, axis_names[1], axis_names[0])
+
+
+def _luminance(rgba: Any) -> float:
+    """The relative luminance of an sRGB colour, of which WCAG makes contrasts."""
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgba[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 # --- Bars -----------------------------------------------------------------------------------------
