@@ -31,7 +31,7 @@ def texts(ax):
 
 def test_every_table_has_a_figure():
     for module in pkgutil.walk_packages(tensorlens_tl.__path__, "tensorlens_tl."):
-        if module.name.endswith("__main__"):
+        if module.name.endswith("__main__") or ".editing" in module.name:
             continue
         for thing in vars(importlib.import_module(module.name)).values():
             if isinstance(thing, type) and hasattr(thing, "to_dataframe"):
