@@ -197,9 +197,7 @@ def test_files_of_any_system_hold_the_same_prompts(command, mark, end, tmp_path,
 
 def test_the_report(capsys):
     lines = said(capsys, "--model", str(demo.model_folder()), PROMPT).splitlines()
-    assert (
-        lines[0].startswith("TensorLens(model, 6 tokens") and lines[2] == PROMPT
-    )
+    assert lines[0].startswith("TensorLens(model, 6 tokens") and lines[2] == PROMPT
     for part in ("By token (its", "By component (direct effect)", "Sum by token: ", "  L3MLP  "):
         assert any(line.startswith(part) for line in lines), part
     assert "capture check" in lines[-1] and "attribution error" in lines[-1]

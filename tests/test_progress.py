@@ -61,3 +61,6 @@ def test_a_bar_may_be_turned_off(progress, capsys, monkeypatch):
     capsys.readouterr()
     tensorlens_tl.attribute(model, [PROMPT, "The capital"], progress=progress)
     assert ("prompts" in capsys.readouterr().err) == progress
+    model.run_with_tensorlens(PROMPT)[1].paths(k=1, progress=progress)
+    shown = capsys.readouterr().err
+    assert ("bounds of paths" in shown) == ("partial paths" in shown) == progress

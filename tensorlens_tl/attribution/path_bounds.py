@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import at_least_one
+from ..checks import at_least_one, progress_bar
 from ..graph import Node
 from ..maps import Chain, LinearMap, Norm
 from ..operator import Step
@@ -138,6 +138,7 @@ def bounds_by_site(
     constants: bool,
     by_position: bool,
     memory_limit: int,
+    progress: bool = False,
 ) -> list[PathBound]:
     """Bound what can come from below, at every residual site.
 
@@ -148,6 +149,7 @@ def bounds_by_site(
         by_position: Whether paths at different positions inside are apart.
         memory_limit: Bytes that all bounds may take. Where whole matrices need more, low-rank
             bounds serve.
+        progress: Whether to show a progress bar on standard error after 2 s.
 
     Returns:
         One bound per site: before each step, and after the last.
@@ -172,7 +174,9 @@ def bounds_by_site(
     # 1. The sources.
     C = _outer(list(sources.values()))
     found = [PathBound.of(C, rank)]
+    bar = progress_bar("bounds of paths", len(steps), progress)
     for step in steps:
+        bar.update()
         # 2. and 3. Through one node of the step; straight on, C stays.
         added = torch.zeros_like(C)
         for node_map in step.node_maps:
@@ -187,6 +191,7 @@ def bounds_by_site(
             b = [*step.norm.constants().values()]
             C = C + (_outer(b) if constants and b else 0)
         found.append(PathBound.of(C, rank))
+    bar.close()
     return found
 
 

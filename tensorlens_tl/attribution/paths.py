@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from ..checks import at_least_one, is_int, need, place_label
+from ..checks import at_least_one, is_int, need, place_label, progress_bar
 from ..graph import CONTENTS, Node
 from ..maps import DENSE_LIMIT
 from ..operator import Capture, Convention, FrozenTransformer
@@ -277,6 +277,7 @@ def find_paths(
     constants: bool = True,
     max_expansions: int = 10_000,
     memory_limit: int = DENSE_LIMIT,
+    progress: bool = True,
 ) -> Paths:
     """Find the k paths of the largest |contribution| from a source to a target, exactly.
 
@@ -300,6 +301,8 @@ def find_paths(
         memory_limit: Bytes that the bounds may take. Whole bounds are (2 n_layers + 1) · pos ·
             d_model² numbers of 8 bytes. Where that is more, low-rank bounds serve: the search
             stays exact but takes longer.
+        progress: Whether to show progress bars on standard error after 2 s: of the bounds, then of
+            the partial paths, of which ``max_expansions`` is the most.
 
     Returns:
         At most k paths. ``exact`` and ``largest_unexplored`` tell what is known of the others.
@@ -327,7 +330,7 @@ def find_paths(
 
     # 1. The bounds.
     steps = [StepParts.of(step, i) for i, step in enumerate(operator.steps)]
-    bounds = bounds_by_site(steps, sources, constants, by_position, memory_limit)
+    bounds = bounds_by_site(steps, sources, constants, by_position, memory_limit, progress)
 
     # 2. The empty path: the target's covector below the final norm.
     best = _Best(k)
@@ -343,10 +346,11 @@ def find_paths(
     heap = [(-float(bounds[-1].bound(root).sum()), next(best.ticks), _Partial(len(steps), at))]
 
     # 3. Extend the partial path with the largest bound: straight on, or through one node.
-    expansions = 0
+    expansions, bar = 0, progress_bar("partial paths", budget, progress)
     while heap and -heap[0][0] > best.threshold and expansions < budget:
         partial = heapq.heappop(heap)[-1]
         expansions += 1
+        bar.update()
         site = partial.site - 1
         step, v = steps[site], partial.covector(root, steps)
         own = {} if step.norm is None else step.norm.constants()
@@ -374,6 +378,7 @@ def find_paths(
         for i, pos in best.wanted(sizes):
             child = _Partial(site, pos if by_position else None, *partial.through(choices[i]))
             heapq.heappush(heap, (-float(sizes[i, pos]), next(best.ticks), child))
+    bar.close()
 
     # 4. The k largest, and what is known of all others.
     left = max(best.left_out, -heap[0][0] if heap else 0.0)

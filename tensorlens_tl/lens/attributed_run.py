@@ -282,6 +282,7 @@ class AttributedRun(FrozenRun):
         constants: bool = True,
         max_expansions: int = 10_000,
         memory_limit: int = DENSE_LIMIT,
+        progress: bool = True,
     ) -> Paths:
         """Find the k paths from a source through heads and MLPs to a logit that contribute most.
 
@@ -299,6 +300,7 @@ class AttributedRun(FrozenRun):
             constants: Whether constants are sources, too.
             max_expansions: How many partial paths to extend before the search stops.
             memory_limit: Bytes that the search may take for its bounds.
+            progress: Whether to show progress bars on standard error after 2 s.
 
         Returns:
             The paths. ``exact`` says whether the search was completed.
@@ -324,6 +326,7 @@ class AttributedRun(FrozenRun):
             constants,
             max_expansions,
             memory_limit,
+            progress,
         )
 
     def loadings(

@@ -48,18 +48,24 @@ def test_smollm2_is_exact(smollm2):
     assert found.top(1)[0][0] == '" Mary"@1'
 
 
-def test_minilm_is_exact():
+@pytest.fixture(scope="module")
+def minilm():
     need("minilm")
-    model = models.minilm()
+    return models.minilm()
+
+
+def test_minilm_is_exact(minilm):
     texts = ["A man is playing a guitar.", "Someone plays an instrument."]
-    _, (a, b) = tensorlens_tl.capture(model, texts)
+    _, (a, b) = tensorlens_tl.capture(minilm, texts)
     rows = a.attribute_similarity(b)
     cosine = torch.cosine_similarity(a.sentence_vectors(), b.sentence_vectors())
     torch.testing.assert_close(rows.values.sum(-1), cosine, atol=1e-5, rtol=0)
     assert rows.sum("node").top(1)[0][0].startswith('"guitar"')
 
 
-def test_the_examples():
-    for name in models.__all__:
-        need(name)
-    assert doctest.testmod(models).failed == 0
+@pytest.mark.parametrize("name", models.__all__)
+def test_the_examples(name, request, monkeypatch):
+    model = request.getfixturevalue(name)
+    (test,) = doctest.DocTestFinder(recurse=False).find(getattr(models, name), name, models)
+    monkeypatch.setattr(models, name, lambda: model)  # loaded once
+    assert test.examples and doctest.DocTestRunner().run(test).failed == 0
