@@ -8,11 +8,10 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..graph import Edge, Node, Wiring, as_edges
 from ..hosts import Adapter
-from ..refusals import UnsupportedArchitectureError
 from ..sublayers import BlockWeights, ExpertsWeights, ModelWeights
 
 
@@ -44,17 +43,22 @@ def _mlps(layer: int, block: BlockWeights) -> tuple[Node, ...]:
     return found if block.shared is None else (*found, Node("expert", layer, name="shared"))
 
 
-def refuse_norms_between(adapter: Adapter) -> None:
-    """Refuse a model whose residual itself passes norms: nodes of the real model share them.
+def norms_between(adapter: Adapter) -> dict[tuple[str, int], nn.Module]:
+    """Find the host's norms of the residual itself, which stand between writers and readers.
 
-    Raises:
-        UnsupportedArchitectureError: If it has such norms.
+    Args:
+        adapter: Adapter of the model.
+
+    Returns:
+        The norms, by kind and layer of the nodes whose sum they normalize: ("head", 0), ("mlp", 0).
+        Empty unless the model is post-norm, as BERT is.
     """
-    if any(block.mid_norm is not None for block in adapter.weights.blocks):
-        raise UnsupportedArchitectureError(
-            f"{adapter.name} cannot be run edge by edge, as it normalizes the residual itself. Ask "
-            "the operator instead: lens.circuit(edges).share(target)."
-        )
+    found = {}
+    for layer, block in enumerate(adapter.model.blocks):
+        for kind, name in (("head", "mid_norm"), ("mlp", "post_norm")):
+            if (norm := adapter.norm(block, name)) is not None:
+                found[kind, layer] = norm
+    return found
 
 
 @dataclass(frozen=True)

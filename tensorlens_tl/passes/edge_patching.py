@@ -5,6 +5,7 @@ residual,
 
     x_r = Σ_w  keep[r, w] · out_w  +  (1 − keep[r, w]) · replacement_w  +  constants
 
+(in a model that normalizes its residual, as BERT does, the host's own norms of it run in between),
 with out_w what writer w adds in this very pass, replacement_w what replaces it (its output in a
 corrupted run, a mean, 0), and constants what no writer holds (b_O, b_out, through the live
 post-norm). The host computes all that is not linear in x_r: its own norm modules run on x_r; its
@@ -45,7 +46,7 @@ from ..maps import NormWeights
 from ..readers import QueryKeyWeights, Read, query_key_weights, whole_norms
 from ..recording import Edit, hooked, input_replaced, output_replaced, unsplit
 from ..sublayers import ExpertsWeights
-from .edge_masks import EdgeUniverse, refuse_norms_between, wiring_of
+from .edge_masks import EdgeUniverse, norms_between, wiring_of
 from .expert_patching import experts_apart, post_normed
 
 Writes = Float[Tensor, "writer prompt pos d_model"]
@@ -91,15 +92,10 @@ class EdgeModel:
         """The dtype of sums over writers: the dtype of the model, at least float32."""
         return torch.promote_types(self.adapter.dtype, torch.float32)
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self.adapter.weights.unembed.W_U.device
-
     def group(self) -> int:
         """Number of query heads that share a key head."""
-        w = self.adapter.weights.blocks[0].attn
-        return w.W_O.shape[0] // w.W_V.shape[0]
+        attn = self.adapter.weights.blocks[0].attn
+        return len(attn.W_O) // len(attn.W_V)
 
     def at_once(self, n_pos: int) -> int:
         """Number of sequences of ``n_pos`` tokens run at once, to write :data:`CHUNK` bytes."""
@@ -108,8 +104,7 @@ class EdgeModel:
         # Per position: about 4 copies of all writes, 12 of one layer's heads, logits, patterns.
         cells = width * (4 * len(self.universe.writers) + 12 * heads)
         cells += weights.unembed.W_U.shape[1] + len(weights.blocks) * heads * n_pos
-        cells *= n_pos
-        return max(1, CHUNK // (cells * self.dtype.itemsize * self.group()))
+        return max(1, CHUNK // (cells * n_pos * self.dtype.itemsize * self.group()))
 
     def run(
         self,
@@ -173,7 +168,6 @@ def edge_model(model: Any) -> Iterator[EdgeModel]:
     """
     with unsplit(model):
         adapter = adapt(model)
-        refuse_norms_between(adapter)
         if hooks := adapter.foreign_hooks():
             raise ValueError(
                 f"The model carries hooks of your own at {', '.join(hooks[:3])}, and an ablation "
@@ -205,7 +199,9 @@ class Flow:
         rebuilt: bool,
     ):
         self.model, self.universe, self.rebuilt = model, model.universe, rebuilt
-        self.keep = None if keep is None else keep.to(model.device, model.dtype)
+        self.keep = (
+            None if keep is None else keep.to(model.adapter.weights.unembed.W_U.device, model.dtype)
+        )
         self.replacement, self.held, self.embeddings = replacement, held, embeddings
         self.nudge, self.direction = nudge, direction
         self.circuits, self.prompts = 1 if keep is None else len(keep), len(ids)
@@ -227,6 +223,8 @@ class Flow:
             self.firsts.setdefault((node.kind, node.layer, node.name), i)
         for i, node in enumerate(self.universe.writers):
             self.firsts.setdefault(("out", node.kind, node.layer), i)
+        between = norms_between(model.adapter)
+        self.residual_norms = {self.firsts[("out", *at)]: norm for at, norm in between.items()}
         if embeddings is not None:
             self.enter(embeddings)
 
@@ -277,7 +275,7 @@ class Flow:
                 norm = adapter.norm(block, "ln2") if w.ln2 is not None else None
                 read = lambda layer=layer, norm=norm: self.one(("mlp", layer, ""), norm)  # noqa: E731
                 yield adapter.mlp_entry(block), read
-        end = host.ln_final if weights.ln_final is not None else host.unembed
+        end = host.ln_final if weights.ln_final is not None else adapter.readout
         # NanoChat norms its embeddings by the same module, before anything is written.
         yield end, lambda: self.one(("logits", None, ""), None) if self.writes else None
 
@@ -340,25 +338,30 @@ class Flow:
         self.settle()
         first = self.firsts[key]
         below, rows = self.universe.below[first], slice(first, first + n)
-        seen = [at for at in sorted(self.writes) if at < below]
+        x, seen = self.writes[0].new_zeros(()), []
+        for at in sorted(at for at in self.writes if at < below):
+            seen.append(at)
+            if (norm := self.residual_norms.get(at)) is not None:
+                x, seen = self.normed(norm, x + self.brought(seen, rows)), []
+        x = x + self.brought(seen, rows) if seen else x
+        return x.expand(-1, n, -1, -1, -1)
+
+    def brought(self, seen: list[int], rows: slice) -> Tensor:
+        """What neighbouring writers bring some readers: [circuit, reader, prompt, pos, d]."""
         # x_r = Σ_w keep · out_w + (1 − keep) · replacement_w, one matrix product for n readers.
         live = torch.cat([self.writes[at] for at in seen], 1)
-        shape = live.shape[2:]
+        shape, own = live.shape[2:], slice(seen[0], seen[0] + live.shape[1])
         if self.keep is None:
-            x = live.sum(1, keepdim=True)
+            found = live.sum(1, keepdim=True)
         else:
-            keep = self.keep[:, rows, :below]
-            x = keep @ live.flatten(2)
+            found = (keep := self.keep[:, rows, own]) @ live.flatten(2)
             if self.replacement is not None:
-                x = x + (1 - keep) @ self.replacement[:below].to(x).flatten(1)
-            x = x.unflatten(2, shape)
+                found = found + (1 - keep) @ self.replacement[own].to(found).flatten(1)
+            found = found.unflatten(2, shape)
         if self.nudge is not None and self.direction is not None:
-            added = self.nudge[rows, :below].to(x) @ self.direction[:below].to(x).flatten(1)
-            x = x + added.unflatten(1, shape)
-        for at in seen:
-            if at in self.constants:
-                x = x + self.constants[at][:, None]
-        return x.expand(-1, n, *shape)
+            added = self.nudge[rows, own].to(found) @ self.direction[own].to(found).flatten(1)
+            found = found + added.unflatten(1, shape)
+        return sum((self.constants[at][:, None] for at in seen if at in self.constants), found)
 
     def normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
         """The host's own norm on what was rebuilt."""
@@ -370,9 +373,9 @@ class Flow:
     def heads(self, layer: int, name: str) -> Tensor:
         """The q, k or v inputs of all query heads, normed: [circuit, head, prompt, pos, d]."""
         adapter = self.model.adapter
-        block = adapter.weights.blocks[layer]
-        norm = adapter.norm(adapter.model.blocks[layer], "ln1") if block.ln1 is not None else None
-        return self.normed(norm, self.read(("head", layer, name), block.attn.W_O.shape[0]))
+        w, block = adapter.weights.blocks[layer], adapter.model.blocks[layer]
+        norm = adapter.norm(block, "ln1") if w.ln1 is not None else None
+        return self.normed(norm, self.read(("head", layer, name), len(w.attn.W_O)))
 
     def one(self, key: tuple[str, int | None, str], norm: nn.Module | None) -> Tensor:
         """What a single reader is handed."""
@@ -408,9 +411,8 @@ class Flow:
         return torch.stack(found, 3)
 
     def kv_of(self, layer: int) -> list[int]:
-        w = self.model.adapter.weights.blocks[layer].attn
-        heads, kv_heads = w.W_O.shape[0], w.W_V.shape[0]
-        return [h * kv_heads // heads for h in range(heads)]
+        attn = self.model.adapter.weights.blocks[layer].attn
+        return [h * len(attn.W_V) // len(attn.W_O) for h in range(len(attn.W_O))]
 
     def own(self, tensor: Tensor, heads: int) -> Tensor:
         """What each query head made of its own key and value; heads are axis ``heads``."""
@@ -426,8 +428,7 @@ class Flow:
         if self.held is None:
             self.patterns.append(self.own(tensor, 0))
             return
-        held = self.held[len(self.patterns)]
-        self.patterns.append(held.expand(self.circuits, *held.shape))
+        self.patterns.append(self.held[len(self.patterns)].expand(self.circuits, -1, -1, -1, -1))
 
     def mix(self, layer: int, tensor: Tensor) -> Tensor | None:
         heads, width = self.model.adapter.weights.blocks[layer].attn.W_O.shape[:2]

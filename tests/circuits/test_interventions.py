@@ -129,8 +129,9 @@ class PathPatching:
                 f"blocks.{layer}.hook_resid_pre",
                 f"blocks.{layer}.hook_resid_mid",
                 f"blocks.{layer}.hook_resid_post",
-                f"blocks.{layer}.{self.names['ln1_post']}.hook_scale",
-                f"blocks.{layer}.{self.names['ln2_post']}.hook_scale",
+                *(f"blocks.{layer}.{norm}.hook_scale" for norm in self.names.values()),
+                f"blocks.{layer}.hook_attn_out",
+                f"blocks.{layer}.attn.o.hook_out",
             )
         ]
         wanted += ["hook_embed", "hook_pos_embed"]
@@ -152,10 +153,8 @@ class PathPatching:
         if node.kind == "input":
             return cache["hook_embed"] + cache.get("hook_pos_embed", 0)
         at = f"blocks.{node.layer}"
-        block, norm = (
-            self.model.blocks[node.layer],
-            self.names["ln2_post" if node.kind == "mlp" else "ln1_post"],
-        )
+        block = self.model.blocks[node.layer]
+        norm = self.names.get("ln2_post" if node.kind == "mlp" else "ln1_post", "none")
         scale, post = f"{at}.{norm}.hook_scale", getattr(block, norm, None)
         if node.kind == "mlp":
             out = cache[f"{at}.hook_mlp_out"]  # with its constants, which cancel below
@@ -175,24 +174,32 @@ class PathPatching:
         t = cache[f"blocks.{layer}.attn.{self.hooks[name]}"]
         return t if t.ndim == 4 else t.unflatten(-1, (-1, 8))
 
+    def site(self, dest):
+        """Where the residual passes that a reader reads."""
+        if dest.kind == "logits":
+            return f"blocks.{self.n_layers - 1}.hook_resid_post"
+        block = self.model.blocks[dest.layer]
+        hooked = not hasattr(block.attn, "original_component")
+        parallel = (
+            self.model.cfg.parallel_attn_mlp if hooked else "Parallel" in type(block).__name__
+        )
+        mid = dest.kind == "mlp" and not parallel
+        return f"blocks.{dest.layer}.hook_resid_{'mid' if mid else 'pre'}"
+
+    def rebuilt(self, site, edge, change):
+        """The residual there, with ``change`` added to what the edge's writer sends."""
+        return self.clean[site] + change
+
     def logits(self, edge, change):
         """The host's logits with ``change`` added to what the edge's writer sends to its reader."""
         dest = edge.dest
+        site = self.site(dest)
+        block = self.put(site, self.rebuilt(site, edge, change))
         if dest.kind == "logits":
-            site = f"blocks.{self.n_layers - 1}.hook_resid_post"
-            return self.put(site, self.clean[site] + change)["logits"]
-        at = f"blocks.{dest.layer}"
+            return block["logits"]
+        at, h = f"blocks.{dest.layer}", dest.index
         if dest.kind == "mlp":
-            block = self.model.blocks[dest.layer]
-            hooked = not hasattr(block.attn, "original_component")
-            parallel = (
-                self.model.cfg.parallel_attn_mlp if hooked else "Parallel" in type(block).__name__
-            )
-            site = f"{at}.hook_resid_pre" if parallel else f"{at}.hook_resid_mid"
-            out = self.put(site, self.clean[site] + change)[f"{at}.hook_mlp_out"]
-            return self.put(f"{at}.hook_mlp_out", out)["logits"]
-        site, h = f"{at}.hook_resid_pre", dest.index
-        block = self.put(site, self.clean[site] + change)
+            return self.put(f"{at}.hook_mlp_out", block[f"{at}.hook_mlp_out"])["logits"]
         theirs, ours = (self.heads(c, dest.layer, dest.name) for c in (block, self.clean))
         own = h * ours.shape[2] // 4  # under grouped queries, the head that it reads
         mixed = ours.clone()

@@ -11,6 +11,7 @@ import test_circuits
 import test_contraction
 import test_differences
 import test_granularity
+import test_interventions
 import test_operator
 import test_padding
 import test_paths
@@ -34,6 +35,7 @@ from models import (
 from oracles import FrozenModel, gradient_of
 
 import tensorlens_tl
+from tensorlens_tl.hosts.entry import adapt
 from tensorlens_tl.refusals.errors import UnsupportedArchitectureError
 
 every_case = pytest.mark.parametrize("case", ENCODERS, ids=str)
@@ -74,6 +76,8 @@ LAWS = [
     test_secant.test_between_equal_runs_it_is_the_models_gradient,
     test_recomputed.test_recomputed_equals_stored,
     test_padding.test_a_batch_is_its_prompts,
+    test_interventions.test_ablating_nothing_and_everything_gives_the_model_s_own_logits,
+    test_interventions.test_full_and_empty_circuits,
     test_baselines_gradient.test_attnlrp_in_every_family,
     test_baselines_gradient.test_grad_x_input_is_the_slope_along_a_token,
     test_saving.test_with_the_model_everything_is_equal_and_weights_are_the_models_own,
@@ -318,11 +322,54 @@ def test_refusals_of_sentence_encoders():
         lens.attribute_similarity(torch.zeros(32))
 
 
+# --- Circuits in the real model ------------------------------------------------------------------
+
+
+class NormedPaths(test_interventions.PathPatching):
+    """One edge patched in the host, the residual rebuilt sum by sum through the host's norms."""
+
+    def site(self, dest):
+        layer = self.n_layers - 1 if dest.layer is None else dest.layer
+        sites = adapt(self.model).residual_hooks(layer)
+        return sites[{"logits": "post_sum", "mlp": "mid_sum", "head": "resid_pre"}[dest.kind]]
+
+    def rebuilt(self, site, edge, change):
+        adapter, src = adapt(self.model), edge.src
+        state = self.clean["blocks.0.hook_resid_pre"] + (change if src.kind == "input" else 0)
+        for layer, block in enumerate(self.model.blocks):
+            sites = adapter.residual_hooks(layer)
+            if site == sites["resid_pre"]:
+                return state
+            at = f"blocks.{layer}"
+            attn_out = self.clean.get(f"{at}.attn.o.hook_out", self.clean[f"{at}.hook_attn_out"])
+            for kind, out in (("head", attn_out), ("mlp", self.clean[f"{at}.hook_mlp_out"])):
+                state = state + out
+                state = state + (change if (src.kind, src.layer) == (kind, layer) else 0)
+                if site == sites["mid_sum" if kind == "head" else "post_sum"]:
+                    return state
+                norm = adapter.norm(block, "mid_norm" if kind == "head" else "post_norm")
+                state = norm(state)
+        raise AssertionError(site)
+
+    def writes(self, cache, node):
+        return (
+            cache["blocks.0.hook_resid_pre"]
+            if node.kind == "input"
+            else super().writes(cache, node)
+        )
+
+
+@every_case
+def test_one_edge_patched_is_path_patching_on_the_host(case, monkeypatch):
+    monkeypatch.setattr(test_interventions, "PathPatching", NormedPaths)
+    test_interventions.test_one_edge_patched_is_path_patching_on_the_host(case)
+
+
 # --- What is refused -----------------------------------------------------------------------------
 
 
 @every_bridge
-def test_edits_behind_a_norm_and_circuits_are_refused(name):
+def test_edits_behind_a_norm_are_refused(name):
     with quiet():
         bridge = tensorlens_tl.wrap(encoder_hf(name))
         for point in ("blocks.0.hook_resid_post", "blocks.1.ln1.hook_out"):
@@ -344,9 +391,7 @@ def test_what_an_encoder_cannot_answer_is_refused_by_name(case):
         lens.attribute(7, baseline="mean")
     circuit = lens[0].circuit(["L0H1", "L1MLP"])
     assert circuit.share(7).share
-    found = lens.discover(7, n_edges=5, qk=False)
-    with pytest.raises(UnsupportedArchitectureError, match="normalizes the residual itself"):
-        found.faithfulness(case.model(), tokens(), corrupted=tokens(seed=1))
+    assert len(lens.discover(7, n_edges=5, qk=False)) == 5
     with pytest.raises(ValueError, match=r"predicts the next token, and .* predicts mask"):
         lens.attribute_sequence(-1)
     with pytest.raises(UnsupportedArchitectureError, match="evaluate reads what a model predicts"):
