@@ -5,8 +5,7 @@ residual,
 
     x_r = Σ_w  keep[r, w] · out_w  +  (1 − keep[r, w]) · replacement_w  +  constants
 
-(in a model that normalizes its residual, as BERT does, the host's own norms of it run in between),
-with out_w what writer w adds in this very pass, replacement_w what replaces it (its output in a
+(of a post-norm model, with the host's own norms of it in between), with out_w what writer w adds in this very pass, replacement_w what replaces it (its output in a
 corrupted run, a mean, 0), and constants what no writer holds (b_O, b_out, through the live
 post-norm). The host computes all that is not linear in x_r: its own norm modules run on x_r; its
 own attention rotates, normalizes, caps and masks the q and k that it is given; its own MLP and
@@ -91,6 +90,11 @@ class EdgeModel:
     def dtype(self) -> torch.dtype:
         """The dtype of sums over writers: the dtype of the model, at least float32."""
         return torch.promote_types(self.adapter.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self.adapter.weights.unembed.W_U.device
 
     def group(self) -> int:
         """Number of query heads that share a key head."""
@@ -199,9 +203,7 @@ class Flow:
         rebuilt: bool,
     ):
         self.model, self.universe, self.rebuilt = model, model.universe, rebuilt
-        self.keep = (
-            None if keep is None else keep.to(model.adapter.weights.unembed.W_U.device, model.dtype)
-        )
+        self.keep = None if keep is None else keep.to(model.device, model.dtype)
         self.replacement, self.held, self.embeddings = replacement, held, embeddings
         self.nudge, self.direction = nudge, direction
         self.circuits, self.prompts = 1 if keep is None else len(keep), len(ids)
@@ -316,8 +318,7 @@ class Flow:
         block = self.model.adapter.weights.blocks[layer]
         scale = self.scales.get((layer, "ln1_post"))
         parts = torch.einsum("cbphe,hed->chbpd", z, block.attn.W_O.to(z))
-        each = None if scale is None else scale[:, None]
-        at = self.firsts["out", "head", layer]
+        at, each = self.firsts["out", "head", layer], None if scale is None else scale[:, None]
         self.writes[at] = post_normed(block.ln1_post, each, parts)
         self.constant(at, block.attn.b_O, block.ln1_post, scale, parts[:, 0])
 
@@ -439,9 +440,8 @@ class Flow:
             z = torch.einsum("bhqk,cbkhe->cbqhe", A, self.projected(layer, "v"))
         z = z.to(self.model.dtype)
         self.pending.append(lambda: self.write_heads(layer, z))
-        if self.held is None and self.copies == 1:
-            return None
-        return self.handed(z).reshape(tensor.shape)
+        unchanged = self.held is None and self.copies == 1
+        return None if unchanged else self.handed(z).reshape(tensor.shape)
 
 
 def _projected(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
