@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         score_edges,
     )
     from .editing import Edit, EditCheck
-    from .exhibits import HeadMaps, OperatorMaps, PromptComparison, Waterfall
+    from .exhibits import HeadMaps, OperatorMaps, PromptComparison, RunReport, Waterfall
     from .exports import AttributionGraph
     from .graph import Edge, Node
     from .hosts import load_model, unwrap, wrap
@@ -62,7 +62,7 @@ _ROOMS = {
         "score_edges",
     ),
     "editing": ("Edit", "EditCheck"),
-    "exhibits": ("HeadMaps", "OperatorMaps", "PromptComparison", "Waterfall"),
+    "exhibits": ("HeadMaps", "OperatorMaps", "PromptComparison", "RunReport", "Waterfall"),
     "exports": ("AttributionGraph",),
     "graph": ("Edge", "Node"),
     "hosts": ("load_model", "unwrap", "wrap"),

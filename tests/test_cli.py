@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -344,16 +345,29 @@ def test_output_and_its_forms(tmp_path, capsys):
         path = str(tmp_path / name)
         assert said(capsys, "--by", "head,token", PROMPT, "--output", path, *options) == ""
         assert (tmp_path / name).read_text(encoding="utf-8") == expected
-    _, lens = tensorlens_tl.capture(LOAD(), PROMPT)
-    for by in ("head", "token"):
-        assert lens.attribute(by=by)._repr_html_() in page
-    assert (
-        "<meta charset" in page
-        and "http:" not in page
-        and "https:" not in page
-        and f"<h2>{PROMPT}</h2>" in page
-    )
-    assert "&lt;bos&gt;" in page and "<bos>" not in page
+    data = page_data(page)
+    headings = [view["heading"] for view in data["views"]]
+    for name in ("Predictions", "By head, direct", "By token, direct", "Through depth"):
+        assert any(heading.startswith(name) for heading in headings), name
+    assert data["title"] == f"<bos> {PROMPT}" and not data["tabs"]
+    assert any("completeness error" in note for note in data["notes"])
+    assert "http:" not in page.replace("http://www.w3.org", "") and "https:" not in page
+    assert "<bos>" not in page
+
+
+def page_data(page):
+    """What a page holds."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_a_page_file_may_follow_its_option(tmp_path, capsys):
+    path = str(tmp_path / "a.html")
+    assert said(capsys, "--by", "token", "--html", path, PROMPT, OTHER) == ""
+    data = page_data((tmp_path / "a.html").read_text(encoding="utf-8"))
+    tabs = list(dict.fromkeys(view["tab"] for view in data["views"]))
+    assert tabs == [f"1: <bos> {PROMPT}", f"2: <bos> {OTHER}"] and data["tabs"]
+    # Any other word behind --html is a prompt.
+    assert page_data(said(capsys, "--html", PROMPT))["title"] == f"<bos> {PROMPT}"
 
 
 # --- Evaluate -------------------------------------------------------------------------------------

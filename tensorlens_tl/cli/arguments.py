@@ -31,7 +31,7 @@ OVERVIEW = "\n".join(
         "",
         "examples:",
         "  tensorlens-tl 'The capital of France is'",
-        "  tensorlens-tl --model gpt2 --by head --output report.html 'The capital of France is'",
+        "  tensorlens-tl --model gpt2 --by head --html report.html 'The capital of France is'",
         "  tensorlens-tl evaluate --methods in_out,rollout --file prompts.txt",
         "",
         "Each command has its own --help. A prompt that is a command's name follows the command:",
@@ -195,7 +195,11 @@ def _common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--versus", help="explain the target's advantage over this token, or '#' and id")
     forms = p.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="print JSON, with all numbers")
-    forms.add_argument("--html", action="store_true", help="print one HTML page")
+    forms.add_argument(
+        "--html",
+        action="store_true",
+        help="make one HTML page; --html FILE.html writes it to that file",
+    )
     p.add_argument(
         "--output",
         type=Path,
@@ -349,7 +353,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     named = bool(argv) and argv[0] in COMMANDS
     command = argv[0] if named else "explain"
-    rest = list(argv[1:] if named else argv)
+    rest = _with_page_file(list(argv[1:] if named else argv))
     cut = rest.index("--") if "--" in rest else len(rest)
     p = parser(command)
     args, unknown = p.parse_known_intermixed_args(rest[:cut])
@@ -362,6 +366,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _check_files(args)
     _check_together(args)
     return args
+
+
+def _with_page_file(words: list[str]) -> list[str]:
+    """Write --html FILE.html as --html --output FILE.html; any other word there is a prompt."""
+    for i, word in enumerate(words[:-1]):
+        if word == "--":
+            break
+        if word == "--html" and words[i + 1].lower().endswith((".html", ".htm")):
+            return [*words[: i + 1], "--output", *words[i + 1 :]]
+    return words
 
 
 def _nearest(option: str, p: argparse.ArgumentParser, command: str) -> str:

@@ -61,19 +61,24 @@ def explain(args: argparse.Namespace) -> Output:
     model = load(args)
     for parameter in model.parameters():
         parameter.requires_grad_(False)  # our own model: no graph, half the memory
-    reports, results = [], []
+    reports, pictures = [], []
     for i, prompt in enumerate(prompts, 1):
         try:
-            report, tables = explained(model, prompt, args)
+            report, pictured = explained(model, prompt, args)
         except ValueError as error:
             where = f"Prompt {i} ({prompt!r}): " if len(prompts) > 1 else ""
             raise ValueError(f"{where}{error}") from None
         reports.append(report)
-        heading = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
-        summary = render(report | {"rows": {}}, args.top)
-        results += [(heading, summary), *((f"By {by}", table) for by, table in tables.items())]
+        pictures.append(pictured)
     text = "\n\n\n".join(render(report, args.top) for report in reports)
-    return Output(text, json.dumps(reports, ensure_ascii=False), results)
+    data = json.dumps(reports, ensure_ascii=False)
+    return Output(text, data, html=lambda: _together(pictures))
+
+
+def _together(pictures: Sequence[Any]) -> str:
+    from ..exhibits import reports_page
+
+    return reports_page(pictures).html()
 
 
 def evaluate(args: argparse.Namespace) -> Output:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
 from ..checks import token_text
+from .output import wants_page
 from .prompt_input import Prompt
 
 WIDTH = 28
 
 
-def explained(
-    model: Any, prompt: Prompt, args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def explained(model: Any, prompt: Prompt, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Capture one run, and split its prediction by every ``--by``.
 
     Args:
@@ -23,7 +23,8 @@ def explained(
         args: Parsed arguments of ``explain``.
 
     Returns:
-        What the command prints, as plain data; and the attribution of each split, by name.
+        What the command prints, as plain data; and the pictures of the run, or None where no page
+        is wanted.
     """
     from ..plugin import capture
 
@@ -68,7 +69,13 @@ def explained(
         "noise_floor": lens.noise_floor,
         "exactness": lens.exactness,
     }
-    return report, tables
+    if not wants_page(args):
+        return report, None
+    kind = "total effect" if args.effect == "total" else "direct"
+    asked = {f"By {by}, {kind}" if by != "edge" else "By edge": t for by, t in tables.items()}
+    pictures = lens.report(None, *goal)
+    kept = {name: one for name, one in pictures.results.items() if name != "By token"}
+    return report, replace(pictures, results=asked | kept)
 
 
 def token(text: str | None) -> str | int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -27,21 +27,29 @@ class Output:
         json: All numbers, for other programs.
         results: Pairs of a heading and a result, or a text, for the HTML page.
         dot: Graph for Graphviz, of circuits only.
+        html: Makes the HTML page, where it is more than the results one after another.
     """
 
     text: str
     json: str
-    results: Sequence[tuple[str, Any]]
+    results: Sequence[tuple[str, Any]] = ()
     dot: str | None = None
+    html: Callable[[], str] | None = None
 
     def form(self, args: argparse.Namespace) -> str:
         """Choose the form: by option, then by the name of the file, or else text."""
         suffix = "" if args.output is None else args.output.suffix.lower()
         if args.json or (suffix == ".json" and not args.html):
             return self.json
-        if args.html or suffix in (".html", ".htm"):
-            return page(self.results)
+        if wants_page(args):
+            return page(self.results) if self.html is None else self.html()
         return self.dot if self.dot is not None and suffix in (".dot", ".gv") else self.text
+
+
+def wants_page(args: argparse.Namespace) -> bool:
+    """Whether the results are to be an HTML page: by option, or by the name of the file."""
+    named = args.output is not None and args.output.suffix.lower() in (".html", ".htm")
+    return args.html or (named and not args.json)
 
 
 def emit(found: Output, args: argparse.Namespace) -> None:

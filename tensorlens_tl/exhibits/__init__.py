@@ -4,21 +4,26 @@ Key concepts:
     OperatorMaps: The operator's map of one prompt from every depth, beside an earlier method's.
     Waterfall: One logit as the sum of what every sublayer adds, beside the logit lens.
     PromptComparison: Two prompts and the exact difference of a target between them.
+    RunReport: The main pictures of one prompt on one page.
     HeadMaps: Attention patterns beside what the heads add to the logits.
 """
 
 from .comparisons import PromptComparison, compare_prompts
 from .head_maps import HeadMaps, maps_of_heads
 from .operator_maps import OperatorMaps, maps_by_depth
+from .run_reports import RunReport, likeliest, reports_page
 from .waterfalls import Waterfall, logit_waterfall
 
 __all__ = [
     "HeadMaps",
     "OperatorMaps",
     "PromptComparison",
+    "RunReport",
     "Waterfall",
     "compare_prompts",
+    "likeliest",
     "logit_waterfall",
     "maps_by_depth",
     "maps_of_heads",
+    "reports_page",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..attribution import TargetLike, check_comparable, own_prediction
@@ -11,8 +12,10 @@ from ..exhibits import (
     HeadMaps,
     OperatorMaps,
     PromptComparison,
+    RunReport,
     Waterfall,
     compare_prompts,
+    likeliest,
     logit_waterfall,
     maps_by_depth,
     maps_of_heads,
@@ -151,3 +154,76 @@ class PicturedRun(ExportedRun):
         self._check_ready()
         names = [heads] if isinstance(heads, str) else list(as_list(heads))
         return maps_of_heads(self.capture, names, target)
+
+    def report(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        target: TargetLike = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+    ) -> RunReport:
+        """Put the main pictures of one prompt on one page, each with how exact it is.
+
+        The page holds the predictions; the target by token, through depth, by head and as a graph;
+        and the operator's map from every depth. All rows are there, whatever text forms leave out.
+
+        Args:
+            path: A file to write the page to, whole or not at all. None writes none.
+            target: As in :meth:`attribute`.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+
+        Returns:
+            The report. What a model cannot have is named there with the reason.
+
+        Raises:
+            ValueError: If there are several prompts, the target or the position does not exist, or
+                the folder does not.
+
+        Example:
+            >>> import os, tempfile
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     _ = lens.report(os.path.join(folder, "report.html"), "Paris", "Rome")
+            ...     os.listdir(folder)
+            ['report.html']
+        """
+        if len(self) != 1:
+            raise ValueError(
+                f"report is of one prompt, but the lens has {len(self)}. Take one with lens[i]."
+            )
+        goal = target, versus, pos
+        results: dict[str, Any] = {"By token": self.attribute(*goal)}
+        left_out: dict[str, str] = {}
+
+        def add(heading: str, *ways: Callable[[], Any]) -> None:
+            for make in ways:
+                try:
+                    results[heading] = make()
+                    return
+                except ValueError as error:  # what this model or target cannot have
+                    left_out[heading] = str(error)
+
+        read = "prediction" if target is None else target
+        add("Through depth", lambda: self.waterfall(*goal))
+        add(
+            "The operator",
+            lambda: self.operator_maps(read),
+            lambda: self.operator_maps(read, None),
+        )
+        add(
+            "As a graph",
+            lambda: self.attribution_graph(*goal),
+            lambda: self.attribution_graph(*goal, qk=False),
+        )
+        add("By head", lambda: self.attribute(*goal, by="head"))
+        exact = (
+            f"{self.capture.model_name}: {self.exactness}, capture check {self.capture_check:.0e}.",
+            f"The convention for gated MLPs is {self.convention.gate!r}.",
+        )
+        left_out = {name: why for name, why in left_out.items() if name not in results}
+        found = RunReport(self.prompt, exact, likeliest(self.capture, pos), results, left_out)
+        if path is not None:
+            found.to_html(path)
+        return found

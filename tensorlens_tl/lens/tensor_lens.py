@@ -70,6 +70,7 @@ class TensorLens(PicturedRun):
     What is T itself?                                ``lens.operator``, ``lens.between(a, b)``
     How exact is all this?                           ``lens.completeness_error``, ``lens.verify()``
     What will a large computation cost?              ``lens.plan("norm")``
+    How do I show it to a colleague?                 ``lens.report("report.html")``
     How do I keep the lens?                          ``lens.save(path)``, ``tensorlens_tl.load``
     ===============================================  ==============================================
 
