@@ -5,8 +5,8 @@ in one of three forms:
 
     "exact"    every cell, in its own precision
     "coarse"   every cell as one of 15 levels, ±(l / 7)² times the row's largest |cell| with
-               l = 0 … 7, so that a page of 2,048 tokens stays small; and the largest cells of every
-               row and column exactly
+               l = 0 … 7, or beyond 1,024 rows of 9 levels, so that a page of 2,048 tokens stays
+               small; and the largest cells of every row and column exactly
     "largest"  only the largest cells of every row, exactly, and the share of Σ|cell| that they hold
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-LEVELS = 7
-"""Levels on each side of 0 of a coarse map."""
+LEVELS, FEWER = 7, 4
+"""Levels on each side of 0 of a coarse map, and of one with more than 1,024 rows."""
 EXACT_CELLS = 2**16
 """A map with more cells is not packed exactly, unless the caller asks for it."""
 
@@ -92,13 +92,14 @@ def packed_map(
     head |= {"value": block(values.ravel()[at]), "sizes": block(size.sum(1))}
     if form == "largest":
         return head
-    top = size.max(1, keepdims=True, initial=0)
+    steps, top = LEVELS if rows <= 1024 else FEWER, size.max(1, keepdims=True, initial=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        level = np.rint(LEVELS * np.sqrt(np.where(top > 0, size / top, 0)))
-    level = np.where(finite, np.sign(np.where(finite, values, 0)) * level + LEVELS, 15)
+        level = np.rint(steps * np.sqrt(np.where(top > 0, size / top, 0)))
+    level = np.where(finite, np.sign(np.where(finite, values, 0)) * level + steps, 15)
     level = level[np.tril_indices(rows)] if triangle else level.ravel()
     level = np.append(level, np.zeros(len(level) % 2)).astype(np.uint8)
-    return head | {"levels": block(level[::2] << 4 | level[1::2]), "top": block(top.ravel())}
+    levels = block(level[::2] << 4 | level[1::2])
+    return head | {"levels": levels, "top": block(top.ravel()), "steps": steps}
 
 
 def _largest(size: np.ndarray, keep: int, of_columns: bool) -> np.ndarray:

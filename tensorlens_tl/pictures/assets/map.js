@@ -1,21 +1,17 @@
 // A map of rows by columns: one panel or several side by side, through depth, in a window.
 function openMap(map, named) {
   const { rows, columns, form } = map, sizes = map.sizes || new Float64Array(rows);
-  const kind = map.cells || map.value, cells = new kind.constructor(rows * columns);
-  const exact = new Uint8Array(rows * columns);
-  const width = (i) => (map.triangle ? i + 1 : columns);
+  const kind = map.cells || map.value, cells = new kind.constructor(rows * columns), { steps } = map;
+  const exact = new Uint8Array(rows * columns), tops = new Float64Array(rows), level = new Float64Array(16);
   for (let i = 0, at = 0; i < rows; i++) {
-    for (let j = 0; j < columns; j++) {
-      const here = i * columns + j;
-      if (j >= width(i)) exact[here] = 1;
-      else if (form === "exact") {
-        cells[here] = map.cells[at++];
-        exact[here] = 1;
-        sizes[i] += Math.abs(cells[here]) || 0;
-      } else if (form === "coarse") {
-        const word = map.levels[at >> 1], level = (at++ & 1 ? word & 15 : word >> 4) - 7;
-        cells[here] = level > 7 ? NaN : Math.sign(level) * (level / 7) ** 2 * map.top[i];
-      } else cells[here] = 0;
+    const start = i * columns, end = start + (map.triangle ? i + 1 : columns);
+    exact.fill(1, form === "exact" ? start : end, start + columns);
+    if (form === "exact") {
+      cells.set(map.cells.subarray(at, at + end - start), start);
+      at += end - start;
+    } else if (form === "coarse") {
+      for (let k = 0; k < 16; k++) level[k] = k === 15 ? NaN : Math.sign(k - steps) * ((k - steps) / steps) ** 2 * map.top[i];
+      for (let here = start; here < end; here++, at++) cells[here] = level[at & 1 ? map.levels[at >> 1] & 15 : map.levels[at >> 1] >> 4];
     }
   }
   if (map.at) {
@@ -27,20 +23,28 @@ function openMap(map, named) {
     });
   }
   let top = 0, signed = false;
-  for (const x of cells) {
-    if (Math.abs(x) > top && Math.abs(x) < Infinity) top = Math.abs(x);
-    if (x < 0) signed = true;
+  for (let i = 0; i < rows; i++) {
+    const start = i * columns, end = start + (map.triangle ? i + 1 : columns);
+    let most = 0;
+    for (let here = start; here < end; here++) {
+      const x = cells[here], size = x < 0 ? -x : x;
+      if (x < 0) signed = true;
+      if (size > most && size < Infinity) most = size;
+      if (form === "exact") sizes[i] += size || 0;
+    }
+    tops[i] = most;
+    if (most > top) top = most;
   }
   function words(i, j) {
     const here = i * columns + j, x = cells[here];
     if (exact[here] || x !== x) return x !== x && named ? "nothing" : number(x);
     if (form === "largest") return "smaller than those given of this row";
-    const full = map.top[i], level = Math.round(7 * Math.sqrt(Math.abs(x) / full)) || 0, sign = x < 0 ? -1 : 1;
-    if (!level) return `below ${number(full * (0.5 / 7) ** 2, 2, false)} in size`;
-    const ends = [level - 0.5, Math.min(7, level + 0.5)].map((l) => number(sign * full * (l / 7) ** 2, 2));
+    const full = map.top[i], level = Math.round(steps * Math.sqrt(Math.abs(x) / full)) || 0, sign = x < 0 ? -1 : 1;
+    if (!level) return `below ${number(full * (0.5 / steps) ** 2, 2, false)} in size`;
+    const ends = [level - 0.5, Math.min(steps, level + 0.5)].map((l) => number(sign * full * (l / steps) ** 2, 2));
     return `${ends[0]} to ${ends[1]}`;
   }
-  return { ...map, cells, exact, sizes, top, signed, words };
+  return { ...map, cells, exact, sizes, top, tops, signed, words };
 }
 
 views.map = (box, data, watch) => {
@@ -96,11 +100,14 @@ views.map = (box, data, watch) => {
       for (let x = 0; x < w; x++) {
         let best = 0, row = y * step;
         for (let i = y * step; i < Math.min(n, (y + 1) * step); i++)
-          for (let j = x * step; j < Math.min(m, (x + 1) * step); j++) {
+          for (let j = x * step; j < Math.min(a.triangle ? i + 1 : m, (x + 1) * step); j++) {
             const v = a.cells[i * m + j];
-            if (v !== v || Math.abs(v) > Math.abs(best)) [best, row] = [v, i];
+            if (v !== v || Math.abs(v) > Math.abs(best)) {
+              best = v;
+              row = i;
+            }
           }
-        words[y * w + x] = colours.word(best, state.rowwise ? rowTop(a, row) : a.top);
+        words[y * w + x] = colours.word(best, state.rowwise ? a.tops[row] : a.top);
       }
     whole = make("canvas", { width: w, height: h });
     whole.getContext("2d").putImageData(image, 0, 0);
@@ -142,11 +149,6 @@ views.map = (box, data, watch) => {
   };
 
   // --- The window, one canvas a panel
-  const rowTop = (a, i) => {
-    let top = 0;
-    for (let j = 0; j < m; j++) { const x = Math.abs(a.cells[i * m + j]); if (x > top && x < Infinity) top = x; }
-    return top;
-  };
   const figures = panels.map((panel, p) => {
     const canvas = make("canvas", { tabindex: 0, role: "application",
       "aria-label": `${panel.name}: ${n} ${data.axes[0]}s by ${m} ${data.axes[1]}s. Arrow keys move the selected cell.` });
@@ -214,7 +216,7 @@ views.map = (box, data, watch) => {
     // 1. Cells.
     const image = new ImageData(w, h), out = new Uint32Array(image.data.buffer);
     for (let i = 0; i < h; i++) {
-      const full = state.rowwise ? rowTop(a, state.row + i) : a.top;
+      const full = state.rowwise ? a.tops[state.row + i] : a.top;
       for (let j = 0; j < w; j++) {
         const here = (state.row + i) * m + state.column + j;
         out[i * w + j] = a.form === "largest" && !a.exact[here] ? colours.none : colours.word(a.cells[here], full);
@@ -286,9 +288,9 @@ views.map = (box, data, watch) => {
     if (x >= 0 && x < w) pen.strokeRect(left + x * cell, top, cell, h * cell);
     // 5. What it is, in words.
     figure.caption.replaceChildren(make("b", {}, panel.name), stop.name && panel.stops.length > 1 ? `, ${data.slider.toLowerCase()} ${stop.name}. ` : ". ", panel.note || "",
-      a.form === "coarse" ? ` Colours have 15 levels; ${percent(a.share)} of Σ|·| is exact to the digit.` : "",
+      a.form === "coarse" ? ` Colours have ${2 * a.steps + 1} levels; ${percent(a.share)} of Σ|·| is exact to the digit.` : "",
       a.form === "largest" ? ` The largest cells of each row: ${percent(a.share)} of Σ|·|.` : "");
-    figure.scale.replaceChildren(legend(state.rowwise && y >= 0 && y < h ? rowTop(a, state.i) : a.top, panel.unit + (state.rowwise ? ", of the selected row" : ""), a.signed));
+    figure.scale.replaceChildren(legend(state.rowwise && y >= 0 && y < h ? a.tops[state.i] : a.top, panel.unit + (state.rowwise ? ", of the selected row" : ""), a.signed));
   }
   const sizesOf = (numbers) => {
     let top = 0;

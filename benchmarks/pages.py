@@ -1,0 +1,110 @@
+"""Sizes and speed of the pages: ``python benchmarks/pages.py``. Needs playwright and chromium.
+
+1. Maps of 128, 512 and 2,048 tokens with heavy tails, each from four depths, are written.
+2. Headless Chromium opens each from a file: time until the views are drawn, and of redraws.
+3. CircuitsVis and bertviz draw 4 heads of 512 tokens, where they are installed.
+"""
+
+import importlib.util
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tensorlens_tl.pictures import Page, depth, map_view, panel
+
+BARS = {"size": 2**20, "first paint": 1500.0, "redraw": 16.0}
+"""Bytes, and milliseconds, at 2,048 tokens."""
+
+
+def long_map(n: int, depths: int = 4) -> str:
+    """A page of a triangle with heavy tails: one full map, and the largest cells elsewhere."""
+    rng, found = np.random.default_rng(0), []
+    for number in range(depths):
+        cells = np.tril(rng.standard_t(1.5, (n, n)) * rng.random((n, 1))).astype(np.float32)
+        constants = rng.standard_normal(n).astype(np.float32)
+        form = None if number == 0 or n <= 128 else "largest"
+        found.append((cells, depth(f"L{number}", cells, constants, form), constants))
+    target = found[0][0].sum(1) + found[0][2]
+    tokens = [f" token{i}" for i in range(n)]
+    shown = panel("The operator", "logits", [one for _, one, _ in found], target)
+    return Page("A long prompt", [map_view(tokens, tokens, [shown])]).html()
+
+
+def measured(browser, html: str, ready: str, redraw: str = "") -> tuple[float, float]:
+    """Milliseconds until a page is drawn, and of one redraw (the median of 50)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "page.html"
+        path.write_text(html, encoding="utf-8")
+        page = browser.new_context(offline=True).new_page()
+        start = time.perf_counter()
+        page.goto(path.as_uri())
+        page.wait_for_selector(ready, timeout=60_000)
+        drawn = 1000 * (time.perf_counter() - start)
+        # What a redraw costs is read off after a pixel of its canvas was, so that it is finished.
+        script = f"""() => {{
+            const times = [], view = tensorlens.views[0];
+            const pen = view.figures[0].canvas.getContext('2d');
+            for (let k = 0; k < 50; k++) {{
+                view.state.row = k + 40; view.state.column = k;
+                const start = performance.now();
+                {redraw}; pen.getImageData(200, 200, 1, 1);
+                times.push(performance.now() - start);
+            }}
+            return times.sort((a, b) => a - b)[25];
+        }}"""
+        took = page.evaluate(script) if redraw else float("nan")
+        page.context.close()
+    return drawn, took
+
+
+def others(n: int) -> dict[str, str]:
+    """Pages of CircuitsVis and bertviz for 4 heads of n tokens, where they are installed."""
+    patterns = np.tril(np.random.default_rng(0).random((4, n, n)))
+    patterns /= patterns.sum(-1, keepdims=True)
+    tokens, found = [f"t{i}" for i in range(n)], {}
+    if importlib.util.find_spec("circuitsvis"):
+        from circuitsvis.attention import attention_heads
+
+        found["CircuitsVis"] = attention_heads(patterns, tokens).local_src
+    if importlib.util.find_spec("bertviz"):
+        import torch
+        from bertviz import head_view
+
+        shown = head_view([torch.tensor(patterns)[None]], tokens, html_action="return")
+        found["bertviz"] = shown.data
+    return found
+
+
+def main() -> int:
+    from playwright.sync_api import Error, sync_playwright
+
+    missed = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        for n in (128, 512, 2048):
+            html = long_map(n)
+            drawn, took = measured(browser, html, "main[data-ready]", "view.drawWindow()")
+            size = f"{len(html) / 1000:7.0f} kB"
+            print(f"{n:5} tokens: {size}, first paint {drawn:6.0f} ms, redraw {took:5.2f} ms")
+            found = {"size": len(html), "first paint": drawn, "redraw": took}
+            missed += [name for name, most in BARS.items() if n == 2048 and found[name] > most]
+        for name, html in others(512).items():
+            size = f"{len(html) / 1000:7.0f} kB"
+            try:
+                drawn, _ = measured(browser, html, "canvas, svg *")
+                print(f"  512 tokens, {name}: {size}, first paint {drawn:6.0f} ms")
+            except Error:
+                print(f"  512 tokens, {name}: {size}, nothing drawn in 60 s")
+        browser.close()
+    print(f"bars at 2,048 tokens: {BARS}; missed: {', '.join(missed) or 'none'}")
+    return len(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
