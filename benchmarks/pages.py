@@ -100,7 +100,7 @@ def main() -> int:
                 drawn, _ = measured(browser, html, "canvas, svg *")
                 print(f"  512 tokens, {name}: {size}, first paint {drawn:6.0f} ms")
             except Error:
-                print(f"  512 tokens, {name}: {size}, nothing drawn in 60 s")
+                print(f"  512 tokens, {name}: {size}, offline nothing is drawn in 60 s")
         browser.close()
     print(f"bars at 2,048 tokens: {BARS}; missed: {', '.join(missed) or 'none'}")
     return len(missed)

@@ -56,7 +56,7 @@ def block(array: np.ndarray) -> dict[str, Any]:
         The dtype, the shape, and the little-endian bytes as compressed base64.
     """
     data = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-    text = base64.b64encode(zlib.compress(data.tobytes(), 9)).decode("ascii")
+    text = base64.b64encode(zlib.compress(data.tobytes(), 6)).decode("ascii")
     return {"dtype": array.dtype.name, "shape": list(array.shape), "zlib": text}
 
 
