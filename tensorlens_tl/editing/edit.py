@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +16,15 @@ from ..checks import at_least_one, need, token_text
 from ..hosts import Adapter, adapt
 from ..maps import TINY
 from ..operator import Capture, FrozenTransformer, Prompts
+from ..pictures import agreement
 from ..readers import alone
 from ..recording import freeze
 from .goals import Goal
 from .places import Place
 from .smallest import Metric, smallest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Hook = tuple[str, Callable[..., Tensor]]
 """A hook point of the host, and a function of its activation."""
@@ -319,7 +323,25 @@ class EditCheck:
         table = {name: getattr(self, name).tolist() for name in columns}
         first, after = zip(*self.tops, strict=True)
         table |= {"top": list(first), "top_after": list(after)}
-        return need("pandas", "data", "to_dataframe").DataFrame(table)
+        return need("pandas", "pandas", "to_dataframe").DataFrame(table)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw predicted against real changes with matplotlib, one point per prompt.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on. A point on the diagonal is a prediction that came true.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        series = {"operator": self.predicted.tolist()}
+        if not bool(self.jacobian.isnan().all()):
+            series["jacobian"] = self.jacobian.tolist()
+        title = f"edit at {self.site}, predicted off by {self.error:.0%}"
+        return agreement(ax, series, self.real.tolist(), unit="logits", title=title)
 
     def __repr__(self) -> str:
         rows = [f"Edit at {self.site}, in the real model (predicted off by {self.error:.0%})"]

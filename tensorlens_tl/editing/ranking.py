@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,11 @@ from torch import Tensor
 from ..attribution import Target, TargetGradient
 from ..checks import need
 from ..operator import Capture, FrozenTransformer
+from ..pictures import bars, cell_map
 from ..sublayers import Experts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KINDS = ("site", "head", "neuron")
 """What edits can be ranked by."""
@@ -47,6 +51,32 @@ class EditRanking:
         order = mean.abs().argsort(descending=True)[:k].tolist()
         return [(self.labels[i], float(mean[i])) for i in order]
 
+    def plot(self, ax: Axes | None = None, top: int = 20) -> Axes:
+        """Draw the changes with matplotlib, in the mean over the prompts.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            top: Number of bars, where edits are heads or neurons.
+
+        Returns:
+            The axes drawn on: a map of sites by positions, or bars of the largest changes.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        if self.by == "site":
+            parts = [label.rpartition("@") for label in self.labels]
+            sites, _, places = (list(dict.fromkeys(part)) for part in zip(*parts, strict=True))
+            grid = self.values.mean(0).reshape(len(sites), len(places)).tolist()
+            names = ("", "position")
+            return cell_map(
+                ax, grid, sites, places, unit="logits", title=self.what, axis_names=names
+            )
+        names, values = zip(*self.top(top), strict=True)
+        more = len(self.labels) - len(names)
+        left = f"{more} more" if more else ""
+        return bars(ax, names, values, unit="logits", title=self.what, left_out=left)
+
     def to_dataframe(self) -> Any:
         """Make a pandas table of all edits.
 
@@ -57,7 +87,7 @@ class EditRanking:
             ValueError: If pandas is not installed.
         """
         table = {"edit": list(self.labels), "change": self.values.mean(0).tolist()}
-        return need("pandas", "data", "to_dataframe").DataFrame(table)
+        return need("pandas", "pandas", "to_dataframe").DataFrame(table)
 
     def __repr__(self) -> str:
         rows = [f"Edits by {self.by}: {self.what}, predicted change in logits"]

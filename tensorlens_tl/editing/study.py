@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,10 +27,14 @@ from ..evaluation import Comparison, Estimate, compare, estimate
 from ..hosts import Adapter, adapt
 from ..maps import take_row
 from ..operator import Capture, FrozenTransformer
+from ..pictures import agreement, estimates
 from ..recording import freeze
 from .asking import Asked, smallest_edit
 from .edit import Edit, groups, jacobian_covectors
 from .goals import Goal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 METHODS = ("operator", "refined", "jacobian", "caa", "logit_lens", "random")
 """What :func:`evaluate` compares."""
@@ -98,6 +102,24 @@ class EditEvaluation:
         """
         return compare(self._of(first, measure), self._of(second, measure))
 
+    def plot(self, ax: Axes | None = None, measure: str = "delivered") -> Axes:
+        """Draw the means of a measure with matplotlib, with 95 % intervals: methods down.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            measure: "delivered", "norm", "size", "flipped" or "kl".
+
+        Returns:
+            The axes drawn on. Of "delivered", 1 is what was asked.
+
+        Raises:
+            ValueError: If matplotlib is missing, or there is no such measure.
+        """
+        found = [self.mean(method, measure) for method in self.methods]
+        series = {measure: [(one.value, one.low, one.high) for one in found]}
+        title = f"edits of {self.n} prompts at {len(self.sites)} sites"
+        return estimates(ax, self.methods, series, title=title, xlabel=f"mean {measure}")
+
     def to_dataframe(self) -> Any:
         """Make a pandas table of all numbers.
 
@@ -113,7 +135,7 @@ class EditEvaluation:
             for (m, name), values in self.values.items()
             for i, value in enumerate(values)
         ]
-        return need("pandas", "data", "to_dataframe").DataFrame(rows)
+        return need("pandas", "pandas", "to_dataframe").DataFrame(rows)
 
     def _of(self, method: str, measure: str) -> list[float]:
         if (method, measure) not in self.values:
@@ -322,6 +344,20 @@ class Predictions:
         """Pearson's correlation of predicted and real changes."""
         both = torch.tensor([self.predicted[method], self.real], dtype=torch.float64)
         return float(torch.corrcoef(both)[0, 1])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw predicted against real changes with matplotlib, one point per edit and method.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on. A point on the diagonal is a prediction that came true.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        return agreement(ax, self.predicted, self.real, unit="logits")
 
     def __repr__(self) -> str:
         rows = [f"{len(self.real)} edits, predicted and real: error, Pearson"]

@@ -10,7 +10,7 @@ No torch in this room, and matplotlib only where a figure is drawn.
 """
 
 from .charts import curves, dots, estimates, path_rows, token_figure
-from .figures import bars, cell_map
+from .figures import agreement, bars, cell_map
 from .maps import depth, map_view, panel
 from .node_graph import edge_view, flow_view, graph_view
 from .page import Page, Paged, View
@@ -23,6 +23,7 @@ __all__ = [
     "Paged",
     "Split",
     "View",
+    "agreement",
     "bars",
     "cell_map",
     "curves",

@@ -17,6 +17,7 @@ from .figures import (
     axes,
     bare,
     bars,
+    beside_legend,
     cell_map,
     colour,
     label,
@@ -169,7 +170,7 @@ def curves(
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     if logarithmic:
         ax.set_xscale("log")
-    _legend(ax, len(series))
+    beside_legend(ax, len(series))
     bare(ax)
     return titled(ax, title, xlabel, ylabel)
 
@@ -209,7 +210,7 @@ def estimates(
     ax.set_yticks(range(len(names)), [label(n, LONGER) for n in names], fontsize="small", **PLAIN)
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
-    _legend(ax, len(series))
+    beside_legend(ax, len(series))
     bare(ax)
     return titled(ax, title, xlabel)
 
@@ -244,13 +245,6 @@ def dots(
 def _beside(series: Mapping[str, object]) -> float:
     """The width in inches of a legend beside the axes."""
     return 0.6 + 0.075 * max(map(len, series)) if len(series) > 1 else 0.0
-
-
-def _legend(ax: Axes, n: int) -> None:
-    if n > 1:  # beside the axes, where no point can lie under it
-        legend = ax.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        for text in legend.get_texts():
-            text.set(**PLAIN)
 
 
 # --- Graphs ---------------------------------------------------------------------------------------

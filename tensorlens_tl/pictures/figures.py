@@ -8,7 +8,7 @@ where they add and blue where they take away, on limits that lie evenly about 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -341,6 +341,54 @@ def mirrored_bars(
     for side, title in zip(("left", "right"), titles, strict=True):
         ax.set_title(title, loc=side, fontsize="medium", **PLAIN)
     return titled(ax, middle, f"|{unit}|: red adds, blue takes away")
+
+
+def agreement(
+    ax: Axes | None,
+    predicted: Mapping[str, Sequence[float]],
+    real: Sequence[float],
+    *,
+    unit: str,
+    title: str = "",
+) -> Axes:
+    """Draw predictions against what came true, one point each, on even scales with a diagonal.
+
+    Args:
+        ax: Axes to draw on, or None.
+        predicted: The predictions of each method, by its name.
+        real: What came true.
+        unit: What the numbers count.
+        title: What stands above.
+
+    Returns:
+        The axes drawn on.
+    """
+    longest = max(map(len, predicted))
+    ax = axes(ax, 4.8 + (0.6 + 0.075 * longest) * (len(predicted) > 1), 4.4)
+    everything = [*real, *(x for own in predicted.values() for x in own)]
+    finite = [x for x in (*everything, 0.0) if math.isfinite(x)]
+    room = 0.06 * ((max(finite) - min(finite)) or 1.0)
+    ends = min(finite) - room, max(finite) + room
+    ax.plot(ends, ends, color="0.6", linewidth=0.8)
+    ax.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+    ax.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+    for i, (name, own) in enumerate(predicted.items()):
+        ax.plot(own, real, "osD^vX"[i % 6], markersize=5, alpha=0.7, label=name)
+    ax.set(xlim=ends, ylim=ends, aspect="equal")
+    beside_legend(ax, len(predicted))
+    bare(ax)
+    return titled(ax, title, f"predicted, {unit}", f"in the model, {unit}")
+
+
+def beside_legend(ax: Axes, n: int) -> None:
+    """Put a legend of n > 1 names beside the axes, where no point can lie under it."""
+    if n > 1:
+        handles, names = ax.get_legend_handles_labels()
+        legend = ax.legend(
+            handles, names, fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1)
+        )
+        for text in legend.get_texts():
+            text.set(**PLAIN)
 
 
 def waterfall(

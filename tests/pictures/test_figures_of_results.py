@@ -16,6 +16,9 @@ from test_figures import PROMPT, TWIN, bar_lengths, cells, colour_bar, labels, l
 import tensorlens_tl
 from tensorlens_tl import Edge, MeanAttribution, Node, Routing, demo
 from tensorlens_tl.circuits import Faithfulness, FaithfulnessCurve
+from tensorlens_tl.editing.edit import EditCheck
+from tensorlens_tl.editing.ranking import EditRanking
+from tensorlens_tl.editing.study import EditEvaluation, Predictions
 from tensorlens_tl.evaluation.report import Evaluation, Row
 from tensorlens_tl.pictures import cell_map, split_figure, token_figure
 from tensorlens_tl.pictures.figures import _luminance, label, limit
@@ -31,7 +34,7 @@ def texts(ax):
 
 def test_every_table_has_a_figure():
     for module in pkgutil.walk_packages(tensorlens_tl.__path__, "tensorlens_tl."):
-        if module.name.endswith("__main__") or ".editing" in module.name:
+        if module.name.endswith("__main__"):
             continue
         for thing in vars(importlib.import_module(module.name)).values():
             if isinstance(thing, type) and hasattr(thing, "to_dataframe"):
@@ -242,6 +245,30 @@ def test_studies_of_relations():
     (points,) = found.plot().containers
     assert points.lines[0].get_xdata().tolist() == [0.5, 0.5]
     assert labels(found.plot(what="causality")) == ["operator, β = 1"]
+
+
+def test_edits():
+    before = torch.zeros(3)
+    predicted, real = torch.tensor([-2.0, 1.0, 4.0]), torch.tensor([-1.0, 1.0, 5.0])
+    given = {"before": before, "predicted": predicted, "real": real, "kl": before, "size": before}
+    tops = (("a", "b"),) * 3
+    check = EditCheck(site="s", jacobian=before / 0, tops=tops, **given)
+    ax = check.plot()
+    points = ax.get_lines()[-1]
+    assert list(points.get_xdata()) == predicted.tolist()
+    assert list(points.get_ydata()) == real.tolist()
+    assert ax.get_xlim() == ax.get_ylim() and ax.get_legend() is None
+    both = Predictions({"operator": [1.0, 2.0], "jacobian": [0.5, 0.1]}, [1.0, 3.0]).plot()
+    assert [text.get_text() for text in both.get_legend().get_texts()] == ["operator", "jacobian"]
+    assert list(both.get_lines()[-1].get_xdata()) == [0.5, 0.1]
+    values = torch.tensor([[1.0, -2.0, 3.0, 0.5], [2.0, -3.0, 1.0, 0.5]])
+    sites = EditRanking(("a@0", "a@1", "b@0", "b@1"), values, "site", "what").plot()
+    assert cells(sites).tolist() == [[1.5, -2.5], [2.0, 0.5]] and labels(sites) == ["a", "b"]
+    heads = EditRanking(("L0H0", "L0H1", "L1H0", "L1H1"), values, "head", "what").plot(top=2)
+    assert bar_lengths(heads) == [-2.5, 2.0] and labels(heads) == ["L0H1", "L1H0"]
+    study = EditEvaluation({("caa", "delivered"): [0.5, 1.0]}, (1,), -1.0, 2)
+    (points,) = study.plot().containers
+    assert points.lines[0].get_xdata().tolist() == [0.75] and labels(study.plot()) == ["caa"]
 
 
 # --- What figures keep to -------------------------------------------------------------------------
