@@ -227,7 +227,7 @@ def token_id(capture: Any, text: str, name: str = "target") -> int:
         pieces = pieces or ids
     if len(pieces) <= 1 or all(piece == unknown for piece in pieces):
         words = [word.lstrip("Ġ▁") for word in tokenizer.get_vocab()]  # without marks of a space
-        near = get_close_matches(text.strip(), words)
+        near = get_close_matches(text.strip(), filter(None, words))
         like = f" such as {' or '.join(map(repr, near))}" if near else ""
         if isinstance(tokenizer, ClassNames):
             raise ValueError(

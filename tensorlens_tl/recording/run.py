@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import no_autocast
+from ..costs import free_memory
 from ..hosts import Adapter, adapt
 from ..maps import HALF, TINY, Frame
 from ..operator import Capture, Convention
@@ -143,11 +144,16 @@ def record(
 
 
 def _note_patterns(adapter: Adapter, frame: Frame) -> None:
-    """Warn before patterns are stored that take much memory, where they need not be stored."""
+    """Refuse patterns that memory does not hold; warn of large ones that need not be stored."""
     blocks, cells = adapter.weights.blocks, frame.batch * frame.n_pos**2
     taken = sum(len(block.attn.W_O) for block in blocks) * cells * frame.dtype.itemsize
     if taken < NOTED_BYTES:
         return
+    if taken > (free := free_memory(frame.device)):
+        raise ValueError(
+            f"The attention patterns of this run take {taken / 2**30:.2g} GiB, and "
+            f'{free / 2**30:.2g} GiB are free. Pass pattern="recomputed", or a shorter prompt.'
+        )
     with suppress(NotRecomputableError):
         adapter.recomputed_reading()
         warnings.warn(

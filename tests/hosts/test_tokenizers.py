@@ -20,6 +20,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 import tensorlens_tl
 from tensorlens_tl.hosts.tokens import each_prompt, mask_spans
+from tensorlens_tl.operator.prompts import token_id
 
 WORDS = "<unk> <pad> <s> </s> we went home late"
 NAMES = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -361,3 +362,11 @@ def test_results_say_what_was_put_in_front():
     lens = capture(model, model.to_tokens("we went home"))
     assert lens.convention.first_token is None and "in front" not in repr(lens)
     assert lens.convention == found.convention  # the gate alone must agree between two runs
+
+
+def test_an_empty_target_gets_no_empty_suggestions():
+    own = SimpleNamespace(tokenizer=tokenizer("Ġ <unk> we", unk_token="<unk>"))
+    with pytest.raises(ValueError, match=r"target='' is not known .* Pass a known token, or a"):
+        token_id(own, "")
+    with pytest.raises(ValueError, match="such as 'we'"):
+        token_id(own, "wee")

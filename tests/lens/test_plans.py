@@ -95,3 +95,7 @@ def test_much_memory_for_patterns_is_told(case, monkeypatch):
     (note,) = told()
     assert 'Pass pattern="recomputed" to keep' in note
     assert told(pattern="recomputed") == []
+    monkeypatch.setattr(run, "free_memory", lambda device: taken - 1)
+    with pytest.raises(ValueError, match=r"take .* GiB, and .* GiB are free. Pass pattern="):
+        told()
+    assert told(pattern="recomputed") == []
