@@ -95,8 +95,8 @@ print("into the name mover's queries:", *into, sep="\n")
 assert into[0][0] == "L20H0→L23H0.q"
 
 # %% [markdown]
-# `L20H0` tells the name mover where to look. In GPT-2 such heads attend to the second mention of the
-# subject, and keep the name mover off it. So where does `L20H0` attend from the last position?
+# `L20H0` tells the name mover where to look. In GPT-2 such heads attend to the second mention of
+# the subject, and keep the name mover off it. So where does `L20H0` attend from the last position?
 
 # %%
 pattern = lens.capture.blocks[20].attn.pattern[0, 0, -1]
