@@ -88,6 +88,8 @@ REFUSED = {
     "discover a --corrupted /no": "--corrupted /no cannot be read",
     f"discover a --corrupted {os.devnull}": "has 0 lines for 1 prompts. Write one corrupted",
     "circuit": "The following arguments are required: FILE.",
+    "edit Paris": "The following arguments are required: --to.",
+    "edit --to Rome --target Paris x": "--target and --versus are not used by edit. Pass --to",
     "circuit /no/such": "FILE /no/such cannot be read",
     f"circuit {os.devnull} a": "PROMPT is for --test. Add --test, or drop PROMPT",
     f"circuit {os.devnull} --ablation none": "--ablation 'none' does not exist",
@@ -98,6 +100,7 @@ HELP = {
     "--help": ("commands:", "examples:", "--effect", "tensorlens-tl explain discover"),
     "evaluate --help": ("--protocol", "leave_one_out"),
     "discover --help": ("--corrupted", "--n-edges"),
+    "edit --help": ("--to", "--margin"),
     "circuit --help": ("FILE [PROMPT ...]", "--ablation"),
     "--version": (f"tensorlens-tl {tensorlens_tl.__version__} (transformer-lens ",),
 }
@@ -440,3 +443,11 @@ def test_a_circuit_is_found_kept_shown_and_tested(tmp_path, capsys):
     path.write_text("{}")
     assert main(["circuit", str(path)]) == 2
     assert f"FILE {path}: This text is not a circuit" in capsys.readouterr().err
+
+
+def test_edit_makes_another_token_win(capsys):
+    line = ["edit", "--to", "Rome", "--site", "2", "The capital of France is"]
+    assert "'Paris' → 'Rome'" in said(capsys, *line)
+    (found,) = json.loads(said(capsys, *line, "--refine", "0", "--json"))
+    assert found["site"] == "blocks.2.hook_resid_post" and found["predicted"] > 0
+    assert found["top"] == "Paris" and found["before"] < 0

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "which of many methods names the tokens that the model needs",
     "discover": "the edges between heads and MLPs that make a prediction",
     "circuit": "print such edges from a file, or test them in the model",
+    "edit": "the smallest edit of a run that makes another token win, and whether it does",
 }
 DEFAULT_BY = ("token", "component")
 DEMO_METHODS = ("norm", "in_out", "rollout", "last_layer_attention", "random")
@@ -156,9 +157,8 @@ def parser(command: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--version", action=_Version, nargs=0, help="print the versions in use")
-    {"explain": _explain, "evaluate": _evaluate, "discover": _discover, "circuit": _circuit}[
-        command
-    ](p)
+    options = {"explain": _explain, "evaluate": _evaluate, "discover": _discover}
+    (options | {"circuit": _circuit, "edit": _edit})[command](p)
     return p
 
 
@@ -325,6 +325,24 @@ def _circuit(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top", type=_number(1), default=12, help="edges to show (default: 12)")
     _drawn(p)
     _seeded(p, 8, "prompts and intervals")
+
+
+def _edit(p: argparse.ArgumentParser) -> None:
+    _common(p)
+    p.add_argument("--to", required=True, help="token that is to win, or '#' and its id")
+    p.add_argument(
+        "--site",
+        default=None,
+        help="block whose output is edited, or a residual site (default: the middle block)",
+    )
+    p.add_argument("--margin", type=_score, default=1.0, help="lead in logits (default: 1)")
+    p.add_argument(
+        "--refine",
+        type=_number(0),
+        default=2,
+        metavar="ROUNDS",
+        help="corrections by runs of the edited model (default: 2)",
+    )
 
 
 def _corrupted(p: argparse.ArgumentParser) -> None:

@@ -132,6 +132,35 @@ def discover(args: argparse.Namespace) -> Output:
     return _of_circuit(found, args.top)
 
 
+def edit(args: argparse.Namespace) -> Output:
+    """Find the edit of every prompt that makes a token the likeliest one, and run it."""
+    if args.target is not None or args.versus is not None:
+        raise ValueError("--target and --versus are not used by edit. Pass --to alone.")
+    prompts = read_prompts(args)
+    if not prompts:
+        raise ValueError("--ids needs prompts. Pass token ids, such as '5 17 42'.")
+    model = load(args)
+    from ..plugin import capture
+
+    site = model.cfg.n_layers // 2 if args.site is None else args.site
+    site = int(site) if str(site).lstrip("-").isdecimal() else site
+    texts, numbers, results = [], [], []
+    for prompt in prompts:
+        _, lens = capture(model, prompt)
+        found = lens.edit_to_top(token(args.to), site=site, margin=args.margin)
+        found = found.refine(model, args.refine) if args.refine else found
+        check = found.check(model)
+        heading = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+        texts.append(f"{heading}\n{found}\n{check}")
+        results.append((heading, texts[-1]))
+        numbers.append(
+            {"prompt": prompt, "site": check.site, "before": float(check.before)}
+            | {name: float(getattr(check, name)) for name in ("predicted", "real", "kl", "size")}
+            | {"top": check.tops[0][0], "top_after": check.tops[0][1]}
+        )
+    return Output("\n\n".join(texts), json.dumps(numbers, ensure_ascii=False), results)
+
+
 def circuit(args: argparse.Namespace) -> Output:
     """Print a circuit of a file, or test it in the model."""
     text = read_text(args.circuit, "FILE")
@@ -171,7 +200,13 @@ def circuit(args: argparse.Namespace) -> Output:
     return Output(repr(proof), proof.to_json(), [("Faithfulness", proof), ("Circuit", found)])
 
 
-_COMMANDS = {"explain": explain, "evaluate": evaluate, "discover": discover, "circuit": circuit}
+_COMMANDS = {
+    "explain": explain,
+    "evaluate": evaluate,
+    "discover": discover,
+    "circuit": circuit,
+    "edit": edit,
+}
 
 
 # --- What several commands need ------------------------------------------------------------------

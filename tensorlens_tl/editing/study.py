@@ -164,6 +164,7 @@ def evaluate(
     sites: Sequence[str | int] = (1,),
     to: float = -1.0,
     seed: int = 0,
+    gate: str = "gate",
 ) -> EditEvaluation:
     """Edit many prompts by several methods, and run every edit in the real model.
 
@@ -177,6 +178,7 @@ def evaluate(
         sites: Residual sites to edit, at the last position, or numbers of blocks.
         to: What logit(answer) − logit(foil) is to become, as a multiple of itself.
         seed: Seed of the random directions.
+        gate: How gated MLPs are made linear, as for :func:`tensorlens_tl.capture`.
 
     Returns:
         What every edit did.
@@ -196,9 +198,9 @@ def evaluate(
             raise ValueError(f"methods= has {method!r}. Use some of {', '.join(METHODS)}.")
     adapter, made = adapt(model), [_case(case) for case in cases]
     # 1. The clean runs, of the prompts that the model gets right.
-    made, capture, goal = _right(adapter, made)
+    made, capture, goal = _right(adapter, made, gate)
     operator = FrozenTransformer.of(capture)
-    _, twins = freeze(adapter, [case[1] for case in made])
+    _, twins = freeze(adapter, [case[1] for case in made], gate=gate)
     generator = torch.Generator().manual_seed(seed)
     values: dict[tuple[str, str], list[float]] = {(m, x): [] for m in methods for x in MEASURES}
     for site in sites:
@@ -230,11 +232,11 @@ def evaluate(
     return EditEvaluation(values, tuple(sites), to, len(made))
 
 
-def _right(adapter: Adapter, made: list[Case]) -> tuple[list[Case], Capture, Goal]:
+def _right(adapter: Adapter, made: list[Case], gate: str) -> tuple[list[Case], Capture, Goal]:
     for _ in range(2):
         if not made:
             break
-        _, capture = freeze(adapter, [case[0] for case in made])
+        _, capture = freeze(adapter, [case[0] for case in made], gate=gate)
         goal = Goal.of(capture, [case[2] for case in made], [case[3] for case in made], -1)
         ahead = goal.on(capture).value > 0
         if bool(ahead.all()):
@@ -366,7 +368,11 @@ class Predictions:
 
 
 def predict(
-    model: Any, cases: Iterable[Any], site: str | int, methods: Sequence[str] = ("operator",)
+    model: Any,
+    cases: Iterable[Any],
+    site: str | int,
+    methods: Sequence[str] = ("operator",),
+    gate: str = "gate",
 ) -> Predictions:
     """Patch one position of every prompt by its corrupted twin's, and compare the predictions.
 
@@ -375,6 +381,7 @@ def predict(
         cases: As for :func:`evaluate`; prompt and twin have equally many tokens.
         site: A residual site.
         methods: "operator", "operator_qk" (with queries and keys to first order), "jacobian".
+        gate: How gated MLPs are made linear, as for :func:`tensorlens_tl.capture`.
 
     Returns:
         One prediction per prompt and position where prompt and twin differ at the site.
@@ -394,8 +401,8 @@ def predict(
         if method not in known:
             raise ValueError(f"methods= has {method!r}. Use some of {', '.join(known)}.")
     adapter = adapt(model)
-    made, capture, goal = _right(adapter, [_case(case) for case in cases])
-    _, twins = freeze(adapter, [case[1] for case in made])
+    made, capture, goal = _right(adapter, [_case(case) for case in cases], gate)
+    _, twins = freeze(adapter, [case[1] for case in made], gate=gate)
     if twins.prompts.spans != capture.prompts.spans:
         raise ValueError(
             "A prompt and its corrupted prompt have different numbers of tokens. Pass pairs of "
