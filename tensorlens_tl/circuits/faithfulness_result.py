@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import need
-from ..pictures import curves, dots
+from ..pictures import Page, Paged, curves, curves_view, dots, table_view
 
 if TYPE_CHECKING:
     import pandas
@@ -132,7 +133,7 @@ class Faithfulness:
 
 
 @dataclass(frozen=True, eq=False)
-class FaithfulnessCurve:
+class FaithfulnessCurve(Paged):
     """Faithfulness of a ranking's first edges, at growing sizes.
 
     Attributes:
@@ -259,6 +260,22 @@ class FaithfulnessCurve:
         xlabel = f"edges kept, % of {self.n_total}"
         title = f"{self.ablation}, {self.attention} attention, {len(self.full)} prompts"
         return curves(ax, x, series, title=title, xlabel=xlabel, ylabel="share recovered")
+
+    def _page(self) -> Page:
+        ends, lines, columns = self.intervals(), [], []
+        for name, shares in (("signed", self.shares), ("absolute", self.absolute_shares)):
+            low, high = np.array(ends[name]).T
+            lines.append((f"{name} scores", shares.cpu().numpy(), low, high))
+            columns += [shares.cpu().numpy(), low, high]
+        names = [f"{name}{end}" for name in ends for end in ("", ", low", ", high")]
+        x, labels = [100 * size for size in self.sizes], [[str(n)] for n in self.n_edges]
+        axes = (f"edges kept, % of {self.n_total}", "share recovered")
+        views = [
+            curves_view(x, lines, axes, [1.0]),
+            table_view(["edges"], names, labels, np.stack(columns, 1), "Shares recovered"),
+        ]
+        notes = [repr(self).splitlines()[0], "Bands are 95 % bootstrap intervals over prompts."]
+        return Page("Faithfulness by size", views, notes, height=680)
 
     def __repr__(self) -> str:
         cpr, cmd = self.cpr_interval, self.cmd_interval

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..checks import need
-from ..pictures import estimates
+from ..pictures import Page, Paged, estimates, table_view
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
 from .study_file import read_study, study_text
@@ -48,7 +50,7 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Evaluation:
+class Evaluation(Paged):
     """Results of an evaluation, prompt by prompt.
 
     Attributes:
@@ -262,6 +264,18 @@ class Evaluation:
             return found
 
         return read_study(text, FORMAT, build, "Evaluation.to_json")
+
+    def _page(self) -> Page:
+        labels, numbers = [], []
+        for row in self.rows:
+            found = row.estimate(self.seed)
+            numbers.append([found.value, found.low, found.high])
+            head = _head(row.measure, row.metric, row.preset, row.higher)
+            labels.append([row.method, head, row.masking])
+        names, columns = ["method", "measure", "masked by"], ["mean", "low", "high"]
+        table = table_view(names, columns, labels, np.array(numbers).reshape(-1, 3))
+        notes = ["Low and high are the ends of 95 % bootstrap intervals over prompts."]
+        return Page(repr(self).splitlines()[0], [table], notes)
 
     def __repr__(self) -> str:
         head = (

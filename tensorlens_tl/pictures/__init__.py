@@ -16,7 +16,7 @@ from .node_graph import edge_view, flow_view, graph_view
 from .page import Page, Paged, View
 from .split_pages import grid_view, split_page
 from .splits import Split, graph_figure, head_cells, split_figure, unit_of
-from .tables import table_view, waterfall_view
+from .tables import curves_view, table_view, waterfall_view
 
 __all__ = [
     "Page",
@@ -27,6 +27,7 @@ __all__ = [
     "bars",
     "cell_map",
     "curves",
+    "curves_view",
     "depth",
     "dots",
     "edge_view",

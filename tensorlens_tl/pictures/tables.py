@@ -40,6 +40,30 @@ def table_view(
     return View("table", data | {"caption": caption, "scaled": scaled, "sort": sort}, heading)
 
 
+def curves_view(
+    x: Sequence[float],
+    lines: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray | None]],
+    names: tuple[str, str],
+    guides: Sequence[float] = (),
+    heading: str = "",
+) -> View:
+    """A view of numbers against a size.
+
+    Args:
+        x: The sizes that the numbers stand against, in order.
+        lines: For every line its name, its numbers [size], and the ends of their intervals or None.
+        names: What the sizes are, and what the numbers are.
+        guides: Numbers at which a line is drawn across.
+        heading: A line above the view.
+
+    Returns:
+        The view of these curves.
+    """
+    parts = [{"name": n, "y": y, "low": low, "high": high} for n, y, low, high in lines]
+    data = {"x": np.array(x, dtype=np.float64), "lines": parts, "guides": list(guides)}
+    return View("curves", data | {"x_name": names[0], "y_name": names[1]}, heading)
+
+
 def waterfall_view(
     steps: Sequence[str],
     parts: Sequence[tuple[int, str]],

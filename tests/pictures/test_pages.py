@@ -10,9 +10,11 @@ from urllib.request import url2pathname
 
 import numpy as np
 import pytest
-from models import SHAPES, lens_of
+from models import SHAPES, lens_of, quiet
 
+import tensorlens_tl
 from tensorlens_tl import demo
+from tensorlens_tl.evaluation import evaluate
 from tensorlens_tl.pictures import Page, depth, map_view, panel
 
 pytestmark = [pytest.mark.browser, pytest.mark.algebra]
@@ -214,6 +216,27 @@ def test_other_results_have_pages(opened, lenses):
         (lens.head_maps("L1H0"), "Attention pattern"),
     ):
         assert said in opened(result.to_html()).locator("main").inner_text()
+
+
+def test_curves_and_evaluations(opened):
+    model, pairs = demo.load_model(), demo.prompts("ioi", 2)
+    clean, corrupted = [p.clean for p in pairs], [p.corrupted for p in pairs]
+    scores = tensorlens_tl.score_edges(model, clean, corrupted)
+    curve = tensorlens_tl.faithfulness_curve(model, clean, scores, corrupted, sizes=(0.0, 0.2, 1.0))
+    page = opened(curve.to_html())
+    shown = page.evaluate("[0, 1, 2].map((i) => tensorlens.views[1].value(i, 0))")
+    assert shown == pytest.approx(curve.shares.tolist(), rel=1e-6)
+    drawing = page.get_by_role("application")
+    drawing.press("ArrowLeft")
+    said = page.get_by_role("status").inner_text()
+    low, high = curve.intervals()["signed"][1]
+    assert f"signed scores: {curve.shares[1]:+.4g} ({low:+.4g} to {high:+.4g})" in said
+    assert "edges kept" in drawing.get_attribute("aria-label") and "20" in said
+    with quiet():
+        found = evaluate(model, clean, ["in_out", "random"], progress=False)
+    page = opened(found.to_html())
+    row = found.rows[0]
+    assert page.evaluate("tensorlens.views[0].value(0, 0)") == row.estimate(found.seed).value
 
 
 def test_pages_in_a_notebook(chromium, lenses, tmp_path):

@@ -16,7 +16,7 @@ views.table = (box, data, watch) => {
   function draw() {
     const rows = order();
     body.replaceChildren(...rows.slice(0, state.count).map((i) => make("tr", {},
-      labels[i].map((text, k) => make(k ? "td" : "th", k ? {} : { scope: "row" }, make("bdi", { title: text.length > 40 ? text : null }, shown(text, 60)))),
+      labels[i].map((text, k) => make(k ? "td" : "th", k ? {} : { scope: "row" }, make("bdi", { dir: "ltr", title: text.length > 40 ? text : null }, shown(text, 60)))),
       columns.map((_, k) => {
         const x = value(i, k), bar = make("span", { class: x < 0 ? "bar neg" : "bar pos" });
         bar.style.width = `${full[k] ? (70 * size(x)) / full[k] : 0}px`;

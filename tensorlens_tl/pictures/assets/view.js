@@ -107,7 +107,7 @@ function listing(rows, { title, total = 0, most = 12, heading = "value" }) {
     for (const [label, value] of sorted.slice(count, count + n)) {
       const bar = make("span", { class: value < 0 ? "bar neg" : "bar pos" });
       bar.style.width = `${top ? (60 * Math.abs(value || 0)) / top : 0}px`;
-      body.append(make("tr", {}, make("th", { scope: "row" }, make("bdi", {}, label)),
+      body.append(make("tr", {}, make("th", { scope: "row" }, make("bdi", { dir: "ltr" }, label)),
         make("td", { class: "num" }, number(value)), make("td", {}, bar),
         total ? make("td", { class: "num quiet" }, percent(Math.abs(value) / total)) : null));
     }
