@@ -101,6 +101,7 @@ class Circuit(Paged):
             f"Circuit{about} in {self.model.name}: {len(self)} of {total} edges "
             f"({len(self) / total:.1%}), {len(self.nodes)} nodes, {self.selection}{means}{against}"
         )
+        head += f", {self.convention.in_front}" if self.convention.in_front else ""
         order = sorted(self.edges, key=lambda edge: -abs(self.scores.get(edge, 0.0)))
         rows = [
             f"\n  {self.scores[edge]:+9.4f}  {edge}" if edge in self.scores else f"\n  {edge}"

@@ -137,6 +137,10 @@ def discover(
 
     def circuit(means: _Means, n: int) -> Circuit:
         scores = dict(zip(edges, means.tolist(), strict=True))
+        added = None
+        if isinstance(prompts[0], str):
+            how = {key: kwargs[key] for key in ("prepend_bos",) if key in kwargs}
+            added = adapter.prepare(prompts[0], how)[1].added
         return select_circuit(
             info,
             scores,
@@ -146,7 +150,7 @@ def discover(
             target=work.target,
             n_prompts=n,
             corrupted=corrupted is not None,
-            convention=Convention(kwargs.get("gate", "gate")),
+            convention=Convention(kwargs.get("gate", "gate"), added),
         )
 
     means, n = torch.zeros(len(edges), dtype=torch.double), 0

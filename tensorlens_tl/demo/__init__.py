@@ -139,12 +139,13 @@ def _pair(drawn: Document) -> PromptPair:
     )
 
 
-def load_model(kind: str | None = None) -> Any:
+def load_model(kind: str | None = None, device: Any = "cpu") -> Any:
     """Load the demo model, with weights as they were trained (nothing folded or centred).
 
     Args:
         kind: Host class: "hooked" for a ``HookedTransformer``, "bridge" for a
             ``TransformerBridge``. None is the first of the two that is installed.
+        device: Device of the model, such as "cuda".
 
     Returns:
         The model, in evaluation mode, with its tokenizer.
@@ -169,7 +170,7 @@ def load_model(kind: str | None = None) -> Any:
                 raise  # a broken dependency, not a class that this host lacks
             continue
         with _without_bars(), redirect_stdout(sys.stderr):
-            model = load_host(str(model_folder()), name, device="cpu")
+            model = load_host(str(model_folder()), name, device=device)
         model.cfg.model_name = "tensorlens_tl demo"
         return model
     raise ValueError(

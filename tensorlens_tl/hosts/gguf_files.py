@@ -24,8 +24,10 @@ def gguf_file(path: Path) -> Path | None:
         The file itself, or the only one in a folder that has no config.json. Otherwise None.
 
     Raises:
-        ValueError: If such a folder holds several GGUF files.
+        ValueError: If such a folder holds several GGUF files, or there is no such file.
     """
+    if path.suffix.lower() == ".gguf" and not path.exists():
+        raise ValueError(f"There is no file {path}. Pass the path of a GGUF file.")
     if path.is_file() and path.suffix.lower() == ".gguf":
         return path
     if not path.is_dir() or (path / "config.json").is_file():

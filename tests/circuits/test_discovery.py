@@ -301,3 +301,18 @@ def test_refusals(model, tmp_path):
         path.write_text(json.dumps({**data, "progress": {**data["progress"], "done": done}}))
         with pytest.raises(ValueError, match=r"prompts are done. It should say 1 to 3"):
             tensorlens_tl.discover(model, *rows, n_edges=5, path=path)
+
+
+def test_circuits_say_what_was_put_in_front(model):
+    text = "The capital of France is"
+    found = [
+        tensorlens_tl.discover(model, prompts, n_edges=2, **options)
+        for prompts, options in (
+            ([text], {}),
+            ([text], {"prepend_bos": False}),
+            ([model.to_tokens(text)], {}),
+        )
+    ]
+    assert [one.convention.first_token for one in found] == ["<bos>", "", None]
+    assert "<bos> added in front" in repr(found[0]) and "in front" not in repr(found[2])
+    assert type(found[1]).from_json(found[1].to_json()).convention.first_token == ""

@@ -265,3 +265,9 @@ def test_a_path_that_names_another_architecture(kind, tmp_path, monkeypatch):
     model = demo.load_model(kind)
     assert model.cfg.model_name == "tensorlens_tl demo"
     assert torch.equal(model(SENTENCE), plain(SENTENCE))
+
+
+def test_the_device_is_chosen():
+    assert next(demo.load_model(device="cpu").parameters()).device.type == "cpu"
+    with pytest.raises(ValueError, match="device='tpux'"):
+        demo.load_model(device="tpux")

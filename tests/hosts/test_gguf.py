@@ -137,6 +137,8 @@ def test_what_cannot_be_read(written, tmp_path, monkeypatch):
         tensorlens_tl.load_model(tmp_path)
     with pytest.raises(ValueError, match="n_devices=2 is no argument of load_model"):
         tensorlens_tl.load_model(folder, n_devices=2)
+    with pytest.raises(ValueError, match=r"There is no file .*none.gguf. Pass the path"):
+        tensorlens_tl.load_model(tmp_path / "none.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"tiny.gguf needs the package gguf.*tensorlens-tl\[gguf"):
         tensorlens_tl.load_model(folder)
