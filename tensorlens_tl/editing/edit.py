@@ -16,7 +16,7 @@ from ..checks import at_least_one, need, token_text
 from ..hosts import Adapter, adapt
 from ..maps import TINY
 from ..operator import Capture, FrozenTransformer, Prompts
-from ..pictures import agreement
+from ..pictures import Page, Paged, agreement, table_view
 from ..readers import alone
 from ..recording import freeze
 from .goals import Goal
@@ -273,7 +273,7 @@ class Edit:
 
 
 @dataclass(frozen=True, eq=False)
-class EditCheck:
+class EditCheck(Paged):
     """What an edit predicted, and what the real model did.
 
     Attributes:
@@ -342,6 +342,13 @@ class EditCheck:
             series["jacobian"] = self.jacobian.tolist()
         title = f"edit at {self.site}, predicted off by {self.error:.0%}"
         return agreement(ax, series, self.real.tolist(), unit="logits", title=title)
+
+    def _page(self) -> Page:
+        names = ("before", "predicted", "real", "jacobian", "kl", "size")
+        values = torch.stack([getattr(self, name) for name in names], 1).cpu().numpy()
+        labels = [[str(number), *pair] for number, pair in enumerate(self.tops)]
+        table = table_view(["prompt", "top before", "top after"], names, labels, values)
+        return Page(repr(self).splitlines()[0], [table], ["Changes and targets are in logits."])
 
     def __repr__(self) -> str:
         rows = [f"Edit at {self.site}, in the real model (predicted off by {self.error:.0%})"]

@@ -214,6 +214,7 @@ def test_other_results_have_pages(opened, lenses):
         (lens.logit_lens(), "Mary"),
         (lens.attribute_sequence(-2), "softmax"),
         (lens.head_maps("L1H0"), "Attention pattern"),
+        (lens.edit("Mary", versus="John", to=-2.0, site=1).check(demo.load_model()), "top after"),
     ):
         assert said in opened(result.to_html()).locator("main").inner_text()
 
