@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tensorlens_tl
 from tensorlens_tl.lens.tensor_lens import TensorLens
+from tensorlens_tl.support.every_name import tiny_model
 from tensorlens_tl.support.tiny_models import (
     BRIDGE,
     COMPAT,
@@ -244,8 +245,18 @@ ENCODERS = [
 """Post-norm models: BERT and RoBERTa, in every class that the host has for them."""
 if HookedEncoder is not None:
     ENCODERS.append(Case("hooked-encoder", hooked_encoder, "hooked"))
+POST_NORM = [*ENCODERS]
+"""The same, and GPT-1, a decoder."""
+if encoder_offered("OpenAIGPTLMHeadModel"):
+    POST_NORM.append(
+        Case(
+            "bridge-gpt1",
+            lambda dtype: to_bridge(tiny_model("OpenAIGPTLMHeadModel").to(dtype)),
+            "bridge",
+        )
+    )
 DRESSED = [case for case in CASES.values() if case.name.split("-", 1)[1] not in _SHAPES]
-CASES |= {case.name: case for case in (*MORE, *ENCODERS)}
+CASES |= {case.name: case for case in (*MORE, *POST_NORM)}
 
 
 @cache

@@ -20,7 +20,7 @@ from ..readers import alone
 from ..refusals import UnsupportedArchitectureError
 from .adapter import Adapter
 from .bridge import BRIDGE, UNASKED, BridgeAdapter
-from .encoders import ENCODER, EncoderAdapter, normalizes_sums
+from .encoders import ENCODER, post_norm_adapter
 from .hooked_transformer import HookedEncoderAdapter, HookedTransformerAdapter
 from .pictures import PictureAdapter, embeddings_of
 from .seeing import SeeingAdapter, senses
@@ -56,7 +56,7 @@ def adapt(model: Any) -> Adapter:
         if senses(model):
             return SeeingAdapter(model)
         of = BridgeAdapter if embeddings_of(model) is None else PictureAdapter
-        return (EncoderAdapter if normalizes_sums(model) else of)(model)
+        return (post_norm_adapter(model) or of)(model)
     raise UnsupportedArchitectureError(
         f"model is {kind_of(model)}, which is neither a HookedTransformer nor a "
         "TransformerBridge. Pass one of these, or a Hugging Face causal language model."

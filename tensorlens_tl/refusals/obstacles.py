@@ -19,6 +19,7 @@ _PARTS = (
     ("attention to what an indexer chooses", r"indexer$", {"indexer"}),
     ("a gate on what attention gives", r"", {"g_proj"}),
     ("a norm before W_O or W_out", r"", {"attn_sub_norm", "ffn_sub_norm"}),
+    ("gate and up projections in one matrix", r"", {"Wi"}),
     ("a mixture of experts", r"(moe|moeblock|moelayer|experts|sparsemlp)$", {"experts"}),
     ("latent attention", r"", {"kv_a_proj_with_mqa", "kv_b_proj"}),
     ("attention to an encoder", r"", {"crossattention", "encoder_attn"}),
@@ -38,6 +39,8 @@ def obstacle(model: Any) -> str:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "an encoder and a decoder, with attention between them"
+    if getattr(config, "H_cycles", 0):
+        return "stacks of blocks that run several times (H_cycles and L_cycles)"
     for _, module in model.named_modules():
         if (kind := type(module).__name__).endswith("PositionalConvEmbedding"):
             return f"a convolution over positions before block 0: {kind}"

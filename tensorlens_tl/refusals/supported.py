@@ -93,6 +93,7 @@ SUPPORTED = {
     "NanoGPTForCausalLM": "nanoGPT",
     "NemotronForCausalLM": "Nemotron",
     "ApertusForCausalLM": "Apertus",
+    "OpenAIGPTLMHeadModel": "GPT-1",
 }
 """Architectures that the tests cover, by Hugging Face class name."""
 

@@ -24,6 +24,7 @@ from comparisons import assert_close
 from models import (
     ENCODERS,
     ORACLE,
+    POST_NORM,
     ROUNDING,
     encoder_hf,
     encoder_offered,
@@ -37,6 +38,7 @@ from oracles import FrozenModel, gradient_of
 import tensorlens_tl
 from tensorlens_tl.hosts.entry import adapt
 from tensorlens_tl.refusals.errors import UnsupportedArchitectureError
+from tensorlens_tl.support.every_name import tiny_model
 
 every_case = pytest.mark.parametrize("case", ENCODERS, ids=str)
 BRIDGED = [name for name in ("Bert", "Roberta") if encoder_offered(f"{name}ForMaskedLM")]
@@ -104,6 +106,13 @@ ALGEBRA = {
 }
 """Laws of a capture, whichever host made it: on one."""
 PAIRS = [(law, case) for law in LAWS for case in (ENCODERS[:1] if law in ALGEBRA else ENCODERS)]
+OF_A_DECODER = [
+    test_operator.test_operator_reproduces_the_logits,
+    test_secant.test_between_equal_runs_it_is_the_models_gradient,
+    test_recomputed.test_recomputed_equals_stored,
+    test_interventions.test_ablating_nothing_and_everything_gives_the_model_s_own_logits,
+]
+PAIRS += [(law, case) for law in OF_A_DECODER for case in POST_NORM if case not in ENCODERS]
 
 
 @pytest.mark.parametrize(
@@ -359,13 +368,24 @@ class NormedPaths(test_interventions.PathPatching):
         )
 
 
-@every_case
+@pytest.mark.parametrize("case", POST_NORM, ids=str)
 def test_one_edge_patched_is_path_patching_on_the_host(case, monkeypatch):
     monkeypatch.setattr(test_interventions, "PathPatching", NormedPaths)
     test_interventions.test_one_edge_patched_is_path_patching_on_the_host(case)
 
 
 # --- What is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in POST_NORM if c not in ENCODERS], ids=str)
+def test_padding_of_a_post_norm_decoder_is_refused_as_its_bridge_reads_ahead(case):
+    model, ids, mask = case.model(), tokens(), torch.ones_like(tokens())
+    with quiet(), torch.no_grad():
+        lens = tensorlens_tl.capture(model, {"input_ids": ids, "attention_mask": mask})[1]
+        assert_close(lens.logits, tiny_model("OpenAIGPTLMHeadModel")(ids).logits, ROUNDING)
+        mask[0, 5:] = 0
+        with pytest.raises(UnsupportedArchitectureError, match=r"with padding .* reads later tok"):
+            tensorlens_tl.capture(model, ids, attention_mask=mask)
 
 
 @every_bridge
