@@ -69,9 +69,8 @@ def find_graph(
         ends = {edge.src for edge in only} | {owner(edge.dest) for edge in only}
         effects = {at: x for at, x in effects.items() if _whole(at[0]) in ends or _constant(at[0])}
     tokens = [at for at in effects if at[0].kind in CONTENTS]
-    others = sorted(
-        (at for at in effects if at not in set(tokens)), key=lambda at: -abs(effects[at])
-    )
+    others = [at for at in effects if at[0].kind not in CONTENTS]
+    others.sort(key=lambda at: -abs(effects[at]))
     kept = {*tokens, *others[:n_nodes]}
     least = abs(effects[others[n_nodes - 1]]) if len(others) > n_nodes else 0.0
     # 2. and 3. The edges; what readers hold of their own is known only here.
@@ -223,7 +222,8 @@ class _Edges:
     ) -> Iterator[_Link]:
         """The edges into the nodes of one branch."""
         nodes = branch.body.nodes()
-        places = [at for at in self.kept if at[0] in set(nodes)]
+        own_nodes = set(nodes)
+        places = [at for at in self.kept if at[0] in own_nodes]
         n_pos = c.shape[1]
         for pos in sorted({pos for _, pos in places}):
             query = torch.tensor([pos], device=c.device)
@@ -233,7 +233,7 @@ class _Edges:
             sides = [(branch.body.reads(), covectors)]
             if self.scores is not None and branch.has_heads:
                 side = self.scores(branch)
-                both = side.readers(branch.pull_to_hidden(alone), state)
+                both = side.readers(branch.pull_to_hidden(alone), state, pos)
                 heads = len(nodes)
                 sides += [(side.reads()[:heads], both[0]), (side.reads()[heads:], both[1])]
             for reads, pulled in sides:
@@ -264,6 +264,6 @@ class _Edges:
     ) -> Iterator[_Link]:
         for i in weights.nonzero().flatten().tolist():
             src = self.places[i]
-            edge = Edge(_whole(src[0]), reader)
-            if self.only is None or _constant(src[0]) or edge in self.only:
+            free = self.only is None or _constant(src[0])
+            if free or Edge(_whole(src[0]), reader) in (self.only or ()):
                 yield _Link(src, dest, reads, float(weights[i]))

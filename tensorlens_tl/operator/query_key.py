@@ -21,14 +21,22 @@ refused.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import Node
-from ..maps import HALF, TINY, Factored, Frame, Norm
-from ..sublayers import Attention, HeadNorm, Rotation, ScoreWeights, add_alibi_bias_
+from ..maps import HALF, TINY, Factored, Frame, Mix, Norm
+from ..sublayers import (
+    Attention,
+    HeadNorm,
+    RecomputedMix,
+    Rotation,
+    ScoreWeights,
+    add_alibi_bias_,
+)
 from .capture import CaptureMismatchError
 
 CELLS = 2**24
@@ -65,12 +73,15 @@ class QueryKey:
         self,
         z: Float[Tensor, "batch pos z"],
         state: Float[Tensor, "batch pos d_model"],
+        row: int | None = None,
     ) -> tuple[Factored, Factored]:
         """The covector of every query input, and of every key input, at the residual.
 
         Args:
             z: The target's covector at the mixed values, heads side by side [batch, pos, z].
             state: The residual that attention reads in the run [batch, pos, d_model].
+            row: The one position at which ``z`` is not zero, as a tensor index: then only that row
+                of the patterns is computed. None for all.
 
         Returns:
             The covectors of the query inputs and of the key inputs, in the order of :meth:`reads`,
@@ -89,43 +100,56 @@ class QueryKey:
             values = values + self.attn.v_edit.constant
         v = values.unflatten(-1, (kv_heads, -1)).transpose(1, 2)
         z = z.unflatten(-1, (heads, -1)).transpose(1, 2)
+        rows = slice(None) if row is None else slice(row, row + 1)
         # 2. The covectors at queries and keys, as many key/value heads at a time as CELLS allows.
         each = heads // kv_heads
-        at_q, at_k = torch.empty_like(q.rotated), torch.empty_like(q.rotated)
+        at_q, at_k = torch.zeros_like(q.rotated), torch.empty_like(q.rotated)
         step = max(1, CELLS // (frame.batch * each * n_pos**2))
         for first in range(0, kv_heads, step):
             last = min(first + step, kv_heads)
             kv, own = slice(first, last), slice(first * each, last * each)
-            A = torch.cat([self.attn.mix.head(h).pattern for h in range(own.start, own.stop)], 1)
+            A = self._pattern(own, row)
             keys = k.rotated[:, kv].repeat_interleave(each, 1)
-            queries = q.rotated[:, own]
+            queries = q.rotated[:, own, rows]
             S = queries @ keys.mT * w.scale
             S = S if w.soft_cap is None else w.soft_cap * torch.tanh(S / w.soft_cap)
-            seen = with_alibi_bias(S, w.slopes, own).masked_fill(A <= 0, -torch.inf)
-            check_pattern(self.attn, A, with_sinks(seen, w.sinks, own), self.model_dtype)
+            seen = with_alibi_bias(S, w.slopes, own, row or 0).masked_fill(A <= 0, -torch.inf)
+            seen = with_sinks(seen, w.sinks, own)
+            check_pattern(self.attn, A, seen, self.model_dtype, rows=rows)
             # Adjoints of z = A v, of the softmax and of the soft cap: the formulas of the module.
-            dA = z[:, own] @ v[:, kv].repeat_interleave(each, 1).mT
+            dA = z[:, own, rows] @ v[:, kv].repeat_interleave(each, 1).mT
             dP = A * (dA - (A * dA).sum(-1, keepdim=True)) * w.scale
             dP = dP if w.soft_cap is None else dP * (1 - (S / w.soft_cap) ** 2)
-            at_q[:, own], at_k[:, own] = dP @ keys, dP.mT @ queries
+            at_q[:, own, rows], at_k[:, own] = dP @ keys, dP.mT @ queries
         # 3. From queries and keys to the residual.
         return q.pull(at_q, self.norm), k.pull(at_k, self.norm)
 
+    def _pattern(self, heads: slice, row: int | None) -> Tensor:
+        """The pattern of some heads, or one row of it [batch, head, query_pos, key_pos]."""
+        mix = cast(Mix | RecomputedMix, self.attn.mix)  # a delta rule has no scores
+        if row is not None:
+            at = torch.full((self.attn.frame.batch,), row, device=self.attn.frame.device)
+            return mix.rows(at)[:, heads, None]
+        return torch.cat([mix.head(h).pattern for h in range(heads.start, heads.stop)], 1)
 
-def with_alibi_bias(S: Tensor, slopes: tuple[float, ...] | None, heads: slice) -> Tensor:
+
+def with_alibi_bias(
+    S: Tensor, slopes: tuple[float, ...] | None, heads: slice, first: int = 0
+) -> Tensor:
     """Scores [batch, head, query_pos, key_pos] of some heads, less ALiBi's slope · distance.
 
     Args:
         S: The scores of these heads, before ALiBi.
         slopes: The slope of every head of the layer, or None in a model without ALiBi.
         heads: The heads of ``S`` among all heads of the layer.
+        first: The position of the first row of ``S``.
 
     Returns:
         The scores after ALiBi.
     """
     if slopes is None:
         return S
-    return add_alibi_bias_(S.clone(), S.new_tensor(slopes[heads])[:, None, None], 0, False)
+    return add_alibi_bias_(S.clone(), S.new_tensor(slopes[heads])[:, None, None], first, False)
 
 
 def with_sinks(S: Tensor, sinks: Tensor | None, heads: slice) -> Tensor:
@@ -151,6 +175,7 @@ def check_pattern(
     model_dtype: torch.dtype,
     remedy: str = "Pass qk=False: edges into values, MLPs and logits do not need the scores.",
     prompts: slice = slice(None),
+    rows: slice = slice(None),
 ) -> None:
     """Compare a pattern with the softmax of scores.
 
@@ -161,12 +186,13 @@ def check_pattern(
         model_dtype: The model's dtype.
         remedy: Last sentence of the message: what to do instead.
         prompts: The prompts of the batch that ``A`` and ``S`` belong to.
+        rows: The query positions that they hold.
 
     Raises:
         CaptureMismatchError: If the two differ by more than rounding.
     """
     softmax = S.softmax(-1).nan_to_num(0.0)[..., : A.shape[-1]]
-    real = attn.frame.real[prompts, None, :, None]
+    real = attn.frame.real[prompts, None, rows, None]
     size = (A * real).square().sum((-2, -1)).sqrt()
     off = ((softmax - A) * real).square().sum((-2, -1)).sqrt()
     error = float((off / size.clamp_min(TINY)).max())

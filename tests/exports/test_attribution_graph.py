@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import assert_close
-from models import ENCODERS, PER_SHAPE, lens_of
+from models import CASES, ENCODERS, PER_SHAPE, lens_of
 from test_experts import NAMES as MIXTURES
 from test_experts import lens_of as mixture_of
 from test_experts import within
@@ -53,6 +53,14 @@ def check_sums(lens, tol, **target):
 @pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 def test_weights_sum_to_edges_to_nodes_and_to_the_target(case):
     check_sums(lens_of(case)[0], case.within("oracle"), target=3, versus=7)
+
+
+ALIBI = [case for case in CASES.values() if case.name in ("bridge-bloom", "hooked-bloom")]
+
+
+@pytest.mark.parametrize("case", ALIBI[:1], ids=str)
+def test_distances_count_from_the_position_that_asks(case):
+    check_sums(lens_of(case)[0], case.within("oracle"), target=3)
 
 
 @pytest.mark.parametrize("case", ENCODERS[-1:], ids=str)

@@ -109,7 +109,7 @@ def test_headvis_refusals_leave_nothing(lens, folder, tmp_path, monkeypatch):
         raise OSError("The disk is full.")
 
     monkeypatch.setattr("tensorlens_tl.exports.headvis._config", full)
-    with pytest.raises(OSError, match="The disk is full."):
+    with pytest.raises(OSError, match="The disk is full"):
         lens.save_headvis(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
