@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
-
-from tensorlens_tl import __version__
 
 from . import choices
+from .option_types import Names, Parser, Version, number, one_of, score
 
 COMMANDS = {
     "explain": "where the next token's logit comes from (the default command)",
@@ -41,93 +37,6 @@ OVERVIEW = "\n".join(
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        message = message.replace("FILE, PROMPT", "FILE")
-        found = re.match(r"argument (\S+): (.*)", message, re.DOTALL)
-        text = f"{found[1]} {found[2]}" if found else f"{message[:1].upper()}{message[1:]}"
-        raise ValueError(
-            text if text.endswith((".", "?")) else f"{text}. See tensorlens-tl --help."
-        )
-
-
-class _Names(argparse.Action):
-    """A list of names, separated by commas or spaces.
-
-    An option of several values also catches a prompt that follows. A value with a space that is no
-    list of names is such a prompt.
-    """
-
-    def __init__(self, *args: Any, known: Sequence[str], **kwargs: Any):
-        self.known = known
-        super().__init__(*args, **kwargs)
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        names = getattr(namespace, self.dest)
-        names = [] if names is self.default else list(names)
-        for value in [values] if isinstance(values, str) else values:
-            parts = [part.strip() for part in value.split(",")]
-            wrong = [part for part in parts if part not in self.known]
-            if wrong and " " in value and self.nargs == "+":
-                namespace.caught = [*getattr(namespace, "caught", []), value]
-            elif wrong:
-                remedy = choices.remedy(wrong[0], self.known)
-                raise argparse.ArgumentError(self, f"{wrong[0]!r} does not exist. {remedy}")
-            else:
-                names += parts
-        if not names:
-            raise argparse.ArgumentError(self, "has no name. Write prompts before the option.")
-        setattr(namespace, self.dest, names)
-
-
-class _Version(argparse.Action):
-    """Print the versions of the library and of what it stands on, and exit."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        others = (f"{name} {metadata.version(name)}" for name in ("transformer-lens", "torch"))
-        print(f"tensorlens-tl {__version__} ({', '.join(others)})")
-        parser.exit()
-
-
-def _one_of(known: Sequence[str]) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in known:
-            remedy = choices.remedy(text, known)
-            raise argparse.ArgumentTypeError(f"{text!r} does not exist. {remedy}")
-        return text
-
-    return read
-
-
-def _number(least: int | None) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not re.fullmatch(r"-?\d+", text) or (least is not None and int(text) < least):
-            bound = "" if least is None else f" ≥ {least}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number{bound}. Pass one such as {max(8, least or 0)}."
-            )
-        return int(text)
-
-    return read
-
-
-def _score(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number. Pass one such as 0.05."
-        ) from None
-
-
 # --- The commands --------------------------------------------------------------------------------
 
 
@@ -150,13 +59,13 @@ def parser(command: str) -> argparse.ArgumentParser:
             "Mask the tokens that each method names, run the real model, and see what is left of\n"
             "its prediction."
         )
-    p = _Parser(
+    p = Parser(
         prog=name,
         usage=f"{name} {first}[PROMPT ...] [options]",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--version", action=_Version, nargs=0, help="print the versions in use")
+    p.add_argument("--version", action=Version, nargs=0, help="print the versions in use")
     options = {"explain": _explain, "evaluate": _evaluate, "discover": _discover}
     (options | {"circuit": _circuit, "edit": _edit})[command](p)
     return p
@@ -183,12 +92,12 @@ def _common(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--kind",
-        type=_one_of(choices.KINDS),
+        type=one_of(choices.KINDS),
         help="host class: bridge or hooked (default: what is installed)",
     )
     p.add_argument(
         "--dtype",
-        type=_one_of(choices.DTYPES),
+        type=one_of(choices.DTYPES),
         help=f"{', '.join(choices.DTYPES)} (default: as the model is loaded)",
     )
     p.add_argument("--target", help="token, or '#' and its id (default: the model's prediction)")
@@ -212,40 +121,40 @@ def _drawn(p: argparse.ArgumentParser) -> None:
     task = choices.TASKS
     p.add_argument(
         "--task",
-        type=_one_of(task),
+        type=one_of(task),
         default="ioi",
         help=f"without prompts, those of the demo model: {', '.join(task)} (default: ioi)",
     )
-    p.add_argument("--n", type=_number(1), default=20, help="number of these prompts (default: 20)")
+    p.add_argument("--n", type=number(1), default=20, help="number of these prompts (default: 20)")
 
 
 def _seeded(p: argparse.ArgumentParser, batch_size: int, of: str) -> None:
     p.add_argument(
         "--batch-size",
-        type=_number(1),
+        type=number(1),
         default=batch_size,
         help=f"prompts at once (default: {batch_size})",
     )
-    p.add_argument("--seed", type=_number(0), default=0, help=f"seed of {of} (default: 0)")
+    p.add_argument("--seed", type=number(0), default=0, help=f"seed of {of} (default: 0)")
 
 
 def _explain(p: argparse.ArgumentParser) -> None:
     _common(p)
     p.add_argument(
         "--by",
-        action=_Names,
+        action=Names,
         known=tuple(dict.fromkeys((*choices.BY, *choices.TOTALS))),
         default=DEFAULT_BY,
         help=f"one or more, comma-separated: {', '.join(choices.BY)} (default: token,component)",
     )
     p.add_argument(
         "--effect",
-        type=_one_of(("direct", "total")),
+        type=one_of(("direct", "total")),
         default="direct",
         help="direct, or total along all paths (default: direct)",
     )
     p.add_argument("--qk", action="store_true", help="with --by edge: queries and keys read, too")
-    p.add_argument("--top", type=_number(1), default=12, help="rows to show (default: 12)")
+    p.add_argument("--top", type=number(1), default=12, help="rows to show (default: 12)")
 
 
 def _evaluate(p: argparse.ArgumentParser) -> None:
@@ -254,7 +163,7 @@ def _evaluate(p: argparse.ArgumentParser) -> None:
     def several(name: str, known: Sequence[str], default: tuple[str, ...]) -> None:
         p.add_argument(
             f"--{name}",
-            action=_Names,
+            action=Names,
             known=known,
             nargs="+",
             default=default,
@@ -267,12 +176,12 @@ def _evaluate(p: argparse.ArgumentParser) -> None:
     several("masking", choices.MASKINGS, ("delete",))
     p.add_argument(
         "--preset",
-        type=_one_of(choices.PRESETS),
+        type=one_of(choices.PRESETS),
         help=f"fractions of masked tokens: {', '.join(choices.PRESETS)}",
     )
     p.add_argument(
         "--metric",
-        type=_one_of(choices.METRICS),
+        type=one_of(choices.METRICS),
         default="probability",
         help=f"{', '.join(choices.METRICS)} (default: probability)",
     )
@@ -285,20 +194,20 @@ def _discover(p: argparse.ArgumentParser) -> None:
     _common(p)
     _corrupted(p)
     size = p.add_mutually_exclusive_group()
-    size.add_argument("--n-edges", type=_number(1), help="number of edges (default: 40)")
-    size.add_argument("--threshold", type=_score, help="keep edges that rank at or above this")
+    size.add_argument("--n-edges", type=number(1), help="number of edges (default: 40)")
+    size.add_argument("--threshold", type=score, help="keep edges that rank at or above this")
     p.add_argument(
         "--selection",
-        type=_one_of(choices.SELECTIONS),
+        type=one_of(choices.SELECTIONS),
         default="greedy",
         help=f"{', '.join(choices.SELECTIONS)} (default: greedy)",
     )
     p.add_argument(
         "--at",
-        type=_one_of(choices.AT),
+        type=one_of(choices.AT),
         help="whose operator reads the difference: clean, corrupted, secant",
     )
-    p.add_argument("--top", type=_number(1), default=12, help="edges to show (default: 12)")
+    p.add_argument("--top", type=number(1), default=12, help="edges to show (default: 12)")
     _drawn(p)
     _seeded(p, 8, "prompts")
 
@@ -312,17 +221,17 @@ def _circuit(p: argparse.ArgumentParser) -> None:
     _corrupted(p)
     p.add_argument(
         "--ablation",
-        type=_one_of(choices.ABLATIONS),
+        type=one_of(choices.ABLATIONS),
         default="resample",
         help="what replaces the other edges: resample, mean, zero (default: resample)",
     )
     p.add_argument(
         "--attention",
-        type=_one_of(choices.ATTENTION),
+        type=one_of(choices.ATTENTION),
         default="live",
         help="live or frozen patterns (default: live)",
     )
-    p.add_argument("--top", type=_number(1), default=12, help="edges to show (default: 12)")
+    p.add_argument("--top", type=number(1), default=12, help="edges to show (default: 12)")
     _drawn(p)
     _seeded(p, 8, "prompts and intervals")
 
@@ -335,10 +244,10 @@ def _edit(p: argparse.ArgumentParser) -> None:
         default=None,
         help="block whose output is edited, or a residual site (default: the middle block)",
     )
-    p.add_argument("--margin", type=_score, default=1.0, help="lead in logits (default: 1)")
+    p.add_argument("--margin", type=score, default=1.0, help="lead in logits (default: 1)")
     p.add_argument(
         "--refine",
-        type=_number(0),
+        type=number(0),
         default=2,
         metavar="ROUNDS",
         help="corrections by runs of the edited model (default: 2)",
