@@ -17,7 +17,17 @@ from ..attribution import PROMPTS, legend_html, more_prompts, patch_map, strip_h
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label
 from ..maps import TINY
 from ..operator import Convention
-from ..pictures import Page, Paged, cell_map, depth, map_view, panel, table_view, token_figure
+from ..pictures import (
+    Page,
+    Paged,
+    cell_map,
+    depth,
+    map_view,
+    panel,
+    patch_figure,
+    table_view,
+    token_figure,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -379,18 +389,23 @@ class TokenScores(Paged):
         }
         return json.dumps(data, ensure_ascii=False)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Axes | None = None, image: Any = None) -> Axes:
         """Draw the scores with matplotlib: bars, mirrored for two prompts; strips for more.
 
         Args:
             ax: Axes to draw on. None makes a figure.
+            image: A picture to draw its patches' scores on, as a map; of one prompt.
 
         Returns:
             The axes drawn on, with tokens in the order of the prompt.
 
         Raises:
-            ValueError: If matplotlib is missing.
+            ValueError: If matplotlib is missing, or the one prompt is no picture.
         """
+        if image is not None:
+            title = f"{self.target[0]}, {self.method}"
+            grid = self[:1].grid()[0].tolist()
+            return patch_figure(ax, grid, unit="score", title=title, image=image)
         many, prompts = len(self) > 2, range(len(self))
         names = [
             list(own) if many else [place_label(token, i) for i, token in enumerate(own)]

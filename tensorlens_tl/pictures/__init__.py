@@ -15,7 +15,7 @@ from .maps import depth, map_view, panel
 from .node_graph import edge_view, flow_view, graph_view
 from .page import Page, Paged, View
 from .split_pages import grid_view, split_page
-from .splits import Split, graph_figure, head_cells, split_figure, unit_of
+from .splits import Split, graph_figure, head_cells, patch_figure, split_figure, unit_of
 from .tables import curves_view, table_view, waterfall_view
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "head_cells",
     "map_view",
     "panel",
+    "patch_figure",
     "path_rows",
     "split_figure",
     "split_page",

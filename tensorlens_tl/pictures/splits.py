@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..checks import at_least_one
 from ..graph import CONTENTS, Edge, Node
 from .charts import floor, layered_graph, token_figure
-from .figures import bars, cell_map, mirrored_bars, waterfall
+from .figures import PLAIN, bars, cell_map, mirrored_bars, waterfall
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,8 +104,7 @@ def unit_of(target: str) -> str:
     name = target.removeprefix("change of ")
     if name.startswith("log p("):
         return "nats"
-    tokens = name[:1] in ("'", '"') or name.startswith("L")
-    return "logits" if tokens else "units of the target"
+    return "logits" if name[:1] in ("'", '"') else "units of the target"
 
 
 def split_figure(
@@ -163,7 +162,8 @@ def split_figure(
             f"kind={kind!r} does not fit a split by {split.by}. Use kind='bars', or None."
         )
     if kind == "patches" and grid is not None:
-        return patch_figure(ax, grid(), unit=unit, title=first.title, image=image)
+        drawn = patch_figure(ax, grid(), unit=unit, title=first.title, image=image)
+        return _beside(drawn, "not patches", _outside(first))
     if kind == "tokens":
         return _tokens(ax, prompts, unit)
     if kind == "bars":
@@ -308,12 +308,32 @@ def _column(node: Node) -> str:
 def _heads(ax: Axes | None, rows: Rows, unit: str, top: int) -> Axes:
     names, across, grid, beside = head_cells(rows.nodes, rows.values)
     drawn = cell_map(ax, grid, names, across, unit=unit, title=rows.title)
-    order = sorted(beside, key=lambda name: -abs(beside[name]))
-    parts = [f"{name} {beside[name]:+.3g}" for name in order]
+    return _beside(drawn, "not by layer", beside)
+
+
+def _beside(drawn: Axes, what: str, sums: Mapping[str, float]) -> Axes:
+    """Name below a map the numbers that it has no place for, so that nothing is left out."""
+    order = sorted(sums, key=lambda name: -abs(sums[name]))
+    parts = [f"{name} {sums[name]:+.3g}" for name in order]
     lines = [", ".join(parts[i : i + 3]) for i in range(0, len(parts), 3)]
     if lines:
-        drawn.set_xlabel("not by layer: " + "\n".join(lines), fontsize="small")
+        drawn.set_xlabel(f"{what}: " + "\n".join(lines), fontsize="small", **PLAIN)
     return drawn
+
+
+def _outside(rows: Rows) -> dict[str, float]:
+    """Sums of the rows at no patch: by the place's own name, and of all constants."""
+    named = list(zip(rows.nodes, rows.places, rows.names, rows.values, strict=True))
+    patches = {place for _, place, name, _ in named if _PATCH.search(name)}
+    names: dict[int | None, str] = {None: "constants"}
+    for node, place, name, _ in named:
+        if getattr(node, "kind", "") in CONTENTS:
+            names.setdefault(place, name)
+    sums: dict[str, list[float]] = {}
+    for _, place, name, value in named:
+        if place not in patches:
+            sums.setdefault(names.get(place, name), []).append(value)
+    return {name: math.fsum(parts) for name, parts in sums.items()}
 
 
 def _map(ax: Axes | None, rows: Rows, unit: str, top: int) -> Axes:
@@ -321,10 +341,11 @@ def _map(ax: Axes | None, rows: Rows, unit: str, top: int) -> Axes:
     sources = list(zip(rows.nodes, rows.places, rows.names, rows.values, strict=True))
     placed = [(n, p, name, v) for n, p, name, v in sources if p is not None and isinstance(n, Node)]
     whole = len({node for node, *_ in placed}) > _STEPS
+    mixed = any(node.layer is not None and node.kind != "constant" for node, *_ in placed)
     cells: dict[tuple[str, int], list[float]] = {}
     texts: dict[int, str] = {}
     for node, place, name, value in placed:
-        row = _stage(node) if whole or node.kind == "constant" else str(node)
+        row = _stage(node) if whole or (mixed and node.kind == "constant") else str(node)
         cells.setdefault((row, place), []).append(value)
         read = name.rpartition(" ← ")[2] if " ← " in name else name
         if _TOKEN.search(read):
@@ -406,12 +427,7 @@ def graph_figure(
     return layered_graph(ax, order[:top], scores, title=title + left, unit=unit)
 
 
-_SINGLE: dict[str, Any] = {
-    "heads": _heads,
-    "map": _map,
-    "waterfall": _waterfall,
-    "graph": _graph,
-}
+_SINGLE: dict[str, Any] = {"heads": _heads, "map": _map, "waterfall": _waterfall, "graph": _graph}
 
 
 def patch_figure(

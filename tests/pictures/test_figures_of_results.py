@@ -14,12 +14,13 @@ from models import quiet
 from test_figures import PROMPT, TWIN, bar_lengths, cells, colour_bar, labels, lens_of
 
 import tensorlens_tl
-from tensorlens_tl import Edge, MeanAttribution, Node, Routing, demo
+from tensorlens_tl import Convention, Edge, MeanAttribution, Node, Routing, demo
 from tensorlens_tl.circuits import Faithfulness, FaithfulnessCurve
 from tensorlens_tl.editing.edit import EditCheck
 from tensorlens_tl.editing.ranking import EditRanking
 from tensorlens_tl.editing.study import EditEvaluation, Predictions
 from tensorlens_tl.evaluation.report import Evaluation, Row
+from tensorlens_tl.methods import TokenScores
 from tensorlens_tl.pictures import cell_map, split_figure, token_figure
 from tensorlens_tl.pictures.figures import _luminance, label, limit
 from tensorlens_tl.relations.decoding_study import Decoding, RelationStudy
@@ -351,6 +352,11 @@ def test_patches_over_a_picture():
     assert np.array_equal(below.get_array(), picture) and drawn.get_alpha() < 1
     assert drawn.get_array().tolist() == grid() and drawn.get_clim() == (-3, 3)
     assert below.get_extent() == drawn.get_extent()
+    assert ax.get_xlabel() == "not patches: constants +7, [CLS] +5"
+    scores = TokenScores(
+        "rollout", torch.arange(5.0)[None], (tuple(names[:5]),), ((0, 5),), ("'cat'",), Convention()
+    )
+    assert scores.plot(image=picture).images[1].get_array().tolist() == [[1, 2], [3, 4]]
 
 
 def test_edges_without_scores():
