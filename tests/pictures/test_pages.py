@@ -66,6 +66,43 @@ def test_a_small_map_holds_pythons_numbers(opened):
     assert f"target {float(matrix.target_value[0, -1]):+.6g}" in said
 
 
+def test_hovering_colours_and_saving(opened):
+    values = np.tril(np.full((6, 6), 0.5, np.float32))
+    values[4, 1], values[5, 2] = -8, 8
+    page = opened(a_map(values))
+    canvas = page.get_by_role("application")
+    at, edge = page.evaluate("tensorlens.views[0].figures[0].at"), canvas.bounding_box()
+
+    def move(i, j):
+        x, y = ((k + 0.5) * at["cell"] for k in (j, i))
+        page.mouse.move(edge["x"] + at["left"] + x, edge["y"] + at["top"] + y)
+
+    pixels = page.evaluate(
+        "(({ width, height }, pen) =>"
+        " ({ width, data: [...pen.getImageData(0, 0, width, height).data] }))(tensorlens.views[0].figures[0].canvas,"
+        " tensorlens.views[0].figures[0].canvas.getContext('2d'))"
+    )
+    for (i, j), ink in (((4, 1), "--neg"), ((5, 2), "--pos")):
+        move(i, j)
+        said = page.locator(".tip").inner_text()
+        share = abs(values[i, j]) / np.abs(values[i]).sum()
+        assert f"{values[i, j]:+.4g}, {share:.0%}".replace("%", " %") in said and f"@{j}" in said
+        y, x = (round(at[side] + (k + 0.5) * at["cell"]) for side, k in (("top", i), ("left", j)))
+        drawn = pixels["data"][4 * (y * pixels["width"] + x) :][:3]
+        hexed = page.evaluate(
+            f"getComputedStyle(document.documentElement).getPropertyValue('{ink}')"
+        )
+        assert drawn == [int(hexed.strip()[k : k + 2], 16) for k in (1, 3, 5)]
+    page.mouse.click(
+        edge["x"] + at["left"] + 1.5 * at["cell"], edge["y"] + at["top"] + 4.5 * at["cell"]
+    )
+    assert "t4" in page.locator("caption").first.inner_text()
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save PNG").click()
+    assert saved.value.suggested_filename == "map.png"
+    assert Path(saved.value.path()).read_bytes()[1:4] == b"PNG"
+
+
 def test_a_long_map_is_small_and_exact_where_it_says_so(opened):
     rng, n = np.random.default_rng(0), 2048
     values = np.tril(rng.standard_t(1.5, (n, n)) * rng.random((n, 1))).astype(np.float32)
@@ -87,6 +124,16 @@ def test_a_long_map_is_small_and_exact_where_it_says_so(opened):
             low, high = sorted(map(float, re.search(r"\n(\S+) to (\S+)", words).groups()), key=abs)
             assert abs(low) * 0.95 <= abs(real) <= abs(high) * 1.05 and real * high > 0
     assert exact > 20
+    # Dragging moves the window, and so do keys.
+    whole = page.get_by_role("application", name="The whole map")
+    edge = whole.bounding_box()
+    page.mouse.move(edge["x"] + edge["width"] / 2, edge["y"] + edge["height"] / 2)
+    page.mouse.down()
+    page.mouse.up()
+    row, column = page.evaluate("[tensorlens.views[0].state.row, tensorlens.views[0].state.column]")
+    assert abs(row - 1008) < 8 and abs(column - 1008) < 8
+    whole.press("ArrowUp")
+    assert page.evaluate("tensorlens.views[0].state.row") == row - 8
 
 
 @pytest.mark.parametrize("kind", ["nan", "zero", "one token", "nasty"])
