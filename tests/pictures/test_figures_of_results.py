@@ -89,7 +89,7 @@ def test_sequences():
     rows = [matrix.labels[0].index(name) for name in labels(ax)]
     assert np.array_equal(cells(ax), matrix.values[0, rows].numpy())
     assert rows == sorted(rows) and labels(ax, "x") == ['"of"@5', '"France"@6']
-    assert colour_bar(ax) == "nats" and "29 more rows" in ax.get_title()
+    assert colour_bar(ax) == "nats" and f"{len(matrix.labels[0]) - 5} more rows" in ax.get_title()
 
 
 def test_routings():
