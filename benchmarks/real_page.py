@@ -1,0 +1,145 @@
+"""``docs/real_models.md`` from ``benchmarks/results/real_models.json``, the source of every number.
+
+``python benchmarks/real_page.py`` writes the page. ``real_exactness.py`` and ``real_heads.py`` fill
+the file, entry by entry, so that a run which is stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "real_models.json"
+PAGE = Path(__file__).parents[1] / "docs" / "real_models.md"
+
+
+def load() -> dict[str, Any]:
+    """All entries so far, by name."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def kept(name: str, measure: Callable[[], Any]) -> Any:
+    """An entry of the file; measured and written at once where the file lacks it."""
+    if name in (found := load()):
+        return found[name]
+    value = measure()
+    found = {**load(), name: value}
+    new = RESULTS.with_suffix(".new")
+    new.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    os.replace(new, RESULTS)
+    print(name, json.dumps(value)[:300], flush=True)
+    return value
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def interval(e: list[float], digits: int = 2) -> str:
+    """A mean with its interval, from [mean, low, high]."""
+    return "{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*e, n=digits)
+
+
+def exactness(r: dict[str, Any]) -> str:
+    found = [(name.split()[1:], e) for name, e in r.items() if name.startswith("exactness ")]
+    if not found:
+        return ""
+    rows = []
+    for (dtype, length), e in sorted(found, key=lambda x: (x[0][0] != "float32", int(x[0][1]))):
+        floor = "" if e["floor"] is None else f"{e['floor']:.1e}"
+        errors = [f"{e[key]:.1e}" for key in ("check", "completeness", "attribution")]
+        rows.append([dtype, length, *errors, floor])
+    head = ["dtype", "tokens", "capture check", "completeness error", "by token, sum off by",
+            "the model's own rounding"]  # fmt: skip
+    single = [e["completeness"] for (dtype, _), e in found if dtype == "float32"]
+    met = "met" if max(single) <= 2e-6 else "missed"
+    bar = f"Largest completeness error in float32: {max(single):.1e}. Bar: 2e-6, {met}."
+    return f"""## Exactness at size
+
+30 layers, and a text that is repeated to the length.
+The completeness error is the largest difference of the operator's logits and the model's, over the
+largest logit. *The model's own rounding* is the same for the model's logits against those of a copy
+in float64 (for float32, up to 256 tokens) or float32 (for bfloat16).
+From 1,024 tokens on patterns are [recomputed](guides/long_prompts.md).
+
+{table(head, rows)}
+
+{bar}
+"""
+
+
+def heads(r: dict[str, Any]) -> str:
+    if "heads ioi" not in r:
+        return ""
+    ioi, words, kinds = r["heads ioi"], r["heads attention"], r.get("heads kinds", {})
+    rows = []
+    for name, e in ioi["heads"].items():
+        seen = words[name]
+        parts = [f"{seen[key]:.2f}" for key in ("answer", "subject", "second subject")]
+        rows.append([name, interval(e["direct"]), interval(e["effect"]), *parts])
+    head = ["head", "direct effect", "effect in the model", "to the answer", "to the subject",
+            "to the subject's second mention"]  # fmt: skip
+    text = f"""## Named heads: who says the indirect object
+
+{ioi["n"]} prompts such as "{ioi["example"]}".
+The model prefers the right name by {ioi["difference"]:.2f} logits on average, and is right in
+{ioi["right"]:.0%} of the prompts.
+*Direct effect* is what a head writes into that difference (`by="component"`).
+*Effect in the model* is how much of the difference is lost when the head's output at all positions
+is replaced by its mean over the prompts, with nothing held.
+In brackets, 95 % bootstrap intervals over prompts.
+The last columns are the attention that the last position pays to three words.
+The table has the {len(rows)} heads of the largest direct effect.
+
+{table(head, rows)}
+
+Spearman correlation of the two effects over these heads: {ioi["rho"]:.2f}.
+"""
+    if kinds:
+        rows = [
+            [name, f"{e['score']:.2f}", interval(e["effect"])]
+            for name, e in kinds["induction"].items()
+        ]
+        before = [[name, f"{score:.2f}"] for name, score in kinds["previous"].items()]
+        text += f"""
+## Induction heads and previous-token heads
+
+{kinds["n"]} sequences of {kinds["length"]} random tokens, each repeated once.
+An induction head attends from a token to the one that followed the same token before.
+Its score is that attention, averaged. The effect is how much the loss in the repeated half rises,
+in nats per token, when the head's output is set to 0. In the whole model the loss is
+{kinds["loss"]:.2f} there, and {kinds["first"]:.2f} in the first half.
+
+{table(["head", "induction score", "rise of the loss"], rows)}
+
+Largest attention to the token before:
+
+{table(["head", "score"], before)}
+"""
+    return text
+
+
+def page(r: dict[str, Any]) -> str:
+    return (
+        f"""<!-- Made by benchmarks/real_page.py of results/real_models.json; do not edit. -->
+
+# A real language model
+
+SmolLM2-135M-Instruct has 30 layers, 9 heads and width 576. Here it is dequantized from 4 bits to
+float32, and runs on one thread of a CPU.
+Texts begin with the token that TransformerLens puts first, `<|im_start|>`.
+[Its package](your_model.md#two-real-models-from-packages) is small;
+`python benchmarks/real_exactness.py` and `python benchmarks/real_heads.py` measure again.
+
+{exactness(r)}
+{heads(r)}""".rstrip()
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(load()))
