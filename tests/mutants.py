@@ -236,7 +236,7 @@ packed_eap_ig_starts_corrupted (packed): The points of EAP-IG lack the clean run
 packed_norm_held (packed): First-order effects hold the scale of the norm before attention.
     out -= (c @ torch.stack([p["x"] for p in points], 1)).transpose(0, 1) ⇒ pass
 packed_pass_unchecked (packed): Packed runs are not compared with the host's own logits.
-    bool((own - logits).abs().max() <= eps**0.5 * own.abs().max()) ⇒ True
+    same = bool((own - logits).abs().max() <= eps**0.5 * own.abs().max()) ⇒ same = True
 frozen_patterns_live (interventions): Frozen patterns are live, and live ones frozen.
     clean.A if self.frozen else None ⇒ clean.A if not self.frozen else None
     if self.frozen else None ⇒ if not self.frozen else None

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from .nodes import CONTENTS, Edge, Node
 
@@ -90,6 +91,11 @@ class Wiring:
         """Number of writers that every reader sees: the first so many."""
         written = [self._written(src) for src in self.writers()]  # from below, so it never falls
         return tuple(bisect_right(written, self._read(dest)) for dest in self.readers(qk))
+
+    def numbers(self, edges: Iterable[Any]) -> list[int | None]:
+        """Number of every edge in :meth:`edges`; None for what is no edge of this model."""
+        places = _places(self)
+        return [places.get(edge) if type(edge) is Edge else None for edge in edges]
 
     def has(self, edge: Edge) -> bool:
         """Whether this model has the edge."""
@@ -172,6 +178,11 @@ def as_edges(
     """
     if isinstance(given, str | Node | Edge) or not isinstance(given, Iterable):
         raise ValueError(f"{given!r} is not a list of nodes or edges. Put it in a list.")
+    given = list(given)
+    numbers = wiring.numbers(given)
+    if None not in numbers:  # edges of the model all
+        edges = wiring.edges()
+        return tuple(edges[i] for i in sorted({i for i in numbers if i is not None}))
     items = [
         (Edge if "→" in item or "->" in item else Node).parse(item)
         if isinstance(item, str)

@@ -424,7 +424,7 @@ class BridgeAdapter(Adapter):
                 rotary = getattr(rotary, "original_component", rotary)  # no hook is to fire
                 known = inspect.signature(rotary.forward).parameters
                 of = {"layer_type": kind} if "layer_type" in known else {}
-                x, n = self.weights.unembed.W_U[:1], max(n_pos, 2)  # one row has no layout
+                x, n = self.weights.unembed.W_U.detach()[:1], max(n_pos, 2)  # one row has no layout
                 try:
                     tables = rotary(x, torch.arange(n, device=x.device)[None], **of)
                 except TypeError:  # one that asks for more than positions

@@ -10,7 +10,8 @@ from .edge_masks import EdgeUniverse, wiring_of
 from .edge_patching import EdgeModel, Writes, edge_model
 from .packed_circuit import CircuitRuns
 from .packed_gradient import EdgeEffects, tells_heads_apart
-from .packed_model import Layout, PackedModel
+from .packed_layout import Layout
+from .packed_model import PackedModel
 from .packed_run import Outputs, Run, run
 
 __all__ = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..graph import Edge, Node, Wiring, as_edges
@@ -123,6 +123,19 @@ class EdgeUniverse:
     def keep(self, edges: Iterable[Edge]) -> Bool[Tensor, "reader writer"]:
         """A circuit as a mask [reader, writer]: true where an edge is in the circuit."""
         mask = torch.zeros(len(self.readers), len(self.writers), dtype=torch.bool)
-        for place in map(self.place, edges):
-            mask[place] = True
+        places = self.places[torch.tensor(self.wiring.numbers(edges), dtype=torch.long)]
+        mask[places[:, 0], places[:, 1]] = True
         return mask
+
+    @cached_property
+    def places(self) -> Int[Tensor, "edge 2"]:
+        """Indices (reader, writer) of all :attr:`edges` in a mask."""
+        below = torch.tensor(self.below)
+        reader = torch.arange(len(below)).repeat_interleave(below)
+        first = (below.cumsum(0) - below).repeat_interleave(below)
+        return torch.stack([reader, torch.arange(len(reader)) - first], 1)
+
+    def scores(self, matrix: Float[Tensor, "reader writer"]) -> dict[Edge, float]:
+        """Numbers of a matrix by edge."""
+        found = matrix.cpu()[self.places[:, 0], self.places[:, 1]]
+        return dict(zip(self.edges, found.tolist(), strict=True))

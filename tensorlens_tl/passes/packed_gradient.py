@@ -28,7 +28,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .edge_masks import EdgeUniverse
-from .packed_model import Layout, PackedLayer, PackedModel, scale_of
+from .packed_layout import Layout
+from .packed_model import PackedLayer, PackedModel, scale_of
 from .packed_run import Outputs, Run, run
 
 Measure = Callable[[Float[Tensor, "prompt d_vocab"], Float[Tensor, "prompt d_vocab"]], Tensor]

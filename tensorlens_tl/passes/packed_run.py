@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..maps import NormWeights
-from .packed_model import Layout, PackedModel, normed, past_norm, scale_past
+from .packed_layout import Layout
+from .packed_model import PackedModel, normed, past_norm, scale_past
 
 Tap = Callable[[str, int, Tensor], Tensor]
 """Sees "q", "k" or "v" before their norm and rotation, or the input of an MLP, and passes it on."""

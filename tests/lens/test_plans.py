@@ -70,6 +70,7 @@ def test_flops_of_edges_and_of_a_search():
 @pytest.mark.parametrize("case", models.PER_SHAPE[:3], ids=str)
 def test_flops_of_score_edges(case):
     ids, other = models.tokens(), models.tokens(seed=4)
+    score_edges(case.model(), ids, other, progress=False)  # the host is asked once a model
     for method in ("eap", "eap_ig"):
         plan = models.lens_of(case).plan("score_edges", method=method, steps=2)
         arguments = case.model(), ids, other, method, 3

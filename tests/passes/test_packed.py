@@ -8,7 +8,7 @@ from models import CASES, D_VOCAB, PER_SHAPE, SHAPES, quiet, tokens
 from tensorlens_tl import demo, faithfulness, faithfulness_of_many, score_edges
 from tensorlens_tl.circuits import edge_baselines
 from tensorlens_tl.circuits.study import Study
-from tensorlens_tl.passes import edge_model
+from tensorlens_tl.passes import edge_model, packed_model
 from tensorlens_tl.passes.packed_model import PackedLayer
 
 _DRESSED = (
@@ -117,6 +117,7 @@ def test_a_model_that_is_misread_is_run_by_the_host(monkeypatch):
         monkeypatch.setattr(
             PackedLayer, "pattern", lambda self, q, *rest: pattern(self, 1.1 * q, *rest)
         )
+        monkeypatch.setattr(packed_model, "AGREED", {})  # the host is asked once a model
         found = faithfulness(model, rows, edges, twins, target=3)
         monkeypatch.setattr(Study, "_packed", lambda self, masks, n: None)
         host = faithfulness(model, rows, edges, twins, target=3)
@@ -185,5 +186,6 @@ def test_effects_of_a_misread_model_are_the_host_s(monkeypatch):
     monkeypatch.setattr(
         PackedLayer, "pattern", lambda self, q, *rest: pattern(self, 1.1 * q, *rest)
     )
+    monkeypatch.setattr(packed_model, "AGREED", {})
     ours, theirs, served = scored_both_ways(monkeypatch, model, *pairs(), target=3)
     assert served == [False] and ours == theirs

