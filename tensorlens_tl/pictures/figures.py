@@ -206,9 +206,10 @@ def cell_map(
         alpha=None if image is None else 0.65,
         aspect="auto" if texts else "equal",
     )
+    shades = drawn.to_rgba(numpy.ma.masked_invalid(grid)) if texts else None
     for i, row in enumerate(texts or ()):
         for j, text in enumerate(row):
-            ink = "white" if _luminance(drawn.to_rgba(grid[i, j])) < 0.18 else "black"
+            ink = "white" if shades is not None and _luminance(shades[i, j]) < 0.18 else "black"
             text = label(text, max(3, int(room / 0.062)))
             ax.text(j, i, text, ha="center", va="center", color=ink, size="x-small", **PLAIN)
     named_axis("x", ax, columns)

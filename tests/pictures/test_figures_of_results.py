@@ -296,6 +296,8 @@ def test_odd_tokens_are_plain_text():
     assert drawn[0].get_title() == "'$5' = 1, by token" and texts(drawn[0])[:2] == ["nan", "inf"]
     assert drawn[4].images[0].get_clim() == (-2, 2)
     assert label("a\tb") == "a\\tb"
+    inks = {text.get_text(): text.get_color() for text in drawn[4].texts}
+    assert inks["inf"] == inks["nan"] == "black" and inks["+2.00"] == "white"
 
 
 def test_scales_about_0():
