@@ -5,12 +5,12 @@ residual,
 
     x_r = Σ_w  keep[r, w] · out_w  +  (1 − keep[r, w]) · replacement_w  +  constants
 
-(of a post-norm model, with the host's own norms of it in between), with out_w what writer w adds in this very pass, replacement_w what replaces it (its output in a
-corrupted run, a mean, 0), and constants what no writer holds (b_O, b_out, through the live
-post-norm). The host computes all that is not linear in x_r: its own norm modules run on x_r; its
-own attention rotates, normalizes, caps and masks the q and k that it is given; its own MLP and
-final norm run on their rebuilt inputs. Only W_Q, W_K, W_V, W_O and W_out are applied here. Nobody
-reads the residual that the host itself carries along.
+with the host's own norms of the residual in between, where a post-norm model has them. out_w is
+what writer w adds in this very pass, replacement_w what replaces it (its output in a corrupted run,
+a mean, 0), and constants what no writer holds (b_O, b_out, through the live post-norm). The host
+computes all that is not linear in x_r: its own norm modules run on x_r; its own attention rotates,
+normalizes, caps and masks the q and k that it is given; its own MLP and final norm run on their
+rebuilt inputs. Only W_Q, W_K, W_V, W_O and W_out are applied here. Its own residual goes unread.
 
 Queries, keys and values are per query head: v_h = N(x_{h.v}) W_V^{kv(h)}. Where g query heads share
 a key and a value, the batch is run in g copies. Copy i carries, for every key head, the key and the
