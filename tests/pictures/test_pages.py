@@ -78,9 +78,9 @@ def test_hovering_colours_and_saving(opened):
         page.mouse.move(edge["x"] + at["left"] + x, edge["y"] + at["top"] + y)
 
     pixels = page.evaluate(
-        "(({ width, height }, pen) =>"
-        " ({ width, data: [...pen.getImageData(0, 0, width, height).data] }))(tensorlens.views[0].figures[0].canvas,"
-        " tensorlens.views[0].figures[0].canvas.getContext('2d'))"
+        "() => { const { canvas } = tensorlens.views[0].figures[0], { width, height } = canvas;"
+        " const image = canvas.getContext('2d').getImageData(0, 0, width, height);"
+        " return { width, data: [...image.data] }; }"
     )
     for (i, j), ink in (((4, 1), "--neg"), ((5, 2), "--pos")):
         move(i, j)
