@@ -39,7 +39,7 @@ from ..costs import Cost, Plan
 from ..graph import LOGITS, Edge, Node
 from ..maps import Factored, Norm
 from ..operator import Branch, Capture, FrozenTransformer, QueryKey, Readers, Step, Trace
-from ..sublayers import Attention
+from ..sublayers import Attention, Experts
 from .table import Source
 
 SPAN_BYTES = 2**25
@@ -235,6 +235,11 @@ def plan_edges(
             below += n + (branch.post is not None)
             kept += runs * rows * (body.output.in_dim if branch.has_heads else D)
             cost.calls += 30 * runs
+            if isinstance(body, Experts):  # every expert's covector is pulled apart
+                halves = 2 if body.convention == "half" else 1
+                cost.product += 2 * rows * width * (1 + halves)
+                cost.moved += n * rows * (2 * body.output.in_dim + 3 * D)
+                cost.calls += 20 * n
             if not isinstance(body, Attention):
                 cost.product += 0 if alone and n == 1 and not last else 2 * runs * z * width
                 cost.product += 4 * (rows - frame.batch) * width if secant and last else 0

@@ -5,12 +5,13 @@ import warnings
 import models
 import pytest
 import torch
-from models import SHAPES
+from models import SHAPES, encoder_offered
 from torch.utils.flop_counter import FlopCounterMode
 
 import tensorlens_tl
 from tensorlens_tl import TensorLens, demo, score_edges
 from tensorlens_tl.recording import run
+from tensorlens_tl.support.every_name import tiny_model
 
 FIRST = SHAPES[0]
 
@@ -65,6 +66,20 @@ def test_flops_of_edges_and_of_a_search():
     search = lens.plan("discover", target="Mary", n_edges=20, corrupted=other)
     assert search.flops == plan.flops and repr(search).startswith("Plan(discover: about ")
     assert lens.plan("discover", n_edges=20, qk=False).flops < search.flops
+
+
+@pytest.mark.offered(encoder_offered("MixtralForCausalLM"))
+@pytest.mark.parametrize("gate", ["gate", "half"])
+def test_flops_of_edges_of_a_mixture(gate):
+    """Those that torch counts, within a twentieth: every expert is a reader of its own."""
+    with models.quiet():
+        model = tiny_model("MixtralForCausalLM")
+        lens = tensorlens_tl.capture(model, models.tokens(1, 32).clamp_min(3), gate=gate)[1]
+    for qk in (False, True):
+        fresh = TensorLens(lens.capture)
+        plan = fresh.plan("attribute", by="edge", qk=qk)
+        counted = flops(lambda: fresh.attribute(3, by="edge", qk=qk))  # noqa: B023
+        assert abs(plan.flops / counted - 1) <= 0.05, qk
 
 
 @pytest.mark.parametrize("case", models.PER_SHAPE[:3], ids=str)
