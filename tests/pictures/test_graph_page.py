@@ -182,6 +182,16 @@ def test_edges_and_paths_without_positions(opened):
             assert not sums or sum(sums) == pytest.approx(effect)
 
 
+def test_a_long_prompt_is_drawn_where_its_largest_edges_are(opened):
+    n = 400
+    nodes = [(f'"t"@{i}', Node("embed"), 1.0) for i in range(n)] + [("end", Node("logits"), 2.0)]
+    links = [(i, n, "", 1.0 + i) for i in range(n)]
+    page = opened(Page("long", [graph_view(nodes, links, ["t"] * n, [*range(n), n - 1])]).html())
+    page.get_by_label("Edges", exact=True).press("End")
+    assert visible(page) == 80 and len(links_of(page)) == n
+    assert page.get_by_role("button", name="388 more").is_visible()  # the list has them all
+
+
 @pytest.mark.parametrize("kind", ["nan", "zero", "alone", "nasty"])
 def test_odd_graphs(opened, kind):
     tokens = ['"</script><b>', "שלום", "x" * 300, "a\nb"]

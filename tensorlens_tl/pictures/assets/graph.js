@@ -1,6 +1,6 @@
 // Nodes on a grid and signed edges between them, the largest first, with lists of what goes in and out.
 views.graph = (box, data, watch) => {
-  const READS = ["", "v", "q", "k"], MOST = 500, { labels, kinds, columns, rows } = data;
+  const READS = ["", "v", "q", "k"], MOST = 500, COLUMNS = 80, { labels, kinds, columns, rows } = data;
   const state = { stop: -1, only: null, at: -1, picked: new Set(), groups: [], qk: true, constants: true, zoom: 0 };
   const svgBox = make("div", { class: "scroll" }), side = make("div", { class: "lists" }), controls = make("div", { class: "controls" });
   const target = labels.length - 1;
@@ -40,7 +40,10 @@ views.graph = (box, data, watch) => {
       link.dest.into.push(link);
     }
     total = links.reduce((a, x) => a + (x.qk ? 0 : Math.abs(x.weight)), 0);
-    drawn = links.slice(0, MOST);
+    // As many of the largest as there is room for: a drawing has so many columns.
+    const inUse = new Set(), room = (x) => inUse.add(x.src.column).add(x.dest.column).size <= COLUMNS;
+    const cut = links.findIndex((x, i) => i >= MOST || !room(x));
+    drawn = links.slice(0, cut < 0 ? links.length : cut);
     for (const link of drawn) link.src.used = link.dest.used = true;
     const stops = [5, 10, 20, 40, 80, 160, 320, MOST].filter((k) => k < drawn.length);
     stops.push(drawn.length);
@@ -284,7 +287,7 @@ views.graph = (box, data, watch) => {
     svg("line", { x1: 0, x2: 26, y1: 5, y2: 5, stroke: sign, "stroke-width": 3, "stroke-dasharray": dash })), text);
   box.append(controls, make("div", { class: "legend" }, key("var(--pos)", "adds"), key("var(--neg)", "takes away"),
     data.reads.some((x) => x > 1) ? [key("var(--third)", "q or k, adds", "7 4"), key("var(--third)", "q or k, takes away", "2 3")] : null,
-    make("span", { class: "quiet" }, `${data.legend} At most ${MOST} edges are drawn; the lists hold all. Click a node for its edges; with Shift, pick it for a group.`)), svgBox, side);
+    make("span", { class: "quiet" }, `${data.legend} At most ${MOST} edges and ${COLUMNS} columns are drawn; the lists hold all. Click a node for its edges; with Shift, pick it for a group.`)), svgBox, side);
   model();
   draw();
   list();
