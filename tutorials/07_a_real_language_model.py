@@ -52,9 +52,9 @@ for name in ("L23H3", "L23H0"):
 # which was said twice. `L23H0` reads " Mary" and writes for it: a name mover.
 #
 # ## Is it true?
-# Take each head out of the model, with nothing held, and see what the difference loses. Last-layer
-# heads have nothing behind them but a norm, so there the two numbers must nearly agree. Elsewhere
-# later parts react, and they may not.
+# Take each head out of the model, with nothing held, and see what the difference loses. Heads of the
+# last layer have one MLP and a norm behind them, so there the two numbers should nearly agree.
+# Elsewhere later parts react, and the numbers may part.
 
 # %%
 mary, john = (model.to_single_token(name) for name in (" Mary", " John"))
@@ -83,7 +83,7 @@ for name, direct in heads:
 # %% [markdown]
 # ## Which edges?
 # A twin of the prompt has the same words, but another name is said twice. Between the two runs, the
-# [secant](../concepts/secant.md) operator has edges into queries and keys, too.
+# secant operator has edges into queries and keys, too (`docs/concepts/secant.md`).
 
 # %%
 _, twin = tensorlens_tl.capture(model, prompt.replace(", John", ", Mary"))
@@ -128,4 +128,5 @@ assert "L23H3" in map(str, circuit.nodes) and verdict.share > 0.3
 
 # %% [markdown]
 # 1 would be the whole model, and 0 the model with every edge ablated. These edges are 0.2 % of all,
-# and were found on two prompts. [Find a circuit](../guides/find_circuits.md) has the larger sizes.
+# and were found on two prompts. `docs/guides/find_circuits.md` has
+# more on sizes.
