@@ -52,8 +52,8 @@ for name in ("L23H3", "L23H0"):
 # which was said twice. `L23H0` reads " Mary" and writes for it: a name mover.
 #
 # ## Is it true?
-# Take each head out of the model, with nothing held, and see what the difference loses. Heads of the
-# last layer have one MLP and a norm behind them, so there the two numbers should nearly agree.
+# Take each head out of the model, with nothing held, and see what the difference loses. Heads of
+# the last layer have one MLP and a norm behind them, so there the two numbers should nearly agree.
 # Elsewhere later parts react, and the numbers may part.
 
 # %%
@@ -128,5 +128,4 @@ assert "L23H3" in map(str, circuit.nodes) and verdict.share > 0.3
 
 # %% [markdown]
 # 1 would be the whole model, and 0 the model with every edge ablated. These edges are 0.2 % of all,
-# and were found on two prompts. `docs/guides/find_circuits.md` has
-# more on sizes.
+# and were found on two prompts. `docs/guides/find_circuits.md` has more on sizes.
