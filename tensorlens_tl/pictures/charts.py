@@ -305,7 +305,7 @@ def layered_graph(
                 x = middle + alone.index(node) - (len(alone) - 1) / 2
                 if len(alone) < len(own):  # constants of a layer stand beside its heads
                     x = -1.0 - alone.index(node)
-            place[node] = (x, rows[height])
+            place[node] = (x, float(rows[height]))
     wide = max((x for x, _ in place.values()), default=0) - min(
         [0.0, *(x for x, _ in place.values())]
     )
