@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import SHAPES, lens_of, quiet, tokens
 
-from tensorlens_tl import faithfulness_curve
+from tensorlens_tl import Edge, faithfulness_curve
 from tensorlens_tl.circuits.edge_averages import ranked_scores
 from tensorlens_tl.circuits.faithfulness_result import Faithfulness, FaithfulnessCurve
 from tensorlens_tl.circuits.subgraph import CircuitShare
@@ -80,11 +80,12 @@ def test_areas_whose_sizes_do_not_start_at_0():
 def test_sizes_given_as_shares_are_rounded_to_whole_edges():
     """To the nearest number of edges, and never to none unless the share is 0."""
     total = len(universe().edges)
+    ranking = list(universe().edges[::-1])
+    ranking.remove(direct := Edge.parse("input→logits"))  # a circuit by itself: the third
+    ranking.insert(2, direct)
     shares = (0.0, 1e-9, 0.4 / total, 2.4 / total, 2.6 / total, (total - 0.4) / total, 1.0)
     with quiet():
-        found = faithfulness_curve(
-            FIRST.model(), CLEAN, universe().edges[::-1], CORRUPTED, target=3, sizes=shares
-        )
+        found = faithfulness_curve(FIRST.model(), CLEAN, ranking, CORRUPTED, target=3, sizes=shares)
     assert found.n_edges == (0, 1, 1, 2, 3, total, total)
     assert torch.equal(found.signed[1], found.signed[2])
     assert torch.equal(found.signed[5], found.signed[6])
