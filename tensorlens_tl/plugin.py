@@ -93,7 +93,7 @@ def capture(
         >>> model.tokenizer.decode([int(logits[0, -1].argmax())])
         'Paris'
         >>> lens
-        TensorLens(tensorlens_tl demo, 6 tokens, 4 layers × 4 heads, capture check ...)
+        TensorLens(tensorlens_tl demo, 6 tokens, <bos> added in front, ...)
         >>> lens.attribute("Paris", versus="Rome").top(1)
         [('"France"@4', 11.08...)]
     """

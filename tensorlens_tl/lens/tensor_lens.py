@@ -93,7 +93,7 @@ class TensorLens(PicturedRun):
         >>> from tensorlens_tl import demo
         >>> logits, lens = demo.load_model().run_with_tensorlens("The capital of France is")
         >>> lens
-        TensorLens(tensorlens_tl demo, 6 tokens, 4 layers × 4 heads, capture check ...)
+        TensorLens(tensorlens_tl demo, 6 tokens, <bos> added in front, ...)
         >>> [(label, round(value, 1)) for label, value in lens.attribute("Paris").top(2)]
         [('"France"@4', 15.6), ('"capital"@2', 6.0)]
         >>> lens.completeness_error < 1e-5
