@@ -16,6 +16,7 @@ PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 
 def main(path: str) -> None:
+    """Write the picture to a file."""
     _, lens = demo.load_model().run_with_tensorlens(PROMPT)
     figure = Figure(figsize=(14, 4), layout="constrained")
     tokens, heads, depth = figure.subplots(1, 3, width_ratios=(1.1, 1.0, 1.2))
