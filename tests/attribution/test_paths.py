@@ -468,7 +468,7 @@ def test_results():
     assert list(frame.contribution) == [path.contribution for path in paths]
     assert list(frame.path) == [path.name for path in paths]
     data = json.loads(paths.to_json())
-    assert data["exact"] is True and data["convention"] == {"gate": "gate"}
+    assert data["exact"] is True and data["convention"] == {"gate": "gate", "first_token": None}
     assert [p["contribution"] for p in data["paths"]] == [path.contribution for path in paths]
     assert data["paths"][0]["nodes"] == [str(node) for node in paths[0].nodes]
     without = lens.paths(3, EVERYTHING, constants=False)
