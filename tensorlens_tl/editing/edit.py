@@ -344,7 +344,8 @@ class EditCheck(Paged):
         return agreement(ax, series, self.real.tolist(), unit="logits", title=title)
 
     def _page(self) -> Page:
-        names = ("before", "predicted", "real", "jacobian", "kl", "size")
+        asked = [] if bool(self.jacobian.isnan().all()) else ["jacobian"]
+        names = ["before", "predicted", "real", *asked, "kl", "size"]
         values = torch.stack([getattr(self, name) for name in names], 1).cpu().numpy()
         labels = [[str(number), *pair] for number, pair in enumerate(self.tops)]
         table = table_view(["prompt", "top before", "top after"], names, labels, values)
