@@ -35,7 +35,15 @@ html_title = f"{project} {version}"
 # --- 2. Pages
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "_extra", "support", "conf.py", "check.py", "rooms.py"]
+exclude_patterns = [
+    "_build",
+    "_extra",
+    "support",
+    "conf.py",
+    "check.py",
+    "readme_picture.py",
+    "rooms.py",
+]
 html_theme = "furo"
 html_static_path = ["_static"]
 HERE = Path(__file__).parent

@@ -26,8 +26,8 @@ class PackedPairs:
     """
 
     index: Int[Tensor, " prompt"]
-    rows: tuple[Int[Tensor, " pos"], ...]
-    twins: tuple[Int[Tensor, " pos"], ...]
+    rows: tuple[Int[Tensor, " _"], ...]
+    twins: tuple[Int[Tensor, " _"], ...]
     device: torch.device
 
     @classmethod

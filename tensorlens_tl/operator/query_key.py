@@ -284,7 +284,7 @@ class Projection:
 
 
 def turned(
-    y: Float[Tensor, "batch head pos d"], rotation: Rotation | None, back: bool = False
+    y: Float[Tensor, "*many pos d"], rotation: Rotation | None, back: bool = False
 ) -> Tensor:
     """Rotate vectors, or pull covectors back through the rotation.
 
