@@ -134,8 +134,8 @@ class Asked:
 def smallest_edit(
     asked: Asked,
     goal: Goal,
-    to: float | None,
-    by: float | None,
+    to: int | float | None,
+    by: int | float | None,
     keep: Sequence[TargetLike | Mapping[str, Any]],
 ) -> Edit:
     """The smallest edit that brings a target to a value, or changes it by one.
@@ -166,7 +166,9 @@ def smallest_edit(
     return asked.edit(goal, smallest(torch.stack(rows, 1), wanted.to(g), asked.metric), g)
 
 
-def edit_to_top(asked: Asked, token: TargetLike, pos: int, margin: float, most: int = 10) -> Edit:
+def edit_to_top(
+    asked: Asked, token: TargetLike, pos: int, margin: int | float, most: int = 10
+) -> Edit:
     """The smallest edit that makes a token the likeliest one.
 
     A token that would still be likelier becomes a further condition, up to ``most`` of them.

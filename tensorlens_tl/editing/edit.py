@@ -98,7 +98,7 @@ class Edit:
 
     # --- Arithmetic
 
-    def __mul__(self, factor: float) -> Edit:
+    def __mul__(self, factor: int | float) -> Edit:
         return replace(
             self,
             delta=self.delta * factor,

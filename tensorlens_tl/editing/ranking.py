@@ -97,7 +97,7 @@ class EditRanking:
 
 
 def rank_edits(
-    capture: Capture, operator: FrozenTransformer, target: Target, by: str, budget: float
+    capture: Capture, operator: FrozenTransformer, target: Target, by: str, budget: int | float
 ) -> EditRanking:
     """Predict many edits of a run from one sweep.
 

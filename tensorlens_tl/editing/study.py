@@ -64,7 +64,7 @@ class EditEvaluation:
 
     values: dict[tuple[str, str], list[float]]
     sites: tuple[str | int, ...]
-    to: float
+    to: int | float
     n: int
 
     @property
@@ -162,7 +162,7 @@ def evaluate(
     cases: Iterable[Any],
     methods: Sequence[str] = METHODS,
     sites: Sequence[str | int] = (1,),
-    to: float = -1.0,
+    to: int | float = -1.0,
     seed: int = 0,
     gate: str = "gate",
 ) -> EditEvaluation:
@@ -245,7 +245,7 @@ def _right(adapter: Adapter, made: list[Case], gate: str) -> tuple[list[Case], C
     raise ValueError("No case is left: the model puts no answer before its foil. Pass other cases.")
 
 
-def _operator_edit(asked: Asked, goal: Goal, to: float) -> Edit:
+def _operator_edit(asked: Asked, goal: Goal, to: int | float) -> Edit:
     """The smallest edit of every prompt, to a multiple of its own target."""
     one = smallest_edit(asked, goal, None, 1.0, ())
     change = (to - 1) * one.before

@@ -63,7 +63,7 @@ class EditedRun(AttributedRun):
         site: str | int,
         positions: int | Sequence[int] | None = -1,
         qk: bool = False,
-    ) -> Float[Tensor, " batch"]:
+    ) -> Float[Tensor, "*many batch"]:
         """Predict how an edit changes a target, without running the model.
 
         The change is ⟨g, δ⟩ with the covector g of :meth:`covector`. The real model's change also
@@ -105,8 +105,8 @@ class EditedRun(AttributedRun):
         pos: int = -1,
         *,
         site: str | int,
-        to: float | None = None,
-        by: float | None = None,
+        to: int | float | None = None,
+        by: int | float | None = None,
         delta: Tensor | None = None,
         positions: int | Sequence[int] | None = -1,
         keep: Sequence[TargetLike | Mapping[str, Any]] = (),
@@ -165,7 +165,7 @@ class EditedRun(AttributedRun):
         pos: int = -1,
         *,
         site: str | int,
-        margin: float = 0.0,
+        margin: int | float = 0.0,
         positions: int | Sequence[int] | None = -1,
         metric: str | Tensor = "identity",
     ) -> Edit:
@@ -245,7 +245,7 @@ class EditedRun(AttributedRun):
         pos: int = -1,
         *,
         by: str = "site",
-        budget: float = 0.1,
+        budget: int | float = 0.1,
     ) -> EditRanking:
         """Rank edits by the change of a target that they predict, from one sweep.
 
