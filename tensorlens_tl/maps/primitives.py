@@ -287,15 +287,15 @@ class NormWeights:
     """The affine part of a norm, x ⊙ (w + offset) + b.
 
     Attributes:
-        w: The weight, or None for 1; of a norm of heads, one row for each where they differ.
+        w: The weight, or None for 1.
         b: The bias, or None.
         center: Whether the norm subtracts the mean, as LayerNorm does and RMSNorm does not.
         offset: Number added to the weight (1 for Gemma).
         eps: The ε that the norm adds to the variance; None where it is not known.
     """
 
-    w: Float[Tensor, "*head d"] | None
-    b: Float[Tensor, "*head d"] | None
+    w: Float[Tensor, " d"] | None
+    b: Float[Tensor, " d"] | None
     center: bool
     offset: float = 0.0
     eps: float | None = None
@@ -307,7 +307,7 @@ class NormWeights:
         return (x32.square().mean(-1, keepdim=True) + (self.eps or 0.0)).sqrt().to(x.dtype)
 
     @property
-    def gain(self) -> Float[Tensor, "*head d"] | None:
+    def gain(self) -> Float[Tensor, " d"] | None:
         """The factor w + offset, or None for 1."""
         return self.w if self.w is None or not self.offset else self.w + self.offset
 
