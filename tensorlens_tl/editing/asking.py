@@ -200,7 +200,8 @@ def edit_to_top(
             logits = logits + frame.cast(b_U)
         lead = logits[:, wanted, None] - logits
         lead[:, wanted] = torch.inf
-        short = (lead.min(1).values < margin - 1e-6).nonzero().flatten().tolist()
+        rounding = 1e3 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+        short = (lead.min(1).values < margin - rounding).nonzero().flatten().tolist()
         if not short:
             break
         for i in short:

@@ -124,7 +124,7 @@ def smallest_above(
     gram = _gram(rows[None], spread[None])[0]
     active: list[int] = []
     weights = asked.new_zeros(0)
-    tolerance = 1e-9 * float(asked.abs().max().clamp_min(1))
+    tolerance = 100 * torch.finfo(asked.dtype).eps * float(asked.abs().max().clamp_min(1))
     for _ in range(10 * len(rows)):
         short = asked - (gram[:, active] @ weights if active else 0)
         short[active] = 0

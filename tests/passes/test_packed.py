@@ -160,13 +160,13 @@ def scored_both_ways(monkeypatch, model, *args, **kwargs):
 @pytest.mark.parametrize(("method", "pos"), [("eap", -1), ("eap_ig", -2)])
 @pytest.mark.parametrize("case", SERVED, ids=str)
 def test_packed_effects_are_gradients_through_the_host(case, method, pos, monkeypatch):
-    """Every edge: ≤ 1e-10 of the largest in float64, ≤ 1e-6 where the host norms in float32."""
+    """Every edge; effects are products with what differs between two runs."""
     model, goal = case.model(), {"target": 3, "versus": [4, 5, 6], "steps": 3, "pos": pos}
     ours, theirs, served = scored_both_ways(monkeypatch, model, *pairs(), method, **goal)
     joint = case.name.endswith("olmo2")  # one norm divides the queries of all heads
     assert served == [not joint] and list(ours) == list(theirs)
     own, other = (torch.tensor([*found.values()]).double() for found in (ours, theirs))
-    assert_close(own, other, case.within("oracle"), method)
+    assert_close(own, other, case.within("two runs"), method)
     assert other.abs().max() > 1e-2
 
 
