@@ -143,7 +143,7 @@ PROMPTS: dict[str, Prompt] = {
     "ragged lists": no_prompt([[5, 6], [7]], "rectangle|one length|ragged"),
     "ragged tensors": no_prompt([torch.tensor([5, 6]), torch.tensor([7])], "rectangle|one length"),
     "floats": no_prompt([[0.5, 1.0]], "no token ids"),
-    "embeddings": no_prompt(torch.zeros(1, 2, 32), "no token ids"),
+    "embeddings of another width": no_prompt(torch.zeros(1, 2, 7), "no token ids|inputs_embeds"),
     "bools": no_prompt(torch.tensor([[True, False]]), "no token ids"),
     "None": no_prompt(None, "[Ii]nput"),
     "a dict": no_prompt({"prompt": "w5"}, "[Ii]nput"),
