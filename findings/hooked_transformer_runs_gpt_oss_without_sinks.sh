@@ -11,7 +11,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/env"
-"$work/env/bin/pip" install --quiet torch==2.13.0 transformer_lens==2.18.0 transformers==4.57.6
+"$work/env/bin/pip" install --quiet torch==2.13.0 transformer_lens==2.18.0 pyarrow==20.0.0 transformers==4.57.6
 cd "$work"
 HF_HUB_OFFLINE=1 "$work/env/bin/python" - <<'PYTHON'
 import warnings
