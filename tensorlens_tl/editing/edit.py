@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import TargetGradient
 from ..checks import at_least_one, need, token_text
 from ..hosts import Adapter, adapt
 from ..maps import TINY
-from ..operator import Capture, FrozenTransformer, Prompts
+from ..operator import Capture, FrozenTransformer
 from ..pictures import Page, Paged, agreement, table_view
 from ..readers import alone
 from ..recording import freeze
 from .goals import Goal
 from .places import Place
+from .real_runs import (
+    Hook,
+    check_same,
+    divergence,
+    groups,
+    hooks_of,
+    jacobian_covectors,
+    row_of,
+)
 from .smallest import Metric, smallest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Hook = tuple[str, Callable[..., Tensor]]
-"""A hook point of the host, and a function of its activation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +147,7 @@ class Edit:
         Returns:
             Pairs of a hook point's name and a function.
         """
-        return _hooks(self.place, self.delta)
+        return hooks_of(self.place, self.delta)
 
     def check(self, model: Any, jacobian: bool = False) -> EditCheck:
         """Run the edited model once, and compare.
@@ -174,7 +179,7 @@ class Edit:
                     for logits in (plain, capture.logits)
                 )
                 tops[row] = (top, after)
-            kl[rows] = _divergence(plain, capture.logits, at).to(kl)
+            kl[rows] = divergence(plain, capture.logits, at).to(kl)
             if jacobian:
                 g = jacobian_covectors(adapter, ids, self.place, self.goal, rows.tolist())
                 here = self.delta[rows[:, None], columns]
@@ -258,13 +263,14 @@ class Edit:
 
     def _edited(self, adapter: Adapter, rows: Tensor, columns: Tensor, ids: Tensor) -> Capture:
         """Freeze the edited run of prompts of one length."""
+        check_same(adapter, self.run)
         if self.place.hook not in adapter.hooks:
             raise ValueError(
                 f"{adapter.name} has no hook point {self.place.hook}. Pass the model of the lens, "
                 "or edit another site."
             )
         delta = self.delta[rows[:, None], columns]
-        with alone(adapter.model), adapter.model.hooks(fwd_hooks=_hooks(self.place, delta)):
+        with alone(adapter.model), adapter.model.hooks(fwd_hooks=hooks_of(self.place, delta)):
             given = adapter.all_real(ids)
             _, capture = freeze(
                 adapter, ids, gate=self.run.convention.gate, dtype=delta.dtype, **given
@@ -361,90 +367,3 @@ class EditCheck(Paged):
             )
         more = len(self.tops) - 10
         return "\n".join(rows + ([f"  … {more} more"] if more > 0 else []))
-
-
-# --- The real model ------------------------------------------------------------------------------
-
-
-def groups(prompts: Prompts) -> Iterator[tuple[Int[Tensor, " row"], Tensor, Tensor]]:
-    """Prompts of one length together, without their padding.
-
-    Args:
-        prompts: The prompts of a run.
-
-    Yields:
-        Numbers of the prompts, their columns in the run [row, pos], and what the model is run on.
-    """
-    device = prompts.given.device
-    spans = torch.tensor(prompts.spans, device=device)
-    lengths = spans[:, 1] - spans[:, 0]
-    for n in sorted(set(lengths.tolist())):
-        rows = (lengths == n).nonzero().flatten()
-        columns = spans[rows, :1] + torch.arange(n, device=device)
-        whole = prompts.tokens is None
-        yield rows, columns, prompts.given[rows] if whole else prompts.given[rows[:, None], columns]
-
-
-def jacobian_covectors(
-    adapter: Adapter, ids: Tensor, place: Place, goal: Goal, prompts: Sequence[int]
-) -> Float[Tensor, "row pos d"]:
-    """The real model's gradient of a target at a place: everything moves.
-
-    Args:
-        adapter: Adapter of the model.
-        ids: What the model is run on, prompts of one length.
-        place: Where the gradient is taken.
-        goal: The target whose gradient is taken.
-        prompts: Numbers of these prompts among the goal's.
-
-    Returns:
-        The gradient at every position.
-    """
-    seen: list[Tensor] = []
-
-    def watch(tensor: Tensor, hook: Any) -> Tensor:
-        nudge = torch.zeros_like(tensor.flatten(2)).requires_grad_()
-        seen.append(nudge)
-        return tensor + nudge.view_as(tensor)
-
-    with alone(adapter.model), torch.inference_mode(False), torch.enable_grad():
-        with adapter.model.hooks(fwd_hooks=[(place.hook, watch)]):
-            logits = adapter.run(ids, adapter.all_real(ids))
-        value = logits.new_zeros(())
-        for i, prompt in enumerate(prompts):
-            value = value + goal.read(logits[i, goal.pos] if logits.ndim > 2 else logits[i], prompt)
-        (found,) = torch.autograd.grad(value, seen[-1])
-    return found.detach()
-
-
-def row_of(logits: Tensor, i: int, at: Tensor) -> Float[Tensor, " d_vocab"]:
-    """The logits of one prompt at its position, or a classifier's own."""
-    return logits[i] if logits.ndim == 2 else logits[i, at[i]]
-
-
-def _hooks(place: Place, delta: Float[Tensor, "batch pos d"]) -> list[Hook]:
-    def add(tensor: Tensor, hook: Any) -> Tensor:
-        n = delta.shape[1]
-        if tensor.shape[1] < n:  # a step of generation behind the prompt, with cached keys
-            return tensor
-        if tensor.shape[0] not in (len(delta), 1) and len(delta) > 1:
-            raise ValueError(
-                f"The run has {tensor.shape[0]} prompts, and the edit is of {len(delta)}. Run the "
-                "prompts of the edit's lens."
-            )
-        edited = tensor.clone()
-        part = delta.to(tensor).view(*delta.shape[:2], *tensor.shape[2:])
-        edited[:, :n] = edited[:, :n] + part
-        return edited
-
-    return [(place.hook, add)]
-
-
-def _divergence(plain: Tensor, edited: Tensor, at: Tensor) -> Float[Tensor, " batch"]:
-    """The mean over all positions but one of KL(plain ‖ edited), in nats; 0 for one position."""
-    if plain.ndim < 3 or plain.shape[1] == 1:
-        return plain.new_zeros(len(plain))
-    p, q = (logits.double().log_softmax(-1) for logits in (plain, edited))
-    kl = (p.exp() * (p - q)).sum(-1)
-    kl[torch.arange(len(kl)), at] = 0
-    return kl.sum(1) / (kl.shape[1] - 1)

@@ -30,8 +30,9 @@ from ..operator import Capture, FrozenTransformer
 from ..pictures import agreement, estimates
 from ..recording import freeze
 from .asking import Asked, smallest_edit
-from .edit import Edit, groups, jacobian_covectors
+from .edit import Edit
 from .goals import Goal
+from .real_runs import groups, jacobian_covectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..attribution import Attribution, TargetGradient, attribute, difference
 from ..pictures import Page, Paged, View, grid_view, head_cells, table_view
+from .operator_maps import beginning
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,7 +97,7 @@ class PromptComparison(Paged):
         if beside:
             labels, found = [[name] for name in beside], np.array([[v] for v in beside.values()])
             parts.append(table_view(["outside the layers"], ["difference"], labels, found))
-        tab = f"{prompt + 1}: {' '.join(here[:12])}"
+        tab = f"{prompt + 1}: {beginning(here)}"
         return [replace(part, tab=tab) for part in parts]
 
 

@@ -14,6 +14,7 @@ from ..checks import as_array
 from ..graph import Node
 from ..operator import Capture, FrozenTransformer
 from ..pictures import Page, Paged, depth, map_view, panel
+from .operator_maps import beginning
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,7 +80,7 @@ class HeadMaps(Paged):
                 panels.append(panel(name, unit, stops))
             own = self.labels[prompt]
             axes = ("query position", "key position")
-            views.append(map_view(own, own, panels, axes, " ".join(own[:12]), "Head"))
+            views.append(map_view(own, own, panels, axes, beginning(own), "Head"))
         notes = [
             f"Row i of the first map is for the target at position i: {self.target}.",
             "Direct effects alone: what later sublayers make of a head's writing is theirs.",

@@ -71,7 +71,7 @@ class OperatorMaps(Paged):
             if self.baseline is not None:
                 name = f"{self.baseline.kind}, for comparison"
                 panels.append(TokenMatrix.panel([self.baseline], prompt, name))
-            views.append(map_view(tokens, tokens, panels, heading=" ".join(tokens[:12])))
+            views.append(map_view(tokens, tokens, panels, heading=beginning(tokens)))
         return Page("The operator's map, by depth", views, notes, tabs=len(self) > 1, height=900)
 
 
@@ -111,3 +111,8 @@ def maps_by_depth(
     beside = None if baseline is None else token_matrix(baseline, capture, operator, model=model)
     name = "its own prediction" if isinstance(target, str) and target == "prediction" else None
     return OperatorMaps(depths, beside, name or f"the logit of {target!r}")
+
+
+def beginning(tokens: Sequence[str], most: int = 12) -> str:
+    """The first tokens of a prompt, with dots where more follow."""
+    return " ".join([*tokens[:most], *(["…"] if len(tokens) > most else [])])

@@ -430,6 +430,11 @@ def test_what_cannot_be_edited_is_refused():
     for match, call in wrong.items():
         with pytest.raises(ValueError, match=match):
             call()
+    twin = demo.load_model()
+    twin.W_U.data.mul_(1.01)
+    for ask in ("check", "refine", "radius"):
+        with pytest.raises(ValueError, match=r"other weights than the model of the lens"):
+            getattr(lens.edit(site=1, by=1.0), ask)(twin)
     other = replace(lens.edit(site=1, by=1.0), capture=None)
     with pytest.raises(ValueError, match=r"editing\.load_edit\(path, lens\)"):
         other.refine(model)

@@ -166,7 +166,8 @@ def test_packed_effects_are_gradients_through_the_host(case, method, pos, monkey
     joint = case.name.endswith("olmo2")  # one norm divides the queries of all heads
     assert served == [not joint] and list(ours) == list(theirs)
     own, other = (torch.tensor([*found.values()]).double() for found in (ours, theirs))
-    assert_close(own, other, case.within("two runs"), method)
+    # Float32 norms are off in the two runs whose difference every effect is multiplied with.
+    assert_close(own, other, case.within("two runs" if case.float32_norms else "oracle"), method)
     assert other.abs().max() > 1e-2
 
 

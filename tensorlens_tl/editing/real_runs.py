@@ -1,0 +1,133 @@
+"""The real model on the prompts of an edit: whose it is, its runs, its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..hosts import Adapter
+from ..operator import Capture, Prompts
+from ..readers import alone
+from .goals import Goal
+from .places import Place
+
+Hook = tuple[str, Callable[..., Tensor]]
+"""A hook point of the host, and a function of its activation."""
+
+
+def check_same(adapter: Adapter, run: Capture) -> None:
+    """Refuse another model than the one whose run is edited, by its output matrices.
+
+    Args:
+        adapter: Adapter of the model that is to be run.
+        run: The run that is edited.
+
+    Raises:
+        ValueError: If W_U or a block's W_O differs.
+    """
+    mine = (adapter.weights.unembed.W_U, *(b.attn.W_O for b in adapter.weights.blocks))
+    its = (run.unembed.weights.W_U, *(b.attn.weights.W_O for b in run.blocks))
+    pairs = zip(mine, its, strict=False)
+    if len(mine) != len(its) or not all(torch.equal(a, b.to(a)) for a, b in pairs):
+        raise ValueError(
+            f"{adapter.name} has other weights than the model of the lens. Pass the model of the "
+            "lens, with the weights it had then."
+        )
+
+
+def groups(prompts: Prompts) -> Iterator[tuple[Int[Tensor, " row"], Tensor, Tensor]]:
+    """Prompts of one length together, without their padding.
+
+    Args:
+        prompts: The prompts of a run.
+
+    Yields:
+        Numbers of the prompts, their columns in the run [row, pos], and what the model is run on.
+    """
+    device = prompts.given.device
+    spans = torch.tensor(prompts.spans, device=device)
+    lengths = spans[:, 1] - spans[:, 0]
+    for n in sorted(set(lengths.tolist())):
+        rows = (lengths == n).nonzero().flatten()
+        columns = spans[rows, :1] + torch.arange(n, device=device)
+        whole = prompts.tokens is None
+        yield rows, columns, prompts.given[rows] if whole else prompts.given[rows[:, None], columns]
+
+
+def jacobian_covectors(
+    adapter: Adapter, ids: Tensor, place: Place, goal: Goal, prompts: Sequence[int]
+) -> Float[Tensor, "row pos d"]:
+    """The real model's gradient of a target at a place: everything moves.
+
+    Args:
+        adapter: Adapter of the model.
+        ids: What the model is run on, prompts of one length.
+        place: Where the gradient is taken.
+        goal: The target whose gradient is taken.
+        prompts: Numbers of these prompts among the goal's.
+
+    Returns:
+        The gradient at every position.
+    """
+    seen: list[Tensor] = []
+
+    def watch(tensor: Tensor, hook: Any) -> Tensor:
+        nudge = torch.zeros_like(tensor.flatten(2)).requires_grad_()
+        seen.append(nudge)
+        return tensor + nudge.view_as(tensor)
+
+    with alone(adapter.model), torch.inference_mode(False), torch.enable_grad():
+        with adapter.model.hooks(fwd_hooks=[(place.hook, watch)]):
+            logits = adapter.run(ids, adapter.all_real(ids))
+        value = logits.new_zeros(())
+        for i, prompt in enumerate(prompts):
+            value = value + goal.read(logits[i, goal.pos] if logits.ndim > 2 else logits[i], prompt)
+        (found,) = torch.autograd.grad(value, seen[-1])
+    return found.detach()
+
+
+def row_of(logits: Tensor, i: int, at: Tensor) -> Float[Tensor, " d_vocab"]:
+    """The logits of one prompt at its position, or a classifier's own."""
+    return logits[i] if logits.ndim == 2 else logits[i, at[i]]
+
+
+def hooks_of(place: Place, delta: Float[Tensor, "batch pos d"]) -> list[Hook]:
+    """Make the hook that adds an edit at a place.
+
+    Args:
+        place: Where the edit is made.
+        delta: What is added at every position of the prompts.
+
+    Returns:
+        One hook, in a list.
+    """
+
+    def add(tensor: Tensor, hook: Any) -> Tensor:
+        n = delta.shape[1]
+        if tensor.shape[1] < n:  # a step of generation behind the prompt, with cached keys
+            return tensor
+        if tensor.shape[0] not in (len(delta), 1) and len(delta) > 1:
+            raise ValueError(
+                f"The run has {tensor.shape[0]} prompts, and the edit is of {len(delta)}. Run the "
+                "prompts of the edit's lens."
+            )
+        edited = tensor.clone()
+        part = delta.to(tensor).view(*delta.shape[:2], *tensor.shape[2:])
+        edited[:, :n] = edited[:, :n] + part
+        return edited
+
+    return [(place.hook, add)]
+
+
+def divergence(plain: Tensor, edited: Tensor, at: Tensor) -> Float[Tensor, " batch"]:
+    """The mean over all positions but one of KL(plain ‖ edited), in nats; 0 for one position."""
+    if plain.ndim < 3 or plain.shape[1] == 1:
+        return plain.new_zeros(len(plain))
+    p, q = (logits.double().log_softmax(-1) for logits in (plain, edited))
+    kl = (p.exp() * (p - q)).sum(-1)
+    kl[torch.arange(len(kl)), at] = 0
+    return kl.sum(1) / (kl.shape[1] - 1)
