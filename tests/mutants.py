@@ -28,13 +28,16 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 PACKAGE = "tensorlens_tl"
 CORE_SHARE = 0.9
@@ -50,6 +53,7 @@ LEFT_OUT = (
     "_build",
 )
 TOO_LONG = "no test: it ran longer than --limit"
+NO_IMPORT = "no test: the package could not be imported"
 NOTES = """
 def pytest_runtest_logreport(report):
     if report.failed:
@@ -344,10 +348,14 @@ class Runner:
 
     def __init__(self, root: Path, options: argparse.Namespace, work: Path):
         self.root, self.options, self.work = root, options, work
-        self.always = {TOO_LONG: False}  # tests that failed, and whether they do without a fault
+        self.always = {
+            TOO_LONG: False,
+            NO_IMPORT: False,
+        }  # tests that failed, and whether they do without a fault
         self.sound: Path | None = None
         self.notes = work / "note_failed_tests.py"
         self.notes.write_text(NOTES, encoding="utf-8")
+        self.output = work / "output.txt"
 
     def copy(self, name: str) -> Path:
         """A copy of the checkout, with the data folder beside it where there is one."""
@@ -361,10 +369,6 @@ class Runner:
         """The tests that caught a fault first; none where it survived."""
         checkout = self.copy(mutant.name)
         (checkout / path).write_text(text, encoding="utf-8")
-        ask = [sys.executable, "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)"]
-        _, output = self.call(ask, checkout, self.work)  # a folder that holds no package itself
-        if not (lines := output.split()) or checkout not in Path(lines[-1]).parents:
-            raise SystemExit(f"expected tests to import {PACKAGE} from {checkout}, got:\n{output}")
         try:
             for tests in self.selections(mutant, checkout):
                 while failed := self.run(checkout, tests):
@@ -382,55 +386,70 @@ class Runner:
             yield list(dict.fromkeys(likely))
         yield self.options.tests or ["tests"]
 
-    def run(self, checkout: Path, tests: list[str], alone: bool = False) -> list[str]:
+    def run(self, checkout: Path, tests: list[str]) -> list[str]:
         """Run tests until one fails; the names of those that failed."""
         if not (tests := [test for test in tests if not self.always.get(test)]):
             return []
         failed = Path(f"{self.notes}.txt")
         failed.write_text("", encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", self.notes.stem, *tests]
-        command += ["-m", "core"] if self.options.core else []
-        workers = 0 if alone else self.options.workers
-        command += [] if workers is None else [f"-n{workers}"]
+        words = ["-q", "-x", "-p", self.notes.stem, f"-n{self.options.workers}", *tests]
+        words += ["-m", "core"] if self.options.core else []
         for test in (t for t, always in self.always.items() if always):
-            command.append(f"--deselect={test}" if "::" in test else f"--ignore={test}")
-        code, output = self.call(command, checkout, checkout)
+            words.append(f"--deselect={test}" if "::" in test else f"--ignore={test}")
+        code = self.pytest(words, checkout)
         names = list(dict.fromkeys(failed.read_text(encoding="utf-8").splitlines()))
         new = [name for name in names if not self.always.get(name)]
         if code is None or new or code in (0, 5):  # 5: no test was selected
             return [TOO_LONG] if code is None else new
-        raise SystemExit(f"pytest ended with {code} and no new failure:\n{output[-3000:]}")
+        output = self.output.read_text(encoding="utf-8")[-3000:]
+        raise SystemExit(f"pytest ended with {code} and no new failure:\n{output}")
 
     def fails_always(self, test: str) -> bool:
         """Whether a test fails without a fault, too."""
         if test not in self.always:
             self.sound = self.sound or self.copy("sound")
-            self.always[test] = bool(self.run(self.sound, [test], alone=True))
+            self.always[test] = bool(self.run(self.sound, [test]))
             if self.always[test]:
                 print(f"!  {test} fails without a fault, too: left out", flush=True)
         return self.always[test]
 
-    def call(self, command: list[str], checkout: Path, folder: Path) -> tuple[int | None, str]:
-        """Run a command with the copy first on the path; its exit code, and what it printed."""
-        paths = [str(checkout), str(self.work), *filter(None, [os.environ.get("PYTHONPATH")])]
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            text=True,
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            output, _ = process.communicate(timeout=self.options.limit)
-            return process.returncode, output
-        except subprocess.TimeoutExpired:
-            return None, ""
-        finally:
-            if process.poll() is None:  # pytest's own processes end with it
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    def pytest(self, words: list[str], checkout: Path) -> int | None:
+        """Pytest's exit code in a copy of this process; None where it ran past ``--limit``.
+
+        The copy has imported torch and the host already, and imports the package from a checkout.
+        """
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            with open(self.output, "w", encoding="utf-8") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            code = 70
+            try:
+                os.chdir(checkout)
+                sys.path[:0] = [str(checkout), str(self.work)]
+                paths = [str(checkout), str(self.work), *filter(None, [os.getenv("PYTHONPATH")])]
+                os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for what the tests start
+                if checkout not in Path(str(import_module(PACKAGE).__file__)).parents:
+                    print(f"{PACKAGE} was not imported from {checkout}")
+                else:
+                    code = int(pytest.main(words))
+            except BaseException:  # the fault may be met on import
+                traceback.print_exc()
+                (self.work / f"{self.notes.name}.txt").write_text(
+                    f"{NO_IMPORT}\n", encoding="utf-8"
+                )
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        end = time.monotonic() + (self.options.limit or float("inf"))
+        while not (done := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None
+            time.sleep(0.1)
+        return os.waitstatus_to_exitcode(done[1])
 
 
 def main() -> int:
@@ -440,7 +459,7 @@ def main() -> int:
     parser.add_argument("--core", action="store_true", help="run the tests marked core alone")
     parser.add_argument("--tests", nargs="+", metavar="PATH", help="run these tests alone")
     parser.add_argument("--before", type=Path, metavar="DIR", help="another checkout than this")
-    parser.add_argument("--workers", type=int, help="processes of pytest (default: the project's)")
+    parser.add_argument("--workers", type=int, default=0, help="processes of pytest (default: one)")
     parser.add_argument("--limit", type=float, help="seconds that one run of pytest may take")
     parser.add_argument("--list", action="store_true", help="print the faults, run nothing")
     options = parser.parse_args()
@@ -458,6 +477,8 @@ def main() -> int:
         for mutant, (path, line, _) in placed:
             print(f"{mutant.name:<31} {mutant.wrong}  [{path}:{line}]")
         return 0
+    for name in ("torch", "transformers", "transformer_lens"):
+        import_module(name)  # once: every run of pytest is a copy of this process
     n_caught = 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as work:
         runner = Runner(root, options, Path(work).resolve())
