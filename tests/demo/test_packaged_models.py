@@ -39,6 +39,7 @@ def smollm2():
     return models.smollm2()
 
 
+@pytest.mark.trained
 def test_smollm2_is_exact(smollm2):
     prompt = "When Mary and John went to the store, John gave a drink to"
     _, lens = tensorlens_tl.capture(smollm2, prompt, prepend_bos=False)
@@ -54,6 +55,7 @@ def minilm():
     return models.minilm()
 
 
+@pytest.mark.trained
 def test_minilm_is_exact(minilm):
     texts = ["A man is playing a guitar.", "Someone plays an instrument."]
     _, (a, b) = tensorlens_tl.capture(minilm, texts)
@@ -63,6 +65,7 @@ def test_minilm_is_exact(minilm):
     assert rows.sum("node").top(1)[0][0].startswith('"guitar"')
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("name", models.__all__)
 def test_the_examples(name, request, monkeypatch):
     model = request.getfixturevalue(name)

@@ -73,6 +73,7 @@ def test_a_file_is_written_whole_or_not_at_all(lens, tmp_path):
 
 
 @pytest.mark.browser
+@pytest.mark.algebra
 def test_all_parts_are_drawn_and_every_row_can_be_seen(opened, lens, report):
     page = opened(report.to_html())
     views = report._page().views

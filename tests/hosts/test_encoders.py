@@ -459,6 +459,7 @@ def minilm():
     return folder
 
 
+@pytest.mark.trained
 def test_why_two_sentences_are_close(minilm):
     from transformers import AutoTokenizer, BertModel
 

@@ -12,7 +12,7 @@ from tensorlens_tl import demo
 from tensorlens_tl.graph import Edge, Node
 from tensorlens_tl.pictures import Page, edge_view, graph_view
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.algebra]
 
 
 @cache
