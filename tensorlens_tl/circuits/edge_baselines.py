@@ -37,7 +37,6 @@ from ..passes import (
     EdgeUniverse,
     PackedModel,
     edge_model,
-    run,
     tells_heads_apart,
 )
 from .packed_pairs import PackedPairs
@@ -136,15 +135,7 @@ def _packed(
     most = model.most_tokens(len(universe.writers)) // 2
     with progress_bar("prompts", n, progress) as bar:
         for p in PackedPairs.pieces(groups, metric, device, lambda n: batch_size or most // n):
-            kept = p.tail.tail_of(p.where)
-            with torch.no_grad():
-                x, twin = model.embed(p.rows), model.embed(p.twins)[kept]
-                past = None
-                if any(p.starts):
-                    before = p.head.tail_of(p.where)
-                    past = run(model, p.head, x[before], keep=False)
-            where = p.where if past is None else p.tail
-            runs = EdgeEffects(model, universe, where, x[kept], twin, past)
+            runs = EdgeEffects(model, universe, *p.entered(model))
 
             def measure(logits: Tensor, clean: Tensor, index: Tensor = p.index) -> Tensor:
                 return metric.values_at(logits[None], clean, index).sum()

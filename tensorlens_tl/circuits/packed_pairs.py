@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..passes import Layout
+from ..passes import Layout, PackedModel, Run, run
 from .prompt_pairs import LogitMetric, Pairs
 
 
@@ -84,3 +84,21 @@ class PackedPairs:
     def head(self) -> Layout:
         """Where the tokens before :attr:`starts` stand."""
         return Layout(self.starts, (0,) * len(self.rows), self.device)
+
+    @torch.no_grad()
+    def entered(self, model: PackedModel) -> tuple[Layout, Tensor, Tensor, Run | None]:
+        """Where the tokens that differ stand, and what enters the first block there in both runs.
+
+        Args:
+            model: The model that runs both.
+
+        Returns:
+            The layout; embeddings of the prompts and of the corrupted ones [token, d_model]; and a
+            run of the prefixes, or None where there are none.
+        """
+        kept = self.tail.tail_of(self.where)
+        x, twin = model.embed(self.rows), model.embed(self.twins)[kept]
+        if not any(self.starts):
+            return self.where, x[kept], twin, None
+        past = run(model, self.head, x[self.head.tail_of(self.where)], keep=False)
+        return self.tail, x[kept], twin, past

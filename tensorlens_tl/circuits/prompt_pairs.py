@@ -254,10 +254,35 @@ def _ids(adapter: Adapter, given: Any, n: int, name: str) -> Tensor | None:
         raise ValueError(
             f"{name} has {len(each)} entries for {n} prompts. Pass one for each, or one for all."
         )
-    ids = [token_id(adapter, one, name) if isinstance(one, str) else _id(one, name) for one in each]
+    each = [_id(one, name) if one is None else one for one in each]
+    return torch.tensor(token_ids(adapter, each, name))
+
+
+def token_ids(adapter: Adapter, each: Sequence[Any], name: str) -> list[int | None]:
+    """The ids of tokens; None stays None.
+
+    Args:
+        adapter: Adapter of the model, which knows its tokens.
+        each: Token strings, ids, or None.
+        name: Name of the argument in error messages.
+
+    Returns:
+        One id for each.
+
+    Raises:
+        ValueError: If a token does not exist.
+    """
+    ids = [
+        None
+        if one is None
+        else token_id(adapter, one, name)
+        if isinstance(one, str)
+        else _id(one, name)
+        for one in each
+    ]
     d_vocab = adapter.weights.unembed.W_U.shape[1]
-    if wrong := [i for i in ids if not 0 <= i < d_vocab]:
+    if wrong := [i for i in ids if i is not None and not 0 <= i < d_vocab]:
         raise ValueError(
             f"{name} id {wrong[0]} is outside the vocabulary. Use ids from 0 to {d_vocab - 1}."
         )
-    return torch.tensor(ids)
+    return ids

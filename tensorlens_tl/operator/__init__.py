@@ -12,9 +12,9 @@ from .capture import Capture, CaptureMismatchError, Convention, FrozenBlock, tol
 from .frozen_transformer import FrozenTransformer, Segment
 from .prompts import EMPTY, ClassNames, Prompts, check_tokens, patch_names, token_id
 from .query_key import QueryKey, turned
-from .residual_stream import Branch, Readers, Step, Trace
+from .residual_stream import Branch, NormSecant, Readers, Step, Trace
 from .restricted_transformer import RestrictedTransformer
-from .secant import SecantOperator
+from .secant import SecantOperator, act_secant, cap_secant, gated_secants, softmax_secant
 
 __all__ = [
     "BatchedSweep",
@@ -26,6 +26,7 @@ __all__ = [
     "EMPTY",
     "FrozenBlock",
     "FrozenTransformer",
+    "NormSecant",
     "PLANNED",
     "Prompts",
     "QueryKey",
@@ -34,11 +35,15 @@ __all__ = [
     "RestrictedTransformer",
     "SecantOperator",
     "Segment",
+    "act_secant",
+    "cap_secant",
     "Step",
     "Trace",
     "check_tokens",
     "dots",
+    "gated_secants",
     "patch_names",
+    "softmax_secant",
     "squares",
     "token_id",
     "tolerance",

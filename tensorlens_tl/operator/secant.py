@@ -30,7 +30,7 @@ A soft cap on the logits belongs to the target, not to the operator; see ``attri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
@@ -83,6 +83,40 @@ def act_secant(act: str, z: Float[Tensor, "*shape"], z_other: Float[Tensor, "*sh
     mid, half = (z + z_other) / 2, ((z - z_other).abs() / 2).clamp_min(short)
     high, low = (gating_ratio(act, x) * x for x in (mid + half, mid - half))
     return (high - low) / (2 * half)
+
+
+def gated_secants(
+    act: str, gates: Sequence[Float[Tensor, "*shape"]], ups: Sequence[Float[Tensor, "*shape"]]
+) -> tuple[Tensor, Tensor]:
+    """The secants of a gated MLP: Δ(act(g) ⊙ u) = mean act(g) ⊙ Δu + ū ⊙ Δact(g).
+
+    Args:
+        act: Name of the activation, as for :func:`act_secant`.
+        gates: What the activation reads in both runs.
+        ups: What its result is multiplied with, in both runs.
+
+    Returns:
+        The factors of Δu and of Δg, in the shape of both.
+    """
+    first, second = (gating_ratio(act, g) * g for g in gates)
+    return (first + second) / 2, (ups[0] + ups[1]) / 2 * act_secant(act, *gates)
+
+
+def cap_secant(
+    cap: float, S: Sequence[Float[Tensor, "*shape"]], products: Sequence[Float[Tensor, "*shape"]]
+) -> Tensor:
+    """The slope ΔS / Δproduct of a soft cap, elementwise.
+
+    Args:
+        cap: Largest absolute score.
+        S: Capped scores of both runs.
+        products: The same before the cap.
+
+    Returns:
+        The slopes, in the shape of ``S``.
+    """
+    least = torch.finfo(S[0].dtype).eps ** 0.5
+    return _slope(S[0] - S[1], products[0] - products[1], 1 - (S[0] / cap) ** 2, least)
 
 
 def _slope(change: Tensor, of: Tensor, derivative: Tensor, least: float) -> Tensor:
@@ -168,12 +202,9 @@ def _mlp(clean: object, corrupted: object, c: Tensor) -> Tensor:
         slopes = act_secant(clean.weights.act, clean.pre, corrupted.pre)
         return clean.with_slopes(slopes).apply_t(c)
     if isinstance(clean, GatedMLP) and isinstance(corrupted, GatedMLP):
-        # Δ(act(g) ⊙ u) = mean act(g) ⊙ Δu + ū ⊙ Δact(g).
-        name = clean.weights.act
-        posts = [gating_ratio(name, b.pre) * b.pre for b in (clean, corrupted)]
-        act = (posts[0] + posts[1]) / 2
-        up = (clean.pre_linear + corrupted.pre_linear) / 2
-        return clean.with_slopes(act, up * act_secant(name, clean.pre, corrupted.pre)).apply_t(c)
+        ups = clean.pre_linear, corrupted.pre_linear
+        found = gated_secants(clean.weights.act, (clean.pre, corrupted.pre), ups)
+        return clean.with_slopes(*found).apply_t(c)
     raise ValueError("at='secant' needs an elementwise activation, which SoLU is not. " + REMEDY)
 
 
@@ -226,8 +257,7 @@ def _attention(
         S, slope = products, 1.0
         if (cap := w.soft_cap) is not None:
             S = [cap * torch.tanh(P / cap) for P in products]
-            least = torch.finfo(v.dtype).eps ** 0.5
-            slope = _slope(S[0] - S[1], products[0] - products[1], 1 - (S[0] / cap) ** 2, least)
+            slope = cap_secant(cap, S, products)
         S = [with_alibi_bias(scores, w.slopes, own).masked_fill(hidden, -torch.inf) for scores in S]
         S = [with_sinks(scores, w.sinks, own) for scores in S]
         for run, pattern, scores, capture in zip(runs, A, S, captures, strict=True):

@@ -11,8 +11,9 @@ from .edge_patching import EdgeModel, Writes, edge_model
 from .packed_circuit import CircuitRuns
 from .packed_gradient import EdgeEffects, tells_heads_apart
 from .packed_layout import Layout
-from .packed_model import PackedModel
+from .packed_model import PackedModel, normed
 from .packed_run import Outputs, Run, run
+from .packed_secant import SecantEffects, has_secant
 
 __all__ = [
     "EdgeEffects",
@@ -22,9 +23,12 @@ __all__ = [
     "Outputs",
     "PackedModel",
     "Run",
+    "SecantEffects",
     "Writes",
     "CircuitRuns",
     "edge_model",
+    "has_secant",
+    "normed",
     "run",
     "tells_heads_apart",
     "wiring_of",

@@ -14,13 +14,14 @@ metric at the input of reader r, the effect of an edge is Σ ⟨D_w, G_r⟩ over
    (an RMSNorm subtracts no mean). So all but x̂ c / s is kept at the width of a head.
 3. Over the points between the corrupted and the clean embeddings, g / s is summed before it is
    widened, and the rest is a product with one column per point.
-4. Layer by layer from below: D of all writers in one buffer, times G of the layer's readers.
+4. D of all writers in one buffer, layer by layer times G of the layer's readers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -89,31 +90,72 @@ class EdgeEffects:
             return self._products(clean, other, points), points[0].logits
 
     def _products(self, clean: Any, other: Any, points: list[_Point]) -> Tensor:
-        universe, x = self.universe, self.x
-        sums = x.new_zeros(len(universe.readers), len(universe.writers))
-        D = x.new_empty(len(universe.writers), *x.shape)
-        torch.sub(clean.x, other.x, out=D[0])
-        writer, reader = 1, 0
-        for i, layer in enumerate(self.model.layers):
-            heads, dense = len(layer.kv_of), layer.block.mlp is not None
-            G = x.new_empty(3 * heads + dense, *x.shape)
-            for j, side in enumerate("qkv"):
-                pull(layer, side, [point.layers[i] for point in points], G[j * heads :][:heads])
-            if dense:
-                G[-1] = torch.stack([point.layers[i]["mlp"] for point in points]).sum(0)
-            rows, new = slice(reader, reader + len(G)), slice(writer, writer + heads)
-            sums[rows, :writer] = G.flatten(1) @ D[:writer].flatten(1).T
-            torch.bmm(clean.z[i] - other.z[i], layer.W_O, out=D[new])
-            writer += heads
-            if dense:
-                if not layer.block.parallel:
-                    sums[rows.stop - 1, new] = D[new].flatten(1) @ G[-1].flatten()
-                torch.sub(clean.mlp[i], other.mlp[i], out=D[writer])
-                writer += 1
-            reader = rows.stop
+        def readers() -> Iterator[tuple[int, Tensor]]:
+            for i, layer in enumerate(self.model.layers):
+                heads, seen = len(layer.kv_of), [point.layers[i] for point in points]
+                dense = layer.block.mlp is not None
+                G = self.x.new_empty(3 * heads + dense, *self.x.shape)
+                for j, side in enumerate("qkv"):
+                    pull(layer, side, seen, G[j * heads :][:heads])
+                if dense:
+                    G[-1] = torch.stack([point["mlp"] for point in seen]).sum(0)
+                yield i, G
+
+        D = differences(self.model, self.universe, clean, other)
         end = torch.stack([point.end for point in points]).sum(0)
-        sums[-1] = D[:, self.where.last].flatten(1) @ end.flatten()
-        return sums / len(points)
+        return products(self.model, self.universe, D, readers(), end, self.where) / len(points)
+
+
+def differences(
+    model: PackedModel, universe: EdgeUniverse, clean: Any, other: Any
+) -> Float[Tensor, "writer token d_model"]:
+    """What every writer adds in one run and not in another one, from their outputs."""
+    D = clean.x.new_empty(len(universe.writers), *clean.x.shape)
+    torch.sub(clean.x, other.x, out=D[0])
+    at = 1
+    for i, layer in enumerate(model.layers):
+        heads = len(layer.kv_of)
+        torch.bmm(clean.z[i] - other.z[i], layer.W_O, out=D[at : at + heads])
+        at += heads
+        if layer.block.mlp is not None:
+            torch.sub(clean.mlp[i], other.mlp[i], out=D[at])
+            at += 1
+    return D
+
+
+def products(
+    model: PackedModel,
+    universe: EdgeUniverse,
+    D: Float[Tensor, "writer token d_model"],
+    readers: Iterable[tuple[int, Float[Tensor, "reader token d_model"]]],
+    end: Float[Tensor, "prompt d_model"],
+    where: Layout,
+) -> Float[Tensor, "all_reader writer"]:
+    """Multiply what writers add with the gradients of all readers, summed over tokens.
+
+    Args:
+        model: Weights of the model.
+        universe: All edges of the model.
+        D: What every writer adds.
+        readers: A layer, and the gradients at its queries, keys, values and MLP, in any order.
+        end: The gradient at the final residual after every prompt.
+        where: Where the tokens stand.
+
+    Returns:
+        The products, 0 where there is no edge.
+    """
+    sums = D.new_zeros(len(universe.readers), len(universe.writers))
+    sizes = [(len(layer.kv_of), layer.block.mlp is not None) for layer in model.layers]
+    first = [0, *accumulate(3 * heads + dense for heads, dense in sizes)]
+    below = [*accumulate((heads + dense for heads, dense in sizes), initial=1)]
+    for i, G in readers:
+        rows, seen, (heads, dense) = slice(first[i], first[i + 1]), below[i], sizes[i]
+        sums[rows, :seen] = G.flatten(1) @ D[:seen].flatten(1).T
+        if dense and not model.layers[i].block.parallel:  # the MLP reads the heads beside it
+            new = slice(seen, seen + heads)
+            sums[rows.stop - 1, new] = D[new].flatten(1) @ G[-1].flatten()
+    sums[-1] = D[:, where.last].flatten(1) @ end.flatten()
+    return sums
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,11 +74,13 @@ class Layout:
 
     @cached_property
     def behind(self) -> Int[Tensor, "prompt query key"]:
-        """How far every key stands behind every query; negative where it follows the query."""
-        query = (
-            torch.arange(self.n_queries)[None, :, None] + torch.tensor(self.starts)[:, None, None]
-        )
-        return (query - torch.arange(self.n_keys)).to(self.device)
+        """How far every key stands behind every query; negative where it follows the query.
+
+        Rows of padding are those of the last token: every row has a key that it sees.
+        """
+        starts, lengths = torch.tensor((self.starts, self.lengths))[:, :, None]
+        query = (torch.arange(self.n_queries) + starts).minimum(lengths - 1)
+        return (query[..., None] - torch.arange(self.n_keys)).to(self.device)
 
     def padded(
         self, x: Float[Tensor, "head token e"], keys: bool

@@ -137,33 +137,48 @@ class PackedLayer:
 
     def pattern(self, q: Tensor, k: Tensor, heads: list[int], where: Layout) -> Tensor:
         """Softmax of the scores of some query heads [head, prompt, query, key]."""
+        S = self.capped(self.products(q, k), heads, where)
+        return S.softmax(-1)[..., : k.shape[2]]
+
+    def products(self, q: Tensor, k: Tensor) -> Float[Tensor, "head prompt query key"]:
+        """Scores before a soft cap, ALiBi and the mask."""
+        return q @ k.mT * self.scores.scale
+
+    def capped(self, S: Tensor, heads: list[int], where: Layout) -> Tensor:
+        """The scores that the softmax reads; in a last column the sinks, where there are any."""
         s = self.scores
-        S = q @ k.mT * s.scale
         S = S if s.soft_cap is None else s.soft_cap * torch.tanh(S / s.soft_cap)
         if s.slopes is not None:
             slopes = S.new_tensor([s.slopes[h] for h in heads])[:, None, None, None]
             S = S - slopes * where.behind
         S = S.masked_fill(self.hidden(where), -torch.inf)
-        if s.sinks is not None:
-            sinks = s.sinks.detach()[heads].to(S)[:, None, None, None].expand(*S.shape[:-1], 1)
-            return torch.cat((S, sinks), -1).softmax(-1)[..., :-1]
-        return S.softmax(-1)
+        if s.sinks is None:
+            return S
+        sinks = s.sinks.detach()[heads].to(S)[:, None, None, None].expand(*S.shape[:-1], 1)
+        return torch.cat((S, sinks), -1)
 
     def hidden(self, where: Layout) -> Bool[Tensor, "prompt query key"]:
         """The keys that a query does not see."""
         hidden = where.behind < 0
         return hidden if self.window is None else hidden | (where.behind >= self.window)
 
-    def mlp(self, x: Tensor) -> Float[Tensor, "*many token d"]:
-        """What the MLP makes of the residual, without b_out and without a post-norm."""
+    def preactivations(self, x: Tensor) -> tuple[Float[Tensor, "*many token d_mlp"], ...]:
+        """What the activation of the MLP reads, and what a gated MLP multiplies it with."""
         w: Any = self.block.mlp  # a plain or a gated one
         n = normed(self.block.ln2, x)
-        if isinstance(w, GatedMLPWeights):
-            h = _act(w.act, _linear(n, w.W_gate, w.b_gate)) * _linear(n, w.W_in, w.b_in)
-            h = with_bias(h, w.b_post)
-        else:
-            h = normed(w.ln, _act(w.act, _linear(n, w.W_in, w.b_in)))
+        gated = [(w.W_gate, w.b_gate)] if isinstance(w, GatedMLPWeights) else []
+        return tuple(_linear(n, W, b) for W, b in (*gated, (w.W_in, w.b_in)))
+
+    def mlp_of(self, pre: tuple[Tensor, ...]) -> Float[Tensor, "*many token d"]:
+        """What the MLP makes of its pre-activations, without b_out and without a post-norm."""
+        w: Any = self.block.mlp
+        h = _act(w.act, pre[0])
+        h = with_bias(h * pre[1], w.b_post) if len(pre) > 1 else normed(w.ln, h)
         return h @ w.W_out.detach()
+
+    def mlp(self, x: Tensor) -> Float[Tensor, "*many token d"]:
+        """What the MLP makes of the residual, without b_out and without a post-norm."""
+        return self.mlp_of(self.preactivations(x))
 
 
 def _linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

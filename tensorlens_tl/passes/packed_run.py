@@ -52,6 +52,7 @@ class Run:
         v: Values, padded, with those of the prefixes.
         A: Patterns of every head.
         raw_z: z before the scale of a post-norm.
+        activated: What the activation of every MLP reads; None in a block without one.
         leak: By layer and by sublayer (0 attention, 1 MLP): b_O or b_out past the post-norm, and
             the scale that divides it; only where there are both.
         end: Residual after the last block.
@@ -66,6 +67,7 @@ class Run:
     v: list[Tensor] = field(default_factory=list)
     A: list[Tensor] = field(default_factory=list)
     raw_z: list[Tensor] = field(default_factory=list)
+    activated: list[tuple[Tensor, ...] | None] = field(default_factory=list)
     leak: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     end: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -85,6 +87,7 @@ def run(
     tap: Tap | None = None,
     keep: bool = True,
     patterns: bool = False,
+    activated: bool = False,
 ) -> Run:
     """Run packed prompts.
 
@@ -99,6 +102,7 @@ def run(
         keep: Whether to keep all that is listed in :class:`Run`; else outputs, keys, values and
             the end alone.
         patterns: Whether to keep the patterns in any case.
+        activated: Whether to keep what activations read, too.
 
     Returns:
         What the run leaves.
@@ -139,10 +143,11 @@ def run(
         if leak is not None:
             found.leak[i, 0] = leak
         # 2. The MLP.
-        mid, m = pre if block.parallel else x, None
+        mid, m, read = pre if block.parallel else x, None, None
         if block.mlp is not None:
             mid = mid if tap is None else tap("mlp", i, mid)
-            m = layer.mlp(mid)
+            read = layer.preactivations(mid)
+            m = layer.mlp_of(read)
             scale = scale_past(block.ln2_post, m, layer.b_out)
             m = m if scale is None else past_norm(block.ln2_post, m) / scale
             gives = m if other is None else other.mlp[i]
@@ -153,6 +158,8 @@ def run(
         mlps.append(m)
         found.k.append(k)
         found.v.append(v)
+        if activated:
+            found.activated.append(read)
         if keep or patterns:
             found.A.append(A)
         if keep:

@@ -130,7 +130,7 @@ def test_an_interrupted_search_goes_on_where_it_was(model, tmp_path, monkeypatch
     rows, path = task(7), tmp_path / "circuit.json"
     args = {"n_edges": 30, "batch_size": 2}
     whole = tensorlens_tl.discover(model, *rows, **args)
-    calls, run = [], discovery._Work.scores
+    calls, run = [], discovery._Work.sums
 
     def interrupted(self, model, start, stop_):
         calls.append(start)
@@ -138,16 +138,16 @@ def test_an_interrupted_search_goes_on_where_it_was(model, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return run(self, model, start, stop_)
 
-    monkeypatch.setattr(discovery._Work, "scores", interrupted)
+    monkeypatch.setattr(discovery._Work, "sums", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tensorlens_tl.discover(model, *rows, path=path, **args)
     partial = Circuit.from_json(path.read_text())
     assert partial.n_prompts == 2 * stop and partial.is_connected and len(partial.scores) > 400
     first = tuple(part[: 2 * stop] for part in rows)
-    monkeypatch.setattr(discovery._Work, "scores", run)
+    monkeypatch.setattr(discovery._Work, "sums", run)
     assert partial == tensorlens_tl.discover(model, *first, **args)
     calls.clear()
-    monkeypatch.setattr(discovery._Work, "scores", lambda *a: calls.append(a[2]) or run(*a))
+    monkeypatch.setattr(discovery._Work, "sums", lambda *a: calls.append(a[2]) or run(*a))
     assert tensorlens_tl.discover(model, *rows, path=path, **args) == whole  # to the bit
     assert calls == list(range(2 * stop, 7, 2))
     assert Circuit.from_json(path.read_text()) == whole
@@ -159,14 +159,14 @@ def test_an_interrupted_search_goes_on_where_it_was(model, tmp_path, monkeypatch
 
 def test_the_file_is_written_along_the_way(model, tmp_path, monkeypatch):
     rows, path, seen = task(4), tmp_path / "circuit.json", []
-    run = discovery._Work.scores
+    run = discovery._Work.sums
     monkeypatch.setattr(discovery, "WRITE_EVERY", 0.0)
 
     def look(self, model, start, stop):
         seen.append(json.loads(path.read_text())["progress"]["done"] if path.exists() else 0)
         return run(self, model, start, stop)
 
-    monkeypatch.setattr(discovery._Work, "scores", look)
+    monkeypatch.setattr(discovery._Work, "sums", look)
     tensorlens_tl.discover(model, *rows, n_edges=5, batch_size=1, path=path)
     assert seen == [0, 1, 2, 3]
 

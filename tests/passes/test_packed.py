@@ -5,8 +5,9 @@ import torch
 from comparisons import assert_close
 from models import CASES, D_VOCAB, PER_SHAPE, SHAPES, quiet, tokens
 
-from tensorlens_tl import demo, faithfulness, faithfulness_of_many, score_edges
+from tensorlens_tl import demo, discover, faithfulness, faithfulness_of_many, score_edges
 from tensorlens_tl.circuits import edge_baselines
+from tensorlens_tl.circuits.discovery import _Work
 from tensorlens_tl.circuits.study import Study
 from tensorlens_tl.passes import edge_model, packed_model
 from tensorlens_tl.passes.packed_model import PackedLayer
@@ -190,3 +191,38 @@ def test_effects_of_a_misread_model_are_the_host_s(monkeypatch):
     monkeypatch.setattr(packed_model, "AGREED", {})
     ours, theirs, served = scored_both_ways(monkeypatch, model, *pairs(), target=3)
     assert served == [False] and ours == theirs
+
+
+# --- The operator between two runs ----------------------------------------------------------------
+
+
+def found_both_ways(monkeypatch, model, *args, **kwargs):
+    """Scores by packed runs and by captures, and whether the former served every batch."""
+    packed, served = _Work._packed, []
+
+    def spy(self, *given):
+        found = packed(self, *given)
+        served.append(found is not None)
+        return found
+
+    with quiet():
+        monkeypatch.setattr(_Work, "_packed", spy)
+        ours = discover(model, *args, n_edges=9, **kwargs).scores
+        monkeypatch.setattr(_Work, "_packed", lambda *given: None)
+        theirs = discover(model, *args, n_edges=9, **kwargs).scores
+    assert list(ours) == list(theirs)
+    return *(torch.tensor([*found.values()]).double() for found in (ours, theirs)), served
+
+
+WITH_SECANTS = [case for case in SERVED if not case.name.endswith("solu")]
+
+
+@pytest.mark.parametrize("case", WITH_SECANTS, ids=str)
+def test_packed_secants_are_those_of_captures(case, monkeypatch):
+    """Every edge, for twins that differ late; own predictions, and foils of some prompts."""
+    goal = {"target": [3, None, 4], "versus": [None, 5, 6], "pos": -2}
+    own, other, served = found_both_ways(monkeypatch, case.model(), *pairs(), **goal)
+    joint = case.name.endswith("olmo2")  # one norm divides the queries of all heads
+    assert served == [not joint]
+    assert_close(own, other, case.within("two runs" if case.float32_norms else "oracle"))
+    assert other.abs().max() > 1e-2
