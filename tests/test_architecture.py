@@ -36,6 +36,7 @@ ROOMS = [
     "recording",
     "passes",
     "attribution",
+    "features",
     "methods",
     "circuits",
     "evaluation",
@@ -73,14 +74,15 @@ SUBMODULES = {
         "to_weights",
     },
     "evaluation": {"evaluate"},
+    "features": {"error_shares", "load"},
     "exports": {"GraphLink", "GraphNode"},
     "lens": {"TensorLens", "load"},
     "methods": {"METHODS"},
     "relations": {"Relation", "decode", "state", "validity"},
 }
 """Names that the docs import from a room, beside the flat ones."""
-SITES = {"unembed.hook_in", "blocks.", ".hook_resid_"}
-"""Residual sites, which users type: the only names of the host that the library also uses."""
+SITES = {"unembed.hook_in", "blocks.", ".hook_resid_", "hook_name", "hook_name_out"}
+"""Residual sites, which users type, and keys of SAELens's configurations, which name such."""
 HOST_NAMES = re.compile(r"hook_|blocks\.(?! )|\.hook")
 HOST_CLASSES = re.compile(r"\w*(Bridge|HookedTransformer|Attention|ForCausalLM)(Config)?")
 MOST_FILES, MOST_LINES = 12, 450

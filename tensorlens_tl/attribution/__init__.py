@@ -14,7 +14,7 @@ from .html import PROMPTS, grid_html, legend_html, more_prompts, patch_map, stri
 from .paths import Paths, find_paths
 from .splits import attribute, attribute_many, queries_and_keys
 from .table import Attribution, Source
-from .table_builder import TableBuilder
+from .table_builder import TableBuilder, check_sum
 from .target_gradient import GradientCache, TargetGradient, resolve_at_site, resolve_each
 from .targets import (
     Target,
@@ -43,6 +43,7 @@ __all__ = [
     "attribute",
     "attribute_many",
     "check_comparable",
+    "check_sum",
     "difference",
     "expected_others",
     "find_paths",

@@ -141,12 +141,15 @@ def left_out(values: Float[Tensor, " row"], shown: int) -> str:
 
 def changes(one: Attribution) -> list[str]:
     """The rows of one prompt that qualify all other rows, in words, with their shares."""
-    values, size = one.values[0], one.values[0].abs().sum().clamp_min(TINY)
-    return [
-        f"{source.node}: {value:+.4f}, {float(abs(value) / size):.0%} of Σ|·|"
-        for source, value in zip(one.sources, values.tolist(), strict=True)
-        if getattr(source.node, "kind", "") == "change"
-    ]
+    values, size = one.values[0].tolist(), float(one.values[0].abs().sum().clamp_min(TINY))
+    found: dict[Node, tuple[float, float]] = {}
+    for source, value in zip(one.sources, values, strict=True):
+        node = source.node
+        if isinstance(node, Node) and node.kind in ("change", "error"):
+            total, absolute = found.get(node, (0.0, 0.0))
+            found[node] = total + value, absolute + abs(value)
+    shares = found.items()
+    return [f"{node}: {total:+.4f}, {part / size:.0%} of Σ|·|" for node, (total, part) in shares]
 
 
 def sum_html(total: float, error: float | None) -> str:

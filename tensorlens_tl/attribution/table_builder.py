@@ -62,6 +62,7 @@ class TableBuilder:
         by: str,
         effect: str = "direct",
         labels: tuple[tuple[str, ...], ...] | None = None,
+        sums: bool = True,
     ) -> Attribution:
         """Finish the table.
 
@@ -69,6 +70,7 @@ class TableBuilder:
             by: The kind of source that the target was split by.
             effect: The kind of contribution: "direct" or "total".
             labels: A name per source, for every prompt; None to make them from the sources.
+            sums: Whether direct effects sum to the target; those by edge never do.
 
         Returns:
             The rows so far, in the order in which they were added.
@@ -83,7 +85,7 @@ class TableBuilder:
             by=by,
             target=target.name,
             target_value=target.value,
-            sums_to_target=effect == "direct" and by != "edge",
+            sums_to_target=sums and effect == "direct" and by != "edge",
             convention=capture.convention,
             spans=capture.frame.spans,
             effect=effect,

@@ -27,6 +27,7 @@ EMBED_NORM_BIAS = "embed_ln.b"
 _NODE = re.compile(
     r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|(MLP)|E(\d+|\.shared)|(?:E(\d+|\.shared))?N(\d+)|\.(.+))?"
 )
+_OF_DICTIONARY = re.compile(r"L(\d+)\.(\w+?)(?:F(\d+)|\.error)")
 _NUMBERED = {"dim": "dimension", "order ": "order"}
 _CHANGES = ("operator change", "readout change")
 _HEAD = ("mlm_head.b", "mlm_head.ln.b", "classifier.ln.b")
@@ -46,6 +47,22 @@ def resid_site(layer: int, where: str) -> str:
     'blocks.2.hook_resid_pre'
     """
     return f"blocks.{layer}.hook_resid_{where}"
+
+
+def layer_site(layer: int, point: str) -> str:
+    """Name a hook point of a block.
+
+    Args:
+        layer: Number of the block, from 0.
+        point: Name of the point inside the block.
+
+    Returns:
+        The name of the point in the model.
+
+    >>> layer_site(2, "attn.hook_z")
+    'blocks.2.attn.hook_z'
+    """
+    return f"blocks.{layer}.{point}"
 
 
 def site_parts(site: str) -> tuple[int, str]:
@@ -93,13 +110,15 @@ class Node:
         kind: A source of the first residual (one of ``SOURCES``, such as "embed" and "pos_embed"),
             "input" (the sum of all sources, which enters the first block), "head", "mlp", "expert",
             "neuron", "constant" or "logits". Rows of an attribution can also be a "layer",
-            "dimension", "order" or "change".
+            "dimension", "order" or "change"; a "feature" of an SAE, or the "error" that it leaves.
         layer: Number of the block, from 0, or None outside the blocks.
-        index: Number of the head, the expert, the neuron, the dimension of the residual, or the
-            order. None for the shared expert of a mixture, which every token passes.
+        index: Number of the head, the expert, the neuron, the feature, the dimension of the
+            residual, or the order. None for the shared expert of a mixture, which every token
+            passes.
         name: Name of a constant, such as "b_O" or "ln_final.b". For a reader, the input of the head
             that is read, "v", "q" or "k". Empty for the head as a writer. For the shared expert it
-            is "shared", and for a neuron of an expert that expert, such as "E2".
+            is "shared", and for a neuron of an expert that expert, such as "E2". For a feature and
+            an error it is the place that the SAE reads, such as "pre" for a block's input.
 
     Example:
         >>> from tensorlens_tl import Node
@@ -129,6 +148,10 @@ class Node:
                 return f"{prefix}{self.name}N{self.index}"
             case "constant":
                 return f"{prefix}.{self.name}" if prefix else self.name
+            case "feature":
+                return f"{prefix}.{self.name}F{self.index}"
+            case "error":
+                return f"{prefix}.{self.name}.error"
             case "layer":
                 return prefix
             case "dimension":
@@ -178,6 +201,11 @@ class Node:
         for start, kind in _NUMBERED.items():
             if text.startswith(start) and text.removeprefix(start).isdecimal():
                 return cls(kind, index=int(text.removeprefix(start)))
+        if found := _OF_DICTIONARY.fullmatch(text):
+            layer, place, index = found.groups()
+            if index is None:
+                return cls("error", int(layer), name=place)
+            return cls("feature", int(layer), int(index), place)
         if not (found := _NODE.fullmatch(text)):
             raise ValueError(
                 f"{text!r} is not a node. Name 'embed', 'pos_embed', 'input', 'logits', a head "

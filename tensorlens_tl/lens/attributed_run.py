@@ -28,15 +28,16 @@ from ..attribution import (
     resolve_at_site,
 )
 from ..checks import as_list, plain_names
+from ..features import Feature, FeatureDictionary, by_feature, feature_target
 from ..graph import Edge, Node, numbered_site
 from ..maps import DENSE_LIMIT
 from ..operator import Capture, FrozenTransformer
-from .frozen_run import FrozenRun
+from .featured_run import FeaturedRun
 from .sequence_attribution import Continuation, SequenceAttribution, continuation_targets
 
 
 @plain_names
-class AttributedRun(FrozenRun):
+class AttributedRun(FeaturedRun):
     """A captured run whose logits can be split by where they come from.
 
     Attributes:
@@ -57,12 +58,14 @@ class AttributedRun(FrozenRun):
         *,
         of: str = "logit",
         site: str | int | None = None,
+        saes: FeatureDictionary | Sequence[FeatureDictionary] | None = None,
     ) -> Attribution:
         """Split a logit, or a difference of two logits, by where it comes from.
 
         Args:
             target: What to split: a token string, a token id, a direction in logits [d_vocab] or in
-                the final normalized residual [d_model], or None for the model's own prediction.
+                the final normalized residual [d_model], or None for the model's own prediction; or
+                a feature of an SAE, ``sae.feature(17)``.
             versus: What is subtracted from the target, of the same kinds; None subtracts nothing.
             pos: Position of the prediction among the real tokens; −1 is the last.
             by: The kind of source.
@@ -76,6 +79,8 @@ class AttributedRun(FrozenRun):
                 * "neuron": the same as "component", each MLP split into its neurons.
                 * "mlp": MLPs by position, as total effects only.
                 * "dimension": the residual before the final norm, by dimension.
+                * "feature": the residual at the site of an SAE, by feature and position; its error
+                  and b_dec are rows, too. Of several SAEs the rows of each sum to the target.
                 * "order": the number of heads and MLPs passed on the way to the target.
                 * "edge": what each node reads of each other node's output. The rows of one reader,
                   ``.select(dest="L2H1.v")``, sum to that reader's effect; those of "logits" sum to
@@ -105,6 +110,7 @@ class AttributedRun(FrozenRun):
                 ⟨direction, residual at pos⟩. Pass a name such as "blocks.5.hook_resid_post", or 5
                 for the same. By edge, the reader called logits is then the site. None is the
                 logits.
+            saes: SAEs of ``features.load``, for ``by="feature"``.
 
         Returns:
             Contributions in logits, in the capture's compute dtype. ``.sum("pos")`` sums positions.
@@ -121,6 +127,13 @@ class AttributedRun(FrozenRun):
             [('"France"@4', 15.6), ('"capital"@2', 6.0)]
         """
         gradient = self._gradient(target, versus, pos, None, of, site)
+        if by == "feature" or saes is not None:
+            if by != "feature" or baseline is not None or effect != "direct" or qk:
+                raise ValueError(
+                    f"by={by!r} cannot be combined with saes= here. Pass by='feature' and saes= "
+                    "alone."
+                )
+            return by_feature(gradient, self._readings(saes))
         if baseline is None:
             if at != "clean":
                 raise ValueError(f"at={at!r} needs a baseline. Pass baseline=, or drop at=.")
@@ -374,6 +387,8 @@ class AttributedRun(FrozenRun):
         site: str | int | None = None,
     ) -> TargetGradient:
         self._check_ready()
+        if isinstance(target, Feature):
+            site = target.dictionary.site if site is None else site
         capture, operator = self._until(site)
         goal = self._goal(capture, target, versus, pos, predicted, of, site)
         return (
@@ -397,6 +412,8 @@ class AttributedRun(FrozenRun):
             return resolve(capture, target, versus, pos, predicted, of)
         if of != "logit":
             raise ValueError(f"of={of!r} is not available with site=. Drop of= or site=.")
+        if isinstance(target, Feature):
+            return feature_target(target, capture, pos)
         return resolve_at_site(capture, self._site(site), target, versus, pos)
 
     def _until(self, site: str | int | None) -> tuple[Capture, FrozenTransformer]:

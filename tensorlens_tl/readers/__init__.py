@@ -35,7 +35,7 @@ from .experts import (
     packed_weights,
     shared_expert,
 )
-from .hook_points import LAYER_HOOKS, HookReader, Read, alone, in_this_thread, norm_eps
+from .hook_points import LAYER_HOOKS, MLP_OUT, HookReader, Read, alone, in_this_thread, norm_eps
 from .host import QueryKeyWeights
 from .linear import inner, linear_weights
 
@@ -49,6 +49,7 @@ __all__ = [
     "HookedMixture",
     "LAYER_HOOKS",
     "LatentReader",
+    "MLP_OUT",
     "Mixture",
     "NormedValuesReader",
     "PackedMixture",

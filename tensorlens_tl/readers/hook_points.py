@@ -45,6 +45,9 @@ LAYER_HOOKS = {
 }
 """Hook point of each activation of a block that the library may read."""
 
+MLP_OUT = "hook_mlp_out"
+"""Hook point of what an MLP adds to the residual, without the number of the block."""
+
 NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 """The norms of a block beside its residual."""
 

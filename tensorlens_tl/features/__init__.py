@@ -1,0 +1,24 @@
+"""Features of sparse autoencoders and transcoders, as nodes of the operator.
+
+Key concepts:
+    FeatureDictionary: An SAE or a transcoder as its weights; :func:`load` reads them from anywhere.
+    Feature: One feature as a target: why did it fire?
+    Reading: Which features fire at a site of a run, and the error that they leave.
+    error_shares: How much of a split is error, by site and position.
+"""
+
+from .dictionary import Feature, FeatureDictionary
+from .reading import Reading
+from .sources import load
+from .splits import by_feature, error_shares
+from .targets import feature_target
+
+__all__ = [
+    "Feature",
+    "FeatureDictionary",
+    "Reading",
+    "by_feature",
+    "error_shares",
+    "feature_target",
+    "load",
+]

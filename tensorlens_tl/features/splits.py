@@ -1,0 +1,173 @@
+"""A target split by feature: exact for every dictionary, as the error is a row, too.
+
+    m = Σ_pf z_pf ⟨g_p, d_f⟩ + Σ_p ⟨g_p, b_dec⟩ + Σ_p ⟨g_p, ε_p⟩ + the constants after the site
+
+with g the covector of the target at the site, from the same sweep as every other split. Nothing is
+cut: the frozen MLPs stay, and features are coordinates of the residual ("basis" reading).
+
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..attribution import (
+    Attribution,
+    Source,
+    TableBuilder,
+    TargetGradient,
+    check_sum,
+)
+from ..graph import Node
+from ..maps import TINY
+from ..operator import FrozenTransformer, Trace
+from .reading import Reading
+
+MOST_ERROR = 0.5
+"""The share of Σ|rows| from which on a dictionary's errors are warned about."""
+
+
+def by_feature(gradient: TargetGradient, readings: Sequence[Reading]) -> Attribution:
+    """Split a target by the features of one site, or of several sites.
+
+    Args:
+        gradient: The target, pulled to every site.
+        readings: The features of each site.
+
+    Returns:
+        Rows for every active feature, error and b_dec by position, and for constants after the
+        site. They sum to the target. Of several sites, the rows of each sum to the target, and all
+        constants after a site are one row.
+
+    Raises:
+        ValueError: If a site comes after the target's.
+        CaptureMismatchError: If the rows of a site do not sum to the target, up to rounding.
+    """
+    tables = [_of_site(gradient, reading, len(readings) == 1) for reading in readings]
+    parts = [check_sum(table.to_attribution("feature"), gradient) for table in tables]
+    for reading, part in zip(readings, parts, strict=True):
+        _warn(reading, part)
+    if len(parts) == 1:
+        return parts[0]
+    whole = TableBuilder(gradient.capture, gradient.target)
+    for table in tables:
+        whole.sources += table.sources
+        whole.values += table.values
+    return whole.to_attribution("feature", sums=False)
+
+
+def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
+    """What share of a split by feature is error, by site and position.
+
+    Args:
+        found: A split by feature.
+
+    Returns:
+        |error| / Σ|rows| at every position of a site, by the name of the site, such as "L2.pre".
+
+    Raises:
+        ValueError: If the split has no errors.
+
+    Example:
+        >>> import torch
+        >>> from tensorlens_tl import demo, features
+        >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+        >>> W = torch.eye(128)
+        >>> weights = {"W_enc": W, "W_dec": W, "b_enc": W[0] * 0, "b_dec": W[0] * 0}
+        >>> sae = features.load(weights, site="blocks.2.hook_resid_pre")
+        >>> shares = features.error_shares(lens.attribute("Paris", by="feature", saes=sae))
+        >>> {site: share.shape for site, share in shares.items()}
+        {'L2.pre': torch.Size([1, 6])}
+    """
+    sites: dict[str, tuple[list[int], list[int]]] = {}
+    for i, source in enumerate(found.sources):
+        node = source.node
+        if not isinstance(node, Node) or source.pos is None:
+            continue
+        place = node.name.partition(".")[0]
+        own = sites.setdefault(f"L{node.layer}.{place}", ([], []))
+        own[node.kind != "error"].append(i)
+    sites = {site: own for site, own in sites.items() if own[0]}
+    if not sites:
+        raise ValueError("The split has no error rows. Pass one that attribute(by='feature') made.")
+    n_pos = max(stop for _, stop in found.spans)
+    shares = {}
+    for site, (errors, others) in sites.items():
+        error, whole = found.values.new_zeros(2, len(found), n_pos)
+        for i in (*errors, *others):
+            whole[:, found.sources[i].pos] += found.values[:, i].abs()
+        for i in errors:
+            error[:, found.sources[i].pos] += found.values[:, i].abs()
+        shares[site] = error / whole.clamp_min(TINY)
+    return shares
+
+
+def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBuilder:
+    operator, trace = gradient.operator, gradient.trace
+    if reading.index > len(operator.steps):
+        raise ValueError(
+            f"{reading.dictionary} comes after the target's site. Pass an SAE of that site or one "
+            "before it."
+        )
+    g, table = trace.covectors[reading.index], TableBuilder(gradient.capture, gradient.target)
+    batch, n_pos = g.shape[:2]
+    # 1. The features that fire, one row per position and feature.
+    keys, rows = reading.spots
+    values = g.new_zeros(batch * len(keys))
+    values.index_add_(0, (reading.at // n_pos) * len(keys) + rows, reading.shares(g))
+    d_sae = reading.dictionary.d_sae
+    pairs = [divmod(key, d_sae) for key in keys.tolist()]
+    table.sources += [Source(reading.node(feature), pos) for pos, feature in pairs]
+    table.values.append(values.view(batch, -1))
+    # 2. What the dictionary adds everywhere, and what it leaves out.
+    unscale, shift = (part.view(batch, n_pos) for part in (reading.unscale, reading.shift))
+    table.spread(reading.constant("b_dec"), unscale * (g @ reading.dictionary.b_dec.to(g)))
+    if reading.dictionary.norm == "layer_norm":
+        table.spread(reading.constant("mean"), shift * g.sum(-1))
+    table.spread(reading.error_node, (g * reading.error).sum(-1))
+    # 3. The constants after the site.
+    after = {n: trace.effects[n].sum(-1) for n in constants_after(operator, trace, reading.index)}
+    if apart:
+        for name, effect in after.items():
+            table.add([Node.parse(name)], effect[:, None])
+        table.add_constants()
+    else:
+        rest = sum(after.values(), gradient.target.constant)
+        table.add([reading.constant("after")], rest[:, None])
+    return table
+
+
+def constants_after(operator: FrozenTransformer, trace: Trace, index: int) -> Iterator[str]:
+    """Name the constants that are added after a residual site, the last ones first.
+
+    Args:
+        operator: The operator of the run.
+        trace: A target pulled to every site.
+        index: The number of the site.
+
+    Yields:
+        Names of ``trace.effects``.
+    """
+    names = {*trace.top}
+    for step, pulls in zip(operator.steps[index:], trace.pulls[index:], strict=True):
+        names |= {edit.name for edit in step.edits} | step.own.keys()
+        names |= {name for pull in pulls for name in pull.effects}
+    yield from (name for name in trace.effects if name in names)
+
+
+def _warn(reading: Reading, part: Attribution) -> None:
+    """Say so where a dictionary leaves out more than it explains."""
+    errors = torch.tensor([s.node == reading.error_node for s in part.sources])
+    size = part.values.abs()
+    share = float(size[:, errors.to(size.device)].sum() / size.sum().clamp_min(TINY))
+    if share > MOST_ERROR:
+        warnings.warn(
+            f"The error of {reading.dictionary} is {share:.0%} of Σ|·|, more than its features. "
+            "Do not read the features as the whole.",
+            stacklevel=4,
+        )

@@ -1,0 +1,56 @@
+"""A feature's activation as a target: a functional of what its encoder reads."""
+
+from __future__ import annotations
+
+import torch
+
+from ..attribution import Target
+from ..maps import take_row
+from ..operator import Capture
+from .dictionary import Feature
+from .reading import site_of
+
+
+def feature_target(feature: Feature, capture: Capture, pos: int) -> Target:
+    """Make a target of a feature's activation z = slope · a, a = w · n(x) + b, at one position.
+
+    The slope is held: 1 where the feature fires, z / a for a tanh, 0 where it does not fire. So are
+    the scales of the dictionary's own norm.
+
+    Args:
+        feature: The feature that fires.
+        capture: The run up to the site that the feature reads.
+        pos: The position among the real tokens; −1 is the last.
+
+    Returns:
+        The functional ⟨w, x⟩ · slope and its constants b_enc and −w · b_dec.
+
+    Raises:
+        ValueError: If the feature fires at that position of no prompt, or its dictionary does not
+            fit the model.
+    """
+    dictionary, i = feature.dictionary, feature.index
+    layer, place = site_of(dictionary, capture)
+    query = capture.frame.index(pos)
+    x = take_row(capture.frame.cast(capture.resid_final), query)[:, 0]
+    pre = dictionary.pre_activations(x)
+    a, z = pre[0][:, i], dictionary.activations(*pre)[:, i]
+    slope = torch.ones_like(a) if feature.pre else (z != 0).to(a)
+    if dictionary.activation == "tanh-relu" and not feature.pre:
+        slope = torch.where(z != 0, z / a, 0)
+    if not bool(slope.any()):
+        raise ValueError(
+            f"Feature {i} of {dictionary.site} does not fire at pos={pos}. Pass another pos=, or "
+            f"feature({i}, pre=True) to ask about its pre-activation."
+        )
+    norm, w = dictionary.normed(x), dictionary.covector(i).to(x)
+    shifted = (slope[:, None] * norm.scale) * w
+    if dictionary.norm == "layer_norm":  # ⟨x − mean x, w⟩ = ⟨x, w − mean w⟩
+        shifted = shifted - shifted.mean(-1, keepdim=True)
+    name = f"L{layer}.{place}"
+    constants = {f"{name}.b_enc": slope * dictionary.b_enc[i].to(x)}
+    if dictionary.centered:
+        constants[f"{name}.b_dec"] = -slope * (dictionary.b_dec.to(x) @ w)
+    label = f"{name}F{i}" + (" before its activation" if feature.pre else "")
+    value = a if feature.pre else z
+    return Target((label,) * len(query), query, shifted, constants, value)

@@ -1,0 +1,209 @@
+"""A target split by feature sums to it, whatever the dictionary; its rows are what a run shows."""
+
+import warnings
+
+import pytest
+import torch
+from comparisons import assert_close
+from dictionaries import KINDS, D, dictionary, weights
+from models import ENCODERS, ORACLE, PER_SHAPE, lens_of, quiet, tokens
+from oracles import FrozenModel
+
+import tensorlens_tl
+from tensorlens_tl import features
+
+pytestmark = [
+    pytest.mark.algebra,
+    pytest.mark.filterwarnings("ignore:The error of FeatureDictionary"),
+]
+
+PRE = "blocks.1.hook_resid_pre"
+POST = "blocks.1.hook_resid_post"
+CASE = PER_SHAPE[0]
+
+
+def firing(lens, sae, site, pos=-1):
+    """The number of the feature that fires most at a position of the first prompt."""
+    state = lens.capture.resid_final if site == POST else lens.operator.states()[site]
+    return int(sae.encode(state[0, pos]).argmax())
+
+
+@pytest.mark.parametrize("case", [*PER_SHAPE, *ENCODERS[:1]], ids=str)
+def test_rows_sum_to_the_target_at_every_site(case):
+    lens = lens_of(case)
+    for site in (*lens.operator.sites[:-1], POST):
+        found = lens.attribute(3, 5, by="feature", saes=dictionary(site=site))
+        assert found.sums_to_target and {"feature", "error"} <= {s.node.kind for s in found.sources}
+        assert found.completeness_error < case.within("run")
+    prob = lens.attribute(3, by="feature", of="logprob", saes=dictionary())
+    assert prob.completeness_error < case.within("run")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_sums_and_tells_why_its_features_fire(kind):
+    lens, sae = lens_of(CASE), dictionary(kind)
+    found = lens.attribute(3, by="feature", saes=sae)
+    assert found.completeness_error < CASE.within("run")
+    state = lens.operator.states()[PRE]
+    assert_close(sae.encode(state), _plain(sae, kind, state), 1e-12)
+    for one in (sae.feature(firing(lens, sae, PRE)), sae.feature(4, pre=True)):
+        for by in ("token", "component", "head"):
+            why = lens.attribute(one, by=by)
+            assert why.sums_to_target and why.completeness_error < CASE.within("run")
+        below = lens.attribute(one, by="feature", saes=dictionary(site="blocks.0.hook_resid_mid"))
+        assert below.completeness_error < CASE.within("run")
+
+
+def _plain(sae, kind, x):
+    """The activations, written out."""
+    w = weights(KINDS[kind])
+    if kind == "layer norm":
+        x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+    if kind == "constant norm":
+        x = x * D**0.5 / x.norm(dim=-1, keepdim=True)
+    x = x if kind == "input as it is" else x - w["b_dec"]
+    if kind == "gated":
+        size = x @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"]
+        return size.relu() * (x @ w["W_enc"] + w["b_gate"] > 0)
+    a = x @ w["W_enc"] + w["b_enc"]
+    if "topk" in kind:
+        a = a * w["W_dec"].norm(dim=-1) if kind.startswith("rescaled") else a
+        ranked = a.abs() if kind == "abstopk" else a
+        least = ranked.sort(dim=-1).values[..., -sae.k, None]
+        return torch.where(ranked >= least, a if kind == "abstopk" else a.relu(), 0)
+    if kind == "jumprelu":
+        return torch.where(a > w["threshold"], a.relu(), 0)
+    return a.relu().tanh() if kind == "tanh" else a.relu()
+
+
+@pytest.mark.parametrize("case", [c for c in PER_SHAPE if "solu" not in c.name], ids=str)
+def test_removing_a_feature_in_the_frozen_real_model_moves_the_target_by_its_row(case):
+    lens, frozen = lens_of(case), FrozenModel(case.model(), tokens())
+    sae = dictionary("topk")
+    direction = torch.linspace(-1, 1, D, dtype=torch.float64)
+    found = lens.attribute(direction, by="feature", saes=sae)
+    x = lens.capture.input
+    plain, _ = frozen(x)
+    state = lens.operator.states()[PRE]
+    z = sae.encode(state)
+    later = dictionary("topk", site=POST, seed=1)
+    i = firing(lens, later, POST)
+    why = lens.attribute(later.feature(i, pre=True), by="feature", saes=sae)
+    before = later.pre_activations(frozen(x)[1][POST])[0][:, -1, i]
+    for pos in (2, 6):
+        number = int(z[0, pos].argmax())
+        delta = torch.zeros_like(state)
+        delta[:, pos] = -z[:, pos, number, None] * sae.W_dec[number]
+        y, sites = frozen(x, {PRE: delta})
+        moved = (y - plain)[:, -1] @ direction
+        assert_close(moved, -_row(found, f"L1.preF{number}", pos), case.within("oracle"))
+        moved = later.pre_activations(sites[POST])[0][:, -1, i] - before
+        assert_close(moved, -_row(why, f"L1.preF{number}", pos), case.within("oracle"))
+
+
+def _row(found, node, pos=None):
+    (at,) = [i for i, s in enumerate(found.sources) if (str(s.node), s.pos) == (node, pos)]
+    return found.values[:, at]
+
+
+def test_an_orthonormal_dictionary_without_error_is_the_split_by_dimension_rotated():
+    lens = lens_of(CASE)
+    Q, _ = torch.linalg.qr(weights()["W_enc"][:, :D])
+    for turn in (torch.eye(D, dtype=torch.float64), Q):
+        zero = torch.zeros(D, dtype=torch.float64)
+        parts = {"W_enc": turn, "W_dec": turn.T, "b_enc": zero, "b_dec": zero}
+        sae = features.load(parts, site=POST, config={"architecture": "abstopk", "k": D})
+        found = lens.attribute(3, by="feature", saes=sae)
+        assert float(abs(_errors(found)).max()) < 1e-12
+        rows = torch.stack([_row(found, f"L1.postF{i}", 6) for i in range(D)], 1)
+        y = lens.capture.resid_final[:, -1]
+        g = lens.covector(3, site=POST)[:, -1]
+        assert_close(rows, (y @ turn) * (g @ turn), 1e-12)
+        if turn is not Q:
+            dims = lens.attribute(3, by="dimension")
+            assert_close(rows, dims.values[:, :D], ORACLE)
+
+
+def _errors(found):
+    return found.values[:, [i for i, s in enumerate(found.sources) if s.node.kind == "error"]]
+
+
+def test_several_sites_each_sum_to_the_target_and_errors_are_told():
+    lens = lens_of(CASE)
+    pair = [dictionary(site="blocks.0.hook_resid_mid"), dictionary("topk")]
+    both = lens.attribute(3, by="feature", saes=pair)
+    assert not both.sums_to_target
+    for place in ("mid", "pre"):
+        own = [i for i, s in enumerate(both.sources) if s.node.name.split(".")[0] == place]
+        assert_close(both.values[:, own].sum(1), both.target_value, 1e-12)
+    shares = features.error_shares(both)
+    assert {site: tuple(share.shape) for site, share in shares.items()} == {
+        "L0.mid": (2, 7),
+        "L1.pre": (2, 7),
+    }
+    one = lens.attribute(3, by="feature", saes=pair[1])
+    at = [i for i, s in enumerate(one.sources) if s.pos == 2]
+    error = _row(one, "L1.pre.error", 2).abs()
+    assert_close(shares["L1.pre"][:, 2], error / one.values[:, at].abs().sum(1), 1e-12)
+    assert "L1.pre.error:" in repr(one[0]) and "of Σ|·|" in repr(one[0])
+    again = type(one).from_json(one.to_json())
+    assert again.sources == one.sources and torch.equal(again.values, one.values)
+
+
+def test_padded_prompts_are_split_as_alone():
+    ids, mask = tokens(), torch.ones(2, 7)
+    mask[1, 4:] = 0
+    with quiet(), torch.no_grad():
+        batch = tensorlens_tl.capture(CASE.model(), ids, attention_mask=mask)[1]
+        alone = tensorlens_tl.capture(CASE.model(), ids[1:, :4])[1]
+    for sae in (dictionary("topk"), dictionary("layer norm")):
+        ours, theirs = (lens.attribute(3, by="feature", saes=sae) for lens in (batch[1], alone))
+        assert ours.sources == theirs.sources and ours.labels == theirs.labels
+        assert_close(ours.values, theirs.values, CASE.within("padded"))
+        whole = batch.attribute(3, by="feature", saes=sae)
+        assert whole.completeness_error < CASE.within("run")
+
+
+def test_float32_sums_to_two_millionths():
+    lens = lens_of(CASE, torch.float32)
+    for kind in KINDS:
+        found = lens.attribute(3, by="feature", saes=dictionary(kind, dtype=torch.float32))
+        assert found.completeness_error < 2e-6
+
+
+def test_a_bad_dictionary_is_warned_about_and_a_wrong_one_refused():
+    lens = lens_of(CASE)
+    bad = weights() | {"W_dec": weights()["W_dec"] * 1e-6, "b_dec": weights()["b_dec"] * 0}
+    with pytest.warns(UserWarning, match="more than its features"):
+        lens.attribute(3, by="feature", saes=features.load(bad, site=PRE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lens.attribute(3, by="feature", saes=dictionary())
+
+    def asked(sae, match, **options):
+        with pytest.raises(ValueError, match=match):
+            lens.attribute(options.pop("target", 3), by="feature", saes=sae, **options)
+
+    asked(dictionary(d_in=16), "another width")
+    asked(dictionary(site="blocks.7.hook_resid_pre"), "no residual site")
+    asked(dictionary(site="blocks.1.hook_nothing"), "no site of the residual stream")
+    asked(features.load(weights(), site=PRE, config={"model_name": "gpt2"}), "trained on 'gpt2'")
+    asked(None, "names no SAE")
+    asked("sae", "names no SAE")
+    asked(dictionary(), "cannot be combined", baseline="zero")
+    asked(
+        dictionary(site=POST), "after the target's site", target=dictionary().feature(3, pre=True)
+    )
+    with pytest.raises(ValueError, match="names no SAE"):
+        lens.attribute(3, by="feature")
+    sae = dictionary("topk")
+    silent = int((sae.encode(lens.operator.states()[PRE])[:, -1] == 0).all(0).nonzero()[0])
+    with pytest.raises(ValueError, match="does not fire"):
+        lens.attribute(sae.feature(silent))
+    assert lens.attribute(sae.feature(silent, pre=True)).target[0].endswith("its activation")
+    with pytest.raises(ValueError, match="no feature of"):
+        sae.feature(128)
+    with pytest.raises(ValueError, match="no error rows"):
+        features.error_shares(lens.attribute(3))
+    with pytest.raises(ValueError, match="no token and no direction"):
+        lens.attribute(object())
