@@ -10,8 +10,9 @@ from .asking import Asked, edit_to_top, smallest_edit
 from .edit import Edit, EditCheck
 from .edit_file import load_edit, save_edit
 from .goals import Goal
+from .patching_study import Predictions, predict
 from .ranking import EditRanking, rank_edits
-from .study import EditEvaluation, Predictions, evaluate, predict
+from .study import EditEvaluation, evaluate
 from .weight_edit import to_weights
 
 __all__ = [

@@ -16,7 +16,7 @@ from ..operator import Capture, FrozenTransformer
 from .edit import Edit
 from .goals import Goal
 from .places import Place, pulled
-from .smallest import Metric, smallest, smallest_above
+from .smallest import Metric, smallest, smallest_above, smallest_shared
 
 CAP_MOVED = 0.1
 """How far a soft cap's ratio may move under an edit, as a share of itself."""
@@ -32,6 +32,7 @@ class Asked:
         positions: Positions among the real tokens, one or several; None is all of them.
         metric: What an edit costs, as in :class:`Metric`.
         qk: Whether the prediction includes queries and keys, to first order.
+        gates: Whether it includes the gating ratios of MLPs, to first order.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Asked:
         positions: int | Sequence[int] | None = None,
         metric: str | Tensor = "identity",
         qk: bool = False,
+        gates: bool = False,
     ):
-        self.capture, self.operator, self.qk = capture, operator, qk
+        self.capture, self.operator, self.moves = capture, operator, (qk, gates)
         self.place = Place.of(operator, site)
         self.state = self.place.state(operator, capture)
         self.where = _places(capture, positions)
@@ -52,7 +54,7 @@ class Asked:
     def covector(self, target: Target) -> Float[Tensor, "batch pos d"]:
         """The gradient of a target at the place, at every position."""
         gradient = TargetGradient(self.capture, self.operator, target)
-        return self.place.covector(self.operator, pulled(gradient, self.qk))
+        return self.place.covector(self.operator, pulled(gradient, *self.moves))
 
     def row(self, target: Target) -> Float[Tensor, "batch pos d"]:
         """The same, 0 where nothing may be edited."""
@@ -112,7 +114,9 @@ class Asked:
                 f"{str(dtype).removeprefix('torch.')} rounds away. Load the model in float32."
             )
         self._refuse_cap(target, predicted)
-        return Edit(self.place, delta, goal, target.value, predicted, size, self.capture)
+        return Edit(
+            self.place, delta, goal, target.value, predicted, size, self.capture, self.moves
+        )
 
     def _refuse_cap(self, target: Target, predicted: Tensor) -> None:
         cap = self.capture.unembed.weights.soft_cap
@@ -137,6 +141,7 @@ def smallest_edit(
     to: int | float | None,
     by: int | float | None,
     keep: Sequence[TargetLike | Mapping[str, Any]],
+    shared: bool = False,
 ) -> Edit:
     """The smallest edit that brings a target to a value, or changes it by one.
 
@@ -147,6 +152,7 @@ def smallest_edit(
         by: The change that is wanted, in logits, or None. Give one of the two.
         keep: Targets that may not change: tokens, or mappings with target, versus and pos; or a
             probe at the place itself, {"direction": [width]}.
+        shared: Whether all prompts and positions get one vector.
 
     Returns:
         The edit, with what it predicts.
@@ -162,8 +168,12 @@ def smallest_edit(
     rows = [g * asked.where[..., None]]
     for one in keep:
         rows += _kept(asked, one, goal.pos)
-    wanted = torch.stack([change, *[torch.zeros_like(change)] * (len(rows) - 1)], 1)
-    return asked.edit(goal, smallest(torch.stack(rows, 1), wanted.to(g), asked.metric), g)
+    wanted = torch.stack([change, *[torch.zeros_like(change)] * (len(rows) - 1)], 1).to(g)
+    found = smallest_shared if shared else smallest
+    delta = found(torch.stack(rows, 1), wanted, asked.metric)
+    if shared:
+        delta = asked.spread(delta)
+    return asked.edit(goal, delta, g)
 
 
 def edit_to_top(
@@ -247,13 +257,15 @@ def _kept(asked: Asked, one: TargetLike | Mapping[str, Any], pos: int) -> list[T
                 f"keep= has a direction of shape {list(w.shape)}. Pass one of the place, "
                 f"[{asked.state.shape[-1]}]."
             )
-        found = []
-        for position in range(asked.where.shape[1]):  # at each edited position by itself
-            if bool(asked.where[:, position].all()):
-                row = torch.zeros_like(asked.state)
-                row[:, position] = w
-                found.append(row)
-        return found
+        counts = asked.where.sum(1)
+        if int(counts.min()) < int(counts.max()):
+            raise ValueError(
+                "keep= has a direction, and the prompts have different numbers of edited "
+                "positions. List positions=, or edit prompts of one length."
+            )
+        # At each edited position by itself: the first of every prompt, the second, and so on.
+        rank = asked.where.cumsum(1) * asked.where
+        return [(rank == n)[..., None] * w for n in range(1, int(counts.max()) + 1)]
     if not {"target"} <= set(one) <= {"target", "versus", "pos"}:
         raise ValueError(
             f"keep= has an entry with {', '.join(map(str, one)) or 'nothing'}. Give target, and "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..attribution import TargetGradient
@@ -19,17 +20,18 @@ from ..pictures import Page, Paged, agreement, table_view
 from ..readers import alone
 from ..recording import freeze
 from .goals import Goal
-from .places import Place
+from .places import Place, pulled
 from .real_runs import (
     Hook,
     check_same,
     divergence,
     groups,
+    held_out_divergence,
     hooks_of,
     jacobian_covectors,
     row_of,
 )
-from .smallest import Metric, smallest
+from .smallest import Metric, smallest, smallest_shared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +52,7 @@ class Edit:
         predicted: The predicted change of the target, in logits [batch].
         size: ‖δ‖ divided by the norm of what stands at the edited positions [batch].
         capture: The run; None for an edit from a file, until it is given a lens again.
+        moves: Whether the covector has queries and keys, and gating ratios, to first order.
 
     Example:
         >>> from tensorlens_tl import demo
@@ -69,6 +72,7 @@ class Edit:
     predicted: Float[Tensor, " batch"]
     size: Float[Tensor, " batch"]
     capture: Capture | None
+    moves: tuple[bool, bool] = (False, False)
 
     def __repr__(self) -> str:
         def span(values: Tensor, form: str) -> str:
@@ -100,6 +104,17 @@ class Edit:
     def norm(self) -> Float[Tensor, " batch"]:
         """‖δ‖ of every prompt."""
         return self.delta.flatten(1).norm(dim=-1)
+
+    @property
+    def edited(self) -> Bool[Tensor, "batch pos"]:
+        """Which positions are edited."""
+        return self.delta.abs().sum(-1) > 0
+
+    @property
+    def vector(self) -> Float[Tensor, " d"] | None:
+        """The one vector that all edited positions of all prompts get; None where they differ."""
+        each = self.delta[self.edited]
+        return each[0] if len(each) and bool((each == each[0]).all()) else None
 
     # --- Arithmetic
 
@@ -149,20 +164,23 @@ class Edit:
         """
         return hooks_of(self.place, self.delta)
 
-    def check(self, model: Any, jacobian: bool = False) -> EditCheck:
+    def check(self, model: Any, jacobian: bool = False, held_out: Sequence[str] = ()) -> EditCheck:
         """Run the edited model once, and compare.
 
         Args:
             model: The model of the lens, with the weights it had then.
             jacobian: Whether to tell, too, what the real model's gradient at the place predicts.
                 It costs a run and a backward pass more.
+            held_out: Other prompts, to which every edit is added at the same positions from the
+                end. Each costs a run per edit.
 
         Returns:
             Predicted and real changes of the target, the likeliest tokens before and after, and how
-            far other positions moved.
+            far other positions and prompts moved.
 
         Raises:
-            ValueError: If the model is another one, or lacks the hook point.
+            ValueError: If the model is another one, lacks the hook point, or a held-out prompt is
+                too short.
         """
         adapter, run, n = adapt(model), self.run, len(self.before)
         real, tops, kl = self.before.new_zeros(n), [("", "")] * n, self.before.new_zeros(n)
@@ -184,8 +202,20 @@ class Edit:
                 g = jacobian_covectors(adapter, ids, self.place, self.goal, rows.tolist())
                 here = self.delta[rows[:, None], columns]
                 slopes[rows] = (g.to(here) * here).sum((1, 2)).to(slopes)
+        others = torch.full_like(slopes, torch.nan)
+        if len(held_out):
+            _, held = freeze(adapter, list(held_out), gate=run.convention.gate)
+            others = held_out_divergence(adapter, run, held, self.place, self.delta).to(others)
         return EditCheck(
-            self.place.name, self.before, self.predicted, real, slopes, tuple(tops), kl, self.size
+            self.place.name,
+            self.before,
+            self.predicted,
+            real,
+            slopes,
+            tuple(tops),
+            kl,
+            self.size,
+            others,
         )
 
     def refine(self, model: Any, rounds: int = 2, metric: str | Tensor = "identity") -> Edit:
@@ -206,30 +236,30 @@ class Edit:
             ValueError: If the model is another one, or the target no longer depends on the place.
         """
         at_least_one(rounds, "rounds")
-        adapter, delta = adapt(model), self.delta.clone()
-        where, was = self.delta.abs().sum(-1) > 0, torch.full_like(self.before, torch.inf)
+        adapter, run, delta = adapt(model), self.run, self.delta.clone()
+        where, was = self.edited[..., None], torch.full_like(self.before, torch.inf)
+        cost = Metric(metric, self.place.state(FrozenTransformer.of(run), run), run.frame.real)
         for _ in range(rounds):
-            now, worse = replace(self, delta=delta), 0
-            for rows, columns, ids in groups(self.run.prompts):
-                here = rows[:, None], columns
+            now, missing = replace(self, delta=delta), torch.zeros_like(self.before)
+            g = torch.zeros_like(delta)
+            for rows, columns, ids in groups(run.prompts):
                 capture = now._edited(adapter, rows, columns, ids)
-                operator = FrozenTransformer.of(capture)
                 goal = self.goal.on(capture, rows.tolist())
-                missing = self.before[rows] + self.predicted[rows] - goal.value.to(self.before)
-                worse += int((missing.abs() > was[rows]).sum())
-                was[rows] = missing.abs()
-                g = self.place.covector(operator, TargetGradient(capture, operator, goal).trace)
-                g = g * where[here][..., None].to(g)
-                state = self.place.state(operator, capture)
-                cost = Metric(metric, state, capture.frame.real)
-                step = smallest(g[:, None], missing[:, None].to(g), cost)
-                delta[here] = delta[here] + step.to(delta)
-            if worse:
+                missing[rows] = self.before[rows] + self.predicted[rows] - goal.value.to(missing)
+                operator = FrozenTransformer.of(capture)
+                trace = pulled(TargetGradient(capture, operator, goal), *self.moves)
+                g[rows[:, None], columns] = self.place.covector(operator, trace).to(g)
+            if worse := int((missing.abs() > was).sum()):
                 warnings.warn(
                     f"A round of refine brought {worse} of {len(was)} prompts no nearer to what "
                     "was asked. Ask for less, or edit another site.",
                     stacklevel=2,
                 )
+            was, wanted = missing.abs(), ((g * where)[:, None], missing[:, None].to(g))
+            if self.vector is None:
+                delta = delta + smallest(*wanted, cost)
+            else:
+                delta = delta + smallest_shared(*wanted, cost) * where
         ratio = delta.flatten(1).norm(dim=-1) / self.norm.clamp_min(TINY)
         return replace(self, delta=delta, size=self.size * ratio)
 
@@ -291,6 +321,8 @@ class EditCheck(Paged):
         tops: The likeliest tokens before and after, one pair per prompt.
         kl: The mean KL divergence of the predictions at all other positions, in nats [batch].
         size: ‖δ‖ divided by the norm of what stood there [batch].
+        kl_held_out: The mean KL divergence on held-out prompts to which the same vectors are
+            added, from the first edited position on, in nats; NaN if not asked for [batch].
 
     Example:
         >>> from tensorlens_tl import demo
@@ -309,6 +341,7 @@ class EditCheck(Paged):
     tops: tuple[tuple[str, str], ...]
     kl: Float[Tensor, " batch"]
     size: Float[Tensor, " batch"]
+    kl_held_out: Float[Tensor, " batch"]
 
     @property
     def error(self) -> float:
@@ -325,7 +358,7 @@ class EditCheck(Paged):
         Raises:
             ValueError: If pandas is not installed.
         """
-        columns = ("before", "predicted", "real", "jacobian", "kl", "size")
+        columns = ("before", "predicted", "real", "jacobian", "kl", "size", "kl_held_out")
         table = {name: getattr(self, name).tolist() for name in columns}
         first, after = zip(*self.tops, strict=True)
         table |= {"top": list(first), "top_after": list(after)}
@@ -350,8 +383,8 @@ class EditCheck(Paged):
         return agreement(ax, series, self.real.tolist(), unit="logits", title=title)
 
     def _page(self) -> Page:
-        asked = [] if bool(self.jacobian.isnan().all()) else ["jacobian"]
-        names = ["before", "predicted", "real", *asked, "kl", "size"]
+        names = ["before", "predicted", "real", "jacobian", "kl", "size", "kl_held_out"]
+        names = [name for name in names if not bool(getattr(self, name).isnan().all())]
         values = torch.stack([getattr(self, name) for name in names], 1).cpu().numpy()
         labels = [[str(number), *pair] for number, pair in enumerate(self.tops)]
         table = table_view(["prompt", "top before", "top after"], names, labels, values)

@@ -48,7 +48,7 @@ def save_edit(edit: Edit, path: str | os.PathLike[str]) -> None:
         given = getattr(edit.goal, name)
         goal[name] = None if given is None else [_noted(one, name, tensors) for one in given]
     spans = None if edit.capture is None else edit.capture.prompts.spans
-    header = {"place": asdict(edit.place), "goal": goal, "spans": spans}
+    header = {"place": asdict(edit.place), "goal": goal, "spans": spans, "moves": edit.moves}
     target = new_file(path)
     write_whole(target, lambda p: save_file(tensors, p, metadata={_FORMAT: json.dumps(header)}))
 
@@ -76,7 +76,8 @@ def load_edit(path: str | os.PathLike[str], lens: Any = None) -> Edit:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         place = Place(**{**header["place"], "part": _pair(header["place"]["part"])})
         targets, versus = (_read(header["goal"][n], tensors) for n in ("targets", "versus"))
-        pos = header["goal"]["pos"]
+        pos, moves = header["goal"]["pos"], header.get("moves", (False, False))
+        qk, gates = map(bool, moves)
         delta, before, predicted, size = (tensors[name] for name in _PARTS)
         batch, listed = (len(delta),), (before, predicted, size)
         fits = delta.ndim == 3 and is_int(pos) and all(part.shape == batch for part in listed)
@@ -96,7 +97,7 @@ def load_edit(path: str | os.PathLike[str], lens: Any = None) -> Edit:
                 "prompts."
             )
     goal = Goal(targets or (), versus, pos)
-    return Edit(place, delta, goal, before, predicted, size, capture)
+    return Edit(place, delta, goal, before, predicted, size, capture, (qk, gates))
 
 
 def _noted(one: Any, name: str, tensors: dict[str, Tensor]) -> Any:

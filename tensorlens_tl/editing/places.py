@@ -19,10 +19,10 @@ from ..attribution import TargetGradient, queries_and_keys
 from ..graph import numbered_site
 from ..operator import Branch, Capture, FrozenTransformer, Step, Trace
 from ..readers import LAYER_HOOKS
-from ..sublayers import Attention, Experts
+from ..sublayers import Attention, Experts, FeedForward
 
 _INSIDE = {"z": "attention's mixed values", "v": "its values", "post": "the MLP's activations"}
-_NAMES = re.compile(r"L(\d+)(?:H(\d+)|N(\d+)|MLP)")
+_NAMES = re.compile(r"L(\d+)(?:H(\d+)|N(\d+)|E(\d+)|MLP)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +33,11 @@ class Place:
         name: The place as people name it, such as "blocks.2.hook_resid_pre", "L2H1" or "L2N7".
         hook: Name of the host's hook point.
         step: Number of the residual step that the place is in or before.
-        kind: "resid", or "z", "v" or "post" for a place inside a sublayer.
+        kind: "resid"; "z", "v" or "post" for a place inside a sublayer; "expert" for what one
+            expert adds, times its routing weight, at the tokens that reach it.
         branch: Number of the branch within the step, for a place inside a sublayer.
         part: The first dimension of the activation that may change, and the one after the last;
-            None for all.
+            None for all. Of an expert, its number and the one after.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Place:
             operator: The operator of the run.
             site: A residual site, or the number of a block for what it leaves; a hook point
                 "blocks.2.attn.hook_z", "….hook_v" or "blocks.2.mlp.hook_post"; or a head "L2H1",
-                an MLP "L2MLP" or a neuron "L2N7".
+                an MLP "L2MLP", a neuron "L2N7" or an expert "L2E1".
 
         Returns:
             The place, with the hook point of the host that is edited.
@@ -70,7 +71,11 @@ class Place:
             return cls(str(name), operator.sites[index], index)
         for number, step in enumerate(operator.steps):
             for at, branch in enumerate(step.branches):
-                if step.layer == layer and branch.has_heads == (kind != "post"):
+                if step.layer != layer or branch.has_heads != (kind in ("z", "v")):
+                    continue
+                if kind == "expert" and isinstance(branch.body, Experts):
+                    return cls._expert(str(name), number, at, branch, cast(int, one))
+                if kind != "expert":
                     hook = f"blocks.{layer}.{LAYER_HOOKS[kind]}"
                     place = cls(str(name), hook, number, kind, at)
                     return place._narrowed(branch, one)
@@ -79,6 +84,21 @@ class Place:
             f"blocks 0 to {n_layers - 1}, such as 'L0H0'."
         )
 
+    @classmethod
+    def _expert(cls, name: str, number: int, at: int, branch: Branch, one: int) -> Place:
+        """What one expert of a mixture adds."""
+        experts = cast(Experts, branch.body)
+        if branch.post is not None:
+            raise ValueError(
+                f"site={name!r} has a norm behind it, which has no hook point of its own on every "
+                "host. Pass a residual site."
+            )
+        if one >= experts.n_experts:
+            most = experts.n_experts - 1
+            raise ValueError(f"site={name!r} does not exist. The last one is number {most}.")
+        hook = f"blocks.{experts.layer}.{LAYER_HOOKS['mlp_out']}"
+        return cls(name, hook, number, "expert", at, (one, one + 1))
+
     def _narrowed(self, branch: Branch, one: int | None) -> Place:
         """The same place, of one head or neuron; refuse what a component cannot show."""
         body: Any = branch.body
@@ -86,7 +106,8 @@ class Place:
         if isinstance(body, Experts) or gated:
             raise ValueError(
                 f"site={self.name!r} is inside {'experts' if not gated else 'gated attention'}, "
-                "where no single activation can be edited. Pass a residual site."
+                "where no single activation can be edited. Pass a residual site"
+                f"{'' if gated else ', or an expert such as ' + repr(f'L{body.layer}E0')}."
             )
         if one is None:
             return self
@@ -102,7 +123,8 @@ class Place:
     @property
     def columns(self) -> slice:
         """The dimensions of the activation that may change."""
-        return slice(None) if self.part is None else slice(*self.part)
+        whole = self.part is None or self.kind == "expert"
+        return slice(None) if whole else slice(*cast(tuple[int, int], self.part))
 
     def state(self, operator: FrozenTransformer, capture: Capture) -> Float[Tensor, "batch pos d"]:
         """What stands at the place in the run [batch, pos, width]."""
@@ -113,6 +135,9 @@ class Place:
             return capture.resid_final if last else capture.unembed.final
         step = operator.steps[self.step]
         branch = step.branches[self.branch]
+        if self.kind == "expert":
+            one = branch.part(branch.body.nodes()[cast(tuple[int, int], self.part)[0]])
+            return one.apply(step.state) + one.bias
         x = branch.read(step.state)
         if self.kind == "v":
             attn = cast(Attention, branch.body)
@@ -129,6 +154,9 @@ class Place:
             kept = trace.pulls[self.step][self.branch].kept
             heads = cast(Attention, branch.body).weights.W_V.shape[0]
             return kept.unflatten(-2, (heads, -1)).sum(-2).flatten(-2)
+        if self.kind == "expert":
+            reached = cast(Experts, branch.body).experts == cast(tuple[int, int], self.part)[0]
+            return trace.written[self.step] * reached.any(-1, keepdim=True)
         whole = branch.pull_to_hidden(trace.written[self.step])
         found = torch.zeros_like(whole)
         found[..., self.columns] = whole[..., self.columns]
@@ -138,9 +166,13 @@ class Place:
 def _inside(name: str) -> tuple[int, str, int | None]:
     """The block, the kind of place, and the number of one head or neuron of a name."""
     if found := _NAMES.fullmatch(name):
-        layer, head, neuron = (None if part is None else int(part) for part in found.groups())
-        kind = "z" if head is not None else "post"
-        return cast(int, layer), kind, neuron if head is None else head
+        layer, head, neuron, expert = (None if n is None else int(n) for n in found.groups())
+        kind = "z" if head is not None else "post" if expert is None else "expert"
+        return (
+            cast(int, layer),
+            kind,
+            next((n for n in (head, neuron, expert) if n is not None), None),
+        )
     for kind in _INSIDE:
         start, _, rest = name.partition(f".{LAYER_HOOKS[kind]}")
         layer = start.removeprefix("blocks.")
@@ -149,20 +181,26 @@ def _inside(name: str) -> tuple[int, str, int | None]:
     return -1, "resid", None
 
 
-def pulled(gradient: TargetGradient, qk: bool = False) -> Trace:
+def pulled(gradient: TargetGradient, qk: bool = False, gates: bool = False) -> Trace:
     """Sweep a target down to all places.
 
     Args:
         gradient: The target and its run.
         qk: Whether the attention scores move, too, to first order: every covector then has the
-            Jacobian's part through queries and keys. Norm scales and gating ratios stay held.
+            Jacobian's part through queries and keys.
+        gates: Whether the gating ratios of MLPs move, too, to first order. With both, only the
+            scales of norms stay held.
 
     Returns:
-        The covectors of all places; without ``qk``, the gradient's own trace.
+        The covectors of all places; with neither, the gradient's own trace.
+
+    Raises:
+        ValueError: If the run has no scores of its own, or tokens are routed to experts.
     """
-    if not qk:
+    if not (qk or gates):
         return gradient.trace
-    operator, scores = gradient.operator, queries_and_keys(gradient.capture)
+    operator = gradient.operator
+    scores = queries_and_keys(gradient.capture) if qk else None
     covectors = [gradient.trace.covectors[-1], gradient.trace.covectors[-2]]
     written, pulls = [], []
     for step in reversed(operator.steps):
@@ -171,7 +209,10 @@ def pulled(gradient: TargetGradient, qk: bool = False) -> Trace:
         for branch in step.branches:
             found = branch.pull(c)
             own.append(found)
-            below = below + found.covector + _through_scores(step, branch, c, scores)
+            if branch.has_heads:
+                below = below + found.covector + _through_scores(step, branch, c, scores)
+            else:
+                below = below + (_through_gates(branch, c) if gates else found.covector)
         covectors.append(below)
         written.append(c)
         pulls.append(tuple(own))
@@ -182,7 +223,14 @@ def pulled(gradient: TargetGradient, qk: bool = False) -> Trace:
 
 def _through_scores(step: Step, branch: Branch, c: Tensor, scores: Any) -> Tensor | float:
     """What moving queries and keys adds to the covector at the residual, to first order."""
-    if not branch.has_heads:
+    if scores is None:
         return 0.0
     both = scores(branch).readers(branch.pull_to_hidden(c), step.state)
     return both[0].wide().sum(0) + both[1].wide().sum(0)
+
+
+def _through_gates(branch: Branch, c: Tensor) -> Tensor:
+    """The covector at the residual through an MLP whose ratios move to first order."""
+    c = c if branch.post is None else branch.post.apply_t(c)
+    c = cast(FeedForward, branch.body).tangent().apply_t(c)
+    return c if branch.pre is None else branch.pre.apply_t(c)

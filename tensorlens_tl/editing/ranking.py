@@ -1,4 +1,4 @@
-"""Where an edit would matter most, from one sweep: sites, heads, neurons."""
+"""Where an edit would matter most, from one sweep: sites, heads, neurons, experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..sublayers import Experts
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-KINDS = ("site", "head", "neuron")
+KINDS = ("site", "head", "neuron", "expert")
 """What edits can be ranked by."""
 
 
@@ -27,7 +27,7 @@ class EditRanking:
     """Predicted changes of a target by many edits, none of which was run.
 
     Attributes:
-        labels: A name of every edit: "L2H1", "L2N7", or a site with its position.
+        labels: A name of every edit: "L2H1", "L2N7", "L2E1", or a site with its position.
         values: The predicted change in logits [batch, edit].
         by: What is ranked.
         what: What each edit is, in words.
@@ -105,7 +105,7 @@ def rank_edits(
         capture: The captured run.
         operator: The operator of that run.
         target: The target that the edits change.
-        by: "site", "head" or "neuron".
+        by: "site", "head", "neuron" or "expert".
         budget: Size of the edit of a site, as a share of what stands there.
 
     Returns:
@@ -131,15 +131,20 @@ def rank_edits(
     else:
         for step, c in zip(operator.steps, trace.written, strict=True):
             for branch in step.branches:
-                if branch.has_heads != (by == "head") or isinstance(branch.body, Experts):
+                mixture = isinstance(branch.body, Experts)
+                if branch.has_heads != (by == "head") or mixture != (by == "expert"):
                     continue
                 here = branch.body.hidden_in_run(branch.read(step.state))
-                share = -(here * branch.pull_to_hidden(c))
+                if mixture:
+                    y = c if branch.post is None else branch.post.apply_t(c)
+                    share = -branch.body.node_shares(here, y)
+                else:
+                    share = -(here * branch.pull_to_hidden(c))
                 if by == "head":
                     share = branch.body.by_node(share).sum(-1)
                 share = share.sum(1)  # over positions
                 values.append(share)
-                letter = "H" if by == "head" else "N"
+                letter = {"head": "H", "neuron": "N", "expert": "E"}[by]
                 labels += [f"L{step.layer}{letter}{i}" for i in range(share.shape[1])]
         what = f"each {by} removed at all positions"
     if not values:

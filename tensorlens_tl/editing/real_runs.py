@@ -127,7 +127,56 @@ def divergence(plain: Tensor, edited: Tensor, at: Tensor) -> Float[Tensor, " bat
     """The mean over all positions but one of KL(plain ‖ edited), in nats; 0 for one position."""
     if plain.ndim < 3 or plain.shape[1] == 1:
         return plain.new_zeros(len(plain))
-    p, q = (logits.double().log_softmax(-1) for logits in (plain, edited))
-    kl = (p.exp() * (p - q)).sum(-1)
+    kl = _divergences(plain, edited)
     kl[torch.arange(len(kl)), at] = 0
     return kl.sum(1) / (kl.shape[1] - 1)
+
+
+def held_out_divergence(
+    adapter: Adapter, run: Capture, held: Capture, place: Place, delta: Tensor
+) -> Float[Tensor, " batch"]:
+    """Add every prompt's edit to other prompts, at the same positions from the end.
+
+    Args:
+        adapter: Adapter of the model.
+        run: The run that is edited.
+        held: The plain run of the other prompts.
+        place: Where the edit is made.
+        delta: The edits [batch, pos, width].
+
+    Returns:
+        For every edit the mean over the other prompts, and their positions from the first edited
+        one on, of KL(plain ‖ edited), in nats.
+
+    Raises:
+        ValueError: If another prompt is shorter than the edit is far from the end.
+    """
+    found = torch.zeros(len(delta), dtype=torch.float64)
+    for i, (_, stop) in enumerate(run.prompts.spans):
+        at = (delta[i].abs().sum(-1) > 0).nonzero().flatten()
+        if not len(at):
+            continue
+        first = int(at[0]) - stop
+        for rows, columns, ids in groups(held.prompts):
+            n = columns.shape[1]
+            if n + first < 0:
+                raise ValueError(
+                    f"held_out= has a prompt of {n} tokens, and the edit is {-first} before the "
+                    "end. Pass longer prompts."
+                )
+            moved = delta.new_zeros(1, n, delta.shape[-1])
+            moved[0, at - stop + n] = delta[i, at]
+            hooks = hooks_of(place, moved)
+            with alone(adapter.model), torch.no_grad(), adapter.model.hooks(fwd_hooks=hooks):
+                logits = adapter.run(ids, adapter.all_real(ids))
+            whole = logits.ndim == 2  # a classifier has one row of logits
+            plain = held.logits[rows] if whole else held.logits[rows[:, None], columns]
+            kl = _divergences(plain, logits)
+            found[i] += float((kl if whole else kl[:, first:].mean(1)).sum())
+    return found / len(held.prompts.spans)
+
+
+def _divergences(plain: Tensor, edited: Tensor) -> Float[Tensor, "*shape"]:
+    """KL(plain ‖ edited) of every row of logits, in nats."""
+    p, q = (logits.double().log_softmax(-1) for logits in (plain, edited))
+    return (p.exp() * (p - q)).sum(-1)

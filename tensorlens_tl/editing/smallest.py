@@ -104,6 +104,31 @@ def smallest(
     return torch.einsum("bk,bkpd->bpd", weights, spread)
 
 
+def smallest_shared(
+    rows: Float[Tensor, "batch row pos d"], asked: Float[Tensor, "batch row"], metric: Metric
+) -> Float[Tensor, " d"]:
+    """The smallest vector that changes every target of every prompt by what is asked.
+
+    The vector is added at every position where a row is not 0, so its covector is the sum over
+    positions. With more targets than dimensions there is no such vector.
+
+    Args:
+        rows: The covectors, 0 where nothing may change.
+        asked: The change of each target.
+        metric: What an edit costs.
+
+    Returns:
+        The vector that every edited position gets.
+
+    Raises:
+        ValueError: If no such vector exists: a covector is 0, or depends on the others.
+    """
+    flat = rows.sum(2).flatten(0, 1)
+    # The same row with the same change is one condition: a probe is kept once for all prompts.
+    both = torch.cat([flat, asked.flatten()[:, None]], 1).unique(dim=0)
+    return smallest(both[None, :, None, :-1], both[None, :, -1], metric)[0, 0]
+
+
 def smallest_above(
     rows: Float[Tensor, "row pos d"], asked: Float[Tensor, " row"], metric: Metric
 ) -> Float[Tensor, "pos d"]:

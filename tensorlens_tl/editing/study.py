@@ -5,6 +5,8 @@ logit(foil) to a multiple of itself. The real model then tells what m became.
 
     operator   the smallest edit by the operator's covector
     refined    the same, corrected twice by the edited runs
+    …_qk       operator or refined, with queries and keys to first order in the covector
+    …_qk_gates the same with the gating ratios of MLPs, too: only norm scales are held
     jacobian   the smallest edit by the real model's gradient
     caa        the mean difference of clean and corrupted residuals (Rimsky et al. 2024, arXiv
                2312.06681), scaled until the operator predicts what is asked
@@ -14,7 +16,6 @@ logit(foil) to a multiple of itself. The real model then tells what m became.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from ..evaluation import Comparison, Estimate, compare, estimate
 from ..hosts import Adapter, adapt
 from ..maps import take_row
 from ..operator import Capture, FrozenTransformer
-from ..pictures import agreement, estimates
+from ..pictures import estimates
 from ..recording import freeze
 from .asking import Asked, smallest_edit
 from .edit import Edit
@@ -38,9 +39,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 METHODS = ("operator", "refined", "jacobian", "caa", "logit_lens", "random")
-"""What :func:`evaluate` compares."""
+"""What :func:`evaluate` compares unless told otherwise."""
 
-MEASURES = ("delivered", "norm", "size", "flipped", "kl")
+MOVING = {"qk": (True, False), "qk_gates": (True, True)}
+"""What moves to first order in covectors of the operator, by the end of a method's name."""
+
+MORE = tuple(f"{method}_{moving}" for method in ("operator", "refined") for moving in MOVING)
+"""What :func:`evaluate` compares on request, too."""
+
+MEASURES = ("delivered", "norm", "size", "flipped", "kl", "kl_held_out")
 """What is measured of every edit."""
 
 _PARTS = ("clean", "corrupted", "answer", "foil")
@@ -57,7 +64,7 @@ class EditEvaluation:
         values: For every (method, measure), one number per prompt and site. "delivered" is the real
             change of the target by what was asked; "norm" is ‖δ‖, and "size" that by the residual's
             norm; "flipped" is 1 where the foil became the likeliest token; "kl" is the mean KL
-            divergence at all other positions, in nats.
+            divergence at all other positions, in nats, and "kl_held_out" that on held-out prompts.
         sites: The sites, in the order of the numbers.
         to: What the target was to become, as a multiple of itself.
         n: Number of prompts.
@@ -78,7 +85,7 @@ class EditEvaluation:
 
         Args:
             method: One of the methods.
-            measure: "delivered", "norm", "size", "flipped" or "kl".
+            measure: "delivered", "norm", "size", "flipped", "kl" or "kl_held_out".
 
         Returns:
             The mean and its 95 % interval.
@@ -108,7 +115,7 @@ class EditEvaluation:
 
         Args:
             ax: Axes to draw on. None makes a figure.
-            measure: "delivered", "norm", "size", "flipped" or "kl".
+            measure: "delivered", "norm", "size", "flipped", "kl" or "kl_held_out".
 
         Returns:
             The axes drawn on. Of "delivered", 1 is what was asked.
@@ -166,6 +173,7 @@ def evaluate(
     to: int | float = -1.0,
     seed: int = 0,
     gate: str = "gate",
+    held_out: Sequence[str] = (),
 ) -> EditEvaluation:
     """Edit many prompts by several methods, and run every edit in the real model.
 
@@ -175,11 +183,14 @@ def evaluate(
         model: A host model, or a Hugging Face model.
         cases: Prompts with ``clean``, ``corrupted``, ``answer`` and ``foil``, as
             ``demo.prompts`` makes them, or tuples of these four texts.
-        methods: What to compare; see the head of this module.
+        methods: What to compare: "operator", "refined", "jacobian", "caa", "logit_lens", "random";
+            and "operator" and "refined" with "_qk" or "_qk_gates" behind, by covectors in which
+            queries and keys, or gating ratios, too, move to first order.
         sites: Residual sites to edit, at the last position, or numbers of blocks.
         to: What logit(answer) − logit(foil) is to become, as a multiple of itself.
         seed: Seed of the random directions.
         gate: How gated MLPs are made linear, as for :func:`tensorlens_tl.capture`.
+        held_out: Other prompts, to whose last position every edit is added, too.
 
     Returns:
         What every edit did.
@@ -195,45 +206,63 @@ def evaluate(
         True
     """
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"methods= has {method!r}. Use some of {', '.join(METHODS)}.")
-    adapter, made = adapt(model), [_case(case) for case in cases]
+        if method not in METHODS + MORE:
+            raise ValueError(f"methods= has {method!r}. Use some of {', '.join(METHODS + MORE)}.")
+    adapter, made = adapt(model), [case_of(case) for case in cases]
     # 1. The clean runs, of the prompts that the model gets right.
-    made, capture, goal = _right(adapter, made, gate)
+    made, capture, goal = right_cases(adapter, made, gate)
     operator = FrozenTransformer.of(capture)
     _, twins = freeze(adapter, [case[1] for case in made], gate=gate)
     generator = torch.Generator().manual_seed(seed)
-    values: dict[tuple[str, str], list[float]] = {(m, x): [] for m in methods for x in MEASURES}
+    measures = MEASURES if len(held_out) else MEASURES[:-1]
+    values: dict[tuple[str, str], list[float]] = {(m, x): [] for m in methods for x in measures}
     for site in sites:
         # 2. Every method's edit.
         asked = Asked(capture, operator, site, -1)
         best = _operator_edit(asked, goal, to)
         change = best.predicted
         for method in methods:
-            edit = best
-            if method == "refined":
-                edit = best.refine(adapter.model, rounds=2)
-            elif method != "operator":
+            kind, _, moving = method.partition("_")
+            if kind in ("operator", "refined"):
+                moves = MOVING.get(moving, (False, False))
+                own = Asked(capture, operator, site, -1, "identity", *moves)
+                edit = _operator_edit(own, goal, to)
+                edit = edit.refine(adapter.model, rounds=2) if kind == "refined" else edit
+            else:
                 delta = _rival(method, asked, adapter, goal, change, made, twins, generator)
                 size = delta.flatten(1).norm(dim=-1, keepdim=True)[..., None]
                 if method == "random":
                     delta = delta / size * best.norm[:, None, None]
                 edit = replace(asked.edit(goal, delta), predicted=change)
             # 3. The real model.
-            check = edit.check(adapter.model)
+            check = edit.check(adapter.model, held_out=held_out)
             found = {
                 "delivered": check.real / change,
                 "norm": edit.norm,
                 "size": edit.size,
                 "flipped": _flipped(adapter, check.tops, goal),
                 "kl": check.kl,
+                "kl_held_out": check.kl_held_out,
             }
-            for name, numbers in found.items():
-                values[method, name] += [float(x) for x in numbers]
+            for name in measures:
+                values[method, name] += [float(x) for x in found[name]]
     return EditEvaluation(values, tuple(sites), to, len(made))
 
 
-def _right(adapter: Adapter, made: list[Case], gate: str) -> tuple[list[Case], Capture, Goal]:
+def right_cases(adapter: Adapter, made: list[Case], gate: str) -> tuple[list[Case], Capture, Goal]:
+    """Run the prompts whose answer is ahead of the foil.
+
+    Args:
+        adapter: Adapter of the model.
+        made: The cases, right or not.
+        gate: How gated MLPs are made linear.
+
+    Returns:
+        The cases that are left, their run, and logit(answer) − logit(foil) as the target.
+
+    Raises:
+        ValueError: If no case is left.
+    """
     for _ in range(2):
         if not made:
             break
@@ -310,7 +339,8 @@ def _flipped(adapter: Adapter, tops: Iterable[tuple[str, str]], goal: Goal) -> l
     return [float(after == word) for (_, after), word in zip(tops, words, strict=True)]
 
 
-def _case(case: Any) -> Case:
+def case_of(case: Any) -> Case:
+    """Read prompt, corrupted prompt, answer and foil off a case, or refuse it."""
     if isinstance(case, tuple) and len(case) == 4:
         return case[0], case[1], case[2], case[3]
     try:
@@ -321,116 +351,3 @@ def _case(case: Any) -> Case:
             f"cases= has {case!r}. Pass prompts with clean, corrupted, answer and foil, or tuples "
             "of these four texts."
         ) from None
-
-
-# --- Predicted against real ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """Predicted and real changes of a target under the same edits.
-
-    Attributes:
-        predicted: The predictions by method: "operator", "operator_qk", "jacobian".
-        real: The changes in the real model.
-    """
-
-    predicted: dict[str, list[float]]
-    real: list[float]
-
-    def error(self, method: str) -> float:
-        """Σ |predicted − real| / Σ |real|."""
-        pairs = zip(self.predicted[method], self.real, strict=True)
-        return sum(abs(p - r) for p, r in pairs) / (sum(map(abs, self.real)) or math.nan)
-
-    def pearson(self, method: str) -> float:
-        """Pearson's correlation of predicted and real changes."""
-        both = torch.tensor([self.predicted[method], self.real], dtype=torch.float64)
-        return float(torch.corrcoef(both)[0, 1])
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw predicted against real changes with matplotlib, one point per edit and method.
-
-        Args:
-            ax: Axes to draw on. None makes a figure.
-
-        Returns:
-            The axes drawn on. A point on the diagonal is a prediction that came true.
-
-        Raises:
-            ValueError: If matplotlib is missing.
-        """
-        return agreement(ax, self.predicted, self.real, unit="logits")
-
-    def __repr__(self) -> str:
-        rows = [f"{len(self.real)} edits, predicted and real: error, Pearson"]
-        rows += [f"{m:>14}  {self.error(m):6.1%}  {self.pearson(m):+.3f}" for m in self.predicted]
-        return "\n".join(rows)
-
-
-def predict(
-    model: Any,
-    cases: Iterable[Any],
-    site: str | int,
-    methods: Sequence[str] = ("operator",),
-    gate: str = "gate",
-) -> Predictions:
-    """Patch one position of every prompt by its corrupted twin's, and compare the predictions.
-
-    Args:
-        model: A host model, or a Hugging Face model.
-        cases: As for :func:`evaluate`; prompt and twin have equally many tokens.
-        site: A residual site.
-        methods: "operator", "operator_qk" (with queries and keys to first order), "jacobian".
-        gate: How gated MLPs are made linear, as for :func:`tensorlens_tl.capture`.
-
-    Returns:
-        One prediction per prompt and position where prompt and twin differ at the site.
-
-    Raises:
-        ValueError: If a method does not exist, or twins have other lengths.
-
-    Example:
-        >>> from tensorlens_tl import demo, editing
-        >>> model, cases = demo.load_model(), demo.prompts("facts", 8)
-        >>> found = editing.predict(model, cases, 1, methods=("operator", "jacobian"))
-        >>> found.error("operator") < found.error("jacobian")
-        True
-    """
-    known = ("operator", "operator_qk", "jacobian")
-    for method in methods:
-        if method not in known:
-            raise ValueError(f"methods= has {method!r}. Use some of {', '.join(known)}.")
-    adapter = adapt(model)
-    made, capture, goal = _right(adapter, [_case(case) for case in cases], gate)
-    _, twins = freeze(adapter, [case[1] for case in made], gate=gate)
-    if twins.prompts.spans != capture.prompts.spans:
-        raise ValueError(
-            "A prompt and its corrupted prompt have different numbers of tokens. Pass pairs of "
-            "equal length."
-        )
-    operator = FrozenTransformer.of(capture)
-    asked = {m: Asked(capture, operator, site, None, qk=m == "operator_qk") for m in methods}
-    first = Asked(capture, operator, site, None)
-    other = first.place.state(FrozenTransformer.of(twins), twins)
-    difference = (other - first.state) * capture.frame.real[..., None]
-    rows = {m: one.covector(goal.on(capture)) for m, one in asked.items() if m != "jacobian"}
-    if "jacobian" in methods:
-        g = torch.zeros_like(first.state)
-        for row, columns, ids in groups(capture.prompts):
-            own = jacobian_covectors(adapter, ids, first.place, goal, row.tolist())
-            g[row[:, None], columns] = own.to(g)
-        rows["jacobian"] = g
-    predicted: dict[str, list[float]] = {m: [] for m in methods}
-    real: list[float] = []
-    moved = difference.abs().sum(-1) > 0
-    for pos in moved.any(0).nonzero().flatten().tolist():
-        delta = torch.zeros_like(difference)
-        delta[:, pos] = difference[:, pos]
-        check = first.edit(goal, delta).check(adapter.model)
-        here = moved[:, pos].nonzero().flatten().tolist()
-        real += [float(check.real[i]) for i in here]
-        for m in methods:
-            numbers = (rows[m][:, pos] * delta[:, pos]).sum(-1)
-            predicted[m] += [float(numbers[i]) for i in here]
-    return Predictions(predicted, real)

@@ -8,7 +8,7 @@ Key concepts:
 
 from .intervals import Estimate, bootstrap, median
 from .runner import evaluate
-from .significance import Comparison, compare, estimate
+from .significance import Comparison, compare, estimate, rank_correlation
 from .study_file import read_study, study_text
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "median",
+    "rank_correlation",
     "read_study",
     "study_text",
 ]

@@ -24,6 +24,7 @@ class EditedRun(AttributedRun):
         *,
         site: str | int,
         qk: bool = False,
+        gates: bool = False,
     ) -> Float[Tensor, "batch pos d"]:
         """The gradient g of a target at a place: an edit δ there changes the target by ⟨g, δ⟩.
 
@@ -35,8 +36,11 @@ class EditedRun(AttributedRun):
             pos: Position of the prediction among the real tokens; −1 is the last.
             site: A residual site such as "blocks.2.hook_resid_pre", or a block's number for what
                 it leaves; or "blocks.2.attn.hook_z", "….hook_v", "blocks.2.mlp.hook_post"; or a
-                head "L2H1", an MLP "L2MLP" or a neuron "L2N7".
+                head "L2H1", an MLP "L2MLP", a neuron "L2N7", or an expert "L2E1": what it adds,
+                times its routing weight, at the tokens that reach it.
             qk: Whether attention scores move, too, to first order.
+            gates: Whether the gating ratios of MLPs move, too, to first order. With ``qk`` only
+                the scales of norms are then held.
 
         Returns:
             The covector at every position [batch, pos, width], in logits per unit.
@@ -50,7 +54,7 @@ class EditedRun(AttributedRun):
             >>> lens.covector("Paris", site=1).shape
             torch.Size([1, 6, 128])
         """
-        asked = self._asked(site, None, "identity", qk)
+        asked = self._asked(site, None, "identity", qk, gates)
         return asked.covector(Goal.of(self.capture, target, versus, pos).on(self.capture))
 
     def effect(
@@ -63,6 +67,7 @@ class EditedRun(AttributedRun):
         site: str | int,
         positions: int | Sequence[int] | None = -1,
         qk: bool = False,
+        gates: bool = False,
     ) -> Float[Tensor, "*many batch"]:
         """Predict how an edit changes a target, without running the model.
 
@@ -79,6 +84,8 @@ class EditedRun(AttributedRun):
             site: The place, as in :meth:`covector`.
             positions: Where a vector is added, among the real tokens; None is everywhere.
             qk: Whether attention scores move, too, to first order.
+            gates: Whether the gating ratios of MLPs move, too, to first order. With ``qk`` only
+                the scales of norms are then held.
 
         Returns:
             The predicted change in logits [batch], or [many, batch].
@@ -94,7 +101,7 @@ class EditedRun(AttributedRun):
             >>> bool(change < 0)
             True
         """
-        asked = self._asked(site, positions, "identity", qk)
+        asked = self._asked(site, positions, "identity", qk, gates)
         g = asked.covector(Goal.of(self.capture, target, versus, pos).on(self.capture))
         return (g * asked.spread(delta)).flatten(-2).sum(-1)
 
@@ -112,6 +119,8 @@ class EditedRun(AttributedRun):
         keep: Sequence[TargetLike | Mapping[str, Any]] = (),
         metric: str | Tensor = "identity",
         qk: bool = False,
+        gates: bool = False,
+        shared: bool = False,
     ) -> Edit:
         """Find the smallest edit that brings a target to a value; or predict your own edit.
 
@@ -133,6 +142,10 @@ class EditedRun(AttributedRun):
                 their mean square in this run; or your own second moments, [width] or
                 [width, width].
             qk: Whether attention scores move, too, to first order.
+            gates: Whether the gating ratios of MLPs move, too, to first order. With ``qk`` only
+                the scales of norms are then held.
+            shared: Whether all prompts and ``positions`` get one vector, the smallest that does
+                what is asked of every prompt.
 
         Returns:
             The edit: its prediction, its hooks, and its check in the real model.
@@ -151,10 +164,10 @@ class EditedRun(AttributedRun):
             Edit at blocks.1.hook_resid_post, in the real model (predicted off by ...)
               ...
         """
-        asked = self._asked(site, positions, metric, qk)
+        asked = self._asked(site, positions, metric, qk, gates)
         goal = Goal.of(self.capture, target, versus, pos)
         if delta is None:
-            return smallest_edit(asked, goal, to, by, keep)
+            return smallest_edit(asked, goal, to, by, keep, shared)
         if to is not None or by is not None or len(keep):
             raise ValueError("delta= is an edit already. Drop to=, by= and keep=, or drop delta=.")
         return asked.edit(goal, asked.spread(delta))
@@ -194,7 +207,7 @@ class EditedRun(AttributedRun):
             >>> lens.edit_to_top("Rome", site=2, margin=1.0).check(model).tops
             (('Paris', 'Rome'),)
         """
-        return edit_to_top(self._asked(site, positions, metric, False), token, pos, margin)
+        return edit_to_top(self._asked(site, positions, metric), token, pos, margin)
 
     def steering_vector(
         self,
@@ -229,7 +242,7 @@ class EditedRun(AttributedRun):
             >>> round(float(lens.effect(v, "Paris", versus="Rome", site=1).mean()), 4)
             1.0
         """
-        asked = self._asked(site, pos, "identity", False)
+        asked = self._asked(site, pos)
         g = asked.row(Goal.of(self.capture, target, versus, pos).on(self.capture)).sum(1)
         mean = g.mean(0)
         if not bool(mean.square().sum() > 0):
@@ -253,8 +266,8 @@ class EditedRun(AttributedRun):
             target: As in :meth:`covector`.
             versus: What is subtracted from the target, or None.
             pos: Position of the prediction among the real tokens; −1 is the last.
-            by: "site" for the best edit of a given size at every site and position; "head" or
-                "neuron" for the removal of each.
+            by: "site" for the best edit of a given size at every site and position; "head",
+                "neuron" or "expert" for the removal of each.
             budget: Size of the edit of a site, as a share of what stands there.
 
         Returns:
@@ -274,7 +287,12 @@ class EditedRun(AttributedRun):
         return rank_edits(self.capture, self._operator, goal, by, budget)
 
     def _asked(
-        self, site: str | int, positions: int | Sequence[int] | None, metric: str | Tensor, qk: bool
+        self,
+        site: str | int,
+        positions: int | Sequence[int] | None = None,
+        metric: str | Tensor = "identity",
+        qk: bool = False,
+        gates: bool = False,
     ) -> Asked:
         self._check_ready()
-        return Asked(self.capture, self._operator, site, positions, metric, qk)
+        return Asked(self.capture, self._operator, site, positions, metric, qk, gates)

@@ -38,6 +38,7 @@ LAYER_HOOKS = {
     "pre": "mlp.hook_pre",
     "pre_linear": "mlp.hook_pre_linear",
     "post": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
     "mlp.ln.scale": "mlp.ln.hook_scale",
     "q_norm.scale": "attn.q_norm.hook_scale",
     "k_norm.scale": "attn.k_norm.hook_scale",

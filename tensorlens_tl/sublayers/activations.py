@@ -58,6 +58,27 @@ def gating_ratio(act: str, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"
     return RATIOS[act](z)
 
 
+def activation_slope(act: str, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Compute the derivative act′(z) of an activation that acts on every number by itself.
+
+    Args:
+        act: Name of the activation, as for :func:`gating_ratio`; not SoLU, whose softmax mixes.
+        z: Pre-activations of any shape.
+
+    Returns:
+        The derivatives, in the shape and dtype of ``z``.
+
+    Raises:
+        ValueError: If the activation is SoLU, or not known.
+    """
+    if act == "solu":
+        raise ValueError("SoLU's ratios depend on all neurons at once. Drop gates=.")
+    with torch.inference_mode(False), torch.enable_grad():
+        z = z.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad((gating_ratio(act, z) * z).sum(), z)
+    return slope
+
+
 def soft_cap_ratio(logits: Tensor, cap: float) -> Tensor:
     """The ratio of capped to plain logits, cap · tanh(l / cap) / l, with its limit 1 at l = 0."""
     t = logits / cap

@@ -88,6 +88,12 @@ class Experts(FeedForward):
         product = Sum(tuple(branches)) if len(branches) > 1 else branches[0]
         return _chain((product, self.output))
 
+    def tangent(self):
+        raise ValueError(
+            f"Block {self.layer} routes tokens to experts, and weights that move would route them "
+            "anew. Drop gates=."
+        )
+
     @property
     def unweighted(self) -> Float[Tensor, "batch pos slot d_mlp"]:
         """The post-activations of every slot, before its routing weight."""

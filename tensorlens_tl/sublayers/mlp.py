@@ -25,7 +25,7 @@ from ..maps import (
     put_row,
     take_row,
 )
-from .activations import gating_ratio
+from .activations import activation_slope, gating_ratio
 from .sublayer import Sublayer, _chain, _edits, _push, _unknown
 from .weights import ExpertsWeights, GatedMLPWeights, MLPWeights
 
@@ -67,6 +67,14 @@ class FeedForward(Sublayer):
     @abstractmethod
     def moved(self, change: Float[Tensor, "batch pos d_model"]) -> FeedForward:
         """The MLP as the model would run it on an input moved by ``change``, with new ratios."""
+
+    @abstractmethod
+    def tangent(self) -> Chain:
+        """The MLP's own derivative in the run, as a map: its ratios move to first order.
+
+        Raises:
+            ValueError: If the ratios of all neurons depend on each other, or tokens are routed.
+        """
 
     def hidden(self, x):
         whole = self.part(self.nodes()[0]) if self.edits else self
@@ -160,6 +168,9 @@ class MLP(Dense):
         into = Linear(self.frame, w.W_in, w.b_in, f"L{self.layer}.b_in")
         gate = Gate(self.frame, slopes)
         return _chain((into, self.pre_edit, gate, self.ln, self.post_edit, self.output))
+
+    def tangent(self) -> Chain:
+        return self.with_slopes(activation_slope(self.weights.act, self.pre))
 
     @property
     def posts(self):
@@ -263,6 +274,12 @@ class GatedMLP(Dense):
             offset = Gate(frame, torch.ones_like(self.pre), w.b_post, f"{name}.b_in")
         product = Sum(tuple(branches)) if len(branches) > 1 else branches[0]
         return _chain((product, offset, self.post_edit, self.output))
+
+    def tangent(self) -> Chain:
+        act, factor = self.weights.act, 1.0 if self.factor is None else self.factor
+        on_up = gating_ratio(act, self.pre) * self.pre * factor
+        on_gate = activation_slope(act, self.pre) * self.pre_linear * factor
+        return self.with_slopes(on_up, on_gate)
 
     @property
     def posts(self):

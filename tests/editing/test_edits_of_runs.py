@@ -7,12 +7,26 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import assert_close
-from models import PER_SHAPE, lens_of, quiet, randn_like, tokens
+from models import (
+    HOOKED,
+    PER_SHAPE,
+    TOLERANCES,
+    bridge_offered,
+    build_bridge,
+    build_hooked,
+    find,
+    lens_of,
+    quiet,
+    randn_like,
+    tokens,
+)
 from oracles import FrozenModel, attends_apart
 
 import tensorlens_tl
 from tensorlens_tl import demo, editing
+from tensorlens_tl.editing.places import Place
 from tensorlens_tl.editing.smallest import Metric, smallest, smallest_above
+from tensorlens_tl.support.tiny_models import _ROWS
 
 PLACES = (
     "blocks.1.hook_resid_pre",
@@ -25,12 +39,15 @@ every_shape = pytest.mark.parametrize("case", PER_SHAPE, ids=str)
 
 
 class Nudged(FrozenModel):
-    """The frozen real model with numbers added at one hook point; patterns live if asked for."""
+    """The frozen real model with numbers added at one hook point; what is asked for is live."""
 
-    def __init__(self, model, ids, place, live=False):
+    def __init__(self, model, ids, place, live=False, gates=False):
         super().__init__(model, ids)
-        self.place, self.live = place, live
+        self.place, self.live, self.gates = place, live, gates
         self.nudge = torch.zeros_like(self.cache[place]).requires_grad_()
+
+    def _gate_hooks(self, mlp):
+        return [] if self.gates else super()._gate_hooks(mlp)
 
     def _hooks(self):
         live = ("hook_pattern", "q.hook_out", "k.hook_out") if self.live else ("nothing",)
@@ -75,12 +92,29 @@ def test_with_queries_and_keys_the_scores_move_to_first_order(case):
     assert not torch.allclose(lens.covector(u, site=place), expected, rtol=1e-3)
 
 
+@every_shape
+def test_with_gates_the_ratios_move_to_first_order(case):
+    model, lens, place = case.model(), lens_of(case), PLACES[0]
+    u = randn_like(lens.embedding[0, 0], 3)
+    if "solu" in str(case):
+        with pytest.raises(ValueError, match=r"SoLU's ratios depend on all neurons"):
+            lens.covector(u, site=place, gates=True)
+        return
+    for qk in (False, True)[: 1 if attends_apart(model) else 2]:
+        frozen = Nudged(model, tokens(), place, live=qk, gates=True)
+        y, _ = frozen(lens.embedding)
+        (expected,) = torch.autograd.grad((y[:, -1] * u).sum(), frozen.nudge)
+        assert_close(
+            lens.covector(u, site=place, qk=qk, gates=True), expected, case.within("oracle")
+        )
+
+
 def test_heads_and_neurons_are_parts_of_their_sublayers():
     model = demo.load_model()
     _, lens = model.run_with_tensorlens(FACT)
     whole = lens.covector("Paris", site="blocks.1.attn.hook_z")
     parts = [lens.covector("Paris", site=f"L1H{h}") for h in range(model.cfg.n_heads)]
-    assert_close(sum(parts), whole, 1e-6)
+    assert_close(torch.stack(parts).sum(0), whole, 1e-6)
     neurons = lens.covector("Paris", site="blocks.2.mlp.hook_post")
     one = lens.covector("Paris", site="L2N7")
     assert torch.equal(one[..., 7], neurons[..., 7]) and int((one != 0).any(1).sum()) == 1
@@ -88,6 +122,52 @@ def test_heads_and_neurons_are_parts_of_their_sublayers():
     z[0] = 1.0
     effect = lens.effect(z, "Paris", site="L1H1")
     assert_close(effect, whole[:, -1, model.cfg.d_head], 1e-6)
+
+
+EXPERTS = ["bridge", "hooked"][: 2 if find("transformer_lens", "HookedTransformer") else 1]
+
+
+def mixture(kind):
+    if kind == "hooked":
+        config = {"n_key_value_heads": 2, "num_experts": 4, "experts_per_token": 2}
+        return build_hooked({**HOOKED["llama"], **config}, torch.float64).double()
+    if not bridge_offered("mixtral"):
+        pytest.skip("the host has no Bridge of Mixtral")
+    return build_bridge(*_ROWS["mixtral"], torch.float64)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_an_expert_is_a_place(kind):
+    with quiet(), torch.no_grad():
+        model = mixture(kind)
+        _, lens = tensorlens_tl.capture(model, tokens())
+        _, cache = model.run_with_cache(tokens(), return_cache_object=False)
+    within = TOLERANCES["oracle"][kind == "bridge"]  # that one computes norms in float32
+    places = [f"L0E{e}" for e in range(4)]
+    states = [Place.of(lens.operator, p).state(lens.operator, lens.capture) for p in places]
+    assert_close(torch.stack(states).sum(0), cache["blocks.0.hook_mlp_out"], within)
+    ranked = lens.rank_edits(3, by="expert")
+    assert ranked.labels[:4] == tuple(places)
+    after = lens.covector(3, site=0)
+    for i, (place, state) in enumerate(zip(places, states, strict=True)):
+        assert_close(lens.effect(-state, 3, site=place), ranked.values[:, i], within)
+        g, reached = lens.covector(3, site=place), state.abs().sum(-1) > 0
+        assert torch.equal(g, after * reached[..., None])
+    place = next(p for p, s in zip(places, states, strict=True) if bool(s.flatten(1).any(1).all()))
+    with quiet():
+        edit = lens.edit(3, versus=5, by=0.2, site=place, positions=None)
+        with model.hooks(fwd_hooks=edit.hooks()):
+            logits = model(tokens())[:, -1]
+        check = edit.check(model)
+    was = lens.capture.logits[:, -1]
+    assert_close(check.real, (logits - was)[:, 3] - (logits - was)[:, 5], 1e-5)
+    assert edit.refine(model, 4).check(model).error < check.error / 10
+    with pytest.raises(ValueError, match=r"does not exist\. The last one is number 3"):
+        lens.covector(3, site="L0E4")
+    with pytest.raises(ValueError, match=r"or an expert such as 'L1E0'"):
+        lens.covector(3, site="L1MLP")
+    with pytest.raises(ValueError, match=r"would route them anew\. Drop gates="):
+        lens.covector(3, site=0, gates=True)
 
 
 # --- Closed forms --------------------------------------------------------------------------------
@@ -152,6 +232,38 @@ def test_what_is_kept_does_not_move_in_the_frozen_model():
     assert float(lens.edit("Paris", versus="Rome", by=-3.0, site=1).norm) < float(edit.norm)
     with pytest.raises(ValueError, match=r"what is kept moves with it"):
         lens.edit("Paris", by=-3.0, site=1, keep=["Paris"])
+
+
+def test_one_vector_for_many_prompts():
+    model = demo.load_model()
+    prompts = [FACT, "The main city of France is", "The capital city of France is called"]
+    _, lens = model.run_with_tensorlens(prompts, dtype=torch.float64)
+    probe = randn_like(lens.embedding[0, 0], 1)
+    keep = [{"target": "Madrid", "versus": "Berlin"}, {"direction": probe}]
+    edit = lens.edit("Paris", versus="Rome", by=-14.0, site=1, keep=keep, shared=True)
+    assert edit.vector is not None and int(edit.edited.sum()) == 3
+    assert_close(edit.predicted, torch.full((3,), -14.0).double(), 1e-9)
+    kept = lens.effect(edit.vector, "Madrid", versus="Berlin", site=1)
+    assert float(kept.abs().max()) < 1e-9 and abs(float(edit.vector @ probe)) < 1e-9
+    # The smallest: in the span of what it must change and keep.
+    rows = [
+        lens.covector("Paris", versus="Rome", site=1),
+        lens.covector("Madrid", versus="Berlin", site=1),
+    ]
+    spans = torch.stack(
+        [r[i, p] for r in rows for i, p in edit.edited.nonzero().tolist()] + [probe]
+    )
+    fit = torch.linalg.lstsq(spans.mT, edit.vector[:, None]).solution
+    assert_close(spans.mT @ fit, edit.vector[:, None], 1e-9)
+    refined = edit.refine(model, rounds=3)
+    assert refined.vector is not None
+    assert refined.check(model).error < 0.05 < edit.check(model).error
+    assert lens.edit("Paris", versus="Rome", by=-14.0, site=1).vector is None
+    with pytest.raises(ValueError, match=r"different numbers of edited positions"):
+        lens.edit("Paris", by=-1.0, site=1, positions=None, keep=[{"direction": probe}])
+    _, many = model.run_with_tensorlens([FACT, FACT])
+    with pytest.raises(ValueError, match=r"No edit here changes the target as asked"):
+        many.edit("Paris", to=0.0, site=1, keep=[{"target": "Paris", "pos": 4}], shared=True)
 
 
 # --- In the real model ---------------------------------------------------------------------------
@@ -226,6 +338,66 @@ def test_a_kl_divergence_elsewhere_is_of_later_positions():
     kl = (p.exp() * (p - q)).sum(-1)[:-1].mean()
     assert_close(early.kl, kl[None], 1e-3)
     assert float(kl) > 1e-6
+
+
+def test_a_kl_divergence_on_held_out_prompts():
+    model = demo.load_model()
+    _, lens = model.run_with_tensorlens([FACT, "The main city of Italy is"])
+    edit = lens.edit("Paris", versus="Rome", by=-8.0, site=1, positions=-2)
+    assert bool(edit.check(model).kl_held_out.isnan().all())
+    held = ["People in Spain speak", "The language of Spain is"]
+    check = edit.check(model, held_out=held)
+    expected = torch.zeros(2)
+    for i, row in enumerate(edit.delta[edit.edited]):
+        for prompt in held:
+
+            def add(t, hook, row=row):
+                t = t.clone()
+                t[:, -2] += row
+                return t
+
+            with torch.no_grad():
+                p = model(prompt)[0, -2:].double().log_softmax(-1)
+                hooks = [("blocks.1.hook_resid_post", add)]
+                q = model.run_with_hooks(prompt, fwd_hooks=hooks)[0, -2:].double().log_softmax(-1)
+            expected[i] += float((p.exp() * (p - q)).sum(-1).mean()) / 2
+    assert_close(check.kl_held_out, expected, 1e-4)
+    assert float(expected.min()) > 1e-3 and "kl_held_out" in check.to_dataframe()
+    with pytest.raises(ValueError, match=r"held_out= has a prompt of 2 tokens"):
+        lens.edit(by=-1.0, site=1, positions=-4).check(model, held_out=["Paris"])
+
+
+def test_what_edits_cost_in_runs(monkeypatch):
+    """Predictions cost no run at all; a check costs one, each round of refine one."""
+    model = demo.load_model()
+    _, lens = model.run_with_tensorlens(FACT)
+    runs, sweeps, own = [], [], type(lens.operator).pull
+    pull = lambda self, *a, **k: sweeps.append(1) or own(self, *a, **k)  # noqa: E731
+    monkeypatch.setattr(type(lens.operator), "pull", pull)
+    point = model.hook_dict["blocks.0.hook_resid_pre"]
+    point.add_hook(lambda t, hook: runs.append(1), is_permanent=True)
+    try:
+        edit = lens.edit("Paris", versus="Rome", by=-3.0, site=1)
+        assert (len(runs), len(sweeps)) == (0, 1)
+        edit.check(model)
+        assert len(runs) == 1
+        edit.refine(model, rounds=2)
+        assert len(runs) == 3
+    finally:
+        model.reset_hooks(including_permanent=True)
+
+
+def test_hooks_are_off_after_an_error():
+    model = demo.load_model()
+    _, lens = model.run_with_tensorlens(FACT)
+    edit = lens.edit("Paris", versus="Rome", by=-3.0, site=1)
+    plain = model(FACT)
+    broken = replace(edit, delta=edit.delta[..., :5])
+    for call in (broken.check, broken.refine, broken.radius):
+        with pytest.raises(RuntimeError):
+            call(model)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    assert torch.equal(model(FACT), plain)
 
 
 def test_an_edit_holds_while_text_is_generated():
@@ -397,7 +569,17 @@ def test_studies_count_what_single_edits_do():
     assert found.median_miss("refined") < found.median_miss("operator") < 0.5
     assert found.median_miss("random") > 0.7
     assert len(found.to_dataframe()) == 3 * 6 * 5
-    predictions = editing.predict(model, cases[:2], 1, ("operator", "operator_qk", "jacobian"))
+    named = ("operator_qk_gates", "refined_qk_gates")
+    moved = editing.evaluate(model, cases, named, (2,), -1.0, held_out=["People in Spain speak"])
+    assert moved.median_miss(named[1]) < moved.median_miss(named[0])
+    again = lens.edit(
+        cases[0].answer, versus=cases[0].foil, to=-float(plain), site=2, qk=True, gates=True
+    ).refine(model)
+    assert moved.values[named[1], "norm"][0] == pytest.approx(float(again.norm), rel=1e-3)
+    assert min(moved.values[named[0], "kl_held_out"]) > 0
+    methods = ("operator", "operator_qk", "operator_qk_gates", "jacobian")
+    predictions = editing.predict(model, cases[:2], 1, methods)
+    assert -1 <= predictions.spearman("operator_qk_gates") <= 1
     assert predictions.error("operator") < 0.3 and predictions.pearson("operator") > 0.9
 
 

@@ -1,0 +1,143 @@
+"""Predicted against real: one position's residual replaced by its twin's, in many prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..evaluation import rank_correlation
+from ..hosts import adapt
+from ..operator import FrozenTransformer
+from ..pictures import agreement
+from ..recording import freeze
+from .asking import Asked
+from .real_runs import groups, jacobian_covectors
+from .study import case_of, right_cases
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predicted and real changes of a target under the same edits.
+
+    Attributes:
+        predicted: The predictions by method: "operator", "operator_qk", "operator_qk_gates",
+            "jacobian".
+        real: The changes in the real model.
+    """
+
+    predicted: dict[str, list[float]]
+    real: list[float]
+
+    def error(self, method: str) -> float:
+        """Σ |predicted − real| / Σ |real|."""
+        pairs = zip(self.predicted[method], self.real, strict=True)
+        return sum(abs(p - r) for p, r in pairs) / (sum(map(abs, self.real)) or math.nan)
+
+    def pearson(self, method: str) -> float:
+        """Pearson's correlation of predicted and real changes."""
+        both = torch.tensor([self.predicted[method], self.real], dtype=torch.float64)
+        return float(torch.corrcoef(both)[0, 1])
+
+    def spearman(self, method: str) -> float:
+        """Spearman's rank correlation of predicted and real changes."""
+        return rank_correlation(self.predicted[method], self.real)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw predicted against real changes with matplotlib, one point per edit and method.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on. A point on the diagonal is a prediction that came true.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        return agreement(ax, self.predicted, self.real, unit="logits")
+
+    def __repr__(self) -> str:
+        rows = [f"{len(self.real)} edits, predicted and real: error, Pearson"]
+        rows += [f"{m:>14}  {self.error(m):6.1%}  {self.pearson(m):+.3f}" for m in self.predicted]
+        return "\n".join(rows)
+
+
+def predict(
+    model: Any,
+    cases: Iterable[Any],
+    site: str | int,
+    methods: Sequence[str] = ("operator",),
+    gate: str = "gate",
+) -> Predictions:
+    """Patch one position of every prompt by its corrupted twin's, and compare the predictions.
+
+    Args:
+        model: A host model, or a Hugging Face model.
+        cases: As for :func:`evaluate`; prompt and twin have equally many tokens.
+        site: A residual site.
+        methods: "operator", "operator_qk" (with queries and keys to first order),
+            "operator_qk_gates" (with gating ratios, too), "jacobian".
+        gate: How gated MLPs are made linear, as for :func:`tensorlens_tl.capture`.
+
+    Returns:
+        One prediction per prompt and position where prompt and twin differ at the site.
+
+    Raises:
+        ValueError: If a method does not exist, or twins have other lengths.
+
+    Example:
+        >>> from tensorlens_tl import demo, editing
+        >>> model, cases = demo.load_model(), demo.prompts("facts", 8)
+        >>> found = editing.predict(model, cases, 1, methods=("operator", "jacobian"))
+        >>> found.error("operator") < found.error("jacobian")
+        True
+    """
+    known = {"operator": (False, False), "operator_qk": (True, False)}
+    known |= {"operator_qk_gates": (True, True), "jacobian": None}
+    for method in methods:
+        if method not in known:
+            raise ValueError(f"methods= has {method!r}. Use some of {', '.join(known)}.")
+    adapter = adapt(model)
+    made, capture, goal = right_cases(adapter, [case_of(case) for case in cases], gate)
+    _, twins = freeze(adapter, [case[1] for case in made], gate=gate)
+    if twins.prompts.spans != capture.prompts.spans:
+        raise ValueError(
+            "A prompt and its corrupted prompt have different numbers of tokens. Pass pairs of "
+            "equal length."
+        )
+    operator = FrozenTransformer.of(capture)
+    asked = {
+        m: Asked(capture, operator, site, None, "identity", *moves)
+        for m in methods
+        if (moves := known[m]) is not None
+    }
+    first = Asked(capture, operator, site, None)
+    other = first.place.state(FrozenTransformer.of(twins), twins)
+    difference = (other - first.state) * capture.frame.real[..., None]
+    rows = {m: one.covector(goal.on(capture)) for m, one in asked.items()}
+    if "jacobian" in methods:
+        g = torch.zeros_like(first.state)
+        for row, columns, ids in groups(capture.prompts):
+            own = jacobian_covectors(adapter, ids, first.place, goal, row.tolist())
+            g[row[:, None], columns] = own.to(g)
+        rows["jacobian"] = g
+    predicted: dict[str, list[float]] = {m: [] for m in methods}
+    real: list[float] = []
+    moved = difference.abs().sum(-1) > 0
+    for pos in moved.any(0).nonzero().flatten().tolist():
+        delta = torch.zeros_like(difference)
+        delta[:, pos] = difference[:, pos]
+        check = first.edit(goal, delta).check(adapter.model)
+        here = moved[:, pos].nonzero().flatten().tolist()
+        real += [float(check.real[i]) for i in here]
+        for m in methods:
+            numbers = (rows[m][:, pos] * delta[:, pos]).sum(-1)
+            predicted[m] += [float(numbers[i]) for i in here]
+    return Predictions(predicted, real)
