@@ -41,6 +41,7 @@ def capture(
     pattern: str = "stored",
     tokenizer: Any = None,
     noise_floor: bool = False,
+    graph: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, TensorLens]:
     """Run a model once and return its logits with the run's TensorLens.
@@ -75,6 +76,9 @@ def capture(
         noise_floor: Whether to measure how much a bfloat16 or float16 model rounds. The prompt
             then also runs with the model held in float32 for a while, and the lens shows its own
             error beside the model's rounding. It costs that memory and a second run.
+        graph: Whether the lens keeps the autograd graph of the run, as training on the operator
+            needs. Patterns, scales, ratios and weights are then functions of the parameters, and
+            so is all that the lens gives. It keeps every activation until the lens is dropped.
         **kwargs: Arguments of the model, such as ``prepend_bos`` or ``padding_side``. For a Bridge
             also ``soft_prompt``: rows [pos, d_model] that stand before the tokens of a prompt.
 
@@ -108,6 +112,7 @@ def capture(
         dtype=dtype,
         pattern=pattern,
         noise_floor=noise_floor,
+        graph=graph,
         **kwargs,
     )
     lens = TensorLens(captured, WriteCheck.of(captured.tensors()))

@@ -131,7 +131,7 @@ class Attribution(Paged):
             return None
         off = (self.values.double().sum(1) - self.target_value).abs()
         size = self.values.double().abs().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-        return float((off / size).max())
+        return float((off / size).max().detach())
 
     def grid(self) -> Float[Tensor, "prompt row column"]:
         """The shares of a picture's patches as a map: of the patch and of its position together.

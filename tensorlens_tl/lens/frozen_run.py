@@ -134,6 +134,7 @@ class FrozenRun:
     def _check_ready(self) -> None:
         """Refuse to compute under torch.autocast, or once a tensor of the run was written to."""
         no_autocast(self.capture.frame.device.type)
+        self.capture.frame.with_gradients()
         self._check_unchanged()
 
     def _check_unchanged(self) -> None:
@@ -274,7 +275,7 @@ class FrozenRun:
         if logits.ndim == 3:  # not of padding
             real = self.capture.frame.real
             ours, logits = ours[real], logits[real]
-        return float((ours - logits).abs().max() / logits.abs().max().clamp_min(TINY))
+        return float(((ours - logits).abs().max() / logits.abs().max().clamp_min(TINY)).detach())
 
 
 def _again(cls: type[Run], capture: Capture, shared: bool) -> Run:

@@ -28,6 +28,7 @@ class Frame:
         device: Device of the tensors.
         read_at: The row at which a classifier is read, or a model without a head; −1 means this
             row. None where every position predicts.
+        graph: Whether tensors keep their autograd graph, so that gradients reach the weights.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -35,6 +36,7 @@ class Frame:
     dtype: torch.dtype
     device: torch.device
     read_at: int | None = None
+    graph: bool = False
 
     @property
     def batch(self) -> int:
@@ -47,6 +49,23 @@ class Frame:
         pos = torch.arange(self.n_pos, device=self.device)
         start, stop = torch.tensor(self.spans, device=self.device).T
         return (pos >= start[:, None]) & (pos < stop[:, None])
+
+    @property
+    def held(self) -> Frame:
+        """The frame without a graph."""
+        return replace(self, graph=False) if self.graph else self
+
+    def with_gradients(self) -> None:
+        """Refuse to compute under ``torch.no_grad`` what is kept, and would have lost its graph.
+
+        Raises:
+            ValueError: If this frame keeps graphs, and gradients are off.
+        """
+        if self.graph and not torch.is_grad_enabled():
+            raise ValueError(
+                "The lens was captured with graph=True, but torch.no_grad is on. Ask outside, or "
+                "capture without graph=True."
+            )
 
     @property
     def row(self) -> Frame:
@@ -113,9 +132,9 @@ class Frame:
         return torch.eye(dim, dtype=self.dtype, device=self.device)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """Detach a tensor and convert it to the compute dtype, without a copy where it has it."""
-        # The operator is a constant of its run: no gradient flows into the weights.
-        return tensor.detach().to(self.dtype)
+        """Convert a tensor to the compute dtype; it is detached unless the frame keeps graphs."""
+        # The operator is a constant of its run: no gradient flows into the weights by itself.
+        return (tensor if self.graph else tensor.detach()).to(self.dtype)
 
 
 def version(tensor: Tensor) -> int:

@@ -63,11 +63,15 @@ class Factored:
         else:
             W = self.matrix()
             groups, _, width = W.shape
-            into = None if out is None else out.view(groups, -1, width)
+            rows = narrow.reshape(groups, -1, W.shape[1])
             # Query heads of one group share a matrix, so they stand side by side as rows of one
             # product.
-            found = torch.bmm(narrow.reshape(groups, -1, W.shape[1]), W, out=into)
-            found = found.view(*narrow.shape[:-1], width)
+            if out is None or rows.requires_grad or W.requires_grad:  # autograd knows no out=
+                found = torch.bmm(rows, W).view(*narrow.shape[:-1], width)
+                found = found if out is None else out.copy_(found)
+            else:
+                found = torch.bmm(rows, W, out=out.view(groups, -1, width))
+                found = found.view(*narrow.shape[:-1], width)
         if self.along is not None and self.common is not None:
             found += self.along[:, :, span, None] * self.common[:, span]
         if self.finish is not None:

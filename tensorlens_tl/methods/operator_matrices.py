@@ -202,10 +202,10 @@ class _Question:
         if self.name == "in_out":
             return found[:, 0]
         if self.name == "in":  # a push starts at sources
-            return found[:, 0].sqrt().T
+            return _root(found[:, 0]).T
         if self.options.probes is not None:  # E ‖Tᵀ g‖² = ‖T‖²_F / d
-            return (found * self.part.out_dim).mean(1).sqrt()
-        return found.sum(1).sqrt()
+            return _root((found * self.part.out_dim).mean(1))
+        return _root(found.sum(1))
 
     def standard_error(self, found: Tensor) -> Float[Tensor, "query_pos key_pos"]:
         """The standard error of an estimated norm, from the spread over its probes."""
@@ -214,6 +214,12 @@ class _Question:
         # Drawn without replacement from d orthogonal vectors, so k = d leaves no error.
         of_square = samples.std(1) * math.sqrt((1 - k / d_model) / k)
         return of_square / (2 * samples.mean(1).sqrt()).clamp_min(TINY)  # d√s = ds / 2√s
+
+
+def _root(x: Tensor) -> Tensor:
+    """√x, with the derivative 0 at 0: sources after a destination are 0 whatever the weights."""
+    zero = x == 0
+    return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
 
 
 def _ask(

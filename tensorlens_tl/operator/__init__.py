@@ -6,10 +6,11 @@ Key concepts:
     SecantOperator: The operator between two runs, exact on their difference.
 """
 
-from .batched_sweep import BatchedSweep, Reduction, dots, squares
+from .batched_sweep import BatchedSweep
 from .blocks import PLANNED
 from .capture import Capture, CaptureMismatchError, Convention, FrozenBlock, tolerance
 from .frozen_transformer import FrozenTransformer, Segment
+from .normal_forms import Reduction, dots, squares
 from .prompts import EMPTY, ClassNames, Prompts, check_tokens, patch_names, token_id
 from .query_key import QueryKey, turned
 from .residual_stream import Branch, NormSecant, Readers, Step, Trace

@@ -19,7 +19,8 @@ only. D is d_model, L the number of positions, m is d_mlp, H the number of heads
    attention's final product is left out: z is multiplied with x W_V instead.
 
 The state takes 4 D P Σ t bytes, over the positions t that are carried together. ``cost_model`` cuts
-the work so that it fits. There is no autograd graph anywhere.
+the work so that it fits. Stages write over the state; only for a lens with a graph they write to a
+copy, because autograd needs what they read.
 """
 
 from __future__ import annotations
@@ -47,38 +48,17 @@ from ..costs import (
 from ..maps import LinearMap
 from ..sublayers import Tiles
 from .folding import Stage, fold, mixes_in, shape_of, stages_of
-from .normal_forms import Folded, FoldedNorm, FoldedStep, Mixing, Positionwise, Scan, StoredTiles
-
-
-@dataclass(frozen=True, eq=False)
-class Reduction:
-    """What to return of every vector at every position: a number, or the vector itself.
-
-    Attributes:
-        block: Turns the state of a block [pos, rows, d_model] into [pos, rows] or
-            [pos, rows, kept]. Not used where ``with_x`` is given.
-        with_x: Vectors [pos, d_model]. When given, the result is ⟨vector at t, x_t⟩.
-        kept: How many numbers per vector and position the result has.
-    """
-
-    block: Callable[[Tensor], Tensor]
-    with_x: Float[Tensor, "pos d_model"] | None = None
-    kept: int = 1
-
-
-def dots(x: Float[Tensor, "pos d_model"]) -> Reduction:
-    """Ask for ⟨vector at t, x_t⟩."""
-    return Reduction(_wide, with_x=x)
-
-
-def squares() -> Reduction:
-    """Ask for ‖vector at t‖²."""
-    return Reduction(lambda state: _wide(state).square().sum(-1))
-
-
-def states(d_model: int) -> Reduction:
-    """Ask for the vectors themselves."""
-    return Reduction(_wide, kept=d_model)
+from .normal_forms import (
+    Folded,
+    FoldedNorm,
+    FoldedStep,
+    Mixing,
+    Positionwise,
+    Reduction,
+    Scan,
+    StoredTiles,
+    wide,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +224,7 @@ class BatchedSweep:
         for branch in folded.positionwise:
             state = rows.clone()
             here = Positionwise(branch.into, branch.out, branch.ratio[t])
-            self._positionwise(here, [state], [rows.shape[1]] * len(rows))
+            self._positionwise(here, [rows], [state], [rows.shape[1]] * len(rows))
             rows = state
         return sum(routed, rows)
 
@@ -288,25 +268,30 @@ class BatchedSweep:
         Returns:
             Without ``finish``, the mixing branches and what they read mixed; else nothing.
         """
+        # Autograd needs what the stage read: then what it writes goes to a copy.
+        read = list(blocks)
+        if self.op.frame.graph:
+            blocks[:] = [state.clone() for state in blocks]
         if isinstance(step, FoldedNorm):
-            for state in blocks:
-                state.copy_(step.rows(state, slice(0, len(state))))
+            for state, was in zip(blocks, read, strict=True):
+                state.copy_(step.rows(was, slice(0, len(was))))
             return []
         # Branches side by side read the same state: mix before any of them writes to it. A branch
         # alone is mixed and written block by block, which needs memory for one block only.
         branches = len(step.mixing) + len(step.positionwise) + len(step.routed)
         together = branches > 1 or not finish
-        routed = [[b.rows(s, slice(0, len(s))) for b in step.routed] for s in blocks]
-        half = [(b, [self._mid(b, s) for s in blocks]) for b in step.mixing] if together else []
+        routed = [[b.rows(s, slice(0, len(s))) for b in step.routed] for s in read]
+        half = [(b, [self._mid(b, s) for s in read]) for b in step.mixing] if together else []
         for branch in step.positionwise:
-            self._positionwise(branch, blocks, carried_by([(len(s), s.shape[1]) for s in blocks]))
+            carried = carried_by([(len(s), s.shape[1]) for s in blocks])
+            self._positionwise(branch, read, blocks, carried)
         for state, added in zip(blocks, routed, strict=True):
             for rows in added:
                 state += rows
         if not finish:
             return half
         for k, state in reversed(list(enumerate(blocks))):
-            mids = [(b, m[k]) for b, m in half] or [(b, self._mid(b, state)) for b in step.mixing]
+            mids = [(b, m[k]) for b, m in half] or [(b, self._mid(b, read[k])) for b in step.mixing]
             for branch, mid in mids:
                 state.flatten(0, 1).addmm_(mid.flatten(0, 1), branch.out)
         return []
@@ -330,7 +315,10 @@ class BatchedSweep:
             source = slice(first if self.causal else 0, n)
             pattern = b.tiles[to, source]
             if not b.gathers:
-                torch.matmul(pattern, z[:, :, source], out=mixed[:, :, to])
+                if self.op.frame.graph:  # autograd knows no out=
+                    mixed[:, :, to] = pattern @ z[:, :, source]
+                else:
+                    torch.matmul(pattern, z[:, :, source], out=mixed[:, :, to])
                 continue
             # A pull sums the query heads of a group, so they add up in one buffer.
             out = torch.bmm(pattern[:, 0], z[:, 0, source])
@@ -342,8 +330,17 @@ class BatchedSweep:
 
     # --- 4. MLPs
 
-    def _positionwise(self, b: Positionwise, blocks: list[Tensor], carried: list[int]) -> None:
-        """S += ((S · into) ⊙ ratio) · out, in place, by one map per position where that pays."""
+    def _positionwise(
+        self, b: Positionwise, read: list[Tensor], blocks: list[Tensor], carried: list[int]
+    ) -> None:
+        """S += ((S · into) ⊙ ratio) · out, in place, by one map per position where that pays.
+
+        Args:
+            b: The branch, folded for the prompt of the sweep.
+            read: The states S: those that are changed, or others with the same numbers.
+            blocks: The states that are changed.
+            carried: Number of vectors at every position.
+        """
         d_model, width = b.into.shape
         below = folds_below(width, d_model, carried, self.folding)
         group = min(fold_group(width, d_model), max(1, below))
@@ -353,15 +350,16 @@ class BatchedSweep:
             # 1 + into · diag(r_t) · out: one map [d_model, d_model] serves all vectors at position
             # t.
             maps = torch.matmul(b.into * b.ratio[pos, None], b.out).add_(eye)
-            for state in reversed(blocks):  # the largest first: the others fit into what it frees
-                if len(part := state[pos]):
-                    part.copy_(torch.bmm(part, maps[: len(part)]))
-        for state in reversed(blocks):
+            # The largest first: the others fit into what it frees.
+            for was, state in zip(reversed(read), reversed(blocks), strict=True):
+                if len(part := was[pos]):
+                    state[pos].copy_(torch.bmm(part, maps[: len(part)]))
+        for was, state in zip(reversed(read), reversed(blocks), strict=True):
             many = state.shape[1]
             size = max(1, ROWS // many)
             for first in range(below, len(state), size):
                 part = state[first : first + size]
-                hidden = part.flatten(0, 1) @ b.into
+                hidden = was[first : first + size].flatten(0, 1) @ b.into
                 hidden.unflatten(0, (-1, many)).mul_(b.ratio[first : first + len(part), None])
                 part.flatten(0, 1).addmm_(hidden, b.out)
 
@@ -438,9 +436,4 @@ def _placed(rows: Tensor, t: Tensor, end: int) -> Tensor:
 
 def _dot(state: Tensor, x: Tensor) -> Tensor:
     """⟨row, x_t⟩ for the rows [pos, rows, d] of a block: [pos, rows]."""
-    return torch.bmm(_wide(state), _wide(x[: len(state), :, None])).squeeze(-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Half precision as float32, so that sums keep their digits."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return torch.bmm(wide(state), wide(x[: len(state), :, None])).squeeze(-1)

@@ -18,7 +18,8 @@ from ..checks import bound, is_int, no_autocast, plain_names
 from ..costs import Plan, make_plan, memory_budget
 from ..maps import DENSE_LIMIT, Chain
 from ..sublayers import Mapped
-from .batched_sweep import BatchedSweep, Reduction, squares, states
+from .batched_sweep import BatchedSweep
+from .normal_forms import Reduction, squares, states
 from .svd import SVD, SVDProblem
 
 PLANNED = ("block", "to_dense", "frobenius_norm", "svd", "spectral_norm")
@@ -46,6 +47,7 @@ class StepChain(Mapped):
     def map(self) -> Chain:
         """The residual steps and norms. torch.autocast must be off."""
         no_autocast(self.frame.device.type)  # every product of the operator starts here
+        self.frame.with_gradients()
         return self.chain
 
     def apply(self, x):
@@ -223,6 +225,11 @@ class StepChain(Mapped):
         start, stop = self.frame.spans[prompt]
         query = _positions(query_pos, stop - start, "query_pos", prompt)
         key = _positions(key_pos, stop - start, "key_pos", prompt)
+        if self.frame.graph:
+            raise ValueError(
+                "Singular vectors carry no gradient, but the lens was captured with graph=True. "
+                "Capture without graph=True."
+            )
         return SVDProblem(self, int(prompt), query, key, k, seed)
 
     def _places(

@@ -225,12 +225,13 @@ class Capture:
         storages = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None}
         return sum(t.untyped_storage().nbytes() for t in storages.values())
 
-    def tensors(self, scores: bool = True) -> tuple[Tensor, ...]:
+    def tensors(self, scores: bool = True, experts: bool = True) -> tuple[Tensor, ...]:
         """The tensors that others could write to: the logits, then the weights.
 
         Args:
             scores: Whether to include W_E and the weights of queries and keys, which only some
                 lenses have.
+            experts: Whether to include the experts of mixtures, not all of which were reached.
 
         Returns:
             The logits as the model returned them, and every weight that the lens reads.
@@ -238,7 +239,8 @@ class Capture:
         weights: list[Any] = [self.unembed.weights]
         weights += [self.embed_weights, *self.known_scores] if scores else []
         for block in self.blocks:
-            parts = (block.attn, block.mlp, block.shared, *block.norms)
+            mlp = None if isinstance(block.mlp, Experts) and not experts else block.mlp
+            parts = (block.attn, mlp, block.shared, *block.norms)
             weights += [getattr(part, "weights", None) for part in parts]
         weights.append(getattr(self.ln_final, "weights", None))
         return self.logits, *(tensor for owner in weights for tensor in _tensors(owner))
@@ -323,7 +325,7 @@ class Capture:
     def mapped(
         self, change: Callable[[Tensor], Tensor], device: torch.device | None = None
     ) -> Capture:
-        """The same run on other tensors.
+        """The same run on other tensors, without a graph.
 
         Args:
             change: Function that makes the new tensor of an old one. It is called once for each.
@@ -340,7 +342,7 @@ class Capture:
                     known[id(value)] = change(value)
                 return known[id(value)]
             if isinstance(value, Frame):
-                return replace(value, device=device or value.device)
+                return replace(value, device=device or value.device, graph=False)
             if isinstance(value, tuple):
                 return tuple(map(changed, value))
             if isinstance(value, Mapping):

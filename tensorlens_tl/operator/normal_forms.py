@@ -1,10 +1,12 @@
 """The normal forms of a branch: two matrices, and a middle that mixes positions or does not.
 
-``folding`` makes them of the primitive maps of a branch, and ``batched_sweep`` applies them.
+``folding`` makes them of the primitive maps of a branch, and ``batched_sweep`` applies them. At the
+end a sweep returns a ``Reduction`` of every vector.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -250,3 +252,42 @@ class FoldedNorm:
 
 Folded = FoldedStep | FoldedNorm
 """A stage in normal form."""
+
+
+# --- What a sweep returns -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """What to return of every vector at every position: a number, or the vector itself.
+
+    Attributes:
+        block: Turns the state of a block [pos, rows, d_model] into [pos, rows] or
+            [pos, rows, kept]. Not used where ``with_x`` is given.
+        with_x: Vectors [pos, d_model]. When given, the result is ⟨vector at t, x_t⟩.
+        kept: How many numbers per vector and position the result has.
+    """
+
+    block: Callable[[Tensor], Tensor]
+    with_x: Float[Tensor, "pos d_model"] | None = None
+    kept: int = 1
+
+
+def dots(x: Float[Tensor, "pos d_model"]) -> Reduction:
+    """Ask for ⟨vector at t, x_t⟩."""
+    return Reduction(wide, with_x=x)
+
+
+def squares() -> Reduction:
+    """Ask for ‖vector at t‖²."""
+    return Reduction(lambda state: wide(state).square().sum(-1))
+
+
+def states(d_model: int) -> Reduction:
+    """Ask for the vectors themselves."""
+    return Reduction(wide, kept=d_model)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32, so that sums keep their digits."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

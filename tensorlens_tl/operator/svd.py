@@ -29,8 +29,9 @@ from ..checks import at_least_one, is_int, need, progress_bar, token_text
 from ..costs import HEAP, KEPT, Cost, Plan, StageShape, make_plan, rates_of
 from ..maps import TINY, LinearMap
 from ..pictures import bars
-from .batched_sweep import BatchedSweep, states
+from .batched_sweep import BatchedSweep
 from .folding import shape_of, stages_of
+from .normal_forms import states
 
 if TYPE_CHECKING:
     import pandas

@@ -35,7 +35,16 @@ from .experts import (
     packed_weights,
     shared_expert,
 )
-from .hook_points import LAYER_HOOKS, MLP_OUT, HookReader, Read, alone, in_this_thread, norm_eps
+from .hook_points import (
+    LAYER_HOOKS,
+    MLP_OUT,
+    HookReader,
+    Read,
+    alone,
+    in_this_thread,
+    norm_eps,
+    with_graph,
+)
 from .host import QueryKeyWeights
 from .linear import inner, linear_weights
 
@@ -75,4 +84,5 @@ __all__ = [
     "score_weights",
     "shared_expert",
     "whole_norms",
+    "with_graph",
 ]

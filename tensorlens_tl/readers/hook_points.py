@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -371,6 +372,24 @@ class HookReader:
         if self.weights.unembed.head is not None:  # these hook points are inside the head
             return ()
         return edited_labels(self.hooks, "", host_names(FINAL_EDITS, {}))
+
+
+def with_graph(point: Any) -> list[Any]:
+    """Have a norm compute the scale that it shows so that autograd follows it.
+
+    A Bridge does that only where one of the host's own hooks listens.
+
+    Args:
+        point: The hook point of a scale.
+
+    Returns:
+        Handles of a hook that does nothing, to be removed after the run.
+    """
+    if not hasattr(point, "add_hook"):
+        return []
+    point.add_hook(lambda tensor, hook: None)
+    handle = point.fwd_hooks[-1]
+    return [handle.hook, SimpleNamespace(remove=lambda: point.fwd_hooks.remove(handle))]
 
 
 def refuse_edits(name: str, point: nn.Module) -> list[Any]:

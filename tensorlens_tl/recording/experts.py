@@ -83,6 +83,7 @@ def _by_prompt(frame: Frame, read: Tensor) -> Tensor:
 # --- The check -----------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def checked_hidden(
     check: SelfCheck, mlp: Experts, read: ExpertsRead, norm: Norm | None, x: Tensor
 ) -> Tensor:
@@ -108,6 +109,7 @@ def checked_hidden(
     return post
 
 
+@torch.no_grad()
 def _check_input(
     check: SelfCheck,
     name: str,
@@ -150,6 +152,7 @@ def _check_input(
     check.note(name, off, torch.ones_like(off), rounding)
 
 
+@torch.no_grad()
 def experts_output(check: SelfCheck, mlp: Experts, post: Norm | None, hidden: Tensor) -> Tensor:
     """Predict what experts add, post(Σ_s h_s W_e + share_s b_e) · r.
 

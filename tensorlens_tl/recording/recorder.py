@@ -61,7 +61,7 @@ class Recorder:
     ):
         self.adapter, self.prompts, self.frame, self.reading = adapter, prompts, frame, reading
         self.convention, self.kwargs = convention, kwargs
-        self.check = SelfCheck(adapter.model, frame, adapter.dtype)
+        self.check = SelfCheck(adapter.model, frame.held, adapter.dtype)
         self.hooked = adapter.edits()
         by_head = (*reading.heads_first, "v_by_head")
         self.reads = Activations(frame, by_head, adapter.model)
@@ -362,7 +362,7 @@ class Recorder:
             final,
             ln_final,
             unembed,
-            logits.detach(),
+            logits if self.frame.graph else logits.detach(),
             replace(self.convention, first_token=self.prompts.added),
             self.check.errors,
             self.adapter.tokenizer,
@@ -375,7 +375,7 @@ class Recorder:
     ) -> None:
         query, whole = self.frame.index(-1), self.check
         norm = None if ln_final is None else ln_final.row(query)
-        self.check = SelfCheck(self.adapter.model, self.frame.row, self.adapter.dtype)
+        self.check = SelfCheck(self.adapter.model, self.frame.row.held, self.adapter.dtype)
         row = take_row(final, query)
         self.checked(lambda: self._check_logits(unembed, row, norm, logits))
         whole.errors |= self.check.errors

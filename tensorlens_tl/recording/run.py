@@ -23,8 +23,9 @@ from ..costs import free_memory
 from ..hosts import Adapter, adapt
 from ..maps import HALF, TINY, Frame
 from ..operator import Capture, Convention
-from ..readers import RecomputedReading, StoredReading, alone
+from ..readers import RecomputedReading, StoredReading, alone, with_graph
 from ..refusals import NotRecomputableError
+from .gradients import require_gradients, require_kept_graph
 from .live_model import in_float32, inference_weights
 from .recorder import Recorder
 
@@ -40,6 +41,7 @@ def freeze(
     dtype: torch.dtype | None = None,
     pattern: str = "stored",
     noise_floor: bool = False,
+    graph: bool = False,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch pos d_vocab"], Capture]:
     """Run a model once and freeze the run, with all that later questions may need.
@@ -52,6 +54,7 @@ def freeze(
             and the model's own.
         pattern: "stored" to keep attention patterns, "recomputed" to keep queries and keys.
         noise_floor: Whether to run a half-precision model in float32, too.
+        graph: Whether the capture keeps the autograd graph of the run.
         **kwargs: Arguments of the model's own forward pass.
 
     Returns:
@@ -69,11 +72,13 @@ def freeze(
         if noise_floor:
             _require_half_precision(adapter.dtype)
         # 1. One forward pass.
-        logits, capture = record(adapter, inputs, Convention(gate), dtype, pattern, **kwargs)
+        convention = Convention(gate)
+        logits, capture = record(adapter, inputs, convention, dtype, pattern, graph, **kwargs)
         # 2. What some questions need. This is done now, although few lenses ask for query and key
         # edges: a capture holds no host, and it must know the version of every weight it may use,
         # so that a later change is refused. Only rotation tables are computed.
-        scores = adapter.score_weights(capture.frame.n_pos, kwargs)
+        # With a graph they are not known: these edges are first-order, and no gradient is theirs.
+        scores = "graph=True" if graph else adapter.score_weights(capture.frame.n_pos, kwargs)
         capture = replace(capture, embed_weights=adapter.embed_weights(), score_weights=scores)
         # 3. The model's own rounding.
         if noise_floor:
@@ -87,6 +92,7 @@ def record(
     convention: Convention | None = None,
     dtype: torch.dtype | None = None,
     pattern: str = "stored",
+    graph: bool = False,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch pos d_vocab"], Capture]:
     """Run the model once and freeze the run.
@@ -98,6 +104,7 @@ def record(
         dtype: Compute dtype of the operator, float32 or float64; by default float32, or the
             model's own where that is wider.
         pattern: "stored" to keep attention patterns, "recomputed" to keep queries and keys.
+        graph: Whether the capture keeps the autograd graph of the run.
         **kwargs: Arguments of the model's own forward pass.
 
     Returns:
@@ -114,6 +121,8 @@ def record(
             "Give torch.float32 or torch.float64."
         )
     how = choose_reading(adapter, pattern)
+    if graph:
+        require_gradients(adapter, pattern)
     dtype = dtype or torch.promote_types(adapter.dtype, torch.float32)
     device = adapter.weights.unembed.W_U.device
     no_autocast(device.type)
@@ -121,7 +130,7 @@ def record(
         kwargs, prompts = adapter.prepare(inputs, kwargs)
         if pattern == "recomputed" and (cause := adapter.not_recomputed(kwargs)):
             raise NotRecomputableError(f"this run of {adapter.name}", cause)
-        frame = Frame(prompts.spans, prompts.n_pos, dtype, device, adapter.read_at)
+        frame = Frame(prompts.spans, prompts.n_pos, dtype, device, adapter.read_at, graph)
         if pattern == "stored":
             _note_patterns(adapter, frame)
         recorder = Recorder(adapter, prompts, frame, convention or Convention(), how, kwargs)
@@ -131,6 +140,8 @@ def record(
                 early = read[1] in adapter.before_edits
                 add = point.register_forward_pre_hook if early else point.register_forward_hook
                 handles.append(add(recorder.listen(read)))
+                if graph and read[1].endswith("scale"):
+                    handles += with_graph(point)
             for layer, give in recorder.expert_readers():
                 handles += adapter.mixture(layer).watch(give)
             keeps_graph = how.needs_grad and not inference_weights(adapter.model)
@@ -139,8 +150,11 @@ def record(
         finally:
             for handle in handles:
                 handle.remove()
-        with torch.no_grad():
-            return logits, recorder.finish(logits)
+        with torch.set_grad_enabled(graph):
+            capture = recorder.finish(logits)
+    if graph:
+        require_kept_graph(adapter, capture)
+    return logits, capture
 
 
 def _note_patterns(adapter: Adapter, frame: Frame) -> None:

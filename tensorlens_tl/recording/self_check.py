@@ -119,6 +119,7 @@ class SelfCheck:
         self._names, self._errors, self._sizes, self._suspects = [], [], [], []
         self._roundings, self._states, self.remembered = [], [], False
 
+    @torch.no_grad()
     def state(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Projection and norm of a residual state, each [batch, pos]."""
         # Every state is asked for twice: after one block, and before the next.
@@ -129,6 +130,7 @@ class SelfCheck:
         self._states = [*self._states[-1:], (x, measured)]
         return measured
 
+    @torch.no_grad()
     def project(self, x: Tensor) -> Tensor:
         """The projection x · r of a state or of what is added to one."""
         return x @ self.probe(x.shape[-1])
@@ -175,6 +177,7 @@ class SelfCheck:
 
     # --- Judging
 
+    @torch.no_grad()
     def compare(
         self,
         name: str,
@@ -208,6 +211,7 @@ class SelfCheck:
         """Remember an inner prediction. It is made only if the output is wrong, to tell where."""
         self._suspects.append((name, seen, predict))
 
+    @torch.no_grad()
     def check_block(self, hooked: Callable[[], list[str]]) -> None:
         """Judge what was noted since the last call, usually one block.
 
@@ -261,6 +265,7 @@ class SelfCheck:
 
     # --- What is compared, per sublayer
 
+    @torch.no_grad()
     def attention(
         self,
         norm: Norm | None,
@@ -311,6 +316,7 @@ class SelfCheck:
 
         return (mixed if post is None else mixed / post.scale.squeeze(-1) + end), rounding
 
+    @torch.no_grad()
     def linear(
         self, name: str, norm: Norm | None, x: Tensor, seen: Tensor, W: Tensor, b: Tensor | None
     ) -> None:
@@ -333,6 +339,7 @@ class SelfCheck:
 
         self.compare(name, seen, predicted, size.expand_as(seen), rounding)
 
+    @torch.no_grad()
     def activation(self, name: str, seen: Tensor, post: Callable[[slice], Tensor]) -> None:
         """Compare post-activations at evenly spaced positions up to the last."""
         n_pos = self.frame.n_pos
@@ -344,6 +351,7 @@ class SelfCheck:
         sizes[:, rows] = torch.linalg.vector_norm(seen[:, rows], dim=-1)
         self.note(name, errors, sizes)
 
+    @torch.no_grad()
     def output(self, W: Tensor, b: Tensor | None, post: Norm | None, x: Tensor) -> Tensor:
         """Predict what an MLP adds, post(x W + b) · r, as a projection [batch, pos]."""
         after = affine(post)
@@ -356,6 +364,7 @@ class SelfCheck:
         added = x @ start + c
         return added if post is None else added / post.scale.squeeze(-1) + end
 
+    @torch.no_grad()
     def residual(
         self, name: str, before: Tensor, after: Tensor, added: Tensor, rounding: Rounding = float
     ) -> None:
@@ -366,11 +375,13 @@ class SelfCheck:
         size = torch.maximum(before_size, after_size)
         self.compare(name, change, added, change.abs() + self.rounding * size, rounding)
 
+    @torch.no_grad()
     def whole(self, name: str, seen: Tensor, predicted: Tensor) -> None:
         """Compare an activation with what the frozen maps make of the residual."""
         r = self.probe(seen.shape[-1])
         self.compare(name, seen @ r, predicted @ r, torch.linalg.vector_norm(seen, dim=-1))
 
+    @torch.no_grad()
     def same(self, name: str, seen: Tensor, predicted: Tensor) -> None:
         """Compare two residual states that should be one."""
         projected, size = self.state(seen)

@@ -60,7 +60,8 @@ def save_capture(capture: Capture, path: str | os.PathLike[str], weights: bool =
     """
     target = new_file(path)
     frame, writer = capture.frame, Writer(capture.frame, weights)
-    about = {f.name: getattr(frame, f.name) for f in fields(frame) if f.name != "device"}
+    about = {f.name: getattr(frame, f.name) for f in fields(frame)}
+    del about["device"], about["graph"]
     header = {
         "format": FORMAT,
         "version": VERSION,

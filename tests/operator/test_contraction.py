@@ -28,7 +28,8 @@ from tensorlens_tl.costs import machine_rates
 from tensorlens_tl.costs.cost_model import HALF_BYTES, folds_below, half_bytes
 from tensorlens_tl.methods.operator_matrices import orthogonal_probes
 from tensorlens_tl.methods.tables import student_t
-from tensorlens_tl.operator.batched_sweep import BatchedSweep, dots, squares, states
+from tensorlens_tl.operator.batched_sweep import BatchedSweep
+from tensorlens_tl.operator.normal_forms import dots, squares, states
 from tensorlens_tl.operator.svd import SVDProblem
 
 pytestmark = pytest.mark.algebra
