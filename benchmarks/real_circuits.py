@@ -59,7 +59,9 @@ def pairs(model: Any, data: Path, task: str) -> Pairs:
     if task == "agreement":
         for line in (text / "sva" / "nounpp_test.jsonl").read_text().splitlines():
             one = json.loads(line)
-            rows.append([one[k] for k in ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")])
+            rows.append(
+                [one[k] for k in ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")]
+            )
     elif task == "indirect object":
         with (text / "circuits" / "ioi_llama.csv").open() as file:
             for one in csv.DictReader(file):

@@ -141,5 +141,10 @@ Texts begin with the token that TransformerLens puts first, `<|im_start|>`.
     )
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write the page."""
     PAGE.write_text(page(load()))
+
+
+if __name__ == "__main__":
+    write()

@@ -7,9 +7,10 @@ vector and the first one's length held:
     cos(a, b) = Σ_p ⟨u_p, y_p⟩,     u_p = v_b / (n ‖v_a‖ ‖v_b‖)  at each of the n positions
 
 So every method is asked about a sum over positions. A matrix gives the mean of its rows. What is
-linear in the target (DecompX) is summed. Attention flow, which takes long, is asked at [CLS]. The operator's own methods are of the pooled operator,
-Σ_p T_pj / n. Methods that differentiate the model are given the pooled model. Masked sentences run
-in transformers' own BertModel, without padding. [CLS] and [SEP] are never masked.
+linear in the target (DecompX) is summed. Attention flow, which takes long, is asked at [CLS]. The
+operator's own methods are of the pooled operator, Σ_p T_pj / n. Methods that differentiate the
+model are given the pooled model. Masked sentences run in transformers' own BertModel, without
+padding. [CLS] and [SEP] are never masked.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ WHO = (("a man", "somebody"), ("the children", "the kids"), ("my doctor", "our p
        ("the president", "the head of state"), ("two scientists", "some researchers"))  # fmt: skip
 DOES = (("is buying", "purchases"), ("is looking for", "searches for"), ("is fixing", "repairs"),
         ("has lost", "cannot find"), ("is painting", "makes a picture of"),
-        ("talks about", "discusses"), ("is selling", "offers"), ("destroyed", "ruined"))  # fmt: skip
+        ("talks about", "discusses"), ("is selling", "offers"),
+        ("destroyed", "ruined"))  # fmt: skip
 WHAT = (("a car", "a vehicle"), ("a guitar", "an instrument"), ("the house", "the building"),
         ("some bread", "some food"), ("a small dog", "a puppy"), ("the bicycle", "the bike"),
         ("an old map", "an ancient chart"), ("the computer", "the machine"))  # fmt: skip
-WHERE = (("in the city", "downtown"), ("at the market", "in a shop"), ("by the sea", "on a beach"),
-         ("in the forest", "among the trees"), ("at school", "in a classroom"),
-         ("on Monday", "this week"), ("in the evening", "at night"), ("abroad", "in another country"))  # fmt: skip
+WHERE = (("in the city", "downtown"), ("at the market", "in a shop"),
+         ("by the sea", "on a beach"), ("in the forest", "among the trees"),
+         ("at school", "in a classroom"), ("on Monday", "this week"),
+         ("in the evening", "at night"), ("abroad", "in another country"))  # fmt: skip
 SLOTS = (WHO, DOES, WHAT, WHERE)
 
 
@@ -103,7 +106,9 @@ def scores(lens: Any, model: Any, other: Tensor, options: Mapping[str, Any]) -> 
     found["in"] = vectors.mean(1).norm(dim=-1)
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(options["norm"]["probes"], 1, 1, n[1], generator=generator)
-    squares = [operator.pull((g / n[0]).expand(1, *n)).covectors[0][0].square().sum(-1) for g in probes]
+    squares = [
+        operator.pull((g / n[0]).expand(1, *n)).covectors[0][0].square().sum(-1) for g in probes
+    ]
     found["norm"] = torch.stack(squares).mean(0).sqrt()
     # 2. Earlier methods of the captured run.
     for name, baseline in BASELINES.items():
@@ -144,7 +149,8 @@ class MaskedCosines:
         missing = [one for one in dict.fromkeys(masked) if one not in self.known]
         groups: dict[int, list[int]] = {}
         for one in missing:
-            groups.setdefault(one.bit_count(), []).append(one)
+            size = one.bit_count() if self.masking == "delete" else 0  # one length, no padding
+            groups.setdefault(size, []).append(one)
         words = self.hf.get_input_embeddings().weight
         for sets in groups.values():
             n = len(self.ids)
@@ -184,13 +190,18 @@ def similarity(
         for masking in runs:
             m = MaskedCosines(hf, ids, other, masking, model.tokenizer.mask_token_id)
             assert abs(m([0])[0] - float(lens.attribute_similarity(there).target_value[0])) < 1e-4
+            orders = {}
             for name, given in found.items():
                 tie = list(places)
                 random.Random(f"{seed} {first}").shuffle(tie)
-                order = tuple(sorted(tie, key=lambda j: -float(given[j])))
+                orders[name] = tuple(sorted(tie, key=lambda j, given=given: -float(given[j])))
+            # All sets at once, so that batches are full; then every measure reads its own.
+            m([mask for order in orders.values() for one in asked for mask in one.masks(order)])
+            for name, given in found.items():
                 ranked = tuple(float(given[j]) for j in places)
                 for i, one in enumerate(asked):
-                    values.setdefault((i, masking, name), []).append(one.read(m, order, ranked))
+                    number = one.read(m, orders[name], ranked)
+                    values.setdefault((i, masking, name), []).append(number)
             runs[masking] += len(m.known)
     rows = tuple(
         Row(one.name, "cosine", one.preset, masking, name, one.higher, tuple(found))

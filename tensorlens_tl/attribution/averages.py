@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..checks import as_array, at_least_one, need, new_file, one_each, progress_bar
 from ..graph import Edge, Node, rows_that_fit
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
-from ..operator import Capture, FrozenTransformer
+from ..operator import Capture, Convention, FrozenTransformer
 from ..pictures import Page, Paged, Split, split_figure, table_view
 from ..recording import freeze
 from .html import ROWS, UNIT, left_out, legend_html, sum_html, table_html
@@ -53,6 +53,8 @@ class MeanAttribution(Paged):
         n: The number of prompts.
         target_mean: The mean of the targets in the model's own runs, in logits.
         completeness_error: The largest one of all prompts; None where rows do not sum.
+        convention: The choices under which the operators are unique, and what was put in front of
+            the first prompt.
 
     Example:
         >>> from tensorlens_tl import demo, mean_attribution
@@ -71,6 +73,7 @@ class MeanAttribution(Paged):
     n: int
     target_mean: float
     completeness_error: float | None
+    convention: Convention = field(default_factory=Convention)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """The means [row] for NumPy, by ``numpy.asarray(means)``."""
@@ -152,6 +155,7 @@ class MeanAttribution(Paged):
         ]
         names = ("by", "effect", "n", "target_mean", "completeness_error")
         data = {"format": FORMAT, "unit": UNIT} | {name: getattr(self, name) for name in names}
+        data |= {"convention": asdict(self.convention)}
         return json.dumps(data | {"rows": rows}, ensure_ascii=False)
 
     @classmethod
@@ -173,11 +177,13 @@ class MeanAttribution(Paged):
                 raise ValueError(f"its format is not {FORMAT!r}")
             data.pop("unit")
             rows = data.pop("rows")
+            # Files of earlier builds do not tell it.
+            convention = Convention(**data.pop("convention", {}))
             names = [row["node"] for row in rows]
             numbers = [[math.nan if row[k] is None else row[k] for row in rows] for k in _COLUMNS]
             mean, sem = torch.tensor(numbers, dtype=torch.float64)
             nodes = tuple((Edge if "→" in name else Node).parse(name) for name in names)
-            return cls(mean, sem, nodes, **data)
+            return cls(mean, sem, nodes, convention=convention, **data)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"The text is not means as to_json writes them ({error}). Write it again."
@@ -207,6 +213,7 @@ class MeanAttribution(Paged):
         names = [[str(node)] for node in self.nodes]
         values = torch.stack([self.mean, self.sem], 1).cpu().numpy()
         what = f"Mean of {self.n} prompts = {self.target_mean:.4g}, by {self.by} ({self.effect})"
+        what = ", ".join(filter(None, (what, self.convention.in_front)))
         table = table_view([self.by], ["mean", "standard error"], names, values, sort=0)
         exact = "The rows do not sum to the target."
         if self.completeness_error is not None:
@@ -226,6 +233,7 @@ class MeanAttribution(Paged):
 
     def __repr__(self) -> str:
         head = f"Attribution by {self.by}, mean of {self.n} prompts = {self.target_mean:.4g}"
+        head = ", ".join(filter(None, (head, self.convention.in_front)))
         rows = [f"  {mean:+9.4f} ± {sem:.4f}  {name}" for name, mean, sem in self.top(10)]
         left = left_out(self.mean, len(rows))
         return "\n".join([head, *rows, *([f"  … {left}"] if left else [])])
@@ -295,6 +303,7 @@ def mean_attribution(
     means, target_sum = _Means(), 0.0
     errors: list[float | None] = []
     sources: tuple[Source, ...] = ()
+    convention: Convention | None = None
     written = os.devnull if path is None else new_file(path)
     with open(written, "w", encoding="utf-8") as file:
         # 1. Capture.
@@ -319,12 +328,12 @@ def mean_attribution(
             one = one.sum("pos")
             means.add(one.values[0].double())
             sources = one.sources
+            convention = convention or capture.convention
     nodes = tuple(source.node for source in sources)
     known = [error for error in errors if error is not None]
     worst = max(known) if len(known) == len(errors) else None
-    return MeanAttribution(
-        means.mean, means.sem, nodes, by, effect, means.n, target_sum / means.n, worst
-    )
+    found = means.mean, means.sem, nodes, by, effect, means.n, target_sum / means.n, worst
+    return MeanAttribution(*found, convention or Convention())
 
 
 class _Means:

@@ -243,9 +243,7 @@ def faithfulness_of_many(
         empty, total = found[0] if study.frozen else ablated, len(edged.universe.edges)
         about = options.ablation, options.attention
         return {
-            name: Faithfulness(
-                full, ablated, empty, values, *about, len(edges), total, options.seed
-            )
+            name: Faithfulness(full, ablated, empty, values, *about, len(edges), total, *study.told)
             for (name, edges), values in zip(kept.items(), found[1:], strict=True)
         }
 
@@ -313,7 +311,7 @@ def faithfulness_curve(
         ]
         full, ablated, found = study.run(torch.stack(masks))
         signed, absolute = found.split(len(counts))
-        about = options.ablation, options.attention, total, options.seed
+        about = options.ablation, options.attention, total, *study.told
         return FaithfulnessCurve(tuple(shares), counts, full, ablated, signed, absolute, *about)
 
 

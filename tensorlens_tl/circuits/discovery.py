@@ -36,7 +36,7 @@ from ..attribution import (
 )
 from ..checks import as_list, at_least_one, new_file, one_each, progress_bar, whole, write_whole
 from ..graph import Edge, limits
-from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
+from ..hosts import Adapter, adapt, added_token, as_host, each_prompt, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
 from ..passes import edge_model
 from ..recording import freeze
@@ -139,10 +139,8 @@ def discover(
 
     def circuit(means: _Means, n: int) -> Circuit:
         scores = dict(zip(edges, means.tolist(), strict=True))
-        added = None
-        if isinstance(prompts[0], str):
-            how = {key: kwargs[key] for key in ("prepend_bos",) if key in kwargs}
-            added = adapter.prepare(prompts[0], how)[1].added
+        how = {key: kwargs[key] for key in ("prepend_bos",) if key in kwargs}
+        added = added_token(adapter, prompts[0], **how)
         return select_circuit(
             info,
             scores,

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import need
+from ..operator import Convention
 from ..pictures import Page, Paged, curves, curves_view, dots, table_view
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Faithfulness:
         n_edges: Number of edges in the circuit; token and position embeddings are one input.
         n_total: Number of edges in the model.
         seed: Seed of the bootstrap.
+        first_token: Token that was put in front of the prompts, as in :class:`Convention`.
 
     Example:
         >>> from tensorlens_tl import demo, faithfulness
@@ -56,6 +58,7 @@ class Faithfulness:
     n_edges: int
     n_total: int
     seed: int = 0
+    first_token: str | None = None
 
     @property
     def share(self) -> float:
@@ -94,7 +97,7 @@ class Faithfulness:
     def to_json(self) -> str:
         """Write all numbers as JSON; nan is null."""
         tensors = ("full", "ablated", "empty", "circuit")
-        names = ("ablation", "attention", "n_edges", "n_total", "seed")
+        names = ("ablation", "attention", "n_edges", "n_total", "seed", "first_token")
         names += ("share", "empty_share", "interval")
         data = {"format": "tensorlens_tl faithfulness 1", "unit": UNIT}
         data |= {n: getattr(self, n) for n in names}
@@ -127,7 +130,7 @@ class Faithfulness:
         return (
             f"Faithfulness({self.share:.3f} [{low:.3f}, {high:.3f}]{beside}: {self.n_edges} of "
             f"{self.n_total} edges, {self.ablation}, {self.attention} attention, "
-            f"{len(self.full)} prompts; "
+            f"{_prompts(self)}; "
             "full {:.4g}, ablated {:.4g}, circuit {:.4g})".format(*means)
         )
 
@@ -147,6 +150,7 @@ class FaithfulnessCurve(Paged):
         attention: "live" or "frozen" patterns.
         n_total: Number of edges in the model.
         seed: Seed of the bootstrap.
+        first_token: Token that was put in front of the prompts, as in :class:`Convention`.
 
     Example:
         >>> from tensorlens_tl import demo, faithfulness_curve, score_edges
@@ -168,6 +172,7 @@ class FaithfulnessCurve(Paged):
     attention: str
     n_total: int
     seed: int = 0
+    first_token: str | None = None
 
     @property
     def shares(self) -> Float[Tensor, " size"]:
@@ -221,7 +226,7 @@ class FaithfulnessCurve(Paged):
     def to_json(self) -> str:
         """Write all numbers as JSON; nan is null."""
         tensors = ("full", "ablated", "signed", "absolute", "shares", "absolute_shares")
-        names = ("sizes", "n_edges", "ablation", "attention", "n_total", "seed")
+        names = ("sizes", "n_edges", "ablation", "attention", "n_total", "seed", "first_token")
         names += ("cpr", "cpr_interval", "cmd", "cmd_interval")
         data = {"format": "tensorlens_tl faithfulness curve 1", "unit": UNIT}
         data |= {n: getattr(self, n) for n in names}
@@ -282,7 +287,7 @@ class FaithfulnessCurve(Paged):
         head = (
             f"FaithfulnessCurve(CPR {self.cpr:.3f} [{cpr[0]:.3f}, {cpr[1]:.3f}], CMD "
             f"{self.cmd:.3f} [{cmd[0]:.3f}, {cmd[1]:.3f}]: {self.n_total} edges, {self.ablation}, "
-            f"{self.attention} attention, {len(self.full)} prompts)"
+            f"{self.attention} attention, {_prompts(self)})"
         )
         columns = zip(self.sizes, self.n_edges, self.shares, self.absolute_shares, strict=True)
         rows = (f"  {k:5.1%}  {n:5d}  {float(f):6.3f}  {float(g):8.3f}" for k, n, f, g in columns)
@@ -312,6 +317,12 @@ def share_difference(first: Faithfulness, second: Faithfulness) -> tuple[float, 
     drawn = _resampled(first.full, first.ablated, both, first.seed)
     interval = _quantiles(drawn[:, 0] - drawn[:, 1], len(first.full))
     return first.share - second.share, interval
+
+
+def _prompts(found: Faithfulness | FaithfulnessCurve) -> str:
+    """How many prompts there are, and what was put in front of them."""
+    in_front = Convention(first_token=found.first_token).in_front
+    return ", ".join(filter(None, (f"{len(found.full)} prompts", in_front)))
 
 
 # --- Shares and their intervals ------------------------------------------------------------------

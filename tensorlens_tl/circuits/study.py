@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..checks import progress_bar
+from ..hosts import added_token, each_prompt
 from ..passes import CircuitRuns, EdgeModel, Layout, Outputs, PackedModel, Run, Writes, run
 from .packed_pairs import PackedPairs
 from .prompt_pairs import LogitMetric, Pairs, paired
@@ -41,6 +42,7 @@ class Study:
     mean_over: list[Pairs]
     metric: LogitMetric
     options: AblationOptions
+    first_token: str | None
 
     @classmethod
     def of(
@@ -64,6 +66,7 @@ class Study:
                 f"corrupted= is used by ablation='resample' only, not by ablation={kind!r}. Drop "
                 "corrupted=; for means over those prompts, pass ablation='mean' and mean_over=."
             )
+        prompts = each_prompt(prompts, model.adapter.tokenizer)
         groups = paired(model.adapter, prompts, corrupted)
         mean_over = groups
         if options.mean_over is not None:
@@ -83,11 +86,17 @@ class Study:
                 )
         n = sum(len(group.ids) for group in groups)
         metric = LogitMetric.of(model.adapter, n, target, versus, options.metric, options.pos)
-        return cls(model, groups, mean_over, metric, options)
+        first = added_token(model.adapter, prompts[0])
+        return cls(model, groups, mean_over, metric, options, first)
 
     @property
     def frozen(self) -> bool:
         return self.options.attention == "frozen"
+
+    @property
+    def told(self) -> tuple[int, str | None]:
+        """What every result ends with: the seed, and what was put in front of the first prompt."""
+        return self.options.seed, self.first_token
 
     def run(
         self, masks: Bool[Tensor, "circuit reader writer"]

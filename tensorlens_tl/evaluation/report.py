@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..checks import need
+from ..operator import Convention
 from ..pictures import Page, Paged, estimates, table_view
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
@@ -69,6 +70,7 @@ class Evaluation(Paged):
         seconds: Seconds that the scores of each method took, all prompts together.
         forward_seconds: Seconds that plain forward passes of the same prompts took.
         runs: Number of masked runs of the model, by masking.
+        first_token: Token that was put in front of the prompts, as in :class:`Convention`.
     """
 
     rows: tuple[Row, ...]
@@ -85,6 +87,7 @@ class Evaluation(Paged):
     seconds: Mapping[str, float]
     forward_seconds: float
     runs: Mapping[str, int]
+    first_token: str | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -282,6 +285,8 @@ class Evaluation(Paged):
             f"Evaluation of {_many(len(self.methods), 'method')} on {_many(len(self), 'prompt')} "
             f"of {self.model} ({self.dtype}), mean [95 % interval]"
         )
+        in_front = Convention(first_token=self.first_token).in_front
+        head = ", ".join(filter(None, (head, in_front)))
         return "\n".join([head, *(line for block in self._blocks() for line in ("", *block))])
 
     def _blocks(self) -> Iterator[list[str]]:

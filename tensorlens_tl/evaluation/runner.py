@@ -178,6 +178,7 @@ def evaluate(
         seconds=dict(scored.seconds),
         forward_seconds=scored.forward_seconds,
         runs=runs,
+        first_token=scored.first_token,
     )
 
 

@@ -27,7 +27,7 @@ from ..attribution import (
     resolve_token,
 )
 from ..checks import progress_bar
-from ..hosts import adapt, each_prompt, own_ids, prompts_of
+from ..hosts import adapt, added_token, each_prompt, own_ids, prompts_of
 from ..methods import token_scores
 from ..operator import Capture, Convention, FrozenTransformer
 from ..recording import record
@@ -53,6 +53,7 @@ class Scored:
         versus: What was subtracted from the target: one of :data:`CONTRASTS`, "own" for given
             tokens, or None.
         gate: How gated MLPs were made linear.
+        first_token: Token that was put in front of the prompts, as in :class:`Convention`.
     """
 
     prompts: tuple[Int[Tensor, " _"], ...]
@@ -64,6 +65,7 @@ class Scored:
     forward_seconds: float
     versus: str | None
     gate: str
+    first_token: str | None = None
 
     def take(self, chosen: Sequence[int]) -> Scored:
         """Take some of the prompts, by their indices."""
@@ -141,7 +143,8 @@ def score(
             bar.update(len(batch))
     named = versus if versus is None or isinstance(versus, str) else "own"
     tokens = tuple(ids), tuple(goals), tuple(foils), tuple(predicted)
-    return Scored(*tokens, scores, seconds, plain, named, gate)
+    added = added_token(adapter, alone[0])
+    return Scored(*tokens, scores, seconds, plain, named, gate, added)
 
 
 def _ids(capture: Capture, batch: list[int], given: Any) -> Int[Tensor, " batch"]:

@@ -9,12 +9,13 @@ Key concepts:
 from .adapter import Adapter
 from .entry import adapt, as_host, unwrap, wrap
 from .loading import load_model
-from .pictures import each_prompt
+from .pictures import added_token, each_prompt
 from .tokens import own_ids, prompts_of
 
 __all__ = [
     "Adapter",
     "adapt",
+    "added_token",
     "as_host",
     "each_prompt",
     "load_model",

@@ -232,6 +232,20 @@ class PictureAdapter(BridgeAdapter):
         return None
 
 
+def added_token(adapter: Any, prompt: Any, **how: Any) -> str | None:
+    """What the host or the tokenizer puts in front of a prompt, as a convention tells it.
+
+    Args:
+        adapter: Adapter of the model.
+        prompt: One prompt of :func:`each_prompt`.
+        **how: ``prepend_bos``, as for the capture.
+
+    Returns:
+        The token; "" where none is put there, None where the prompt is not a text.
+    """
+    return adapter.prepare(prompt, how)[1].added if isinstance(prompt, str) else None
+
+
 def each_prompt(prompts: Any, tokenizer: Any, mask: Any = None, name: str = "prompts") -> list[Any]:
     """List pictures or sounds one by one; and texts and ids as ``tokens.each_prompt`` does.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..attribution import TargetLike, resolve_token
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label, token_text
 from ..maps import DENSE_LIMIT, Chain, Gate, Linear, Norm, take_row
-from ..operator import Capture, FrozenTransformer
+from ..operator import Capture, Convention, FrozenTransformer
 from ..pictures import Page, Paged, cell_map, table_view
 from ..sublayers import soft_cap_ratio
 
@@ -73,6 +73,7 @@ class LogitLens(Paged):
         spans: For every prompt, the start and stop of its real tokens along the pos axis.
         norm: How the final norm reads: "anew" or "frozen".
         tokenizer: The model's tokenizer, or None.
+        convention: The run's convention, which tells what was put in front of the text.
 
     Example:
         >>> from tensorlens_tl import demo
@@ -90,6 +91,7 @@ class LogitLens(Paged):
     spans: tuple[tuple[int, int], ...]
     norm: str
     tokenizer: Any = field(default=None, repr=False)
+    convention: Convention = field(default_factory=Convention)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -172,6 +174,7 @@ class LogitLens(Paged):
         """Write the k likeliest tokens of every site and position as JSON."""
         rows = [row._asdict() for row in self.rows(k)]
         data = {"format": FORMAT, "norm": self.norm, "sites": self.sites, "rows": rows}
+        data |= {"convention": asdict(self.convention)}
         return json.dumps(data, ensure_ascii=False)
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -218,7 +221,8 @@ class LogitLens(Paged):
         where = own[0] if len(own) == 1 else f"{len(own)} positions"
         many = f", prompt 1 of {len(self)}" if len(self) > 1 else ""
         how = {"anew": "the final norm applied anew", "frozen": "the final norm's scale frozen"}
-        return f"LogitLens at {where}{many}, {how[self.norm]}"
+        head = f"LogitLens at {where}{many}, {how[self.norm]}"
+        return ", ".join(filter(None, (head, self.convention.in_front)))
 
     def __repr__(self) -> str:
         names, rows = self._table()
@@ -333,7 +337,8 @@ def logit_lens(
         tuple(place_label(own[i], i) for i in places)
         for own, places in zip(strings, shown, strict=True)
     )
-    return LogitLens(logits, operator.sites[:-1], labels, spans, norm, capture.tokenizer)
+    found = logits, operator.sites[:-1], labels, spans, norm, capture.tokenizer
+    return LogitLens(*found, capture.convention)
 
 
 def _through(head: Chain, y: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:

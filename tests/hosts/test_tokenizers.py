@@ -1,5 +1,6 @@
 """The prompt that a user passes is the one that is run: tokenizers, special tokens, padding."""
 
+import json
 import warnings
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 import tensorlens_tl
+from tensorlens_tl import MeanAttribution
+from tensorlens_tl.evaluation import evaluate
 from tensorlens_tl.hosts.tokens import each_prompt, mask_spans
 from tensorlens_tl.operator.prompts import token_id
 
@@ -370,3 +373,31 @@ def test_an_empty_target_gets_no_empty_suggestions():
         token_id(own, "")
     with pytest.raises(ValueError, match="such as 'we'"):
         token_id(own, "wee")
+
+
+@wrapped
+def test_results_of_many_prompts_say_what_was_put_in_front():
+    with quiet():
+        model = tensorlens_tl.wrap(llama(), tokenizer(**NAMES))
+    text, twin = ["we went home"], ["we went went"]
+    for clean, corrupted, first in (
+        (text, twin, "<s>"),
+        (model.to_tokens(text[0]), model.to_tokens(twin[0]), None),
+    ):
+        mean = tensorlens_tl.mean_attribution(model, clean)
+        lens = capture(model, clean)
+        results = (
+            mean,
+            MeanAttribution.from_json(mean.to_json()),
+            lens.logit_lens(),
+            evaluate(model, list(clean), ["random"], progress=False),
+            tensorlens_tl.faithfulness(model, clean, [], corrupted),
+            tensorlens_tl.faithfulness_curve(model, clean, [], corrupted, sizes=(0.5, 1.0)),
+        )
+        for result in results:
+            of = result if hasattr(result, "first_token") else result.convention
+            assert of.first_token == first
+            assert ("<s> added in front" in repr(result)) == (first is not None)
+    old = json.loads(mean.to_json())
+    del old["convention"]  # as earlier builds wrote it
+    assert MeanAttribution.from_json(json.dumps(old)).convention.first_token is None
