@@ -21,7 +21,7 @@ from .plugin import capture, install, uninstall
 
 if TYPE_CHECKING:
     from . import demo, editing, evaluation, features, methods, models, relations
-    from .attribution import Attribution, MeanAttribution, Paths, mean_attribution
+    from .attribution import Attribution, MeanAttribution, mean_attribution
     from .attribution import mean_attribution as attribute
     from .circuits import (
         AblationOptions,
@@ -43,13 +43,14 @@ if TYPE_CHECKING:
     from .maps import LinearMap, dot_test
     from .methods import LogitLens, Routing
     from .operator import Capture, CaptureMismatchError, Convention, FrozenTransformer
+    from .paths import Paths
     from .refusals import UnsupportedArchitectureError
     from .relations import validity
 
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "attribution": ("Attribution", "MeanAttribution", "Paths", "mean_attribution"),
+    "attribution": ("Attribution", "MeanAttribution", "mean_attribution"),
     "circuits": (
         "AblationOptions",
         "Circuit",
@@ -66,6 +67,7 @@ _ROOMS = {
     "exports": ("AttributionGraph",),
     "graph": ("Edge", "Node"),
     "hosts": ("load_model", "unwrap", "wrap"),
+    "paths": ("Paths",),
     "refusals": ("UnsupportedArchitectureError",),
     "lens": ("SequenceAttribution", "TensorLens", "load"),
     "methods": ("LogitLens", "Routing"),

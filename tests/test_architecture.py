@@ -38,6 +38,7 @@ ROOMS = [
     "attribution",
     "features",
     "methods",
+    "paths",
     "circuits",
     "evaluation",
     "editing",
@@ -55,6 +56,7 @@ ROOMS = [
 """From the ground up: a room imports only rooms before it."""
 APART = [
     {"methods", "circuits"},
+    {"paths", "circuits"},
     {"attribution", "passes"},
     {"circuits", "evaluation"},
     {"evaluation", "exports"},

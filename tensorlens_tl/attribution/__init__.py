@@ -10,8 +10,7 @@ from .averages import MeanAttribution, mean_attribution
 from .contrast import check_comparable, difference, fixed_baseline, mean_embedding
 from .edges import Writers, plan_edges
 from .head_loadings import loadings
-from .html import PROMPTS, grid_html, legend_html, more_prompts, patch_map, strip_html
-from .paths import Paths, find_paths
+from .html import PROMPTS, UNIT, grid_html, legend_html, more_prompts, patch_map, strip_html
 from .splits import attribute, attribute_many, queries_and_keys
 from .table import Attribution, Source
 from .table_builder import TableBuilder, check_sum
@@ -33,12 +32,12 @@ __all__ = [
     "Attribution",
     "GradientCache",
     "MeanAttribution",
-    "Paths",
     "Source",
     "TableBuilder",
     "Target",
     "TargetGradient",
     "TargetLike",
+    "UNIT",
     "Writers",
     "attribute",
     "attribute_many",
@@ -46,7 +45,6 @@ __all__ = [
     "check_sum",
     "difference",
     "expected_others",
-    "find_paths",
     "fixed_baseline",
     "grid_html",
     "is_token",

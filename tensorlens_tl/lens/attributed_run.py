@@ -12,7 +12,6 @@ from torch import Tensor
 from ..attribution import (
     Attribution,
     GradientCache,
-    Paths,
     Target,
     TargetGradient,
     TargetLike,
@@ -20,7 +19,6 @@ from ..attribution import (
     attribute_many,
     check_comparable,
     difference,
-    find_paths,
     fixed_baseline,
     loadings,
     own_prediction,
@@ -32,6 +30,7 @@ from ..features import Feature, FeatureDictionary, by_feature, feature_target
 from ..graph import Edge, Node, numbered_site
 from ..maps import DENSE_LIMIT
 from ..operator import Capture, FrozenTransformer
+from ..paths import Paths, find_paths
 from .featured_run import FeaturedRun
 from .sequence_attribution import Continuation, SequenceAttribution, continuation_targets
 
@@ -293,7 +292,7 @@ class AttributedRun(FeaturedRun):
         from_token: int | None = None,
         by_position: bool = False,
         constants: bool = True,
-        max_expansions: int = 10_000,
+        max_expansions: int = 100_000,
         memory_limit: int = DENSE_LIMIT,
         progress: bool = True,
     ) -> Paths:
@@ -311,7 +310,8 @@ class AttributedRun(FeaturedRun):
                 token's and position's embedding and every constant.
             by_position: Whether paths at different positions inside are apart, not summed.
             constants: Whether constants are sources, too.
-            max_expansions: How many partial paths to extend before the search stops.
+            max_expansions: How many partial paths to extend. The search is not exact where that is
+                too few.
             memory_limit: Bytes that the search may take for its bounds.
             progress: Whether to show progress bars on standard error after 2 s.
 
@@ -340,7 +340,13 @@ class AttributedRun(FeaturedRun):
             max_expansions,
             memory_limit,
             progress,
+            self._bounds_of_paths,
         )
+
+    @cached_property
+    def _bounds_of_paths(self) -> dict[Any, Any]:
+        """Bounds of the latest search for paths, which serve further targets."""
+        return {}
 
     def loadings(
         self,

@@ -258,7 +258,8 @@ def test_json_says_what_the_numbers_are():
 
 
 RESULTS = {
-    "attribution": ("Attribution", "MeanAttribution", "Paths"),
+    "attribution": ("Attribution", "MeanAttribution"),
+    "paths": ("Paths",),
     "circuits.circuit": ("Circuit",),
     "circuits.faithfulness_result": ("Faithfulness", "FaithfulnessCurve"),
     "circuits.subgraph": ("CircuitShare",),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 from dataclasses import replace
 from functools import cache
@@ -29,11 +30,12 @@ from models import (
 )
 
 import tensorlens_tl
-from tensorlens_tl.attribution.path_bounds import PathBound, StepParts, bounds_by_site
-from tensorlens_tl.attribution.paths import Path, Paths
 from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.graph.nodes import Node
 from tensorlens_tl.lens.tensor_lens import TensorLens
+from tensorlens_tl.paths import search
+from tensorlens_tl.paths.bounds import PathBound, StepParts, bounds_by_step, climb
+from tensorlens_tl.paths.results import Path, Paths
 
 pytestmark = pytest.mark.algebra
 
@@ -391,8 +393,9 @@ def test_energies_are_upper_bounds_of_all_states(run):
     steps, capture = lens.operator.steps, lens.capture
     stages = [StepParts.of(step) for step in steps]
     for by_position in (False, True):
-        energies = bounds_by_site(stages, capture.embeddings, True, by_position, 2**30)
-        for site, energy in enumerate(energies[: 3 if by_position else 5]):
+        grown = climb(stages, capture.embeddings, True, by_position)
+        for site, (whole, _) in zip(range(3 if by_position else 5), grown, strict=False):
+            energy = PathBound.of(whole, None)
             below = pushed(steps[:site], *sources(capture), by_position)
             states = torch.cat([s[:, 0] for _, s in below.values()])
             C = torch.einsum("spd,spe->pde", states, states)
@@ -402,7 +405,7 @@ def test_energies_are_upper_bounds_of_all_states(run):
             for rank in (1, 4, 16):
                 sketch = PathBound.of(energy.whole, rank)
                 v = randn_like(states[:9], site)
-                assert (sketch.bound(v) >= energy.bound(v)).all()
+                assert (sketch.energies(v) >= energy.energies(v)).all()
                 bound = sketch.U @ sketch.U.mT + sketch.floor[:, None, None] * torch.eye(32)
                 assert torch.linalg.eigvalsh(bound - energy.whole).min() >= 0
 
@@ -413,12 +416,66 @@ def test_a_budget_stops_the_search_and_says_so():
     exact = lens.paths(3, 100)
     for budget in (1, 5, 20):
         paths = lens.paths(3, 100, max_expansions=budget)
-        assert paths.expansions == budget < exact.expansions and not paths.exact
+        assert paths.expansions <= budget < exact.expansions and not paths.exact
         listed = {key_of(path) for path in paths}
         others = max(abs(c) for key, c in brute.items() if key not in listed)
         assert others <= paths.largest_unexplored
         assert all(abs(p.contribution - brute[key_of(p)]) <= ORACLE for p in paths)
         assert "found before the budget" in repr(paths)
+
+
+def test_an_interrupted_search_gives_the_beams_paths(monkeypatch):
+    lens = lens_of(SHAPES[0])[0]
+    brute = brute_force(lens, 3)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "bounds_by_step", interrupt)
+    paths = lens.paths(3, 5)
+    assert len(paths) == 5 and not paths.exact and paths.largest_unexplored == math.inf
+    assert all(abs(p.contribution - brute[key_of(p)]) <= ORACLE for p in paths)
+    assert json.loads(paths.to_json())["largest_unexplored"] is None
+
+
+def test_bounds_serve_further_targets_of_a_run(monkeypatch):
+    lens = TensorLens(lens_of(SHAPES[0])[0].capture)
+    built, build = [], search.bounds_by_step
+    monkeypatch.setattr(search, "bounds_by_step", lambda *a: built.append(1) or build(*a))
+    for target in (3, 4, None):
+        assert_largest(lens.paths(target, 10), brute_force(lens, target), 10)
+    assert len(built) == 1
+    lens.paths(3, 10, from_token=1)  # other sources
+    assert len(built) == 2
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_bounds_hold_in_single_precision(by_position):
+    """Every way's energy covers the states that come that way, as they are in double precision."""
+    case = CASES.get("hooked-gemma2") or CASES["bridge-gemma2"]
+    ids = tokens(1)
+    with quiet(), torch.no_grad():
+        fine, coarse = (
+            tensorlens_tl.capture(case.model(), ids, dtype=dtype)[1]
+            for dtype in (torch.float64, torch.float32)
+        )
+    exact, bounds = (
+        bounds_by_step(
+            [StepParts.of(step) for step in lens.operator.steps],
+            *(lens.capture.embeddings, True, by_position, 2**30),
+        )
+        for lens in (fine, coarse)
+    )
+    v = randn_like(torch.empty(7, *coarse.embedding.shape[1:]), 3).float()
+    e, bound = exact[1].energies(v.double()), bounds[1].energies(v)
+    assert (bound.double() >= e).all()
+    for fine_step, step in zip(reversed(exact[0]), reversed(bounds[0]), strict=True):
+        e, bound = fine_step.past_norm(v.double(), e), step.past_norm(v, bound)
+        ways, bounded = fine_step.ways(v.double(), e), step.ways(v, bound)
+        for way, most in zip(ways, bounded, strict=True):
+            assert (most.double() >= way * (1 - 1e-6)).all()
+            assert (most.double() <= way + 1e-3 * e).all()
+        e, bound = ways[0], bounded[0]  # straight on, the same covectors
 
 
 @cache
