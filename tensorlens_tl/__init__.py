@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         faithfulness_of_many,
         score_edges,
     )
-    from .editing import Edit, EditCheck
+    from .editing import Edit, EditCheck, EditSweep
     from .exhibits import HeadMaps, OperatorMaps, PromptComparison, RunReport, Waterfall
     from .exports import AttributionGraph
     from .graph import Edge, Node
@@ -62,7 +62,7 @@ _ROOMS = {
         "faithfulness_of_many",
         "score_edges",
     ),
-    "editing": ("Edit", "EditCheck"),
+    "editing": ("Edit", "EditCheck", "EditSweep"),
     "exhibits": ("HeadMaps", "OperatorMaps", "PromptComparison", "RunReport", "Waterfall"),
     "exports": ("AttributionGraph",),
     "graph": ("Edge", "Node"),

@@ -4,10 +4,12 @@ Key concepts:
     Place: Where a run is edited: a residual site, or what W_O, W_out or a pattern reads.
     Edit: A change of the activations of some prompts, with the change of a target that it predicts.
     EditCheck: What an edit predicted, and what the real model did.
+    EditSweep: The same at many sizes.
 """
 
 from .asking import Asked, edit_to_top, smallest_edit
-from .edit import Edit, EditCheck
+from .edit import Edit
+from .edit_check import EditCheck, EditSweep
 from .edit_file import load_edit, save_edit
 from .goals import Goal
 from .patching_study import Predictions, predict
@@ -21,6 +23,7 @@ __all__ = [
     "EditCheck",
     "EditEvaluation",
     "EditRanking",
+    "EditSweep",
     "Goal",
     "Predictions",
     "edit_to_top",

@@ -5,20 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..attribution import TargetGradient
-from ..checks import at_least_one, need, token_text
+from ..checks import at_least_one, token_text
 from ..hosts import Adapter, adapt
 from ..maps import TINY
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, agreement, table_view
+from ..pictures import Page, Paged, table_view
 from ..readers import alone
 from ..recording import freeze
+from .edit_check import EditCheck, EditSweep
 from .goals import Goal
 from .places import Place, pulled
 from .real_runs import (
@@ -33,12 +34,12 @@ from .real_runs import (
 )
 from .smallest import Metric, smallest, smallest_shared
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+FACTORS = tuple(torch.logspace(-5, 2, 12, base=2).tolist())
+"""Twelve factors from 1/32 to 4."""
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(Paged):
     """A change δ of what stands at one place in a run, and the change of a target it predicts.
 
     The prediction is ⟨g, δ⟩, with the covector g of the target: exact while attention patterns,
@@ -280,16 +281,46 @@ class Edit:
         Raises:
             ValueError: If the model is another one.
         """
-        adapter, found = adapt(model), torch.zeros_like(self.size)
-        for factor in torch.logspace(-5, 2, 12, base=2).tolist():
-            scaled = self * factor
-            for rows, columns, ids in groups(self.run.prompts):
-                capture = scaled._edited(adapter, rows, columns, ids)
-                real = self.goal.on(capture, rows.tolist()).value.to(self.before)
-                real = real - self.before[rows]
-                held = (real - scaled.predicted[rows]).abs() <= tolerance * real.abs()
-                found[rows] = torch.where(held, scaled.size[rows], found[rows])
-        return found
+        return self.sweep(model).radius(tolerance)
+
+    def sweep(
+        self, model: Any, factors: Sequence[int | float] | None = None, jacobian: bool = False
+    ) -> EditSweep:
+        """Make the edit at several sizes, and run each in the real model.
+
+        Args:
+            model: The model of the lens, with the weights it had then.
+            factors: What δ is multiplied by, in growing order. Each is one run. None is twelve
+                factors from 1/32 to 4.
+            jacobian: Whether to tell, too, what the real model's gradient predicts.
+
+        Returns:
+            A check of every size, as a result with a page: points that a slider moves.
+
+        Raises:
+            ValueError: If there are no factors, or the model is another one.
+        """
+        factors = FACTORS if factors is None else factors
+        if not len(factors):
+            raise ValueError("factors= is empty. Pass numbers such as [0.25, 0.5, 1.0].")
+        checks = [(self * factor).check(model) for factor in factors]
+        if jacobian:  # it is linear in the size
+            slope = self.check(model, jacobian=True).jacobian
+            pairs = zip(checks, factors, strict=True)
+            checks = [replace(check, jacobian=slope * factor) for check, factor in pairs]
+        return EditSweep(tuple(map(float, factors)), tuple(checks))
+
+    def _page(self) -> Page:
+        rows = [self.before, self.predicted, self.before + self.predicted, self.norm, self.size]
+        names = ["before", "predicted change", "predicted", "norm", "size"]
+        labels = [[str(number)] for number in range(len(self.before))]
+        values = torch.stack([row.double() for row in rows], 1).cpu().numpy()
+        notes = [
+            "Targets and changes are in logits; the size is a share of what stands there.",
+            "The real model was not run: .check(model) runs it, and .sweep(model) does at many "
+            "sizes.",
+        ]
+        return Page(repr(self), [table_view(["prompt"], names, labels, values)], notes)
 
     def _edited(self, adapter: Adapter, rows: Tensor, columns: Tensor, ids: Tensor) -> Capture:
         """Freeze the edited run of prompts of one length."""
@@ -306,97 +337,3 @@ class Edit:
                 adapter, ids, gate=self.run.convention.gate, dtype=delta.dtype, **given
             )
         return capture
-
-
-@dataclass(frozen=True, eq=False)
-class EditCheck(Paged):
-    """What an edit predicted, and what the real model did.
-
-    Attributes:
-        site: Where the edit was made.
-        before: The target's value without the edit, in logits [batch].
-        predicted: The change that the operator predicts [batch].
-        real: The change in the real model [batch].
-        jacobian: The change that the real model's gradient predicts; NaN if not asked for [batch].
-        tops: The likeliest tokens before and after, one pair per prompt.
-        kl: The mean KL divergence of the predictions at all other positions, in nats [batch].
-        size: ‖δ‖ divided by the norm of what stood there [batch].
-        kl_held_out: The mean KL divergence on held-out prompts to which the same vectors are
-            added, from the first edited position on, in nats; NaN if not asked for [batch].
-
-    Example:
-        >>> from tensorlens_tl import demo
-        >>> model = demo.load_model()
-        >>> _, lens = model.run_with_tensorlens("The capital of France is")
-        >>> check = lens.edit("Paris", versus="Rome", by=-18.0, site=2).check(model)
-        >>> check.tops, check.error < 0.5
-        ((('Paris', 'Rome'),), True)
-    """
-
-    site: str
-    before: Float[Tensor, " batch"]
-    predicted: Float[Tensor, " batch"]
-    real: Float[Tensor, " batch"]
-    jacobian: Float[Tensor, " batch"]
-    tops: tuple[tuple[str, str], ...]
-    kl: Float[Tensor, " batch"]
-    size: Float[Tensor, " batch"]
-    kl_held_out: Float[Tensor, " batch"]
-
-    @property
-    def error(self) -> float:
-        """Σ |predicted − real| / Σ |real| over the prompts."""
-        off = (self.predicted - self.real).abs().sum()
-        return float(off / self.real.abs().sum().clamp_min(TINY))
-
-    def to_dataframe(self) -> Any:
-        """Make a pandas table of the check.
-
-        Returns:
-            A ``DataFrame`` with one row per prompt.
-
-        Raises:
-            ValueError: If pandas is not installed.
-        """
-        columns = ("before", "predicted", "real", "jacobian", "kl", "size", "kl_held_out")
-        table = {name: getattr(self, name).tolist() for name in columns}
-        first, after = zip(*self.tops, strict=True)
-        table |= {"top": list(first), "top_after": list(after)}
-        return need("pandas", "pandas", "to_dataframe").DataFrame(table)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw predicted against real changes with matplotlib, one point per prompt.
-
-        Args:
-            ax: Axes to draw on. None makes a figure.
-
-        Returns:
-            The axes drawn on. A point on the diagonal is a prediction that came true.
-
-        Raises:
-            ValueError: If matplotlib is missing.
-        """
-        series = {"operator": self.predicted.tolist()}
-        if not bool(self.jacobian.isnan().all()):
-            series["jacobian"] = self.jacobian.tolist()
-        title = f"edit at {self.site}, predicted off by {self.error:.0%}"
-        return agreement(ax, series, self.real.tolist(), unit="logits", title=title)
-
-    def _page(self) -> Page:
-        names = ["before", "predicted", "real", "jacobian", "kl", "size", "kl_held_out"]
-        names = [name for name in names if not bool(getattr(self, name).isnan().all())]
-        values = torch.stack([getattr(self, name) for name in names], 1).cpu().numpy()
-        labels = [[str(number), *pair] for number, pair in enumerate(self.tops)]
-        table = table_view(["prompt", "top before", "top after"], names, labels, values)
-        return Page(repr(self).splitlines()[0], [table], ["Changes and targets are in logits."])
-
-    def __repr__(self) -> str:
-        rows = [f"Edit at {self.site}, in the real model (predicted off by {self.error:.0%})"]
-        numbers = zip(self.before, self.predicted, self.real, self.kl, self.tops, strict=True)
-        for before, predicted, real, kl, (top, after) in list(numbers)[:10]:
-            rows.append(
-                f"  {float(before):+.3f} → predicted {float(before + predicted):+.3f}, real "
-                f"{float(before + real):+.3f}; {top!r} → {after!r}; KL elsewhere {float(kl):.2g}"
-            )
-        more = len(self.tops) - 10
-        return "\n".join(rows + ([f"  … {more} more"] if more > 0 else []))

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..evaluation import rank_correlation
 from ..hosts import adapt
 from ..operator import FrozenTransformer
-from ..pictures import agreement
+from ..pictures import Page, Paged, agreement, points_view, table_view
 from ..recording import freeze
 from .asking import Asked
 from .real_runs import groups, jacobian_covectors
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
+class Predictions(Paged):
     """Predicted and real changes of a target under the same edits.
 
     Attributes:
@@ -62,6 +63,18 @@ class Predictions:
             ValueError: If matplotlib is missing.
         """
         return agreement(ax, self.predicted, self.real, unit="logits")
+
+    def _page(self) -> Page:
+        real = np.array(self.real)
+        lines = [(method, np.array(x), real) for method, x in self.predicted.items()]
+        labels = [f"edit {i}" for i in range(len(real))]
+        names = ("predicted change, logits", "real change, logits")
+        points = points_view(lines, labels, names)
+        numbers = np.stack([*(np.array(x) for x in self.predicted.values()), real], 1)
+        columns = [*self.predicted, "real"]
+        table = table_view(["edit"], columns, [[str(i)] for i in range(len(real))], numbers)
+        notes = [line.strip() for line in repr(self).splitlines()]
+        return Page("Predicted against real", [points, table], notes, height=860)
 
     def __repr__(self) -> str:
         rows = [f"{len(self.real)} edits, predicted and real: error, Pearson"]

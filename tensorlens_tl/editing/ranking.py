@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import Target, TargetGradient
-from ..checks import need
+from ..checks import as_array, need
 from ..operator import Capture, FrozenTransformer
-from ..pictures import bars, cell_map
+from ..pictures import Page, Paged, bars, cell_map, grid_view, table_view
 from ..sublayers import Experts
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ KINDS = ("site", "head", "neuron", "expert")
 
 
 @dataclass(frozen=True, eq=False)
-class EditRanking:
+class EditRanking(Paged):
     """Predicted changes of a target by many edits, none of which was run.
 
     Attributes:
@@ -65,9 +65,7 @@ class EditRanking:
             ValueError: If matplotlib is missing.
         """
         if self.by == "site":
-            parts = [label.rpartition("@") for label in self.labels]
-            sites, _, places = (list(dict.fromkeys(part)) for part in zip(*parts, strict=True))
-            grid = self.values.mean(0).reshape(len(sites), len(places)).tolist()
+            sites, places, grid = self._grid()
             names = ("", "position")
             return cell_map(
                 ax, grid, sites, places, unit="logits", title=self.what, axis_names=names
@@ -76,6 +74,23 @@ class EditRanking:
         more = len(self.labels) - len(names)
         left = f"{more} more" if more else ""
         return bars(ax, names, values, unit="logits", title=self.what, left_out=left)
+
+    def _grid(self) -> tuple[list[str], list[str], list[list[float]]]:
+        """Sites, positions, and the mean change of every site's edit at every position."""
+        parts = [label.rpartition("@") for label in self.labels]
+        sites, _, places = (list(dict.fromkeys(part)) for part in zip(*parts, strict=True))
+        return sites, places, self.values.mean(0).reshape(len(sites), len(places)).tolist()
+
+    def _page(self) -> Page:
+        mean, views = as_array(self.values.double().mean(0)), []
+        if self.by == "site":
+            views.append(grid_view(*self._grid(), ("site", "position"), "logits", self.what))
+        labels = [[label] for label in self.labels]
+        views.append(table_view(["edit"], ["change"], labels, mean[:, None], sort=0))
+        notes = [
+            "Predicted changes in logits, in the mean over the prompts. None was run: ask .check."
+        ]
+        return Page(f"Edits by {self.by}: {self.what}", views, notes, height=760)
 
     def to_dataframe(self) -> Any:
         """Make a pandas table of all edits.

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from ..evaluation import Comparison, Estimate, compare, estimate
 from ..hosts import Adapter, adapt
 from ..maps import take_row
 from ..operator import Capture, FrozenTransformer
-from ..pictures import estimates
+from ..pictures import Page, Paged, estimates, table_view
 from ..recording import freeze
 from .asking import Asked, smallest_edit
 from .edit import Edit
@@ -57,7 +58,7 @@ Case = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True, eq=False)
-class EditEvaluation:
+class EditEvaluation(Paged):
     """What edits by several methods did in the real model, prompt by prompt.
 
     Attributes:
@@ -144,6 +145,23 @@ class EditEvaluation:
             for i, value in enumerate(values)
         ]
         return need("pandas", "pandas", "to_dataframe").DataFrame(rows)
+
+    def _page(self) -> Page:
+        labels, rows = [], []
+        for method, measure in self.values:
+            one = self.mean(method, measure)
+            labels.append([measure, method])
+            rows.append([one.value, one.low, one.high])
+        order = sorted(range(len(labels)), key=lambda i: MEASURES.index(labels[i][0]))
+        notes = [
+            "Means over prompts and sites, with 95 % bootstrap intervals. Of delivered, 1 is what "
+            "was asked."
+        ]
+        columns = ["mean", "low", "high"]
+        table = table_view(
+            ["measure", "method"], columns, [labels[i] for i in order], np.array(rows)[order]
+        )
+        return Page(repr(self).splitlines()[0], [table], notes)
 
     def _of(self, method: str, measure: str) -> list[float]:
         if (method, measure) not in self.values:

@@ -26,7 +26,7 @@ from ..attribution import TargetLike, resolve_token
 from ..checks import as_array, at_least_one, need, pick_prompts, place_label, token_text
 from ..maps import DENSE_LIMIT, Chain, Gate, Linear, Norm, take_row
 from ..operator import Capture, Convention, FrozenTransformer
-from ..pictures import Page, Paged, cell_map, table_view
+from ..pictures import Page, Paged, View, cell_map, table_view, words_view
 from ..sublayers import soft_cap_ratio
 
 if TYPE_CHECKING:
@@ -236,13 +236,23 @@ class LogitLens(Paged):
         return "\n".join(lines)
 
     def _page(self) -> Page:
-        views = []
+        views: list[View] = []
         for prompt in range(len(self)):
             rows = list(self[prompt].rows(3))
             labels = [[row.site, row.pos, str(row.rank), row.token] for row in rows]
             numbers = np.array([[row.probability, row.logit] for row in rows])
             names, columns = ["site", "position", "rank", "says"], ["probability", "logit"]
-            views.append(table_view(names, columns, labels, numbers))
+            across, cells = self[prompt]._table()
+            words = [[token for token, _ in row] for _, row in cells]
+            shares = np.array([[p for _, p in row] for _, row in cells])
+            heading = "The likeliest tokens, by rank" if len(self.labels[prompt]) == 1 else "Reads"
+            parts = (
+                words_view(self.sites, across, words, shares, heading),
+                table_view(names, columns, labels, numbers),
+            )
+            views += [
+                replace(part, tab=f"{prompt + 1}: {self.labels[prompt][-1]}") for part in parts
+            ]
         return Page(self._head(), views, [], tabs=len(self) > 1)
 
     def _strip(self) -> str:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+
 from ..attribution import UNIT
 from ..checks import is_int, need
 from ..graph import Node
 from ..operator import Convention
-from ..pictures import Page, Paged, flow_view, path_rows, unit_of
+from ..pictures import Page, Paged, flow_view, path_rows, table_view, unit_of
 
 if TYPE_CHECKING:
     import pandas
@@ -141,8 +143,10 @@ class Paths(Paged, Sequence[Path]):
             ((p.label, p.start), list(zip(p.stops, p.nodes, strict=True)), p.contribution)
             for p in self
         ]
-        head, *listed = repr(self).splitlines()
-        return Page(head, [flow_view(rows, unit_of(self.target))], listed)
+        unit = unit_of(self.target)
+        numbers = np.array([[p.contribution] for p in self], dtype=np.float64).reshape(-1, 1)
+        table = table_view(["path"], [unit], [[p.name] for p in self], numbers)
+        return Page(repr(self).splitlines()[0], [flow_view(rows, unit), table], height=860)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """The paths as a pandas table.

@@ -16,7 +16,7 @@ from .node_graph import edge_view, flow_view, graph_view
 from .page import Page, Paged, View
 from .split_pages import grid_view, split_page
 from .splits import Split, graph_figure, head_cells, patch_figure, split_figure, unit_of
-from .tables import curves_view, table_view, waterfall_view
+from .tables import curves_view, points_view, table_view, waterfall_view, words_view
 
 __all__ = [
     "Page",
@@ -41,10 +41,12 @@ __all__ = [
     "panel",
     "patch_figure",
     "path_rows",
+    "points_view",
     "split_figure",
     "split_page",
     "table_view",
     "token_figure",
     "unit_of",
     "waterfall_view",
+    "words_view",
 ]

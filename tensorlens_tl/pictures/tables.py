@@ -1,4 +1,4 @@
-"""Rows of numbers as a view, and one number through depth."""
+"""Rows of numbers, curves and points as views, and one number through depth."""
 
 from __future__ import annotations
 
@@ -60,8 +60,64 @@ def curves_view(
         The view of these curves.
     """
     parts = [{"name": n, "y": y, "low": low, "high": high} for n, y, low, high in lines]
-    data = {"x": np.array(x, dtype=np.float64), "lines": parts, "guides": list(guides)}
+    at = np.array(x, dtype=np.float64)
+    log = bool(len(at) and at.min() > 0 and at.max() > 50 * at.min())
+    data = {"x": at, "lines": parts, "guides": list(guides), "log": log}
     return View("curves", data | {"x_name": names[0], "y_name": names[1]}, heading)
+
+
+def points_view(
+    lines: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    labels: Sequence[str],
+    names: tuple[str, str],
+    stops: Sequence[str] = ("",),
+    slider: str = "",
+    start: int = 0,
+    heading: str = "",
+) -> View:
+    """A view of points beside the diagonal, which a slider moves.
+
+    Args:
+        lines: For every kind of point its name, and where its points are: x and y [stop, point].
+        labels: The text of every point at every stop, stop by stop.
+        names: What x and y are.
+        stops: Names of the slider's stops.
+        slider: What the slider is called.
+        start: The stop that is shown at first.
+        heading: A line above the view.
+
+    Returns:
+        The view of these points.
+    """
+    parts = [{"name": n, "x": x.ravel(), "y": y.ravel()} for n, x, y in lines]
+    data = {"lines": parts, "labels": list(labels), "stops": list(stops), "slider": slider}
+    return View("curves", data | {"start": start, "x_name": names[0], "y_name": names[1]}, heading)
+
+
+def words_view(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    words: Sequence[Sequence[str]],
+    shares: np.ndarray,
+    name: str,
+    heading: str = "",
+) -> View:
+    """A view of a word in every cell of a grid, shaded by its share.
+
+    Args:
+        rows: Names of the rows.
+        columns: Names of the columns.
+        words: The word of every cell [row][column].
+        shares: The share of every cell, from 0 to 1 [row, column].
+        name: What the grid shows.
+        heading: A line above the view.
+
+    Returns:
+        The view of this grid.
+    """
+    flat = [word for row in words for word in row]
+    data = {"rows": rows, "columns": columns, "words": flat, "shares": shares.ravel()}
+    return View("words", data | {"name": name}, heading)
 
 
 def waterfall_view(

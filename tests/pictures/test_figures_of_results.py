@@ -16,9 +16,10 @@ from test_figures import PROMPT, TWIN, bar_lengths, cells, colour_bar, labels, l
 import tensorlens_tl
 from tensorlens_tl import Convention, Edge, MeanAttribution, Node, Routing, demo
 from tensorlens_tl.circuits import Faithfulness, FaithfulnessCurve
-from tensorlens_tl.editing.edit import EditCheck
+from tensorlens_tl.editing import EditCheck
+from tensorlens_tl.editing.patching_study import Predictions
 from tensorlens_tl.editing.ranking import EditRanking
-from tensorlens_tl.editing.study import EditEvaluation, Predictions
+from tensorlens_tl.editing.study import EditEvaluation
 from tensorlens_tl.evaluation.report import Evaluation, Row
 from tensorlens_tl.methods import TokenScores
 from tensorlens_tl.pictures import cell_map, split_figure, token_figure
@@ -253,7 +254,7 @@ def test_edits():
     predicted, real = torch.tensor([-2.0, 1.0, 4.0]), torch.tensor([-1.0, 1.0, 5.0])
     given = {"before": before, "predicted": predicted, "real": real, "kl": before, "size": before}
     tops = (("a", "b"),) * 3
-    check = EditCheck(site="s", jacobian=before / 0, tops=tops, **given)
+    check = EditCheck(site="s", jacobian=before / 0, kl_held_out=before / 0, tops=tops, **given)
     ax = check.plot()
     points = ax.get_lines()[-1]
     assert list(points.get_xdata()) == predicted.tolist()

@@ -37,7 +37,7 @@ def links_of(page, more=""):
 def visible(page):
     return page.evaluate(
         "() => tensorlens.views[0].links().filter((x) => x.line"
-        " && x.line.getAttribute('visibility') === 'visible').length"
+        " && getComputedStyle(x.line).visibility === 'visible').length"
     )
 
 
@@ -153,7 +153,8 @@ def test_the_saved_drawing_and_dot_stand_alone(opened):
     root = ElementTree.fromstring(text)
     assert "var(" not in text and 'visibility="hidden"' not in text
     lines = [x for x in root.iter("{http://www.w3.org/2000/svg}path") if x.get("fill") == "none"]
-    assert sum(x.get("stroke-opacity") is not None for x in lines) == 80
+    assert sum(x.get("class") != "glyph" for x in lines) == 80
+    assert [x.text for x in root.iter("{http://www.w3.org/2000/svg}text")][-1] == "input"
     assert saved(page, "Save DOT").count("->") == 80
 
 

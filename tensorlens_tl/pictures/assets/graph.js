@@ -4,7 +4,7 @@ views.graph = (box, data, watch) => {
   const state = { stop: -1, only: null, at: -1, picked: new Set(), groups: [], qk: true, constants: true, zoom: 0 };
   const svgBox = make("div", { class: "scroll" }), side = make("div", { class: "lists" }), controls = make("div", { class: "controls" });
   const target = labels.length - 1;
-  let units, links, total, drawn, picture, marker, rowNames, sliderBox = make("span");
+  let units, links, total, drawn, picture, marker, rowNames, bands, sliderBox = make("span");
 
   // --- What is drawn: nodes, or groups of them; edges between the same two are summed
   function model() {
@@ -25,6 +25,7 @@ views.graph = (box, data, watch) => {
       unit.into = [];
       unit.out = [];
       unit.used = unit.members.includes(target);
+      unit.first = Infinity; // the number of its largest edge
     }
     const found = new Map();
     for (let e = 0; e < data.weight.length; e++) {
@@ -44,7 +45,9 @@ views.graph = (box, data, watch) => {
     const inUse = new Set(), room = (x) => inUse.add(x.src.column).add(x.dest.column).size <= COLUMNS;
     const cut = links.findIndex((x, i) => i >= MOST || !room(x));
     drawn = links.slice(0, cut < 0 ? links.length : cut);
-    for (const link of drawn) link.src.used = link.dest.used = true;
+    drawn.forEach((link, i) => {
+      for (const unit of [link.src, link.dest]) [unit.used, unit.first] = [true, Math.min(unit.first, i)];
+    });
     const stops = [5, 10, 20, 40, 80, 160, 320, MOST].filter((k) => k < drawn.length);
     stops.push(drawn.length);
     if (state.stop < 0) state.stop = Math.min(stops.length - 1, 4);
@@ -93,7 +96,7 @@ views.graph = (box, data, watch) => {
     if (unit.kind === "group") return svg("rect", { ...about, x: x - 1.5 * r, y: y - r, width: 3 * r, height: 2 * r, rx: r });
     if (unit.kind === "mlp" || unit.kind === "expert")
       return svg("path", { ...about, d: `M${x} ${y - 1.3 * r}L${x + 1.3 * r} ${y}L${x} ${y + 1.3 * r}L${x - 1.3 * r} ${y}Z` });
-    if (unit.kind === "constant") return svg("path", { ...about, d: `M${x - r} ${y}H${x + r}M${x} ${y - r}V${y + r}`, "stroke-width": 2.5 });
+    if (unit.kind === "constant") return svg("path", { ...about, d: `M${x - r} ${y}H${x + r}M${x} ${y - r}V${y + r}` });
     return svg("circle", { ...about, cx: x, cy: y, r });
   }
   function draw() {
@@ -107,7 +110,9 @@ views.graph = (box, data, watch) => {
       name.append(svg("title", {}, data.tokens ? quoted(columns[c], c) : columns[c]));
       picture.append(name);
     }
-    for (const link of [...drawn].reverse()) {
+    // A group for each stop of the slider, which so changes few elements; the largest edges are on top.
+    bands = state.stops.map(() => svg("g", {}));
+    for (const [i, link] of [...drawn.entries()].reverse()) {
       const [a, b] = [link.src, link.dest], mid = (a.y + b.y) / 2;
       const dash = link.qk ? (link.weight < 0 ? "2 3" : "7 4") : null;
       // Edges that would hide each other bend: past nodes between, and apart by what reads.
@@ -116,10 +121,10 @@ views.graph = (box, data, watch) => {
       link.line = svg("path", { d: a.y === b.y ? `M${a.x} ${a.y}Q${(a.x + b.x) / 2} ${a.y - tall / 2} ${b.x} ${b.y}` : `M${a.x} ${a.y}C${a.x + bend} ${mid} ${b.x + bend} ${mid} ${b.x} ${b.y}`,
         fill: "none", stroke: link.qk ? "var(--third)" : link.weight < 0 ? "var(--neg)" : "var(--pos)",
         "stroke-dasharray": dash, "stroke-width": Math.max(0.6, 6 * Math.sqrt(Math.abs(link.weight) / largest)).toFixed(2), "stroke-opacity": 0.65 });
-      link.line.addEventListener("pointermove", (event) => tip(event, words(link)));
-      link.line.addEventListener("pointerleave", (event) => tip(event, ""));
-      picture.append(link.line);
+      fill(link.line, tips(() => words(link)), []);
+      bands[state.stops.findIndex((k) => i < k)].append(link.line);
     }
+    picture.append(...bands.toReversed());
     marker = svg("circle", { r: 19, fill: "none", stroke: "var(--mark)", "stroke-width": 2, "stroke-dasharray": "3 2", visibility: "hidden" });
     picture.append(marker);
     for (const unit of used) {
@@ -129,48 +134,52 @@ views.graph = (box, data, watch) => {
       // The row names the layer, and the column the token.
       const short = unit.kind === "group" ? unit.label : data.tokens && unit.label.startsWith('"') ? "" : unit.label.replace(/^L\d+\.?|@\d+$|_embed/g, "");
       unit.name = svg("text", { x: unit.x, y: unit.y + r + 11, "text-anchor": "middle", fill: "var(--text)", stroke: "var(--ground)", "stroke-width": 3, "paint-order": "stroke" }, shown(short.replace("_embed", ""), unit.kind === "target" ? 24 : 9));
-      unit.drawn = svg("g", { class: "unit" }, unit.glyph, unit.name);
-      unit.drawn.addEventListener("pointermove", (event) => tip(event, about(unit)));
-      unit.drawn.addEventListener("pointerleave", (event) => tip(event, ""));
-      unit.drawn.addEventListener("click", (event) => {
+      const click = (event) => {
         if (moved) return;
         if (event.shiftKey || event.ctrlKey || event.metaKey) pick(unit);
         else choose(state.only === unit ? null : unit);
-      });
+      };
+      unit.drawn = svg("g", { class: "unit", ...tips(() => about(unit)), onclick: click }, unit.glyph, unit.name);
       picture.append(unit.drawn);
     }
+    arrows(picture, walk);
     picture.addEventListener("keydown", keys);
     picture.addEventListener("blur", () => marker.setAttribute("visibility", "hidden"));
-    rowNames = svg("g", { stroke: "var(--ground)", "stroke-width": 4, "paint-order": "stroke" }, levels.map((r, i) =>
-      svg("text", { x: 60, y: 28 + i * tall, "text-anchor": "end", fill: "var(--quiet)" }, rows[r])));
-    picture.append(rowNames);
-    svgBox.replaceChildren(picture);
+    // The names of the rows stay in sight, in a drawing of their own: scrolling repaints nothing.
+    rowNames = svg("svg", { class: "rows", viewBox: `0 0 68 ${height}`, "aria-hidden": "true" },
+      svg("rect", { width: 68, height, fill: "var(--ground)", opacity: 0.85 }),
+      levels.map((r, i) => svg("text", { x: 60, y: 28 + i * tall, "text-anchor": "end", fill: "var(--quiet)", "font-size": 11 }, rows[r])));
+    svgBox.replaceChildren(rowNames, picture);
     state.used = used;
     state.at = -1;
     resize();
     mark();
-    svgBox.scrollTo(svgBox.scrollWidth, 0); // the target
+    const goal = used.find((unit) => unit.members.includes(target));
+    svgBox.scrollTo(goal.x * state.scale - svgBox.clientWidth / 2, 0);
   }
   function resize() {
-    const width = +picture.getAttribute("width"), room = svgBox.clientWidth - 4;
-    const scale = [Math.min(1, room / width), 1, 1.6][state.zoom === 0 && room / width < 0.55 ? 1 : state.zoom];
+    const width = +picture.getAttribute("width"), tall = +picture.getAttribute("height"), room = svgBox.clientWidth - 4;
+    const scale = (state.scale = [Math.min(1, room / width), 1, 1.6][state.zoom === 0 && room / width < 0.55 ? 1 : state.zoom]);
     picture.style.width = `${width * scale}px`;
-    picture.style.height = `${+picture.getAttribute("height") * scale}px`;
+    rowNames.style.width = `${68 * scale}px`;
+    picture.style.height = rowNames.style.height = `${tall * scale}px`;
+    rowNames.style.marginBottom = `${-tall * scale}px`;
   }
-  // Only attributes change here, so that the slider is quick.
+  // Only what crosses the threshold changes here, so that the slider is quick.
+  function set(element, name, value) {
+    if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
+  }
   function mark() {
-    const k = state.stops[state.stop], near = new Set();
-    drawn.forEach((link, i) => {
-      const own = !state.only || link.src === state.only || link.dest === state.only;
-      const on = state.only ? own : i < k;
-      link.line.setAttribute("visibility", on ? "visible" : "hidden");
-      if (on) near.add(link.src).add(link.dest);
-    });
+    const k = state.stops[state.stop], { only } = state;
+    bands.forEach((band, i) => set(band, "visibility", only || i <= state.stop ? "visible" : "hidden"));
+    for (const link of drawn) set(link.line, "visibility", !only || link.src === only || link.dest === only ? "inherit" : "hidden");
+    const near = only && new Set([only, ...only.into.map((link) => link.src), ...only.out.map((link) => link.dest)]);
     for (const unit of state.used) {
-      const on = near.has(unit) || unit === state.only;
-      unit.drawn.setAttribute("opacity", on ? 1 : 0.25);
-      unit.name.setAttribute("visibility", on ? "visible" : "hidden");
-      unit.glyph.setAttribute("stroke-width", state.picked.has(unit) || unit === state.only ? 3 : 1);
+      const on = only ? near.has(unit) : unit.first < k;
+      set(unit.glyph, "stroke-opacity", on ? 1 : 0.25);
+      set(unit.glyph, "fill-opacity", on ? 0.4 : 0.1);
+      set(unit.name, "visibility", on ? "visible" : "hidden");
+      set(unit.glyph, "stroke-width", state.picked.has(unit) || unit === only ? 3 : unit.kind === "constant" ? 2.5 : 1);
     }
   }
 
@@ -204,29 +213,28 @@ views.graph = (box, data, watch) => {
     say(`${unit.label} ${state.picked.has(unit) ? "picked" : "left"}; ${state.picked.size} picked`);
     grouping.disabled = state.picked.size < 2;
   }
+  const reached = () => state.used[state.at] || state.used[state.used.length - 1];
+  function walk(right, down) {
+    const here = reached();
+    let best = Infinity, next = here;
+    for (const unit of state.used) {
+      const [dx, dy] = [unit.x - here.x, unit.y - here.y], along = dx * right + dy * down, across = Math.abs(dx * down) + Math.abs(dy * right);
+      if (along > 0.5 && along + 2 * across < best) [best, next] = [along + 2 * across, unit];
+    }
+    if (state.at < 0) next = here;
+    state.at = state.used.indexOf(next);
+    fill(marker, { cx: next.x, cy: next.y, visibility: "visible" }, []);
+    next.drawn.scrollIntoView({ block: "nearest", inline: "nearest" });
+    say(about(next));
+  }
   function keys(event) {
-    const used = state.used, here = used[state.at] || used[used.length - 1];
-    const by = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] }[event.key];
-    if (by) {
-      let best = Infinity, next = here;
-      for (const unit of used) {
-        const [dx, dy] = [unit.x - here.x, unit.y - here.y], along = dx * by[0] + dy * by[1], across = Math.abs(dx * by[1]) + Math.abs(dy * by[0]);
-        if (along > 0.5 && along + 2 * across < best) [best, next] = [along + 2 * across, unit];
-      }
-      if (state.at < 0) next = here;
-      state.at = used.indexOf(next);
-      fill(marker, { cx: next.x, cy: next.y, visibility: "visible" }, []);
-      next.drawn.scrollIntoView({ block: "nearest", inline: "nearest" });
-      say(about(next));
-    } else if (event.key === "Enter") choose(state.only === here ? null : here);
+    const here = reached();
+    if (event.key === "Enter") choose(state.only === here ? null : here);
     else if (event.key === " ") pick(here);
     else if (event.key === "Escape") choose(null);
     else return;
     event.preventDefault();
   }
-  // The names of the rows stay in sight.
-  svgBox.addEventListener("scroll", () =>
-    rowNames.setAttribute("transform", `translate(${(svgBox.scrollLeft * picture.getAttribute("width")) / picture.clientWidth || 0} 0)`));
   let moved = false;
   svgBox.addEventListener("pointerdown", () => (moved = false));
   svgBox.addEventListener("pointermove", (event) => {
@@ -238,6 +246,7 @@ views.graph = (box, data, watch) => {
   // --- Files
   function svgText() {
     const copy = picture.cloneNode(true);
+    copy.append(...rowNames.cloneNode(true).querySelectorAll("text"));
     for (const hidden of copy.querySelectorAll("[visibility=hidden]")) hidden.remove();
     const text = new XMLSerializer().serializeToString(copy).replace(/ style="[^"]*"/, "");
     return text.replace(/var\((--\w+)\)/g, (_, name) => css(name));
@@ -281,12 +290,10 @@ views.graph = (box, data, watch) => {
     data.reads.some((x) => x > 1) ? tick("Queries and keys (dashed)", true, (on) => { state.qk = on; regroup(); }) : "",
     has((kind) => kind === "constant") ? tick("Constants", true, (on) => { state.constants = on; regroup(); }) : "",
     choice("Size", ["fit", "100 %", "160 %"], 0, (k) => { state.zoom = k; resize(); }),
-    labelled("Name", named), grouping, ungrouping, file("graph.svg", svgText, "image/svg+xml"), file("graph.dot", dotText, "text/plain"),
+    labelled("Group name", named), grouping, ungrouping, file("graph.svg", svgText, "image/svg+xml"), file("graph.dot", dotText, "text/plain"),
     data.json ? file("graph.json", jsonText, "application/json") : "");
-  const key = (sign, text, dash) => make("span", { class: "step" }, svg("svg", { width: 26, height: 10, "aria-hidden": "true" },
-    svg("line", { x1: 0, x2: 26, y1: 5, y2: 5, stroke: sign, "stroke-width": 3, "stroke-dasharray": dash })), text);
-  box.append(controls, make("div", { class: "legend" }, key("var(--pos)", "adds"), key("var(--neg)", "takes away"),
-    data.reads.some((x) => x > 1) ? [key("var(--third)", "q or k, adds", "7 4"), key("var(--third)", "q or k, takes away", "2 3")] : null,
+  box.append(controls, make("div", { class: "legend" }, dashKey("adds", "--pos"), dashKey("takes away", "--neg"),
+    data.reads.some((x) => x > 1) ? [dashKey("q or k, adds", "--third", "7 4"), dashKey("q or k, takes away", "--third", "2 3")] : null,
     make("span", { class: "quiet" }, `${data.legend} At most ${MOST} edges and ${COLUMNS} columns are drawn; the lists hold all. Click a node for its edges; with Shift, pick it for a group.`)), svgBox, side);
   model();
   draw();

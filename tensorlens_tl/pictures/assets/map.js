@@ -62,7 +62,7 @@ views.map = (box, data, watch) => {
     }
     return cache.get(key);
   }
-  const side = Math.max(n, m), windowed = side > 40;
+  const side = Math.max(n, m), windowed = side > (data.named ? 128 : 40);
   const state = { stop: 0, size: Math.min(side, windowed ? 32 : side), row: 0, column: 0, i: n - 1, j: 0, p: 0, rowwise: windowed && !data.named };
   const rowsShown = () => Math.min(n, state.size), columnsShown = () => Math.min(m, state.size);
   function move(row, column) {
@@ -112,9 +112,10 @@ views.map = (box, data, watch) => {
     whole = make("canvas", { width: w, height: h });
     whole.getContext("2d").putImageData(image, 0, 0);
   }
+  const wide = () => Math.min(panels.length > 1 && box.clientWidth > 900 ? 230 : 320, box.clientWidth - 4);
   function drawOverview() {
     if (!windowed) return;
-    const width = Math.min(320, box.clientWidth - 4), scale = width / side, ratio = devicePixelRatio || 1;
+    const width = wide(), scale = width / side, ratio = devicePixelRatio || 1;
     overview.width = m * scale * ratio;
     overview.height = n * scale * ratio;
     overview.style.width = `${m * scale}px`;
@@ -135,27 +136,18 @@ views.map = (box, data, watch) => {
   }
   overview.addEventListener("pointerdown", (event) => { overview.setPointerCapture(event.pointerId); drag(event); });
   overview.addEventListener("pointermove", drag);
-  overview.addEventListener("keydown", (event) => {
-    const step = arrow(event, 8);
-    if (!step) return;
-    move(state.row + step[0], state.column + step[1]);
+  arrows(overview, (right, down) => {
+    move(state.row + 8 * down, state.column + 8 * right);
     drawWindow();
     say(`rows ${state.row} to ${state.row + rowsShown() - 1}, columns ${state.column} to ${state.column + columnsShown() - 1}`);
   });
-  const arrow = (event, step = 1) => {
-    const by = { ArrowUp: [-step, 0], ArrowDown: [step, 0], ArrowLeft: [0, -step], ArrowRight: [0, step] }[event.key];
-    if (by) event.preventDefault();
-    return by;
-  };
 
   // --- The window, one canvas a panel
   const figures = panels.map((panel, p) => {
-    const canvas = make("canvas", { tabindex: 0, role: "application",
+    const canvas = make("canvas", { tabindex: 0, role: "application", ...tips((event) => words(p, where(figure, event))),
       "aria-label": `${panel.name}: ${n} ${data.axes[0]}s by ${m} ${data.axes[1]}s. Arrow keys move the selected cell.` });
     const caption = make("figcaption", {}), scale = make("div", {});
     const figure = { canvas, caption, scale, at: null, box: make("figure", {}, caption, canvas, scale) };
-    canvas.addEventListener("pointermove", (event) => tip(event, words(p, where(figure, event))));
-    canvas.addEventListener("pointerleave", (event) => tip(event, ""));
     canvas.addEventListener("click", (event) => {
       const at = where(figure, event);
       if (!at) return;
@@ -163,11 +155,9 @@ views.map = (box, data, watch) => {
       drawWindow();
       pick();
     });
-    canvas.addEventListener("keydown", (event) => {
-      const step = arrow(event, event.shiftKey ? 8 : 1);
-      if (!step) return;
-      state.i = Math.max(0, Math.min(n - 1, state.i + step[0]));
-      state.j = Math.max(0, Math.min(m - 1, state.j + step[1]));
+    arrows(canvas, (right, down, { shiftKey }) => {
+      state.i = Math.max(0, Math.min(n - 1, state.i + (shiftKey ? 8 : 1) * down));
+      state.j = Math.max(0, Math.min(m - 1, state.j + (shiftKey ? 8 : 1) * right));
       move(Math.min(Math.max(state.row, state.i - rowsShown() + 1), state.i), Math.min(Math.max(state.column, state.j - columnsShown() + 1), state.j));
       drawWindow();
       pick();
@@ -196,19 +186,25 @@ views.map = (box, data, watch) => {
     const [sum, target] = [stop.sums[i] + stop.constants[i], panel.target[i]];
     return `${head}, constants ${number(stop.constants[i])}, together ${number(sum, 6)}; ${panel.target_name} ${number(target, 6)}, off by ${number(Math.abs(sum - target), 1, false)}`;
   }
-  const marks = (token, most) => shown(token, most);
+  // Room for the longest name of a row.
+  function names(most) {
+    const pen = make("canvas", {}).getContext("2d");
+    pen.font = "11px system-ui, sans-serif";
+    return Math.min(most, 16 + data.rows.reduce((a, name) => Math.max(a, pen.measureText(name).width), 50));
+  }
   function drawFigure(p) {
     const panel = panels[p], figure = figures[p], a = map(p), stop = panel.stops[current(p)];
     const ratio = devicePixelRatio || 1, narrow = box.clientWidth < 560;
-    const left = narrow ? 68 : 100, top = 84, right = narrow ? 46 : 84, bottom = 46, [h, w] = [rowsShown(), columnsShown()];
-    const beside = panels.length > 1 && box.clientWidth > 900 ? (box.clientWidth - 24) / 2 : box.clientWidth;
-    const room = Math.min(beside, windowed && box.clientWidth > 900 && panels.length === 1 ? box.clientWidth - 350 : beside);
-    const cell = Math.max(1, Math.min(26, (room - left - right) / w));
+    const tight = narrow || (windowed && panels.length > 1), left = data.named ? names(narrow ? 120 : 180) : tight ? 68 : 100, top = 84, right = tight ? 46 : 84, bottom = 46, [h, w] = [rowsShown(), columnsShown()];
+    // Side by side where there is room: the whole map, and up to two panels.
+    const broad = box.clientWidth > 900, many = broad ? Math.min(2, panels.length) : 1;
+    const room = (box.clientWidth - (windowed && broad ? wide() + 26 : 0) - 26 * (many - 1)) / many;
+    const cell = Math.max(1, Math.min(26, (room - left - right) / w, Math.max(14, 900 / h)));
     figure.at = { left, top, cell };
     const [width, height] = [left + w * cell + right, top + h * cell + bottom], { canvas } = figure;
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
-    canvas.style.width = `${width}px`;
+    canvas.style.width = figure.box.style.width = `${width}px`;
     const pen = canvas.getContext("2d"), colours = palette(), [text, quiet] = [css("--text"), css("--quiet")];
     pen.scale(ratio, ratio);
     pen.fillStyle = css("--ground");
@@ -233,23 +229,23 @@ views.map = (box, data, watch) => {
     pen.font = "11px system-ui, sans-serif";
     pen.textBaseline = "middle";
     pen.direction = "ltr";
-    const every = Math.ceil(12 / cell), most = narrow ? 9 : 14;
+    const every = Math.ceil(12 / cell), most = data.named ? 28 : tight ? 9 : 14;
     for (let i = 0; i < h; i++) {
       const chosen = state.row + i === state.i;
-      if (i % every && !chosen) continue;
+      if (!chosen && (i % every || Math.abs(state.row + i - state.i) < every)) continue;
       pen.fillStyle = chosen ? text : quiet;
       pen.textAlign = "right";
-      pen.fillText(marks(data.rows[state.row + i], most), left - 6, top + (i + 0.5) * cell, left - 8);
+      pen.fillText(shown(data.rows[state.row + i], most), left - 6, top + (i + 0.5) * cell, left - 8);
     }
     for (let j = 0; j < w; j++) {
       const chosen = state.column + j === state.j;
-      if (j % every && !chosen) continue;
+      if (!chosen && (j % every || Math.abs(state.column + j - state.j) < every)) continue;
       pen.save();
       pen.translate(left + (j + 0.5) * cell, top - 6);
       pen.rotate(-Math.PI / 3);
       pen.fillStyle = chosen ? text : quiet;
       pen.textAlign = "left";
-      pen.fillText(marks(data.columns[state.column + j], 11), 0, 0, 74);
+      pen.fillText(shown(data.columns[state.column + j], 11), 0, 0, 74);
       pen.restore();
     }
     // 3. Margins: row sums beside their targets, column sums below.
@@ -277,7 +273,7 @@ views.map = (box, data, watch) => {
     pen.fillText("row sum", mid, top - 8, right - 4);
     pen.textAlign = "right";
     pen.fillText("column sum", left - 6, line, left - 8);
-    pen.fillText(`${data.axes[1]} →`, left + w * cell, 8, w * cell);
+    pen.fillText(`${data.axes[1]} →`, Math.max(left + w * cell, 175), 8);
     pen.textAlign = "left";
     pen.fillText(`${data.axes[0]} ↓`, 0, 8, width / 2);
     // 4. The selected cell.

@@ -62,6 +62,19 @@ function save(name, blob) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
+// Arrow keys as steps to the right and down: act(right, down, event).
+function arrows(element, act) {
+  element.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    act(...by, event);
+  });
+}
+// What an element says below the pointer.
+const tips = (words) => ({ onpointermove: (event) => { event.stopPropagation(); tip(event, words(event)); }, onpointerleave: (event) => tip(event, "") });
+const saveSvg = (name, text) => button("Save SVG", () => save(name, new Blob([text()], { type: "image/svg+xml" })));
+
 // --- Words
 
 // A number as Python's f"{x:+.4g}" writes it.
@@ -155,7 +168,7 @@ function legend(top, unit, signed = true) {
   const steps = (signed ? [-1, -0.25, 0, 0.25, 1] : [0, 0.0625, 0.25, 1]).map((t) => {
     const cell = make("span", { class: "swatch" });
     cell.style.background = colours.css(colours.word(t * top, top));
-    return make("span", { class: "step" }, cell, number(t * top, 3));
+    return make("span", { class: "step" }, cell, number(t * top, 3, signed && t));
   });
   return make("div", { class: "legend" }, steps, make("span", { class: "quiet" }, unit));
 }
@@ -167,6 +180,17 @@ function ticks(low, high) {
   for (let k = Math.ceil(low / step); k * step <= high; k++) found.push(k * step || 0);
   return found;
 }
+// A scale down a drawing: the place of a value, and lines with numbers from `left` to `right`.
+function axis(low, high, top, bottom, left, right) {
+  const y = (v) => top + ((high - v) / (high - low)) * (bottom - top);
+  return [y, ticks(low, high).flatMap((v) => [
+    svg("line", { x1: left, x2: right, y1: y(v), y2: y(v), stroke: css(v ? "--line" : "--quiet") }),
+    svg("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, number(v, 3, false))])];
+}
+// What a mark means.
+const key = (text, mark, size = 26) => make("span", { class: "step" }, svg("svg", { width: size, height: 10, "aria-hidden": "true" }, mark), text);
+const dashKey = (text, ink, dash) => key(text, svg("line", { x1: 0, x2: 26, y1: 5, y2: 5, stroke: `var(${ink})`, "stroke-width": 2.5, "stroke-dasharray": dash }));
+const barKey = (text, ink) => key(text, svg("rect", { width: 14, height: 10, rx: 2, fill: `var(${ink})` }), 14);
 // A drawing as a file of its own, with the page's letters and ground.
 function standalone(drawing) {
   const copy = drawing.cloneNode(true);

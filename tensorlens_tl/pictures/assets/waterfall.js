@@ -10,7 +10,7 @@ views.waterfall = (box, data, watch) => {
   const list = make("div", { class: "panels" }), below = make("p", { class: "note" });
   const controls = make("div", { class: "controls" });
   if (data.lens) controls.append(tick(data.lens_name, true, (on) => { state.lens = on; draw(); }));
-  controls.append(button("Save SVG", () => save("waterfall.svg", new Blob([standalone(drawing)], { type: "image/svg+xml" }))));
+  controls.append(saveSvg("waterfall.svg", () => standalone(drawing)));
   const words = (i) => `${steps[i]}: adds ${number(sums[i])}, ${number(after[i])} so far` +
     (data.lens && Number.isFinite(data.lens[i]) ? `\n${data.lens_name}: ${number(data.lens[i])}` : "");
   function choose(i) {
@@ -31,19 +31,13 @@ views.waterfall = (box, data, watch) => {
     });
     if (data.lens && state.lens) for (const x of data.lens) if (Number.isFinite(x)) [low, high] = [Math.min(low, x), Math.max(high, x)];
     if (low === high) high = low + 1;
-    const y = (v) => top + ((high - v) / (high - low)) * (height - top - bottom), x = (i) => left + i * room;
-    drawing.replaceChildren();
-    drawing.setAttribute("viewBox", `0 0 ${whole} ${height}`);
-    drawing.setAttribute("width", whole);
-    drawing.setAttribute("height", height);
-    for (const v of ticks(low, high)) drawing.append(
-      svg("line", { x1: left, x2: whole, y1: y(v), y2: y(v), stroke: css(v ? "--line" : "--quiet") }),
-      svg("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, number(v, 3, false)));
+    const [y, grid] = axis(low, high, top, height - bottom, left, whole), x = (i) => left + i * room;
+    drawing.replaceChildren(...grid);
+    fill(drawing, { viewBox: `0 0 ${whole} ${height}`, width: whole, height }, []);
     const every = Math.ceil(13 / room);
     own.forEach((rows, i) => {
-      const start = i ? after[i - 1] : 0, group = svg("g", { onclick: () => choose(i), onpointermove: (e) => tip(e, words(i)), onpointerleave: (e) => tip(e, "") });
-      if (i === state.step) group.append(svg("rect", { x: x(i), y: top, width: room, height: height - top - bottom, fill: css("--panel") }));
-      group.append(svg("rect", { x: x(i), y: top, width: room, height: height - top - bottom, fill: "transparent" }));
+      const start = i ? after[i - 1] : 0, group = svg("g", { onclick: () => choose(i), ...tips(() => words(i)) },
+        svg("rect", { x: x(i), y: top, width: room, height: height - top - bottom, fill: i === state.step ? css("--panel") : "transparent" }));
       // Left half: what adds, stacked from the sum before. Right half: what takes away, down to the sum after.
       const half = Math.max(1, room / 2 - 1.5);
       let at = start;
@@ -53,7 +47,7 @@ views.waterfall = (box, data, watch) => {
           const edge = y(Math.max(at, at + v)), tall = Math.abs(y(at) - y(at + v));
           group.append(svg("rect", { x: x(i) + (sign > 0 ? 1 : half + 2), y: edge, width: half, height: Math.max(0.4, tall),
             fill: css(sign > 0 ? "--pos" : "--neg"), stroke: css("--ground"), "stroke-width": tall > 3 ? 0.8 : 0,
-            onpointermove: (e) => { e.stopPropagation(); tip(e, `${label}: ${number(v)}\n${words(i)}`); } }));
+            ...tips(() => `${label}: ${number(v)}\n${words(i)}`) }));
           at += v;
         }
       }
@@ -66,15 +60,9 @@ views.waterfall = (box, data, watch) => {
     drawing.append(svg("polyline", { points: line([...after]), fill: "none", stroke: css("--mark"), "stroke-width": 2, "pointer-events": "none" }));
     if (data.lens && state.lens) drawing.append(svg("polyline", { points: line([...data.lens]), fill: "none", stroke: css("--third"), "stroke-width": 2, "stroke-dasharray": "6 4", "pointer-events": "none" }));
   }
-  const key = (style, text) => make("span", { class: "step" }, make("span", { class: `line ${style}` }), text);
-  below.append(make("span", { class: "legend" }, key("solid", "sum so far"), data.lens ? key("dashed", data.lens_name) : null,
-    make("span", { class: "step" }, make("span", { class: "bar pos wide" }), "adds"), make("span", { class: "step" }, make("span", { class: "bar neg wide" }), "takes away"), data.unit));
-  drawing.addEventListener("keydown", (event) => {
-    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!by) return;
-    event.preventDefault();
-    choose(state.step + by);
-  });
+  below.append(make("span", { class: "legend" }, dashKey("sum so far", "--mark"), data.lens ? dashKey(data.lens_name, "--third", "6 4") : null,
+    barKey("adds", "--pos"), barKey("takes away", "--neg"), data.unit));
+  arrows(drawing, (right) => right && choose(state.step + right));
   box.append(controls, make("div", { class: "scroll" }, drawing), below, list);
   choose(state.step);
   watch(draw);
