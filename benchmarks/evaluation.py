@@ -298,7 +298,7 @@ def table(evaluations: list[Evaluation], compared: bool) -> dict[str, Any]:
 
 
 OURS = ("norm", "in_out", "|in_out|")
-COMPARED = tuple(f"positive tensorlens {m}" for m in ("prob", "logit", "cosine")) + ("leave_one_out",)
+COMPARED = (*(f"positive tensorlens {m}" for m in ("prob", "logit", "cosine")), "leave_one_out")
 
 
 def comparison(ours: list[float], theirs: list[float], higher: bool) -> list[float]:

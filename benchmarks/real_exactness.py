@@ -52,6 +52,8 @@ def measured(model, ids, finer):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--longest", type=int, default=2048)
+    parser.add_argument("--shortest", type=int, default=16)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--model", help="a folder of the same model, which loads faster")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -64,11 +66,13 @@ def main() -> None:
 
     model = load(torch.float32)
     story = model.to_tokens(TEXT, prepend_bos=False)[0]
-    finest = load(torch.float64)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in args.dtypes):
         name = str(dtype).split(".")[1]
         here = model if dtype == torch.float32 else load(dtype)
-        for length in (n for n in LENGTHS if n <= args.longest):
+        finest = (
+            load(torch.float64) if dtype == torch.float32 and args.shortest <= IN_FLOAT64 else None
+        )
+        for length in (n for n in LENGTHS if args.shortest <= n <= args.longest):
             first = model.to_tokens("a")[:, :1]
             ids = torch.cat([first, story.repeat(length // len(story) + 1)[None]], 1)[:, :length]
             finer = finest if dtype == torch.float32 else model

@@ -1,7 +1,9 @@
-"""``docs/real_models.md`` from ``benchmarks/results/real_models.json``, the source of every number.
+"""The pages of real models, from the files in ``benchmarks/results``, the source of every number.
 
-``python benchmarks/real_page.py`` writes the page. ``real_exactness.py`` and ``real_heads.py`` fill
-the file, entry by entry, so that a run which is stopped goes on where it was.
+``python benchmarks/real_page.py`` writes them. ``real_exactness.py``, ``real_heads.py`` and
+``real_time.py`` fill ``real_models.json``, entry by entry, so that a run which is stopped goes on
+where it was. ``real_evaluation.py``, ``real_circuits.py`` and ``real_relations.py`` have files of
+their own, made of a folder of parts.
 """
 
 from __future__ import annotations
@@ -12,13 +14,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import real_circuit_page
+import real_method_page
+import real_relation_page
+
 RESULTS = Path(__file__).parent / "results" / "real_models.json"
-PAGE = Path(__file__).parents[1] / "docs" / "real_models.md"
+PAGES = Path(__file__).parents[1] / "docs"
+PARTS = {
+    "real_methods": ("real_evaluation", real_method_page),
+    "real_circuits": ("real_circuits", real_circuit_page),
+    "real_relations": ("real_relations", real_relation_page),
+}
+"""Pages with a file of results of their own, and what makes them."""
 
 
-def load() -> dict[str, Any]:
-    """All entries so far, by name."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def load(name: str = "real_models") -> dict[str, Any]:
+    """All entries of a file so far, by name."""
+    path = RESULTS.with_stem(name)
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def kept(name: str, measure: Callable[[], Any]) -> Any:
@@ -123,6 +136,54 @@ Largest attention to the token before:
     return text
 
 
+def times(r: dict[str, Any]) -> str:
+    """What each step costs, by length of the prompt; and where the time goes."""
+    found: dict[str, dict[int, Any]] = {}
+    for name, entry in r.items():
+        if name.startswith("time "):
+            _, n, job = name.split(" ", 2)
+            found.setdefault(job, {})[int(n)] = entry
+    if not found:
+        return ""
+    lengths = sorted({n for of in found.values() for n in of})
+    rows = []
+    for job, of in found.items():
+        cells = []
+        for n in lengths:
+            e = of.get(n)
+            cells += ["–"] * 2 if e is None else [f"{e['host']:.1f}", f"{e['transformers']:.1f}"]
+        rows.append([job, *cells])
+    head = ["job", *(f"{n} tokens, {of}" for n in lengths for of in ("F", "of transformers"))]
+    rounds = {e["rounds"] for of in found.values() for e in of.values()}
+    text = f"""## What each step costs
+
+In plain forward passes of the same prompts, with all logits: of TransformerLens's Bridge (F), and
+of transformers' own model of the same weights. CPU time of one thread, median of
+{min(rounds)} rounds, each between two forward passes. Jobs on a captured run begin with the
+capture made. A job on 8 pairs is told in passes of the 8 prompts.
+`python benchmarks/real_time.py` measures them.
+
+{table(head, rows)}
+"""
+    for name, entries in r.items():
+        if name.startswith("profile "):
+            shares = ", ".join(f"`{op}` {share:.0%}" for op, share, _ in entries)
+            text += f"""
+Where the time goes in a capture with an attribution by token and one by edge, at
+{name.split()[1]} tokens: {shares}.
+"""
+    return text
+
+
+def bars() -> str:
+    """What was asked of every experiment, and what came out."""
+    rows = []
+    for name, (file, part) in PARTS.items():
+        if r := load(file):
+            rows += [[f"[{part.TITLE}]({name}.md)", *row] for row in part.bars(r)]
+    return table(["experiment", "on", "n", "its bar"], rows) if rows else ""
+
+
 def page(r: dict[str, Any]) -> str:
     return (
         f"""<!-- Made by benchmarks/real_page.py of results/real_models.json; do not edit. -->
@@ -135,15 +196,33 @@ Texts begin with the token that TransformerLens puts first, `<|im_start|>`.
 [Its package](your_model.md#two-real-models-from-packages) is small;
 `python benchmarks/real_exactness.py` and `python benchmarks/real_heads.py` measure again.
 
+## Experiments, and their bars
+
+Beside what is on this page there are experiments with pages of their own. The machine that ran them
+is small and was shared, so that some have fewer inputs than were wanted: every page says how many.
+
+{bars()}
+
 {exactness(r)}
-{heads(r)}""".rstrip()
+{heads(r)}
+{times(r)}""".rstrip()
         + "\n"
     )
 
 
+def pages() -> dict[str, str]:
+    """Every page by its name."""
+    found = {"real_models": page(load())}
+    for name, (file, part) in PARTS.items():
+        if r := load(file):
+            found[name] = part.page(r)
+    return found
+
+
 def write() -> None:
-    """Write the page."""
-    PAGE.write_text(page(load()))
+    """Write all pages."""
+    for name, text in pages().items():
+        (PAGES / f"{name}.md").write_text(text)
 
 
 if __name__ == "__main__":
