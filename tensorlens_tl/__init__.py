@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .plugin import capture, install, uninstall
 
 if TYPE_CHECKING:
-    from . import demo, editing, evaluation, features, methods, models, relations
+    from . import demo, distillation, editing, evaluation, features, methods, models, relations
     from .attribution import Attribution, MeanAttribution, mean_attribution
     from .attribution import mean_attribution as attribute
     from .circuits import (
@@ -81,7 +81,16 @@ _HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 _OLD_NAMES = {"attribute": "mean_attribution"}
 """Earlier names of public functions, kept until 1.0."""
 
-_SUBMODULES = ("demo", "editing", "evaluation", "features", "methods", "models", "relations")
+_SUBMODULES = (
+    "demo",
+    "distillation",
+    "editing",
+    "evaluation",
+    "features",
+    "methods",
+    "models",
+    "relations",
+)
 """Rooms that are public by themselves: ``tensorlens_tl.demo`` needs no import of its own."""
 
 __all__ = sorted([*_HOMES, *_OLD_NAMES, "capture", "install", "uninstall"])

@@ -47,6 +47,7 @@ ROOMS = [
     "lens",
     "plugin",
     "relations",
+    "distillation",
     "demo",
     "models",
     "support",
@@ -65,6 +66,7 @@ APART = [
 FRONT = {"hosts", "readers", "refusals", "plugin", "demo", "support"}
 """Rooms that know host classes: hosts/ and two below, the plugin, and builders of models."""
 SUBMODULES = {
+    "distillation": {"OperatorLoss", "rows_of"},
     "editing": {
         "EditEvaluation",
         "EditRanking",
