@@ -33,7 +33,8 @@ from tensorlens_tl.relations.decoding_study import RelationStudy, decode
 
 RESULTS = Path(__file__).parent / "results" / "real_relations.json"
 N_TRAIN, LEAST = (3, 5), 9
-LAYERS, RANKS = (9, 14, 19, 24), (8, 32, 128)
+DEPTHS, RANKS = (0.3, 0.5, 0.65, 0.8), (8, 32, 128)
+"""Blocks before which h is read, as shares of all blocks; and ranks of edits."""
 
 
 @torch.no_grad()
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     """One relation after the other, until the time is over or all is done."""
     load = tensorlens_tl.load_model
     model = load(args.model) if args.model else tensorlens_tl.models.smollm2()
+    layers = sorted({round(depth * model.cfg.n_layers) for depth in DEPTHS})
     for path in sorted((args.data / "text" / "relations").glob("*.json")):
         kept = args.keep / path.name
         if kept.exists():
@@ -72,15 +74,8 @@ def run(args: argparse.Namespace) -> None:
         start, study = time.process_time(), None
         try:
             if relation := known(model, Relation.load(path), args.most):
-                study = decode(
-                    model,
-                    [relation],
-                    N_TRAIN,
-                    args.splits,
-                    layers=LAYERS,
-                    ranks=RANKS,
-                    progress=False,
-                )
+                how = {"layers": layers, "ranks": RANKS, "progress": False}
+                study = decode(model, [relation], N_TRAIN, args.splits, **how)
         except ValueError as error:  # too few different answers, or a subject ends inside a token
             print(f"{path.stem}: {error}", file=sys.stderr)
         kept.with_suffix(".new").write_text("null" if study is None else study.to_json())
@@ -105,7 +100,7 @@ def merged(folder: Path) -> dict[str, Any]:
     whole["rows"] = [row for one in studies for row in one["rows"]]
     if studies:
         RelationStudy.from_json(json.dumps(whole))  # what the page is made of
-    return {"study": whole, "without": without, "layers": LAYERS}
+    return {"study": whole, "without": without, "depths": DEPTHS}
 
 
 def main() -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import quiet
+
+from tensorlens_tl import demo
 
 pytestmark = pytest.mark.algebra
 
@@ -70,3 +73,29 @@ def test_parts_of_a_run_are_put_together(benchmark, tmp_path):
     assert row["n_test"] == n and row["right"] == 1
     share = (values["0.01 eap"].mean() - ablated.mean()) / (full.mean() - ablated.mean())
     assert row["shares"]["0.01"]["eap"]["share"] == pytest.approx(float(share), abs=1e-6)
+
+
+def test_relations_are_studied_one_by_one(benchmark, tmp_path, monkeypatch):
+    """Of a relation only what the model knows is studied; a second call has nothing to do."""
+    made, page = benchmark("real_relations"), benchmark("real_relation_page")
+    folder, kept = tmp_path / "text" / "relations", tmp_path / "kept"
+    folder.mkdir(parents=True)
+    for name, wrong in (("capital", False), ("language", True)):
+        whole = demo.relation(name)
+        rows = [{"subject": s, "object": "?" if wrong else o} for s, o in whole.samples[:12]]
+        data = {"name": name, "prompt_templates": whole.templates[:2], "samples": rows}
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    monkeypatch.setattr(made, "DEPTHS", (0.25,))
+    monkeypatch.setattr(made, "RANKS", (8,))
+    call = ["x", "--keep", str(kept), "--data", str(tmp_path), "--splits", "2", "--most", "10"]
+    monkeypatch.setattr(sys, "argv", [*call, "--model", str(demo.model_folder())])
+    with quiet():
+        made.main()
+    r = made.merged(kept)
+    assert r["without"] == ["language"] and list(r["study"]["accuracy"].values()) == [1.0]
+    study = page.study_of(r)
+    assert study.sizes == (3, 5) and {row.n_test for row in study.rows} == {5}
+    assert "| 3 | capital |" in page.page(r) and len(page.bars(r)) == 2
+    monkeypatch.setattr(made, "decode", None)
+    with quiet():
+        made.main()
