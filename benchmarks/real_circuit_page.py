@@ -65,8 +65,8 @@ def task(r: dict[str, Any], name: str) -> str:
     head = ["method", *(f"{100 * size:g} %" for size in r["sizes"]), "time to score"]
     text = f"""## {name.capitalize()}
 
-The measure is of {ABOUT[name]}. {t["n_find"]} pairs to find circuits, {t["n_test"]} others to test
-them. The model prefers the right answer in {t["right"]:.0%} of these. The mean difference of logits
+The measure is of {ABOUT[name]}.
+{t["n_find"]} pairs to find circuits, {t["n_test"]} others to test them. The model prefers the right answer in {t["right"]:.0%} of these. The mean difference of logits
 is {t["full"]:.2f}, and {t["ablated"]:.2f} with every edge of {t["n_total"]:,} ablated.
 
 {table(head, rows)}
