@@ -30,6 +30,7 @@ from ..readers import (
     AttentionReader,
     HookReader,
     Mixture,
+    ModuleTree,
     QueryKeyWeights,
     Read,
     RecomputedReading,
@@ -116,8 +117,9 @@ class Adapter(HookReader, ABC):
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.cfg: Any = model.cfg
-        self.hooks: dict[str, Any] = self.model.hook_dict  # a Bridge gathers it anew at every look
-        check_weights(self.model)
+        self.tree = ModuleTree.of(model)
+        self.hooks: dict[str, Any] = self.tree.hooks
+        check_weights(self.tree.named)
         self.check_model()
         if len(self.model.blocks) == 0:
             raise UnsupportedArchitectureError(refusal(self.name, "it has no blocks"))

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -127,7 +127,7 @@ class BridgeAdapter(Adapter):
             return self.cfg.n_ctx
         return getattr(self.model.original_model.config, "max_seq_len", sys.maxsize)
 
-    @property
+    @cached_property
     def act_fn(self) -> str:
         for name, module in self.model.blocks[0].named_modules():
             if re.search(r"\b(act|act_fn|activation_fn|gelu_impl|intermediate_act_fn)$", name):
@@ -149,7 +149,7 @@ class BridgeAdapter(Adapter):
         return type(attn).__name__ == "AttentionBridge" and not made_here
 
     def _active_dropout(self) -> str:
-        for module in self.model.original_model.modules():
+        for _, module in self.tree.inner:
             if module.training and isinstance(module, nn.Dropout) and module.p > 0:
                 return f"p = {module.p}"
         config = getattr(self.model.original_model, "config", None)
@@ -317,7 +317,7 @@ class BridgeAdapter(Adapter):
         names = super().source_hooks
         if self.multiplier("embedding_multiplier") != 1:
             names["embed"] = self.model.embed  # its hook point is passed over without a hook there
-        for name, module in self.model.original_model.named_modules():
+        for name, module in self.tree.inner:
             if name.endswith("embed_positions") and "hook_pos_embed" not in self.hooks:
                 names["pos_embed"] = module  # XGLM's sinusoids, which the host does not wrap
         return names
@@ -417,7 +417,7 @@ class BridgeAdapter(Adapter):
     def _rotation(self, n_pos: int, kind: str | None) -> Rotation | None:
         """What the model's rotary module gives for a kind of layers; None if it is not found."""
         first = self.model.blocks[0]
-        for module in self.model.original_model.modules():
+        for _, module in self.tree.inner:
             rotary = getattr(module, "rotary_emb", None)
             # A tower of pictures or sounds may have one of its own, but not these blocks.
             if rotary is not None and any(part is first for part in module.modules()):

@@ -98,7 +98,7 @@ class EncoderAdapter(PostNormAdapter):
             eye = torch.eye(self.cfg.d_model, dtype=like.dtype, device=like.device)
             return UnembedWeights(eye, None)
         norm = self.norm_weights(self.model.ln_final)
-        modules = self.model.original_model.named_modules()
+        modules = self.tree.inner
         own = [m for name, m in modules if name.endswith("transform_act_fn")]  # RoBERTa has none
         act = self.activation(act_name(own[0] if own else nn.GELU()))
         head = HeadWeights(*linear_weights(self.model.mlm_head), act, cast(NormWeights, norm))

@@ -19,7 +19,7 @@ from ..checks import kind_of
 from ..graph import SPECIAL_ROWS
 from ..maps import NormWeights
 from ..operator import ClassNames, Prompts
-from ..readers import Read
+from ..readers import ModuleTree, Read
 from ..sublayers import PooledHead, UnembedWeights
 from .bridge import BridgeAdapter
 from .tokens import check_arguments
@@ -28,10 +28,11 @@ from .tokens import each_prompt as each_text
 
 def embeddings_of(model: Any) -> Any:
     """The module that makes rows of patches, of a host or of the model inside; None for another."""
-    inner = getattr(model, "original_model", model)
-    for _, module in inner.named_modules():
-        own = {*module._modules, *module._parameters}
-        if {"patch_embeddings", "cls_token", "position_embeddings"} <= own:
+    wrapped = hasattr(model, "original_model")
+    for _, module in ModuleTree.of(model).inner if wrapped else model.named_modules():
+        if "patch_embeddings" not in module._modules:
+            continue
+        if {"cls_token", "position_embeddings"} <= {*module._modules, *module._parameters}:
             return module
     return None
 

@@ -70,7 +70,7 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
             "Pass that Bridge in its place."
         )
     check_architecture(name, model)
-    check_weights(model)
+    check_weights(model.named_modules())
     adapted, (what, remedy) = adapter_at(model), faulty_option(name, model.config)
     before = snapshot(model)
     kept = [(module, module.training) for module in model.modules()]

@@ -47,6 +47,7 @@ from .hook_points import (
 )
 from .host import QueryKeyWeights
 from .linear import inner, linear_weights
+from .module_tree import ModuleTree
 
 __all__ = [
     "AttentionReader",
@@ -60,6 +61,7 @@ __all__ = [
     "LatentReader",
     "MLP_OUT",
     "Mixture",
+    "ModuleTree",
     "NormedValuesReader",
     "PackedMixture",
     "QueryKeyWeights",

@@ -86,6 +86,16 @@ class Activations:
         self.unchanged(layer, key)
         return found
 
+    def forget(self, layer: int, but: str) -> None:
+        """Let go of the host's tensors of a block.
+
+        Args:
+            layer: Number of the block.
+            but: Name of the one that is still to be compared, as it leaves the block.
+        """
+        for read in [r for r in self._sources if r[0] == layer and r[1] != but]:
+            del self._sources[read]
+
     def unchanged(self, layer: int | None, key: str) -> None:
         """Refuse an activation that somebody wrote over after it was stored.
 

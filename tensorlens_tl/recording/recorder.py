@@ -85,6 +85,7 @@ class Recorder:
         if key == "resid_post" and layer is not None:
             self.checked(lambda: self.freeze_block(layer))
             self.experts.pop(layer, None)
+            self.reads.forget(layer, but="resid_post")
 
     def expert_readers(self) -> Iterator[tuple[int, Callable[[ExpertsRead], None]]]:
         """The blocks with a mixture of experts, and what stores what its experts did."""

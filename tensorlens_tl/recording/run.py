@@ -144,8 +144,8 @@ def record(
                     handles += with_graph(point)
             for layer, give in recorder.expert_readers():
                 handles += adapter.mixture(layer).watch(give)
-            keeps_graph = how.needs_grad and not inference_weights(adapter.model)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and keeps_graph):
+            keeps_graph = torch.is_grad_enabled() and how.needs_grad
+            with torch.set_grad_enabled(keeps_graph and not inference_weights(adapter.model)):
                 logits = adapter.run(prompts.given, kwargs)
         finally:
             for handle in handles:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor, nn
 
 from .errors import UnsupportedArchitectureError
 
 
-def check_weights(model: Any) -> None:
+def check_weights(named: Iterable[tuple[str, Any]]) -> None:
     """Refuse weights that are packed or elsewhere, and modules in the place of hook points.
 
     Args:
-        model: A host model, or a Hugging Face model.
+        named: The modules of a host model, or of a Hugging Face model, with their names.
 
     Raises:
         UnsupportedArchitectureError: If there is such a module; the message names the first.
     """
-    for name, module in model.named_modules():
+    for name, module in named:
         own = vars(module)
         if "fwd_hooks" in own:  # a hook point, as most modules of a host are
             continue
         tensors = [*own["_parameters"].values(), *own["_buffers"].values()]
         hook = own.get("_hf_hook")  # accelerate's
-        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+        if hook and any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
             problem = f"The weights of {name or 'the model'} are offloaded"
             remedy = "Load the model whole on one device, without a device map that offloads."
         elif any(t is not None and t.is_meta for t in tensors):
@@ -53,6 +56,8 @@ def _is_packed(module: Any) -> bool:
     shape = (module.out_features, module.in_features)
     if tuple(weight.shape) != shape or not weight.is_floating_point() or weight.itemsize < 2:
         return True
+    if type(weight) in (Tensor, nn.Parameter):
+        return False
     try:  # what is done to a weight here; packed tensors know few operations
         weight.detach().permute(1, 0).unflatten(0, (1, -1))
     except Exception:

@@ -1,5 +1,7 @@
 """The capture: one forward pass that leaves the host as it was, and a check that finds mistakes."""
 
+import copy
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,9 @@ from tensorlens_tl.operator.capture import Convention
 from tensorlens_tl.recording.run import record
 
 every_case = pytest.mark.parametrize("case", SHAPES, ids=str)
+every_host = pytest.mark.parametrize(
+    "case", list({c.host: c for c in reversed(SHAPES)}.values()), ids=str
+)
 
 
 def snapshot(model):
@@ -277,3 +282,36 @@ def test_there_is_a_case_of_every_kind():
     names = " ".join(CASES)
     for family in ("gpt2", "llama", "mistral", "neox", "qwen3", "gemma2"):
         assert family in names
+
+
+@every_host
+def test_what_a_block_keeps_not_is_freed_while_the_model_runs(case):
+    model, seen, alive = case.model(), {}, {}
+    passing = [f"blocks.0.{name}" for name in ("attn.hook_v", "attn.hook_z", "mlp.hook_post")]
+
+    def note(tensor, hook):
+        seen[hook.name] = weakref.ref(tensor)
+
+    def look(tensor, hook):
+        alive.update({name: at() is not None for name, at in seen.items()})
+
+    hooks = [(name, note) for name in passing] + [("blocks.1.hook_resid_mid", look)]
+    with quiet(), torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        tensorlens_tl.capture(model, tokens())
+    assert len(alive) == len(passing) and not any(alive.values())
+
+
+@every_host
+def test_a_module_that_was_replaced_since_the_last_capture_is_found(case):
+    model = case.model()
+    with quiet():
+        tree = adapt(model).tree
+        assert adapt(model).tree is tree
+        parts, own = model.blocks[0]._modules, model.blocks[0].attn
+        parts["attn"] = copy.copy(own)
+        try:
+            found = adapt(model).tree
+        finally:
+            parts["attn"] = own
+    assert found is not tree
+    assert [m for n, m in found.named if n == "blocks.0.attn"] != [own]
