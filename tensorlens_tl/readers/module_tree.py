@@ -33,7 +33,7 @@ class ModuleTree:
             model: A host model.
 
         Returns:
-            Its modules as they are now.
+            The modules and hook points of the host, as they are now.
         """
         inner = getattr(model, "original_model", model)
         modules, seen, left = [], {id(None)}, [inner, model]
