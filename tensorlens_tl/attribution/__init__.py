@@ -8,7 +8,7 @@ Key concepts:
 
 from .averages import MeanAttribution, mean_attribution
 from .contrast import check_comparable, difference, fixed_baseline, mean_embedding
-from .edges import Writers, plan_edges
+from .edges import Writers, edge_products, frozen_readers, plan_edges
 from .head_loadings import loadings
 from .html import PROMPTS, UNIT, grid_html, legend_html, more_prompts, patch_map, strip_html
 from .splits import attribute, attribute_many, queries_and_keys
@@ -45,7 +45,9 @@ __all__ = [
     "check_sum",
     "difference",
     "expected_others",
+    "edge_products",
     "fixed_baseline",
+    "frozen_readers",
     "grid_html",
     "is_token",
     "legend_html",

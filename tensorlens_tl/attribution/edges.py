@@ -278,10 +278,12 @@ def _products(
 ) -> Float[Tensor, "reader batch writer"]:
     """⟨writer, reader⟩ of all writers below a reader, and of some that are not below."""
     parts, which = writers.moving()
-    like = parts[0].narrow
+    like = readers[-1].covectors.narrow  # of the logits, hence wide
     batch, d_model = like.shape[1], like.shape[-1]
     n_readers = sum(len(r.nodes) for r in readers)
     sums = like.new_zeros(n_readers, batch, len(which))
+    if not writers.nodes:
+        return sums
     most = max(1, SPAN_BYTES // (len(which) * batch * d_model * like.element_size()))
     n_spans = -(-n_pos // most)
     size = -(-n_pos // n_spans)

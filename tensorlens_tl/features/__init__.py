@@ -8,6 +8,7 @@ Key concepts:
 """
 
 from .dictionary import Feature, FeatureDictionary
+from .edges import by_feature_edge
 from .reading import Reading
 from .sources import load
 from .splits import by_feature, error_shares
@@ -18,6 +19,7 @@ __all__ = [
     "FeatureDictionary",
     "Reading",
     "by_feature",
+    "by_feature_edge",
     "error_shares",
     "feature_target",
     "load",

@@ -119,6 +119,39 @@ class Reading:
         keys = (self.at % n_pos) * self.dictionary.d_sae + self.features
         return keys.unique(return_inverse=True)
 
+    def check_below(self, operator: FrozenTransformer) -> None:
+        """Refuse a site after that of a target.
+
+        Args:
+            operator: The operator up to the target.
+
+        Raises:
+            ValueError: If the site comes later.
+        """
+        if self.index > len(operator.steps):
+            raise ValueError(
+                f"{self.dictionary} comes after the target's site. Pass an SAE of that site or one "
+                "before it."
+            )
+
+    def beside(
+        self, covectors: Float[Tensor, "*many batch pos d_model"]
+    ) -> dict[Node, Float[Tensor, "*many batch pos"]]:
+        """⟨covector, what stands beside the features⟩: b_dec, the mean if any, and the error.
+
+        Args:
+            covectors: Gradients of targets at the site.
+
+        Returns:
+            The products at every position, by node.
+        """
+        g, shape = covectors, self.error.shape[:2]
+        unscale, shift = self.unscale.view(shape), self.shift.view(shape)
+        found = {self.constant("b_dec"): unscale * (g @ self.dictionary.b_dec.to(g))}
+        if self.dictionary.norm == "layer_norm":
+            found[self.constant("mean")] = shift * g.sum(-1)
+        return found | {self.error_node: (g * self.error).sum(-1)}
+
     def shares(self, covectors: Float[Tensor, "*many batch pos d_model"]) -> Tensor:
         """⟨covector, z d⟩ of every active feature: one gather and one product per chunk.
 

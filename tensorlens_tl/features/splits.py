@@ -109,11 +109,7 @@ def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
 
 def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBuilder:
     operator, trace = gradient.operator, gradient.trace
-    if reading.index > len(operator.steps):
-        raise ValueError(
-            f"{reading.dictionary} comes after the target's site. Pass an SAE of that site or one "
-            "before it."
-        )
+    reading.check_below(operator)
     g, table = trace.covectors[reading.index], TableBuilder(gradient.capture, gradient.target)
     batch, n_pos = g.shape[:2]
     # 1. The features that fire, one row per position and feature.
@@ -125,11 +121,8 @@ def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBu
     table.sources += [Source(reading.node(feature), pos) for pos, feature in pairs]
     table.values.append(values.view(batch, -1))
     # 2. What the dictionary adds everywhere, and what it leaves out.
-    unscale, shift = (part.view(batch, n_pos) for part in (reading.unscale, reading.shift))
-    table.spread(reading.constant("b_dec"), unscale * (g @ reading.dictionary.b_dec.to(g)))
-    if reading.dictionary.norm == "layer_norm":
-        table.spread(reading.constant("mean"), shift * g.sum(-1))
-    table.spread(reading.error_node, (g * reading.error).sum(-1))
+    for node, effect in reading.beside(g).items():
+        table.spread(node, effect)
     # 3. The constants after the site.
     after = {n: trace.effects[n].sum(-1) for n in constants_after(operator, trace, reading.index)}
     if apart:

@@ -26,7 +26,7 @@ from ..attribution import (
     resolve_at_site,
 )
 from ..checks import as_list, plain_names
-from ..features import Feature, FeatureDictionary, by_feature, feature_target
+from ..features import Feature, FeatureDictionary, feature_target
 from ..graph import Edge, Node, numbered_site
 from ..maps import DENSE_LIMIT
 from ..operator import Capture, FrozenTransformer
@@ -109,7 +109,8 @@ class AttributedRun(FeaturedRun):
                 ⟨direction, residual at pos⟩. Pass a name such as "blocks.5.hook_resid_post", or 5
                 for the same. By edge, the reader called logits is then the site. None is the
                 logits.
-            saes: SAEs of ``features.load``, for ``by="feature"``.
+            saes: SAEs of ``features.load``, for ``by="feature"``. With ``by="edge"`` and one SAE,
+                its features stand for all that was written before its site.
 
         Returns:
             Contributions in logits, in the capture's compute dtype. ``.sum("pos")`` sums positions.
@@ -127,12 +128,12 @@ class AttributedRun(FeaturedRun):
         """
         gradient = self._gradient(target, versus, pos, None, of, site)
         if by == "feature" or saes is not None:
-            if by != "feature" or baseline is not None or effect != "direct" or qk:
+            if by not in ("feature", "edge") or baseline is not None or effect != "direct":
                 raise ValueError(
-                    f"by={by!r} cannot be combined with saes= here. Pass by='feature' and saes= "
-                    "alone."
+                    f"saes= cannot be combined with by={by!r}, baseline= or effect= here. Pass "
+                    "by='feature' or 'edge', and saes= alone."
                 )
-            return by_feature(gradient, self._readings(saes))
+            return self._by_feature(gradient, by, saes, qk)
         if baseline is None:
             if at != "clean":
                 raise ValueError(f"at={at!r} needs a baseline. Pass baseline=, or drop at=.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from ..features import FeatureDictionary, Reading
+from ..attribution import Attribution, TargetGradient
+from ..features import FeatureDictionary, Reading, by_feature, by_feature_edge
 from .frozen_run import FrozenRun
 
 SAEs = FeatureDictionary | Sequence[FeatureDictionary] | None
@@ -14,6 +15,16 @@ SAEs = FeatureDictionary | Sequence[FeatureDictionary] | None
 
 class FeaturedRun(FrozenRun):
     """A captured run that knows what features are at the sites of SAEs; see :class:`TensorLens`."""
+
+    def _by_feature(self, gradient: TargetGradient, by: str, saes: SAEs, qk: bool) -> Attribution:
+        """A target split by feature, or by edge from the features of one site on."""
+        readings = self._readings(saes)
+        if by == "edge" and len(readings) == 1:
+            return by_feature_edge(gradient, readings[0], qk)
+        if by == "edge" or qk:
+            asked = "qk=True" if qk else f"by={by!r} with {len(readings)} SAEs"
+            raise ValueError(f"{asked} is not available here. Pass by='edge' and one SAE.")
+        return by_feature(gradient, readings)
 
     def _readings(self, saes: SAEs) -> list[Reading]:
         """The features of each SAE in this run, computed once."""

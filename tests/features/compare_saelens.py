@@ -4,14 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 try:
     from sae_lens.registry import get_sae_class
     from sae_lens.saes import sae as base
 except ImportError:
     print("no SAELens")
     sys.exit()
+
+import torch
 
 from tensorlens_tl import features
 

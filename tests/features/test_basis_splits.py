@@ -106,6 +106,52 @@ def _row(found, node, pos=None):
     return found.values[:, at]
 
 
+@pytest.mark.parametrize("case", PER_SHAPE, ids=str)
+def test_edges_from_features_sum_to_what_each_reader_reads(case):
+    lens, sae = lens_of(case), dictionary("layer norm", site="blocks.0.hook_resid_post")
+    plain = lens.attribute(3, 5, by="edge")
+    ours = lens.attribute(3, 5, by="edge", saes=sae)
+    dests = {str(s.node.dest) for s in ours.sources}
+    assert dests == {str(s.node.dest) for s in plain.sources if s.node.dest.layer != 0}
+    assert len(dests) > 2
+    scale = float(plain.values.abs().max())
+    for dest in dests:
+        a, b = (found.select(dest=dest).values.sum(1) for found in (ours, plain))
+        assert float((a - b).abs().max()) < case.within("run") * scale
+    assert_close(ours.select(dest="logits").values.sum(1), ours.target_value, case.within("run"))
+    # The last site has one reader, and its edges are the rows of the split by feature.
+    last = dictionary("topk", site=POST)
+    whole = lens.attribute(3, by="edge", saes=last)
+    rows = lens.attribute(3, by="feature", saes=last).sum("pos")
+    found = {str(s.node.src): whole.values[:, i] for i, s in enumerate(whole.sources)}
+    for i, source in enumerate(rows.sources):
+        assert_close(found[str(source.node)], rows.values[:, i], case.within("oracle"))
+
+
+def test_queries_and_keys_read_features_to_first_order():
+    """The edges of an orthonormal dictionary's features sum to those of all that came before."""
+    lens, sae = lens_of(CASE), dictionary("topk", site="blocks.0.hook_resid_post")
+    plain = lens.attribute(3, by="edge", qk=True)
+    ours = lens.attribute(3, by="edge", qk=True, saes=sae)
+    for dest in ("L1H0.q", "L1H2.k", "L1H1.v"):
+        before = plain.select(dest=dest)
+        own = ("q", "k")  # readers of the pattern have no constants of their own
+        assert dest[-1] not in own or all(s.node.src.layer in (None, 0) for s in before.sources)
+        assert_close(ours.select(dest=dest).values.sum(1), before.values.sum(1), ORACLE)
+    edge = ours.select(kind="feature", dest="L1H0.q")
+    assert float(edge.values.abs().max()) > 0 and not edge.sources[0].node.conserved
+    # A feature as the target: the heads between two sites read features for it.
+    later = dictionary("topk", site=POST, seed=1)
+    one = later.feature(firing(lens, later, POST))
+    why = lens.attribute(one, by="edge", qk=True, saes=sae)
+    assert_close(why.select(dest="logits").values.sum(1), why.target_value, ORACLE)
+    assert {"L1H0.v", "L1H0.q", "L1H0.k"} <= {str(s.node.dest) for s in why.sources}
+    with pytest.raises(ValueError, match="with 2 SAEs"):
+        lens.attribute(3, by="edge", saes=[sae, later])
+    with pytest.raises(ValueError, match="qk=True is not available"):
+        lens.attribute(3, by="feature", qk=True, saes=sae)
+
+
 def test_an_orthonormal_dictionary_without_error_is_the_split_by_dimension_rotated():
     lens = lens_of(CASE)
     Q, _ = torch.linalg.qr(weights()["W_enc"][:, :D])
@@ -191,6 +237,9 @@ def test_a_bad_dictionary_is_warned_about_and_a_wrong_one_refused():
     asked(None, "names no SAE")
     asked("sae", "names no SAE")
     asked(dictionary(), "cannot be combined", baseline="zero")
+    if ENCODERS:
+        with pytest.raises(ValueError, match="norms of the residual"):
+            lens_of(ENCODERS[0]).attribute(3, by="edge", saes=dictionary())
     asked(
         dictionary(site=POST), "after the target's site", target=dictionary().feature(3, pre=True)
     )
