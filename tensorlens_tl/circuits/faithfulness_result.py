@@ -40,6 +40,7 @@ class Faithfulness:
         n_total: Number of edges in the model.
         seed: Seed of the bootstrap.
         first_token: Token that was put in front of the prompts, as in :class:`Convention`.
+        parts: What is counted: "edges", or "features" of SAEs.
 
     Example:
         >>> from tensorlens_tl import demo, faithfulness
@@ -59,6 +60,7 @@ class Faithfulness:
     n_total: int
     seed: int = 0
     first_token: str | None = None
+    parts: str = "edges"
 
     @property
     def share(self) -> float:
@@ -97,7 +99,7 @@ class Faithfulness:
     def to_json(self) -> str:
         """Write all numbers as JSON; nan is null."""
         tensors = ("full", "ablated", "empty", "circuit")
-        names = ("ablation", "attention", "n_edges", "n_total", "seed", "first_token")
+        names = ("ablation", "attention", "n_edges", "n_total", "seed", "first_token", "parts")
         names += ("share", "empty_share", "interval")
         data = {"format": "tensorlens_tl faithfulness 1", "unit": UNIT}
         data |= {n: getattr(self, n) for n in names}
@@ -120,7 +122,7 @@ class Faithfulness:
         if self.attention == "live":  # where the empty circuit is the ablated model
             names = ("full", "circuit", "ablated")
         groups = {name: getattr(self, name).tolist() for name in names}
-        title = f"share {self.share:.3f} [{low:.3f}, {high:.3f}], {self.n_edges} edges"
+        title = f"share {self.share:.3f} [{low:.3f}, {high:.3f}], {self.n_edges} {self.parts}"
         return dots(ax, groups, ylabel="metric (logits by default)", title=title)
 
     def __repr__(self) -> str:
@@ -129,7 +131,7 @@ class Faithfulness:
         means = (float(x.mean()) for x in (self.full, self.ablated, self.circuit))
         return (
             f"Faithfulness({self.share:.3f} [{low:.3f}, {high:.3f}]{beside}: {self.n_edges} of "
-            f"{self.n_total} edges, {self.ablation}, {self.attention} attention, "
+            f"{self.n_total} {self.parts}, {self.ablation}, {self.attention} attention, "
             f"{_prompts(self)}; "
             "full {:.4g}, ablated {:.4g}, circuit {:.4g})".format(*means)
         )

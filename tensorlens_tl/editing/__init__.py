@@ -11,6 +11,7 @@ from .asking import Asked, edit_to_top, smallest_edit
 from .edit import Edit
 from .edit_check import EditCheck, EditSweep
 from .edit_file import load_edit, save_edit
+from .feature_edits import edit_along, faithfulness_of_features
 from .goals import Goal
 from .patching_study import Predictions, predict
 from .ranking import EditRanking, rank_edits
@@ -26,8 +27,10 @@ __all__ = [
     "EditSweep",
     "Goal",
     "Predictions",
+    "edit_along",
     "edit_to_top",
     "evaluate",
+    "faithfulness_of_features",
     "load_edit",
     "predict",
     "rank_edits",

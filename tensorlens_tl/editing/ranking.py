@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..attribution import Target, TargetGradient
 from ..checks import as_array, need
+from ..features import Reading, by_feature
 from ..operator import Capture, FrozenTransformer
 from ..pictures import Page, Paged, bars, cell_map, grid_view, table_view
 from ..sublayers import Experts
@@ -18,7 +20,7 @@ from ..sublayers import Experts
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-KINDS = ("site", "head", "neuron", "expert")
+KINDS = ("site", "head", "neuron", "expert", "feature")
 """What edits can be ranked by."""
 
 
@@ -112,7 +114,12 @@ class EditRanking(Paged):
 
 
 def rank_edits(
-    capture: Capture, operator: FrozenTransformer, target: Target, by: str, budget: int | float
+    capture: Capture,
+    operator: FrozenTransformer,
+    target: Target,
+    by: str,
+    budget: int | float,
+    readings: Sequence[Reading] = (),
 ) -> EditRanking:
     """Predict many edits of a run from one sweep.
 
@@ -120,8 +127,9 @@ def rank_edits(
         capture: The captured run.
         operator: The operator of that run.
         target: The target that the edits change.
-        by: "site", "head", "neuron" or "expert".
+        by: "site", "head", "neuron", "expert" or "feature".
         budget: Size of the edit of a site, as a share of what stands there.
+        readings: The features of every site, for "feature".
 
     Returns:
         The predicted change of every edit.
@@ -131,7 +139,8 @@ def rank_edits(
     """
     if by not in KINDS:
         raise ValueError(f"by={by!r} cannot be ranked. Use one of {', '.join(KINDS)}.")
-    trace = TargetGradient(capture, operator, target).trace
+    gradient = TargetGradient(capture, operator, target)
+    trace = gradient.trace
     labels: list[str] = []
     values: list[Tensor] = []
     if by == "site":
@@ -143,6 +152,12 @@ def rank_edits(
             values.append(budget * step.state.norm(dim=-1) * g.norm(dim=-1))
             labels += [f"{step.site}{name}" for name in names]
         what = f"the best edit of {budget:.0%} of what stands there"
+    elif by == "feature":
+        for reading in readings:
+            rows = by_feature(gradient, [reading]).sum("pos").select(kind="feature")
+            values.append(-rows.values)
+            labels += rows.labels[0]
+        what = "each feature removed at all positions, the error kept"
     else:
         for step, c in zip(operator.steps, trace.written, strict=True):
             for branch in step.branches:

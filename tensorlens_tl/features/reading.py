@@ -29,24 +29,28 @@ class Reading:
         layer: The number of the block that its site names.
         place: The site within the block: "pre", "mid" or "post".
         index: The number of its residual site in the run.
+        hook: The hook point of that site.
         at: The position of every active feature, as an index of batch · pos.
         features: The number of every active feature.
         acts: The activation of each.
         error: What the dictionary leaves out [batch, pos, d_model].
         unscale: What a reconstruction was multiplied by [batch · pos].
         shift: What was added to it in every dimension [batch · pos].
+        n_real: The number of real tokens of all prompts.
     """
 
     dictionary: FeatureDictionary
     layer: int
     place: str
     index: int
+    hook: str
     at: Int[Tensor, " n"]
     features: Int[Tensor, " n"]
     acts: Float[Tensor, " n"]
     error: Float[Tensor, "batch pos d_model"]
     unscale: Float[Tensor, " batch_pos"]
     shift: Float[Tensor, " batch_pos"]
+    n_real: int
 
     @classmethod
     def of(
@@ -86,12 +90,14 @@ class Reading:
             layer,
             place,
             index,
+            operator.sites[index],
             at,
             features,
             acts,
             error.view_as(x).to(x),
             unscale.to(x),
             shift.to(x),
+            len(rows),
         )
 
     @property
@@ -118,6 +124,19 @@ class Reading:
         n_pos = self.error.shape[1]
         keys = (self.at % n_pos) * self.dictionary.d_sae + self.features
         return keys.unique(return_inverse=True)
+
+    def acts_of(self, feature: int) -> Float[Tensor, "batch pos"]:
+        """The activation of one feature at every position.
+
+        Args:
+            feature: The number of the feature.
+
+        Returns:
+            The activations, 0 where the feature does not fire.
+        """
+        found, own = torch.zeros_like(self.unscale), self.features == feature
+        found[self.at[own]] = self.acts[own]
+        return found.view(self.error.shape[:2])
 
     def check_below(self, operator: FrozenTransformer) -> None:
         """Refuse a site after that of a target.

@@ -9,8 +9,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import TargetLike
-from ..editing import Asked, Edit, EditRanking, Goal, edit_to_top, rank_edits, smallest_edit
+from ..circuits import Faithfulness
+from ..editing import (
+    Asked,
+    Edit,
+    EditRanking,
+    Goal,
+    edit_along,
+    edit_to_top,
+    faithfulness_of_features,
+    rank_edits,
+    smallest_edit,
+)
+from ..features import Feature
 from .attributed_run import AttributedRun
+from .featured_run import SAEs
 
 
 class EditedRun(AttributedRun):
@@ -111,7 +124,7 @@ class EditedRun(AttributedRun):
         versus: TargetLike | Sequence[TargetLike] = None,
         pos: int = -1,
         *,
-        site: str | int,
+        site: str | int | None = None,
         to: int | float | None = None,
         by: int | float | None = None,
         delta: Tensor | None = None,
@@ -121,6 +134,8 @@ class EditedRun(AttributedRun):
         qk: bool = False,
         gates: bool = False,
         shared: bool = False,
+        along: Feature | None = None,
+        activation: int | float | None = None,
     ) -> Edit:
         """Find the smallest edit that brings a target to a value; or predict your own edit.
 
@@ -146,6 +161,10 @@ class EditedRun(AttributedRun):
                 the scales of norms are then held.
             shared: Whether all prompts and ``positions`` get one vector, the smallest that does
                 what is asked of every prompt.
+            along: A feature, ``sae.feature(17)``, along whose direction the edit is; its SAE names
+                the site. The error that the SAE leaves stays as it is.
+            activation: The activation that the feature gets, 0 to remove it; in place of ``to`` and
+                ``by``.
 
         Returns:
             The edit: its prediction, its hooks, and its check in the real model.
@@ -164,6 +183,25 @@ class EditedRun(AttributedRun):
             Edit at blocks.1.hook_resid_post, in the real model (predicted off by ...)
               ...
         """
+        if along is not None:
+            if (
+                not isinstance(along, Feature)
+                or site is not None
+                or delta is not None
+                or keep
+                or shared
+            ):
+                raise ValueError(
+                    f"along={along!r} names the site and the edit. Pass a feature of an SAE, and "
+                    "drop site=, delta=, keep= and shared=."
+                )
+            (reading,) = self._readings(along.dictionary)
+            asked = self._asked(along.dictionary.site, positions, metric, qk, gates)
+            goal = Goal.of(self.capture, target, versus, pos)
+            return edit_along(asked, goal, reading, along, to, by, activation)
+        if site is None or activation is not None:
+            missing = "site= is missing" if site is None else "activation= needs along="
+            raise ValueError(f"{missing}. Pass a place such as site=2, or along=sae.feature(17).")
         asked = self._asked(site, positions, metric, qk, gates)
         goal = Goal.of(self.capture, target, versus, pos)
         if delta is None:
@@ -259,6 +297,7 @@ class EditedRun(AttributedRun):
         *,
         by: str = "site",
         budget: int | float = 0.1,
+        saes: SAEs = None,
     ) -> EditRanking:
         """Rank edits by the change of a target that they predict, from one sweep.
 
@@ -267,8 +306,10 @@ class EditedRun(AttributedRun):
             versus: What is subtracted from the target, or None.
             pos: Position of the prediction among the real tokens; −1 is the last.
             by: "site" for the best edit of a given size at every site and position; "head",
-                "neuron" or "expert" for the removal of each.
+                "neuron" or "expert" for the removal of each; "feature" for that of the features of
+                ``saes``.
             budget: Size of the edit of a site, as a share of what stands there.
+            saes: SAEs of ``features.load``, for ``by="feature"``.
 
         Returns:
             The predicted change of every edit.
@@ -284,7 +325,68 @@ class EditedRun(AttributedRun):
         """
         self._check_ready()
         goal = Goal.of(self.capture, target, versus, pos).on(self.capture)
-        return rank_edits(self.capture, self._operator, goal, by, budget)
+        if (by == "feature") != (saes is not None):
+            raise ValueError(
+                f"by={by!r} and saes= do not go together. Pass by='feature' and saes=."
+            )
+        readings = self._readings(saes) if by == "feature" else ()
+        return rank_edits(self.capture, self._operator, goal, by, budget, readings)
+
+    def feature_faithfulness(
+        self,
+        model: Any,
+        saes: SAEs,
+        keep: Sequence[Feature],
+        target: TargetLike | Sequence[TargetLike] = None,
+        versus: TargetLike | Sequence[TargetLike] = None,
+        pos: int = -1,
+        *,
+        ablation: str = "zero",
+        corrupted: EditedRun | None = None,
+        seed: int = 0,
+    ) -> Faithfulness:
+        """Test features as a circuit: the real model with all others of their sites replaced.
+
+        At every site x becomes x + Σ (z′ − z) d over the features that are not kept, with z as they
+        are in that very run. So the errors of the SAEs stay, and everything else is live.
+
+        Args:
+            model: The model of the lens, with the weights it had then.
+            saes: One SAE of a residual site, or several.
+            keep: The features that stay, such as ``[sae.feature(17)]``.
+            target: As in :meth:`covector`.
+            versus: What is subtracted from the target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            ablation: What z′ is: "zero", "mean" over all tokens of this lens, or "resample" for the
+                activations in ``corrupted``.
+            corrupted: The lens of prompts of the same lengths, for "resample".
+            seed: Seed of the bootstrap over prompts.
+
+        Returns:
+            The share of the target that the features keep, in between all and none of them.
+
+        Raises:
+            ValueError: If an argument does not fit, or the model is another one.
+
+        Example:
+            >>> import torch
+            >>> from tensorlens_tl import demo, features
+            >>> model = demo.load_model()
+            >>> _, lens = model.run_with_tensorlens("The capital of France is")
+            >>> W = torch.eye(128)
+            >>> weights = {"W_enc": W, "W_dec": W, "b_enc": W[0] * 0, "b_dec": W[0] * 0}
+            >>> sae = features.load(weights, site="blocks.2.hook_resid_pre")
+            >>> every = [sae.feature(i) for i in range(sae.d_sae)]
+            >>> found = lens.feature_faithfulness(model, sae, every, "Paris")
+            >>> round(found.share, 4)
+            1.0
+        """
+        self._check_ready()
+        goal, readings = Goal.of(self.capture, target, versus, pos), self._readings(saes)
+        others = None if corrupted is None else corrupted._readings(saes)
+        return faithfulness_of_features(
+            model, self.capture, goal, readings, list(keep), ablation, others, seed
+        )
 
     def _asked(
         self,
