@@ -7,14 +7,14 @@ Key concepts:
     EditSweep: The same at many sizes.
 """
 
-from .asking import Asked, edit_to_top, smallest_edit
+from .asking import Asked, edit_along, edit_to_top, smallest_edit
 from .edit import Edit
 from .edit_check import EditCheck, EditSweep
 from .edit_file import load_edit, save_edit
-from .feature_edits import edit_along, faithfulness_of_features
 from .goals import Goal
 from .patching_study import Predictions, predict
 from .ranking import EditRanking, rank_edits
+from .real_runs import faithfulness_of_features
 from .study import EditEvaluation, evaluate
 from .weight_edit import to_weights
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..attribution import Target, TargetGradient, TargetLike, resolve_token
 from ..checks import is_int
+from ..features import Feature, Reading
 from ..maps import HALF, TINY
 from ..operator import Capture, FrozenTransformer
 from .edit import Edit
@@ -174,6 +175,47 @@ def smallest_edit(
     if shared:
         delta = asked.spread(delta)
     return asked.edit(goal, delta, g)
+
+
+def edit_along(
+    asked: Asked,
+    goal: Goal,
+    reading: Reading,
+    feature: Feature,
+    to: int | float | None,
+    by: int | float | None,
+    activation: int | float | None,
+) -> Edit:
+    """Edit a run along one feature.
+
+    Args:
+        asked: Run, place and positions.
+        goal: The target that is to change.
+        reading: The features of the run.
+        feature: The feature along whose decoder row the edit is.
+        to: The value of the target that is wanted, in logits, or None.
+        by: The change of the target that is wanted, in logits, or None.
+        activation: The activation that the feature gets, or None. Give one of the three.
+
+    Returns:
+        The edit, with what it predicts.
+
+    Raises:
+        ValueError: If not one of the three is given, or the target does not depend on the feature.
+    """
+    if sum(value is not None for value in (to, by, activation)) != 1:
+        raise ValueError("along= needs one of to=, by= and activation=. Give one of the three.")
+    shape = asked.where.shape
+    d = feature.dictionary.W_dec[feature.index].to(asked.state)
+    d = reading.unscale.view(shape)[..., None] * d * asked.where[..., None]
+    if activation is not None:
+        return asked.edit(goal, (activation - reading.acts_of(feature.index))[..., None] * d)
+    target = goal.on(asked.capture)
+    change = torch.full_like(target.value, by or 0.0) if to is None else to - target.value
+    g = asked.covector(target)
+    size = (d * d).sum(-1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)
+    along = (g * d).sum(-1, keepdim=True) / size * d
+    return asked.edit(goal, smallest(along[:, None], change[:, None].to(g), asked.metric), g)
 
 
 def edit_to_top(
