@@ -178,7 +178,7 @@ resume_of_other_search (discovery): A search goes on from the file of another on
 resume_counts_twice (discovery): A search that goes on takes the first prompts again.
     for start in range(n, len(work), batch_size): ⇒ for start in range(0, len(work), batch_size):
 running_mean_of_batch (discovery): Every batch counts as if it were the only one.
-    (found - means).sum(0) / both ⇒ (found - means).sum(0) / len(found)
+    (stop - n) * means) / stop ⇒ (stop - n) * means) / (stop - n)
 sem_of_biased_variance (datasets): The standard error divides by n where n − 1 is due.
     (squares / (n - 1) / n).sqrt() ⇒ (squares / n / n).sqrt()
     (self.squares / (self.n - 1) / self.n).sqrt() ⇒ (self.squares / self.n / self.n).sqrt()
@@ -209,7 +209,7 @@ loadings_past_lacks_mlp (differences): "past" lacks the MLP beside the heads.
 secant_softmax_plain_mean (secant): The softmax's secant takes the plain mean, not the logarithmic.
     L = log_mean_exp(log_A, log_B) ⇒ L = (log_A.exp() + log_B.exp()) / 2
 secant_product_sum (secant): The product's secant takes both runs' factor twice: no mean, the sum.
-    .pre_linear) / 2 ⇒ .pre_linear)
+    (ups[0] + ups[1]) / 2 ⇒ (ups[0] + ups[1])
 completeness_understated (operator): The completeness error is the smallest error.
     return float((ours - logits).abs().max() ⇒ return float((ours - logits).abs().min()
 probe_error_too_large (contraction methods): The probes' error ignores that they are orthogonal.
@@ -217,7 +217,7 @@ probe_error_too_large (contraction methods): The probes' error ignores that they
 path_bound_too_small (paths): The bound squares a head's weights where paths are summed.
     A * A if by_position else A * (A @ t)[:, None] / t ⇒ A * A
 stopped_search_claims_exact (paths): A search that its budget stopped calls itself exact.
-    not heap or -heap[0][0] <= best.threshold ⇒ True
+    search.cut <= best.threshold ⇒ True
 
 # --- Circuits
 circuit_one_edge_short (circuits discovery): A circuit never reaches the size asked for.

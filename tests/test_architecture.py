@@ -23,6 +23,7 @@ pytestmark = pytest.mark.algebra
 PACKAGE = Path(__file__).resolve().parents[1] / "tensorlens_tl"
 ROOMS = [
     "checks",
+    "chunks",
     "refusals",
     "graph",
     "pictures",

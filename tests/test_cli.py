@@ -451,3 +451,24 @@ def test_edit_makes_another_token_win(capsys):
     (found,) = json.loads(said(capsys, *line, "--refine", "0", "--json"))
     assert found["site"] == "blocks.2.hook_resid_post" and found["predicted"] > 0
     assert found["top"] == "Paris" and found["before"] < 0
+
+
+def test_pairs_of_a_table_in_a_folder_that_is_resumed(tmp_path, capsys):
+    pairs = demo.prompts("ioi", 2)
+    rows = [f'"{p.clean}","{p.corrupted}"," {p.answer}"' for p in pairs]
+    table, folder = tmp_path / "pairs.csv", tmp_path / "run"
+    table.write_text("\n".join(["prompt,corrupted,target", *rows]))
+    args = ["discover", "--data", str(table), "--resume", str(folder), "--n-edges", "9", "--json"]
+    assert main(args) == 0
+    first = capsys.readouterr().out
+    assert (
+        len(tensorlens_tl.Circuit.from_json(first)) == 9
+        and (folder / "00000000.safetensors").exists()
+    )
+    assert main(args) == 0 and capsys.readouterr().out == first
+    table.write_text("\n".join(["prompt,corrupted,target", rows[0], '"a b",,"c"']))
+    assert main(args) == 2 and "has no corrupted in row 2" in capsys.readouterr().err
+    table.write_text("text\na b")
+    assert main(args) == 2 and "has no column prompt" in capsys.readouterr().err
+    assert main([*args, "--target", "Mary"]) == 2
+    assert "--data and --target were both given" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import as_array, at_least_one, need, new_file, one_each, progress_bar
+from ..chunks import fingerprint, question_of, spread
 from ..graph import Edge, Node, rows_that_fit
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
@@ -27,7 +29,7 @@ from ..pictures import Page, Paged, Split, split_figure, table_view
 from ..recording import freeze
 from .html import ROWS, UNIT, left_out, legend_html, sum_html, table_html
 from .splits import attribute
-from .table import Source
+from .table import Attribution
 from .target_gradient import TargetGradient
 from .targets import TargetLike, resolve
 
@@ -252,6 +254,7 @@ def mean_attribution(
     of: str = "logit",
     batch_size: int = 8,
     path: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> MeanAttribution:
@@ -275,6 +278,9 @@ def mean_attribution(
             unequal lengths are captured one by one.
         path: A file to which every prompt's attribution is written as one line of JSON, which
             :meth:`Attribution.from_json` reads back. None writes no file.
+        resume: Folder that keeps finished chunks of 64 prompts: the same call goes on from it.
+            With it, all processes that a launcher started share the work, and all return the
+            result; see :doc:`/guides/many_prompts`. None keeps nothing.
         progress: Whether to show a progress bar on standard error after 2 s.
         **kwargs: Arguments of the capture (``gate``, ``dtype``) and of the model itself.
 
@@ -300,62 +306,120 @@ def mean_attribution(
     batch_size = at_least_one(batch_size, "batch_size")
     targets = one_each(target, len(prompts), "target")
     foils = one_each(versus, len(prompts), "versus")
-    means, target_sum = _Means(), 0.0
-    errors: list[float | None] = []
-    sources: tuple[Source, ...] = ()
-    convention: Convention | None = None
-    written = os.devnull if path is None else new_file(path)
-    with open(written, "w", encoding="utf-8") as file:
+    rows = list(zip(prompts, targets, foils, strict=True))
+
+    def average(some: list[tuple[Any, Any, Any]], file: Any, shown: bool) -> _Means:
+        means, (given, goals, others) = _Means(), zip(*some, strict=True)
         # 1. Capture.
-        captures = progress_bar(
-            "prompts",
-            len(prompts),
-            progress,
-            iterable=_captures(adapter, prompts, batch_size, kwargs),
-        )
-        for capture, goal, foil in zip(captures, targets, foils, strict=True):
+        captures = _captures(adapter, given, batch_size, kwargs)
+        bar = progress_bar("prompts", len(some), shown, iterable=captures)
+        for capture, goal, foil in zip(bar, goals, others, strict=True):
             # 2. Split.
             with torch.no_grad():
                 resolved = resolve(capture, goal, foil, pos, of=of)
                 operator = FrozenTransformer.of(capture)
                 one = attribute(TargetGradient(capture, operator, resolved), by, effect, qk)
             # 3. Write.
-            if path is not None:
+            if file is not None:
                 file.write(one.to_json() + "\n")
             # 4. Average.
-            errors.append(one.completeness_error)
-            target_sum += float(one.target_value[0])
-            one = one.sum("pos")
-            means.add(one.values[0].double())
-            sources = one.sources
-            convention = convention or capture.convention
-    nodes = tuple(source.node for source in sources)
-    known = [error for error in errors if error is not None]
-    worst = max(known) if len(known) == len(errors) else None
-    found = means.mean, means.sem, nodes, by, effect, means.n, target_sum / means.n, worst
-    return MeanAttribution(*found, convention or Convention())
+            means.add(one.sum("pos"), one.completeness_error)
+        return means
+
+    if resume is None:
+        with ExitStack() as stack:
+            file = None
+            if path is not None:
+                file = stack.enter_context(open(new_file(path), "w", encoding="utf-8"))
+            means = average(rows, file, progress)
+    else:
+        if path is not None:
+            raise ValueError("path= is written by one call without resume=. Drop one of them.")
+        about = (adapter.name, pos, by, effect, qk, of, batch_size, sorted(kwargs.items()))
+        weights = adapter.weights
+        marked = fingerprint([*(block.attn.W_O for block in weights.blocks), weights.unembed.W_U])
+        means = _Means()
+        for chunk in spread(
+            resume,
+            question_of((marked, about), rows),
+            len(rows),
+            lambda start, stop: average(rows[start:stop], None, False).tensors(),
+            progress,
+        ):
+            means.join(_Means.of(chunk))
+    return MeanAttribution(
+        means.mean,
+        means.sem,
+        means.nodes,
+        by,
+        effect,
+        means.n,
+        means.target / means.n,
+        None if math.isnan(means.worst) else means.worst,
+    )
 
 
 class _Means:
-    """Mean and standard error of each row, updated by one prompt at a time.
+    """Mean and standard error of each row, updated by one prompt at a time, or by a chunk of them.
 
-    This is Welford's update: one pass, and no cancellation of large sums of squares.
+    This is Welford's update: one pass, and no cancellation of large sums of squares. Two chunks are
+    joined by Chan's rule.
     """
 
     def __init__(self):
-        self.n, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.n, self.target, self.worst = 0, 0.0, 0.0
+        self.mean, self.squares = torch.zeros(()), torch.zeros(())
+        self.nodes: tuple[Node | Edge, ...] = ()
 
-    def add(self, values: Float[Tensor, " row"]) -> None:
+    def add(self, one: Attribution, error: float | None) -> None:
+        """Take in one prompt, positions summed."""
+        values = one.values[0].double()
         step = values - self.mean
         self.n += 1
         self.mean = self.mean + step / self.n
         self.squares = self.squares + step * (values - self.mean)
+        self.target += float(one.target_value[0])
+        self.worst = _larger(self.worst, math.nan if error is None else error)
+        self.nodes = tuple(source.node for source in one.sources)
+
+    def join(self, other: _Means) -> None:
+        """Take in a chunk."""
+        if not self.n:
+            self.__dict__ |= other.__dict__
+            return
+        step, n = other.mean - self.mean, self.n + other.n
+        self.mean = self.mean + step * (other.n / n)
+        self.squares = self.squares + other.squares + step * step * (self.n * other.n / n)
+        self.n, self.target = n, self.target + other.target
+        self.worst = _larger(self.worst, other.worst)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All as tensors, for a file."""
+        names = "\n".join(map(str, self.nodes)).encode()
+        numbers = torch.tensor([self.n, self.target, self.worst], dtype=torch.float64)
+        named = torch.frombuffer(bytearray(names), dtype=torch.uint8)
+        return {"mean": self.mean, "squares": self.squares, "numbers": numbers, "nodes": named}
+
+    @classmethod
+    def of(cls, found: dict[str, Tensor]) -> _Means:
+        """Read what :meth:`tensors` gave."""
+        means = cls()
+        n, means.target, means.worst = found["numbers"].tolist()
+        means.n, means.mean, means.squares = int(n), found["mean"], found["squares"]
+        names = bytes(found["nodes"].tolist()).decode().split("\n")
+        means.nodes = tuple((Edge if "→" in name else Node).parse(name) for name in names)
+        return means
 
     @property
     def sem(self) -> Float[Tensor, " row"]:
         if self.n == 1:
             return torch.full_like(self.squares, math.nan)
         return (self.squares / (self.n - 1) / self.n).sqrt()
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger one; nan if one of them is."""
+    return a if math.isnan(a) or a > b else b
 
 
 def _finite(x: float) -> float | None:

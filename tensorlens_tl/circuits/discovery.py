@@ -11,7 +11,6 @@ A search takes five steps:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -35,6 +34,7 @@ from ..attribution import (
     resolve_each,
 )
 from ..checks import as_list, at_least_one, new_file, one_each, progress_bar, whole, write_whole
+from ..chunks import plain, question_of, spread
 from ..graph import Edge, limits
 from ..hosts import Adapter, adapt, added_token, as_host, each_prompt, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
@@ -72,6 +72,7 @@ def discover(
     sample: int | None = None,
     seed: int = 0,
     path: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Circuit:
@@ -105,6 +106,9 @@ def discover(
         seed: Seed of the draw.
         path: File for the circuit, and to resume from: the circuit's JSON with an entry of
             progress.
+        resume: Folder that keeps finished chunks of 64 prompts: the same call goes on from it.
+            With it, all processes that a launcher started share the work, and all return the
+            result; see :doc:`/guides/many_prompts`. None keeps nothing.
         progress: Whether to show a progress bar on standard error after 2 s.
         **kwargs: Arguments of the capture: ``gate``, ``dtype``, and the model's own arguments.
 
@@ -156,6 +160,8 @@ def discover(
     means, n = torch.zeros(len(edges), dtype=torch.double), 0
     limits(len(edges), n_edges, threshold, selection)  # refused before anything is run
     # 3. What is done already.
+    if resume is not None:
+        return circuit(*_spread(work, adapter, batch_size, resume, path, info, progress))
     file = None
     if path is not None:
         file = _File(new_file(path), work.digest(info), len(work))
@@ -163,6 +169,37 @@ def discover(
         means = torch.tensor([scores.get(edge, 0.0) for edge in edges], dtype=torch.double)
     # 4. The rest, and 5. the circuit.
     return circuit(*_average(work, adapter, batch_size, means, n, file, circuit, progress))
+
+
+def _spread(
+    work: _Work,
+    adapter: Adapter,
+    batch_size: int,
+    resume: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
+    info: ModelInfo,
+    progress: bool,
+) -> tuple[_Means, int]:
+    """Mean scores over all prompts, by chunks that a folder keeps and processes share."""
+    if path is not None:
+        raise ValueError(
+            "path= and resume= are both given, and one place keeps the search. Drop one."
+        )
+
+    def run(start: int, stop: int) -> dict[str, Tensor]:
+        batches = range(start, stop, batch_size)
+        with torch.no_grad():
+            found = (work.sums(adapter, i, min(i + batch_size, stop)) for i in batches)
+            total = next(found)
+            for part in found:
+                total = total + part
+        return {"sum": total}
+
+    question = f"{work.digest(info)} {batch_size}"
+    total = torch.zeros(len(work.edges), dtype=torch.double)
+    for chunk in spread(resume, question, len(work), run, progress):
+        total += chunk["sum"]
+    return total / len(work), len(work)
 
 
 def _average(
@@ -253,12 +290,9 @@ class _Work:
 
     def digest(self, model: ModelInfo) -> str:
         """A hash of all that the scores depend on."""
-        options = sorted((name, _plain(value)) for name, value in self.kwargs.items())
+        options = sorted((name, plain(value)) for name, value in self.kwargs.items())
         about = (model.fingerprint, self.pos, self.qk, self.at, options)
-        digest = hashlib.sha256(repr(about).encode())
-        for row in self.rows:
-            digest.update(repr([_plain(part) for part in row]).encode())
-        return digest.hexdigest()[:32]
+        return question_of(about, self.rows)
 
     def sums(self, adapter: Adapter, start: int, stop: int) -> Float[Tensor, " edge"]:
         """Score every edge, summed over some prompts, in the order of :attr:`edges`."""
@@ -342,10 +376,6 @@ def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         kind = i if len(found) > 1 else isinstance(row[0], str)
         kinds.setdefault((len(found), kind), []).append(row)
     yield from kinds.values()
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _in_words(target: Any) -> str:

@@ -19,6 +19,7 @@ All are means over the prompts and sums over positions. :func:`score_edges` take
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import at_least_one, progress_bar
+from ..chunks import question_of, spread
 from ..costs import Cost, Plan
 from ..graph import LOGITS, Edge, Node, owner
 from ..operator import Capture, FrozenTransformer
@@ -39,6 +41,7 @@ from ..passes import (
     edge_model,
     tells_heads_apart,
 )
+from .model_id import ModelInfo
 from .packed_pairs import PackedPairs
 from .prompt_pairs import LogitMetric, Metric, Pairs, paired
 
@@ -64,6 +67,7 @@ def score_edges(
     pos: int = -1,
     seed: int = 0,
     batch_size: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[Edge, float]:
     """Score every edge of the model by an earlier method, e.g. for :func:`faithfulness_curve`.
@@ -82,6 +86,9 @@ def score_edges(
         pos: Position of the prediction. Negative positions count from the end, as in Python.
         seed: Seed of the walks of "random".
         batch_size: Number of sequences run at once.
+        resume: Folder that keeps finished chunks of 64 prompts: the same call goes on from it.
+            With it, all processes that a launcher started share the work, and all return the
+            result; see :doc:`/guides/many_prompts`. None keeps nothing.
         progress: Whether to show a progress bar on standard error after 2 s.
 
     Returns:
@@ -108,12 +115,61 @@ def score_edges(
         measured = LogitMetric.of(edged.adapter, n, target, versus, metric, pos)
         # 2. Gradients of all edges.
         points = steps if method == "eap_ig" else 1
-        total = _packed(edged, groups, measured, points, batch_size, progress)
-        if total is None:
-            total = _of_the_host(edged, groups, measured, points, batch_size, progress)
+        if resume is None:
+            total = _effects(edged, groups, measured, points, batch_size, progress)
+        else:
+            about = (method, steps, batch_size)
+            total = _spread(edged, groups, measured, points, batch_size, progress, resume, about)
     # 3. Means, by edge.
     scores = universe.scores(total / n)
     return _direct(universe, scores) if method == "direct" else scores
+
+
+def _spread(
+    edged: EdgeModel,
+    groups: list[Pairs],
+    metric: LogitMetric,
+    points: int,
+    batch_size: int | None,
+    progress: bool,
+    resume: str | os.PathLike[str],
+    about: tuple[Any, ...],
+) -> Tensor:
+    """Effects of all edges by chunks of prompts, which a folder keeps and processes share."""
+    if metric.metric is not None:
+        raise ValueError(
+            "resume= cannot tell metric= functions apart. Pass target= and versus=, or drop "
+            "resume=."
+        )
+    pairs = [pair for group in groups for pair in group.split(1)]
+    fingerprint = ModelInfo.of(edged.adapter.name, edged.adapter.weights).fingerprint
+    goals = [None if t is None else t.tolist() for t in (metric.target, metric.versus)]
+    rows = [(pair.index, pair.ids, pair.corrupted) for pair in pairs]
+    question = question_of((fingerprint, metric.pos, goals, about), rows)
+
+    def run(start: int, stop: int) -> dict[str, Tensor]:
+        some = Pairs.together(pairs[start:stop])
+        return {"sum": _effects(edged, some, metric, points, batch_size, False)}
+
+    total = torch.zeros(len(edged.universe.readers), len(edged.universe.writers)).to(edged.dtype)
+    for chunk in spread(resume, question, len(pairs), run, progress):
+        total += chunk["sum"]
+    return total
+
+
+def _effects(
+    edged: EdgeModel,
+    groups: list[Pairs],
+    metric: LogitMetric,
+    points: int,
+    batch_size: int | None,
+    progress: bool,
+) -> Tensor:
+    """Effects of all edges, summed over prompts [reader, writer]."""
+    total = _packed(edged, groups, metric, points, batch_size, progress)
+    if total is None:
+        total = _of_the_host(edged, groups, metric, points, batch_size, progress)
+    return total
 
 
 def _packed(

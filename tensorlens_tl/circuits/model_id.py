@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from ..chunks import fingerprint
 from ..graph import Wiring
 from ..operator import Capture
 from ..passes import wiring_of
@@ -83,20 +79,3 @@ class ModelInfo:
                 f"The circuit is of {self.name}, and this model ({other.name}) has other weights. "
                 "Load and process the model as it was, or discover the circuit again."
             )
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Hash a few numbers of every weight; the hash is the same for every dtype down to bfloat16.
-
-    Args:
-        tensors: Weights of the model.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        W = tensor.detach().flatten(0, -2)
-        some = torch.cat((W[:4, :4].flatten(), W[-4:, -4:].flatten())).float().bfloat16()
-        digest.update(some.cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -44,6 +44,18 @@ class Pairs:
         pieces = zip(self.index.split(size), self.ids.split(size), corrupted, strict=False)
         return [Pairs(index, ids, self.n_pos, other) for index, ids, other in pieces]
 
+    @classmethod
+    def together(cls, pairs: Sequence[Pairs]) -> list[Pairs]:
+        """Group prompts by length again, shortest first."""
+        found = []
+        for n_pos in sorted({pair.n_pos for pair in pairs}):
+            these = [pair for pair in pairs if pair.n_pos == n_pos]
+            others = [pair.corrupted for pair in these if pair.corrupted is not None]
+            ids = torch.cat([pair.ids for pair in these])
+            index = torch.cat([pair.index for pair in these])
+            found.append(cls(index, ids, n_pos, torch.cat(others) if others else None))
+        return found
+
 
 def token_rows(adapter: Adapter, prompts: Any, name: str = "prompts") -> list[Int[Tensor, " pos"]]:
     """Turn prompts into token ids, each without padding.

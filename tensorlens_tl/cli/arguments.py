@@ -209,6 +209,16 @@ def _discover(p: argparse.ArgumentParser) -> None:
         help="whose operator reads the difference: clean, corrupted, secant",
     )
     p.add_argument("--top", type=number(1), default=12, help="edges to show (default: 12)")
+    p.add_argument(
+        "--data",
+        type=Path,
+        help="CSV file with a column prompt, and, if wanted, corrupted, target and versus",
+    )
+    p.add_argument(
+        "--resume",
+        type=Path,
+        help="folder that keeps finished work, to go on from; processes of torchrun share the work",
+    )
     _drawn(p)
     _seeded(p, 8, "prompts")
 

@@ -19,7 +19,7 @@ from typing import Any
 from .arguments import parse
 from .explanation import explained, render, token
 from .output import Output, emit
-from .prompt_input import Prompt, read_corrupted, read_prompts, read_text
+from .prompt_input import Prompt, read_corrupted, read_pairs, read_prompts, read_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +107,13 @@ def evaluate(args: argparse.Namespace) -> Output:
 
 def discover(args: argparse.Namespace) -> Output:
     """Find a circuit over prompts."""
-    prompts, corrupted = _with_corrupted(args)
+    if args.data is not None:
+        columns = read_pairs(args)
+        prompts, corrupted = columns["prompt"], columns.get("corrupted")
+        target, versus = columns.get("target"), columns.get("versus")
+    else:
+        prompts, corrupted = _with_corrupted(args)
+        target, versus = token(args.target), token(args.versus)
     model = load(args)
     from ..circuits import discover
 
@@ -119,14 +125,15 @@ def discover(args: argparse.Namespace) -> Output:
         model,
         prompts,
         corrupted,
-        token(args.target),
-        token(args.versus),
+        target,
+        versus,
         n_edges=size,
         threshold=args.threshold,
         selection=args.selection,
         at=args.at,
         batch_size=args.batch_size,
         seed=args.seed,
+        resume=args.resume,
         progress=True,
     )
     return _of_circuit(found, args.top)

@@ -8,12 +8,15 @@ Spaces at both ends of a line are.
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 Prompt = str | list[int]
+PAIRS = ("prompt", "corrupted", "target", "versus")
+"""Columns of --data."""
 DEMO_PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 
@@ -72,6 +75,37 @@ def read_corrupted(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Seque
             "Write one corrupted prompt for each, and pass the prompts."
         )
     return [_ids(text) for text in found] if args.ids else found
+
+
+def read_pairs(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Read the columns of ``--data``.
+
+    Args:
+        args: Parsed arguments of the command.
+
+    Returns:
+        Columns by name: "prompt", and those of "corrupted", "target" and "versus" that are there.
+
+    Raises:
+        ValueError: If there is no such column, a cell is empty, or prompts are given twice.
+    """
+    given = {"PROMPT": args.prompts, "--file": args.file, "--corrupted": args.corrupted}
+    given |= {"--target": args.target, "--versus": args.versus}
+    if twice := [name for name, value in given.items() if value]:
+        raise ValueError(f"--data and {twice[0]} were both given. Drop one of them.")
+    text = read_text(args.data, "--data")
+    rows = list(csv.DictReader(io.StringIO(text), strict=True))
+    names = [name for name in PAIRS if rows and rows[0].get(name) is not None]
+    if "prompt" not in names:
+        raise ValueError(f"--data {args.data} has no column prompt. Name the columns in line 1.")
+    columns = {name: [row[name] or "" for row in rows] for name in names}
+    for name, cells in columns.items():
+        if blank := [i for i, cell in enumerate(cells, 1) if not cell.strip()]:
+            raise ValueError(
+                f"--data {args.data} has no {name} in row {blank[0]}. Fill in every cell of the "
+                "column, or drop the column."
+            )
+    return columns
 
 
 def _ids(text: str) -> list[int]:

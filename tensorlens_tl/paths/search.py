@@ -69,8 +69,8 @@ def find_paths(
             of this token. None for all sources.
         by_position: Whether paths at different positions inside are apart, not summed.
         constants: Whether constants are sources, too.
-        max_expansions: How many partial paths to extend. Every step has an even part of what is
-            left. Where that is not enough, the largest bounds go on, and the search is not exact.
+        max_expansions: How many partial paths to extend. Every step has a part of what is left.
+            Where that is not enough, the largest bounds go on, and the search is not exact.
         memory_limit: Bytes that the bounds may take. Whole bounds are about (n_layers + 1) · pos ·
             d_model² numbers. Where that is more, low-rank bounds serve: the search stays exact but
             takes longer.

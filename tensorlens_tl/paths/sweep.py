@@ -26,6 +26,9 @@ from .bounds import NodeMap, PathBound, StepBound, StepParts
 ROWS = 256
 """Partial paths that go through a node at once; more would need much memory inside an MLP."""
 
+SHARES = 12
+"""Into how many parts the budget is cut, at most; the next step has one of them."""
+
 Key = tuple[str, int | None, tuple[NodeMap, ...], tuple[int, ...]]
 """A path: name and position of its source, the nodes passed, and where each of them writes."""
 
@@ -256,9 +259,9 @@ class Bounded:
         sizes = e.sqrt() if apart else e.sqrt().sum(-1, keepdim=True)
         keep = sizes > self.sweep.best.threshold
         self.left_out = max(self.left_out, float(sizes.masked_fill(keep, 0).max()))
-        # Below are i more steps: each has an even part of the budget that is left.
+        # Below are i more steps. The widest may take a good part of the budget that is left.
         n, left = int(keep.sum()), self.budget - self.expansions
-        most = left if left < i else left // i
+        most = left if left < i else left // min(i, SHARES)
         most = min(most, max(1, self.memory // (3 * v[0].numel() * v.element_size())))
         ways = _largest(sizes.masked_fill(~keep, -1), min(n, most))
         if n > most:
