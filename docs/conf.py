@@ -49,6 +49,7 @@ html_static_path = ["_static"]
 HERE = Path(__file__).parent
 subprocess.run([sys.executable, HERE / "rooms.py", HERE / "_static" / "rooms.svg"], check=True)
 html_css_files = ["pages.css"]
+html_js_files = ["frames.js"]
 html_extra_path = ["_extra"]
 html_show_sphinx = False
 html_copy_source = False

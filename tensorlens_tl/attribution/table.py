@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import as_array, at_least_one, need, pick_prompts
 from ..graph import SOURCES, Edge, Node, rows_that_fit
 from ..operator import Convention
-from ..pictures import Page, Paged, split_figure
+from ..pictures import Page, PagedPatches, split_figure
 from .html import UNIT, as_split, attribution_html, attribution_page, changes, left_out, patch_map
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution(Paged):
+class Attribution(PagedPatches):
     """A target split by source, one row per source, for every prompt of the batch.
 
     Attributes:

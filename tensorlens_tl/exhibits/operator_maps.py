@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..attribution import TargetLike
@@ -11,10 +11,13 @@ from ..checks import as_list
 from ..graph import FINAL_SITE
 from ..methods import TokenMatrix, token_matrix
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, map_view
+from ..pictures import Page, Paged, View, map_view
+from .waterfalls import Waterfall, row_waterfalls
 
 ALL_DEPTHS, FEW = 512, 4
 """Up to so many tokens every site is a depth by default; beyond, so many sites are."""
+ROWS = 128
+"""Up to so many tokens every row is followed through depth, too."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,6 +32,7 @@ class OperatorMaps(Paged):
         depths: The "in_out" matrix from every site, the first site first.
         baseline: An earlier method's matrix, or None.
         target: The target of the rows, in words.
+        waterfalls: For every prompt, its rows through depth; () beyond :data:`ROWS` tokens.
 
     Example:
         >>> from tensorlens_tl import demo
@@ -43,6 +47,7 @@ class OperatorMaps(Paged):
     depths: tuple[TokenMatrix, ...]
     baseline: TokenMatrix | None
     target: str
+    waterfalls: tuple[Waterfall, ...] = ()
 
     def __len__(self) -> int:
         return len(self.depths[0])
@@ -64,14 +69,21 @@ class OperatorMaps(Paged):
             f"Row i is the target at position i: {self.target}. At every depth, a row and the "
             f"constants sum to it, off by at most {0.0 if error is None else error:.0e} of it.",
             "The first token has its own column, like any other.",
+            "A chosen row is shown through depth below the map."
+            if self.waterfalls
+            else f"Beyond {ROWS} tokens, lens.waterfall(pos=…) shows a row through depth.",
         ]
-        views = []
+        views: list[View] = []
         for prompt, tokens in enumerate(self.depths[0].labels):
             panels = [TokenMatrix.panel(self.depths, prompt, "The operator")]
             if self.baseline is not None:
                 name = f"{self.baseline.kind}, for comparison"
                 panels.append(TokenMatrix.panel([self.baseline], prompt, name))
-            views.append(map_view(tokens, tokens, panels, heading=beginning(tokens)))
+            heading, link = beginning(tokens), f"map {prompt}" if self.waterfalls else ""
+            parts = [map_view(tokens, tokens, panels, heading=heading, link=link)]
+            if self.waterfalls:
+                parts.append(self.waterfalls[prompt].row_view(tokens, link))
+            views += [replace(part, tab=f"{prompt + 1}: {heading}") for part in parts]
         return Page("The operator's map, by depth", views, notes, tabs=len(self) > 1, height=900)
 
 
@@ -110,7 +122,12 @@ def maps_by_depth(
     )
     beside = None if baseline is None else token_matrix(baseline, capture, operator, model=model)
     name = "its own prediction" if isinstance(target, str) and target == "prediction" else None
-    return OperatorMaps(depths, beside, name or f"the logit of {target!r}")
+    rows = ()
+    if capture.frame.n_pos <= ROWS and capture.logits.ndim == 3:
+        own = None if name else target
+        prompts = range(len(capture.frame.spans))
+        rows = tuple(row_waterfalls(capture.prompt(prompt), own) for prompt in prompts)
+    return OperatorMaps(depths, beside, name or f"the logit of {target!r}", rows)
 
 
 def beginning(tokens: Sequence[str], most: int = 12) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,16 +15,22 @@ from ..attribution import (
     TargetGradient,
     TargetLike,
     attribute,
+    attribute_many,
     own_prediction,
+    resolve,
     resolve_token,
 )
 from ..checks import as_array
 from ..graph import Node
 from ..methods import logit_lens
-from ..operator import FrozenTransformer
-from ..pictures import Page, Paged, waterfall_view
+from ..operator import Capture, FrozenTransformer
+from ..pictures import Page, Paged, View, waterfall_view
 
 LENS = "logit lens"
+LENS_LIMIT = 2**26
+"""Numbers that logit lenses of all positions may take, beside a map."""
+Steps = tuple[int, ...]
+"""The number of the step of every component."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,7 +43,7 @@ class Waterfall(Paged):
 
     Attributes:
         components: The target by component. Its rows are summed step by step.
-        heads: The target by head and position, for what a step consists of.
+        heads: The target by head and position, for what a step consists of; None for rows of a map.
         steps: Names of the steps: "embed", every sublayer in order, and "readout".
         of_step: For every row of ``components``, the number of its step.
         lens: What the logit lens reads after each step, [prompt, step]; nan where no residual is
@@ -53,7 +60,7 @@ class Waterfall(Paged):
     """
 
     components: Attribution
-    heads: Attribution
+    heads: Attribution | None
     steps: tuple[str, ...]
     of_step: tuple[int, ...]
     lens: Float[Tensor, "prompt step"] | None
@@ -81,9 +88,9 @@ class Waterfall(Paged):
     def _page(self) -> Page:
         views = []
         for prompt in range(len(self)):
-            one, own = self.components[prompt], self.heads[prompt]
+            one, own = self.components[prompt], self.heads and self.heads[prompt]
             rows: dict[int, list[int]] = {}
-            for i, source in enumerate(own.sources):
+            for i, source in enumerate(own.sources if own else ()):
                 if source.pos is not None and getattr(source.node, "kind", "") == "head":
                     rows.setdefault(self._step_of(str(source.node)), []).append(i)
             details = [
@@ -94,6 +101,7 @@ class Waterfall(Paged):
                     "values": as_array(own.values[0][found]),
                 }
                 for step, found in rows.items()
+                if own
             ]
             lens = None if self.lens is None else as_array(self.lens[prompt])
             heading = f"{one.target[0]} = {float(one.target_value[0]):.4g}"
@@ -104,6 +112,30 @@ class Waterfall(Paged):
         note = "The sum so far reads the residual with the final norm's scale of this run."
         exact = f"All steps sum to the target, off by at most {error or 0.0:.0e} of Σ|·|."
         return Page("One logit through depth", views, [exact, note], tabs=len(self) > 1, height=760)
+
+    def row_view(self, tokens: Sequence[str], link: str) -> View:
+        """Lay out the numbers of several positions as one view, which shows one of them.
+
+        Args:
+            tokens: The tokens at the positions.
+            link: The name of the map whose rows these are.
+
+        Returns:
+            The view.
+        """
+        one = self.components
+        names = [f"“{t}” @{i}: {one.target[i]}" for i, t in enumerate(tokens)]
+        parts = list(zip(self.of_step, one.labels[0], strict=True))
+        lens = None if self.lens is None else as_array(self.lens)
+        return waterfall_view(
+            self.steps,
+            parts,
+            as_array(one.values),
+            lens=lens,
+            heading="The chosen row through depth",
+            rows=names,
+            link=link,
+        )
 
     def _step_of(self, node: str) -> int:
         names = [str(source.node) for source in self.components.sources]
@@ -126,17 +158,7 @@ def logit_waterfall(
     """
     capture, operator = gradient.capture, gradient.operator
     components, heads = (attribute(gradient, by, "direct") for by in ("component", "head"))
-    names, place = _steps(operator)
-    of_step, latest = [], 0
-    for source in components.sources:
-        node = source.node
-        if isinstance(node, Node) and node.enters:
-            step = 0
-        elif not isinstance(node, Node) or node.layer is None:
-            step = len(names) - 1
-        else:  # a constant follows what it belongs to
-            step = latest = place.get(str(node), latest)
-        of_step.append(step)
+    names, of_step = _steps(operator, components)
     lens = None
     if all(isinstance(one, str | int | None) for one in (target, versus)) and not capture.headless:
         logits = logit_lens(capture, operator, pos).logits[:, :, 0]
@@ -150,15 +172,48 @@ def logit_waterfall(
             )
         # What is left after the last sublayer is read by the readout: both are the logit.
         lens = torch.cat([lens, lens[:, -1:]], 1)
-    return Waterfall(components, heads, names, tuple(of_step), lens)
+    return Waterfall(components, heads, names, of_step, lens)
+
+
+def row_waterfalls(capture: Capture, target: TargetLike = None) -> Waterfall:
+    """Order the target of every position of a prompt by depth.
+
+    Args:
+        capture: The captured run of one prompt.
+        target: The target at every position; None is each position's own prediction.
+
+    Returns:
+        The steps; a row is a position. There is no logit lens of a direction, nor where its logits
+        at all positions would take more than :data:`LENS_LIMIT` numbers.
+    """
+    operator, (start, stop) = FrozenTransformer.of(capture), capture.frame.spans[0]
+    goals = [resolve(capture, target, None, pos) for pos in range(stop - start)]
+    found = list(attribute_many(capture, operator, goals, "component"))
+    components = replace(
+        found[0],
+        values=torch.cat([one.values for one in found]),
+        labels=tuple(one.labels[0] for one in found),
+        target=tuple(one.target[0] for one in found),
+        target_value=torch.cat([one.target_value for one in found]),
+        spans=tuple(one.spans[0] for one in found),
+    )
+    names, of_step = _steps(operator, components)
+    lens, size = None, (len(operator.steps) + 1) * capture.logits.numel()
+    if isinstance(target, str | int | None) and not capture.headless and size <= LENS_LIMIT:
+        logits = logit_lens(capture, operator, None).logits[0, :, start:stop].transpose(0, 1)
+        own = capture.logits[0, start:stop].argmax(-1)
+        ids = own if target is None else torch.full_like(own, resolve_token(capture, target))
+        lens = _at(logits, ids)
+        lens = torch.cat([lens, lens[:, -1:]], 1)
+    return Waterfall(components, None, names, of_step, lens)
 
 
 def _at(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids[:, None, None].expand(*logits.shape[:2], 1))[..., 0]
 
 
-def _steps(operator: FrozenTransformer) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Names of the steps in order, and the step of every head, MLP and expert."""
+def _steps(operator: FrozenTransformer, components: Attribution) -> tuple[tuple[str, ...], Steps]:
+    """Names of the steps in order, and the step of every component."""
     names, place = ["embed"], {}
     for number, step in enumerate(operator.steps, 1):
         kinds = []
@@ -167,4 +222,14 @@ def _steps(operator: FrozenTransformer) -> tuple[tuple[str, ...], dict[str, int]
             kinds.append("attn" if nodes[0].kind == "head" else "MLP")
             place |= {str(node): number for node in nodes}
         names.append(f"L{step.layer} {' + '.join(kinds)}")
-    return (*names, "readout"), place
+    names, of_step, latest = [*names, "readout"], [], 0
+    for source in components.sources:
+        node = source.node
+        if isinstance(node, Node) and node.enters:
+            step = 0
+        elif not isinstance(node, Node) or node.layer is None:
+            step = len(names) - 1
+        else:  # a constant follows what it belongs to
+            step = latest = place.get(str(node), latest)
+        of_step.append(step)
+    return tuple(names), tuple(of_step)

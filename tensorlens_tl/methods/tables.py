@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, overload
@@ -20,11 +21,13 @@ from ..operator import Convention
 from ..pictures import (
     Page,
     Paged,
+    PagedPatches,
     cell_map,
     depth,
     map_view,
     panel,
     patch_figure,
+    patch_view,
     table_view,
     token_figure,
 )
@@ -290,7 +293,7 @@ def student_t(p: float, freedom: int) -> float:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenScores(Paged):
+class TokenScores(PagedPatches):
     """How much of a target is due to every token, for every prompt of a batch.
 
     Attributes:
@@ -426,7 +429,12 @@ class TokenScores(Paged):
         for i, own in enumerate(self.labels):
             labels = [[place_label(token, pos)] for pos, token in enumerate(own)]
             numbers = as_array(self[i])[:, None]
-            views.append(table_view(["token"], ["score"], labels, numbers, "", self.target[i]))
+            parts = [table_view(["token"], ["score"], labels, numbers, "", self.target[i])]
+            if any("patch[" in name for name in own):
+                with suppress(ValueError):  # of several pictures, or of a film
+                    grid = patch_map(own, range(len(own)), self[i]).tolist()
+                    parts.insert(0, patch_view(grid, "score"))
+            views += [replace(part, tab=f"{i + 1}: {self.target[i]}") for part in parts]
         unit = _UNITS.get(self.method, _OWN_UNIT)
         return Page(f"Scores of tokens by {self.method}", views, [f"In {unit}."], len(self) > 1)
 

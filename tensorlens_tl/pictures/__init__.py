@@ -14,13 +14,14 @@ from .figures import agreement, bars, cell_map
 from .maps import depth, map_view, panel
 from .node_graph import edge_view, flow_view, graph_view
 from .page import Page, Paged, View
-from .split_pages import grid_view, split_page
+from .split_pages import PagedPatches, grid_view, patch_view, split_page
 from .splits import Split, graph_figure, head_cells, patch_figure, split_figure, unit_of
 from .tables import curves_view, points_view, table_view, waterfall_view, words_view
 
 __all__ = [
     "Page",
     "Paged",
+    "PagedPatches",
     "Split",
     "View",
     "agreement",
@@ -40,6 +41,7 @@ __all__ = [
     "map_view",
     "panel",
     "patch_figure",
+    "patch_view",
     "path_rows",
     "points_view",
     "split_figure",

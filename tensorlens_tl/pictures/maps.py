@@ -68,6 +68,7 @@ def map_view(
     heading: str = "",
     slider: str = "From",
     named: bool = False,
+    link: str = "",
 ) -> View:
     """A view of maps side by side, in one window.
 
@@ -79,11 +80,12 @@ def map_view(
         heading: A line above the view.
         slider: What the slider through the depths is called.
         named: Whether rows and columns are names, not tokens at positions.
+        link: A name, by which a waterfall shows the chosen row.
 
     Returns:
         The view of these maps.
     """
     same = tuple(rows) == tuple(columns)
     data = {"rows": list(rows), "columns": None if same else list(columns), "axes": axes}
-    data |= {"panels": list(panels), "slider": slider, "named": named}
+    data |= {"panels": list(panels), "slider": slider, "named": named, "link": link}
     return View("map", data, heading)

@@ -56,8 +56,16 @@ def block(array: np.ndarray) -> dict[str, Any]:
         The dtype, the shape, and the little-endian bytes as compressed base64.
     """
     data = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-    text = base64.b64encode(zlib.compress(data.tobytes(), 6)).decode("ascii")
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "zlib": text}
+    return {
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        "zlib": packed(data.tobytes(), 6),
+    }
+
+
+def packed(data: bytes, level: int = 9) -> str:
+    """Compress bytes by zlib and write them in base64."""
+    return base64.b64encode(zlib.compress(data, level)).decode("ascii")
 
 
 def packed_map(

@@ -2,8 +2,9 @@
 
 1. A result says what to draw: a :class:`Page` of views, each of a kind, with plain data.
 2. The numbers are packed into one JSON text; "<" is written so that no text of a token ends it.
-3. The script is view.js and the parts of the kinds in use. A policy in the page allows this script
-   and this style by their hashes, and forbids every request.
+3. The script is view.js and the parts of the kinds in use, packed like the numbers; boot.js unpacks
+   it. A policy in the page allows these scripts and this style by their hashes, and forbids every
+   request.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import new_file, write_whole
-from .packing import plain
+from .packing import packed, plain
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -83,11 +84,13 @@ class Page:
             }
             for number, view in enumerate(self.views, 1)
         ]
+        boot = _lines("boot")
         data = {"title": self.title, "notes": self.notes, "tabs": self.tabs, "views": views}
+        data["script"] = packed(script.encode("utf-8"))
         text = json.dumps(plain(data), allow_nan=False, separators=(",", ":"))
         policy = (
-            f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
-            "img-src data: blob:; base-uri 'none'; form-action 'none'"
+            f"default-src 'none'; script-src {_hash(boot)} {_hash(script)}; "
+            f"style-src {_hash(style)}; img-src data: blob:; base-uri 'none'; form-action 'none'"
         )
         page = (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -97,9 +100,27 @@ class Page:
             f"<title>{escape(self.title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
             "<main><noscript>This page draws with JavaScript, which is off.</noscript></main>\n"
             f'<script type="application/json" id="data">{_inert(text)}</script>\n'
-            f"<script>{script}</script>\n</body>\n</html>\n"
+            f"<script>{boot}</script>\n</body>\n</html>\n"
         )
         return page.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
+
+    def with_lines(self, beside: Any) -> Page:
+        """The page with the lines of a text, or of a result's text form, below its notes."""
+        lines = [] if beside is None else str(beside).splitlines()
+        return replace(self, notes=(*self.notes, *lines))
+
+    def show(self) -> None:
+        """Show the page: below the cell of a notebook, or else in the browser."""
+        ipython = sys.modules.get("IPython")
+        shell = None if ipython is None else ipython.get_ipython()
+        if ipython is not None and getattr(shell, "kernel", None) is not None:
+            ipython.display.display(ipython.display.HTML(self.frame()))
+            return
+        # The browser reads the file after this call has returned: it is left to the system.
+        handle, name = tempfile.mkstemp(prefix="tensorlens-", suffix=".html")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(self.html())
+        webbrowser.open(Path(name).as_uri())
 
     def write(self, path: str | os.PathLike[str] | None) -> str | None:
         """Write the page to a file, whole or not at all; None returns the text instead."""
@@ -147,22 +168,11 @@ class Paged:
         Raises:
             ValueError: If the folder does not exist.
         """
-        page = self._page()
-        lines = [] if beside is None else str(beside).splitlines()
-        return replace(page, notes=(*page.notes, *lines)).write(path)
+        return self._page().with_lines(beside).write(path)
 
     def show(self) -> None:
         """Show the page: below the cell of a notebook, or else in the browser."""
-        ipython = sys.modules.get("IPython")
-        shell = None if ipython is None else ipython.get_ipython()
-        if ipython is not None and getattr(shell, "kernel", None) is not None:
-            ipython.display.display(ipython.display.HTML(self._page().frame()))
-            return
-        # The browser reads the file after this call has returned: it is left to the system.
-        handle, name = tempfile.mkstemp(prefix="tensorlens-", suffix=".html")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(self._page().html())
-        webbrowser.open(Path(name).as_uri())
+        self._page().show()
 
     def _repr_html_(self) -> str:
         return self._strip() + self._page().frame()
@@ -185,8 +195,15 @@ def _asset(name: str) -> str:
 
 @cache
 def _script(kinds: tuple[str, ...]) -> str:
-    text = "\n".join(_asset(f"{name}.js") for name in ("view", *kinds))
+    text = "\n".join(_lines(name) for name in ("view", *kinds))
+    return "(() => {\n" + text + "\nstart();\n})();\n//# sourceURL=tensorlens.js"
+
+
+@cache
+def _lines(name: str) -> str:
+    """A script without its comments and the blanks that lines begin with."""
+    text = _asset(f"{name}.js")
     text = re.sub(r"^/\*.*?\*/", "", text, flags=re.DOTALL)
     lines = (line.strip() for line in text.splitlines())  # no text of the scripts spans lines
     kept = (line for line in lines if line and not line.startswith("//"))
-    return "(() => {\n" + "\n".join(kept) + "\nstart();\n})();"
+    return "\n".join(kept)

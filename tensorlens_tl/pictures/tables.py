@@ -128,21 +128,28 @@ def waterfall_view(
     lens: np.ndarray | None = None,
     heading: str = "",
     lens_name: str = "logit lens",
+    rows: Sequence[str] = (),
+    link: str = "",
 ) -> View:
     """A view of one number as the sum of steps, each made of parts.
 
     Args:
         steps: Names of the steps, in order.
         parts: For every part, the number of its step, and its name.
-        values: What every part adds [part].
+        values: What every part adds [part], or [row, part] of several numbers.
         details: Finer splits of steps, each with ``step``, ``name``, ``labels`` and ``values``.
-        lens: Another reading after each step [step]; nan where there is none.
+        lens: Another reading after each step [step], or [row, step]; nan where there is none.
         heading: A line above the view.
         lens_name: What the other reading is.
+        rows: Names of several numbers, one of which is shown; () for a single number.
+        link: The name of a map whose chosen row is the one that is shown.
 
     Returns:
         The view of these steps.
     """
     data = {"steps": steps, "parts": parts, "values": values, "details": details}
     data |= {"lens": lens, "lens_name": lens_name, "unit": "units of the target"}
+    if len(rows):
+        data |= {"rows": rows, "link": link, "values": values.ravel()}
+        data |= {"lens": None if lens is None else lens.ravel()}
     return View("waterfall", data, heading)

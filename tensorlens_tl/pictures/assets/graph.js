@@ -114,7 +114,7 @@ views.graph = (box, data, watch) => {
     bands = state.stops.map(() => svg("g", {}));
     for (const [i, link] of [...drawn.entries()].reverse()) {
       const [a, b] = [link.src, link.dest], mid = (a.y + b.y) / 2;
-      const dash = link.qk ? (link.weight < 0 ? "2 3" : "7 4") : null;
+      const dash = link.qk ? (link.weight < 0 ? "4 6" : "12 5") : null;
       // Edges that would hide each other bend: past nodes between, and apart by what reads.
       const past = Math.abs(a.x - b.x) < 1 && a.y - b.y > 1.5 * tall ? 12 + (a.y - b.y) / 12 : 0;
       const bend = past + [0, 0, 12, -12][link.read];
@@ -293,7 +293,7 @@ views.graph = (box, data, watch) => {
     labelled("Group name", named), grouping, ungrouping, file("graph.svg", svgText, "image/svg+xml"), file("graph.dot", dotText, "text/plain"),
     data.json ? file("graph.json", jsonText, "application/json") : "");
   box.append(controls, make("div", { class: "legend" }, dashKey("adds", "--pos"), dashKey("takes away", "--neg"),
-    data.reads.some((x) => x > 1) ? [dashKey("q or k, adds", "--third", "7 4"), dashKey("q or k, takes away", "--third", "2 3")] : null,
+    data.reads.some((x) => x > 1) ? [dashKey("q or k, adds", "--third", "12 5"), dashKey("q or k, takes away", "--third", "4 6")] : null,
     make("span", { class: "quiet" }, `${data.legend} At most ${MOST} edges and ${COLUMNS} columns are drawn; the lists hold all. Click a node for its edges; with Shift, pick it for a group.`)), svgBox, side);
   model();
   draw();

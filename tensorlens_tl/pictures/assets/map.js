@@ -47,6 +47,14 @@ function openMap(map, named) {
   return { ...map, cells, exact, sizes, top, tops, signed, words };
 }
 
+// The picture that patches are of, as a canvas.
+function pixels(from) {
+  const [height, width] = from.shape, { length } = from;
+  const image = new ImageData(width, height), whole = make("canvas", { width, height });
+  for (let k = 0; k < length / 3; k++) image.data.set([from[3 * k], from[3 * k + 1], from[3 * k + 2], 255], 4 * k);
+  whole.getContext("2d").putImageData(image, 0, 0);
+  return whole;
+}
 views.map = (box, data, watch) => {
   data.columns = data.columns || data.rows;
   const label = data.named ? (text) => shown(text) : quoted; // what has a name, or a token at a position
@@ -85,6 +93,8 @@ views.map = (box, data, watch) => {
     }));
   }
   controls.append(choice("Colours relative to", ["the whole map", "each row"], +state.rowwise, (k) => { state.rowwise = k === 1; draw(); }));
+  const picture = data.image && pixels(data.image);
+  if (picture) controls.append(tick("Colours over the picture", true, (on) => { state.bare = !on; drawWindow(); }));
   controls.append(button("Save PNG", () => figures[0].canvas.toBlob((blob) => save("map.png", blob))));
   box.append(controls);
 
@@ -199,7 +209,7 @@ views.map = (box, data, watch) => {
     // Side by side where there is room: the whole map, and up to two panels.
     const broad = box.clientWidth > 900, many = broad ? Math.min(2, panels.length) : 1;
     const room = (box.clientWidth - (windowed && broad ? wide() + 26 : 0) - 26 * (many - 1)) / many;
-    const cell = Math.max(1, Math.min(26, (room - left - right) / w, Math.max(14, 900 / h)));
+    const cell = Math.max(1, Math.min(picture ? Math.max(26, 400 / h) : 26, (room - left - right) / w, Math.max(14, 900 / h)));
     figure.at = { left, top, cell };
     const [width, height] = [left + w * cell + right, top + h * cell + bottom], { canvas } = figure;
     canvas.width = Math.round(width * ratio);
@@ -222,7 +232,12 @@ views.map = (box, data, watch) => {
     const small = make("canvas", { width: w, height: h });
     small.getContext("2d").putImageData(image, 0, 0);
     pen.imageSmoothingEnabled = false;
+    if (!state.bare) pen.filter = "grayscale(1)"; // so that the only colours are those of the numbers
+    if (picture) pen.drawImage(picture, (state.column / m) * picture.width, (state.row / n) * picture.height, (w / m) * picture.width, (h / n) * picture.height, left, top, w * cell, h * cell);
+    pen.filter = "none";
+    pen.globalAlpha = picture ? (state.bare ? 0 : 0.6) : 1;
     pen.drawImage(small, left, top, w * cell, h * cell);
+    pen.globalAlpha = 1;
     pen.strokeStyle = css("--line");
     pen.strokeRect(left - 0.5, top - 0.5, w * cell + 1, h * cell + 1);
     // 2. Tokens on both sides; every label where there is room.
@@ -300,6 +315,7 @@ views.map = (box, data, watch) => {
     const { i, j, p } = state, a = map(p), row = [], column = [], name = panels.length > 1 ? `${panels[p].name}, ` : "";
     for (let k = 0; k < m; k++) if (a.exact[i * m + k] && a.cells[i * m + k]) row.push([label(data.columns[k], k), a.cells[i * m + k]]);
     for (let k = 0; k < n; k++) if (a.exact[k * m + j] && a.cells[k * m + j]) column.push([label(data.rows[k], k), a.cells[k * m + j]]);
+    if (data.link) document.dispatchEvent(new CustomEvent("row", { detail: { link: data.link, row: i } }));
     lists.replaceChildren(
       listing(row, { title: `${name}row ${sumWords(panels[p], panels[p].stops[current(p)], i)}`, total: a.sizes[i] }),
       listing(column, { title: `${name}column ${words(p, [null, j])}` }));

@@ -251,6 +251,8 @@ async function start() {
     main.append(...boxes);
     await show(tabs[0]);
     tensorlens.ready = true;
+    // A page in a frame says how tall it is, for whoever listens.
+    if (parent !== window) new ResizeObserver(() => parent.postMessage({ tensorlens: document.documentElement.offsetHeight }, "*")).observe(document.documentElement);
     main.dataset.ready = "";
   } catch (error) {
     main.append(make("p", { class: "note" }, `This page cannot be drawn here (${error.message}). Open it in a newer browser.`));

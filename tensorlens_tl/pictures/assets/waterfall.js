@@ -1,25 +1,43 @@
 // One number through depth: what every step adds, the sum so far, and another reading beside it.
 views.waterfall = (box, data, watch) => {
-  const { steps, parts, values } = data, n = steps.length; // parts[i] = [step, label]
-  const own = steps.map(() => []);
-  parts.forEach(([step, label], i) => own[step].push([label, values[i]]));
-  const sums = own.map((rows) => rows.reduce((a, row) => a + row[1], 0));
-  const after = sums.map((_, i) => sums.slice(0, i + 1).reduce((a, b) => a + b, 0));
-  const state = { step: sums.reduce((best, x, i) => (Math.abs(x) > Math.abs(sums[best]) ? i : best), 0), lens: true };
+  const { steps, parts, rows } = data, n = steps.length; // parts[i] = [step, label]
+  const state = { lens: true, row: rows ? rows.length - 1 : 0 };
+  let own, sums, after, lens;
+  // One number, or one of several: rows of a map.
+  function read(row) {
+    state.row = row;
+    own = steps.map(() => []);
+    parts.forEach(([step, label], i) => own[step].push([label, data.values[row * parts.length + i]]));
+    sums = own.map((some) => some.reduce((a, part) => a + part[1], 0));
+    after = sums.map((_, i) => sums.slice(0, i + 1).reduce((a, b) => a + b, 0));
+    lens = data.lens && data.lens.subarray(row * n, (row + 1) * n);
+    state.step = sums.reduce((best, x, i) => (Math.abs(x) > Math.abs(sums[best]) ? i : best), 0);
+  }
+  read(state.row);
   const drawing = svg("svg", { role: "application", tabindex: 0, "aria-label": "What each step adds. Left and right arrow keys choose a step." });
   const list = make("div", { class: "panels" }), below = make("p", { class: "note" });
   const controls = make("div", { class: "controls" });
+  const which = rows && choice("Row", rows, state.row, (row) => { read(row); choose(state.step); });
+  if (rows) {
+    controls.append(which);
+    document.addEventListener("row", ({ detail }) => {
+      if (detail.link !== data.link || detail.row === state.row) return;
+      which.querySelector("select").selectedIndex = detail.row;
+      read(detail.row);
+      choose(state.step, true);
+    });
+  }
   if (data.lens) controls.append(tick(data.lens_name, true, (on) => { state.lens = on; draw(); }));
   controls.append(saveSvg("waterfall.svg", () => standalone(drawing)));
   const words = (i) => `${steps[i]}: adds ${number(sums[i])}, ${number(after[i])} so far` +
-    (data.lens && Number.isFinite(data.lens[i]) ? `\n${data.lens_name}: ${number(data.lens[i])}` : "");
-  function choose(i) {
+    (lens && Number.isFinite(lens[i]) ? `\n${data.lens_name}: ${number(lens[i])}` : "");
+  function choose(i, quiet) {
     state.step = Math.max(0, Math.min(n - 1, i));
     draw();
     const details = (data.details || []).filter((d) => d.step === state.step);
     list.replaceChildren(listing(own[state.step], { title: words(state.step).replace("\n", "; "), total: own[state.step].reduce((a, r) => a + Math.abs(r[1]), 0) }),
       ...details.map((d) => listing(d.labels.map((label, i) => [label, d.values[i]]), { title: d.name, total: d.values.reduce((a, v) => a + Math.abs(v), 0) })));
-    say(words(state.step));
+    if (!quiet) say(words(state.step));
   }
   function draw() {
     const width = Math.max(280, box.clientWidth), height = 340, left = 52, bottom = 74, top = 12;
@@ -29,7 +47,7 @@ views.waterfall = (box, data, watch) => {
       const start = i ? after[i - 1] : 0, up = rows.reduce((a, r) => a + Math.max(0, r[1]), 0);
       [low, high] = [Math.min(low, start, after[i]), Math.max(high, start + up)];
     });
-    if (data.lens && state.lens) for (const x of data.lens) if (Number.isFinite(x)) [low, high] = [Math.min(low, x), Math.max(high, x)];
+    if (lens && state.lens) for (const x of lens) if (Number.isFinite(x)) [low, high] = [Math.min(low, x), Math.max(high, x)];
     if (low === high) high = low + 1;
     const [y, grid] = axis(low, high, top, height - bottom, left, whole), x = (i) => left + i * room;
     drawing.replaceChildren(...grid);
@@ -58,13 +76,13 @@ views.waterfall = (box, data, watch) => {
     });
     const line = (numbers) => numbers.map((v, i) => (Number.isFinite(v) ? `${x(i) + room / 2},${y(v)}` : "")).filter(Boolean).join(" ");
     drawing.append(svg("polyline", { points: line([...after]), fill: "none", stroke: css("--mark"), "stroke-width": 2, "pointer-events": "none" }));
-    if (data.lens && state.lens) drawing.append(svg("polyline", { points: line([...data.lens]), fill: "none", stroke: css("--third"), "stroke-width": 2, "stroke-dasharray": "6 4", "pointer-events": "none" }));
+    if (lens && state.lens) drawing.append(svg("polyline", { points: line([...lens]), fill: "none", stroke: css("--third"), "stroke-width": 2, "stroke-dasharray": "6 4", "pointer-events": "none" }));
   }
   below.append(make("span", { class: "legend" }, dashKey("sum so far", "--mark"), data.lens ? dashKey(data.lens_name, "--third", "6 4") : null,
     barKey("adds", "--pos"), barKey("takes away", "--neg"), data.unit));
   arrows(drawing, (right) => right && choose(state.step + right));
   box.append(controls, make("div", { class: "scroll" }, drawing), below, list);
-  choose(state.step);
+  choose(state.step, true);
   watch(draw);
-  return { sums, after, state, choose, parts: own };
+  return { get sums() { return sums; }, get after() { return after; }, get parts() { return own; }, state, choose };
 };
