@@ -121,7 +121,7 @@ class Waterfall(Paged):
             link: The name of the map whose rows these are.
 
         Returns:
-            The view.
+            The view of these rows, with a control that chooses one.
         """
         one = self.components
         names = [f"“{t}” @{i}: {one.target[i]}" for i, t in enumerate(tokens)]

@@ -66,6 +66,20 @@ def test_maps_by_depth_are_those_of_each_site(padded):
         padded.operator_maps(sites=[])
 
 
+def test_rows_of_the_map_are_waterfalls_of_their_own(padded):
+    for target in (3, "prediction"):
+        found = padded.operator_maps(target, None, [0])
+        for prompt, rows in enumerate(found.waterfalls):
+            for pos in (0, len(rows) - 1):
+                own = padded[prompt].waterfall(None if target == "prediction" else 3, pos=pos)
+                assert_close(rows.components.values[pos], own.components.values[0], ORACLE)
+                assert_close(rows.lens[pos], own.lens[0], ORACLE)
+                assert rows.steps == own.steps and rows.of_step == own.of_step
+            start, stop = padded.capture.frame.spans[prompt]
+            asked = found.depths[0].target_value[prompt, start:stop]
+            assert_close(rows.sums.sum(1), asked, ORACLE)
+
+
 def test_heads_are_those_of_every_positions_own_split(padded):
     found = padded.head_maps(["L1H2", "L0H0"], 3)
     attention = padded.capture.blocks[1].attn.pattern[:, 2]
