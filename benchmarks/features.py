@@ -131,7 +131,6 @@ def main() -> None:
         cfg["metadata"] |= {"hook_name_out": writes}
     save(options.out, parts, cfg)
     sae = features.load(options.out)
-    assert isinstance(sae, features.FeatureDictionary)
     left = (y - sae.reconstruct(x)).square().sum() / (y - y.mean(0)).square().sum()
     print(f"{sae}: {len(x)} tokens, {time.process_time() - start:.0f} s of processor time")
     print(

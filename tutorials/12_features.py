@@ -49,7 +49,7 @@ parts = {
 }
 parts = {name: part.requires_grad_() for name, part in parts.items()}
 optimizer = torch.optim.Adam(parts.values(), lr=3e-3)
-for step in range(400):
+for _ in range(400):
     rows = x[torch.randint(len(x), (512,))]
     a = (rows - parts["b_dec"]) @ parts["W_enc"] + parts["b_enc"]
     top = a.topk(k, dim=-1)

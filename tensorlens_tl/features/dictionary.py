@@ -10,8 +10,9 @@ is ((n(x) − b_dec) W_enc) · gain + b_enc.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -217,6 +218,39 @@ class FeatureDictionary:
         first += self.b_dec.to(x)
         found = found * norm.unscale + norm.shift
         return found if self.W_skip is None else found + x @ self.W_skip.to(x)
+
+    def hooks(self) -> list[tuple[str, Callable[..., Tensor]]]:
+        """Make the hook that puts what the SAE gives back in the place of what it reads.
+
+        A capture under these hooks is of the model with the SAE spliced in. What the SAE changed,
+        its error with the sign turned, is then a constant source such as
+        ``L2.hook_resid_pre[user]``.
+
+        Returns:
+            One pair of the hook point's name and a function, for ``model.hooks(fwd_hooks=...)``.
+
+        Raises:
+            ValueError: If it is a transcoder, which reads elsewhere than it writes.
+
+        Example:
+            >>> import torch
+            >>> from tensorlens_tl import demo, features
+            >>> model, W = demo.load_model(), torch.eye(128)
+            >>> weights = {"W_enc": W, "W_dec": W, "b_enc": W[0] * 0, "b_dec": W[0] * 0}
+            >>> sae = features.load(weights, site="blocks.2.hook_resid_pre")
+            >>> with model.hooks(fwd_hooks=sae.hooks()):
+            ...     _, lens = model.run_with_tensorlens("The capital of France is")
+            >>> rows = lens.attribute(by="component")
+            >>> [str(s.node) for s in rows.sources if "user" in str(s.node)]
+            ['L2.hook_resid_pre[user]']
+        """
+        if self.is_transcoder:
+            raise ValueError(f"{self} writes elsewhere than it reads. Splice in an SAE.")
+
+        def spliced(x: Tensor, hook: Any) -> Tensor:
+            return self.reconstruct(x).to(x)
+
+        return [(self.site, spliced)]
 
     def pre_activations(
         self, x: Float[Tensor, "*pos d_in"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..checks import file_path, kind_of
 from ..graph import layer_site, resid_site
 from ..readers import MLP_OUT
-from .dictionary import NORMS, FeatureDictionary
+from .dictionary import ACTIVATIONS, NORMS, FeatureDictionary
 
 _PLAIN = {
     "standard": "relu",
@@ -222,6 +222,10 @@ def _one(weights: dict[str, Any], cfg: dict[str, Any], given: dict[str, Any]) ->
     cfg = _flat(cfg) | given["config"]
     kind = str(cfg.get("architecture", "standard"))
     act = cfg.get("activation") or _activation(kind, cfg)
+    if act not in ACTIVATIONS:
+        raise ValueError(
+            f"activation={act!r} is none that can be read. Use one of {', '.join(ACTIVATIONS)}."
+        )
     weights = {name: _tensor(tensor, name) for name, tensor in weights.items()}
     site, writes = _sites(cfg, given, kind)
     # 1. The weights by name, and what is missing.

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from comparisons import assert_close
-from dictionaries import dictionary
+from dictionaries import dictionary, weights
 from models import ORACLE, PER_SHAPE, ROUNDING, lens_of, quiet, tokens
 
 import tensorlens_tl
+from tensorlens_tl import features
 
 CASE = PER_SHAPE[0]
 PRE, POST = "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"
@@ -97,6 +98,22 @@ def test_circuits_of_features_are_runs_of_the_real_model(ablation):
         model, saes, every, 3, 5, ablation=ablation, corrupted=corrupted
     )
     assert_close(whole.circuit, found.full, ROUNDING)
+
+
+def test_a_run_with_an_sae_spliced_in_has_its_error_as_a_constant():
+    model, sae = CASE.model(), dictionary("gated", site=PRE)
+    with quiet(), torch.no_grad(), model.hooks(fwd_hooks=sae.hooks()):
+        logits, lens = tensorlens_tl.capture(model, tokens())
+    assert_close(logits[:, -1], run([(PRE, sae.reconstruct)]), ROUNDING)
+    found = lens.attribute(3, by="component", effect="total")
+    source = f"L1.{PRE.rpartition('.')[2]}[user]"
+    at = [i for i, s in enumerate(found.sources) if str(s.node) == source]
+    before = lens_of(CASE).operator.states()[PRE]  # what stood there without the SAE
+    moved = (sae.reconstruct(before) - before) * lens.covector(3, site=PRE)
+    assert_close(found.values[:, at], moved.sum(-1), ORACLE)
+    assert lens.attribute(3).completeness_error < CASE.within("run")
+    with pytest.raises(ValueError, match="Splice in an SAE"):
+        features.load(weights(), site=PRE, writes=POST).hooks()
 
 
 def test_what_does_not_fit_is_refused():

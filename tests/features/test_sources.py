@@ -130,6 +130,7 @@ def test_what_is_no_dictionary_is_refused(tmp_path):
     refused("no dictionary that can be read", weights(), config={"architecture": "temporal"})
     refused("is not folded in", weights(), config={"normalize_activations": "covariance_whitening"})
     refused("depend on the batch", weights(), config={"architecture": "batchtopk"})
+    refused("activation='sine'", weights(), config={"activation": "sine"})
     refused("which hook point it writes", weights(), config={"architecture": "transcoder"})
 
 
