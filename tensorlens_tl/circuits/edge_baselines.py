@@ -43,7 +43,7 @@ from ..passes import (
 )
 from .model_id import ModelInfo
 from .packed_pairs import PackedPairs
-from .prompt_pairs import LogitMetric, Metric, Pairs, paired
+from .prompt_pairs import METRIC_KEPT, LogitMetric, Metric, Pairs, paired
 
 EDGE_METHODS: dict[str, str] = {
     "eap": "Nanda 2023; Syed et al. 2023 (arXiv 2310.10348); 2 forwards, 1 backward",
@@ -137,15 +137,10 @@ def _spread(
 ) -> Tensor:
     """Effects of all edges by chunks of prompts, which a folder keeps and processes share."""
     if metric.metric is not None:
-        raise ValueError(
-            "resume= cannot tell metric= functions apart. Pass target= and versus=, or drop "
-            "resume=."
-        )
+        raise ValueError(METRIC_KEPT)
     pairs = [pair for group in groups for pair in group.split(1)]
-    fingerprint = ModelInfo.of(edged.adapter.name, edged.adapter.weights).fingerprint
-    goals = [None if t is None else t.tolist() for t in (metric.target, metric.versus)]
-    rows = [(pair.index, pair.ids, pair.corrupted) for pair in pairs]
-    question = question_of((fingerprint, metric.pos, goals, about), rows)
+    marked = ModelInfo.of(edged.adapter.name, edged.adapter.weights).fingerprint
+    question = question_of((marked, metric.about, about), (pair.about for pair in pairs))
 
     def run(start: int, stop: int) -> dict[str, Tensor]:
         some = Pairs.together(pairs[start:stop])

@@ -12,9 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import is_int
+from ..chunks import plain
 from ..hosts import Adapter, each_prompt, own_ids
 from ..operator import token_id
 
+METRIC_KEPT = (
+    "resume= cannot tell metric= functions apart. Pass target= and versus=, or drop resume=."
+)
 Metric = Callable[
     [Float[Tensor, "prompt d_vocab"], Int[Tensor, " prompt"]], Float[Tensor, " prompt"]
 ]
@@ -43,6 +47,11 @@ class Pairs:
         corrupted = none if self.corrupted is None else self.corrupted.split(size)
         pieces = zip(self.index.split(size), self.ids.split(size), corrupted, strict=False)
         return [Pairs(index, ids, self.n_pos, other) for index, ids, other in pieces]
+
+    @property
+    def about(self) -> tuple[Any, ...]:
+        """What tells these prompts from others."""
+        return self.index, self.ids, self.corrupted
 
     @classmethod
     def together(cls, pairs: Sequence[Pairs]) -> list[Pairs]:
@@ -179,6 +188,11 @@ class LogitMetric:
             )
         tokens = _ids(adapter, target, n, "target"), _ids(adapter, versus, n, "versus")
         return cls(*tokens, metric, pos)
+
+    @property
+    def about(self) -> tuple[Any, ...]:
+        """What tells this metric from others, where it is no function."""
+        return self.pos, *map(plain, (self.target, self.versus))
 
     def values(
         self,

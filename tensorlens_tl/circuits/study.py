@@ -14,8 +14,10 @@ the packed way where the model is known and gives the host's own logits, in thes
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +26,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..checks import progress_bar
+from ..chunks import question_of, spread
 from ..hosts import added_token, each_prompt
 from ..passes import CircuitRuns, EdgeModel, Layout, Outputs, PackedModel, Run, Writes, run
+from .model_id import ModelInfo
 from .packed_pairs import PackedPairs
 from .prompt_pairs import LogitMetric, Pairs, paired
 
@@ -105,9 +109,42 @@ class Study:
         n = sum(len(group.ids) for group in self.groups)
         # Equal circuits (small sizes, rankings without negative scores) are run once.
         masks, which = torch.unique(masks, dim=0, return_inverse=True)
-        values = self._packed(masks, n)
-        values = self._of_the_host(masks, n) if values is None else values
+        if self.options.resume is None:
+            values = self._values(masks, n)
+        else:
+            values = self._spread(masks, n, self.options.resume)
         return values[0], values[1], values[2:][which]
+
+    def _values(self, masks: Bool[Tensor, "circuit reader writer"], n: int) -> Tensor:
+        """The metric of every run [2 + circuit, prompt], whichever way serves."""
+        values = self._packed(masks, n)
+        return self._of_the_host(masks, n) if values is None else values
+
+    def _spread(
+        self,
+        masks: Bool[Tensor, "circuit reader writer"],
+        n: int,
+        resume: str | os.PathLike[str],
+    ) -> Tensor:
+        """The same by chunks of prompts, which a folder keeps and processes share."""
+        pairs = [pair for group in self.groups for pair in group.split(1)]
+        adapter, options = self.model.adapter, replace(self.options, progress=False, resume=None)
+        marked = ModelInfo.of(adapter.name, adapter.weights).fingerprint
+        circuits = hashlib.sha256(masks.numpy().tobytes()).hexdigest()
+        how = options.ablation, options.attention, options.batch_size
+        question = question_of(
+            (marked, circuits, how, self.metric.about), (pair.about for pair in pairs)
+        )
+
+        def run(start: int, stop: int) -> dict[str, Tensor]:
+            index = torch.cat([pair.index for pair in pairs[start:stop]])
+            part = replace(self, groups=Pairs.together(pairs[start:stop]), options=options)
+            return {"index": index, "values": part._values(masks, n)[:, index]}
+
+        values = torch.zeros(2 + len(masks), n, dtype=torch.float64, device="cpu")
+        for chunk in spread(resume, question, n, run, self.options.progress):
+            values[:, chunk["index"]] = chunk["values"]
+        return values
 
     # --- The packed way
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comparisons import assert_close
 
-from tensorlens_tl import demo, discover, mean_attribution, score_edges
+from tensorlens_tl import demo, discover, faithfulness, mean_attribution, score_edges
 from tensorlens_tl.chunks import folder, spread
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -139,7 +139,7 @@ def test_folders_of_something_else_are_refused(small, tmp_path):
 
 def questions(folder_, model):
     """Every study, as numbers."""
-    pairs = demo.prompts("ioi", 5)
+    pairs = demo.prompts("ioi", 3)
     texts, twins = [p.clean for p in pairs], [p.corrupted for p in pairs]
     answers = [p.answer for p in pairs]
     goal, quiet = (answers, [p.foil for p in pairs]), {"progress": False}
@@ -150,7 +150,9 @@ def questions(folder_, model):
     circuit = discover(model, texts, twins, *goal, n_edges=9, resume=kept("circuit"), **quiet)
     scores = score_edges(model, texts, twins, "eap", *goal, resume=kept("scores"), **quiet)
     means = mean_attribution(model, iter(texts), *goal, resume=kept("means"), **quiet)
-    found = [*circuit.scores.values(), *scores.values(), *means.mean.tolist(), *means.sem.tolist()]
+    share = faithfulness(model, texts, circuit, twins, *goal, resume=kept("share"), progress=False)
+    found = [*share.full.tolist(), *share.ablated.tolist(), *share.circuit.tolist()]
+    found += [*circuit.scores.values(), *scores.values(), *means.mean.tolist(), *means.sem.tolist()]
     return torch.tensor([*found, means.target_mean, means.completeness_error, means.n])
 
 
@@ -173,3 +175,5 @@ def test_what_cannot_be_kept_is_refused(tmp_path):
         mean_attribution(model, texts, **both)
     with pytest.raises(ValueError, match="resume= cannot tell metric= functions apart"):
         score_edges(model, texts, texts, metric=lambda a, i: a[:, 0], resume=tmp_path / "run")
+    with pytest.raises(ValueError, match="resume= needs ablation='resample' or 'zero'"):
+        faithfulness(model, texts, [], ablation="mean", resume=tmp_path / "run")
