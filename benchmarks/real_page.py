@@ -34,15 +34,16 @@ def load(name: str = "real_models") -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def kept(name: str, measure: Callable[[], Any]) -> Any:
+def kept(name: str, measure: Callable[[], Any], file: str = "real_models") -> Any:
     """An entry of the file; measured and written at once where the file lacks it."""
-    if name in (found := load()):
+    if name in (found := load(file)):
         return found[name]
     value = measure()
-    found = {**load(), name: value}
-    new = RESULTS.with_suffix(".new")
+    found = {**load(file), name: value}
+    path = RESULTS.with_stem(file)
+    new = path.with_suffix(".new")
     new.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    os.replace(new, RESULTS)
+    os.replace(new, path)
     print(name, json.dumps(value)[:300], flush=True)
     return value
 

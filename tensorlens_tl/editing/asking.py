@@ -139,8 +139,8 @@ class Asked:
 def smallest_edit(
     asked: Asked,
     goal: Goal,
-    to: int | float | None,
-    by: int | float | None,
+    to: int | float | Sequence[float] | None,
+    by: int | float | Sequence[float] | None,
     keep: Sequence[TargetLike | Mapping[str, Any]],
     shared: bool = False,
 ) -> Edit:
@@ -149,32 +149,40 @@ def smallest_edit(
     Args:
         asked: Run, place and positions.
         goal: The target that is to change.
-        to: The value that is wanted, in logits, or None.
-        by: The change that is wanted, in logits, or None. Give one of the two.
+        to: The value that is wanted, in logits, or one per prompt, or None.
+        by: The change that is wanted, in logits, or one per prompt, or None. Give one of the two.
         keep: Targets that may not change: tokens, or mappings with target, versus and pos; or a
             probe at the place itself, {"direction": [width]}.
-        shared: Whether all prompts and positions get one vector.
+        shared: Whether all prompts and positions get one vector. Then a target changes by at least
+            what is asked.
 
     Returns:
         The edit, with what it predicts.
 
     Raises:
-        ValueError: If both or none of ``to`` and ``by`` are given, or no such edit exists.
+        ValueError: If both or none of ``to`` and ``by`` are given, they are of other prompts, or no
+            such edit exists.
     """
     if (to is None) == (by is None):
         raise ValueError("Both or none of to= and by= are given. Give one of the two.")
     target = goal.on(asked.capture)
-    change = torch.full_like(target.value, by or 0.0) if to is None else to - target.value
+    like = {"dtype": target.value.dtype, "device": target.value.device}
+    given = torch.as_tensor(by if to is None else to, **like)
+    if given.ndim and given.shape != target.value.shape:
+        raise ValueError(
+            f"{'by=' if to is None else 'to='} has shape {list(given.shape)} for "
+            f"{len(target.value)} prompts. Give one number for each prompt, or one for all."
+        )
+    change = given.expand_as(target.value) if to is None else given - target.value
     g = asked.covector(target)
     rows = [g * asked.where[..., None]]
     for one in keep:
         rows += _kept(asked, one, goal.pos)
     wanted = torch.stack([change, *[torch.zeros_like(change)] * (len(rows) - 1)], 1).to(g)
-    found = smallest_shared if shared else smallest
-    delta = found(torch.stack(rows, 1), wanted, asked.metric)
     if shared:
-        delta = asked.spread(delta)
-    return asked.edit(goal, delta, g)
+        vector = smallest_shared(torch.stack(rows, 1), wanted, wanted.sign(), asked.metric)
+        return asked.edit(goal, asked.spread(vector), g)
+    return asked.edit(goal, smallest(torch.stack(rows, 1), wanted, asked.metric), g)
 
 
 def edit_along(

@@ -199,10 +199,9 @@ class Edit(Paged):
                 )
                 tops[row] = (top, after)
             kl[rows] = divergence(plain, capture.logits, at).to(kl)
-            if jacobian:
-                g = jacobian_covectors(adapter, ids, self.place, self.goal, rows.tolist())
-                here = self.delta[rows[:, None], columns]
-                slopes[rows] = (g.to(here) * here).sum((1, 2)).to(slopes)
+        if jacobian:
+            g, _ = jacobian_covectors(adapter, run, self.place, self.goal)
+            slopes = (g.to(self.delta) * self.delta).sum((1, 2)).to(slopes)
         others = torch.full_like(slopes, torch.nan)
         if len(held_out):
             _, held = freeze(adapter, list(held_out), gate=run.convention.gate)
@@ -239,6 +238,7 @@ class Edit(Paged):
         at_least_one(rounds, "rounds")
         adapter, run, delta = adapt(model), self.run, self.delta.clone()
         where, was = self.edited[..., None], torch.full_like(self.before, torch.inf)
+        shared = self.vector is not None and int(self.edited.sum()) > 1
         cost = Metric(metric, self.place.state(FrozenTransformer.of(run), run), run.frame.real)
         for _ in range(rounds):
             now, missing = replace(self, delta=delta), torch.zeros_like(self.before)
@@ -250,17 +250,21 @@ class Edit(Paged):
                 operator = FrozenTransformer.of(capture)
                 trace = pulled(TargetGradient(capture, operator, goal), *self.moves)
                 g[rows[:, None], columns] = self.place.covector(operator, trace).to(g)
+            if shared:  # more than was promised is no miss
+                missing = torch.where(missing * self.predicted < 0, 0.0, missing)
             if worse := int((missing.abs() > was).sum()):
                 warnings.warn(
                     f"A round of refine brought {worse} of {len(was)} prompts no nearer to what "
                     "was asked. Ask for less, or edit another site.",
                     stacklevel=2,
                 )
-            was, wanted = missing.abs(), ((g * where)[:, None], missing[:, None].to(g))
-            if self.vector is None:
-                delta = delta + smallest(*wanted, cost)
-            else:
-                delta = delta + smallest_shared(*wanted, cost) * where
+            was, rows, wanted = missing.abs(), (g * where)[:, None], missing[:, None].to(g)
+            if not shared:
+                delta = delta + smallest(rows, wanted, cost)
+            else:  # a change of 0 was asked to be kept; others may be larger than promised
+                small = self.predicted.abs() <= 1e-6 * self.predicted.abs().max()
+                signs = torch.where(small, 0.0, self.predicted.sign())[:, None].to(g)
+                delta = delta + smallest_shared(rows, wanted, signs, cost) * where
         ratio = delta.flatten(1).norm(dim=-1) / self.norm.clamp_min(TINY)
         return replace(self, delta=delta, size=self.size * ratio)
 

@@ -16,7 +16,7 @@ from ..operator import FrozenTransformer
 from ..pictures import Page, Paged, agreement, points_view, table_view
 from ..recording import freeze
 from .asking import Asked
-from .real_runs import groups, jacobian_covectors
+from .real_runs import jacobian_covectors
 from .study import case_of, right_cases
 
 if TYPE_CHECKING:
@@ -136,11 +136,7 @@ def predict(
     difference = (other - first.state) * capture.frame.real[..., None]
     rows = {m: one.covector(goal.on(capture)) for m, one in asked.items()}
     if "jacobian" in methods:
-        g = torch.zeros_like(first.state)
-        for row, columns, ids in groups(capture.prompts):
-            own = jacobian_covectors(adapter, ids, first.place, goal, row.tolist())
-            g[row[:, None], columns] = own.to(g)
-        rows["jacobian"] = g
+        rows["jacobian"], _ = jacobian_covectors(adapter, capture, first.place, goal)
     predicted: dict[str, list[float]] = {m: [] for m in methods}
     real: list[float] = []
     moved = difference.abs().sum(-1) > 0

@@ -6,7 +6,7 @@ leaves out stays as it is, and z follows from the run that is edited, so sites m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,35 +66,47 @@ def groups(prompts: Prompts) -> Iterator[tuple[Int[Tensor, " row"], Tensor, Tens
 
 
 def jacobian_covectors(
-    adapter: Adapter, ids: Tensor, place: Place, goal: Goal, prompts: Sequence[int]
-) -> Float[Tensor, "row pos d"]:
+    adapter: Adapter,
+    run: Capture,
+    place: Place,
+    goal: Goal,
+    delta: Float[Tensor, "batch pos d"] | None = None,
+) -> tuple[Float[Tensor, "batch pos d"], Float[Tensor, " batch"]]:
     """The real model's gradient of a target at a place: everything moves.
 
     Args:
         adapter: Adapter of the model.
-        ids: What the model is run on, prompts of one length.
+        run: The run whose prompts are taken.
         place: Where the gradient is taken.
         goal: The target whose gradient is taken.
-        prompts: Numbers of these prompts among the goal's.
+        delta: An edit at the place, at which the gradient is taken; None for the run itself.
 
     Returns:
-        The gradient at every position.
+        The gradient at every position, and the target's value.
     """
-    seen: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for rows, columns, ids in groups(run.prompts):
+        seen: list[Tensor] = []
 
-    def watch(tensor: Tensor, hook: Any) -> Tensor:
-        nudge = torch.zeros_like(tensor.flatten(2)).requires_grad_()
-        seen.append(nudge)
-        return tensor + nudge.view_as(tensor)
+        def watch(tensor: Tensor, hook: Any, seen: list[Tensor] = seen) -> Tensor:
+            nudge = torch.zeros_like(tensor.flatten(2)).requires_grad_()
+            seen.append(nudge)
+            return tensor + nudge.view_as(tensor)
 
-    with alone(adapter.model), torch.inference_mode(False), torch.enable_grad():
-        with adapter.model.hooks(fwd_hooks=[(place.hook, watch)]):
-            logits = adapter.run(ids, adapter.all_real(ids))
-        value = logits.new_zeros(())
-        for i, prompt in enumerate(prompts):
-            value = value + goal.read(logits[i, goal.pos] if logits.ndim > 2 else logits[i], prompt)
-        (found,) = torch.autograd.grad(value, seen[-1])
-    return found.detach()
+        edits = [] if delta is None else hooks_of(place, delta[rows[:, None], columns])
+        with alone(adapter.model), torch.inference_mode(False), torch.enable_grad():
+            with adapter.model.hooks(fwd_hooks=[*edits, (place.hook, watch)]):
+                logits = adapter.run(ids, adapter.all_real(ids))
+            at = logits if logits.ndim == 2 else logits[:, goal.pos]
+            values = torch.stack([goal.read(at[i], row) for i, row in enumerate(rows.tolist())])
+            (slope,) = torch.autograd.grad(values.sum(), seen[-1])
+        found.append((rows, columns, slope.detach(), values.detach()))
+    width = found[0][2].shape[-1]
+    g, value = run.frame.zeros(width), run.frame.zeros(1)[:, 0, 0]
+    for rows, columns, slope, values in found:
+        g[rows[:, None], columns] = slope.to(g)
+        value[rows] = values.to(value)
+    return g, value
 
 
 def row_of(logits: Tensor, i: int, at: Tensor) -> Float[Tensor, " d_vocab"]:

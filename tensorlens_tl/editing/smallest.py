@@ -22,6 +22,12 @@ RIDGE = 1e-6
 """What a measured metric gets on its diagonal, as a share of its mean."""
 
 
+_NONE = (
+    "No edit here changes the target as asked: it does not depend on this place and these "
+    "positions, or what is kept moves with it. Pass another site, positions or keep=."
+)
+
+
 class Metric:
     """What an edit costs: ‖δ‖² by itself, or weighted by how much activations vary.
 
@@ -96,37 +102,52 @@ def smallest(
     scaled = gram / lengths[:, :, None] / lengths[:, None]
     eps = 100 * torch.finfo(rows.dtype).eps
     if bool((size <= TINY).any()) or bool((torch.linalg.eigvalsh(scaled)[:, 0] < eps).any()):
-        raise ValueError(
-            "No edit here changes the target as asked: it does not depend on this place and these "
-            "positions, or what is kept moves with it. Pass another site, positions or keep=."
-        )
+        raise ValueError(_NONE)
     weights = torch.linalg.solve(scaled, asked / lengths) / lengths
     return torch.einsum("bk,bkpd->bpd", weights, spread)
 
 
 def smallest_shared(
-    rows: Float[Tensor, "batch row pos d"], asked: Float[Tensor, "batch row"], metric: Metric
+    rows: Float[Tensor, "batch row pos d"],
+    asked: Float[Tensor, "batch row"],
+    signs: Float[Tensor, "batch row"],
+    metric: Metric,
 ) -> Float[Tensor, " d"]:
-    """The smallest vector that changes every target of every prompt by what is asked.
+    """The smallest vector that changes every target of every prompt by at least what is asked.
 
     The vector is added at every position where a row is not 0, so its covector is the sum over
-    positions. With more targets than dimensions there is no such vector.
+    positions. Targets of sign 0 change by exactly what is asked. The rest is found among vectors
+    that leave those as they are. Were equality asked of all, prompts that hardly differ would need
+    a huge vector that tells them apart.
 
     Args:
         rows: The covectors, 0 where nothing may change.
         asked: The change of each target.
+        signs: The direction in which a target may change by more: 1, −1, or 0 for none.
         metric: What an edit costs.
 
     Returns:
         The vector that every edited position gets.
 
     Raises:
-        ValueError: If no such vector exists: a covector is 0, or depends on the others.
+        ValueError: If no such vector exists: a covector is 0, or depends on what is kept.
     """
-    flat = rows.sum(2).flatten(0, 1)
-    # The same row with the same change is one condition: a probe is kept once for all prompts.
-    both = torch.cat([flat, asked.flatten()[:, None]], 1).unique(dim=0)
-    return smallest(both[None, :, None, :-1], both[None, :, -1], metric)[0, 0]
+    flat, asked, signs = rows.sum(2).flatten(0, 1), asked.flatten(), signs.flatten()
+    kept, free = flat[signs == 0], flat[signs != 0] * signs[signs != 0, None]
+    more = asked[signs != 0] * signs[signs != 0]
+    delta, size = torch.zeros_like(flat[0]), (free * metric.inverse(free)).sum(-1)
+    if len(kept):
+        spread = metric.inverse(kept)
+        inverse = torch.linalg.pinv(kept @ spread.mT, hermitian=True)
+        delta = asked[signs == 0] @ inverse @ spread
+        more = more - free @ delta
+        free = free - free @ spread.mT @ inverse @ kept
+    if not len(free):
+        return delta
+    left = (free * metric.inverse(free)).sum(-1)
+    if bool((left <= 100 * torch.finfo(rows.dtype).eps * size + TINY).any()):
+        raise ValueError(_NONE)
+    return delta + smallest_above(free[:, None], more, metric)[0]
 
 
 def smallest_above(

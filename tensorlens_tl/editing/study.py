@@ -8,6 +8,7 @@ logit(foil) to a multiple of itself. The real model then tells what m became.
     …_qk       operator or refined, with queries and keys to first order in the covector
     …_qk_gates the same with the gating ratios of MLPs, too: only norm scales are held
     jacobian   the smallest edit by the real model's gradient
+    refined_jacobian  the same, with two Newton steps more
     caa        the mean difference of clean and corrupted residuals (Rimsky et al. 2024, arXiv
                2312.06681), scaled until the operator predicts what is asked
     logit_lens the difference of the two columns of W_U, scaled through the frozen final norm
@@ -34,7 +35,7 @@ from ..recording import freeze
 from .asking import Asked, smallest_edit
 from .edit import Edit
 from .goals import Goal
-from .real_runs import groups, jacobian_covectors
+from .real_runs import jacobian_covectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ METHODS = ("operator", "refined", "jacobian", "caa", "logit_lens", "random")
 MOVING = {"qk": (True, False), "qk_gates": (True, True)}
 """What moves to first order in covectors of the operator, by the end of a method's name."""
 
-MORE = tuple(f"{method}_{moving}" for method in ("operator", "refined") for moving in MOVING)
+MORE = *(f"{m}_{moving}" for m in ("operator", "refined") for moving in MOVING), "refined_jacobian"
 """What :func:`evaluate` compares on request, too."""
 
 MEASURES = ("delivered", "norm", "size", "flipped", "kl", "kl_held_out")
@@ -202,8 +203,8 @@ def evaluate(
         cases: Prompts with ``clean``, ``corrupted``, ``answer`` and ``foil``, as
             ``demo.prompts`` makes them, or tuples of these four texts.
         methods: What to compare: "operator", "refined", "jacobian", "caa", "logit_lens", "random";
-            and "operator" and "refined" with "_qk" or "_qk_gates" behind, by covectors in which
-            queries and keys, or gating ratios, too, move to first order.
+            "operator" and "refined" with "_qk" or "_qk_gates" behind, by covectors in which
+            queries and keys, or gating ratios, too, move to first order; and "refined_jacobian".
         sites: Residual sites to edit, at the last position, or numbers of blocks.
         to: What logit(answer) − logit(foil) is to become, as a multiple of itself.
         seed: Seed of the random directions.
@@ -241,13 +242,16 @@ def evaluate(
         change = best.predicted
         for method in methods:
             kind, _, moving = method.partition("_")
-            if kind in ("operator", "refined"):
+            if kind in ("operator", "refined") and moving != "jacobian":
                 moves = MOVING.get(moving, (False, False))
                 own = Asked(capture, operator, site, -1, "identity", *moves)
                 edit = _operator_edit(own, goal, to)
                 edit = edit.refine(adapter.model, rounds=2) if kind == "refined" else edit
+            elif method.endswith("jacobian"):
+                rounds = 3 if kind == "refined" else 1
+                edit = _by_jacobian(adapter, asked, best, rounds)
             else:
-                delta = _rival(method, asked, adapter, goal, change, made, twins, generator)
+                delta = _rival(method, asked, goal, change, made, twins, generator)
                 size = delta.flatten(1).norm(dim=-1, keepdim=True)[..., None]
                 if method == "random":
                     delta = delta / size * best.norm[:, None, None]
@@ -305,10 +309,19 @@ def _operator_edit(asked: Asked, goal: Goal, to: int | float) -> Edit:
     )
 
 
+def _by_jacobian(adapter: Adapter, asked: Asked, best: Edit, rounds: int) -> Edit:
+    """The smallest edit by the real model's gradient, at the last position; then Newton steps."""
+    delta, goal = torch.zeros_like(best.delta), best.goal
+    for _ in range(rounds):
+        g, value = jacobian_covectors(adapter, asked.capture, asked.place, goal, delta)
+        g, missing = g * asked.where[..., None], best.before + best.predicted - value
+        delta = delta + g * (missing / g.flatten(1).square().sum(1))[:, None, None]
+    return replace(asked.edit(goal, delta), predicted=best.predicted)
+
+
 def _rival(
     method: str,
     asked: Asked,
-    adapter: Adapter,
     goal: Goal,
     change: Tensor,
     made: list[Case],
@@ -318,13 +331,6 @@ def _rival(
     """Another method's edit [batch, pos, width], at the last position."""
     capture, frame = asked.capture, asked.capture.frame
     at = frame.index(-1)
-    if method == "jacobian":
-        g = torch.zeros_like(asked.state)
-        for rows, columns, ids in groups(capture.prompts):
-            own = jacobian_covectors(adapter, ids, asked.place, goal, rows.tolist())
-            g[rows[:, None], columns] = own.to(g)
-        g = g * asked.where[..., None]
-        return g * (change / g.flatten(1).square().sum(1))[:, None, None]
     if method == "random":
         noise = torch.randn(asked.state[:, 0].shape, generator=generator).to(asked.state)
         return noise[:, None] * asked.where[..., None]

@@ -125,8 +125,8 @@ class EditedRun(AttributedRun):
         pos: int = -1,
         *,
         site: str | int | None = None,
-        to: int | float | None = None,
-        by: int | float | None = None,
+        to: int | float | Sequence[float] | None = None,
+        by: int | float | Sequence[float] | None = None,
         delta: Tensor | None = None,
         positions: int | Sequence[int] | None = -1,
         keep: Sequence[TargetLike | Mapping[str, Any]] = (),
@@ -147,8 +147,8 @@ class EditedRun(AttributedRun):
             versus: What is subtracted from the target, or None.
             pos: Position of the prediction among the real tokens; −1 is the last.
             site: The place, as in :meth:`covector`.
-            to: The value that is wanted, in logits.
-            by: The change that is wanted, in logits.
+            to: The value that is wanted, in logits, or one per prompt.
+            by: The change that is wanted, in logits, or one per prompt; 0 keeps a prompt's target.
             delta: Your own edit, as in :meth:`effect`. Give one of ``to``, ``by`` and ``delta``.
             positions: Positions that may be edited, among the real tokens; None is all.
             keep: Targets that may not change: tokens, or mappings with "target", and "versus" and
@@ -159,8 +159,8 @@ class EditedRun(AttributedRun):
             qk: Whether attention scores move, too, to first order.
             gates: Whether the gating ratios of MLPs move, too, to first order. With ``qk`` only
                 the scales of norms are then held.
-            shared: Whether all prompts and ``positions`` get one vector, the smallest that does
-                what is asked of every prompt.
+            shared: Whether all prompts and ``positions`` get one vector: the smallest by which
+                every prompt's target changes by at least what is asked, and by 0 where 0 is asked.
             along: A feature, ``sae.feature(17)``, along whose direction the edit is; its SAE names
                 the site. The error that the SAE leaves stays as it is.
             activation: The activation that the feature gets, 0 to remove it; in place of ``to`` and
