@@ -117,5 +117,6 @@ assert answer(prompt) == "Paris"  # the weights are as they were
 
 # %% [markdown]
 # Other questions about France were not kept, and they change: the last word printed above is what
-# the edited model says of the language of France. How often this works, on which models it does not, and how it compares with ROME, the Jacobian and
-# others: [Edits, measured](../editing.md).
+# the edited model says of the language of France. How often an edit does what was asked, on which
+# models it does not, and how it compares with ROME, the Jacobian and others is measured on
+# [Edits, tested](../editing.md).
