@@ -66,8 +66,10 @@ def task(r: dict[str, Any], name: str) -> str:
     text = f"""## {name.capitalize()}
 
 The measure is of {ABOUT[name]}.
-{t["n_find"]} pairs to find circuits, {t["n_test"]} others to test them. The model prefers the right answer in {t["right"]:.0%} of these. The mean difference of logits
-is {t["full"]:.2f}, and {t["ablated"]:.2f} with every edge of {t["n_total"]:,} ablated.
+{t["n_find"]} pairs to find circuits, {t["n_test"]} others to test them.
+The model prefers the right answer in {t["right"]:.0%} of these.
+The mean difference of logits is {t["full"]:.2f}, and {t["ablated"]:.2f} with every edge of
+{t["n_total"]:,} ablated.
 
 {table(head, rows)}
 """

@@ -217,7 +217,7 @@ def merged(folder: Path) -> dict[str, Any]:
         lengths = [n for one in evaluations for n in one.lengths]
         plain = sum(one.forward_seconds for one in evaluations)
         about[name] = {
-            "model": evaluations[0].model,
+            "model": "SmolLM2-135M-Instruct" if name in TEXTS else evaluations[0].model,
             "n": len(lengths),
             "wanted": WANTED[name],
             "tokens": [min(lengths), sum(lengths) / len(lengths), max(lengths)],
@@ -241,6 +241,7 @@ def merged(folder: Path) -> dict[str, Any]:
         "gradient": evaluation.GRADIENT,
         "sets": about,
         "members": groups,
+        "wanted": WANTED | {"sentences": sum(WANTED[name] for name in TEXTS)},
         "tables": tables,
     }
 

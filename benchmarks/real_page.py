@@ -156,12 +156,13 @@ def times(r: dict[str, Any]) -> str:
         rows.append([job, *cells])
     head = ["job", *(f"{n} tokens, {of}" for n in lengths for of in ("F", "of transformers"))]
     rounds = {e["rounds"] for of in found.values() for e in of.values()}
+    told = f"median of {min(rounds)} rounds" if min(rounds) > 1 else "one round"
     text = f"""## What each step costs
 
 In plain forward passes of the same prompts, with all logits: of TransformerLens's Bridge (F), and
-of transformers' own model of the same weights. CPU time of one thread, median of
-{min(rounds)} rounds, each between two forward passes. Jobs on a captured run begin with the
-capture made. A job on 8 pairs is told in passes of the 8 prompts.
+of transformers' own model of the same weights. CPU time of one thread, {told}, each
+between two forward passes. Jobs on a captured run begin with a new capture, which is not counted.
+A job on 8 pairs is told in passes of the 8 prompts.
 `python benchmarks/real_time.py` measures them.
 
 {table(head, rows)}

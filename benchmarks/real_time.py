@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,15 @@ from tensorlens_tl.hosts import adapt
 TOKENS = (15, 128, 512)
 PAIRS = 8
 MASKED = 100
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is timed: ``run`` of what ``prepare`` made; and how many prompts its unit has."""
+
+    prepare: Callable[[], Any] | None
+    run: Callable[[Any], object]
+    prompts: int = 1
 
 
 class Loop:
@@ -59,62 +69,55 @@ class Loop:
         rows = self.text.roll(-start).repeat(n // len(self.text) + 1)[None]
         return torch.cat([self.first, rows], 1)[:, :n]
 
-    def jobs(self, n: int) -> dict[str, tuple[int, Callable[[], object]]]:
-        """Jobs at a length: how many prompts their unit has, and a function that runs them."""
+    def jobs(self, n: int) -> dict[str, Job]:
+        """Jobs at a length."""
         ids, twin = self.prompts(n), self.prompts(n)
         twin[0, n // 2] = int(self.text[3])
-        held: dict[str, Any] = {}
+        clean = [self.prompts(n, i)[0] for i in range(PAIRS)]
+        twins = [row.clone() for row in clean]
+        for row in twins:
+            row[n // 2] = int(self.text[3])
 
-        def lens(which: str = "clean") -> Any:
-            if which not in held:
-                held[which] = self.capture(ids if which == "clean" else twin)
-            return held[which]
+        def lens() -> Any:
+            return self.capture(ids)
 
-        def secant() -> Any:
-            # Two captures, of which the second belongs to the job.
+        def secant(lens: Any) -> Any:
             there = self.capture(twin)
-            return lens().attribute(by="edge", baseline=there, at="secant", qk=True)
+            return lens.attribute(by="edge", baseline=there, at="secant", qk=True)
 
-        def masked() -> Any:
+        def score(name: str, **how: Any) -> Job:
+            return Job(lens, lambda one: one.token_scores(name, model=self.model, **how))
+
+        def masked(_: Any) -> None:
             masking = Masking.of("token", self.adapter)
             for rows in torch.arange(MASKED).split(max(1, 1024 // n)):
                 off = torch.zeros(len(rows), n, dtype=torch.bool)
                 off[torch.arange(len(rows)), 1 + rows % (n - 1)] = True
                 end_logits(self.adapter, ids.expand(len(rows), -1), off, masking)
 
-        clean = [self.prompts(n, i)[0] for i in range(PAIRS)]
-        twins = [row.clone() for row in clean]
-        for row in twins:
-            row[n // 2] = int(self.text[3])
-        goal = {"progress": False}
-        found: dict[str, Any] = {}
+        def discover(_: Any = None) -> Any:
+            how = {"n_edges": 200, "progress": False}
+            return tensorlens_tl.discover(self.model, clean, twins, **how)
 
-        def discover() -> Any:
-            found["circuit"] = tensorlens_tl.discover(self.model, clean, twins, n_edges=200, **goal)
+        def faithful(circuit: Any) -> Any:
+            return tensorlens_tl.faithfulness(self.model, clean, circuit, twins, progress=False)
 
-        def faithful() -> Any:
-            edges = found["circuit"] if found else discover() or found["circuit"]
-            start = time.process_time()
-            tensorlens_tl.faithfulness(self.model, clean, edges, twins, **goal)
-            return time.process_time() - start
-
-        score = lambda name, **how: lens().token_scores(name, model=self.model, **how)  # noqa: E731
         return {
-            "capture": (1, lambda: self.capture(ids)),
-            "by token": (1, lambda: lens().attribute()),
-            "by component": (1, lambda: lens().attribute(by="component")),
-            "edges": (1, lambda: lens().attribute(by="edge")),
-            "edges, qk=True": (1, lambda: lens().attribute(by="edge", qk=True)),
-            "secant edges, with the twin's capture": (1, secant),
-            "in_out": (1, lambda: score("in_out")),
-            "norm, 8 probes": (1, lambda: score("norm", probes=8)),
-            "value zeroing": (1, lambda: score("value_zeroing")),
-            "AttnLRP": (1, lambda: score("attnlrp")),
-            "10 paths": (1, lambda: lens().paths(k=10, progress=False)),
-            f"discover on {PAIRS} pairs": (PAIRS, discover),
-            f"faithfulness of 200 edges, {PAIRS} pairs": (PAIRS, faithful),
-            f"{MASKED} masked runs": (1, masked),
-            "svd, largest value": (1, lambda: lens().operator.svd(k=1)),
+            "capture": Job(None, lambda _: self.capture(ids)),
+            "by token": Job(lens, lambda one: one.attribute()),
+            "by component": Job(lens, lambda one: one.attribute(by="component")),
+            "edges": Job(lens, lambda one: one.attribute(by="edge")),
+            "edges, qk=True": Job(lens, lambda one: one.attribute(by="edge", qk=True)),
+            "secant edges, with the twin's capture": Job(lens, secant),
+            "in_out": score("in_out"),
+            "norm, 8 probes": score("norm", probes=8),
+            "value zeroing": score("value_zeroing"),
+            "AttnLRP": score("attnlrp"),
+            "10 paths": Job(lens, lambda one: one.paths(k=10, progress=False)),
+            f"discover on {PAIRS} pairs": Job(None, discover, PAIRS),
+            f"faithfulness of 200 edges, {PAIRS} pairs": Job(discover, faithful, PAIRS),
+            f"{MASKED} masked runs": Job(None, masked),
+            "svd, largest value": Job(lens, lambda one: one.operator.svd(k=1)),
         }
 
     def capture(self, ids: torch.Tensor) -> Any:
@@ -124,31 +127,33 @@ class Loop:
 
     def measured(self, n: int, job: str, rounds: int) -> dict[str, Any]:
         """One job's ratios to plain forward passes."""
-        size, run = self.jobs(n)[job]
-        ids = torch.cat([self.prompts(n, i) for i in range(size)])
-        if rounds > 1 or not job.endswith("runs"):
-            run()  # warm: what a job needs of a lens is made
+        one = self.jobs(n)[job]
+        ids = torch.cat([self.prompts(n, i) for i in range(one.prompts)])
         ratios: dict[str, list[float]] = {"host": [], "transformers": []}
         seconds = []
         for _ in range(rounds):
-            before = self.forward(ids)
-            spent, found = cpu(run)
-            # A job that times its own part says how long that took.
-            spent = found if isinstance(found, float) else spent
+            # A lens keeps what it has computed, so every round has a new one.
+            given = None if one.prepare is None else one.prepare()
+            before, start = self.forward(ids), time.process_time()
+            one.run(given)
+            spent = time.process_time() - start
             after = self.forward(ids)
-            for name, both in ratios.items():
-                both.append(spent / statistics.fmean((before[name], after[name])))
+            for name, found in ratios.items():
+                found.append(spent / statistics.fmean((before[name], after[name])))
             seconds.append(spent)
-        found = {name: statistics.median(values) for name, values in ratios.items()}
-        return found | {"seconds": statistics.median(seconds), "rounds": rounds, "prompts": size}
+        medians = {name: statistics.median(values) for name, values in ratios.items()}
+        about = {"seconds": statistics.median(seconds), "rounds": rounds, "prompts": one.prompts}
+        return medians | about
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor) -> dict[str, float]:
         """CPU seconds of plain forward passes with all logits."""
-        return {
-            "host": cpu(lambda: self.model(ids))[0],
-            "transformers": cpu(lambda: self.hf(ids))[0],
-        }
+        found = {}
+        for name, model in (("host", self.model), ("transformers", self.hf)):
+            start = time.process_time()
+            model(ids)
+            found[name] = time.process_time() - start
+        return found
 
     def profile(self, n: int) -> list[list[Any]]:
         """Shares of a capture with an attribution by token and one by edge, largest first."""
@@ -163,13 +168,6 @@ class Loop:
         total = sum(row.self_cpu_time_total for row in rows)
         largest = sorted(rows, key=lambda row: -row.self_cpu_time_total)[:8]
         return [[row.key, row.self_cpu_time_total / total, row.count] for row in largest]
-
-
-def cpu(run: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of a function, and what it returned."""
-    start = time.process_time()
-    found = run()
-    return time.process_time() - start, found
 
 
 def main() -> None:
