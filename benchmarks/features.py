@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -130,12 +130,11 @@ def main() -> None:
         cfg |= {"architecture": "transcoder", "activation": "topk"}
         cfg["metadata"] |= {"hook_name_out": writes}
     save(options.out, parts, cfg)
-    sae = features.load(options.out)
+    sae = cast(features.FeatureDictionary, features.load(options.out))
     left = (y - sae.reconstruct(x)).square().sum() / (y - y.mean(0)).square().sum()
     print(f"{sae}: {len(x)} tokens, {time.process_time() - start:.0f} s of processor time")
-    print(
-        f"variance left out {float(left):.3f}, L0 {float((sae.encode(x) != 0).sum(-1).float().mean()):.1f}"
-    )
+    fire = float((sae.encode(x) != 0).sum(-1).float().mean())
+    print(f"variance left out {float(left):.3f}; {fire:.1f} features fire at a token")
     if bundled:
         measure(model, sae, 20)
 
