@@ -6,7 +6,7 @@ leaves out stays as it is, and z follows from the run that is edited, so sites m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
