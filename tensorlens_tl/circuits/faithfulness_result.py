@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import need
+from ..checks import as_array, need
 from ..operator import Convention
 from ..pictures import Page, Paged, curves, curves_view, dots, table_view
 
@@ -26,7 +26,7 @@ Prompt = Float[Tensor, " prompt"]
 
 
 @dataclass(frozen=True, eq=False)
-class Faithfulness:
+class Faithfulness(Paged):
     """How much of a behaviour a circuit keeps when everything else of the real model is ablated.
 
     Attributes:
@@ -124,6 +124,14 @@ class Faithfulness:
         groups = {name: getattr(self, name).tolist() for name in names}
         title = f"share {self.share:.3f} [{low:.3f}, {high:.3f}], {self.n_edges} {self.parts}"
         return dots(ax, groups, ylabel="metric (logits by default)", title=title)
+
+    def _page(self) -> Page:
+        names = ("full", "circuit", "empty", "ablated")
+        labels = [[str(i)] for i in range(len(self.full))]
+        values = np.stack([as_array(getattr(self, name)) for name in names], 1)
+        table = table_view(["prompt"], names, labels, values, together=True)
+        notes = [repr(self), "The metric of every prompt, in logits by default."]
+        return Page(f"Faithfulness {self.share:.3f}", [table], notes, height=420)
 
     def __repr__(self) -> str:
         low, high = self.interval

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import is_int, need, pick_prompts, place_label
 from ..operator import Capture
-from ..pictures import cell_map
+from ..pictures import Page, Paged, cell_map, grid_view
 from ..sublayers import Experts
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Sent(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Routing:
+class Routing(Paged):
     """Which experts each token of a run was sent to, and with which weight.
 
     Attributes:
@@ -139,14 +139,28 @@ class Routing:
             ValueError: If matplotlib is missing, or there is no such prompt.
         """
         whole = pick_prompts(prompt, len(self.tokens), "routing", ".to_dataframe")[0]
-        names = [place_label(token, i) for i, token in enumerate(self.tokens[whole])]
-        grid = [[math.nan] * self.n_experts for _ in names]
-        for sent in self.rows():
-            if sent.prompt == whole:
-                grid[sent.pos][sent.expert] = sent.weight
-        experts = [f"E{i}" for i in range(self.n_experts)]
+        names, experts, grid = self._grid(whole)
         title, signed = f"router of layer {self.layer}", bool((self.weights < 0).any())
         return cell_map(ax, grid, names, experts, unit="weight", title=title, signed=signed)
+
+    def _grid(self, prompt: int) -> tuple[list[str], list[str], list[list[float]]]:
+        """Tokens, experts, and the weights of one prompt; nan where a token was not sent."""
+        names = [place_label(token, i) for i, token in enumerate(self.tokens[prompt])]
+        grid = [[math.nan] * self.n_experts for _ in names]
+        for sent in self.rows():
+            if sent.prompt == prompt:
+                grid[sent.pos][sent.expert] = sent.weight
+        return names, [f"E{i}" for i in range(self.n_experts)], grid
+
+    def _page(self) -> Page:
+        axes = ("token", "expert")
+        views = [
+            replace(grid_view(*self._grid(i), axes, "weight"), tab=f"prompt {i + 1}")
+            for i in range(len(self.tokens))
+        ]
+        head = repr(self).splitlines()[0]
+        notes = ["An empty cell is an expert that the token was not sent to."]
+        return Page(head, views, notes, tabs=len(views) > 1, height=700)
 
     def __repr__(self) -> str:
         slots, n = self.experts.shape[-1], sum(map(len, self.tokens))

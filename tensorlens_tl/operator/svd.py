@@ -16,19 +16,21 @@ Lehoucq, Sorensen, Yang, "ARPACK Users' Guide" (1998).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import at_least_one, is_int, need, progress_bar, token_text
+from ..checks import as_array, at_least_one, is_int, need, progress_bar, token_text
 from ..costs import HEAP, KEPT, Cost, Plan, StageShape, make_plan, rates_of
 from ..maps import TINY, LinearMap
-from ..pictures import bars
+from ..pictures import Page, Paged, bars, table_view
 from .batched_sweep import BatchedSweep
 from .folding import shape_of, stages_of
 from .normal_forms import states
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl svd 1"
+WORDS = 6
+"""How many words of a direction a page lists on each side."""
 
 
 @dataclass(frozen=True, eq=False)
-class SVD:
+class SVD(Paged):
     """The largest singular triples of an operator, or of some of its blocks: T ≈ Σ S_k U_k V_kᵀ.
 
     Attributes:
@@ -108,6 +112,41 @@ class SVD:
             notes = [f"+ {up}   − {down}" for up, down in both]
         title = "singular values" + (", and what U raises and lowers" if notes else "")
         return bars(ax, names, self.S.tolist(), unit="singular value", title=title, notes=notes)
+
+    def _page(self, lens: Any = None) -> Page:
+        names = ["triple", "raises", "lowers"] if lens is not None else ["triple"]
+        labels = [[f"S[{i}]"] for i in range(len(self.S))]
+        if lens is not None:
+            words = self.words(lens, WORDS)
+            pairs = zip(labels, words, strict=True)
+            labels = [[*own, *(" ".join(map(repr, side)) for side in pair)] for own, pair in pairs]
+        square = as_array(self.S.double()) ** 2
+        shares = square / max(square.sum(), TINY)
+        values = np.stack([np.sqrt(square), shares], 1)
+        table = table_view(names, ["singular value", "share of Σ S²"], labels, values)
+        notes = ["Shares are of those found. The sign of a triple is free: no list of words leads."]
+        return Page("Singular values of the operator", [table], notes, height=420)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        beside: Any = None,
+        lens: Any = None,
+    ) -> str | None:
+        """Write the spectrum as one interactive HTML page, which needs no network and no server.
+
+        Args:
+            path: The file to write, whole or not at all. None returns the text instead.
+            beside: What stands below the title, too: a text, or a result whose text form is taken.
+            lens: The lens whose operator this is, for the words of :meth:`words`.
+
+        Returns:
+            The text of the page, or None where a file was written.
+
+        Raises:
+            ValueError: If the folder does not exist, or the model has no words for a direction.
+        """
+        return self._page(lens).with_lines(beside).write(path)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the triples as a pandas table.

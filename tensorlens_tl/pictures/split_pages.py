@@ -46,7 +46,10 @@ def grid_view(
     Returns:
         The view of this grid.
     """
-    shown = panel(heading or "All", unit, [depth("", np.array(cells, dtype=np.float64))])
+    whole = np.array(cells, dtype=np.float64)
+    filled = np.where(np.isnan(whole), 0, whole)
+    sums = {"sums": filled.sum(1), "columns": filled.sum(0)}
+    shown = panel(heading or "All", unit, [depth("", whole) | sums])
     view = map_view(names, across, [shown], axes, named=True)
     return replace(view, data={**view.data, "patches": True}) if patches else view
 

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import need, progress_bar
 from ..evaluation import Estimate, bootstrap, read_study, study_text
-from ..pictures import estimates
+from ..pictures import Page, Paged, estimates, table_view
 from .linear_relation import MAP_METHODS
 from .relation import Relation
 from .statements import RANKS, Statements, state
@@ -82,7 +83,7 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class RelationStudy:
+class RelationStudy(Paged):
     """Every decoding of some relations, and their means.
 
     Attributes:
@@ -204,6 +205,19 @@ class RelationStudy:
             found = [self.estimate(what, variant, n) for variant in names]
             series[f"n = {n}"] = [(e.value, e.low, e.high) for e in found]
         return estimates(ax, names, series, title=", ".join(self.accuracy), xlabel=what)
+
+    def _page(self) -> Page:
+        labels, rows = [], []
+        for n in self.sizes:
+            for variant in dict.fromkeys(row.variant for row in self.rows):
+                for what in ("faithfulness", *(("causality",) if variant != MEAN else ())):
+                    found = self.estimate(what, variant, n)
+                    labels.append([str(n), variant, what])
+                    rows.append([found.value, found.low, found.high])
+        names, columns = ["training subjects", "fit", "share"], ["mean", "low", "high"]
+        table = table_view(names, columns, labels, np.array(rows), together=True)
+        notes = ["Low and high are the ends of 95 % intervals over splits."]
+        return Page(repr(self).splitlines()[0], [table], notes)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the decodings as a pandas table.

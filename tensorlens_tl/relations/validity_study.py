@@ -12,15 +12,16 @@ them on many prompts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..checks import need, progress_bar
 from ..evaluation import Estimate, bootstrap, median, read_study, study_text
-from ..pictures import curves
+from ..pictures import Page, Paged, View, curves, curves_view, table_view
 from ..plugin import capture
 from .linear_relation import MAP_METHODS
 from .validity_errors import DIRECTION_KINDS, SIZES, direction_errors, draw, radius
@@ -54,7 +55,7 @@ class ErrorCurve:
 
 
 @dataclass(frozen=True)
-class ValidityStudy:
+class ValidityStudy(Paged):
     """Error curves of many prompts, and their medians.
 
     Attributes:
@@ -187,11 +188,7 @@ class ValidityStudy:
         Raises:
             ValueError: If matplotlib is missing, or there is no such kind.
         """
-        series = {}
-        for one in self.kinds if kind is None else [kind]:
-            for method in MAP_METHODS:
-                found = [self.error(one, method, size) for size in self.sizes]
-                series[f"{one}, {method}"] = [(e.value, e.low, e.high) for e in found]
+        series = self._series(self.kinds if kind is None else [kind])
         return curves(
             ax,
             self.sizes,
@@ -201,6 +198,33 @@ class ValidityStudy:
             ylabel="median relative error",
             logarithmic=True,
         )
+
+    def _series(self, kinds: Sequence[str]) -> dict[str, list[tuple[float, float, float]]]:
+        """For every kind and map, the median error at every size with its interval."""
+        return {
+            f"{kind}, {method}": [
+                (e.value, e.low, e.high)
+                for e in (self.error(kind, method, size) for size in self.sizes)
+            ]
+            for kind in kinds
+            for method in MAP_METHODS
+        }
+
+    def _page(self) -> Page:
+        views: list[View] = []
+        for kind in self.kinds:
+            found = {name: np.array(row) for name, row in self._series([kind]).items()}
+            lines = [(name, *row.T) for name, row in found.items()]
+            axes = ("‖δ‖ / ‖X‖", "median relative error")
+            columns = [f"{name}{end}" for name in found for end in ("", ", low", ", high")]
+            labels = [[f"{size:.3g}"] for size in self.sizes]
+            parts = (
+                curves_view(self.sizes, lines, axes, [0.1], kind),
+                table_view(["size"], columns, labels, np.concatenate([*found.values()], 1)),
+            )
+            views += [replace(part, tab=kind) for part in parts]
+        notes = ["Bands are 95 % intervals over prompts.", *repr(self).splitlines()[1:]]
+        return Page(repr(self).splitlines()[0], views, notes, tabs=len(self.kinds) > 1, height=860)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the errors as a pandas table.

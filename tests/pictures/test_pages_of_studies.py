@@ -1,0 +1,59 @@
+"""Pages of results whose numbers are given: what the views hold is what the results hold."""
+
+import torch
+from models import quiet
+
+from tensorlens_tl import Faithfulness, Routing, demo
+from tensorlens_tl.relations.decoding_study import Decoding, RelationStudy
+from tensorlens_tl.relations.validity_study import ErrorCurve, ValidityStudy
+
+
+def test_the_spectrum_and_its_words():
+    with quiet():
+        lens = demo.load_model().run_with_tensorlens("The capital of France is")[1]
+    found = lens.operator.svd(3, query_pos=-1, key_pos=4)
+    (table,) = found._page(lens).views
+    assert torch.allclose(torch.tensor(table.data["values"][:, 0]), found.S.double())
+    assert abs(table.data["values"][:, 1].sum() - 1) < 1e-12
+    words = found.words(lens, 6)
+    assert table.data["labels"][0][1] == " ".join(map(repr, words[0][0]))
+    assert "raises" in found.to_html(lens=lens) and "raises" not in found.to_html()
+
+
+def test_a_circuits_share_by_prompt():
+    full, ablated = torch.tensor([2.0, 3.0]), torch.zeros(2)
+    found = Faithfulness(full, ablated, ablated, full / 2, "zero", "live", 3, 9)
+    (table,) = found._page().views
+    expected = torch.stack([full, full / 2, ablated, ablated], 1)
+    assert torch.equal(torch.tensor(table.data["values"]), expected)
+
+
+def test_experts_by_token():
+    experts, weights = torch.tensor([[[0, 2], [2, 1]]]), torch.tensor([[[0.75, 0.25], [0.5, 0.5]]])
+    (view,) = Routing(3, (("A", "cat"),), ((0, 2),), experts, weights, n_experts=4)._page().views
+    cells = view.data["panels"][0]["stops"][0]["map"]
+    assert view.data["rows"] == ['"A"@0', '"cat"@1'] and cells["rows"] == 2
+    sums = view.data["panels"][0]["stops"][0]["sums"]
+    assert sums.tolist() == [1.0, 1.0]  # empty cells are left out
+
+
+def test_studies_of_relations():
+    curve = ErrorCurve("swap", (0.1, 0.4), (0.0, 0.5), 0.1, {}, 1.0)
+    other = ErrorCurve("swap", (0.3, 0.6), (0.1, 0.7), 0.1, {}, 1.0)
+    study = ValidityStudy("m", "float32", 0, 2, (0.1, 1.0), (curve, other))
+    drawn, table = study._page().views
+    medians = [study.error("swap", "operator", size).value for size in study.sizes]
+    assert drawn.data["lines"][0]["y"].tolist() == medians
+    assert table.data["values"][:, 0].tolist() == medians
+    rows = [
+        Decoding("r", "{}", split, ("a", "b"), 4, variant, share, (), 0, causality=causality)
+        for variant, causality in (("mean output", None), ("operator, β = 1", 0.5))
+        for split, share in ((0, 0.25), (1, 0.75))
+    ]
+    (table,) = RelationStudy("m", "float32", 0, (1.0,), (1,), {"r": 1.0}, tuple(rows))._page().views
+    assert [label[1:] for label in table.data["labels"]] == [
+        ["mean output", "faithfulness"],
+        ["operator, β = 1", "faithfulness"],
+        ["operator, β = 1", "causality"],
+    ]
+    assert table.data["values"][:, 0].tolist() == [0.5, 0.5, 0.5]
