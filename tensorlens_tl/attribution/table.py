@@ -368,7 +368,7 @@ class Attribution(PagedPatches):
         about = [] if nothing else [f"sum off by {self.completeness_error:.0e} of Σ|·|"]
         about += [self.convention.in_front] if self.convention.in_front else []
         exact = f" ({', '.join(about)})" if about else ""
-        lines = [f"{head} = {float(self.target_value[0]):.4g}{exact}"]
+        lines = [f"{head} = {self.target_value[0].item():.4g}{exact}"]
         lines += [f"  {value:+9.4f}  {label}" for label, value in rows]
         left = left_out(self.values[0], len(rows))
         lines += [f"  … {left}"] if left else []

@@ -304,6 +304,8 @@ class FrozenTransformer(StepChain):
     def plan_pull(self, what: str = "pull", more: Cost | None = None, kept: int = 0) -> Plan:
         """Predict what one transposed sweep of :meth:`pull` costs, all positions kept.
 
+        With a graph that includes what autograd keeps of the sweep, and the backward pass.
+
         Args:
             what: Name of what is planned, for display.
             more: Work beside the sweep; it is counted up.
@@ -325,6 +327,11 @@ class FrozenTransformer(StepChain):
                 if b.heads:
                     cells = b.heads * frame.batch * frame.n_pos**2
                     cost.mixing += 2 * cells * (b.width_in // b.heads + b.score)
+                if frame.graph:  # what entered each product, norm and gate
+                    per_row = 2 * D * below + (b.width_in + b.width_out) * (top + below)
+                    kept += per_row * frame.dtype.itemsize
+        if frame.graph:  # backwards, two products for each one
+            cost = Cost(**{kind: 3 * amount for kind, amount in vars(cost).items()})
         # A step keeps about four arrays of the size of the residual.
         kept += 4 * (len(self.steps) + 1) * rows * D * frame.dtype.itemsize
         return self.plan_work(what, cost, kept)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import CASES, GRADIENT, ORACLE, PER_SHAPE, SEQ, Case, quiet
+from models import CASES, GRADIENT, ORACLE, PER_SHAPE, SEQ, Case, HookedTransformer, quiet
 from oracles import FrozenModel
 
 import tensorlens_tl
@@ -201,11 +201,15 @@ def test_without_a_graph_nothing_is_kept():
 
 
 def test_copies_have_no_graph(tmp_path):
-    lens = graph_of(demo.load_model(), "The capital of France is")
-    lens.save(tmp_path / "lens.safetensors", weights=True)
-    copy = tensorlens_tl.load(tmp_path / "lens.safetensors")
-    assert not copy.capture.frame.graph and not copy.attribute("Paris").values.requires_grad
-    assert torch.equal(copy.attribute("Paris").values, lens.attribute("Paris").values)
+    """A file holds numbers alone: those of a plain lens, to the bit."""
+    model, found = demo.load_model(), []
+    for graph in (False, True):
+        _, lens = model.run_with_tensorlens("The capital of France is", graph=graph)
+        lens.save(tmp_path / "lens.safetensors", weights=True)
+        copy = tensorlens_tl.load(tmp_path / "lens.safetensors")
+        assert not copy.capture.frame.graph
+        found.append(copy.attribute("Paris").values)
+    assert torch.equal(*found) and not found[1].requires_grad
 
 
 def test_a_step_ends_the_lens():
@@ -244,8 +248,42 @@ def test_refused_without_gradients():
         lens.attribute("Paris", by="edge", qk=True)
 
 
-@pytest.mark.skipif("bridge-llama-compat" not in CASES, reason="this host has no such mode")
+@pytest.mark.skipif(
+    "bridge-llama-compat" not in CASES or HookedTransformer is None,
+    reason="this host runs on its own weights in that mode, or has no Bridge",
+)
 def test_a_host_that_runs_on_copies_is_refused():
     model = CASES["bridge-llama-compat"].build(torch.float32)
     with pytest.raises(UnsupportedArchitectureError, match="weights"):
         graph_of(model)
+
+
+def test_the_plan_knows_what_autograd_keeps():
+    """Of one pull, the plan tells the memory that a graph adds, and three times the products."""
+    ids = torch.randint(3, 60, (4, 48), generator=torch.Generator().manual_seed(0))
+    model = demo.load_model()
+    lens, (_, plain) = graph_of(model, ids), model.run_with_tensorlens(ids)
+    lens.attribute(5)  # what is made once, such as ratios, is the capture's
+    own = {t.untyped_storage().data_ptr() for t in model.parameters()}
+    kept = {}
+
+    def see(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage, storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+        found = lens.attribute(6).values.sum()
+    held = {t.untyped_storage().data_ptr() for t in capture_tensors(lens)}
+    measured = sum(size for at, (_, size) in kept.items() if at not in held)
+    planned, without = lens.plan("attribute"), plain.plan("attribute")
+    assert found.requires_grad and planned.flops == 3 * without.flops
+    assert planned.peak_bytes / 2 <= measured + without.peak_bytes <= 2 * planned.peak_bytes
+
+
+def capture_tensors(lens):
+    found = []
+    for block in lens.capture.blocks:
+        found += [*block.attn.frozen, *(n.scale for n in block.norms), block.mlp.map.maps[1].ratio]
+    return found
