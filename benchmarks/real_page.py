@@ -28,6 +28,10 @@ PARTS = {
 """Pages with a file of results of their own, and what makes them."""
 
 
+ASKED = [(dtype, n) for dtype in ("float32", "bfloat16") for n in (16, 64, 256, 1024, 2048)]
+TIMED = (15, 128, 512)
+
+
 def load(name: str = "real_models") -> dict[str, Any]:
     """All entries of a file so far, by name."""
     path = RESULTS.with_stem(name)
@@ -186,6 +190,27 @@ def bars() -> str:
     return table(["experiment", "on", "n", "its bar"], rows) if rows else ""
 
 
+def missing(r: dict[str, Any]) -> str:
+    """What was asked and has no result yet."""
+    lengths = [
+        f"{n:,} tokens in {dtype}" for dtype, n in ASKED if f"exactness {dtype} {n}" not in r
+    ]
+    told = [f"exactness at {', '.join(lengths)}"] if lengths else []
+    times = [str(n) for n in TIMED if not any(name.startswith(f"time {n} ") for name in r)]
+    told += [f"what steps cost at {' and '.join(times)} tokens"] if times else []
+    methods, circuits = load("real_evaluation"), load("real_circuits")
+    told += [
+        f"methods on {name}" for name in real_method_page.GROUPS if name not in methods["tables"]
+    ]
+    tasks = circuits["tasks"]
+    told += [f"circuits of {name}" for name in real_circuit_page.ABOUT if name not in tasks]
+    told += ["CPR and CMD"] if not all(task["areas"] for task in tasks.values()) else []
+    patched = all(task["patched"] for task in tasks.values())
+    told += [] if patched else ["circuits' scores beside activation patching"]
+    told += [] if load("real_relations") else ["relations (`benchmarks/real_relations.py`)"]
+    return f"Not run yet: {'; '.join(told)}." if told else ""
+
+
 def page(r: dict[str, Any]) -> str:
     return (
         f"""<!-- Made by benchmarks/real_page.py of results/real_models.json; do not edit. -->
@@ -204,6 +229,8 @@ Beside what is on this page there are experiments with pages of their own. The m
 is small and was shared, so that some have fewer inputs than were wanted: every page says how many.
 
 {bars()}
+
+{missing(r)}
 
 {exactness(r)}
 {heads(r)}

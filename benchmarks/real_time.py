@@ -113,10 +113,10 @@ class Loop:
             "norm, 8 probes": score("norm", probes=8),
             "value zeroing": score("value_zeroing"),
             "AttnLRP": score("attnlrp"),
-            "10 paths": Job(lens, lambda one: one.paths(k=10, progress=False)),
             f"discover on {PAIRS} pairs": Job(None, discover, PAIRS),
             f"faithfulness of 200 edges, {PAIRS} pairs": Job(discover, faithful, PAIRS),
             f"{MASKED} masked runs": Job(None, masked),
+            "10 paths": Job(lens, lambda one: one.paths(k=10, progress=False)),
             "svd, largest value": Job(lens, lambda one: one.operator.svd(k=1)),
         }
 
