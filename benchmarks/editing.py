@@ -195,12 +195,13 @@ def gradient(
     model: Any, ids: Any, a: int, b: int, layers: Sequence[int], held: Sequence[str]
 ) -> dict[int, Any]:
     """The gradient of logit(a) − logit(b) at the last position of blocks' inputs."""
-    seen: dict[str, Any] = {}
+    seen: dict[int, Any] = {}
     up: dict[str, Any] = {}
 
     def watch(t: Any, hook: Any) -> Any:
-        seen[hook.name] = torch.zeros_like(t).requires_grad_()
-        return t + seen[hook.name]
+        layer = int(hook.name.split(".")[1])
+        seen[layer] = torch.zeros_like(t).requires_grad_()
+        return t + seen[layer]
 
     def split(t: Any, hook: Any) -> Any:  # act(g) ⊙ u with act(g) held
         block = hook.name.split(".")[1]
@@ -219,7 +220,7 @@ def gradient(
     with torch.enable_grad():
         logits = model.run_with_hooks(ids, fwd_hooks=hooks)[0, -1]
         found = torch.autograd.grad(logits[a] - logits[b], list(seen.values()))
-    return {n: g[0, -1] for n, g in zip(layers, found, strict=True)}
+    return {n: g[0, -1] for n, g in zip(seen, found, strict=True)}
 
 
 def main() -> None:
