@@ -220,9 +220,11 @@ class Adapter(HookReader, ABC):
             UnsupportedArchitectureError: If the model has such a head.
         """
         if self.weights.unembed.head is not None:
+            what = "predicts masked tokens. Call lens.attribute(token, pos=...) at a mask."
+            if not self.attends_ahead:
+                what = "has a head before its unembedding. Call lens.attribute(token)."
             raise UnsupportedArchitectureError(
-                f"{asked} reads what a model predicts after a prompt, and {self.name} predicts "
-                "masked tokens. Call lens.attribute(token, pos=...) at a mask."
+                f"{asked} reads what a model predicts after a prompt, and {self.name} {what}"
             )
 
     def _norm_weights_of(self, block: Any, which: str) -> NormWeights | None:
@@ -359,7 +361,8 @@ class Adapter(HookReader, ABC):
                 wanted += ["mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
             shown = {} if block.mlp is None else self.mlp_points(layer)
             modules |= {(layer, key): at for key, at in shown.items()}
-            wanted = [key for key in wanted if key not in shown]
+            both = ("pre", "pre_linear") if "pre_and_up" in shown else ()
+            wanted = [key for key in wanted if key not in (*shown, *both)]
             names |= {(layer, key): f"blocks.{layer}.{LAYER_HOOKS[key]}" for key in wanted}
             for key, at in self.attention[layer].points.items():
                 if isinstance(at, str):

@@ -36,7 +36,9 @@ from ..readers import (
     drop_pattern,
     eager_experts,
     gate_of,
+    head_weights,
     inner,
+    joined_mlp,
     linear_weights,
     norm_eps,
     packed_weights,
@@ -250,6 +252,8 @@ class BridgeAdapter(Adapter):
         shown = hasattr(mlp, "in")
         W_in, b_in = linear_weights(getattr(mlp, "in") if shown else part.c_fc)
         W_out, b_out = linear_weights(mlp.out if shown else part.c_proj)
+        if hasattr(part, "Wi"):  # ModernBERT's
+            return joined_mlp(W_in, b_in, W_out, b_out, act)
         if plain:
             return MLPWeights(W_in, b_in, W_out, b_out, act)
         return GatedMLPWeights(*linear_weights(mlp.gate), W_in, b_in, None, W_out, b_out, act)
@@ -260,17 +264,25 @@ class BridgeAdapter(Adapter):
     def mlp_points(self, layer: int) -> dict[str, nn.Module]:
         mlp = self.model.blocks[layer].mlp
         part: Any = inner(mlp)
+        if hasattr(part, "Wi"):
+            return {"pre_and_up": getattr(mlp, "in"), "post": mlp.hook_post}
         hidden = type(mlp).__name__ == "MLPBridge" and not hasattr(mlp, "in")
         return {"pre": part.c_fc, "post": part.act} if hidden else {}
 
     def unembed_weights(self) -> UnembedWeights:
         W_U, b_U = linear_weights(self.model.unembed)
+        head = getattr(self.model, "prediction_head", None)
         if b_U is not None and not bool(b_U.any()):
             b_U = None  # zeros that the Bridge adds where the model has no bias
-        weights = UnembedWeights(W_U, b_U, self.soft_cap())
+        own = None if head is None else head_weights(inner(head), self.activation)
+        weights = UnembedWeights(W_U, b_U, self.soft_cap(), own)
         self.raw_factor = self.multiplier("output_multiplier")  # Muse Glimmer's
         weights = self.multiplied("output_multiplier", weights)
         return self.multiplied("logits_scaling", self.multiplied("logit_scale", weights))
+
+    @property
+    def readout(self) -> nn.Module:
+        return getattr(self.model, "prediction_head", None) or super().readout
 
     # --- Multipliers
 

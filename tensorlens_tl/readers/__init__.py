@@ -46,7 +46,7 @@ from .hook_points import (
     with_graph,
 )
 from .host import QueryKeyWeights
-from .linear import inner, linear_weights
+from .linear import head_weights, inner, joined_mlp, linear_weights
 from .module_tree import ModuleTree
 
 __all__ = [
@@ -74,9 +74,11 @@ __all__ = [
     "drop_pattern",
     "eager_experts",
     "gate_of",
+    "head_weights",
     "hooked_weights",
     "in_this_thread",
     "inner",
+    "joined_mlp",
     "linear_weights",
     "norm_eps",
     "packed_weights",

@@ -1,12 +1,25 @@
-"""Linear modules of a Bridge, however the model inside lays their weights out."""
+"""Linear modules of a Bridge, however the model inside lays their weights out.
+
+Also what is made of them: a gated MLP from one matrix, and a head before an unembedding.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..refusals import UnsupportedArchitectureError, is_adapted, merge_first, refusal
+from ..maps import NormWeights
+from ..refusals import (
+    UnsupportedArchitectureError,
+    act_name,
+    is_adapted,
+    merge_first,
+    refusal,
+)
+from ..sublayers import GatedMLPWeights, HeadWeights
+from .hook_points import norm_eps
 
 
 def inner(module: Any) -> Any:
@@ -28,3 +41,36 @@ def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
     raise UnsupportedArchitectureError(
         refusal(f"the linear module {type(module).__name__}", "its orientation is not known here")
     )
+
+
+def joined_mlp(
+    W: Tensor, b: Tensor | None, W_out: Tensor, b_out: Tensor | None, act: str
+) -> GatedMLPWeights:
+    """A gated MLP from one matrix, in which what is activated stands before what is not.
+
+    Args:
+        W: Both matrices [d_model, 2 · d_mlp].
+        b: Both biases [2 · d_mlp], or None.
+        W_out: The matrix after the product [d_mlp, d_model].
+        b_out: The bias after it [d_model], or None.
+        act: The activation's name in this library.
+
+    Returns:
+        The weights, as views.
+    """
+    (W_gate, W_in), (b_gate, b_in) = W.chunk(2, -1), (None, None) if b is None else b.chunk(2)
+    return GatedMLPWeights(W_gate, b_gate, W_in, b_in, None, W_out, b_out, act)
+
+
+def head_weights(head: Any, activation: Callable[[str], str]) -> HeadWeights:
+    """The weights of a head norm(act(y W + b)), which stands before an unembedding.
+
+    Args:
+        head: Hugging Face's module, with ``dense``, ``act`` and ``norm``.
+        activation: Gives this library's name of an activation.
+
+    Returns:
+        The weights in the canonical layout.
+    """
+    norm = NormWeights(head.norm.weight, head.norm.bias, center=True, eps=norm_eps(head.norm))
+    return HeadWeights(*linear_weights(head.dense), activation(act_name(head.act)), norm)

@@ -83,10 +83,15 @@ def _freeze_mlp(
     """
     name, frame = f"L{layer} {part.replace('.', ' ')}MLP", recorder.frame
     linear = partial(_linear, recorder, layer, norm, x)
-    pre, seen = recorder.pop(layer, f"{part}pre"), recorder.pop(layer, f"{part}post")
+    joined = (layer, f"{part}pre_and_up") in recorder.reads.tensors
+    if joined:
+        pre, up = recorder.pop(layer, f"{part}pre_and_up").chunk(2, -1)
+    else:
+        pre, up = recorder.pop(layer, f"{part}pre"), None
+    seen = recorder.pop(layer, f"{part}post")
     into, factor = f"{name} input (W_in, b_in)", None
     if isinstance(w, GatedMLPWeights):
-        up = recorder.pop(layer, f"{part}pre_linear")
+        up = recorder.pop(layer, f"{part}pre_linear") if up is None else up
         if (layer, f"{part}gate") in recorder.reads.tensors:
             factor = recorder.pop(layer, f"{part}gate").sigmoid()
             seen = seen * factor

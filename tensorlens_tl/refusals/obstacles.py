@@ -19,7 +19,6 @@ _PARTS = (
     ("attention to what an indexer chooses", r"indexer$", {"indexer"}),
     ("a gate on what attention gives", r"", {"g_proj"}),
     ("a norm before W_O or W_out", r"", {"attn_sub_norm", "ffn_sub_norm"}),
-    ("gate and up projections in one matrix", r"", {"Wi"}),
     ("a mixture of experts", r"(moe|moeblock|moelayer|experts|sparsemlp)$", {"experts"}),
     ("latent attention", r"", {"kv_a_proj_with_mqa", "kv_b_proj"}),
     ("attention to an encoder", r"", {"crossattention", "encoder_attn"}),

@@ -94,6 +94,7 @@ SUPPORTED = {
     "NemotronForCausalLM": "Nemotron",
     "ApertusForCausalLM": "Apertus",
     "OpenAIGPTLMHeadModel": "GPT-1",
+    "ModernBertDecoderForCausalLM": "ModernBERT decoder",
 }
 """Architectures that the tests cover, by Hugging Face class name."""
 
