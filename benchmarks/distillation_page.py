@@ -125,12 +125,14 @@ def shortcut_table(records):
         rows.append("| " + " | ".join([*cells, shown((r["seconds"] for r in runs), 0)]) + " |")
         other = found.get((steps, honest, factor, "gradient"))
         if arm == "operator" and other:
-            ours, theirs = (100 * mean(r["uninformative"] for r in some) for some in (runs, other))
+            three = (runs, other, found[steps, honest, 0.0, "plain"])
+            ours, theirs, none = (100 * mean(r["uninformative"] for r in some) for some in three)
             bar = "reached" if ours >= theirs else "not reached"
             said.append(
-                f"- λ = {factor:g}, {steps} steps, name right {honest:.0%} of the time: without the "
-                f"name's help {ours:.1f} % against {theirs:.1f} % with the input gradient. The bar "
-                f"(at least as good at equal steps) is {bar}."
+                f"- λ = {factor:g}, {steps} steps, name right {honest:.0%} of the time: where the "
+                f"name tells nothing, {ours:.1f} % with the operator's row, {theirs:.1f} % with "
+                f"the input gradient, and {none:.1f} % without a penalty. The bar (at least as good as "
+                f"the input gradient at equal steps) is {bar}."
             )
     return "\n".join(rows) + "\n\n" + "\n".join(said)
 
@@ -147,6 +149,9 @@ def page(results=RESULTS):
         parts.append(
             f"### {text[0].upper()}{text[1:]}\n\n{table(arms)}\n\n{verdict(arms)}".rstrip()
         )
+    trained = {r.get("arm") for r in records}
+    if missing := [NAMES[arm] for arm in list(NAMES)[:8] if arm not in trained]:
+        parts.append(f"Not run: {', '.join(missing)}.")
     if costs:
         ratios = costs[-1]["cost"]
         listed = "\n".join(f"| {name} | {ratio:.2f} |" for name, ratio in ratios.items())
@@ -199,13 +204,15 @@ teacher included: medians over 15 steps, side by side. One row costs the student
 graph, and the teacher a pull without one."""
 SHORTCUT = """## A penalty against a shortcut
 
-A name in front of a sentence tells the number of the verb in training, mostly or always. A penalty
-on the square of what the name adds to the verb's logit is to keep a model from reading it: by the
-operator's row, or by the length of the input gradient times the input's (Ross et al. 2017,
-arXiv 1703.03717). The product of gradient and input would be 0 past a LayerNorm. Accuracy is that of the verb against its other number, on held-out sentences."""
+A name in front of a sentence tells the number of the verb in training, mostly or always. A
+penalty on the square of what the name adds to the verb's logit is to keep a model from reading
+it: by the operator's row, or by the length of the input gradient times the input's (Ross et al.
+2017, arXiv 1703.03717). The product of gradient and input would be 0 past a LayerNorm. Accuracy
+is that of the verb against its other number, on held-out sentences."""
 TAIL = """The operator holds patterns and ratios. What a name does through attention scores or
-through an MLP's activation is in no row, so a model may go on reading the name there. The input
-gradient sees those ways, but only to first order.
+through an MLP's activation is in no row, and this penalty leaves those ways open. The input
+gradient sees them, but only to first order. In no row of the table is a penalty better than none:
+do not take it for a cure.
 
 ## How to run it
 
