@@ -45,10 +45,12 @@ def shown(values, digits=3):
 def groups(records):
     """Records by what they were trained with, as (text, {arm: {seed: record}})."""
     found = defaultdict(lambda: defaultdict(dict))
+    records = [until(r, r["setting"]["steps"]) for r in records]
     for r in records:
         s, last = r["setting"], r["checkpoints"][-1]["step"]
         start, stop = s["ramp"]
-        text = f"{last} steps of {s['rows']} × 64 tokens, λ = {s['factor']:g}, "
+        planned = "" if last == s["steps"] else f" (of {s['steps']})"
+        text = f"{last} steps{planned} of {s['rows']} × 64 tokens, λ = {s['factor']:g}, "
         text += f"{s.get('map_rows', 1)} row(s) a prompt, "
         text += (
             f"λ ramped from {start:.0%} to {stop:.0%} of the steps" if stop else "λ from the start"
@@ -59,8 +61,15 @@ def groups(records):
     for arms in found.values():
         for seed, r in [(s, r) for own in arms.values() for s, r in own.items()]:
             if (twin := plain.get((shape(r), seed))) is not None:
-                arms["kd"][seed] = twin
+                arms["kd"][seed] = until(twin, r["checkpoints"][-1]["step"])
     return found
+
+
+def until(record, step):
+    """The record up to a step, without a last checkpoint where the run was cut off."""
+    every = record["setting"]["steps"] // 5
+    kept = [p for p in record["checkpoints"] if p["step"] <= step and p["step"] % every == 0]
+    return record | {"checkpoints": kept}
 
 
 def shape(record):
@@ -131,8 +140,8 @@ def shortcut_table(records):
             said.append(
                 f"- λ = {factor:g}, {steps} steps, name right {honest:.0%} of the time: where the "
                 f"name tells nothing, {ours:.1f} % with the operator's row, {theirs:.1f} % with "
-                f"the input gradient, and {none:.1f} % without a penalty. The bar (at least as good as "
-                f"the input gradient at equal steps) is {bar}."
+                f"the input gradient, and {none:.1f} % without a penalty. The bar (at least as "
+                f"good as the input gradient at equal steps) is {bar}."
             )
     return "\n".join(rows) + "\n\n" + "\n".join(said)
 
