@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from inspect import signature
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, cast
 
 Class = TypeVar("Class", bound=type)
 
@@ -142,16 +142,18 @@ def at_least_one(number: Any, name: str) -> int:
 
 
 def as_list(given: Any) -> Any:
-    """Turn an array of ids or strings into a list; return a direction, or anything else, as is."""
+    """Turn ids or strings in a row into a list; return a direction, or anything else, as is."""
     import torch
 
+    if not isinstance(given, str | bytes | tuple) and isinstance(given, Sequence):
+        return list(given)  # a column of a data set, too
     if getattr(given, "ndim", 0) != 1:
         return given
     try:
         direction = torch.as_tensor(given).is_floating_point()
     except (TypeError, ValueError, RuntimeError):  # an array of strings, or a column of a table
         direction = False
-    return given if direction else given.tolist()
+    return given if direction else cast(Any, given).tolist()
 
 
 def one_each(given: Any, n: int, name: str) -> list[Any]:

@@ -1,6 +1,7 @@
 """Circuits of many prompts: means, batches, interruptions, files."""
 
 import json
+from collections import UserList
 
 import pytest
 import torch
@@ -316,3 +317,12 @@ def test_circuits_say_what_was_put_in_front(model):
     assert [one.convention.first_token for one in found] == ["<bos>", "", None]
     assert "<bos> added in front" in repr(found[0]) and "in front" not in repr(found[2])
     assert type(found[1]).from_json(found[1].to_json()).convention.first_token == ""
+
+
+def test_columns_of_a_data_set_are_prompts_and_targets(model):
+    """A column is a sequence, and neither a list nor an array."""
+    rows, args = task(3), {"n_edges": 9, "progress": False}
+    columns = [UserList(part) for part in rows]
+    assert tensorlens_tl.discover(model, *columns, **args) == tensorlens_tl.discover(
+        model, *rows, **args
+    )
