@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..attribution import Target, TargetGradient, TargetLike, resolve_token
-from ..checks import is_int
+from ..checks import is_int, one_each
 from ..features import Feature, Reading
 from ..maps import HALF, TINY
 from ..operator import Capture, FrozenTransformer
@@ -166,14 +166,7 @@ def smallest_edit(
     if (to is None) == (by is None):
         raise ValueError("Both or none of to= and by= are given. Give one of the two.")
     target = goal.on(asked.capture)
-    like = {"dtype": target.value.dtype, "device": target.value.device}
-    given = torch.as_tensor(by if to is None else to, **like)
-    if given.ndim and given.shape != target.value.shape:
-        raise ValueError(
-            f"{'by=' if to is None else 'to='} has shape {list(given.shape)} for "
-            f"{len(target.value)} prompts. Give one number for each prompt, or one for all."
-        )
-    change = given.expand_as(target.value) if to is None else given - target.value
+    change = _change(target.value, to, by)
     g = asked.covector(target)
     rows = [g * asked.where[..., None]]
     for one in keep:
@@ -190,8 +183,8 @@ def edit_along(
     goal: Goal,
     reading: Reading,
     feature: Feature,
-    to: int | float | None,
-    by: int | float | None,
+    to: int | float | Sequence[float] | None,
+    by: int | float | Sequence[float] | None,
     activation: int | float | None,
 ) -> Edit:
     """Edit a run along one feature.
@@ -201,8 +194,8 @@ def edit_along(
         goal: The target that is to change.
         reading: The features of the run.
         feature: The feature along whose decoder row the edit is.
-        to: The value of the target that is wanted, in logits, or None.
-        by: The change of the target that is wanted, in logits, or None.
+        to: The value of the target that is wanted, or one per prompt, or None.
+        by: The change of the target that is wanted, or one per prompt, or None.
         activation: The activation that the feature gets, or None. Give one of the three.
 
     Returns:
@@ -219,7 +212,7 @@ def edit_along(
     if activation is not None:
         return asked.edit(goal, (activation - reading.acts_of(feature.index))[..., None] * d)
     target = goal.on(asked.capture)
-    change = torch.full_like(target.value, by or 0.0) if to is None else to - target.value
+    change = _change(target.value, to, by)
     g = asked.covector(target)
     size = (d * d).sum(-1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)
     along = (g * d).sum(-1, keepdim=True) / size * d
@@ -294,6 +287,16 @@ def _site(asked: Asked) -> str:
             "sites. Pass one, such as 2."
         )
     return asked.operator.sites[asked.place.step]
+
+
+def _change(value: Tensor, to: Any, by: Any) -> Float[Tensor, " batch"]:
+    """The change of every prompt's target: one number for all, or one for each."""
+    given, name = (by, "by=") if to is None else (to, "to=")
+    each = one_each(given, len(value), name)
+    if not all(isinstance(one, int | float) for one in each):
+        raise ValueError(f"{name}{given!r} is no number. Pass a change or a value in logits.")
+    wanted = value.new_tensor(each)
+    return wanted if to is None else wanted - value
 
 
 def _kept(asked: Asked, one: TargetLike | Mapping[str, Any], pos: int) -> list[Tensor]:

@@ -264,7 +264,7 @@ def test_one_vector_for_many_prompts():
     assert bool((edit.check(model).real > 0.95 * asked).all())
     one = lens.edit("Paris", versus="Rome", by=[-14.0, 0.0, -2.0], site=1)
     assert_close(one.predicted, torch.tensor([-14.0, 0.0, -2.0]).double(), 1e-9)
-    with pytest.raises(ValueError, match=r"by= has shape \[2\] for 3 prompts"):
+    with pytest.raises(ValueError, match=r"by= has 2 entries for 3 prompts"):
         lens.edit("Paris", by=[1.0, 2.0], site=1)
     assert lens.edit("Paris", versus="Rome", by=-14.0, site=1).vector is None
     with pytest.raises(ValueError, match=r"different numbers of edited positions"):
@@ -603,6 +603,7 @@ def test_what_cannot_be_edited_is_refused():
         "has no residual site": lambda: lens.covector(site="blocks.0.hook_nothing"),
         "Both or none of to= and by=": lambda: lens.edit(site=1),
         "Give one of the two": lambda: lens.edit(site=1, to=1.0, by=1.0),
+        "by='much' is no number": lambda: lens.edit(site=1, by="much"),
         "positions=\\[\\] names no position": lambda: lens.edit(site=1, by=1.0, positions=[]),
         "is no metric here": lambda: lens.edit(site=1, by=1.0, metric="size"),
         "delta= has shape": lambda: lens.effect(torch.ones(3), site=1),
