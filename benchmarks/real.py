@@ -119,12 +119,12 @@ class Model:
         return float(run(self.model, self.clean, scores, self.late, **goal).shares[-1])
 
     def paths(self, first: bool) -> float:
-        """The largest paths of the longest prompt, to its answer against the other name."""
+        """The largest paths to the answer against the other name; then to that name's own logit."""
         prompt, goals = self.clean[1], (self.goal["target"][1], self.goal["versus"][1])
         if first:
             with self.torch.no_grad():
                 self.lens = self.library.capture(self.model, prompt[None])[1]
-        target, versus = goals if first else reversed(goals)
+        target, versus = goals if first else (goals[1], None)
         return self.lens.paths(target, 5, versus, progress=False)[0].contribution
 
     def capture(self) -> None:
