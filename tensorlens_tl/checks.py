@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import wraps
 from importlib import import_module
-from inspect import signature
+from inspect import isfunction, signature
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
-Class = TypeVar("Class", bound=type)
+Thing = TypeVar("Thing")
 
 
 def no_autocast(kind: str) -> None:
@@ -119,12 +121,85 @@ def kind_of(given: object) -> str:
     return "None" if given is None else f"a{'n' * (name[0].lower() in 'aeiou')} {name}"
 
 
-def plain_names(cls: Class) -> Class:
-    """Let Python's own errors call the methods of a class that users never see by name alone."""
-    for name, method in vars(cls).items():
-        if callable(method) and getattr(method, "__qualname__", "").endswith(f".{name}"):
-            method.__qualname__ = name
-    return cls
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that a misspelt or shortened one stands for; None where none is near."""
+    known = list(known)
+    if close := get_close_matches(name.lower(), known, 1, cutoff):
+        return close[0]
+    if len(name) < 2:
+        return None
+    short = ((other, iter(other)) for other in known if other[0] == name[0])
+    return next((other for other, rest in short if all(c in rest for c in name)), None)
+
+
+def unfit(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Say how some arguments do not fit a call, and what to do.
+
+    Args:
+        call: The function or method.
+        args: What would be given by position.
+        kwargs: What would be given by name.
+
+    Returns:
+        The message, in two sentences, or "" where they fit.
+    """
+    own = signature(call)
+    parts = getattr(call, "__qualname__", "").split(".")
+    title = parts[-2] if parts[-1] == "__init__" else parts[-1]
+    names = [name for name in own.parameters if name not in ("self", "cls")]
+    passed_on = any(p.kind is p.VAR_KEYWORD for p in own.parameters.values())
+    for name in kwargs.keys() - own.parameters.keys():
+        # What is passed on is not known here, but a slip of the pen is.
+        meant = nearest(name, names, 0.8 if passed_on else 0.6)
+        if meant in kwargs:
+            meant = None
+        if passed_on and (meant is None or len(name) < 4):
+            continue
+        hint = f"Did you mean {meant}=?" if meant else f"Use {', '.join(names)}."
+        return f"There is no argument {name}= of {title}. {hint}"
+    try:
+        own.bind(*args, **kwargs)
+    except TypeError as error:
+        return f"The call does not fit {title}: {error}. Its arguments are {', '.join(names)}."
+    return ""
+
+
+def spelled(thing: Thing) -> Thing:
+    """Make a public function refuse misspelt, missing and superfluous arguments by ValueErrors.
+
+    Args:
+        thing: A function; or a class, whose constructor and public methods become such functions.
+
+    Returns:
+        The function that does so, or the class.
+    """
+    if not isinstance(thing, type):
+        return cast(Thing, _spelled(cast(Any, thing)))
+    for name, member in list(vars(thing).items()):
+        if name.startswith("_") and name != "__init__":
+            continue
+        if isinstance(member, classmethod | staticmethod):
+            setattr(thing, name, type(member)(_spelled(member.__func__)))
+        elif isfunction(member):
+            setattr(thing, name, _spelled(member))
+    return thing
+
+
+def _spelled(call: Callable[..., Any]) -> Callable[..., Any]:
+    passed_on = any(p.kind is p.VAR_KEYWORD for p in signature(call).parameters.values())
+
+    @wraps(call)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if passed_on and kwargs and (problem := unfit(call, args, kwargs)):
+            raise ValueError(problem)
+        try:
+            return call(*args, **kwargs)
+        except TypeError:
+            if problem := unfit(call, args, kwargs):
+                raise ValueError(problem) from None
+            raise
+
+    return checked
 
 
 def whole(number: Any, name: str) -> int:
@@ -265,14 +340,9 @@ def bound(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]
     Raises:
         ValueError: If one is missing or not known.
     """
-    own = signature(call)
-    try:
-        given = own.bind(**arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"These arguments do not fit {call.__name__}: {error}. Pass those of {call.__name__}: "
-            f"{', '.join(own.parameters)}."
-        ) from None
+    if problem := unfit(call, (), arguments):
+        raise ValueError(problem)
+    given = signature(call).bind(**arguments)
     given.apply_defaults()
     return given.arguments
 

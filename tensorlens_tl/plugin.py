@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from .checks import spelled
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -32,6 +34,7 @@ _registered = False
 _patched: list[type] = []
 
 
+@spelled
 def capture(
     model: Any,
     input: Any,
@@ -145,6 +148,7 @@ def _describe(method: Any) -> None:
 
 
 _describe(_run_with_tensorlens)
+_run_with_tensorlens = spelled(_run_with_tensorlens)
 
 
 def _patch(class_name: str, module: Any) -> None:
@@ -154,6 +158,7 @@ def _patch(class_name: str, module: Any) -> None:
         _patched.append(cls)
 
 
+@spelled
 def install() -> None:
     """Give every TransformerLens model class its ``run_with_tensorlens`` method.
 
@@ -181,6 +186,7 @@ def install() -> None:
     _registered = True
 
 
+@spelled
 def uninstall() -> None:
     """Take ``run_with_tensorlens`` off every class again, also off classes imported later.
 

@@ -120,6 +120,38 @@ WRONG = {
     "select(layer=)": (lambda g: g.edges.select(layer=99), "No row has layer 99"),
     "a word as index": (lambda g: g.rows["Mary"], r"attribution\['Mary'\] does not exist"),
     "attribution from_json": (lambda g: tl.Attribution.from_json("{}"), "not an attribution"),
+    "a short name": (
+        lambda g: g.lens.attribute("Paris", vs="Rome"),
+        r"There is no argument vs= of attribute. Did you mean versus=\?",
+    ),
+    "a name that is far": (
+        lambda g: g.lens.paths("Paris", n=3),
+        "There is no argument n= of paths. Use target, k, versus, pos, .*progress",
+    ),
+    "a name that would be passed on": (
+        lambda g: tl.capture(g.model, FRANCE, patern="stored"),
+        r"There is no argument patern= of capture. Did you mean pattern=\?",
+    ),
+    "too little": (
+        lambda g: g.op.block(2),
+        "The call does not fit block: missing a required argument: 'key_pos'. Its arguments are",
+    ),
+    "too much": (
+        lambda g: g.lens.attribute("Paris", *range(12)),
+        "The call does not fit attribute: too many positional arguments. Its arguments are target",
+    ),
+    "nothing to run": (
+        lambda g: g.model.run_with_tensorlens(),
+        "does not fit run_with_tensorlens: missing a required argument: 'input'",
+    ),
+    "a number to run": (
+        lambda g: g.model.run_with_tensorlens(5),
+        "The input is 5, one value, not a list of ids. Pass a string",
+    ),
+    "an option": (
+        lambda g: tl.AblationOptions(atention="live"),
+        r"There is no argument atention= of AblationOptions. Did you mean attention=\?",
+    ),
     # The operator and its names
     "@": (lambda g: g.op @ [1.0], "The vector is a list, and not a tensor"),
     "apply": (lambda g: g.op.apply(None), "The vector is None, and not a tensor"),

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import as_array, at_least_one, need, new_file, one_each, progress_bar
+from ..checks import as_array, at_least_one, need, new_file, one_each, progress_bar, spelled
 from ..chunks import fingerprint, question_of, spread
 from ..graph import Edge, Node, rows_that_fit
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
@@ -42,6 +42,7 @@ FORMAT = "tensorlens_tl mean attribution 1"
 _COLUMNS = ("mean", "sem")
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
 class MeanAttribution(Paged):
     """Attributions of many prompts, averaged row by row. Positions are summed.
@@ -241,6 +242,7 @@ class MeanAttribution(Paged):
         return "\n".join([head, *rows, *([f"  … {left}"] if left else [])])
 
 
+@spelled
 def mean_attribution(
     model: Any,
     prompts: Sequence[Any],

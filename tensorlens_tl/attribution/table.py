@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import as_array, at_least_one, need, pick_prompts
+from ..checks import as_array, at_least_one, pick_prompts, spelled
 from ..graph import SOURCES, Edge, Node, rows_that_fit
 from ..operator import Convention
-from ..pictures import Page, PagedPatches, split_figure
+from ..pictures import Page, PagedPatches, Tabled, split_figure
 from .html import UNIT, as_split, attribution_html, attribution_page, changes, left_out, patch_map
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl attribution 2"
@@ -46,8 +46,9 @@ class Source:
     pos: int | None = None
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
-class Attribution(PagedPatches):
+class Attribution(PagedPatches, Tabled):
     """A target split by source, one row per source, for every prompt of the batch.
 
     Attributes:
@@ -250,26 +251,15 @@ class Attribution(PagedPatches):
         values = self.values[0].tolist()
         return [(self.labels[0][i], values[i]) for i in order if values[i] != 0]
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """The rows as a pandas table.
+    _COLUMNS = ("prompt", "label", "node", "pos", "value")
 
-        Returns:
-            One row per prompt and source, with columns prompt, label, node, pos and value. Here
-            pos counts real tokens only.
-
-        Raises:
-            ValueError: If pandas is not installed.
-        """
-        pandas = need("pandas", "pandas", "to_dataframe")
-        rows = []
+    def _rows(self) -> Iterator[tuple[int, str, str, int | None, float]]:
         for prompt, (start, stop) in enumerate(self.spans):
             for i, source in enumerate(self.sources):
-                if source.pos is None or start <= source.pos < stop:
+                if source.pos is None or start <= source.pos < stop:  # a real token's
                     pos = None if source.pos is None else source.pos - start
                     value = float(self.values[prompt, i])
-                    label = self.labels[prompt][i]
-                    rows.append((prompt, label, str(source.node), pos, value))
-        return pandas.DataFrame(rows, columns=["prompt", "label", "node", "pos", "value"])
+                    yield prompt, self.labels[prompt][i], str(source.node), pos, value
 
     def to_json(self) -> str:
         """Write the attribution as JSON. :meth:`from_json` gives the same numbers back."""

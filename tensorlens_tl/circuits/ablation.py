@@ -34,13 +34,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
 import torch
 
-from ..checks import at_least_one, kind_of, whole
+from ..checks import at_least_one, kind_of, nearest, spelled, whole
 from ..graph import Edge, Node
 from ..passes import EdgeModel, edge_model
 from .edge_averages import first_edges, ranked_scores
@@ -55,6 +54,7 @@ SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Circuit sizes as shares of all edges (MIB)."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
 class AblationOptions:
     """How edges are ablated, and what is measured of the runs.
@@ -140,8 +140,8 @@ class AblationOptions:
         names = [field.name for field in fields(cls)]
         for name in changes:
             if name not in names:
-                close = get_close_matches(name, names, 1)
-                remedy = f"Did you mean {close[0]}=?" if close else f"Use {', '.join(names)}."
+                close = nearest(name, names)
+                remedy = f"Did you mean {close}=?" if close else f"Use {', '.join(names)}."
                 raise ValueError(f"There is no option {name}=. {remedy}")
         return replace(options, **changes) if changes else options
 
@@ -152,6 +152,7 @@ DEFAULTS = AblationOptions()
 # --- What a user calls ---------------------------------------------------------------------------
 
 
+@spelled
 def faithfulness(
     model: Any,
     prompts: Any,
@@ -201,6 +202,7 @@ def faithfulness(
     return many[""]
 
 
+@spelled
 def faithfulness_of_many(
     model: Any,
     prompts: Any,
@@ -260,6 +262,7 @@ def faithfulness_of_many(
         }
 
 
+@spelled
 def faithfulness_curve(
     model: Any,
     prompts: Any,

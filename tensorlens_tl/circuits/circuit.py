@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..checks import need
+from ..checks import need, spelled
 from ..graph import (
     INPUT,
     LOGITS,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 FORMAT = "tensorlens_tl circuit 2"
 
 
+@spelled
 @dataclass(frozen=True)
 class Circuit(Paged):
     """Some edges of a model, with the scores they were selected by.

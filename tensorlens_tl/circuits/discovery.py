@@ -33,7 +33,16 @@ from ..attribution import (
     own_prediction,
     resolve_each,
 )
-from ..checks import as_list, at_least_one, new_file, one_each, progress_bar, whole, write_whole
+from ..checks import (
+    as_list,
+    at_least_one,
+    new_file,
+    one_each,
+    progress_bar,
+    spelled,
+    whole,
+    write_whole,
+)
 from ..chunks import plain, question_of, spread
 from ..graph import Edge, limits
 from ..hosts import Adapter, adapt, added_token, as_host, each_prompt, prompts_of
@@ -55,6 +64,7 @@ _Row = tuple[Any, Any, Any, Any]  # prompt, corrupted prompt, target, versus
 _Means = Float[Tensor, " edge"]
 
 
+@spelled
 def discover(
     model: Any,
     prompts: Sequence[Any],

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import at_least_one, progress_bar
+from ..checks import at_least_one, progress_bar, spelled
 from ..chunks import question_of, spread
 from ..costs import Cost, Plan
 from ..graph import LOGITS, Edge, Node, owner
@@ -54,6 +54,7 @@ EDGE_METHODS: dict[str, str] = {
 """The source of every method, and its cost in passes of the model."""
 
 
+@spelled
 def score_edges(
     model: Any,
     prompts: Any,

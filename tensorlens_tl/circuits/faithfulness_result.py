@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import as_array, need
+from ..checks import as_array, need, spelled
 from ..operator import Convention
 from ..pictures import Page, Paged, curves, curves_view, dots, table_view
 
@@ -25,6 +25,7 @@ Interval = tuple[float, float]
 Prompt = Float[Tensor, " prompt"]
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
 class Faithfulness(Paged):
     """How much of a behaviour a circuit keeps when everything else of the real model is ablated.
@@ -145,6 +146,7 @@ class Faithfulness(Paged):
         )
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
 class FaithfulnessCurve(Paged):
     """Faithfulness of a ranking's first edges, at growing sizes.

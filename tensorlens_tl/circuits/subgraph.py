@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import Attribution, TableBuilder, Target, TargetLike, resolve
-from ..checks import need
+from ..checks import need, spelled
 from ..graph import Edge, Node, as_edges
 from ..operator import Capture, FrozenTransformer, RestrictedTransformer
 from ..pictures import dots
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@spelled
 @dataclass(frozen=True)
 class CircuitShare:
     """How much of a target a circuit carries.
@@ -53,14 +54,16 @@ class CircuitShare:
         """Give the values as a pandas table.
 
         Returns:
-            One row per prompt, with columns name, value, target_value, share and contributions.
+            One row per prompt, with columns prompt, target, value, target_value, share and
+            contributions.
 
         Raises:
             ValueError: If pandas is missing.
         """
         pandas = need("pandas", "pandas", "to_dataframe")
-        names = ("name", "value", "target_value", "share", "contributions")
-        return pandas.DataFrame({name: getattr(self, name) for name in names})
+        names = ("value", "target_value", "share", "contributions")
+        columns = {"prompt": range(len(self.name)), "target": self.name}
+        return pandas.DataFrame(columns | {name: getattr(self, name) for name in names})
 
     def to_json(self) -> str:
         """Write the values as JSON, in logits; a share that is nan is null."""
@@ -91,6 +94,7 @@ class CircuitShare:
         )
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
 class Subgraph:
     """The operator of a run, restricted to the edges of a circuit.
@@ -115,6 +119,14 @@ class Subgraph:
     def plot(self, ax: Axes | None = None, top: int = 60) -> Axes:
         """Draw the edges that are kept, as :meth:`Circuit.plot` does."""
         return self.circuit.plot(ax, top)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Give the edges that are kept as a pandas table, as :meth:`Circuit.to_dataframe` does."""
+        return self.circuit.to_dataframe()
+
+    def to_json(self) -> str:
+        """Write the edges that are kept as JSON, as :meth:`Circuit.to_json` does."""
+        return self.circuit.to_json()
 
     @cached_property
     def operator(self) -> RestrictedTransformer:

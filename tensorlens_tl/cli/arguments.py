@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from ..checks import nearest
 from . import choices
 from .fitting import check_files, check_together
 from .option_types import Names, Parser, Version, number, one_of, score
@@ -320,9 +321,8 @@ def _nearest(option: str, p: argparse.ArgumentParser, command: str) -> str:
     name = option.partition("=")[0]
     if others := [c for c in COMMANDS if name in parser(c)._option_string_actions]:
         return f"It is an option of {' and '.join(others)}, not of {command}."
-    close = get_close_matches(name, p._option_string_actions, 1)
-    if close:
-        return f"Did you mean {close[0]}?"
+    if close := nearest(name, p._option_string_actions):
+        return f"Did you mean {close}?"
     return "See tensorlens-tl --help; a prompt that begins so goes behind --."
 
 

@@ -6,7 +6,8 @@ The rooms that own these lists import torch. A test compares every list with its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
+
+from ..checks import nearest
 
 BY = (
     "token",
@@ -72,5 +73,5 @@ def remedy(name: str, known: Sequence[str]) -> str:
     Returns:
         "Did you mean …?", or the list where none is near.
     """
-    close = get_close_matches(name.lower(), known, 1)
-    return f"Did you mean {close[0]}?" if close else f"Use one of {', '.join(known)}."
+    close = nearest(name, known)
+    return f"Did you mean {close}?" if close else f"Use one of {', '.join(known)}."

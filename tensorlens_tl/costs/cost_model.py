@@ -7,15 +7,16 @@ and stage by stage. Only the rates at which this machine multiplies are measured
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
-from ..checks import is_int
+from ..checks import is_int, spelled
+from ..pictures import Tabled
 from .machine_rates import Cost, ProductShape, Rates, rates
 
 BLOCK_ROWS, FOLDED_BLOCK_ROWS = 8, 32
@@ -351,8 +352,9 @@ class SweepShape:
 # --- The plan ------------------------------------------------------------------------------------
 
 
+@spelled
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabled):
     """The predicted cost of a call.
 
     Attributes:
@@ -373,9 +375,13 @@ class Plan:
     chunks: int
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> str:
-        """Write the prediction as JSON: seconds, bytes and floating-point operations."""
-        return json.dumps({"format": "tensorlens_tl plan 1"} | asdict(self))
+    _COLUMNS = ("what", "flops", "seconds", "peak_bytes", "memory_limit", "chunks")
+
+    def _rows(self) -> list[tuple[Any, ...]]:
+        return [tuple(getattr(self, name) for name in self._COLUMNS)]
+
+    def _facts(self) -> dict[str, Any]:
+        return {"notes": self.notes}
 
     def __repr__(self) -> str:
         time_ = f"{self.seconds:.2g} s" if self.seconds < 120 else f"{self.seconds / 60:.1f} min"

@@ -13,7 +13,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from ..checks import at_least_one
+from ..checks import at_least_one, spelled
 from ..hosts import load_model as load_host
 from .facts import COUNTRIES, PHRASINGS, RELATIONS
 from .grammar import TASKS, Document, document, induction, text
@@ -49,11 +49,13 @@ class PromptPair:
     task: str
 
 
+@spelled
 def model_folder() -> Path:
     """Return the folder of the model, in the Hugging Face layout."""
     return Path(__file__).parent / "model"
 
 
+@spelled
 def prompts(task: str, n: int, seed: int = 0) -> list[PromptPair]:
     """Draw prompts of combinations that the training never held.
 
@@ -74,6 +76,7 @@ def prompts(task: str, n: int, seed: int = 0) -> list[PromptPair]:
     return [_pair(drawn) for drawn in unseen(task, n, seed)]
 
 
+@spelled
 def relation(name: str) -> Any:
     """Return one of the countries' relations, for ``tensorlens_tl.relations``.
 
@@ -139,6 +142,7 @@ def _pair(drawn: Document) -> PromptPair:
     )
 
 
+@spelled
 def load_model(kind: str | None = None, device: Any = "cpu") -> Any:
     """Load the demo model, with weights as they were trained (nothing folded or centred).
 

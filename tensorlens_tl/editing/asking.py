@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..attribution import Target, TargetGradient, TargetLike, resolve_token
-from ..checks import is_int, one_each
+from ..checks import is_int, one_each, spelled
 from ..features import Feature, Reading
 from ..maps import HALF, TINY
 from ..operator import Capture, FrozenTransformer
@@ -136,6 +136,7 @@ class Asked:
             )
 
 
+@spelled
 def smallest_edit(
     asked: Asked,
     goal: Goal,
@@ -178,6 +179,7 @@ def smallest_edit(
     return asked.edit(goal, smallest(torch.stack(rows, 1), wanted, asked.metric), g)
 
 
+@spelled
 def edit_along(
     asked: Asked,
     goal: Goal,
@@ -219,6 +221,7 @@ def edit_along(
     return asked.edit(goal, smallest(along[:, None], change[:, None].to(g), asked.metric), g)
 
 
+@spelled
 def edit_to_top(
     asked: Asked, token: TargetLike, pos: int, margin: int | float, most: int = 10
 ) -> Edit:

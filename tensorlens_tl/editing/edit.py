@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..attribution import TargetGradient
-from ..checks import at_least_one, token_text
+from ..checks import at_least_one, spelled, token_text
 from ..hosts import Adapter, adapt
 from ..maps import TINY
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, table_view
+from ..pictures import Page, Paged, Tabled, table_view
 from ..readers import alone
 from ..recording import freeze
 from .edit_check import EditCheck, EditSweep
@@ -38,8 +38,9 @@ FACTORS = tuple(torch.logspace(-5, 2, 12, base=2).tolist())
 """Twelve factors from 1/32 to 4."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
-class Edit(Paged):
+class Edit(Paged, Tabled):
     """A change δ of what stands at one place in a run, and the change of a target it predicts.
 
     The prediction is ⟨g, δ⟩, with the covector g of the target: exact while attention patterns,
@@ -74,6 +75,16 @@ class Edit(Paged):
     size: Float[Tensor, " batch"]
     capture: Capture | None
     moves: tuple[bool, bool] = (False, False)
+
+    _COLUMNS = ("prompt", "site", "before", "predicted", "norm", "size")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        numbers = (self.before, self.predicted, self.norm, self.size)
+        for prompt, row in enumerate(zip(*(n.tolist() for n in numbers), strict=True)):
+            yield (prompt, self.place.name, *row)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"unit": "logits; norm of the residual, size of what stands there"}
 
     def __repr__(self) -> str:
         def span(values: Tensor, form: str) -> str:
@@ -256,7 +267,7 @@ class Edit(Paged):
                 warnings.warn(
                     f"A round of refine brought {worse} of {len(was)} prompts no nearer to what "
                     "was asked. Ask for less, or edit another site.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             was, rows, wanted = missing.abs(), (g * where)[:, None], missing[:, None].to(g)
             if not shared:

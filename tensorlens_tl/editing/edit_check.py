@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import as_array, need
+from ..checks import as_array, spelled
 from ..maps import TINY
-from ..pictures import Page, Paged, agreement, curves, curves_view, points_view, table_view
+from ..pictures import Page, Paged, Tabled, agreement, curves, curves_view, points_view, table_view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +22,9 @@ TOLERANCES = (0.1, 0.25)
 """Relative errors whose radius a sweep's page names."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
-class EditCheck(Paged):
+class EditCheck(Paged, Tabled):
     """What an edit predicted, and what the real model did.
 
     Attributes:
@@ -57,26 +58,26 @@ class EditCheck(Paged):
     size: Float[Tensor, " batch"]
     kl_held_out: Float[Tensor, " batch"]
 
+    _COLUMNS = (
+        *("prompt", "site", "before", "predicted", "real", "jacobian", "kl", "size"),
+        *("kl_held_out", "top", "top_after"),
+    )
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        numbers = (self.before, self.predicted, self.real, self.jacobian)
+        numbers += (self.kl, self.size, self.kl_held_out)
+        rows = zip(self.tops, *(column.tolist() for column in numbers), strict=True)
+        for prompt, (tops, *row) in enumerate(rows):
+            yield (prompt, self.site, *row, *tops)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"unit": "logits; kl in nats, size of the state", "error": self.error}
+
     @property
     def error(self) -> float:
         """Σ |predicted − real| / Σ |real| over the prompts."""
         off = (self.predicted - self.real).abs().sum()
         return float(off / self.real.abs().sum().clamp_min(TINY))
-
-    def to_dataframe(self) -> Any:
-        """Make a pandas table of the check.
-
-        Returns:
-            A ``DataFrame`` with one row per prompt.
-
-        Raises:
-            ValueError: If pandas is not installed.
-        """
-        columns = ("before", "predicted", "real", "jacobian", "kl", "size", "kl_held_out")
-        table = {name: getattr(self, name).tolist() for name in columns}
-        first, after = zip(*self.tops, strict=True)
-        table |= {"top": list(first), "top_after": list(after)}
-        return need("pandas", "pandas", "to_dataframe").DataFrame(table)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw predicted against real changes with matplotlib, one point per prompt.
@@ -120,8 +121,9 @@ class EditCheck(Paged):
         return "\n".join(rows + ([f"  … {more} more"] if more > 0 else []))
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
-class EditSweep(Paged):
+class EditSweep(Paged, Tabled):
     """An edit at several sizes, each run in the real model.
 
     Attributes:
@@ -142,6 +144,13 @@ class EditSweep(Paged):
 
     factors: tuple[float, ...]
     checks: tuple[EditCheck, ...]
+
+    _COLUMNS = ("factor", *EditCheck._COLUMNS)
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        for factor, check in self._pairs():
+            for row in check._rows():
+                yield (factor, *row)
 
     def errors(self, method: str = "predicted") -> Float[Tensor, "factor batch"]:
         """Compute |prediction − real| / |real| of every size and prompt.
@@ -194,20 +203,6 @@ class EditSweep(Paged):
         title = f"edits at {self.checks[0].site}, {len(self.checks[0].before)} prompts"
         xlabel = "factor of the edit"
         return curves(ax, self.factors, series, title=title, xlabel=xlabel, ylabel="relative error")
-
-    def to_dataframe(self) -> Any:
-        """Make a pandas table of all checks.
-
-        Returns:
-            A ``DataFrame`` with one row per size and prompt.
-
-        Raises:
-            ValueError: If pandas is not installed.
-        """
-        pandas = need("pandas", "pandas", "to_dataframe")
-        pairs = zip(self.factors, self.checks, strict=True)
-        tables = [check.to_dataframe().assign(factor=factor) for factor, check in pairs]
-        return pandas.concat(tables, ignore_index=True)
 
     def _methods(self) -> list[tuple[str, str]]:
         asked = not bool(self.checks[0].jacobian.isnan().all())

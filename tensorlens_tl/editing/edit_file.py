@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import file_path, is_int, new_file, write_whole
+from ..checks import file_path, is_int, new_file, spelled, write_whole
 from .edit import Edit
 from .goals import Goal
 from .places import Place
@@ -21,6 +21,7 @@ _FORMAT = "tensorlens_tl edit"
 _PARTS = ("delta", "before", "predicted", "size")
 
 
+@spelled
 def save_edit(edit: Edit, path: str | os.PathLike[str]) -> None:
     """Write an edit to a file, whole or not at all.
 
@@ -53,6 +54,7 @@ def save_edit(edit: Edit, path: str | os.PathLike[str]) -> None:
     write_whole(target, lambda p: save_file(tensors, p, metadata={_FORMAT: json.dumps(header)}))
 
 
+@spelled
 def load_edit(path: str | os.PathLike[str], lens: Any = None) -> Edit:
     """Read an edit that :func:`save_edit` wrote. Nothing in the file is executed.
 

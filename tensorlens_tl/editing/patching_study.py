@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ..checks import spelled
 from ..evaluation import rank_correlation
 from ..hosts import adapt
 from ..operator import FrozenTransformer
-from ..pictures import Page, Paged, agreement, points_view, table_view
+from ..pictures import Page, Paged, Tabled, agreement, points_view, table_view
 from ..recording import freeze
 from .asking import Asked
 from .real_runs import jacobian_covectors
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
-class Predictions(Paged):
+class Predictions(Paged, Tabled):
     """Predicted and real changes of a target under the same edits.
 
     Attributes:
@@ -35,6 +37,16 @@ class Predictions(Paged):
 
     predicted: dict[str, list[float]]
     real: list[float]
+
+    _COLUMNS = ("edit", "method", "predicted", "real")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        for method, values in self.predicted.items():
+            for edit, pair in enumerate(zip(values, self.real, strict=True)):
+                yield (edit, method, *pair)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"unit": "logits"}
 
     def error(self, method: str) -> float:
         """Σ |predicted − real| / Σ |real|."""
@@ -82,6 +94,7 @@ class Predictions(Paged):
         return "\n".join(rows)
 
 
+@spelled
 def predict(
     model: Any,
     cases: Iterable[Any],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import Target, TargetGradient
-from ..checks import as_array, need
+from ..checks import as_array, spelled
 from ..features import Reading, by_feature
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, bars, cell_map, grid_view, table_view
+from ..pictures import Page, Paged, Tabled, bars, cell_map, grid_view, table_view
 from ..sublayers import Experts
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ KINDS = ("site", "head", "neuron", "expert", "feature")
 """What edits can be ranked by."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
-class EditRanking(Paged):
+class EditRanking(Paged, Tabled):
     """Predicted changes of a target by many edits, none of which was run.
 
     Attributes:
@@ -39,6 +40,16 @@ class EditRanking(Paged):
     values: Float[Tensor, "batch edit"]
     by: str
     what: str
+
+    _COLUMNS = ("prompt", "label", "predicted")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        for prompt, row in enumerate(self.values.tolist()):
+            for label, value in zip(self.labels, row, strict=True):
+                yield prompt, label, value
+
+    def _facts(self) -> dict[str, Any]:
+        return {"unit": "logits", "by": self.by, "what": self.what}
 
     def top(self, k: int = 10) -> list[tuple[str, float]]:
         """The edits of the largest change, in the mean over the prompts.
@@ -94,18 +105,6 @@ class EditRanking(Paged):
         ]
         return Page(f"Edits by {self.by}: {self.what}", views, notes, height=760)
 
-    def to_dataframe(self) -> Any:
-        """Make a pandas table of all edits.
-
-        Returns:
-            A ``DataFrame`` with one row per edit, and its mean change.
-
-        Raises:
-            ValueError: If pandas is not installed.
-        """
-        table = {"edit": list(self.labels), "change": self.values.mean(0).tolist()}
-        return need("pandas", "pandas", "to_dataframe").DataFrame(table)
-
     def __repr__(self) -> str:
         rows = [f"Edits by {self.by}: {self.what}, predicted change in logits"]
         rows += [f"    {value:+.4g}  {label}" for label, value in self.top(10)]
@@ -113,6 +112,7 @@ class EditRanking(Paged):
         return "\n".join(rows + ([f"  … {more} more: .top(k)"] if more > 0 else []))
 
 
+@spelled
 def rank_edits(
     capture: Capture,
     operator: FrozenTransformer,

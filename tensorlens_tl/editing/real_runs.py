@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import spelled
 from ..circuits import Faithfulness
 from ..features import Feature, Reading
 from ..hosts import Adapter, adapt
@@ -207,6 +208,7 @@ REPLACED = ("zero", "mean", "resample")
 """What the activations of features outside a circuit become."""
 
 
+@spelled
 def faithfulness_of_features(
     model: Any,
     capture: Capture,

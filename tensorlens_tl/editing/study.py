@@ -17,7 +17,7 @@ logit(foil) to a multiple of itself. The real model then tells what m became.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import need
+from ..checks import spelled
 from ..evaluation import Comparison, Estimate, compare, estimate
 from ..hosts import Adapter, adapt
 from ..maps import take_row
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, estimates, table_view
+from ..pictures import Page, Paged, Tabled, estimates, table_view
 from ..recording import freeze
 from .asking import Asked, smallest_edit
 from .edit import Edit
@@ -58,8 +58,9 @@ Case = tuple[str, str, str, str]
 """A prompt, its corrupted prompt, the answer and the foil."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
-class EditEvaluation(Paged):
+class EditEvaluation(Paged, Tabled):
     """What edits by several methods did in the real model, prompt by prompt.
 
     Attributes:
@@ -76,6 +77,16 @@ class EditEvaluation(Paged):
     sites: tuple[str | int, ...]
     to: int | float
     n: int
+
+    _COLUMNS = ("prompt", "site", "method", "measure", "value")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        for (method, measure), values in self.values.items():
+            for i, value in enumerate(values):
+                yield i % self.n, self.sites[i // self.n], method, measure, value
+
+    def _facts(self) -> dict[str, Any]:
+        return {"to": self.to}
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -130,23 +141,6 @@ class EditEvaluation(Paged):
         title = f"edits of {self.n} prompts at {len(self.sites)} sites"
         return estimates(ax, self.methods, series, title=title, xlabel=f"mean {measure}")
 
-    def to_dataframe(self) -> Any:
-        """Make a pandas table of all numbers.
-
-        Returns:
-            A ``DataFrame`` with one row per prompt, site, method and measure.
-
-        Raises:
-            ValueError: If pandas is not installed.
-        """
-        rows = [
-            {"method": m, "measure": name, "site": self.sites[i // self.n], "prompt": i % self.n}
-            | {"value": value}
-            for (m, name), values in self.values.items()
-            for i, value in enumerate(values)
-        ]
-        return need("pandas", "pandas", "to_dataframe").DataFrame(rows)
-
     def _page(self) -> Page:
         labels, rows = [], []
         for method, measure in self.values:
@@ -184,6 +178,7 @@ class EditEvaluation(Paged):
         return "\n".join(rows)
 
 
+@spelled
 def evaluate(
     model: Any,
     cases: Iterable[Any],

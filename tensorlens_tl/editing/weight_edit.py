@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import spelled, whole
 from ..hosts import adapt
 from ..maps import TINY
 from ..operator import FrozenTransformer
@@ -20,6 +20,7 @@ from .places import Place
 from .smallest import Metric
 
 
+@spelled
 @contextmanager
 def to_weights(
     edit: Edit, model: Any, layer: int, covariance: Tensor | None = None

@@ -10,11 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import spelled
+from ..pictures import Tabled
+
 DRAWS = 2000
 
 
+@spelled
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Tabled):
     """A statistic and its percentile bootstrap interval.
 
     Attributes:
@@ -29,6 +33,11 @@ class Estimate:
     high: float
     n: int
 
+    _COLUMNS = ("value", "low", "high", "n")
+
+    def _rows(self) -> list[tuple[float, ...]]:
+        return [(self.value, self.low, self.high, self.n)]
+
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
@@ -38,11 +47,13 @@ def mean(values: Float[Tensor, "*draws n"]) -> Float[Tensor, "*draws"]:
     return values.mean(-1)
 
 
+@spelled
 def median(values: Float[Tensor, "*draws n"]) -> Float[Tensor, "*draws"]:
     """Lower median along the last axis: always one of the values, so that it may be infinite."""
     return values.median(-1).values
 
 
+@spelled
 def bootstrap(
     values: Sequence[float], statistic: Callable[[Tensor], Tensor] = mean, seed: int = 0
 ) -> Estimate:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checks import need
+from ..checks import need, spelled
 from ..operator import Convention
-from ..pictures import Page, Paged, estimates, table_view
+from ..pictures import Page, Paged, Tabled, estimates, table_view
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
 from .study_file import read_study, study_text
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 FORMAT = "tensorlens_tl evaluation 1"
 
 
+@spelled
 @dataclass(frozen=True)
-class Row:
+class Row(Tabled):
     """One measure of one method under one masking.
 
     Attributes:
@@ -45,11 +46,18 @@ class Row:
     higher: bool
     values: tuple[float, ...]
 
+    _COLUMNS = ("measure", "metric", "preset", "masking", "method", "higher", "prompt", "value")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        own = tuple(getattr(self, name) for name in self._COLUMNS[:6])
+        return ((*own, prompt, value) for prompt, value in enumerate(self.values))
+
     def estimate(self, seed: int = 0) -> Estimate:
         """Mean over the prompts, with its bootstrap interval."""
         return estimate(self.values, seed)
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation(Paged):
     """Results of an evaluation, prompt by prompt.

@@ -22,7 +22,7 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-from ..checks import at_least_one, kind_of, whole
+from ..checks import at_least_one, kind_of, spelled, whole
 from ..hosts import Adapter, adapt, each_prompt
 from ..methods import METHODS, check_method
 from .masking import METRICS, MaskedRuns, Masking, maskable
@@ -35,6 +35,7 @@ CHUNK = 256
 """Prompts whose masked runs are remembered together."""
 
 
+@spelled
 def evaluate(
     model: Any,
     prompts: Sequence[Any] | Scored,

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from ..checks import spelled
+from ..pictures import Tabled
 from .intervals import Estimate, bootstrap
 
 Number = float | int
@@ -22,8 +24,9 @@ EXACT = 14
 """Largest number of pairs for which all 2ⁿ sign patterns are tried."""
 
 
+@spelled
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabled):
     """A paired comparison of two methods on the same inputs.
 
     Attributes:
@@ -34,10 +37,16 @@ class Comparison:
     difference: Estimate
     p: float
 
+    _COLUMNS = (*Estimate._COLUMNS, "p")
+
+    def _rows(self) -> list[tuple[float, ...]]:
+        return [(*row, self.p) for row in self.difference._rows()]
+
     def __str__(self) -> str:
         return f"{self.difference}, p = {self.p:.2g}"
 
 
+@spelled
 def estimate(values: Sequence[Number], seed: int = 0) -> Estimate:
     """Estimate the mean of some inputs, with a bootstrap interval; nan where all inputs are nan.
 
@@ -52,6 +61,7 @@ def estimate(values: Sequence[Number], seed: int = 0) -> Estimate:
     return bootstrap(found, seed=seed) if found else Estimate(math.nan, math.nan, math.nan, 0)
 
 
+@spelled
 def compare(first: Sequence[Number], second: Sequence[Number], seed: int = 0) -> Comparison:
     """Compare paired numbers: by how much the first are larger, and whether that may be chance.
 
@@ -111,6 +121,7 @@ def ranks(values: Sequence[Number]) -> Float[Tensor, " n"]:
     return below + (equal + 1) / 2
 
 
+@spelled
 def rank_correlation(a: Sequence[Number], b: Sequence[Number]) -> float:
     """Spearman's ρ, the correlation of the ranks; nan where a or b does not vary."""
     x, y = ranks(a), ranks(b)

@@ -6,14 +6,18 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from ..checks import spelled
+
 Study = TypeVar("Study")
 
 
+@spelled
 def study_text(data: Mapping[str, Any], study_format: str, **layout: Any) -> str:
     """Write a study's data as JSON, under the name of the format."""
     return json.dumps({"format": study_format} | dict(data), ensure_ascii=False, **layout)
 
 
+@spelled
 def read_study(
     text: str, study_format: str, build: Callable[[dict[str, Any]], Study], writer: str
 ) -> Study:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ..attribution import Attribution, TargetGradient, attribute, difference
-from ..pictures import Page, Paged, View, grid_view, head_cells, table_view
+from ..checks import spelled
+from ..pictures import Page, Paged, Tabled, View, grid_view, head_cells, table_view
 from .operator_maps import beginning
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
-class PromptComparison(Paged):
+class PromptComparison(Paged, Tabled):
     """A target in two runs, by token, and its exact difference by token and by component.
 
     The differences are read by the secant, the operator between the two runs. Their rows sum to
@@ -43,6 +47,16 @@ class PromptComparison(Paged):
     tokens: Attribution
     components: Attribution
     labels: tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]
+
+    _COLUMNS = ("part", "prompt", "label", "node", "pos", "value")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        for part in ("clean", "corrupted", "tokens", "components"):
+            for row in getattr(self, part)._rows():
+                yield part, *row
+
+    def _facts(self) -> dict[str, Any]:
+        return {"target": self.clean.target}
 
     def __len__(self) -> int:
         return len(self.clean)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import TargetLike, attribute_many, resolve
-from ..checks import as_array
+from ..checks import as_array, spelled
 from ..graph import Node
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, depth, map_view, panel
+from ..pictures import Page, Paged, Tabled, depth, map_view, panel
 from .operator_maps import beginning
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadMaps(Paged):
+class HeadMaps(Paged, Tabled):
     """Heads twice: where they attend, and what they add to each position's target from there.
 
     A pattern says how much is read, not what. The second map is in the target's units: entry (i, j)
@@ -50,6 +52,20 @@ class HeadMaps(Paged):
     labels: tuple[tuple[str, ...], ...]
     spans: tuple[tuple[int, int], ...]
     target: str
+
+    _COLUMNS = ("prompt", "head", "query_pos", "key_pos", "pattern", "value")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        for prompt, (start, stop) in enumerate(self.spans):
+            here = slice(start, stop)
+            for i, head in enumerate(self.heads):
+                maps = (m[prompt, i, here, here].tolist() for m in (self.patterns, self.values))
+                for query, rows in enumerate(zip(*maps, strict=True)):
+                    for key, pair in enumerate(zip(*rows, strict=True)):
+                        yield (prompt, head, query, key, *pair)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"target": self.target, "tokens": self.labels}
 
     def __len__(self) -> int:
         return len(self.labels)

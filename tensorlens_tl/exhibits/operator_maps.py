@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..attribution import TargetLike
-from ..checks import as_list
+from ..checks import as_list, spelled
 from ..graph import FINAL_SITE
 from ..methods import TokenMatrix, token_matrix
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, View, map_view
+from ..pictures import Page, Paged, Tabled, View, map_view
 from .waterfalls import Waterfall, row_waterfalls
 
 ALL_DEPTHS, FEW = 512, 4
@@ -20,8 +20,9 @@ ROWS = 128
 """Up to so many tokens every row is followed through depth, too."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
-class OperatorMaps(Paged):
+class OperatorMaps(Paged, Tabled):
     """Token-by-token maps u_iᵀ T_ij x_j from several residual sites to the logits.
 
     From the first site, x_j are the embeddings. From a later site, x_j is the residual there: row i
@@ -48,6 +49,18 @@ class OperatorMaps(Paged):
     baseline: TokenMatrix | None
     target: str
     waterfalls: tuple[Waterfall, ...] = ()
+
+    _COLUMNS = ("prompt", "method", "site", "query_pos", "key_pos", "value")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        for one in filter(None, (*self.depths, self.baseline)):
+            for prompt in range(len(self)):
+                for query, row in enumerate(one[prompt].tolist()):
+                    for key, value in enumerate(row):
+                        yield prompt, one.kind, one.layers[0], query, key, value
+
+    def _facts(self) -> dict[str, Any]:
+        return {"target": self.target, "tokens": self.depths[0].labels}
 
     def __len__(self) -> int:
         return len(self.depths[0])

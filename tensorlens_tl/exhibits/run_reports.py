@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from ..checks import token_text
+from ..checks import spelled, token_text
 from ..operator import Capture
-from ..pictures import Page, Paged, View, table_view
+from ..pictures import Page, Paged, Tabled, View, table_view
 
 PREDICTIONS = 10
 """How many of the likeliest tokens are listed."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
-class RunReport(Paged):
+class RunReport(Paged, Tabled):
     """The main results of one prompt, put together for one page.
 
     Attributes:
@@ -41,6 +44,16 @@ class RunReport(Paged):
     predictions: tuple[tuple[str, float, float], ...]
     results: dict[str, Paged]
     left_out: dict[str, str]
+
+    _COLUMNS = ("rank", "token", "logit", "probability")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        return ((rank, *row) for rank, row in enumerate(self.predictions, 1))
+
+    def _facts(self) -> dict[str, Any]:
+        results: dict[str, Any] = dict(self.results)
+        made = {name: json.loads(one.to_json()) for name, one in results.items()}
+        return {"title": self.title, "results": made, "left_out": self.left_out}
 
     def __repr__(self) -> str:
         lines = [f"RunReport of {self.title!r}", *(f"  {text}" for text in self.exactness)]

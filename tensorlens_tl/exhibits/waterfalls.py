@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,11 @@ from ..attribution import (
     resolve,
     resolve_token,
 )
-from ..checks import as_array
+from ..checks import as_array, spelled
 from ..graph import Node
 from ..methods import logit_lens
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, View, waterfall_view
+from ..pictures import Page, Paged, Tabled, View, waterfall_view
 
 LENS = "logit lens"
 LENS_LIMIT = 2**26
@@ -33,8 +33,9 @@ Steps = tuple[int, ...]
 """The number of the step of every component."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
-class Waterfall(Paged):
+class Waterfall(Paged, Tabled):
     """A target as the sum of what is added to the residual, in the order of the run.
 
     The sum so far is exact: it is the target's own covector, with the final norm as the run had it,
@@ -64,6 +65,22 @@ class Waterfall(Paged):
     steps: tuple[str, ...]
     of_step: tuple[int, ...]
     lens: Float[Tensor, "prompt step"] | None
+
+    _COLUMNS = ("prompt", "step", "value", "so_far", "logit")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        values = self.sums.double()
+        columns = [
+            values,
+            values.cumsum(-1),
+            values * torch.nan if self.lens is None else self.lens,
+        ]
+        for prompt, rows in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            for step, *row in zip(self.steps, *rows, strict=True):
+                yield (prompt, step, *row)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"target": self.components.target}
 
     def __len__(self) -> int:
         return len(self.components)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from ..checks import new_file, place_label, write_whole
+from ..checks import new_file, place_label, spelled, write_whole
 from ..graph import CONTENTS, LOGITS, Node, shared_out
 from ..operator import Convention
-from ..pictures import Page, Paged, graph_view
+from ..pictures import Page, Paged, Tabled, graph_view
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class GraphLink:
         return self.reads not in ("q", "k")
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
-class AttributionGraph(Paged):
+class AttributionGraph(Paged, Tabled):
     """A target as a graph: nodes at positions, and what each makes of what others write.
 
     All weights into a node, queries and keys apart, sum to its total effect; those into the target
@@ -98,6 +100,12 @@ class AttributionGraph(Paged):
     convention: Convention
     answer: tuple[tuple[str, int, float], ...] = ()
     prompt: str = ""
+
+    _COLUMNS = ("src", "dest", "reads", "value")
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        names = self.labels
+        return ((names[x.src], names[x.dest], x.reads, x.weight) for x in self.links)
 
     def __len__(self) -> int:
         return len(self.nodes)

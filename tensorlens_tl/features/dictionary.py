@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import is_int
+from ..checks import is_int, spelled
 
 ACTIVATIONS = ("relu", "tanh-relu", "topk", "abstopk", "jumprelu", "gated")
 """What makes activations of pre-activations."""
@@ -63,6 +63,7 @@ class Feature:
     pre: bool = False
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureDictionary:
     """A sparse autoencoder, or a transcoder, that a lens can read; :func:`load` makes it.

@@ -24,11 +24,13 @@ from ..attribution import (
     frozen_readers,
     queries_and_keys,
 )
+from ..checks import spelled
 from ..graph import Edge
 from ..operator import Readers
 from .reading import Reading
 
 
+@spelled
 def by_feature_edge(gradient: TargetGradient, reading: Reading, qk: bool = False) -> Attribution:
     """Split a target by edge, from the features of one site on.
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checks import file_path, kind_of
+from ..checks import file_path, kind_of, spelled
 from ..graph import layer_site, resid_site
 from ..readers import MLP_OUT
 from .dictionary import ACTIVATIONS, NORMS, FeatureDictionary
@@ -45,6 +45,7 @@ _RESID_MID = resid_site(0, "mid").partition("0.")[2]
 _WEIGHTS = ("sae_weights.safetensors", "model.safetensors", "weights.safetensors")
 
 
+@spelled
 def load(
     source: Any,
     *,

@@ -23,6 +23,7 @@ from ..attribution import (
     TargetGradient,
     check_sum,
 )
+from ..checks import spelled
 from ..graph import Node
 from ..maps import TINY
 from ..operator import FrozenTransformer, Trace
@@ -32,6 +33,7 @@ MOST_ERROR = 0.5
 """The share of Σ|rows| from which on a dictionary's errors are warned about."""
 
 
+@spelled
 def by_feature(gradient: TargetGradient, readings: Sequence[Reading]) -> Attribution:
     """Split a target by the features of one site, or of several sites.
 
@@ -61,6 +63,7 @@ def by_feature(gradient: TargetGradient, readings: Sequence[Reading]) -> Attribu
     return whole.to_attribution("feature", sums=False)
 
 
+@spelled
 def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
     """What share of a split by feature is error, by site and position.
 
@@ -162,5 +165,5 @@ def _warn(reading: Reading, part: Attribution) -> None:
         warnings.warn(
             f"The error of {reading.dictionary} is {share:.0%} of Σ|·|, more than its features. "
             "Do not read the features as the whole.",
-            stacklevel=4,
+            stacklevel=6,
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from ..attribution import Target
+from ..checks import spelled
 from ..maps import take_row
 from ..operator import Capture
 from .dictionary import Feature
 from .reading import site_of
 
 
+@spelled
 def feature_target(feature: Feature, capture: Capture, pos: int) -> Target:
     """Make a target of a feature's activation z = slope · a, a = w · n(x) + b, at one position.
 

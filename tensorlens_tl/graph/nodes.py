@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..checks import is_int
+from ..checks import is_int, spelled
 
 FINAL_SITE = "unembed.hook_in"
 """Site of the final normalized residual, which the unembedding reads."""
@@ -102,6 +102,7 @@ def numbered_site(site: str | int, n_layers: int, where: str) -> str | int:
     return site
 
 
+@spelled
 @dataclass(frozen=True)
 class Node:
     """A place that writes to the residual stream, or reads from it.
@@ -229,6 +230,7 @@ class Node:
         return cls("layer", int(layer))
 
 
+@spelled
 @dataclass(frozen=True)
 class Edge:
     """A direct connection along the residual stream, from a writer to a reader.

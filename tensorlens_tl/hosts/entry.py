@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..checks import kind_of
+from ..checks import kind_of, spelled
 from ..readers import alone
 from ..refusals import UnsupportedArchitectureError
 from .adapter import Adapter
@@ -110,6 +110,7 @@ def _is_host(model: Any) -> bool:
     return hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
 
 
+@spelled
 def wrap(model: Any, tokenizer: Any = None) -> Any:
     """Wrap a Hugging Face causal language model as a TransformerBridge, in place.
 
@@ -186,6 +187,7 @@ def _bridge_around(encoder: Any) -> Any:
     return bridge
 
 
+@spelled
 def unwrap(model: Any) -> Any:
     """Give a Hugging Face model back as it was before :func:`wrap` or :func:`capture`.
 

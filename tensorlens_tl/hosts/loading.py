@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..checks import as_device, file_path
+from ..checks import as_device, file_path, spelled
 from ..refusals import UnsupportedArchitectureError
 from .entry import wrap
 from .gguf_files import gguf_file, read_gguf
@@ -29,6 +29,7 @@ KINDS = ("bridge", "hooked")
 """The two classes of host models, as ``load_model`` calls them."""
 
 
+@spelled
 def load_model(
     name_or_folder: str | os.PathLike[str], kind: str | None = None, **kwargs: Any
 ) -> Any:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .adapter import Adapter
 
 Spans = list[tuple[int, int]]
-
 CONVENTION = "_tensorlens_convention"
 """Attribute of a wrapped model: where its token ids differ from the tokenizer's own. Told once."""
 
@@ -225,8 +224,8 @@ def check_arguments(
     known_values = {"prepend_bos": (None, True, False), "padding_side": (None, "left", "right")}
     for key, values in known_values.items():
         if kwargs.get(key) not in values:
-            known = ", ".join(map(repr, values))
-            raise ValueError(f"{key}={kwargs[key]!r} is not known. Pass one of {known}.")
+            known = f"Pass one of {', '.join(map(repr, values))}."
+            raise ValueError(f"{key}={kwargs[key]!r} is not known. {known}")
     if kwargs.get("token_type_ids") is not None:
         raise ValueError(
             "token_type_ids adds an embedding of its own to the residual stream, which the "
@@ -366,14 +365,15 @@ def as_ids(inputs: Any, device: torch.device) -> Int[Tensor, "batch pos"]:
         ids = torch.as_tensor(_stacked(inputs))
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"The input is {kind_of(inputs)} that is neither text nor a rectangle of token "
+            f"The input is {kind_of(inputs)}, which is neither text nor a rectangle of token "
             "ids. Pass strings, or pad lists to one length and give their attention_mask."
         ) from None
     if ids.numel() == 0:
         raise ValueError(EMPTY)
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2):
+        many = f"{ids.dtype} of shape {list(ids.shape)}, which are no token ids"
         raise ValueError(
-            f"The input is {ids.dtype} of shape {list(ids.shape)}, which are no token ids. "
+            f"The input is {many if ids.ndim else f'{inputs}, one value, not a list of ids'}. "
             "Pass a string, a list of strings, or integers [pos] or [batch, pos]."
         )
     return (ids if ids.ndim == 2 else ids[None]).to(device=device, dtype=torch.long)

@@ -25,7 +25,7 @@ from ..attribution import (
     resolve,
     resolve_at_site,
 )
-from ..checks import as_list, plain_names
+from ..checks import as_list, spelled
 from ..features import Feature, FeatureDictionary, feature_target
 from ..graph import Edge, Node, numbered_site
 from ..maps import DENSE_LIMIT
@@ -35,7 +35,7 @@ from .featured_run import FeaturedRun
 from .sequence_attribution import Continuation, SequenceAttribution, continuation_targets
 
 
-@plain_names
+@spelled
 class AttributedRun(FeaturedRun):
     """A captured run whose logits can be split by where they come from.
 

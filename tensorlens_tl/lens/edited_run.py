@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import TargetLike
+from ..checks import spelled
 from ..circuits import Faithfulness
 from ..editing import (
     Asked,
@@ -26,6 +27,7 @@ from .attributed_run import AttributedRun
 from .featured_run import SAEs
 
 
+@spelled
 class EditedRun(AttributedRun):
     """A frozen run that predicts edits of itself; see :class:`TensorLens`."""
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..attribution import TargetLike, is_token, resolve_token
-from ..checks import plain_names, token_text
+from ..checks import spelled, token_text
 from ..circuits import Circuit, circuit_from_names
 from ..exports import AttributionGraph, circuitsvis_arguments, find_graph, save_headvis
 from ..graph import Edge, Node
 from .similarity import PooledRun
 
 
-@plain_names
+@spelled
 class ExportedRun(PooledRun):
     """A captured run that is written in the forms of other tools."""
 

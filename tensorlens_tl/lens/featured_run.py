@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from ..attribution import Attribution, TargetGradient
+from ..checks import spelled
 from ..features import FeatureDictionary, Reading, by_feature, by_feature_edge
 from .frozen_run import FrozenRun
 
@@ -13,6 +14,7 @@ SAEs = FeatureDictionary | Sequence[FeatureDictionary] | None
 """One SAE, or several, of ``features.load``."""
 
 
+@spelled
 class FeaturedRun(FrozenRun):
     """A captured run that knows what features are at the sites of SAEs; see :class:`TensorLens`."""
 

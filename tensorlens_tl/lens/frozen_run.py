@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import kind_of, no_autocast, pick_prompts, usable_device
+from ..checks import kind_of, no_autocast, pick_prompts, spelled, usable_device
 from ..maps import TINY, LinearMap
 from ..operator import Capture, Convention, FrozenTransformer
 from ..saving import require_weights
@@ -20,6 +20,7 @@ from .write_check import WriteCheck
 Run = TypeVar("Run", bound="FrozenRun")
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class FrozenRun:
     """One run of a transformer as an affine map on its embedded tokens, and how exact that is.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..attribution import TargetLike, check_comparable, own_prediction
-from ..checks import as_list, kind_of, plain_names
+from ..checks import as_list, kind_of, spelled
 from ..exhibits import (
     HeadMaps,
     OperatorMaps,
@@ -23,7 +23,7 @@ from ..exhibits import (
 from .exported_run import ExportedRun
 
 
-@plain_names
+@spelled
 class PicturedRun(ExportedRun):
     """A captured run with results that are pages: ``.show()``, ``.to_html(path)``."""
 

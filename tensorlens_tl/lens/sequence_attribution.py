@@ -18,7 +18,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..attribution import Attribution, Target, grid_html, legend_html, resolve
-from ..checks import as_array, as_list, at_least_one, is_int, need, pick_prompts, place_label
+from ..checks import (
+    as_array,
+    as_list,
+    at_least_one,
+    is_int,
+    need,
+    pick_prompts,
+    place_label,
+    spelled,
+)
 from ..operator import Capture
 from ..pictures import Page, Paged, cell_map, grid_view, unit_of
 
@@ -31,6 +40,7 @@ Continuation = int | str | Sequence[int] | Tensor
 """Where a continuation starts, or its text, or its token ids."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class SequenceAttribution(Paged):
     """Every token of a continuation split by source: a matrix, for every prompt of a lens.

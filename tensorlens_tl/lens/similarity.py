@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import Attribution, Target, TargetGradient, attribute, attribute_many
-from ..checks import kind_of
+from ..checks import kind_of, spelled
 from ..maps import Frame
 from ..operator import Capture, FrozenTransformer
 from .edited_run import EditedRun
@@ -153,6 +153,7 @@ def other_vectors(
     return found
 
 
+@spelled
 class PooledRun(EditedRun):
     """A captured run whose final residuals are pooled into sentence vectors."""
 

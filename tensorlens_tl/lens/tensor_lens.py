@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attribution import TargetLike, check_comparable, plan_edges, resolve
-from ..checks import bound, kind_of
+from ..checks import bound, kind_of, spelled
 from ..circuits import (
     Circuit,
     ModelInfo,
@@ -38,6 +38,7 @@ from .pictured_run import PicturedRun
 from .write_check import WriteCheck
 
 
+@spelled
 class TensorLens(PicturedRun):
     """One run of a transformer as an exact linear map, and every question to it as one call.
 
@@ -405,6 +406,7 @@ class TensorLens(PicturedRun):
         save_capture(self.capture, path, weights)
 
 
+@spelled
 def load(
     path: str | os.PathLike[str],
     model: Any = None,

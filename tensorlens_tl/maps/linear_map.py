@@ -24,13 +24,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import kind_of, need, no_autocast, whole
+from ..checks import kind_of, need, no_autocast, spelled, whole
 from .batch_layout import Frame
 
 DENSE_LIMIT = 2 * 2**30
 """Bytes that a dense form may fill unless the caller allows more."""
 
 
+@spelled
 class LinearMap(ABC):
     """An affine map x ↦ A x + bias from [batch, pos, in_dim] to [batch, pos, out_dim].
 
@@ -210,6 +211,7 @@ class LinearMap(ABC):
         )
 
 
+@spelled
 def dot_test(op: LinearMap, seed: int = 0) -> float:
     """Measure how far ``apply_t`` is from the adjoint of ``apply``.
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import TargetLike, resolve_token
-from ..checks import as_array, at_least_one, need, pick_prompts, place_label, token_text
+from ..checks import as_array, at_least_one, need, pick_prompts, place_label, spelled, token_text
 from ..maps import DENSE_LIMIT, Chain, Gate, Linear, Norm, take_row
 from ..operator import Capture, Convention, FrozenTransformer
 from ..pictures import Page, Paged, View, cell_map, table_view, words_view
@@ -44,7 +44,7 @@ class Reading(NamedTuple):
     Attributes:
         prompt: Number of the prompt.
         site: Name of the residual site.
-        pos: The token that stands at the position, such as '"is"@5'.
+        label: The token that stands there, such as '"is"@5'.
         rank: Rank among all tokens, from 1.
         id: Id of the token that is said.
         token: Text of the token that is said.
@@ -54,7 +54,7 @@ class Reading(NamedTuple):
 
     prompt: int
     site: str
-    pos: str
+    label: str
     rank: int
     id: int
     token: str
@@ -62,6 +62,7 @@ class Reading(NamedTuple):
     probability: float
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitLens(Paged):
     """What every residual of a run says as logits, from the embeddings to the last block.
@@ -162,7 +163,7 @@ class LogitLens(Paged):
             k: How many tokens to give.
 
         Returns:
-            Columns prompt, site, pos (the token there), rank, id, token, logit and probability.
+            Columns prompt, site, label (the token there), rank, id, token, logit and probability.
 
         Raises:
             ValueError: If pandas is not installed, or k is below 1.
@@ -239,7 +240,7 @@ class LogitLens(Paged):
         views: list[View] = []
         for prompt in range(len(self)):
             rows = list(self[prompt].rows(3))
-            labels = [[row.site, row.pos, str(row.rank), row.token] for row in rows]
+            labels = [[row.site, row.label, str(row.rank), row.token] for row in rows]
             numbers = np.array([[row.probability, row.logit] for row in rows])
             names, columns = ["site", "position", "rank", "says"], ["probability", "logit"]
             across, cells = self[prompt]._table()

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import is_int, need, pick_prompts, place_label
+from ..checks import is_int, pick_prompts, place_label, spelled
 from ..operator import Capture
-from ..pictures import Page, Paged, cell_map, grid_view
+from ..pictures import Page, Paged, Tabled, cell_map, grid_view
 from ..sublayers import Experts
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.axes import Axes
 
 SHOWN = 12
@@ -34,8 +33,9 @@ class Sent(NamedTuple):
     weight: float
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
-class Routing(Paged):
+class Routing(Paged, Tabled):
     """Which experts each token of a run was sent to, and with which weight.
 
     Attributes:
@@ -67,6 +67,14 @@ class Routing(Paged):
     experts: Int[Tensor, "batch pos slot"]
     weights: Float[Tensor, "batch pos slot"]
     n_experts: int
+
+    _COLUMNS = Sent._fields
+
+    def _rows(self) -> Iterator[Sent]:
+        return self.rows()
+
+    def _facts(self) -> dict[str, Any]:
+        return {"layer": self.layer, "n_experts": self.n_experts}
 
     @classmethod
     def of(cls, capture: Capture, layer: int) -> Routing:
@@ -112,18 +120,6 @@ class Routing(Paged):
             for pos, token in enumerate(self.tokens[prompt]):
                 for expert, weight in zip(experts[pos], weights[pos], strict=True):
                     yield Sent(prompt, pos, token, expert, weight)
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """The routing as a pandas table.
-
-        Returns:
-            Columns prompt, pos, token, expert and weight; one row per token and slot.
-
-        Raises:
-            ValueError: If pandas is not installed.
-        """
-        pandas = need("pandas", "pandas", "to_dataframe")
-        return pandas.DataFrame(list(self.rows()), columns=list(Sent._fields))
 
     def plot(self, ax: Axes | None = None, prompt: int = 0) -> Axes:
         """Draw the weights of one prompt with matplotlib: tokens down, experts across.

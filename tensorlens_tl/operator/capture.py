@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import pick_prompts
+from ..checks import pick_prompts, spelled
 from ..graph import FINAL_SITE, Node, site_parts
 from ..maps import DeltaRule, Frame, Gate, Mix, Norm, Shift
 from ..sublayers import (
@@ -72,6 +72,7 @@ _OF_THE_RUN = (*_OF_THE_RUN, Norm, Shift, Unembed)
 """Classes whose tensors, apart from ``weights``, have the axes batch and pos of a run."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class Capture:
     """Everything that one run left: frozen sublayers, residual states and logits.

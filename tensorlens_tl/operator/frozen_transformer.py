@@ -19,7 +19,7 @@ from functools import cached_property
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import is_int
+from ..checks import is_int, spelled
 from ..costs import Cost, Plan, memory_budget, rates_of
 from ..graph import (
     FINAL_SITE,
@@ -63,6 +63,7 @@ class Segment(StepChain):
         return Chain(self.steps or (Identity(self.frame, self.width),))
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class FrozenTransformer(StepChain):
     """The TensorLens operator: X [batch, pos, d_model] → y, the final normalized residual.

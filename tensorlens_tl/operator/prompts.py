@@ -10,6 +10,8 @@ from typing import Any, cast
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import spelled
+
 EMPTY = "The prompt is empty. Give at least one token."
 
 
@@ -17,6 +19,7 @@ GATES = ("gate", "up", "half")
 """Values of ``Convention.gate``: what a gated MLP keeps fixed of its product act(g) ⊙ u."""
 
 
+@spelled
 @dataclass(frozen=True)
 class Convention:
     """The choices that make the operator unique. Every result records them.

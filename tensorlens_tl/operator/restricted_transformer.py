@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..checks import no_autocast
+from ..checks import no_autocast, spelled
 from ..graph import INPUT, LOGITS, Edge, Node, owner
 from ..maps import Chain, Frame, LinearMap
 from .residual_stream import Step
@@ -29,6 +29,7 @@ Constants = Callable[[], dict[str, Tensor]]
 """Gives the constants of a part by name [batch, pos, d_model]; called only if they are wanted."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class RestrictedTransformer(LinearMap):
     """X [batch, pos, d_model] → the final normalized residual, along some edges only.

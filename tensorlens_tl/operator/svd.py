@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import as_array, at_least_one, is_int, need, progress_bar, token_text
+from ..checks import as_array, at_least_one, is_int, need, progress_bar, spelled, token_text
 from ..costs import HEAP, KEPT, Cost, Plan, StageShape, make_plan, rates_of
 from ..maps import TINY, LinearMap
 from ..pictures import Page, Paged, bars, table_view
@@ -44,6 +44,7 @@ WORDS = 6
 """How many words of a direction a page lists on each side."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
 class SVD(Paged):
     """The largest singular triples of an operator, or of some of its blocks: T ≈ Σ S_k U_k V_kᵀ.

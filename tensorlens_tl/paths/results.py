@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from ..attribution import UNIT
-from ..checks import is_int, need
+from ..checks import is_int, need, spelled
 from ..graph import Node
 from ..operator import Convention
 from ..pictures import Page, Paged, flow_view, path_rows, table_view, unit_of
@@ -60,6 +60,7 @@ class Path:
         return f"{self.name}  {self.contribution:+.4g}"
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class Paths(Paged, Sequence[Path]):
     """The largest paths to a target, largest |contribution| first.
@@ -152,14 +153,14 @@ class Paths(Paged, Sequence[Path]):
         """The paths as a pandas table.
 
         Returns:
-            One row per path, with columns path, start, pos, nodes, positions, contribution, label.
+            One row per path, with columns path, start, pos, nodes, positions, value, label.
 
         Raises:
             ValueError: If pandas is not installed.
         """
         pandas = need("pandas", "pandas", "to_dataframe")
         rows = [{"path": path.name, **_plain(path)} for path in self]
-        columns = ["path", "start", "pos", "nodes", "positions", "contribution", "label"]
+        columns = ["path", "start", "pos", "nodes", "positions", "value", "label"]
         return pandas.DataFrame(rows, columns=columns)
 
     def to_json(self) -> str:
@@ -175,4 +176,5 @@ class Paths(Paged, Sequence[Path]):
 
 def _plain(path: Path) -> dict[str, Any]:
     nodes = [str(node) for node in path.nodes]
-    return {**vars(path), "start": str(path.start), "nodes": nodes}
+    own = {**vars(path), "start": str(path.start), "nodes": nodes}
+    return own | {"value": own.pop("contribution")}

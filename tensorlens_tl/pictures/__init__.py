@@ -5,6 +5,7 @@ Key concepts:
     Page: One HTML file that shows a result, needs nothing beside it, and asks for nothing.
     View: One drawing of a page: a kind, and plain data. Its drawer is assets/kind.js.
     Split: The rows of an attribution as plain numbers, and the figure that fits them.
+    Tabled: A result as a pandas table and as JSON, with the same columns.
 
 No torch in this room, and matplotlib only where a figure is drawn.
 """
@@ -16,6 +17,7 @@ from .node_graph import edge_view, flow_view, graph_view
 from .page import Page, Paged, View
 from .split_pages import PagedPatches, grid_view, patch_view, split_page
 from .splits import Split, graph_figure, head_cells, patch_figure, split_figure, unit_of
+from .tabled import Tabled
 from .tables import curves_view, points_view, table_view, waterfall_view, words_view
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Paged",
     "PagedPatches",
     "Split",
+    "Tabled",
     "View",
     "agreement",
     "bars",

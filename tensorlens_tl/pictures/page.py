@@ -24,7 +24,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..checks import new_file, write_whole
+from ..checks import new_file, spelled, write_whole
 from .packing import packed, plain
 
 ASSETS = Path(__file__).parent / "assets"
@@ -143,6 +143,7 @@ class Page:
         )
 
 
+@spelled
 class Paged:
     """What has a page: ``to_html``, ``show``, and a frame in notebooks. A result inherits this."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import spelled
 from ..graph import Edge, Node
 from .maps import depth, map_view, panel
 from .node_graph import edge_view
@@ -69,6 +70,7 @@ def patch_view(grid: Sequence[Sequence[float]], unit: str) -> View:
     return grid_view(down, across, grid, axes, unit, heading, patches=True)
 
 
+@spelled
 class PagedPatches(Paged):
     """What has a page on which a picture may lie under the map of its patches."""
 

@@ -173,7 +173,7 @@ def _note_patterns(adapter: Adapter, frame: Frame) -> None:
         warnings.warn(
             f"The attention patterns of this run take {taken / 2**30:.2g} GiB. Pass "
             'pattern="recomputed" to keep queries and keys instead.',
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

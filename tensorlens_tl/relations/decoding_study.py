@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import need, progress_bar
+from ..checks import need, progress_bar, spelled
 from ..evaluation import Estimate, bootstrap, read_study, study_text
 from ..pictures import Page, Paged, estimates, table_view
 from .linear_relation import MAP_METHODS
@@ -82,6 +82,7 @@ class Decoding:
     ceiling: float | None = None
 
 
+@spelled
 @dataclass(frozen=True)
 class RelationStudy(Paged):
     """Every decoding of some relations, and their means.
@@ -223,13 +224,15 @@ class RelationStudy(Paged):
         """Give the decodings as a pandas table.
 
         Returns:
-            One row per decoding, with its fields as columns.
+            One row per decoding, with its fields as columns; split is called draw, and rank
+            edit_rank.
 
         Raises:
             ValueError: If pandas is missing.
         """
         pandas = need("pandas", "pandas", "to_dataframe")
-        return pandas.DataFrame([asdict(row) for row in self.rows])
+        names = {"split": "draw", "rank": "edit_rank"}  # which are other things elsewhere
+        return pandas.DataFrame([asdict(row) for row in self.rows]).rename(columns=names)
 
     def to_json(self) -> str:
         """Write the study as JSON; :meth:`from_json` reads it."""
@@ -266,6 +269,7 @@ def _over_splits(rows: Sequence[Decoding], values: Sequence[float]) -> Estimate:
     return bootstrap([sum(found) / len(found) for found in splits.values()])
 
 
+@spelled
 def decode(
     model: Any,
     relations: Sequence[Relation],

@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import spelled
 from ..graph import FINAL_SITE, resid_site
 from ..lens import FrozenRun
 from ..recording import live_models
@@ -128,6 +129,7 @@ def with_row(
     return states
 
 
+@spelled
 @dataclass(frozen=True, eq=False)
 class LinearRelation:
     """A relation's linear map y ≈ β W h + b, from some training subjects.

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, equal
 
-from ..checks import file_path
+from ..checks import file_path, spelled
 from ..hosts import adapt
 
 
+@spelled
 @dataclass(frozen=True)
 class Relation:
     """A relation between subjects and objects, and texts that ask for the object.

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import is_int, kind_of
+from ..checks import is_int, kind_of, spelled
 from ..hosts import adapt
 from ..lens import TensorLens
 from ..plugin import capture
@@ -37,6 +37,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Ranks of the inverse to choose from."""
 
 
+@spelled
 @dataclass(frozen=True, eq=False, repr=False)
 class Statements:
     """A template filled with every subject, each run once; made by :func:`state`.
@@ -307,6 +308,7 @@ _MAPS: WeakKeyDictionary[Statements, dict[tuple[str, int], Maps]] = WeakKeyDicti
 """Maps by method and subject, as fits ask for them again and again. Dropped with the statements."""
 
 
+@spelled
 def state(
     model: Any,
     relation: Relation,

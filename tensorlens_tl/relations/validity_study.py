@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..checks import need, progress_bar
+from ..checks import need, progress_bar, spelled
 from ..evaluation import Estimate, bootstrap, median, read_study, study_text
 from ..pictures import Page, Paged, View, curves, curves_view, table_view
 from ..plugin import capture
@@ -54,6 +54,7 @@ class ErrorCurve:
     whole: float
 
 
+@spelled
 @dataclass(frozen=True)
 class ValidityStudy(Paged):
     """Error curves of many prompts, and their medians.
@@ -279,6 +280,7 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+@spelled
 def validity(
     model: Any,
     prompts: Sequence[Any],

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import spelled
 from ..graph import Node
 from ..maps import Chain, Factored, Linear, LinearMap, Routed, Shift
 
 
+@spelled
 class Mapped(LinearMap):
     """A map that is given as an expression of other maps."""
 

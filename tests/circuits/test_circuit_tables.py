@@ -42,7 +42,7 @@ def test_a_circuit_as_a_table():
 def test_a_share_as_a_table_and_json():
     found = CircuitShare((1.0, 2.0), (4.0, 0.0), (3.0, 5.0), ("a", "b"))
     table = found.to_dataframe()
-    assert table["name"].tolist() == ["a", "b"] and table["share"][0] == 0.25
+    assert table["target"].tolist() == ["a", "b"] and table["share"][0] == 0.25
     data = json.loads(found.to_json())
     assert data["share"] == [0.25, None] and data["value"] == [1, 2]
 

@@ -228,7 +228,7 @@ def test_refusals(model, tmp_path):
         (
             rows,
             {"targets": "Mary"},
-            "targets is no argument of this function or of the model's forward pass",
+            r"There is no argument targets= of discover. Did you mean target=\?",
         ),
         (
             (model.to_tokens(["The capital", *rows[0]]),),

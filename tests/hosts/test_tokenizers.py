@@ -257,7 +257,7 @@ def test_masks_and_ids_as_lists_arrays_and_lists_of_tensors(case):
     ):
         with pytest.raises(ValueError, match=match):
             capture(model, ids, attention_mask=wrong)
-    with pytest.raises(ValueError, match="The input is a list that is neither text nor a rect"):
+    with pytest.raises(ValueError, match="The input is a list, which is neither text nor a rect"):
         capture(model, [ids[0], ids[1, 2:]])
 
 

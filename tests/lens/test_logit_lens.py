@@ -110,9 +110,10 @@ def test_forms_of_the_result(demo_model):
     pytest.importorskip("pandas", reason="an extra")
     table = found.to_dataframe(k=2)
     assert list(table.columns) == [
-        *("prompt", "site", "pos", "rank", "id", "token", "logit", "probability")
+        *("prompt", "site", "label", "rank", "id", "token", "logit", "probability")
     ]
     last = table.iloc[-2]
+    assert last["label"] == '"is"@5'
     assert (last["token"], last["rank"], last["site"]) == ("Paris", 1, found.sites[-1])
     assert last["probability"] == pytest.approx(float(best))
     rows = json.loads(found.to_json(k=2))["rows"]

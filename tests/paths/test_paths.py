@@ -522,11 +522,11 @@ def test_results():
     assert len(lines) == 6 and lines[0].startswith("Paths to '#3' − '#4' = ")
     assert "the 5 largest" in lines[0] and lines[1].endswith(f"  {paths[0].name}")
     frame = paths.to_dataframe()
-    assert list(frame.contribution) == [path.contribution for path in paths]
+    assert list(frame.value) == [path.contribution for path in paths]
     assert list(frame.path) == [path.name for path in paths]
     data = json.loads(paths.to_json())
     assert data["exact"] is True and data["convention"] == {"gate": "gate", "first_token": None}
-    assert [p["contribution"] for p in data["paths"]] == [path.contribution for path in paths]
+    assert [p["value"] for p in data["paths"]] == [path.contribution for path in paths]
     assert data["paths"][0]["nodes"] == [str(node) for node in paths[0].nodes]
     without = lens.paths(3, EVERYTHING, constants=False)
     assert {str(path.start) for path in without} <= {"embed", "pos_embed"}
