@@ -198,6 +198,7 @@ repeated random words, and start from the same weights per seed. AdamW, 3e-3, co
 - *map cosine* compares rows of both operators on fresh rows, *at answers* at the ends of held-out
   prompts. A dash means that it was not measured.
 - *leave-one-out* is the correlation of what both models lose when one word is replaced.
+- *λ* is the factor of maps, of counterfactual rows and of input gradients. The last have no ramp.
 
 ## What was run
 

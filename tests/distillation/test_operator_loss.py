@@ -70,7 +70,7 @@ def test_loss_by_a_plain_loop(teacher):
     """Maps, counterfactual rows and norms, each entry by a block of either operator."""
     model = student(teacher.cfg.d_vocab)
     lens, held = lenses(model, teacher)
-    loss = OperatorLoss(0.5, 2.0, 3.0, rows=2, words=2, probes=512, size=0.1, seed=4)
+    loss = OperatorLoss(0.5, 2.0, 3.0, rows=2, words=2, probes=32, size=0.1, seed=4)
     generator = torch.Generator().manual_seed(4 * 1_000_003 + 7)
     query = torch.multinomial(torch.ones(2, 6), 2, True, generator=generator).T
     words = torch.randint(teacher.cfg.d_vocab, (2, 2, 6), generator=generator)
@@ -102,7 +102,7 @@ def test_loss_by_a_plain_loop(teacher):
     assert (alone(lens, held, step=7) - expected).abs() <= ORACLE * expected
     found = (loss(lens, held, step=7) - alone(lens, held, step=7)) / 3
     # The relative error of a norm is √(1 / (2 probes)), and ‖a − b‖² has the slope 2 ‖a − b‖.
-    error = (2 / (2 * 512)) ** 0.5
+    error = (2 / (2 * 32)) ** 0.5
     assert (found - norms).abs() <= 4 * (norms.sqrt() * error + error**2)
 
 
