@@ -12,7 +12,7 @@ from .edges import by_feature_edge
 from .reading import Reading
 from .sources import load
 from .splits import by_feature, error_shares
-from .targets import feature_target
+from .targets import feature_target, site_of_target
 
 __all__ = [
     "Feature",
@@ -23,4 +23,5 @@ __all__ = [
     "error_shares",
     "feature_target",
     "load",
+    "site_of_target",
 ]

@@ -12,6 +12,34 @@ from .dictionary import Feature
 from .reading import site_of
 
 
+def site_of_target(
+    target: object, versus: object, site: str | int | None, baseline: object = None
+) -> str | int | None:
+    """Give the site that a target is read at; refuse what does not go with a feature.
+
+    Args:
+        target: The feature, or any other target.
+        versus: What the user subtracts; None beside a feature.
+        site: The site that the user named; None beside a feature.
+        baseline: The baseline that the user named; None beside a feature.
+
+    Returns:
+        The site of the feature's dictionary; ``site`` for any other target.
+
+    Raises:
+        ValueError: If one of the three is given beside a feature.
+    """
+    if not isinstance(target, Feature):
+        return site
+    given = {"versus": versus, "site": site, "baseline": baseline}
+    if names := [f"{name}=" for name, value in given.items() if value is not None]:
+        raise ValueError(
+            f"{', '.join(names)} cannot be combined with a feature as the target. Ask about "
+            f"feature {target.index} alone."
+        )
+    return target.dictionary.site
+
+
 @spelled
 def feature_target(feature: Feature, capture: Capture, pos: int) -> Target:
     """Make a target of a feature's activation z = slope · a, a = w · n(x) + b, at one position.

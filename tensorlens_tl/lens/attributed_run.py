@@ -26,7 +26,7 @@ from ..attribution import (
     resolve_at_site,
 )
 from ..checks import as_list, spelled
-from ..features import Feature, FeatureDictionary, feature_target
+from ..features import Feature, FeatureDictionary, feature_target, site_of_target
 from ..graph import Edge, Node, numbered_site
 from ..maps import DENSE_LIMIT
 from ..operator import Capture, FrozenTransformer
@@ -126,6 +126,7 @@ class AttributedRun(FeaturedRun):
             >>> [(label, round(value, 1)) for label, value in found.top(2)]
             [('"France"@4', 15.6), ('"capital"@2', 6.0)]
         """
+        site_of_target(target, versus, site, baseline)  # refuses a feature with others
         gradient = self._gradient(target, versus, pos, None, of, site)
         if by == "feature" or saes is not None:
             if by not in ("feature", "edge") or baseline is not None or effect != "direct":
@@ -394,8 +395,7 @@ class AttributedRun(FeaturedRun):
         site: str | int | None = None,
     ) -> TargetGradient:
         self._check_ready()
-        if isinstance(target, Feature):
-            site = target.dictionary.site if site is None else site
+        site = site_of_target(target, versus, site)
         capture, operator = self._until(site)
         goal = self._goal(capture, target, versus, pos, predicted, of, site)
         return (

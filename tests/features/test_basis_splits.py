@@ -245,6 +245,9 @@ def test_a_bad_dictionary_is_warned_about_and_a_wrong_one_refused():
     )
     with pytest.raises(ValueError, match="names no SAE"):
         lens.attribute(3, by="feature")
+    for name, value in (("versus", 5), ("site", 0), ("baseline", "zero")):
+        with pytest.raises(ValueError, match=f"{name}= cannot be combined with a feature"):
+            lens.attribute(dictionary().feature(3, pre=True), **{name: value})
     sae = dictionary("topk")
     silent = int((sae.encode(lens.operator.states()[PRE])[:, -1] == 0).all(0).nonzero()[0])
     with pytest.raises(ValueError, match="does not fire"):
