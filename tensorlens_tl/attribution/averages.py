@@ -350,14 +350,13 @@ def mean_attribution(
         ):
             means.join(_Means.of(chunk))
     return MeanAttribution(
-        means.mean,
-        means.sem,
-        means.nodes,
+        *(means.mean, means.sem, means.nodes),
         by,
         effect,
         means.n,
         means.target / means.n,
         None if math.isnan(means.worst) else means.worst,
+        means.convention,
     )
 
 
@@ -372,11 +371,13 @@ class _Means:
         self.n, self.target, self.worst = 0, 0.0, 0.0
         self.mean, self.squares = torch.zeros(()), torch.zeros(())
         self.nodes: tuple[Node | Edge, ...] = ()
+        self.convention = Convention()  # the first prompt's
 
     def add(self, one: Attribution, error: float | None) -> None:
         """Take in one prompt, positions summed."""
         values = one.values[0].double()
         step = values - self.mean
+        self.convention = self.convention if self.n else one.convention
         self.n += 1
         self.mean = self.mean + step / self.n
         self.squares = self.squares + step * (values - self.mean)
@@ -399,8 +400,12 @@ class _Means:
         """All as tensors, for a file."""
         names = "\n".join(map(str, self.nodes)).encode()
         numbers = torch.tensor([self.n, self.target, self.worst], dtype=torch.float64)
-        named = torch.frombuffer(bytearray(names), dtype=torch.uint8)
-        return {"mean": self.mean, "squares": self.squares, "numbers": numbers, "nodes": named}
+        own = json.dumps(asdict(self.convention)).encode()
+        nodes, convention = (
+            torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in (names, own)
+        )
+        found = {"mean": self.mean, "squares": self.squares, "numbers": numbers}
+        return found | {"nodes": nodes, "convention": convention}
 
     @classmethod
     def of(cls, found: dict[str, Tensor]) -> _Means:
@@ -408,6 +413,7 @@ class _Means:
         means = cls()
         n, means.target, means.worst = found["numbers"].tolist()
         means.n, means.mean, means.squares = int(n), found["mean"], found["squares"]
+        means.convention = Convention(**json.loads(bytes(found["convention"].tolist())))
         names = bytes(found["nodes"].tolist()).decode().split("\n")
         means.nodes = tuple((Edge if "→" in name else Node).parse(name) for name in names)
         return means
