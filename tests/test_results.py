@@ -299,7 +299,7 @@ def public_calls() -> dict[str, FunctionType]:
 
 
 def test_a_misspelt_argument_is_named():
-    """At every public call, without a word in the call itself."""
+    """At every public call that ``checks.spelled`` decorates, and no other is public."""
     calls = public_calls()
     assert len(calls) >= 250
     for name, call in calls.items():

@@ -12,6 +12,7 @@ from .dictionary import Feature
 from .reading import site_of
 
 
+@spelled
 def site_of_target(
     target: object, versus: object, site: str | int | None, baseline: object = None
 ) -> str | int | None:
