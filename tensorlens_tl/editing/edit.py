@@ -30,6 +30,7 @@ from .real_runs import (
     held_out_divergence,
     hooks_of,
     jacobian_covectors,
+    require_point,
     row_of,
 )
 from .smallest import Metric, smallest, smallest_shared
@@ -340,11 +341,7 @@ class Edit(Paged, Tabled):
     def _edited(self, adapter: Adapter, rows: Tensor, columns: Tensor, ids: Tensor) -> Capture:
         """Freeze the edited run of prompts of one length."""
         check_same(adapter, self.run)
-        if self.place.hook not in adapter.hooks:
-            raise ValueError(
-                f"{adapter.name} has no hook point {self.place.hook}. Pass the model of the lens, "
-                "or edit another site."
-            )
+        require_point(adapter, self.place.hook)
         delta = self.delta[rows[:, None], columns]
         with alone(adapter.model), adapter.model.hooks(fwd_hooks=hooks_of(self.place, delta)):
             given = adapter.all_real(ids)

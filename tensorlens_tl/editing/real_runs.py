@@ -47,6 +47,28 @@ def check_same(adapter: Adapter, run: Capture) -> None:
         )
 
 
+def require_point(adapter: Adapter, hook: str) -> None:
+    """Refuse a hook point that the host lacks, or whose edits do not enter the residual.
+
+    Args:
+        adapter: Adapter of the model that is to be run.
+        hook: Name of the hook point.
+
+    Raises:
+        ValueError: If edits at that point are not what an edit of the place would do.
+    """
+    if hook not in adapter.hooks:
+        raise ValueError(
+            f"{adapter.name} has no hook point {hook}. Pass the model of the lens, or edit "
+            "another site."
+        )
+    if hook.rpartition("hook_")[2] in adapter.before_edits:
+        raise ValueError(
+            f"{adapter.name} does not add what an edit at {hook} leaves: only the MLP reads it. "
+            "Edit what a block reads or leaves, hook_resid_pre or hook_resid_post."
+        )
+
+
 def groups(prompts: Prompts) -> Iterator[tuple[Int[Tensor, " row"], Tensor, Tensor]]:
     """Prompts of one length together, without their padding.
 
@@ -252,11 +274,7 @@ def faithfulness_of_features(
     adapter = adapt(model)
     check_same(adapter, capture)
     for reading in readings:
-        if reading.place == "mid" and "resid_mid" in adapter.before_edits:
-            raise ValueError(
-                f"{reading.dictionary.site} cannot be edited in {adapter.name}, which adds to the "
-                "residual beside it. Pass an SAE of what a block reads or leaves."
-            )
+        require_point(adapter, reading.dictionary.site)
     others = corrupted or readings
     replaced = [_replaced(r, o, ablation) for r, o in zip(readings, others, strict=True)]
     full = goal.on(capture).value

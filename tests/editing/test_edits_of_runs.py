@@ -645,3 +645,19 @@ def test_a_capped_logit_is_not_moved_far(case):
     with pytest.raises(ValueError, match=r"the held ratio of the cap"):
         lens.edit(3, by=1e4, site=0)
     assert bool((lens.edit(3, by=1e-3, site=0).size > 0).all())
+
+
+LLAMAS = [case for case in PER_SHAPE if "llama" in str(case) and case.host != "native"]
+
+
+@pytest.mark.parametrize("case", LLAMAS, ids=str)
+def test_between_attention_and_mlp_a_bridge_is_not_edited(case):
+    """What a Bridge's hook leaves there is read by the MLP, and does not enter the residual."""
+    edit = lens_of(case)[0].edit(3, 5, site="blocks.0.hook_resid_mid", by=0.1, qk=True, gates=True)
+    if case.host == "bridge":
+        with pytest.raises(ValueError, match="only the MLP reads it"):
+            edit.check(case.model())
+    else:
+        small = 1e-6 * edit
+        check = small.check(case.model(), jacobian=True)
+        assert_close(check.real, check.jacobian, 1e-4)
