@@ -63,4 +63,4 @@ def test_a_bar_may_be_turned_off(progress, capsys, monkeypatch):
     assert ("prompts" in capsys.readouterr().err) == progress
     model.run_with_tensorlens(PROMPT)[1].paths(k=1, progress=progress)
     shown = capsys.readouterr().err
-    assert ("bounds of paths" in shown) == ("partial paths" in shown) == progress
+    assert ("bounds of paths" in shown) == ("steps of paths" in shown) == progress

@@ -119,4 +119,4 @@ assert answer(prompt) == "Paris"  # the weights are as they were
 # Other questions about France were not kept, and they change: the last word printed above is what
 # the edited model says of the language of France. How often an edit does what was asked, on which
 # models it does not, and how it compares with ROME, the Jacobian and others is measured on
-# [Edits, tested](../editing.md).
+# [Edits, tested](../editing).

@@ -150,7 +150,7 @@ assert last > before + 0.2
 
 # %% [markdown]
 # What this buys, and what it does not, is measured in
-# [Distillation, measured](../distillation.md).
+# [Distillation, measured](../distillation).
 
 # %%
 with torch.no_grad():

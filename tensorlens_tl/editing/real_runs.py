@@ -62,10 +62,10 @@ def require_point(adapter: Adapter, hook: str) -> None:
             f"{adapter.name} has no hook point {hook}. Pass the model of the lens, or edit "
             "another site."
         )
-    if hook.rpartition("hook_")[2] in adapter.before_edits:
+    if hook.endswith(tuple(adapter.before_edits)):
         raise ValueError(
             f"{adapter.name} does not add what an edit at {hook} leaves: only the MLP reads it. "
-            "Edit what a block reads or leaves, hook_resid_pre or hook_resid_post."
+            "Edit what a block reads or what it leaves."
         )
 
 

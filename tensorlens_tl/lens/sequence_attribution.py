@@ -291,8 +291,8 @@ def continuation_targets(
     """
     if capture.unembed.head is not None:
         raise ValueError(
-            "attribute_sequence needs a model whose unembedding reads the final residual, and "
-            f"{capture.model_name} has a head in between. Call lens.attribute(token, pos=...)."
+            "attribute_sequence reads every next token off the unembedding alone, and "
+            f"{capture.model_name} has a head before it. Call lens.attribute(token, pos=...)."
         )
     spans, all_ids = capture.frame.spans, capture.prompts.ids("attribute_sequence")
     sizes = [_size(capture, prompt, continuation) for prompt in range(len(spans))]

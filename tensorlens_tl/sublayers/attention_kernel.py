@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 LN2 = math.log(2.0)
-ROWS, _COLUMNS, CELLS = 128, 2048, 2**18
+ROWS, COLUMNS, CELLS = 128, 2048, 2**18
 """Rows and columns of the largest block, and cells of the blocks of all heads together on a CPU.
 
 2^18 cells of float32 are one MiB, which stays in the cache of a core.
@@ -99,7 +99,7 @@ def capped_(products: Tensor, scores: Scores) -> Tensor:
 
 def _block_sizes(like: Tensor, heads: int, length: int, width: int) -> tuple[int, int, int]:
     """Heads, rows and columns of a block, when a position has ``width`` numbers of values."""
-    rows, columns, cells = (ROWS, _COLUMNS, CELLS) if like.device.type == "cpu" else ACCELERATOR
+    rows, columns, cells = (ROWS, COLUMNS, CELLS) if like.device.type == "cpu" else ACCELERATOR
     # As many heads at once as leave both the block and the values of those heads in the cache.
     rows, columns = min(rows, length), min(columns, length)
     return max(1, min(heads, cells // max(rows * columns, length * width))), rows, columns

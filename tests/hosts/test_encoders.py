@@ -412,7 +412,7 @@ def test_what_an_encoder_cannot_answer_is_refused_by_name(case):
     circuit = lens[0].circuit(["L0H1", "L1MLP"])
     assert circuit.share(7).share
     assert len(lens.discover(7, n_edges=5, qk=False)) == 5
-    with pytest.raises(ValueError, match=r"predicts the next token, and .* predicts mask"):
+    with pytest.raises(ValueError, match=r"reads every next token .* has a head before it"):
         lens.attribute_sequence(-1)
     with pytest.raises(UnsupportedArchitectureError, match="evaluate reads what a model predicts"):
         tensorlens_tl.evaluation.evaluate(case.model(), tokens(), ["in_out"])

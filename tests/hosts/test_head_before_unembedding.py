@@ -60,5 +60,5 @@ def test_what_reads_an_unembedding_alone_is_refused_by_name(bridge):
         adapt(bridge).require_next_token("evaluate")
     with quiet():
         _, lens = tensorlens_tl.capture(bridge, IDS)
-    with pytest.raises(ValueError, match="a head in between"):
+    with pytest.raises(ValueError, match="has a head before it"):
         lens.attribute_sequence(-2)

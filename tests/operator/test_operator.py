@@ -204,11 +204,11 @@ def test_blocks_by_the_brackets_of_the_paper():
 
 
 @pytest.mark.wrong_types
-def test_python_s_own_errors_name_no_hidden_class():
+def test_unfit_arguments_are_named():
     lens = lens_of(SHAPES[0])
-    with pytest.raises(TypeError, match=r"^block\(\) missing 1 required positional argument"):
+    with pytest.raises(ValueError, match=r"does not fit block: missing a required .*'key_pos'"):
         lens.operator.block(2)
-    with pytest.raises(TypeError, match=r"^attribute\(\) got an unexpected keyword argument 'vs'"):
+    with pytest.raises(ValueError, match=r"no argument vs= of attribute. Did you mean versus="):
         lens.attribute(vs=3)
 
 
