@@ -104,7 +104,7 @@ class FeatureDictionary:
     writes: str
     W_enc: Float[Tensor, "d_in d_sae"]
     b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae ... d_out"]
+    W_dec: Tensor
     b_dec: Float[Tensor, " d_out"]
     activation: str = "relu"
     k: int | None = None
