@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -96,6 +96,7 @@ Ways = tuple[Int[Tensor, " child"], Int[Tensor, " child"], Int[Tensor, " child"]
 """Way (0 is straight on), partial path, and position (0 where they are summed)."""
 
 
+@runtime_checkable
 class Chooser(Protocol):
     """Which ways a sweep takes."""
 
