@@ -260,7 +260,7 @@ class StepBound:
     heads: tuple[HeadBound | None, ...]
     below: PathBound | None
     constants: Float[Tensor, "constant pos d_model"]
-    own: Float[Tensor, "constant pos d_model"]
+    own: Float[Tensor, "norm_constant pos d_model"]
 
     def past_norm(self, v: Tensor, e: Tensor) -> Tensor:
         """The energies of covectors above the step's norm, without its constants."""
