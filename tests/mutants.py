@@ -211,7 +211,7 @@ secant_softmax_plain_mean (secant): The softmax's secant takes the plain mean, n
 secant_product_sum (secant): The product's secant takes both runs' factor twice: no mean, the sum.
     (ups[0] + ups[1]) / 2 ⇒ (ups[0] + ups[1])
 completeness_understated (operator): The completeness error is the smallest error.
-    return float((ours - logits).abs().max() ⇒ return float((ours - logits).abs().min()
+    float(((ours - logits).abs().max() ⇒ float(((ours - logits).abs().min()
 probe_error_too_large (contraction methods): The probes' error ignores that they are orthogonal.
     math.sqrt((1 - k / ⇒ math.sqrt((1 - 0 * k /
 path_bound_too_small (paths): The bound squares a head's weights where paths are summed.
