@@ -157,7 +157,7 @@ hooks_stay_after_error (guards capturing): The recorder's hooks stay when the ru
     for handle in handles: ⇒ for handle in handles if "logits" in locals() else ():
 autocast_accepted (guards precision): Autocast is not refused.
     if kind != "meta" and torch.is_autocast_enabled(kind): ⇒ if False:
-logit_scale_ignored (every_name): The scale of logits is not folded into W_U.
+logit_scale_ignored (more_families): The scale of logits is not folded into W_U.
     self.multiplied("logit_scale", weights) ⇒ weights
 memory_limit_ignored (contraction): Work that cannot fit the memory limit is not refused.
     if (least := worst(many)) > limit: ⇒ if (least := worst(many)) < 0:

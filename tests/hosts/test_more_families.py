@@ -358,3 +358,13 @@ def test_dropout_that_opt_keeps_in_its_configuration_is_named():
         ValueError, match=r"training mode with dropout \(dropout = 0.1\).*model.eval"
     ):
         tensorlens_tl.capture(model, tokens())
+
+
+@pytest.mark.offered(bridge_offered("bloom"))
+def test_the_scale_of_logits_is_in_the_unembedding(monkeypatch):
+    """Cohere's own attribute, which only hosts from 4.0 on run as Hugging Face does."""
+    with quiet():
+        model = build_bridge("Bloom", BLOOM, torch.float64)
+    W_U = adapt(model).weights.unembed.W_U.clone()
+    monkeypatch.setattr(model.original_model, "logit_scale", 0.25, raising=False)
+    assert torch.equal(adapt(model).weights.unembed.W_U, 0.25 * W_U)
