@@ -56,8 +56,8 @@ def test_the_radius_is_the_largest_size_within(model, edit, sweep):
 
 
 def test_frames_and_figures(sweep):
-    pytest.importorskip("pandas")
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("pandas", reason="an extra")
+    pytest.importorskip("matplotlib", reason="an extra")
     frame = sweep.to_dataframe()
     assert len(frame) == 6 and list(frame.factor.unique()) == list(FACTORS)
     assert frame.real[3] == float(sweep.checks[1].real[1])
