@@ -20,15 +20,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import sys
 import time
-import warnings
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import evaluation
+import resumed
 import torch
 from circuits import CLEAN, OURS, Pairs, Task, correlation, mean_interval, ours
 from torch import Tensor
@@ -248,11 +246,7 @@ def run(args: argparse.Namespace) -> None:
             before = json.loads((args.keep / f"{task}, found 0.json").read_text())
             chosen = range(N_FIND + i, N_FIND + i + n)
             result = steps[step](model, some(of[task], chosen), before)
-        path.with_suffix(".new").write_text(json.dumps(result))
-        path.with_suffix(".new").rename(path)
-        spent = time.process_time() - start
-        print(f"{path.name}: {n}, {spent:.0f} s", file=sys.stderr, flush=True)
-        if args.until and datetime.now().strftime("%H:%M") >= args.until:
+        if resumed.keep(path, json.dumps(result), f"{n}", start, args.until):
             return
 
 
@@ -320,29 +314,13 @@ def merged(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--keep", type=Path, required=True, help="a folder for what was measured")
-    parser.add_argument("--data", type=Path, default=evaluation.SHARED, help="texts' folder")
-    parser.add_argument("--model", help="a folder of SmolLM2, which loads faster")
+    parser = resumed.arguments(__doc__, "what was measured")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
-    parser.add_argument("--until", help="a time such as 22:25, after which nothing begins")
     parser.add_argument("--curves", type=int, default=10, help="chunks that have whole curves")
     parser.add_argument("--patched", type=int, default=8, help="pairs whose nodes are patched")
     parser.add_argument("--tests", type=int, default=N_TEST, help="pairs to test on")
-    parser.add_argument("--merge", action="store_true", help="only make the JSON and the page")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    args.keep.mkdir(parents=True, exist_ok=True)
-    if not args.merge:
-        print(f"float32 products: {evaluation.products()}", file=sys.stderr)
-        return run(args)
-    import real_page
-
-    RESULTS.write_text(json.dumps(merged(args.keep), indent=1) + "\n")
-    return real_page.write()
+    resumed.measure_or_merge(args, run, merged, RESULTS)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,12 @@ import json
 import random
 import sys
 import time
-import warnings
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import evaluation
+import resumed
 import torch
 from real_sentences import similarity
 from torch import Tensor
@@ -191,11 +190,7 @@ def run(args: argparse.Namespace) -> None:
                 continue
             start = time.process_time()
             found = chunk(name, i)
-            path.with_suffix(".new").write_text(found.to_json())
-            path.with_suffix(".new").rename(path)
-            spent = time.process_time() - start
-            print(f"{path.name}: {len(found)}, {spent:.0f} s", file=sys.stderr, flush=True)
-            if args.until and datetime.now().strftime("%H:%M") >= args.until:
+            if resumed.keep(path, found.to_json(), f"{len(found)}", start, args.until):
                 return
         if args.quick:
             return
@@ -247,27 +242,11 @@ def merged(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--keep", type=Path, required=True, help="a folder for per-prompt numbers")
-    parser.add_argument("--data", type=Path, default=evaluation.SHARED, help="texts' folder")
-    parser.add_argument("--model", help="a folder of SmolLM2, which loads faster")
+    parser = resumed.arguments(__doc__, "per-prompt numbers")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, metavar="SET")
-    parser.add_argument("--until", help="a time such as 22:25, after which no chunk begins")
     parser.add_argument("--quick", type=int, default=0, help="one chunk of so many prompts a set")
-    parser.add_argument("--merge", action="store_true", help="only make the JSON and the page")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    args.keep.mkdir(parents=True, exist_ok=True)
-    if not args.merge:
-        print(f"float32 products: {evaluation.products()}", file=sys.stderr)
-        return run(args)
-    import real_page
-
-    RESULTS.write_text(json.dumps(merged(args.keep), ensure_ascii=False) + "\n")
-    return real_page.write()
+    resumed.measure_or_merge(args, run, merged, RESULTS, None)
 
 
 if __name__ == "__main__":

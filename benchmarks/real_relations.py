@@ -19,12 +19,11 @@ import argparse
 import json
 import sys
 import time
-import warnings
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import evaluation
+import resumed
 import torch
 
 import tensorlens_tl
@@ -78,11 +77,8 @@ def run(args: argparse.Namespace) -> None:
                 study = decode(model, [relation], N_TRAIN, args.splits, **how)
         except ValueError as error:  # too few different answers, or a subject ends inside a token
             print(f"{path.stem}: {error}", file=sys.stderr)
-        kept.with_suffix(".new").write_text("null" if study is None else study.to_json())
-        kept.with_suffix(".new").rename(kept)
-        spent = time.process_time() - start
-        print(f"{path.stem}: {study}, {spent:.0f} s", file=sys.stderr, flush=True)
-        if args.until and datetime.now().strftime("%H:%M") >= args.until:
+        text = "null" if study is None else study.to_json()
+        if resumed.keep(kept, text, f"{study}", start, args.until):
             return
 
 
@@ -104,27 +100,11 @@ def merged(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--keep", type=Path, required=True, help="a folder for every study")
-    parser.add_argument("--data", type=Path, default=evaluation.SHARED, help="relations' folder")
-    parser.add_argument("--model", help="a folder of SmolLM2, which loads faster")
+    parser = resumed.arguments(__doc__, "every study")
     parser.add_argument("--splits", type=int, default=6)
     parser.add_argument("--most", type=int, default=16, help="subjects of a relation at most")
-    parser.add_argument("--until", help="a time such as 22:25, after which nothing begins")
-    parser.add_argument("--merge", action="store_true", help="only make the JSON and the page")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    args.keep.mkdir(parents=True, exist_ok=True)
-    if not args.merge:
-        print(f"float32 products: {evaluation.products()}", file=sys.stderr)
-        return run(args)
-    import real_page
-
-    RESULTS.write_text(json.dumps(merged(args.keep), indent=1, ensure_ascii=False) + "\n")
-    return real_page.write()
+    resumed.measure_or_merge(args, run, merged, RESULTS)
 
 
 if __name__ == "__main__":
