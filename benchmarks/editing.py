@@ -9,6 +9,8 @@
 3. Give edits one size at every block's input. Does the predicted effect order them as the real one?
 4. Take the parts of the model's own gradient apart: patterns, norm scales and gating ratios, each
    held or live. Which does a covector need?
+5. Patch as in 1 with attention patterns, or norm scales, held in the real model. How much of what
+   the operator misses was moved by them?
 
 Every entry goes to results/editing.json at once, and a run that is stopped goes on where it was.
 ``editing_page.py`` makes docs/editing.md of them.
@@ -223,13 +225,45 @@ def gradient(
     return {n: g[0, -1] for n, g in zip(seen, found, strict=True)}
 
 
+@torch.no_grad()
+def held_runs(model: Any, cases: list, site: str) -> dict[str, Any]:
+    """The operator's error where the real model's patterns, or norm scales, are held, too."""
+    names = {h: [n for n in model.hook_dict if n.endswith(HELD[h])] for h in ("pattern", "scale")}
+    real: dict[str, list[float]] = {"nothing": [], "pattern": [], "scale": []}
+    predicted: list[float] = []
+    for clean, corrupted, answer, foil in map(parts, cases):
+        _, lens = tensorlens_tl.capture(model, clean)
+        logits, cache = model.run_with_cache(clean)
+        _, twin = model.run_with_cache(corrupted)
+        a, b = model.to_single_token(answer), model.to_single_token(foil)
+        before = logits[0, -1, a] - logits[0, -1, b]
+        if before <= 0:
+            continue
+        difference = twin[site] - cache[site]
+        for pos in difference[0].abs().sum(-1).nonzero().flatten().tolist():
+            delta = torch.zeros_like(difference)
+            delta[0, pos] = difference[0, pos]
+            predicted.append(float(lens.effect(delta, answer, versus=foil, site=site)))
+            for held, seen in real.items():
+                hooks: list[Any] = [(site, lambda t, hook, d=delta: t + d)]
+                hooks += [(n, lambda t, hook, c=cache: c[hook.name]) for n in names.get(held, ())]
+                moved = model.run_with_hooks(clean, fwd_hooks=hooks)[0, -1]
+                seen.append(float(moved[a] - moved[b] - before))
+    found: dict[str, Any] = {"n": len(predicted)}
+    for held, seen in real.items():
+        off = sum(abs(p - r) for p, r in zip(predicted, seen, strict=True))
+        size = sum(map(abs, seen))
+        found[held] = {"error": round(off / size, 4), "moved": round(size / len(seen), 4)}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="demo", choices=("demo", "smollm2"))
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--layers", type=int, nargs="+", help="blocks whose input is edited")
     parser.add_argument("--gate", default="gate", help="how gated MLPs are made linear")
-    parser.add_argument("--only", nargs="+", default=("predict", "edit", "order", "pieces"))
+    parser.add_argument("--only", nargs="+", default=("predict", "held", "edit", "order", "pieces"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     own = args.model == "demo"
@@ -250,6 +284,8 @@ def main() -> None:
             if "edit" in args.only:
                 work = partial(edits, model, cases, site, args.gate, HELD_OUT[args.model])
                 kept(key.format("edit"), work)
+            if "held" in args.only and own:
+                kept(key.format("held"), partial(held_runs, model, cases, site))
             if "predict" in args.only:
                 work = partial(predictions, model, cases, site, args.gate)
                 kept(key.format("predict"), work)

@@ -193,6 +193,7 @@ orders_off_by_one (granularity): Constants of nodes are of order 0, and those of
     grown[0 if name in outside else 1] ⇒ grown[1 if name in outside else 0]
 total_effect_read_early (granularity attribution): Outputs are read before the step that wrote them.
     zip(steps, trace.written, covectors[1:], ⇒ zip(steps, covectors, covectors[1:],
+    for step, c in zip(steps, covectors[1:], ⇒ for step, c in zip(steps, covectors,
 queries_and_keys_swapped (qk_edges): What is due to queries is given to keys.
     dP @ keys, dP.mT @ queries ⇒ dP.mT @ queries, dP @ keys
 score_scale_forgotten (qk_edges): Query and key edges lack the factor of the scores.
@@ -202,22 +203,27 @@ rotation_done_twice (qk_edges secant): A rotation is done again where it should 
     -_quarter(x * sin, rotation) if back ⇒ _quarter(x * sin, rotation) if back
 edge_of_wrong_reader (qk_edges): Queries and keys read a step's target from below it.
     trace.pulls, below, trace.written ⇒ trace.pulls, below, trace.covectors
+    trace.pulls, below, trace.covectors[1:], ⇒ trace.pulls, below, trace.covectors,
 parallel_mlp_reads_heads (circuits): An MLP reads the heads beside it in a parallel block.
     reader.kind != "head" and not self.parallel ⇒ reader.kind != "head"
+    reader.kind == "mlp" and not self.parallel ⇒ reader.kind == "mlp"
 loadings_past_lacks_mlp (differences): "past" lacks the MLP beside the heads.
     past = past + _dot(state, pull.covector) ⇒ past = past
 secant_softmax_plain_mean (secant): The softmax's secant takes the plain mean, not the logarithmic.
     L = log_mean_exp(log_A, log_B) ⇒ L = (log_A.exp() + log_B.exp()) / 2
 secant_product_sum (secant): The product's secant takes both runs' factor twice: no mean, the sum.
     (ups[0] + ups[1]) / 2 ⇒ (ups[0] + ups[1])
+    (ours.pre_linear + theirs.pre_linear) / 2 ⇒ (ours.pre_linear + theirs.pre_linear)
 completeness_understated (operator): The completeness error is the smallest error.
     float(((ours - logits).abs().max() ⇒ float(((ours - logits).abs().min()
+    float((ours - logits).abs().max() / logits ⇒ float((ours - logits).abs().min() / logits
 probe_error_too_large (contraction methods): The probes' error ignores that they are orthogonal.
     math.sqrt((1 - k / ⇒ math.sqrt((1 - 0 * k /
 path_bound_too_small (paths): The bound squares a head's weights where paths are summed.
     A * A if by_position else A * (A @ t)[:, None] / t ⇒ A * A
 stopped_search_claims_exact (paths): A search that its budget stopped calls itself exact.
     search.cut <= best.threshold ⇒ True
+    not heap or -heap[0][0] <= best.threshold ⇒ True
 
 # --- Circuits
 circuit_one_edge_short (circuits discovery): A circuit never reaches the size asked for.
@@ -246,6 +252,7 @@ frozen_patterns_live (interventions): Frozen patterns are live, and live ones fr
     if self.frozen else None ⇒ if not self.frozen else None
 grouped_copies_take_first_key (interventions): Every query head takes its group's first head's key.
     each[head % self.copies, head] ⇒ each[head * 0, head]
+    each[head % self.copies, :, :, head] ⇒ each[head * 0, :, :, head]
 share_of_the_whole (interventions): The share is of the full measure, not of what ablation takes.
     (circuits.mean(-1) - ablated.mean()) / gap ⇒ (circuits.mean(-1) - ablated.mean()) / full.mean()
 share_interval_of_90 (interventions): The share's interval covers 90 %, not 95 %.
@@ -266,6 +273,7 @@ log_odds_is_log_p (masking evaluation): Log-odds count the target among the othe
     logits.scatter(1, target[:, None], -torch.inf).logsumexp(-1) ⇒ logits.logsumexp(-1)
 bos_masked (evaluation masking): The beginning-of-sequence token may be masked.
     range(int(bos is not None and int(prompt[0]) == bos), ⇒ range(0,
+    start = int(bos is not None and int(ids[0]) == bos) ⇒ start = 0
 interval_of_90 (evaluation relations): Bootstrap intervals cover 90 %, not 95 %.
     for q in (0.025, 0.975) ⇒ for q in (0.05, 0.95)
 

@@ -591,6 +591,32 @@ def test_studies_count_what_single_edits_do():
     assert predictions.error("operator") < 0.3 and predictions.pearson("operator") > 0.9
 
 
+@torch.no_grad()
+def test_what_the_operator_misses_of_agreement_is_what_attention_moves():
+    model, site = demo.load_model(), "blocks.2.hook_resid_pre"
+    predicted, live, held = [], [], []
+    for case in demo.prompts("agreement", 8):
+        _, lens = model.run_with_tensorlens(case.clean)
+        logits, cache = model.run_with_cache(case.clean)
+        _, twin = model.run_with_cache(case.corrupted)
+        goal = [model.to_single_token(token) for token in (case.answer, case.foil)]
+        patterns = [
+            (n, lambda t, hook, c=cache: c[hook.name]) for n in cache if n.endswith("hook_pattern")
+        ]
+        for pos in (twin[site] - cache[site])[0].abs().sum(-1).nonzero().flatten().tolist():
+            delta = torch.zeros_like(cache[site])
+            delta[0, pos] = twin[site][0, pos] - cache[site][0, pos]
+            predicted.append(float(lens.effect(delta, case.answer, versus=case.foil, site=site)))
+            for seen, hooks in ((live, []), (held, patterns)):
+                patch = (site, lambda t, hook, d=delta: t + d)
+                moved = model.run_with_hooks(case.clean, fwd_hooks=[patch, *hooks]) - logits
+                seen.append(float(moved[0, -1, goal[0]] - moved[0, -1, goal[1]]))
+    real, still, ours = (torch.tensor(values) for values in (live, held, predicted))
+    assert (ours - real).abs().sum() > 0.5 * real.abs().sum()  # most of it is missed
+    assert (ours - still).abs().sum() < 0.2 * still.abs().sum()  # little, once patterns are held
+    assert (real - still).abs().sum() > 0.5 * real.abs().sum()
+
+
 # --- Refusals ------------------------------------------------------------------------------------
 
 
