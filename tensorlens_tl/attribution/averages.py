@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import as_array, at_least_one, need, new_file, one_each, progress_bar, spelled
-from ..chunks import fingerprint, question_of, spread
+from ..chunks import model_mark, question_of, spread
 from ..graph import Edge, Node, rows_that_fit
 from ..hosts import Adapter, adapt, as_host, each_prompt, prompts_of
 from ..operator import Capture, Convention, FrozenTransformer
@@ -338,12 +338,10 @@ def mean_attribution(
         if path is not None:
             raise ValueError("path= is written by one call without resume=. Drop one of them.")
         about = (adapter.name, pos, by, effect, qk, of, batch_size, sorted(kwargs.items()))
-        weights = adapter.weights
-        marked = fingerprint([*(block.attn.W_O for block in weights.blocks), weights.unembed.W_U])
         means = _Means()
         for chunk in spread(
             resume,
-            question_of((marked, about), rows),
+            question_of((model_mark(adapter.weights), about), rows),
             len(rows),
             lambda start, stop: average(rows[start:stop], None, False).tensors(),
             progress,

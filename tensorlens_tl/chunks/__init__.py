@@ -6,6 +6,6 @@ Key concepts:
 """
 
 from .processes import spread
-from .question import fingerprint, plain, question_of
+from .question import model_mark, plain, question_of
 
-__all__ = ["fingerprint", "plain", "question_of", "spread"]
+__all__ = ["model_mark", "plain", "question_of", "spread"]

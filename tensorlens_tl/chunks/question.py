@@ -46,3 +46,15 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
         some = torch.cat((W[:4, :4].flatten(), W[-4:, -4:].flatten())).float().bfloat16()
         digest.update(some.cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def model_mark(weights: Any) -> str:
+    """Hash a few numbers of a model: of what its heads write, and of its unembedding.
+
+    Args:
+        weights: All weights, as an adapter has them.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return fingerprint([*(block.attn.W_O for block in weights.blocks), weights.unembed.W_U])

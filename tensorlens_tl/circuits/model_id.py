@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..chunks import fingerprint
+from ..chunks import model_mark
 from ..graph import Wiring
 from ..operator import Capture
 from ..passes import wiring_of
@@ -39,10 +39,8 @@ class ModelInfo:
         Returns:
             The identity of the model.
         """
-        blocks = weights.blocks
-        outputs = [block.attn.W_O for block in blocks]
-        marked = fingerprint([*outputs, weights.unembed.W_U])
-        return cls(name, wiring_of(weights), blocks[0].attn.W_O.shape[-1], marked)
+        width = weights.blocks[0].attn.W_O.shape[-1]
+        return cls(name, wiring_of(weights), width, model_mark(weights))
 
     @classmethod
     def of_capture(cls, capture: Capture) -> ModelInfo:

@@ -130,6 +130,14 @@ def _drawn(p: argparse.ArgumentParser) -> None:
     p.add_argument("--n", type=number(1), default=20, help="number of these prompts (default: 20)")
 
 
+def _resumed(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--resume",
+        type=Path,
+        help="folder that keeps finished work, to go on from; processes of torchrun share the work",
+    )
+
+
 def _seeded(p: argparse.ArgumentParser, batch_size: int, of: str) -> None:
     p.add_argument(
         "--batch-size",
@@ -188,6 +196,7 @@ def _evaluate(p: argparse.ArgumentParser) -> None:
         help=f"{', '.join(choices.METRICS)} (default: probability)",
     )
     p.add_argument("--keep-last", action="store_true", help="never mask the last token")
+    _resumed(p)
     _drawn(p)
     _seeded(p, 64, "prompts, ties and intervals")
 
@@ -215,11 +224,7 @@ def _discover(p: argparse.ArgumentParser) -> None:
         type=Path,
         help="CSV file with a column prompt, and, if wanted, corrupted, target and versus",
     )
-    p.add_argument(
-        "--resume",
-        type=Path,
-        help="folder that keeps finished work, to go on from; processes of torchrun share the work",
-    )
+    _resumed(p)
     _drawn(p)
     _seeded(p, 8, "prompts")
 

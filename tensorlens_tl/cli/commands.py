@@ -100,6 +100,7 @@ def evaluate(args: argparse.Namespace) -> Output:
         seed=args.seed,
         keep_last=args.keep_last,
         batch_size=args.batch_size,
+        resume=args.resume,
         progress=True,
     )
     return Output(repr(found), found.to_json(), [("Evaluation", found)])

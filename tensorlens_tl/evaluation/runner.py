@@ -1,38 +1,34 @@
 """Test which tokens a model needs: scores are compared with runs of the real model, tokens masked.
 
-An evaluation takes five steps:
+An evaluation takes four steps:
 
-1. Check the question: prompts, measures, maskings.
-2. Score the tokens of every prompt by every method (``scoring``).
-3. Order the tokens that may be masked, most relevant first.
-4. Run the model with the sets of tokens masked that the measures read (``protocols``, ``masking``).
-   Every set is run once, however many methods and measures read it.
-5. Keep one number per prompt, method, measure and masking (``report``).
+1. Check the question: measures, maskings.
+2. Check the prompts. Their tokens are scored by every method (``scoring``).
+3. Run the model with the sets of tokens masked that the measures read (``parts``, ``protocols``,
+   ``masking``): of all prompts at once, or chunk by chunk. Every set is run once, however many
+   methods and measures read it.
+4. Keep one number per prompt, method, measure and masking (``report``).
 """
 
 from __future__ import annotations
 
-import math
-import random
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from numbers import Real
 from typing import Any, SupportsIndex
 
 from torch import Tensor
 
 from ..checks import at_least_one, kind_of, spelled, whole
-from ..hosts import Adapter, adapt, each_prompt
+from ..chunks import model_mark, plain, question_of, spread
+from ..hosts import Adapter, adapt, added_token, each_prompt
 from ..methods import METHODS, check_method
-from .masking import METRICS, MaskedRuns, Masking, maskable
-from .protocols import BEAM, Measure, as_set, measures
+from .masking import METRICS, Masking
+from .parts import Masked, Parts, check_one_each
+from .protocols import BEAM, Measure, measures
 from .report import Evaluation, Row
 from .scoring import CONTRASTS, Scored, score
 from .significance import Number
-
-CHUNK = 256
-"""Prompts whose masked runs are remembered together."""
 
 
 @spelled
@@ -56,6 +52,7 @@ def evaluate(
     gate: str = "gate",
     seed: int = 0,
     batch_size: int = 64,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Test methods on prompts: mask the tokens they score, run the model, measure what is left.
@@ -97,6 +94,9 @@ def evaluate(
         gate: How gated MLPs are made linear; see :class:`tensorlens_tl.Convention`.
         seed: Seed of ties between scores, of the bootstrap and of the permutations.
         batch_size: Number of masked prompts run at once.
+        resume: Folder that keeps finished chunks of 64 prompts: the same call goes on from it.
+            With it, all processes that a launcher started share the work, and all return the
+            result; see :doc:`/guides/many_prompts`. None keeps nothing.
         progress: Whether to show progress bars on standard error after 2 s.
 
     Returns:
@@ -128,91 +128,69 @@ def evaluate(
     asked, adapter = _measures(protocol, preset, metric, beam), adapt(model)
     adapter.require_next_token("evaluate")
     maskings = _maskings(masking, adapter, mask_token, black)
-    # 2. Scores.
+    # 2. Prompts, and what scores them.
     if isinstance(prompts, Scored):
-        scored = _selected(prompts, methods, target, versus, options)
+        made = _selected(prompts, methods, target, versus, options)
+        names, named, n = list(made.scores), (made.targets, made.foils), len(made.prompts)
+        prompts, against, gate, first = made.prompts, made.versus, made.gate, made.first_token
+        given = [made.scores[name] for name in names]
     else:
         prompts = each_prompt(prompts, adapter.tokenizer)
-        names = _names(methods, own, options or {})
-        goals = _one_each("target", target, len(prompts))
-        foils = versus if versus in CONTRASTS else _one_each("versus", versus, len(prompts))
-        scored = score(model, prompts, names, goals, foils, options, gate, batch_size, progress)
-    if not any(map(int.__eq__, scored.targets, scored.predicted)):
-        raise ValueError(
-            f"target={adapter.token_string(scored.targets[0])!r} is predicted by no prompt, so "
-            "masking says nothing about it. Drop target= to use the model's own predictions."
-        )
-    # 3. Orders.
-    lengths = [maskable(adapter, ids).stop for ids in scored.prompts]
-    positions = _maskable(adapter, scored, asked, maskings, keep_last)
-    orders = {
-        name: _orders(name, values, lengths, positions, seed)
-        for name, values in (dict(scored.scores) | own).items()
-    }
-    # 4. Masked runs.
-    rows: list[Row] = []
-    runs: dict[str, int] = {}
-    for way in maskings:
-        runner = MaskedRuns(
-            adapter, scored.prompts, scored.targets, scored.foils, way, batch_size, progress
-        )
-        found = _read(runner, asked, orders, len(positions))
-        runs[way.kind] = runner.runs
-        rows += [
-            Row(one.name, one.metric, one.preset, way.kind, name, one.higher, tuple(found[i, name]))
-            for i, one in enumerate(asked)
-            for name in orders
-        ]
-    # 5. The report.
+        names, n, made, given = _names(methods, own, options or {}), len(prompts), None, []
+        foils = versus if versus in CONTRASTS else _one_each("versus", versus, n)
+        named = _one_each("target", target, n), foils
+        against = foils if foils is None or isinstance(foils, str) else "own"
+        first = added_token(adapter, prompts[0])
+
+    def scored(start: int, stop: int) -> Scored:
+        if made is not None:
+            return made.take(range(start, stop))
+        goal, foil = (x if x is None or isinstance(x, str) else x[start:stop] for x in named)
+        some, shown = prompts[start:stop], progress and resume is None
+        return score(model, some, names, goal, foil, options, gate, batch_size, shown)
+
+    for name, values in own.items():
+        check_one_each(name, values, n)
+    how = Masked(adapter, asked, maskings, own, keep_last, seed, batch_size, progress)
+    # 3. Masked runs: of all prompts at once, or chunk by chunk.
+    if resume is None:
+        some = scored(0, n)
+        _check_predicted(adapter, some.targets, some.predicted)
+        parts = [how.run(some, 0)]
+    else:
+        how = replace(how, progress=False)
+        ways = [(way.kind, way.token, plain(way.black)) for way in maskings]
+        about = names, asked, ways, repr(options), gate, seed, batch_size, keep_last, against
+        lists = (None if isinstance(x, str) else x for x in (*named, *given, *own.values()))
+        rows = zip(prompts, *([None] * n if x is None else x for x in lists), strict=True)
+        question = question_of((model_mark(adapter.weights), about, *own), rows)
+        parts = spread(resume, question, n, lambda a, b: how.run(scored(a, b), a), progress)
+    done = Parts.of(parts)
+    _check_predicted(adapter, done.targets, done.predicted)
+    # 4. The report.
+    rows = [
+        Row(one.name, one.metric, one.preset, way.kind, name, one.higher, values)
+        for way, by_measure in zip(maskings, done.values, strict=True)
+        for one, by_method in zip(asked, by_measure, strict=True)
+        for name, values in zip((*names, *own), by_method, strict=True)
+    ]
     return Evaluation(
         rows=tuple(rows),
         model=adapter.name,
         dtype=str(adapter.dtype).removeprefix("torch."),
-        lengths=tuple(map(len, positions)),
-        targets=tuple(map(adapter.token_string, scored.targets)),
-        versus=scored.versus,
+        lengths=done.lengths,
+        targets=tuple(map(adapter.token_string, done.targets)),
+        versus=against,
         mask_token=next((way.token for way in maskings if way.token is not None), None),
-        convention=scored.gate,
+        convention=gate,
         batch_size=batch_size,
         keep_last=keep_last,
         seed=seed,
-        seconds=dict(scored.seconds),
-        forward_seconds=scored.forward_seconds,
-        runs=runs,
-        first_token=scored.first_token,
+        seconds=dict(zip(names, done.seconds, strict=False) if made is None else made.seconds),
+        forward_seconds=done.seconds[-1] if made is None else made.forward_seconds,
+        runs=dict(zip((way.kind for way in maskings), done.runs, strict=True)),
+        first_token=first,
     )
-
-
-Ordered = tuple[tuple[int, ...], tuple[float, ...]]
-"""Positions, most relevant first; and the scores, in the order of the positions."""
-
-
-def _read(
-    runner: MaskedRuns,
-    asked: Sequence[Measure],
-    orders: Mapping[str, Sequence[Ordered]],
-    n: int,
-) -> dict[tuple[int, str], list[float]]:
-    """The numbers of every measure and method, prompt by prompt, from masked runs."""
-    found: dict[tuple[int, str], list[float]] = {
-        (i, name): [] for i in range(len(asked)) for name in orders
-    }
-    for start in range(0, n, CHUNK):
-        chunk = range(start, min(start + CHUNK, n))
-        # All sets of a chunk at once, so that batches are full; then every measure reads its own.
-        runner.need(
-            (prompt, masked)
-            for prompt in chunk
-            for of in orders.values()
-            for one in asked
-            for masked in one.masks(of[prompt][0])
-        )
-        for prompt in chunk:
-            m = {one.metric: partial(runner.outcomes, prompt, one.metric) for one in asked}
-            for (i, name), values in found.items():
-                values.append(asked[i].read(m[asked[i].metric], *orders[name][prompt]))
-        runner.forget()
-    return found
 
 
 # --- What a user asks for ------------------------------------------------------------------------
@@ -241,6 +219,14 @@ def _maskings(
             "pass masking='zero'."
         )
     return [Masking.of(kind, adapter, mask_token, black) for kind in kinds]
+
+
+def _check_predicted(adapter: Adapter, targets: Sequence[int], predicted: Sequence[int]) -> None:
+    if not any(map(int.__eq__, targets, predicted)):
+        raise ValueError(
+            f"target={adapter.token_string(targets[0])!r} is predicted by no prompt, so "
+            "masking says nothing about it. Drop target= to use the model's own predictions."
+        )
 
 
 def _selected(scored: Scored, methods: Any, *others: Any) -> Scored:
@@ -315,79 +301,3 @@ def _one_each(name: str, given: Any, n: int) -> Sequence[str | int] | None:
             f"{name} has {len(given)} entries for {n} prompts. Pass one for each, or one for all."
         )
     return list(given)
-
-
-# --- Which tokens, in which order ----------------------------------------------------------------
-
-
-def _maskable(
-    adapter: Adapter,
-    scored: Scored,
-    asked: Sequence[Measure],
-    maskings: Sequence[Masking],
-    keep_last: bool,
-) -> list[range]:
-    """Positions that may be masked: all but the first special token, and the last if asked."""
-    if keep_last and adapter.of_pictures:
-        raise ValueError(
-            "keep_last= keeps a token at which the prediction is made, and pictures have none. "
-            "Drop keep_last=: the row [CLS] is never masked."
-        )
-    found = []
-    least = max(asked, key=lambda one: one.least)
-    for i, ids in enumerate(scored.prompts):
-        rows = maskable(adapter, ids)
-        start, stop = rows.start, rows.stop - keep_last
-        n = stop - start
-        if n < least.least:
-            raise ValueError(
-                f"Prompt {i} has {n} tokens that may be masked, but {least.name} needs "
-                f"{least.least}. Drop the prompt, or use a longer one."
-            )
-        found.append(places := range(start, stop))
-        # Deleting needs a token that stays: a kept one, or sets that are never all tokens.
-        if n < rows.stop or all(way.kind != "delete" for way in maskings):
-            continue
-        if whole := [one.name for one in asked if as_set(places) in one.masks(places)]:
-            raise ValueError(
-                f"{whole[0]} masks every token of prompt {i}, which has no beginning-of-sequence "
-                "token that stays. Use masking='token' or 'mean', or fractions below 1."
-            )
-    return found
-
-
-def _orders(
-    name: str, scores: Sequence[Any], lengths: Sequence[int], positions: Sequence[range], seed: int
-) -> list[Ordered]:
-    """Every prompt's maskable positions by falling score; ties in random order."""
-    if not isinstance(scores, Sequence | Tensor):
-        raise ValueError(
-            f"scores[{name!r}] is {kind_of(scores)}, not a list. Pass one list of numbers for each "
-            "prompt."
-        )
-    if len(scores) != len(lengths):
-        raise ValueError(
-            f"scores[{name!r}] has {len(scores)} entries for {len(lengths)} prompts. Pass one each."
-        )
-    found = []
-    for prompt, (given, n, places) in enumerate(zip(scores, lengths, positions, strict=True)):
-        values = given.tolist() if hasattr(given, "tolist") else given
-        if not isinstance(values, list | tuple) or not all(isinstance(v, Real) for v in values):
-            raise ValueError(
-                f"scores[{name!r}][{prompt}] is {kind_of(given)}, not a list of numbers. Pass one "
-                "list for each prompt, with one number for each token."
-            )
-        if len(values) != n:
-            raise ValueError(
-                f"scores[{name!r}] has {len(values)} numbers for the {n} tokens of prompt "
-                f"{prompt}. Pass one number per token."
-            )
-        if any(map(math.isnan, values)):
-            raise ValueError(
-                f"scores[{name!r}] has nan in prompt {prompt}, which has no rank. Use numbers."
-            )
-        tie = list(places)
-        random.Random(f"{seed} {prompt}").shuffle(tie)
-        order = sorted(tie, key=lambda j: -values[j])
-        found.append((tuple(order), tuple(values[j] for j in places)))
-    return found

@@ -10,6 +10,8 @@ from comparisons import assert_close
 
 from tensorlens_tl import demo, discover, faithfulness, mean_attribution, score_edges
 from tensorlens_tl.chunks import folder, spread
+from tensorlens_tl.evaluation import evaluate
+from tensorlens_tl.evaluation.scoring import score
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -151,19 +153,32 @@ def questions(folder_, model):
     scores = score_edges(model, texts, twins, "eap", *goal, resume=kept("scores"), **quiet)
     means = mean_attribution(model, iter(texts), *goal, resume=kept("means"), **quiet)
     share = faithfulness(model, texts, circuit, twins, *goal, resume=kept("share"), progress=False)
-    found = [*share.full.tolist(), *share.ablated.tolist(), *share.circuit.tolist()]
+    tested = evaluate(
+        *(model, iter(texts), ["in_out", "random"], ["perturbation", "leave_one_out"]),
+        *(["delete", "mean"],),
+        scores={"own": [list(range(model.to_tokens(text).shape[1])) for text in texts]},
+        resume=kept("tested"),
+        **quiet,
+    )
+    found = [*(x for row in tested.rows for x in row.values), *tested.lengths]
+    found += tested.runs.values()
+    found += [*share.full.tolist(), *share.ablated.tolist(), *share.circuit.tolist()]
     found += [*circuit.scores.values(), *scores.values(), *means.mean.tolist(), *means.sem.tolist()]
     return torch.tensor([*found, means.target_mean, means.completeness_error, means.n])
 
 
 @forks
-def test_every_study_is_the_same_by_two_processes_and_by_one(small, tmp_path):
-    model = demo.load_model()
+def test_every_study_is_the_same_by_many_processes_and_by_one(small, tmp_path):
+    model, many = demo.load_model(), tmp_path / "many"
     plain, one = questions(None, model), questions(tmp_path / "one", model)
     assert_close(one, plain, 1e-5)
-    many = in_processes(2, lambda rank: questions(tmp_path / "many", model))
-    assert many == [one.tolist()] * 2
-    assert torch.equal(questions(tmp_path / "many", model), one)  # all from the folder
+    assert in_processes(2, lambda rank: questions(many, model)) == [one.tolist()] * 2
+    lost = [*many.glob("*/00000000.safetensors")]  # one of two chunks of every study
+    assert len(lost) == 5
+    for file in lost:
+        file.unlink()
+    assert in_processes(3, lambda rank: questions(many, model)) == [one.tolist()] * 3
+    assert torch.equal(questions(many, model), one)  # all from the folder
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path):
@@ -177,3 +192,28 @@ def test_what_cannot_be_kept_is_refused(tmp_path):
         score_edges(model, texts, texts, metric=lambda a, i: a[:, 0], resume=tmp_path / "run")
     with pytest.raises(ValueError, match="resume= needs ablation='resample' or 'zero'"):
         faithfulness(model, texts, [], ablation="mean", resume=tmp_path / "run")
+
+
+def test_an_evaluation_is_kept_by_all_that_it_depends_on(small, tmp_path):
+    """Other maskings, targets or scores are another question; refusals name prompts of the call."""
+    model = demo.load_model()
+    texts = [p.clean for p in demo.prompts("ioi", 3)]
+    asked = {"methods": ["random"], "resume": tmp_path / "run", "progress": False}
+    first = evaluate(model, texts, **asked)
+    assert evaluate(model, texts, **asked).rows == first.rows
+    scored = score(model, texts, ["random"], progress=False)
+    for change in (
+        {"masking": "mean"},
+        {"target": first.targets},
+        {"versus": "runner_up"},
+        {"seed": 1},
+        {"methods": [], "scores": {"own": [[0.0] * len(ids) for ids in scored.prompts]}},
+    ):
+        with pytest.raises(ValueError, match="holds another question"):
+            evaluate(model, texts, **asked | change)
+    asked["resume"] = tmp_path / "scored"
+    assert evaluate(model, scored, **asked).rows == first.rows
+    with pytest.raises(ValueError, match="Prompt 2 has 1 tokens that may be masked"):
+        evaluate(model, [*texts[:2], "a"], **asked | {"resume": tmp_path / "short"})
+    with pytest.raises(ValueError, match="is predicted by no prompt"):
+        evaluate(model, texts, **asked | {"resume": tmp_path / "none", "target": "the"})
