@@ -104,6 +104,8 @@ def _views(tensors: Sequence[Tensor]) -> tuple[Group, ...]:
 @lru_cache(1024)
 def _lattice(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int]:
     """How many numbers to keep of a tensor, and how far apart they lie in its memory."""
+    if 0 in shape:  # cosines of a rotation of no dimension
+        return 0, 1
     axes = [(st, size) for st, size in zip(stride, shape, strict=True) if size > 1 and st > 0]
     extent = 1 + sum(st * (size - 1) for st, size in axes)
     if extent <= _WHOLE:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..maps import TINY, Frame, Norm, NormWeights, version
 from ..operator import CaptureMismatchError, tolerance
-from ..refusals import not_finite
+from ..refusals import not_finite, plain_name
 from ..sublayers import AnyMix, AttentionWeights
 
 _SAMPLE = 16
@@ -238,7 +238,7 @@ class SelfCheck:
                 beyond = (differences[i] - roundings[i]()).clamp_min(0) / sizes[i]
                 errors[i] = float(torch.where(self.real, beyond, 0).max())
             if errors[i] > self.tolerance:
-                at = ", ".join(hooked())
+                at = ", ".join(dict.fromkeys(map(plain_name, hooked())))
                 remedy = (
                     f"Take off your own hooks at {at}: an edit there is not served."
                     if at

@@ -10,7 +10,7 @@ from .activation_names import act_name, activation_name, xielu_name
 from .errors import NotRecomputableError, UnsupportedArchitectureError, refusal
 from .obstacles import adapter_at, is_adapted, merge_first, refuse_extras
 from .supported import check_architecture, faulty_option, flags_off
-from .unreadable import check_weights, not_finite
+from .unreadable import check_weights, not_finite, plain_name
 
 __all__ = [
     "NotRecomputableError",
@@ -25,6 +25,7 @@ __all__ = [
     "is_adapted",
     "merge_first",
     "not_finite",
+    "plain_name",
     "refusal",
     "refuse_extras",
     "xielu_name",

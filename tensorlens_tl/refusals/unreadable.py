@@ -37,7 +37,9 @@ def check_weights(named: Iterable[tuple[str, Any]]) -> None:
             )
             remedy = "Take it off (model.reset_saes()), or call it in a hook of your own."
         elif tensors and _is_packed(module):
-            kind = f"{type(module).__name__} of {type(module).__module__.split('.')[0]}"
+            weight = own["_parameters"].get("weight")
+            packed = module if type(weight) in (type(None), Tensor, nn.Parameter) else weight
+            kind = f"{type(packed).__name__} of {type(packed).__module__.split('.')[0]}"
             problem = f"The weights of {name} are quantized ({kind})"
             remedy = "Load the model without quantization, or dequantize it first."
         else:
@@ -65,6 +67,11 @@ def _is_packed(module: Any) -> bool:
     return False
 
 
+def plain_name(name: str) -> str:
+    """The name that a module or weight of a Bridge has in the user's own model."""
+    return ".".join(part for part in name.split(".") if part.strip("_") != "original_component")
+
+
 def not_finite(name: str, model: Any) -> str:
     """Message that refuses NaN and infinity in a real token, with the weight or the likely cause.
 
@@ -77,10 +84,9 @@ def not_finite(name: str, model: Any) -> str:
     """
     held = (n for n, p in model.named_parameters() if not bool(p.isfinite().all()))
     if weight := next(held, None):
-        weight = weight.replace("_original_component.", "").replace("original_component.", "")
         return (
-            f"{name}: activations of a real token are not finite, as the weight {weight} holds NaN "
-            "or infinity. Load weights that are numbers."
+            f"{name}: activations of a real token are not finite, as the weight "
+            f"{plain_name(weight)} holds NaN or infinity. Load weights that are numbers."
         )
     # In float64 a padding mask overflows the host's float32 softmax; later layers read the NaN.
     return (

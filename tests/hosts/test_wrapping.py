@@ -354,7 +354,7 @@ def test_quantized_weights_are_named(pack):
     model = build("llama")
     attention = model.model.layers[1].self_attn
     attention.v_proj = pack(nn.Linear(32, 16, bias=False))
-    kind = f"{type(attention.v_proj).__name__} of "
+    kind = "Subclass of " if pack is _subclassed else f"{pack.__name__} of "
     refused(
         model,
         rf"layers\.1\.self_attn\.v_proj are quantized \({kind}.*without quantization, or deq",

@@ -3,7 +3,17 @@
 import pytest
 import torch
 from comparisons import assert_close
-from models import ORACLE, PER_SHAPE, SHAPES, lens_of, quiet, tokens
+from models import (
+    BRIDGE,
+    ORACLE,
+    PER_SHAPE,
+    SHAPES,
+    build_bridge_from_module,
+    build_hf,
+    lens_of,
+    quiet,
+    tokens,
+)
 from oracles import attends_apart
 
 import tensorlens_tl
@@ -140,6 +150,15 @@ def test_an_edit_that_the_host_discards_is_refused(case):
             return
         with pytest.raises(CaptureMismatchError, match=r"mixing.* your own hooks at .*pattern"):
             tensorlens_tl.capture(model, tokens())
+
+
+@pytest.mark.offered(build_bridge_from_module is not None)
+def test_a_torch_hook_in_a_users_model_is_named_as_there():
+    with quiet():
+        hf = build_hf(*BRIDGE["llama"], torch.float32)
+        hf.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, out: 2 * out)
+        with pytest.raises(CaptureMismatchError, match=r"hooks at blocks\.1\.mlp\.down_proj: an"):
+            tensorlens_tl.capture(hf, tokens())
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
