@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..attribution import Attribution, TableBuilder, Target, TargetLike, resolve
 from ..checks import need, spelled
 from ..graph import Edge, Node, as_edges
 from ..operator import Capture, FrozenTransformer, RestrictedTransformer
-from ..pictures import dots
+from ..pictures import Page, Paged, dots, table_view
 from .circuit import Circuit
 from .model_id import ModelInfo
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @spelled
 @dataclass(frozen=True)
-class CircuitShare:
+class CircuitShare(Paged):
     """How much of a target a circuit carries.
 
     Attributes:
@@ -86,6 +87,17 @@ class CircuitShare:
         groups = {"circuit": self.value, "whole run": self.target_value}
         return dots(ax, groups, ylabel="logits", title=", ".join(dict.fromkeys(self.name)))
 
+    def _page(self) -> Page:
+        names = ("value", "target_value", "share", "contributions")
+        values = np.array([getattr(self, name) for name in names], dtype=np.float64).T
+        labels = [[str(i), name] for i, name in enumerate(self.name)]
+        heads = ["in the circuit", "in the whole run", "share", "Σ|contribution| in the circuit"]
+        notes = [
+            "Values and contributions are in logits. Where Σ|·| is large, a share says little."
+        ]
+        table = table_view(["prompt", "target"], heads, labels, values)
+        return Page("How much of a target a circuit carries", [table], notes, height=420)
+
     def __repr__(self) -> str:
         columns = (self.name, self.value, self.target_value, self.share, self.contributions)
         return "\n".join(
@@ -96,7 +108,7 @@ class CircuitShare:
 
 @spelled
 @dataclass(frozen=True, eq=False)
-class Subgraph:
+class Subgraph(Paged):
     """The operator of a run, restricted to the edges of a circuit.
 
     Patterns, scales and gating ratios stay those of the whole run: only the real model tells what
@@ -115,6 +127,13 @@ class Subgraph:
     def __repr__(self) -> str:
         size = f"{len(self.circuit)} edges, {len(self.circuit.nodes)} nodes"
         return f"Subgraph({self.capture.model_name}, {size})"
+
+    def _page(self) -> Page:
+        page = self.circuit._page()
+        note = (
+            "Patterns, scales and ratios are those of the whole run; .share tells what it carries."
+        )
+        return replace(page, title=repr(self), notes=(*page.notes, note))
 
     def plot(self, ax: Axes | None = None, top: int = 60) -> Axes:
         """Draw the edges that are kept, as :meth:`Circuit.plot` does."""

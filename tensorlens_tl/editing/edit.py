@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +16,7 @@ from ..checks import at_least_one, spelled, token_text
 from ..hosts import Adapter, adapt
 from ..maps import TINY
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, Tabled, table_view
+from ..pictures import Page, Paged, Tabled, dots, table_view
 from ..readers import alone
 from ..recording import freeze
 from .edit_check import EditCheck, EditSweep
@@ -34,6 +34,9 @@ from .real_runs import (
     row_of,
 )
 from .smallest import Metric, smallest, smallest_shared
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FACTORS = tuple(torch.logspace(-5, 2, 12, base=2).tolist())
 """Twelve factors from 1/32 to 4."""
@@ -325,6 +328,23 @@ class Edit(Paged, Tabled):
             pairs = zip(checks, factors, strict=True)
             checks = [replace(check, jacobian=slope * factor) for check, factor in pairs]
         return EditSweep(tuple(map(float, factors)), tuple(checks))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the target before and after as predicted with matplotlib, one dot per prompt.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on. What the real model does is drawn by the results of :meth:`check` and
+            :meth:`sweep`.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        after = self.before + self.predicted
+        groups = {"before": self.before.tolist(), "predicted": after.tolist()}
+        return dots(ax, groups, ylabel="logits", title=f"edit at {self.place.name}")
 
     def _page(self) -> Page:
         rows = [self.before, self.predicted, self.before + self.predicted, self.norm, self.size]

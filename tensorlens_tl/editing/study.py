@@ -30,7 +30,7 @@ from ..evaluation import Comparison, Estimate, compare, estimate
 from ..hosts import Adapter, adapt
 from ..maps import take_row
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, Tabled, estimates, table_view
+from ..pictures import Page, Paged, Tabled, estimates, interval_view
 from ..recording import freeze
 from .asking import Asked, smallest_edit
 from .edit import Edit
@@ -152,10 +152,8 @@ class EditEvaluation(Paged, Tabled):
             "Means over prompts and sites, with 95 % bootstrap intervals. Of delivered, 1 is what "
             "was asked."
         ]
-        columns = ["mean", "low", "high"]
-        table = table_view(
-            ["measure", "method"], columns, [labels[i] for i in order], np.array(rows)[order]
-        )
+        labels, values = [labels[i] for i in order], np.array(rows)[order]
+        table = interval_view(["measure", "method"], labels, values, group=0)
         return Page(repr(self).splitlines()[0], [table], notes)
 
     def _of(self, method: str, measure: str) -> list[float]:

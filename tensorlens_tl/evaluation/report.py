@@ -11,7 +11,7 @@ import numpy as np
 
 from ..checks import need, spelled
 from ..operator import Convention
-from ..pictures import Page, Paged, Tabled, estimates, table_view
+from ..pictures import Page, Paged, Tabled, estimates, interval_view
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
 from .study_file import read_study, study_text
@@ -283,8 +283,8 @@ class Evaluation(Paged):
             numbers.append([found.value, found.low, found.high])
             head = _head(row.measure, row.metric, row.preset, row.higher)
             labels.append([row.method, head, row.masking])
-        names, columns = ["method", "measure", "masked by"], ["mean", "low", "high"]
-        table = table_view(names, columns, labels, np.array(numbers).reshape(-1, 3))
+        names, values = ["method", "measure", "masked by"], np.array(numbers).reshape(-1, 3)
+        table = interval_view(names, labels, values, group=1)
         notes = ["Low and high are the ends of 95 % bootstrap intervals over prompts."]
         return Page(repr(self).splitlines()[0], [table], notes)
 

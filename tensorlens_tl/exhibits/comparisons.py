@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..attribution import Attribution, TargetGradient, attribute, difference
 from ..checks import spelled
-from ..pictures import Page, Paged, Tabled, View, grid_view, head_cells, table_view
+from ..pictures import (
+    Page,
+    Paged,
+    Tabled,
+    View,
+    grid_view,
+    head_cells,
+    table_view,
+    token_figure,
+    unit_of,
+)
 from .operator_maps import beginning
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @spelled
@@ -65,6 +78,31 @@ class PromptComparison(Paged, Tabled):
         a, b = (float(one.target_value[0]) for one in (self.clean, self.corrupted))
         head = f"{self.clean.target[0]}: {a:.4g} here, {b:.4g} there"
         return f"PromptComparison of {head}\n{self.tokens!r}"
+
+    def plot(self, ax: Axes | None = None, prompt: int = 0) -> Axes:
+        """Draw both runs and their difference as strips with matplotlib, position by position.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            prompt: Index of the prompt in the batch.
+
+        Returns:
+            The axes drawn on: this run, the other run, and the difference. What has no position is
+            the last column.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        parts = (self.clean, self.corrupted, self.tokens)
+        numbers = [_by_position(one[prompt]) for one in parts]
+        here, there = (own[prompt] for own in self.labels)
+        places = [*range(len(here)), None]
+        values = [[found.get(place, 0.0) for place in places] for found in numbers]
+        names = [[*own, "constants"] for own in (here, there, here)]
+        a, b = (float(one.target_value[prompt]) for one in (self.clean, self.corrupted))
+        titles = [f"here {a:+.3g}", f"there {b:+.3g}", f"difference {a - b:+.3g}"]
+        target = self.clean.target[prompt]
+        return token_figure(ax, names, values, titles, target, unit_of(target))
 
     def _page(self) -> Page:
         views = [view for prompt in range(len(self)) for view in self._views(prompt)]

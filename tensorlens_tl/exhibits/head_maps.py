@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,11 @@ from ..attribution import TargetLike, attribute_many, resolve
 from ..checks import as_array, spelled
 from ..graph import Node
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, Tabled, depth, map_view, panel
+from ..pictures import Page, Paged, Tabled, cell_map, depth, map_view, panel
 from .operator_maps import beginning
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @spelled
@@ -74,6 +77,45 @@ class HeadMaps(Paged, Tabled):
         n = self.values.shape[-1]
         names = ", ".join(self.heads[:4]) + (", …" if len(self.heads) > 4 else "")
         return f"HeadMaps({names}, {n} × {n}, of {self.target})"
+
+    def plot(
+        self,
+        ax: Axes | None = None,
+        head: str | None = None,
+        prompt: int = 0,
+        what: str = "values",
+    ) -> Axes:
+        """Draw one head's map with matplotlib.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            head: Name of the head. None is the first one.
+            prompt: Index of the prompt in the batch.
+            what: "values", what the head adds to the target; or "patterns", where it attends.
+
+        Returns:
+            The axes drawn on: rows are the positions that read, columns those that are read.
+
+        Raises:
+            ValueError: If matplotlib is missing, or there is no such head or map.
+        """
+        head, kinds = self.heads[0] if head is None else head, ("values", "patterns")
+        if head not in self.heads:
+            raise ValueError(f"head={head!r} is not here. Use one of {', '.join(self.heads)}.")
+        if what not in kinds:
+            raise ValueError(f"what={what!r} is not a map. Use one of {', '.join(kinds)}.")
+        here, own = slice(*self.spans[prompt]), self.labels[prompt]
+        added = what == "values"
+        return cell_map(
+            ax,
+            as_array(getattr(self, what)[prompt, self.heads.index(head), here, here]),
+            own,
+            own,
+            unit="units of the target" if added else "share of the row",
+            title=f"what {head} adds to {self.target}" if added else f"where {head} attends",
+            axis_names=("query_pos: reads", "key_pos: is read"),
+            signed=added,
+        )
 
     def _page(self) -> Page:
         views = []

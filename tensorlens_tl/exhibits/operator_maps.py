@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..attribution import TargetLike
 from ..checks import as_list, spelled
@@ -13,6 +13,9 @@ from ..methods import TokenMatrix, token_matrix
 from ..operator import Capture, FrozenTransformer
 from ..pictures import Page, Paged, Tabled, View, map_view
 from .waterfalls import Waterfall, row_waterfalls
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ALL_DEPTHS, FEW = 512, 4
 """Up to so many tokens every site is a depth by default; beyond, so many sites are."""
@@ -75,6 +78,29 @@ class OperatorMaps(Paged, Tabled):
         beside = "" if self.baseline is None else f", beside {self.baseline.kind}"
         size = " × ".join(map(str, self.depths[0].values.shape[1:]))
         return f"OperatorMaps({self.target}, {size}, {len(self.depths)} depths{beside})"
+
+    def plot(self, ax: Axes | None = None, prompt: int = 0, site: str | None = None) -> Axes:
+        """Draw the map from one site with matplotlib.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            prompt: Index of the prompt in the batch.
+            site: The site at which the map starts, or the name of the method for comparison. None
+                is the first site.
+
+        Returns:
+            The axes drawn on: rows are the positions that read, columns those that are read.
+
+        Raises:
+            ValueError: If matplotlib is missing, or there is no map from that site.
+        """
+        maps = {one.layers[0]: one for one in self.depths}
+        if self.baseline is not None:
+            maps[self.baseline.kind] = self.baseline
+        site = next(iter(maps)) if site is None else site
+        if site not in maps:
+            raise ValueError(f"site={site!r} has no map here. Use one of {', '.join(maps)}.")
+        return maps[site].plot(ax, prompt)
 
     def _page(self) -> Page:
         error = self.completeness_error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,10 @@ from ..checks import as_array, spelled
 from ..graph import Node
 from ..methods import logit_lens
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, Tabled, View, waterfall_view
+from ..pictures import Page, Paged, Tabled, View, unit_of, waterfall, waterfall_view
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LENS = "logit lens"
 LENS_LIMIT = 2**26
@@ -101,6 +104,31 @@ class Waterfall(Paged, Tabled):
             read = "" if self.lens is None else f"  {LENS} {float(self.lens[0, i]):+9.4f}"
             lines.append(f"  {value:+9.4f}  {name:<14} so far {so_far:+9.4f}{read}")
         return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None, prompt: int = 0) -> Axes:
+        """Draw the steps of one prompt with matplotlib, and the logit lens as a dashed line.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            prompt: Index of the prompt in the batch.
+
+        Returns:
+            The axes drawn on, with a bar for every step and one for the target.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        name, value = self.components.target[prompt], float(self.components.target_value[prompt])
+        beside = None if self.lens is None else (LENS, as_array(self.lens[prompt]).tolist())
+        return waterfall(
+            ax,
+            self.steps,
+            self.sums[prompt].tolist(),
+            unit=unit_of(name),
+            title=f"{name} = {value:.4g}",
+            total=("target", value),
+            beside=beside,
+        )
 
     def _page(self) -> Page:
         views = []

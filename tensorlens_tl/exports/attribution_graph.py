@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..checks import new_file, place_label, spelled, write_whole
+from ..checks import at_least_one, new_file, place_label, spelled, write_whole
 from ..graph import CONTENTS, LOGITS, Node, shared_out
 from ..operator import Convention
-from ..pictures import Page, Paged, Tabled, graph_view
+from ..pictures import Page, Paged, Tabled, graph_view, placed_graph, unit_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,29 @@ class AttributionGraph(Paged, Tabled):
         return tuple(link for link in self.links if link.dest == dest and link.conserved)
 
     # --- In other forms
+
+    def plot(self, ax: Axes | None = None, top: int = 40) -> Axes:
+        """Draw the largest edges with matplotlib: positions across, layers from below.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+            top: How many edges are drawn. Those into queries are dashed, those into keys dotted.
+
+        Returns:
+            The axes drawn on.
+
+        Raises:
+            ValueError: If matplotlib is missing, or ``top`` is below 1.
+        """
+        links = self.links[: at_least_one(top, "top")]
+        return placed_graph(
+            ax,
+            [(at.node, at.pos) for at in self.nodes],
+            [(link.src, link.dest, link.reads, link.weight) for link in links],
+            self.tokens,
+            title=f"{self.target} = {self.target_value:.4g} (the {len(links)} largest edges)",
+            unit=unit_of(self.target),
+        )
 
     def _page(self) -> Page:
         kept = sum(link.weight for link in self.into(-1))

@@ -177,7 +177,7 @@ def cell_map(
     width, height = len(columns), len(rows)
     if texts is None and grid.size <= MOST_TEXTS // 4 and image is None:
         form = "+.2f" if signed else ".2f"
-        texts = [[number(v, form) for v in row] for row in grid.tolist()]
+        texts = [["" if v != v else number(v, form) for v in row] for row in grid.tolist()]
     texts = texts if texts is not None and grid.size <= MOST_TEXTS else None
     longest = max((len(text) for row in texts or () for text in row), default=0)
     wide = min(13.0, max(2.4, width * (0.085 * longest + 0.16 if texts else 0.22)))
@@ -400,6 +400,7 @@ def waterfall(
     unit: str,
     title: str = "",
     total: tuple[str, float] | None = None,
+    beside: tuple[str, Sequence[float]] | None = None,
 ) -> Axes:
     """Draw numbers as steps of a running sum, each bar from where the last one ended.
 
@@ -410,6 +411,7 @@ def waterfall(
         unit: What the numbers count.
         title: What stands above.
         total: Name and value of what the steps lead to, drawn from 0, or None.
+        beside: Name and values of another reading after every step, a dashed line, or None.
 
     Returns:
         The axes drawn on.
@@ -422,6 +424,9 @@ def waterfall(
     after = [math.fsum(steps[: i + 1]) for i in range(n)]
     for i in range(n):
         ax.plot([i - 0.4, i + 1.4], [after[i]] * 2, color="0.4", linewidth=0.7)
+    if beside is not None:
+        ax.plot(range(n), beside[1], "--", color="#b35806", linewidth=1.2, label=beside[0])
+        ax.legend(fontsize="small", frameon=False)
     ends = list(names)
     if total is not None:
         ax.bar([n], [total[1]], width=0.8, color=NEUTRAL)

@@ -9,10 +9,12 @@ from itertools import pairwise
 import numpy as np
 
 from ..graph import Edge, Node, owner
+from .graphs import floor
 from .page import View
 
 READS = ("", "v", "q", "k")
 """What an edge is read by: a whole node, or the value, query or key input of a head."""
+_PARTS = ((0, "heads"), (1, "MLP"))
 _SHAPES = {"head": "head", "mlp": "mlp", "expert": "expert", "logits": "target"}
 
 
@@ -53,18 +55,20 @@ def graph_view(
     """
     found = list(links)
     kept = [node for _, node, _ in nodes]
-    top = 1 + 2 * max((node.layer + 1 for node in kept if node.layer is not None), default=0)
+    depth = max((node.layer + 1 for node in kept if node.layer is not None), default=0)
     names = [_column(node) for node in kept]
     order = sorted(set(names))
     columns = list(tokens) if tokens else [name for *_, name in order]
     column = list(positions) if tokens else [order.index(name) for name in names]
-    layers = range((top - 1) // 2)
+    heights = [_height(node, depth) for node in kept]
+    rows = dict(_levels(depth)) | dict(heights)
+    at = {height: i for i, height in enumerate(sorted(rows))}
     data = {
         "name": heading or "Graph",
         "labels": [label for label, *_ in nodes],
         "kinds": [_shape(node) for node in kept],
         "column": np.array(column, np.int32),
-        "row": np.array([_row(node, top) for node in kept], np.int32),
+        "row": np.array([at[height] for height, _ in heights], np.int32),
         "effect": np.array([x for *_, x in nodes], np.float64),
         "src": np.array([link[0] for link in found], np.uint32),
         "dest": np.array([link[1] for link in found], np.uint32),
@@ -72,7 +76,7 @@ def graph_view(
         "weight": np.array([link[3] for link in found], np.float64),
         "columns": columns,
         "tokens": bool(tokens),
-        "rows": ["input", *(f"L{n} {part}" for n in layers for part in ("heads", "MLP")), "target"],
+        "rows": [rows[height] for height in at],
         "unit": unit,
         "effect_name": effect,
         "sums": sums and all(math.isfinite(x) for *_, x in nodes),
@@ -163,10 +167,17 @@ def _shape(node: Node) -> str:
     )
 
 
-def _row(node: Node, top: int) -> int:
+def _height(node: Node, depth: int) -> tuple[float, str]:
+    """How high a node stands, and what stands there; what is added last stands with the target."""
     if node.layer is not None:
-        return 1 + 2 * node.layer + (node.kind != "head")
-    return 0 if node.enters or node.kind == "input" else top
+        return floor(node, depth)
+    return (0, "input") if node.enters or node.kind == "input" else (2 * depth + 1, "target")
+
+
+def _levels(depth: int) -> list[tuple[float, str]]:
+    """The rows of every model, drawn also where no node stands."""
+    parts = [(2 * n + 1 + i, f"L{n} {part}") for n in range(depth) for i, part in _PARTS]
+    return [(0, "input"), *parts, (2 * depth + 1, "target")]
 
 
 def _column(node: Node) -> tuple[int, int, str]:
@@ -177,4 +188,6 @@ def _column(node: Node) -> tuple[int, int, str]:
         return 3, -1 if node.index is None else node.index, str(node).partition("E")[2].lstrip(".")
     if node.kind == "constant" and not node.enters:
         return 4, 0, "constants"
+    if node.kind in ("feature", "error"):
+        return 5, 0, "features"
     return 2, 0, "MLP"

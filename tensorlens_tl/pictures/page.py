@@ -56,6 +56,7 @@ class Page:
         views: The drawings, from top to bottom.
         notes: Sentences below the title: how exact the result is, and by which conventions.
         tabs: Whether a control shows one tab at a time, as for the prompts of a batch.
+        tab_name: What that control is called.
         height: Height of the page's frame in a notebook, in pixels.
     """
 
@@ -63,6 +64,7 @@ class Page:
     views: Sequence[View]
     notes: Sequence[str] = ()
     tabs: bool = False
+    tab_name: str = "Prompt"
     height: int = 640
 
     def html(self) -> str:
@@ -86,6 +88,7 @@ class Page:
         ]
         boot = _lines("boot")
         data = {"title": self.title, "notes": self.notes, "tabs": self.tabs, "views": views}
+        data["tab_name"] = self.tab_name
         data["script"] = packed(script.encode("utf-8"))
         text = json.dumps(plain(data), allow_nan=False, separators=(",", ":"))
         policy = (

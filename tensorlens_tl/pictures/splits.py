@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import at_least_one
 from ..graph import CONTENTS, Edge, Node
-from .charts import floor, layered_graph, token_figure
+from .charts import token_figure
 from .figures import PLAIN, bars, cell_map, mirrored_bars, waterfall
+from .graphs import floor, layered_graph
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,7 +183,7 @@ def _fitting(rows: Rows, by: str) -> str:
     if by in ("head", "loading") and any(getattr(n, "kind", "") == "head" for n in rows.nodes):
         layered = any(getattr(n, "kind", "") == "mlp" for n in rows.nodes) or not placed
         return "heads" if layered else "map"
-    if any(isinstance(node, Node) and node.layer is not None for node in placed):
+    if by != "feature" and any(isinstance(n, Node) and n.layer is not None for n in placed):
         return "map"
     return "waterfall" if by == "layer" and rows.total is not None else "bars"
 

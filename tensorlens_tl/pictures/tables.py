@@ -40,6 +40,29 @@ def table_view(
     return View("table", data | {"caption": caption, "scaled": scaled, "sort": sort}, heading)
 
 
+def interval_view(
+    names: Sequence[str],
+    labels: Sequence[Sequence[str]],
+    values: np.ndarray,
+    caption: str = "",
+    group: int = -1,
+) -> View:
+    """A view of means with their intervals: a bar per mean, and across its end the interval.
+
+    Args:
+        names: Headings of the columns of text.
+        labels: The texts of every row, one per name.
+        values: Mean, low and high end of every row [row, 3].
+        caption: A line above the table.
+        group: The column of text whose rows of one text have one scale; −1 is one scale for all.
+
+    Returns:
+        The view of these rows.
+    """
+    view = table_view(names, ["mean", "low", "high"], labels, values, caption)
+    return View("table", {**view.data, "scaled": "interval", "group": group})
+
+
 def curves_view(
     x: Sequence[float],
     lines: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray | None]],

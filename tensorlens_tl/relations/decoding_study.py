@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..checks import need, progress_bar, spelled
 from ..evaluation import Estimate, bootstrap, read_study, study_text
-from ..pictures import Page, Paged, estimates, table_view
+from ..pictures import Page, Paged, View, estimates, interval_view
+from .decoding import MEAN, Decoding
 from .linear_relation import MAP_METHODS
 from .relation import Relation
 from .statements import RANKS, Statements, state
@@ -36,50 +37,6 @@ if TYPE_CHECKING:
 BETAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 """Values of β to choose from where β is tuned."""
 STUDY_FORMAT = "tensorlens_tl relation study 1"
-VARIANTS = tuple(f"{method}, β {how}" for method in MAP_METHODS for how in ("= 1", "tuned"))
-MEAN = "mean output"
-"""The variant that knows no subject: W is 0, and b the training subjects' mean output."""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """One way to fit one relation from one draw of training subjects, tested on the rest.
-
-    Attributes:
-        relation: Name of the relation.
-        template: Text that the subjects filled.
-        split: Number of the draw.
-        train: Texts of the training subjects.
-        n_test: Number of test subjects.
-        variant: Way of fitting, one of :data:`VARIANTS`, or :data:`MEAN`.
-        faithfulness: Share of test subjects decoded to the model's own next token.
-        missed: Texts of the test subjects decoded to another token.
-        echoes: Number of missed subjects that are decoded to a training subject's token.
-        layer: Layer chosen for decoding, or None for the mean.
-        beta: Value of β chosen for decoding, or None for the mean.
-        edit_layer: Layer chosen for edits, or None for the mean.
-        rank: Rank chosen for edits, or None for the mean.
-        causality: Share of edits after which the real model says the other subject's token, or
-            None for the mean.
-        ceiling: Share of runs with the other subject's own h in which the model says the other
-            subject's token, or None for the mean.
-    """
-
-    relation: str
-    template: str
-    split: int
-    train: tuple[str, ...]
-    n_test: int
-    variant: str
-    faithfulness: float
-    missed: tuple[str, ...]
-    echoes: int
-    layer: int | None = None
-    beta: float | None = None
-    edit_layer: int | None = None
-    rank: int | None = None
-    causality: float | None = None
-    ceiling: float | None = None
 
 
 @spelled
@@ -208,17 +165,22 @@ class RelationStudy(Paged):
         return estimates(ax, names, series, title=", ".join(self.accuracy), xlabel=what)
 
     def _page(self) -> Page:
-        labels, rows = [], []
-        for n in self.sizes:
-            for variant in dict.fromkeys(row.variant for row in self.rows):
-                for what in ("faithfulness", *(("causality",) if variant != MEAN else ())):
-                    found = self.estimate(what, variant, n)
-                    labels.append([str(n), variant, what])
-                    rows.append([found.value, found.low, found.high])
-        names, columns = ["training subjects", "fit", "share"], ["mean", "low", "high"]
-        table = table_view(names, columns, labels, np.array(rows), together=True)
+        many = len(self.accuracy) > 1
+        views = [self._view(relation) for relation in (None, *(self.accuracy if many else ()))]
         notes = ["Low and high are the ends of 95 % intervals over splits."]
-        return Page(repr(self).splitlines()[0], [table], notes)
+        return Page(repr(self).splitlines()[0], views, notes, tabs=many, tab_name="Relation")
+
+    def _view(self, relation: str | None) -> View:
+        kept = [row for row in self.rows if relation in (None, row.relation)]
+        order = sorted({(len(r.train), r.variant): 0 for r in kept}, key=lambda key: key[0])
+        shares = {True: ("faithfulness",), False: ("faithfulness", "causality")}
+        places = [(n, variant, what) for n, variant in order for what in shares[variant == MEAN]]
+        found = [self.estimate(what, variant, n, relation) for n, variant, what in places]
+        values, labels = [[e.value, e.low, e.high] for e in found], [[*map(str, p)] for p in places]
+        named = ", ".join(f"{n} {x:.0%}" for n, x in self.accuracy.items() if relation in (None, n))
+        caption = f"The model itself says the object first: {named} of the subjects."
+        view = interval_view(["training", "fit", "share"], labels, np.array(values), caption)
+        return replace(view, tab=relation or "all relations")
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the decodings as a pandas table.

@@ -219,13 +219,20 @@ class ValidityStudy(Paged):
             axes = ("‖δ‖ / ‖X‖", "median relative error")
             columns = [f"{name}{end}" for name in found for end in ("", ", low", ", high")]
             labels = [[f"{size:.3g}"] for size in self.sizes]
+            reach = [f"{self.radius(kind, method)} for the {method}" for method in MAP_METHODS]
+            caption = (
+                f"The error first passes 10 % at {' and '.join(reach)}. The operator's error at "
+                f"δ → 0 is {self.limit(kind)}."
+            )
+            table = np.concatenate([*found.values()], 1)
             parts = (
                 curves_view(self.sizes, lines, axes, [0.1], kind),
-                table_view(["size"], columns, labels, np.concatenate([*found.values()], 1)),
+                table_view(["size"], columns, labels, table, caption),
             )
             views += [replace(part, tab=kind) for part in parts]
-        notes = ["Bands are 95 % intervals over prompts.", *repr(self).splitlines()[1:]]
-        return Page(repr(self).splitlines()[0], views, notes, tabs=len(self.kinds) > 1, height=860)
+        title, notes = repr(self).splitlines()[0], ["Bands are 95 % intervals over prompts."]
+        several = len(self.kinds) > 1
+        return Page(title, views, notes, tabs=several, tab_name="Directions", height=860)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the errors as a pandas table.

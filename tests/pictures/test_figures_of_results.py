@@ -14,7 +14,16 @@ from models import quiet
 from test_figures import PROMPT, TWIN, bar_lengths, cells, colour_bar, labels, lens_of
 
 import tensorlens_tl
-from tensorlens_tl import Convention, Edge, MeanAttribution, Node, Routing, demo
+from tensorlens_tl import (
+    Convention,
+    Edge,
+    MeanAttribution,
+    Node,
+    Routing,
+    RunReport,
+    demo,
+    features,
+)
 from tensorlens_tl.circuits import Faithfulness, FaithfulnessCurve
 from tensorlens_tl.costs import Plan
 from tensorlens_tl.editing import EditCheck
@@ -35,6 +44,8 @@ pytestmark = pytest.mark.algebra
 
 FEW_NUMBERS = (Plan, Row, Estimate, Comparison, Tabled)
 """Results of a line of text, and what all tables have in common."""
+SEVERAL = (RunReport,)
+"""Results that hold others, each with a figure of its own."""
 
 
 def texts(ax):
@@ -47,8 +58,8 @@ def test_every_table_has_a_figure():
             continue
         for thing in vars(importlib.import_module(module.name)).values():
             if isinstance(thing, type) and hasattr(thing, "to_dataframe"):
-                seen = hasattr(thing, "plot") or hasattr(thing, "to_html")
-                assert seen or thing in FEW_NUMBERS, thing
+                paged = hasattr(thing, "to_html") or thing in FEW_NUMBERS
+                assert paged and (hasattr(thing, "plot") or thing in FEW_NUMBERS + SEVERAL), thing
 
 
 # --- Tokens and words -----------------------------------------------------------------------------
@@ -110,6 +121,7 @@ def test_routings():
     expected = [[0.75, nan, 0.25, nan], [nan, 0.5, 0.5, nan]]
     assert np.array_equal(np.ma.getdata(image.get_array()), expected, equal_nan=True)
     assert labels(ax) == ['"A"@0', '"cat"@1'] and labels(ax, "x") == ["E0", "E1", "E2", "E3"]
+    assert texts(ax) == ["0.75", "", "0.25", "", "", "0.50", "0.50", ""]  # none went there
 
 
 def test_singular_values_and_their_words():
@@ -281,6 +293,76 @@ def test_edits():
     assert points.lines[0].get_xdata().tolist() == [0.75] and labels(study.plot()) == ["caa"]
 
 
+def test_features_are_bars_and_stand_at_their_site():
+    lens = lens_of("The capital of France is")
+    random = torch.Generator().manual_seed(0)
+    W = torch.nn.functional.normalize(torch.randn(64, 128, generator=random), dim=-1)
+    given = {"W_enc": W.T, "W_dec": W, "b_enc": torch.zeros(64), "b_dec": torch.zeros(128)}
+    config = {"architecture": "topk", "k": 4}
+    sae = features.load(given, site="blocks.2.hook_resid_pre", config=config)
+    with quiet():  # these features explain nothing
+        found = lens.attribute("Paris", by="feature", saes=sae)
+        edges = lens.attribute("Paris", by="edge", saes=sae)
+    ax = found.plot(top=3)
+    assert [(a, pytest.approx(b)) for a, b in found.top(3)] == list(
+        zip(labels(ax), bar_lengths(ax), strict=True)
+    )
+    names = labels(edges.plot(top=3))
+    assert names[0] == "L2.pre" and names[-1] == "logits"
+    view = edges._page().views[0].data
+    at = view["labels"].index("L2.pre.error")
+    assert view["rows"][view["row"][at]] == "L2.pre" == view["rows"][view["row"].min()]
+
+
+def test_exhibits():
+    lens = lens_of()
+    steps = lens.waterfall("Mary", "John")
+    ax = steps.plot()
+    assert [bar.get_height() for bar in ax.patches[:-1]] == pytest.approx(steps.sums[0].tolist())
+    assert ax.patches[-1].get_height() == pytest.approx(float(steps.components.target_value))
+    (dashed,) = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
+    assert dashed.get_ydata().tolist() == steps.lens[0].tolist()
+
+    found = lens.compare(lens_of(TWIN), "Mary", "John")
+    grid = cells(found.plot())
+    assert grid.shape == (3, 16)
+    values = [float(one.target_value) for one in (found.clean, found.corrupted)]
+    assert grid.sum(1) == pytest.approx([*values, values[0] - values[1]], abs=1e-4)
+
+    heads = lens.head_maps(["L1H0", "L2H3"], "Mary")
+    assert np.array_equal(cells(heads.plot(head="L2H3")), heads.values[0, 1].numpy())
+    (image,) = heads.plot(what="patterns").images
+    assert np.array_equal(np.ma.getdata(image.get_array()), heads.patterns[0, 0].numpy())
+    for wrong, said in ({"head": "L0H0"}, "L1H0, L2H3"), ({"what": "keys"}, "values, patterns"):
+        with pytest.raises(ValueError, match=rf"\. Use one of {said}\."):
+            heads.plot(**wrong)
+
+    maps = lens.operator_maps("Mary")
+    assert np.array_equal(cells(maps.plot()), maps.depths[0][0].numpy())
+    site = maps.depths[3].layers[0]
+    assert np.array_equal(cells(maps.plot(site=site)), maps.depths[3][0].numpy())
+    assert "rollout" in maps.plot(site="rollout").get_title()
+    with pytest.raises(ValueError, match=r"site='nowhere' has no map here"):
+        maps.plot(site="nowhere")
+
+    edit = lens.edit("Mary", versus="John", by=-2.0, site=1)
+    before, after = (line.get_ydata()[0] for line in edit.plot().get_lines()[:2])
+    assert after - before == pytest.approx(float(edit.predicted))
+
+
+def test_attribution_graphs():
+    graph = lens_of().attribution_graph("Mary", "John", n_nodes=30)
+    ax = graph.plot(top=12)
+    links = sorted(graph.links[:12], key=lambda link: abs(link.weight))
+    names = [f"{graph.nodes[x.src].node}→{graph.nodes[x.dest].node}" for x in links]
+    assert [line.get_label() for line in ax.patches] == names
+    widths = [line.get_linewidth() for line in ax.patches]
+    shares = [(abs(x.weight) / abs(links[-1].weight)) ** 0.5 for x in links]
+    assert widths == pytest.approx([max(0.5, 3.5 * share) for share in shares])
+    assert labels(ax)[-1] == "logits" and labels(ax, "x")[-1] == "to @14"
+    assert len(texts(ax)) == len({end for x in links for end in (x.src, x.dest)})
+
+
 # --- What figures keep to -------------------------------------------------------------------------
 
 ODD = ["Ġthe", "\n", "a" * 60, "שלום", "$x_1$ costs $5", "a_b^c", "\\frac", "%&#{}~", "", "\ud800"]
@@ -306,7 +388,7 @@ def test_odd_tokens_are_plain_text():
     assert drawn[4].images[0].get_clim() == (-2, 2)
     assert label("a\tb") == "a\\tb"
     inks = {text.get_text(): text.get_color() for text in drawn[4].texts}
-    assert inks["inf"] == inks["nan"] == "black" and inks["+2.00"] == "white"
+    assert inks["inf"] == "black" and inks["+2.00"] == "white" and "nan" not in inks
 
 
 def test_scales_about_0():

@@ -284,8 +284,15 @@ def test_curves_and_evaluations(opened):
     with quiet():
         found = evaluate(model, clean, ["in_out", "random"], progress=False)
     page = opened(found.to_html())
-    row = found.rows[0]
-    assert page.evaluate("tensorlens.views[0].value(0, 0)") == row.estimate(found.seed).value
+    means = [row.estimate(found.seed) for row in found.rows]
+    assert page.evaluate("tensorlens.views[0].value(0, 0)") == means[0].value
+    kin = [e for row, e in zip(found.rows, means, strict=True) if row.measure == "positive"]
+    ends = min(0, *(e.low for e in kin)), max(e.high for e in kin)
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('td.of rect')].map((e) => +e.getAttribute('width'))"
+    )
+    assert len(page.query_selector_all("td.of path")) == len(found.rows)
+    assert drawn[0] == pytest.approx(140 * abs(means[0].value) / (ends[1] - ends[0]), rel=1e-6)
 
 
 def test_pages_in_a_notebook(chromium, lenses, tmp_path):

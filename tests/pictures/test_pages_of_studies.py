@@ -1,5 +1,7 @@
 """Pages of results whose numbers are given: what the views hold is what the results hold."""
 
+from dataclasses import replace
+
 import torch
 from models import quiet
 
@@ -50,10 +52,29 @@ def test_studies_of_relations():
         for variant, causality in (("mean output", None), ("operator, β = 1", 0.5))
         for split, share in ((0, 0.25), (1, 0.75))
     ]
-    (table,) = RelationStudy("m", "float32", 0, (1.0,), (1,), {"r": 1.0}, tuple(rows))._page().views
+    study = RelationStudy("m", "float32", 0, (1.0,), (1,), {"r": 1.0}, tuple(rows))
+    (table,) = study._page().views
     assert [label[1:] for label in table.data["labels"]] == [
         ["mean output", "faithfulness"],
         ["operator, β = 1", "faithfulness"],
         ["operator, β = 1", "causality"],
     ]
     assert table.data["values"][:, 0].tolist() == [0.5, 0.5, 0.5]
+    other = replace(
+        study, accuracy={"r": 1.0, "s": 0.5}, rows=(*rows, replace(rows[1], relation="s"))
+    )
+    page = other._page()
+    assert [view.tab for view in page.views] == ["all relations", "r", "s"]
+    assert page.tab_name == "Relation" and page.views[2].data["values"][0, 0] == 0.75
+
+
+def test_a_part_of_the_operator():
+    with quiet():
+        lens = demo.load_model().run_with_tensorlens("The capital of France is")[1]
+    kept = lens.circuit(lens.discover("Paris", n_edges=12))
+    page, share = kept._page(), kept.share("Paris")
+    assert page.views[0].data["src"].shape == (12,) and "12 edges" in page.title
+    (table,) = share._page().views
+    assert table.data["values"].tolist() == [
+        [share.value[0], share.target_value[0], share.share[0], share.contributions[0]]
+    ]

@@ -247,7 +247,7 @@ async function start() {
       }
     };
     if (page.tabs && tabs.length > 1)
-      main.append(make("div", { class: "controls" }, choice("Prompt", tabs, 0, (k) => show(tabs[k]))));
+      main.append(make("div", { class: "controls" }, choice(page.tab_name, tabs, 0, (k) => show(tabs[k]))));
     main.append(...boxes);
     await show(tabs[0]);
     tensorlens.ready = true;
