@@ -47,6 +47,23 @@ def check_same(adapter: Adapter, run: Capture) -> None:
         )
 
 
+def require_hook(adapter: Adapter, hook: str) -> None:
+    """Refuse a hook point that the host lacks.
+
+    Args:
+        adapter: Adapter of the model that is to be run.
+        hook: Name of the hook point.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if hook not in adapter.hooks:
+        raise ValueError(
+            f"{adapter.name} has no hook point {hook}. Pass the model of the lens, or edit "
+            "another site."
+        )
+
+
 def require_point(adapter: Adapter, hook: str) -> None:
     """Refuse a hook point that the host lacks, or whose edits do not enter the residual.
 
@@ -57,11 +74,7 @@ def require_point(adapter: Adapter, hook: str) -> None:
     Raises:
         ValueError: If edits at that point are not what an edit of the place would do.
     """
-    if hook not in adapter.hooks:
-        raise ValueError(
-            f"{adapter.name} has no hook point {hook}. Pass the model of the lens, or edit "
-            "another site."
-        )
+    require_hook(adapter, hook)
     if hook.endswith(tuple(adapter.before_edits)):
         raise ValueError(
             f"{adapter.name} does not add what an edit at {hook} leaves: only the MLP reads it. "
@@ -274,7 +287,8 @@ def faithfulness_of_features(
     adapter = adapt(model)
     check_same(adapter, capture)
     for reading in readings:
-        require_point(adapter, reading.dictionary.site)
+        require_point(adapter, reading.dictionary.writes)
+        require_hook(adapter, reading.dictionary.site)
     others = corrupted or readings
     replaced = [_replaced(r, o, ablation) for r, o in zip(readings, others, strict=True)]
     full = goal.on(capture).value
@@ -283,8 +297,9 @@ def faithfulness_of_features(
         values = torch.zeros_like(full)
         for rows, columns, ids in groups(capture.prompts):
             hooks = [
-                _hook(r, z[rows[:, None], columns], keep[r.dictionary])
+                hook
                 for r, z in zip(readings, replaced, strict=True)
+                for hook in _hooks(r, z[rows[:, None], columns], keep[r.dictionary])
             ]
             with alone(adapter.model), adapter.model.hooks(fwd_hooks=hooks):
                 given = adapter.all_real(ids)
@@ -326,15 +341,24 @@ def _replaced(reading: Reading, other: Reading, ablation: str) -> Float[Tensor, 
     return z.view(batch, n_pos, d_sae)
 
 
-def _hook(reading: Reading, other: Float[Tensor, "batch pos d_sae"], kept: set[int]) -> Hook:
-    """The hook that replaces all activations but those of a circuit."""
+def _hooks(
+    reading: Reading, other: Float[Tensor, "batch pos d_sae"], kept: set[int]
+) -> Iterator[Hook]:
+    """The hooks that replace all activations but those of a circuit."""
     dictionary, columns = reading.dictionary, sorted(kept)
+    seen: list[Tensor] = []
 
-    def replace(x: Tensor, hook: Any) -> Tensor:
-        y = x.to(other)
-        moved = other - dictionary.encode(y)
+    def see(x: Tensor, hook: Any) -> Tensor:
+        seen[:] = [x]
+        return x
+
+    def replace(y: Tensor, hook: Any) -> Tensor:
+        x = (seen[0] if seen else y).reshape(*other.shape[:2], -1).to(other)
+        moved = other - dictionary.encode(x)
         moved[..., columns] = 0
-        change = moved @ dictionary.W_dec.to(y) * dictionary.normed(y).unscale
-        return x + change.to(x)
+        change = moved @ dictionary.W_dec.to(x) * dictionary.normed(x).unscale
+        return y + change.view(y.shape).to(y)
 
-    return reading.hook, replace
+    if dictionary.is_transcoder:
+        yield dictionary.site, see
+    yield reading.place.hook, replace

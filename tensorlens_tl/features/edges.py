@@ -2,14 +2,16 @@
 
     Edge(f → r) = Σ_p z_pf ⟨d_f, covector of r at p⟩
 
-Features stand for all that was written before their site; so do the error, b_dec, and the mean
-where the dictionary normalises. What was written after the site is a writer as ever. So the edges
+Features stand for all that was written before their site, or for what a sublayer wrote; so do the
+error, b_dec, and a mean or a skip where there is one. All else is a writer as ever. So the edges
 into one reader sum to that reader's effect, and those into the logits to the target.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, compress
 from typing import Any
 
 import torch
@@ -47,29 +49,33 @@ def by_feature_edge(gradient: TargetGradient, reading: Reading, qk: bool = False
     """
     operator, target, trace = gradient.operator, gradient.target, gradient.trace
     reading.check_below(operator)
-    if any(step.norm is not None for step in operator.steps[reading.index :]):
+    place = reading.place
+    if any(step.norm is not None for step in operator.steps[place.index :]):
         raise ValueError(
             "by='edge' with saes= is not served where norms of the residual follow the site. Use "
             "by='feature'."
         )
     writers = Writers.of(operator, gradient.capture, target.query)
-    first = writers.below[reading.index]
+    first, dropped = writers.below[place.first_after], place.written_by(writers.below)
     constants = {name: effect.sum(-1) for name, effect in trace.top.items()} | target.constants
     scores = queries_and_keys(gradient.capture) if qk else None
     every = frozen_readers(operator, writers.below, trace, constants, scores)
-    readers = [r for r in every if r.n_writers >= first]
+    every = [r for r in every if r.n_writers >= first or place.step is not None]
     table = TableBuilder(gradient.capture, target)
-    # 1. What every reader makes of the features, and of what stands beside them.
-    for group in readers:
-        _from_site(reading, group, table)
-    # 2. What it makes of what was written later, and of its own constants.
+    # 1. What every reader after the site makes of the features, and of what stands beside them.
+    for group in every:
+        if group.n_writers >= first:
+            _from_site(reading, group, table)
+    # 2. What readers make of all that the features do not stand for, and of their own constants.
+    kept = [n not in dropped for n in range(len(writers.nodes))]
+    left = [0, *accumulate(kept)]
     late = replace(
         writers,
-        nodes=writers.nodes[first:],
-        below=tuple(n - first for n in writers.below),
-        parts=_after(writers, first),
+        nodes=tuple(compress(writers.nodes, kept)),
+        below=tuple(left[n] for n in writers.below),
+        parts=_kept_parts(writers, kept),
     )
-    readers = [replace(r, n_writers=r.n_writers - first) for r in readers]
+    readers = [replace(r, n_writers=left[r.n_writers]) for r in every]
     sources, _, values = edge_products(late, readers, operator.frame.n_pos)
     table.sources += sources
     table.values.append(values)
@@ -78,7 +84,7 @@ def by_feature_edge(gradient: TargetGradient, reading: Reading, qk: bool = False
 
 def _from_site(reading: Reading, group: Readers, table: TableBuilder) -> None:
     """The edges from a site to readers."""
-    c = group.covectors.wide()  # [reader, batch, pos, d_model]
+    c = reading.place.inside(group.covectors.wide())  # [reader, batch, pos, d]
     batch, n_pos = c.shape[1:3]
     features, at = reading.features.unique(return_inverse=True)
     prompt, n = reading.at // n_pos, len(features)
@@ -94,11 +100,11 @@ def _from_site(reading: Reading, group: Readers, table: TableBuilder) -> None:
         )
 
 
-def _after(writers: Writers, first: int) -> tuple[Any, ...]:
-    """The parts of the writers from a number on."""
+def _kept_parts(writers: Writers, kept: Sequence[bool]) -> tuple[Any, ...]:
+    """The parts of the writers that are kept; a part is kept or dropped as a whole."""
     found, at = [], 0
     for part in writers.parts:
-        if at >= first:
+        if kept[at]:
             found.append(part)
         at += 1 if isinstance(part, Tensor) or part is None else len(part.narrow)
     return tuple(found)

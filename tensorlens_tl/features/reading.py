@@ -1,6 +1,9 @@
-"""What the features of a dictionary are at their site in one run, and what they leave out.
+"""What the features of a dictionary are in one run, and what they leave out.
 
-    x_p = Σ_f z_pf d_f + b_dec + ε_p,     times σ_p, plus μ_p, where the dictionary normalises
+    y_p = Σ_f z_pf d_f + b_dec + ε_p,     times σ_p, plus μ_p, where the dictionary normalises
+
+y is what stands where the dictionary writes. z is made of what it reads: of y itself, or for a
+transcoder of an MLP's input x, of which W_skip x is a part of the sum, too.
 
 The error ε is what this equation says it is, computed in float64. So it is exact for every
 dictionary, however bad.
@@ -15,9 +18,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..graph import Node, resid_site, site_parts
+from ..graph import Node, layer_site, resid_site
 from ..operator import Capture, FrozenTransformer
+from ..readers import MLP_OUT, SUBLAYER_SITES
 from .dictionary import CHUNK_BYTES, FeatureDictionary
+from .places import Place, input_of, place_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,29 +30,25 @@ class Reading:
     """The features of one dictionary in one run.
 
     Attributes:
-        dictionary: The SAE that is read.
-        layer: The number of the block that its site names.
-        place: The site within the block: "pre", "mid" or "post".
-        index: The number of its residual site in the run.
-        hook: The hook point of that site.
+        dictionary: The SAE or transcoder that is read.
+        place: Where it writes in the run.
         at: The position of every active feature, as an index of batch · pos.
         features: The number of every active feature.
         acts: The activation of each.
-        error: What the dictionary leaves out [batch, pos, d_model].
+        error: What the dictionary leaves out [batch, pos, d_out].
+        skipped: W_skip x of a transcoder with a skip connection [batch, pos, d_out], or None.
         unscale: What a reconstruction was multiplied by [batch · pos].
         shift: What was added to it in every dimension [batch · pos].
         n_real: The number of real tokens of all prompts.
     """
 
     dictionary: FeatureDictionary
-    layer: int
-    place: str
-    index: int
-    hook: str
+    place: Place
     at: Int[Tensor, " n"]
     features: Int[Tensor, " n"]
     acts: Float[Tensor, " n"]
-    error: Float[Tensor, "batch pos d_model"]
+    error: Float[Tensor, "batch pos d_out"]
+    skipped: Float[Tensor, "batch pos d_out"] | None
     unscale: Float[Tensor, " batch_pos"]
     shift: Float[Tensor, " batch_pos"]
     n_real: int
@@ -59,7 +60,7 @@ class Reading:
         """Read the features of a run.
 
         Args:
-            dictionary: An SAE of a residual site.
+            dictionary: An SAE, or a transcoder.
             capture: The captured run.
             operator: The operator of that run.
 
@@ -69,9 +70,11 @@ class Reading:
         Raises:
             ValueError: If the dictionary is of another model, width or site.
         """
-        layer, place = site_of(dictionary, capture)
-        index = operator.site_index(dictionary.site)
-        x = state_at(operator, capture, index)
+        check_fits(dictionary, capture)
+        place = Place.of(dictionary.writes, operator)
+        x, y = input_of(dictionary, operator, capture), place.state(operator, capture)
+        _check_width("reads", dictionary, dictionary.d_in, dictionary.site, x)
+        _check_width("writes", dictionary, dictionary.W_dec.shape[-1], dictionary.writes, y)
         real = capture.frame.real.flatten()
         rows = x.flatten(0, 1)[real]
         where = real.nonzero().flatten()
@@ -84,17 +87,19 @@ class Reading:
         at = where[at]
         found = decoded(dictionary, at, features, acts, len(real))
         found = (found + dictionary.b_dec.to(found)) * unscale[:, None] + shift[:, None]
-        error = (x.flatten(0, 1).double() - found) * real[:, None]
+        skipped = None
+        if dictionary.W_skip is not None:
+            skipped = x.double() @ dictionary.W_skip.to(found)
+            found += skipped.flatten(0, 1)
+        error = (y.flatten(0, 1).double() - found) * real[:, None]
         return cls(
             dictionary,
-            layer,
             place,
-            index,
-            operator.sites[index],
             at,
             features,
             acts,
-            error.view_as(x).to(x),
+            error.view_as(y).to(y),
+            None if skipped is None else skipped.to(y),
             unscale.to(x),
             shift.to(x),
             len(rows),
@@ -103,20 +108,19 @@ class Reading:
     @property
     def site(self) -> str:
         """The site in short, such as "L2.pre"."""
-        return f"L{self.layer}.{self.place}"
+        return f"L{self.place.layer}.{self.place.name}"
 
     def node(self, feature: int) -> Node:
         """The node of a feature."""
-        return Node("feature", self.layer, feature, self.place)
+        return Node("feature", self.place.layer, feature, self.place.name)
 
     def constant(self, name: str) -> Node:
         """The node of a constant of the dictionary."""
-        return Node("constant", self.layer, name=f"{self.place}.{name}")
+        return Node("constant", self.place.layer, name=f"{self.place.name}.{name}")
 
-    @property
-    def error_node(self) -> Node:
-        """The node of what the dictionary leaves out."""
-        return Node("error", self.layer, name=self.place)
+    def beside_node(self, kind: str) -> Node:
+        """The node of what stands beside the features: "error", "skip" or "past"."""
+        return Node(kind, self.place.layer, name=self.place.name)
 
     @cached_property
     def spots(self) -> tuple[Int[Tensor, " row"], Int[Tensor, " n"]]:
@@ -147,19 +151,19 @@ class Reading:
         Raises:
             ValueError: If the site comes later.
         """
-        if self.index > len(operator.steps):
+        if self.place.first_after > len(operator.steps):
             raise ValueError(
                 f"{self.dictionary} comes after the target's site. Pass an SAE of that site or one "
                 "before it."
             )
 
     def beside(
-        self, covectors: Float[Tensor, "*many batch pos d_model"]
+        self, covectors: Float[Tensor, "*many batch pos d_out"]
     ) -> dict[Node, Float[Tensor, "*many batch pos"]]:
-        """⟨covector, what stands beside the features⟩: b_dec, the mean if any, and the error.
+        """⟨covector, what stands beside the features⟩: b_dec, a mean or a skip if any, the error.
 
         Args:
-            covectors: Gradients of targets at the site.
+            covectors: Gradients of targets at the place.
 
         Returns:
             The products at every position, by node.
@@ -169,13 +173,15 @@ class Reading:
         found = {self.constant("b_dec"): unscale * (g @ self.dictionary.b_dec.to(g))}
         if self.dictionary.norm == "layer_norm":
             found[self.constant("mean")] = shift * g.sum(-1)
-        return found | {self.error_node: (g * self.error).sum(-1)}
+        if self.skipped is not None:
+            found[self.beside_node("skip")] = (g * self.skipped).sum(-1)
+        return found | {self.beside_node("error"): (g * self.error).sum(-1)}
 
-    def shares(self, covectors: Float[Tensor, "*many batch pos d_model"]) -> Tensor:
+    def shares(self, covectors: Float[Tensor, "*many batch pos d_out"]) -> Tensor:
         """⟨covector, z d⟩ of every active feature: one gather and one product per chunk.
 
         Args:
-            covectors: Gradients of targets at the site.
+            covectors: Gradients of targets at the place.
 
         Returns:
             One number per target and active feature [..., n].
@@ -191,18 +197,15 @@ class Reading:
         return found * (self.acts * self.unscale[self.at])
 
 
-def site_of(dictionary: FeatureDictionary, capture: Capture) -> tuple[int, str]:
-    """Find the residual site of a dictionary, and check that it fits the model.
+def check_fits(dictionary: FeatureDictionary, capture: Capture) -> None:
+    """Refuse a dictionary of another model, or one that no place of a run can be read by.
 
     Args:
-        dictionary: An SAE of a residual site.
+        dictionary: An SAE, or a transcoder.
         capture: The captured run.
 
-    Returns:
-        The block and the place that the site names.
-
     Raises:
-        ValueError: If the dictionary is of another model, width or site.
+        ValueError: If the dictionary does not fit.
     """
     ours, theirs = _short(capture.model_name), _short(dictionary.model_name)
     if ours and theirs and ours != theirs:
@@ -211,37 +214,33 @@ def site_of(dictionary: FeatureDictionary, capture: Capture) -> tuple[int, str]:
             f"and this run is of {capture.model_name!r}. Pass one of this model, or load it with "
             "config={'model_name': ''} if the names mean the same."
         )
-    layer, place = site_parts(dictionary.site)
-    if layer < 0 or dictionary.is_transcoder:
-        reads = f"reads {dictionary.site!r}"
+    if dictionary.W_dec.ndim == 3:
         raise ValueError(
-            f"{dictionary} {reads}, which is no site of the residual stream that it gives back. "
-            f"Pass an SAE of such a site, such as {resid_site(2, 'pre')!r}."
+            f"{dictionary} writes to several layers, and a split by feature reads one place. Pass "
+            "an SAE, or a transcoder of one layer."
         )
-    width = capture.resid_final.shape[-1]
-    if dictionary.d_in != width:
+    layer, _ = place_of(dictionary.writes)
+    if layer < 0:
+        known = [resid_site(2, "pre"), *(layer_site(2, point) for point in SUBLAYER_SITES)]
         raise ValueError(
-            f"{dictionary} is of another width: this model has {width} at {dictionary.site}. Pass "
-            "an SAE that was trained on this model."
+            f"{dictionary} writes at {dictionary.writes!r}, no site of the residual stream and no "
+            f"output of a sublayer. Pass one of such a place: {', '.join(known)}."
         )
-    return layer, place
+    if dictionary.is_transcoder and place_of(dictionary.writes)[1] not in SUBLAYER_SITES.values():
+        raise ValueError(
+            f"{dictionary} reads elsewhere than in the residual that it gives back. Pass a "
+            f"transcoder that writes what a sublayer adds, such as {layer_site(2, MLP_OUT)!r}."
+        )
 
 
-def state_at(
-    operator: FrozenTransformer, capture: Capture, index: int
-) -> Float[Tensor, "batch pos d_model"]:
-    """What stands at a residual site of a run.
-
-    Args:
-        operator: The operator of the run.
-        capture: The captured run.
-        index: The number of the site.
-
-    Returns:
-        The residual in the dtype of the operator.
-    """
-    found = operator.steps[index].state if index < len(operator.steps) else capture.resid_final
-    return capture.frame.cast(found)
+def _check_width(
+    verb: str, dictionary: FeatureDictionary, width: int, site: str, there: Tensor
+) -> None:
+    if width != there.shape[-1]:
+        raise ValueError(
+            f"{dictionary} {verb} another width, {width}: this model has {there.shape[-1]} at "
+            f"{site}. Pass one that was trained on this model."
+        )
 
 
 def decoded(

@@ -3,16 +3,15 @@
     m = Σ_pf z_pf ⟨g_p, d_f⟩ + Σ_p ⟨g_p, b_dec⟩ + Σ_p ⟨g_p, ε_p⟩ + the constants after the site
 
 with g the covector of the target at the site, from the same sweep as every other split. Nothing is
-cut: the frozen MLPs stay, and features are coordinates of the residual ("basis" reading).
-
+cut: the frozen MLPs stay, and features are coordinates of the residual ("basis" reading), or of
+what a sublayer adds to it. Then what goes past the sublayer is a row, too.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,7 +25,6 @@ from ..attribution import (
 from ..checks import spelled
 from ..graph import Node
 from ..maps import TINY
-from ..operator import FrozenTransformer, Trace
 from .reading import Reading
 
 MOST_ERROR = 0.5
@@ -42,9 +40,9 @@ def by_feature(gradient: TargetGradient, readings: Sequence[Reading]) -> Attribu
         readings: The features of each site.
 
     Returns:
-        Rows for every active feature, error and b_dec by position, and for constants after the
-        site. They sum to the target. Of several sites, the rows of each sum to the target, and all
-        constants after a site are one row.
+        Rows for every active feature, error and b_dec by position, for what goes past a sublayer,
+        and for constants after the site. They sum to the target. Of several sites, the rows of each
+        sum to the target, and all constants after a site are one row.
 
     Raises:
         ValueError: If a site comes after the target's.
@@ -72,6 +70,7 @@ def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
 
     Returns:
         |error| / Σ|rows| at every position of a site, by the name of the site, such as "L2.pre".
+        What goes past a sublayer counts in neither.
 
     Raises:
         ValueError: If the split has no errors.
@@ -90,7 +89,7 @@ def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
     sites: dict[str, tuple[list[int], list[int]]] = {}
     for i, source in enumerate(found.sources):
         node = source.node
-        if not isinstance(node, Node) or source.pos is None:
+        if not isinstance(node, Node) or source.pos is None or node.kind == "past":
             continue
         place = node.name.partition(".")[0]
         own = sites.setdefault(f"L{node.layer}.{place}", ([], []))
@@ -111,9 +110,9 @@ def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
 
 
 def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBuilder:
-    operator, trace = gradient.operator, gradient.trace
+    operator, trace, place = gradient.operator, gradient.trace, reading.place
     reading.check_below(operator)
-    g, table = trace.covectors[reading.index], TableBuilder(gradient.capture, gradient.target)
+    g, table = place.covectors(trace), TableBuilder(gradient.capture, gradient.target)
     batch, n_pos = g.shape[:2]
     # 1. The features that fire, one row per position and feature.
     keys, rows = reading.spots
@@ -126,8 +125,10 @@ def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBu
     # 2. What the dictionary adds everywhere, and what it leaves out.
     for node, effect in reading.beside(g).items():
         table.spread(node, effect)
+    if place.step is not None:
+        table.spread(reading.beside_node("past"), place.past(trace))
     # 3. The constants after the site.
-    after = {n: trace.effects[n].sum(-1) for n in constants_after(operator, trace, reading.index)}
+    after = {n: trace.effects[n].sum(-1) for n in place.constants_after(operator, trace)}
     if apart:
         for name, effect in after.items():
             table.add([Node.parse(name)], effect[:, None])
@@ -138,29 +139,13 @@ def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBu
     return table
 
 
-def constants_after(operator: FrozenTransformer, trace: Trace, index: int) -> Iterator[str]:
-    """Name the constants that are added after a residual site, the last ones first.
-
-    Args:
-        operator: The operator of the run.
-        trace: A target pulled to every site.
-        index: The number of the site.
-
-    Yields:
-        Names of ``trace.effects``.
-    """
-    names = {*trace.top}
-    for step, pulls in zip(operator.steps[index:], trace.pulls[index:], strict=True):
-        names |= {edit.name for edit in step.edits} | step.own.keys()
-        names |= {name for pull in pulls for name in pull.effects}
-    yield from (name for name in trace.effects if name in names)
-
-
 def _warn(reading: Reading, part: Attribution) -> None:
     """Say so where a dictionary leaves out more than it explains."""
-    errors = torch.tensor([s.node == reading.error_node for s in part.sources])
+    past, error = reading.beside_node("past"), reading.beside_node("error")
+    rows = [i for i, source in enumerate(part.sources) if source.node != past]
+    errors = [i for i in rows if part.sources[i].node == error]
     size = part.values.abs()
-    share = float(size[:, errors.to(size.device)].sum() / size.sum().clamp_min(TINY))
+    share = float(size[:, errors].sum() / size[:, rows].sum().clamp_min(TINY))
     if share > MOST_ERROR:
         warnings.warn(
             f"The error of {reading.dictionary} is {share:.0%} of Σ|·|, more than its features. "

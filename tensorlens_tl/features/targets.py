@@ -9,7 +9,8 @@ from ..checks import spelled
 from ..maps import take_row
 from ..operator import Capture
 from .dictionary import Feature
-from .reading import site_of
+from .places import place_of
+from .reading import check_fits
 
 
 @spelled
@@ -61,7 +62,8 @@ def feature_target(feature: Feature, capture: Capture, pos: int) -> Target:
             fit the model.
     """
     dictionary, i = feature.dictionary, feature.index
-    layer, place = site_of(dictionary, capture)
+    check_fits(dictionary, capture)
+    layer, place = place_of(dictionary.site)
     query = capture.frame.index(pos)
     x = take_row(capture.frame.cast(capture.resid_final), query)[:, 0]
     pre = dictionary.pre_activations(x)

@@ -27,7 +27,7 @@ EMBED_NORM_BIAS = "embed_ln.b"
 _NODE = re.compile(
     r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|(MLP)|E(\d+|\.shared)|(?:E(\d+|\.shared))?N(\d+)|\.(.+))?"
 )
-_OF_DICTIONARY = re.compile(r"L(\d+)\.(\w+?)(?:F(\d+)|\.error)")
+_OF_DICTIONARY = re.compile(r"L(\d+)\.(\w+?)(?:F(\d+)|\.(error|skip|past))")
 _NUMBERED = {"dim": "dimension", "order ": "order"}
 _CHANGES = ("operator change", "readout change")
 _HEAD = ("mlm_head.b", "mlm_head.ln.b", "classifier.ln.b")
@@ -111,7 +111,8 @@ class Node:
         kind: A source of the first residual (one of ``SOURCES``, such as "embed" and "pos_embed"),
             "input" (the sum of all sources, which enters the first block), "head", "mlp", "expert",
             "neuron", "constant" or "logits". Rows of an attribution can also be a "layer",
-            "dimension", "order" or "change"; a "feature" of an SAE, or the "error" that it leaves.
+            "dimension", "order" or "change"; a "feature" of an SAE, the "error" that it leaves, the
+            "skip" connection of a transcoder, or what goes "past" the sublayer that an SAE reads.
         layer: Number of the block, from 0, or None outside the blocks.
         index: Number of the head, the expert, the neuron, the feature, the dimension of the
             residual, or the order. None for the shared expert of a mixture, which every token
@@ -119,7 +120,8 @@ class Node:
         name: Name of a constant, such as "b_O" or "ln_final.b". For a reader, the input of the head
             that is read, "v", "q" or "k". Empty for the head as a writer. For the shared expert it
             is "shared", and for a neuron of an expert that expert, such as "E2". For a feature and
-            an error it is the place that the SAE reads, such as "pre" for a block's input.
+            an error it is the place that the SAE gives back: "pre" for a block's input, "mlp_out"
+            for what the MLP writes.
 
     Example:
         >>> from tensorlens_tl import Node
@@ -151,8 +153,8 @@ class Node:
                 return f"{prefix}.{self.name}" if prefix else self.name
             case "feature":
                 return f"{prefix}.{self.name}F{self.index}"
-            case "error":
-                return f"{prefix}.{self.name}.error"
+            case "error" | "skip" | "past":
+                return f"{prefix}.{self.name}.{self.kind}"
             case "layer":
                 return prefix
             case "dimension":
@@ -203,9 +205,9 @@ class Node:
             if text.startswith(start) and text.removeprefix(start).isdecimal():
                 return cls(kind, index=int(text.removeprefix(start)))
         if found := _OF_DICTIONARY.fullmatch(text):
-            layer, place, index = found.groups()
+            layer, place, index, kind = found.groups()
             if index is None:
-                return cls("error", int(layer), name=place)
+                return cls(kind, int(layer), name=place)
             return cls("feature", int(layer), int(index), place)
         if not (found := _NODE.fullmatch(text)):
             raise ValueError(

@@ -198,7 +198,8 @@ class EditedRun(AttributedRun):
                     "drop site=, delta=, keep= and shared=."
                 )
             (reading,) = self._readings(along.dictionary)
-            asked = self._asked(along.dictionary.site, positions, metric, qk, gates)
+            site = reading.place.edited_at(self._operator)
+            asked = self._asked(site, positions, metric, qk, gates)
             goal = Goal.of(self.capture, target, versus, pos)
             return edit_along(asked, goal, reading, along, to, by, activation)
         if site is None or activation is not None:

@@ -35,6 +35,7 @@ from .experts import (
     packed_weights,
     shared_expert,
 )
+from .feature_points import MLP_INPUTS, SUBLAYER_SITES
 from .hook_points import (
     LAYER_HOOKS,
     MLP_OUT,
@@ -59,6 +60,7 @@ __all__ = [
     "HookedMixture",
     "LAYER_HOOKS",
     "LatentReader",
+    "MLP_INPUTS",
     "MLP_OUT",
     "Mixture",
     "ModuleTree",
@@ -67,6 +69,7 @@ __all__ = [
     "QueryKeyWeights",
     "Read",
     "RecomputedReading",
+    "SUBLAYER_SITES",
     "StoredReading",
     "alone",
     "as_rotation",

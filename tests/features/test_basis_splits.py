@@ -31,7 +31,8 @@ def firing(lens, sae, site, pos=-1):
 @pytest.mark.parametrize("case", [*PER_SHAPE, *ENCODERS[:1]], ids=str)
 def test_rows_sum_to_the_target_at_every_site(case):
     lens = lens_of(case)
-    for site in (*lens.operator.sites[:-1], POST):
+    sites = [PRE] if case in ENCODERS else [*lens.operator.sites[:-1], POST]
+    for site in sites:
         found = lens.attribute(3, 5, by="feature", saes=dictionary(site=site))
         assert found.sums_to_target and {"feature", "error"} <= {s.node.kind for s in found.sources}
         assert found.completeness_error < case.within("run")
