@@ -14,7 +14,7 @@ It never edits the run. The two classes of hosts are in ``hooked_transformer`` a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -119,7 +119,7 @@ class Adapter(HookReader, ABC):
         self.cfg: Any = model.cfg
         self.tree = ModuleTree.of(model)
         self.hooks: dict[str, Any] = self.tree.hooks
-        check_weights(self.tree.named)
+        check_weights(self.tree.owners)
         self.check_model()
         if len(self.model.blocks) == 0:
             raise UnsupportedArchitectureError(refusal(self.name, "it has no blocks"))
@@ -190,8 +190,6 @@ class Adapter(HookReader, ABC):
             return {"ln1_post": "ln1", "ln2_post": "ln2"}
         return super().norm_names(block)
 
-    # --- What they share
-
     def norm(self, block: Any, which: str) -> nn.Module | None:
         """A norm of a block of the host: "ln1", "ln1_post", "ln2" or "ln2_post"."""
         return getattr(block, self.norm_names(block).get(which, ""), None)
@@ -227,8 +225,9 @@ class Adapter(HookReader, ABC):
                 f"{asked} reads what a model predicts after a prompt, and {self.name} {what}"
             )
 
-    def _norm_weights_of(self, block: Any, which: str) -> NormWeights | None:
-        return self.norm_weights(self.norm(block, which))
+    def norms_of(self, block: Any) -> Callable[[str], NormWeights | None]:
+        own = self.norm_names(block)
+        return lambda which: self.norm_weights(getattr(block, own.get(which, ""), None))
 
     def embed_weights(self) -> EmbedWeights | None:
         """The embedding matrix and, where the host has one, the norm that its rows pass."""

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -209,7 +209,7 @@ class BridgeAdapter(Adapter):
         return [r.block.attn for r in self.attention if r.has_pattern]
 
     def block_weights(self, block: Any, attention: AttentionReader) -> BlockWeights:
-        norm = partial(self._norm_weights_of, block)
+        norm = self.norms_of(block)
         mlp = getattr(block, "mlp", None)
         own = None if mlp is None else self._mlp_weights(mlp)
         return BlockWeights(
@@ -329,9 +329,9 @@ class BridgeAdapter(Adapter):
         names = super().source_hooks
         if self.multiplier("embedding_multiplier") != 1:
             names["embed"] = self.model.embed  # its hook point is passed over without a hook there
-        for name, module in self.tree.inner:
-            if name.endswith("embed_positions") and "hook_pos_embed" not in self.hooks:
-                names["pos_embed"] = module  # XGLM's sinusoids, which the host does not wrap
+        sinusoids = self.tree.by_end.get("embed_positions", ())
+        if sinusoids and "hook_pos_embed" not in self.hooks:
+            names["pos_embed"] = sinusoids[-1]  # XGLM's, which the host does not wrap
         return names
 
     def sources_of(self, seen, prompts, kwargs):

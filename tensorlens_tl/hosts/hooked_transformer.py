@@ -6,7 +6,6 @@ Weight layout, attention scores, refusals; and BERT's blocks, embeddings and hea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, cast
 
 from jaxtyping import Float
@@ -78,7 +77,7 @@ class HookedTransformerAdapter(Adapter):
         return AttentionReader(self, block, weights)
 
     def block_weights(self, block: Any, attention: AttentionReader) -> BlockWeights:
-        norm = partial(self._norm_weights_of, block)
+        norm = self.norms_of(block)
         return BlockWeights(
             attention.weights,
             None if self.cfg.attn_only else self._mlp_weights(block.mlp),

@@ -28,8 +28,11 @@ from .tokens import each_prompt as each_text
 
 def embeddings_of(model: Any) -> Any:
     """The module that makes rows of patches, of a host or of the model inside; None for another."""
-    wrapped = hasattr(model, "original_model")
-    for _, module in ModuleTree.of(model).inner if wrapped else model.named_modules():
+    modules = model.named_modules()
+    if hasattr(model, "original_model"):
+        tree = ModuleTree.of(model)
+        modules = tree.inner if "patch_embeddings" in tree.by_end else ()
+    for _, module in modules:
         if "patch_embeddings" not in module._modules:
             continue
         if {"cls_token", "position_embeddings"} <= {*module._modules, *module._parameters}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -43,7 +44,7 @@ class Frame:
         """Number of prompts."""
         return len(self.spans)
 
-    @property
+    @cached_property
     def real(self) -> Tensor:
         """Boolean mask [batch, pos], True at real tokens."""
         pos = torch.arange(self.n_pos, device=self.device)
@@ -134,7 +135,9 @@ class Frame:
     def cast(self, tensor: Tensor) -> Tensor:
         """Convert a tensor to the compute dtype; it is detached unless the frame keeps graphs."""
         # The operator is a constant of its run: no gradient flows into the weights by itself.
-        return (tensor if self.graph else tensor.detach()).to(self.dtype)
+        if tensor.requires_grad and not self.graph:
+            tensor = tensor.detach()
+        return tensor if tensor.dtype == self.dtype else tensor.to(self.dtype)
 
 
 def version(tensor: Tensor) -> int:

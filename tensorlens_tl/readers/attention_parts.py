@@ -96,8 +96,11 @@ class AttentionReader:
 
     def norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
         """The norm of queries, and that of keys, with their gains head by head."""
+        of_q, of_k = self.head_norm("q_norm"), self.head_norm("k_norm")
+        if of_q is None and of_k is None:
+            return None, None
         W_Q, _, W_K, _ = self.adapter.query_key_weights_of(self.block.attn)
-        return _of_heads(self.head_norm("q_norm"), W_Q), _of_heads(self.head_norm("k_norm"), W_K)
+        return _of_heads(of_q, W_Q), _of_heads(of_k, W_K)
 
     @property
     def norm_last(self) -> bool:

@@ -359,6 +359,8 @@ class HookReader:
         Returns:
             Labels of the hook points, by (layer, stage); see ``hook_points.EDITS``.
         """
+        if not any(point.fwd_hooks for point in self.hooks.values()):
+            return {}
         found: dict[Read, tuple[str, ...]] = {(None, "normalized"): self._final_edits()}
         for layer, block in enumerate(self.model.blocks):
             own = self.norm_names(block)

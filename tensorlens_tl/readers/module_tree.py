@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 _KNOWN = "_tensorlens_modules"
@@ -14,16 +15,31 @@ class ModuleTree:
     """Modules and hook points of a host, by name.
 
     Attributes:
-        state: Every module of the host in order, and what else decides the names of hook points.
+        children: What every module of the host holds its parts in, and those parts.
+        state: What else decides the names of hook points.
         named: Every module of the host, with its name.
         inner: Every module of the model inside a Bridge, or of the host, with its name.
         hooks: The host's hook points by name. A Bridge gathers them anew at every look.
     """
 
-    state: tuple[list[Any], bool, int]
+    children: tuple[list[dict[str, Any]], list[list[Any]]]
+    state: tuple[Any, bool, int]
     named: tuple[tuple[str, Any], ...]
     inner: tuple[tuple[str, Any], ...]
     hooks: dict[str, Any]
+
+    @cached_property
+    def owners(self) -> tuple[tuple[str, Any], ...]:
+        """Those of :attr:`named` that are no hook points, and may own weights."""
+        return tuple(one for one in self.named if "fwd_hooks" not in vars(one[1]))
+
+    @cached_property
+    def by_end(self) -> dict[str, list[Any]]:
+        """The modules of :attr:`inner` by the last part of their names."""
+        found: dict[str, list[Any]] = {}
+        for name, module in self.inner:
+            found.setdefault(name.rpartition(".")[2], []).append(module)
+        return found
 
     @classmethod
     def of(cls, model: Any) -> ModuleTree:
@@ -36,17 +52,18 @@ class ModuleTree:
             The modules and hook points of the host, as they are now.
         """
         inner = getattr(model, "original_model", model)
-        modules, seen, left = [], {id(None)}, [inner, model]
-        while left:
-            if id(module := left.pop()) not in seen:
-                seen.add(id(module))
-                modules.append(module)
-                left += module._modules.values()
         folded = bool(vars(model).get("compatibility_mode"))
-        state = modules, folded, len(vars(model).get("_hook_registry", ()))
+        state = inner, folded, len(vars(model).get("_hook_registry", ()))
         known = vars(model).get(_KNOWN)
-        if known is None or known.state != state:  # modules are equal only if they are one
+        # Modules are equal only if they are one.
+        if known is None or known.state != state or known.children[1] != _parts(known.children[0]):
             named = tuple(model.named_modules())
             own = named if inner is model else tuple(inner.named_modules())
-            known = vars(model)[_KNOWN] = cls(state, named, own, dict(model.hook_dict))
+            holders = list({id(m): m._modules for _, m in (*named, *own)}.values())
+            children = holders, _parts(holders)
+            known = vars(model)[_KNOWN] = cls(children, state, named, own, dict(model.hook_dict))
         return known
+
+
+def _parts(holders: list[dict[str, Any]]) -> list[list[Any]]:
+    return [list(parts.values()) for parts in holders]

@@ -57,11 +57,10 @@ def freeze_attention(
     def predict_z() -> Tensor:
         return mix.apply(v) if gate is None else gate.apply(mix.apply(v))
 
-    attn = replace(
-        attn,
-        v_edit=recorder.edit(layer, ("v",), v, predict_v),
-        z_edit=recorder.edit(layer, ("z",), z, predict_z),
-    )
+    v_edit = recorder.edit(layer, ("v",), v, predict_v)
+    z_edit = recorder.edit(layer, ("z",), z, predict_z)
+    if v_edit or z_edit:
+        attn = replace(attn, v_edit=v_edit, z_edit=z_edit)
 
     def out() -> Tensor:
         return normed(post, attn.output.apply(z) + attn.output.bias)

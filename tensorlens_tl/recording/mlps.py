@@ -118,7 +118,9 @@ def _freeze_mlp(
     if post_edit is None:
         recorder.check.activation(label, seen, lambda rows: mlp.at(rows).posts)
     added = recorder.check.output(w.W_out, w.b_out, post_norm, seen)
-    return replace(mlp, **edits, post_edit=post_edit), (added, out, float)
+    if post_edit is not None or any(edits.values()):
+        mlp = replace(mlp, **edits, post_edit=post_edit)
+    return mlp, (added, out, float)
 
 
 def _linear(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,6 +49,17 @@ def _probe(*shape: int) -> Tensor:
     )
 
 
+def _without_grad(function: Callable) -> Callable:
+    # A block asks for many small numbers, and torch.no_grad costs more than some of them.
+    inside = torch.no_grad()(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (inside if torch.is_grad_enabled() else function)(*args, **kwargs)
+
+    return call
+
+
 class SelfCheck:
     """Collect the relative errors of the run's products under random projections.
 
@@ -60,6 +71,8 @@ class SelfCheck:
 
     def __init__(self, model: Any, frame: Frame, model_dtype: torch.dtype):
         self.model, self.frame, self.real = model, frame, frame.real
+        self.whole_rows = all(span == (0, frame.n_pos) for span in frame.spans)
+        self.per_row = 1 / math.sqrt(frame.batch * frame.n_pos)
         self.tolerance = tolerance(model_dtype, frame.dtype)
         # A state rounds at its own size: in half precision that hides small changes.
         self.rounding = 1.0 if model_dtype in (torch.bfloat16, torch.float16) else 0.05
@@ -119,7 +132,7 @@ class SelfCheck:
         self._names, self._errors, self._sizes, self._suspects = [], [], [], []
         self._roundings, self._states, self.remembered = [], [], False
 
-    @torch.no_grad()
+    @_without_grad
     def state(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Projection and norm of a residual state, each [batch, pos]."""
         # Every state is asked for twice: after one block, and before the next.
@@ -130,7 +143,7 @@ class SelfCheck:
         self._states = [*self._states[-1:], (x, measured)]
         return measured
 
-    @torch.no_grad()
+    @_without_grad
     def project(self, x: Tensor) -> Tensor:
         """The projection x · r of a state or of what is added to one."""
         return x @ self.probe(x.shape[-1])
@@ -177,7 +190,7 @@ class SelfCheck:
 
     # --- Judging
 
-    @torch.no_grad()
+    @_without_grad
     def compare(
         self,
         name: str,
@@ -211,7 +224,7 @@ class SelfCheck:
         """Remember an inner prediction. It is made only if the output is wrong, to tell where."""
         self._suspects.append((name, seen, predict))
 
-    @torch.no_grad()
+    @_without_grad
     def check_block(self, hooked: Callable[[], list[str]]) -> None:
         """Judge what was noted since the last call, usually one block.
 
@@ -225,9 +238,11 @@ class SelfCheck:
         if not self._names:  # a block whose every product the user edited
             return
         sizes = torch.stack(self._sizes)  # [product, batch, pos]
-        sizes = sizes + 0.01 * sizes.amax((1, 2), keepdim=True) + TINY
+        sizes = sizes + (0.01 * sizes.amax((1, 2), keepdim=True) + TINY)
         differences = torch.stack(self._errors)
-        errors = torch.where(self.real, differences / sizes, 0).flatten(1).amax(-1).tolist()
+        errors = differences / sizes
+        errors = errors if self.whole_rows else torch.where(self.real, errors, 0)
+        errors = errors.amax((1, 2)).tolist()
         names, suspects, roundings = self._names, self._suspects, self._roundings
         self._names, self._errors, self._sizes, self._suspects = [], [], [], []
         self._roundings = []
@@ -265,7 +280,7 @@ class SelfCheck:
 
     # --- What is compared, per sublayer
 
-    @torch.no_grad()
+    @_without_grad
     def attention(
         self,
         norm: Norm | None,
@@ -306,7 +321,8 @@ class SelfCheck:
 
         parts = (w.W_V, w.b_V, w.W_O, w.b_O, before, after)
         start, c, b_O, end = self.cached_product("attention", parts, compute)
-        values = (x @ start if norm is None else x @ start / norm.scale) + c  # [batch, pos, head]
+        values = x @ start if norm is None else (x @ start).div_(norm.scale)  # [batch, pos, head]
+        values.add_(c)
         mixed = mix.sum_heads(values) + b_O
 
         def rounding() -> Tensor | float:
@@ -316,7 +332,7 @@ class SelfCheck:
 
         return (mixed if post is None else mixed / post.scale.squeeze(-1) + end), rounding
 
-    @torch.no_grad()
+    @_without_grad
     def linear(
         self, name: str, norm: Norm | None, x: Tensor, seen: Tensor, W: Tensor, b: Tensor | None
     ) -> None:
@@ -329,21 +345,32 @@ class SelfCheck:
             return start, c + self.dot(b, r), 0.01 * math.sqrt(len(start)) * start.norm()
 
         start, c, terms = self.cached_product("linear", (W, b, before), compute)
-        predicted = (x @ start if norm is None else x @ start / norm.scale.squeeze(-1)) + c
-        seen = seen @ r
+        predicted = x @ start if norm is None else (x @ start).div_(norm.scale.squeeze(-1))
+        off = (seen @ r).sub_(c)
         # E ⟨row, r⟩² = ‖row‖²: the projections tell the rows' size; a bias may dwarf them.
-        size = torch.where(self.real, seen - c, 0).square().mean().sqrt() + terms
+        rows = off if self.whole_rows else torch.where(self.real, off, 0)
+        size = torch.linalg.vector_norm(rows) * self.per_row + terms
 
         def rounding() -> Tensor | float:
             return self.of_the_mean(norm, x, self.frame.cast(W) @ r)
 
-        self.compare(name, seen, predicted, size.expand_as(seen), rounding)
+        self.note(name, (off - predicted).abs_(), size.expand_as(off), rounding)
 
-    @torch.no_grad()
+    @_without_grad
     def activation(self, name: str, seen: Tensor, post: Callable[[slice], Tensor]) -> None:
-        """Compare post-activations at evenly spaced positions up to the last."""
+        """Compare post-activations at evenly spaced positions up to the last.
+
+        Args:
+            name: What is compared, for messages.
+            seen: The post-activations of the run [batch, pos, d_mlp].
+            post: Computes them at some positions.
+        """
         n_pos = self.frame.n_pos
         step = max(1, n_pos // _SAMPLE)
+        if step == 1:
+            errors = ((seen - post(slice(None))) @ self.probe(seen.shape[-1])).abs_()
+            self.note(name, errors, torch.linalg.vector_norm(seen, dim=-1))
+            return
         rows = slice((n_pos - 1) % step, None, step)
         errors = torch.zeros_like(self.real, dtype=self.frame.dtype)
         sizes = torch.zeros_like(errors)
@@ -351,7 +378,7 @@ class SelfCheck:
         sizes[:, rows] = torch.linalg.vector_norm(seen[:, rows], dim=-1)
         self.note(name, errors, sizes)
 
-    @torch.no_grad()
+    @_without_grad
     def output(self, W: Tensor, b: Tensor | None, post: Norm | None, x: Tensor) -> Tensor:
         """Predict what an MLP adds, post(x W + b) · r, as a projection [batch, pos]."""
         after = affine(post)
@@ -364,7 +391,7 @@ class SelfCheck:
         added = x @ start + c
         return added if post is None else added / post.scale.squeeze(-1) + end
 
-    @torch.no_grad()
+    @_without_grad
     def residual(
         self, name: str, before: Tensor, after: Tensor, added: Tensor, rounding: Rounding = float
     ) -> None:
@@ -373,15 +400,16 @@ class SelfCheck:
         change = seen - was
         # The difference rounds at the size of both states, so that counts a little, too.
         size = torch.maximum(before_size, after_size)
-        self.compare(name, change, added, change.abs() + self.rounding * size, rounding)
+        size = torch.add(change.abs(), size, alpha=self.rounding)
+        self.compare(name, change, added, size, rounding)
 
-    @torch.no_grad()
+    @_without_grad
     def whole(self, name: str, seen: Tensor, predicted: Tensor) -> None:
         """Compare an activation with what the frozen maps make of the residual."""
         r = self.probe(seen.shape[-1])
         self.compare(name, seen @ r, predicted @ r, torch.linalg.vector_norm(seen, dim=-1))
 
-    @torch.no_grad()
+    @_without_grad
     def same(self, name: str, seen: Tensor, predicted: Tensor) -> None:
         """Compare two residual states that should be one."""
         projected, size = self.state(seen)

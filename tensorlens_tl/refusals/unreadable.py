@@ -21,9 +21,10 @@ def check_weights(named: Iterable[tuple[str, Any]]) -> None:
     """
     for name, module in named:
         own = vars(module)
-        if "fwd_hooks" in own:  # a hook point, as most modules of a host are
-            continue
         tensors = [*own["_parameters"].values(), *own["_buffers"].values()]
+        # Most modules of a host are hook points, or own nothing.
+        if "fwd_hooks" in own or not (tensors or "_hf_hook" in own or "hook_" in name):
+            continue
         hook = own.get("_hf_hook")  # accelerate's
         if hook and any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
             problem = f"The weights of {name or 'the model'} are offloaded"

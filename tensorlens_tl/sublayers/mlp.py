@@ -57,6 +57,8 @@ class FeedForward(Sublayer):
 
     def at(self, rows: slice) -> Any:
         """The sublayer at some positions only, without the user's edits."""
+        if rows == slice(None):
+            return replace(self)  # what is made of it belongs to the copy
         names = ("pre", "pre_linear", "ln_scale", "factor", "experts", "share")
         tensors = {name: getattr(self, name, None) for name in names}
         cut: dict[str, Any] = {n: t[:, rows] for n, t in tensors.items() if t is not None}
