@@ -5,6 +5,8 @@
 3. At five checkpoints, measure accuracy on combinations that were held out, and how alike student
    and teacher are. The processor time of every arm counts its own share of the teacher's work.
 4. Append one JSON line per student. A student whose line is there already is not trained again.
+5. With ``--keep``, a file per student holds its weights and its optimizer's state every twentieth
+   of the steps, so that a run that was stopped goes on from there, to the same numbers.
 
 ``python benchmarks/distillation.py --page`` makes docs/distillation.md of the lines.
 """
@@ -14,10 +16,14 @@ import json
 import math
 import random
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
 from distillation_page import write_page
+from distilled_roles import roles
+from safetensors import safe_open
+from safetensors.torch import save
 from torch.nn.functional import kl_div, mse_loss
 
 import tensorlens_tl
@@ -30,6 +36,7 @@ from tensorlens_tl.distillation import OperatorLoss, rows_of
 
 RESULTS = Path(__file__).parent / "results" / "distillation.jsonl"
 ARMS = ("hard", "kd", "attention", "relations", "hidden", "gradients", "maps", "maps+words")
+ARMS += ("kd-warm", "maps-warm")
 LAYERS = ((0, 0), (2, 1))
 """Layers of the teacher and the student whose patterns are compared."""
 
@@ -53,6 +60,37 @@ def new_student(seed: int):
             device="cpu",
         )
     )
+
+
+@torch.no_grad()
+def warm(student, teacher):
+    """Give a student what fits of the teacher's weights: a start, and no model that works.
+
+    The residual is projected to the principal directions of the teacher's embeddings and readout.
+    W_Q W_Kᵀ and W_V W_O of a head are cut to the student's rank, and an MLP to its largest neurons.
+    """
+    d, W = student.cfg.d_model, teacher.state_dict()
+    both = torch.cat([W["embed.W_E"], W["pos_embed.W_pos"], W["unembed.W_U"].T])
+    P = torch.linalg.svd(both - both.mean(0), full_matrices=False).Vh[:d].T
+    new = {"embed.W_E": W["embed.W_E"] @ P, "pos_embed.W_pos": W["pos_embed.W_pos"] @ P}
+    new |= {"unembed.W_U": P.T @ W["unembed.W_U"], "unembed.b_U": W["unembed.b_U"]}
+    for theirs, ours in LAYERS:
+        old, own, rank = f"blocks.{theirs}.", f"blocks.{ours}.", student.cfg.d_head
+        score = P.T @ W[old + "attn.W_Q"] @ W[old + "attn.W_K"].mT @ P
+        score = score * (rank / teacher.cfg.d_head) ** 0.5  # both divide by √d_head
+        write = P.T @ W[old + "attn.W_V"] @ W[old + "attn.W_O"] @ P
+        for product, left, right in ((score, "Q", "K"), (write, "V", "O")):
+            U, S, Vh = torch.linalg.svd(product)
+            U, S, Vh = U[..., :rank], S[..., None, :rank].sqrt(), Vh[..., :rank, :]
+            new[f"{own}attn.W_{left}"] = U * S
+            new[f"{own}attn.W_{right}"] = Vh.mT * S if right == "K" else Vh * S.mT
+        size = W[old + "mlp.W_in"].norm(dim=0) * W[old + "mlp.W_out"].norm(dim=1)
+        best = size.topk(student.cfg.d_mlp).indices
+        new[own + "mlp.W_in"] = P.T @ W[old + "mlp.W_in"][:, best]
+        new[own + "mlp.W_out"] = W[old + "mlp.W_out"][best] @ P
+        new[own + "mlp.b_in"] = W[old + "mlp.b_in"][best]
+    for name, value in new.items():
+        student.get_parameter(name).copy_(value)
 
 
 def batches(rows: int, seed: int):
@@ -151,12 +189,18 @@ class Teacher:
 class Student:
     """One student in training: its model, its arm, and the processor time that it took."""
 
-    def __init__(self, arm, seed, options):
-        self.arm, self.seed, self.options = arm, seed, options
-        self.model, self.seconds, self.checkpoints = new_student(seed), 0.0, []
+    def __init__(self, arm, seed, options, teacher=None):
+        self.name, self.seed, self.options = arm, seed, options
+        self.arm, _, start = arm.partition("-")
+        arm = self.arm
+        self.model, self.seconds, self.checkpoints, self.done = new_student(seed), 0.0, [], 0
+        if start:
+            warm(self.model, teacher)
         weights = list(self.model.parameters())
+        torch.manual_seed(seed)
         self.project = torch.nn.Linear(64, 128) if arm == "hidden" else None
         weights += [] if self.project is None else list(self.project.parameters())
+        self.weights = weights
         self.optimizer = torch.optim.AdamW(weights, lr=3e-3, weight_decay=0.01)
         n = options.steps
         ramp = (int(options.ramp[0] * n), int(options.ramp[1] * n))
@@ -216,6 +260,39 @@ class Student:
         self.optimizer.step()
         own = time.process_time() - begun - (sum(teacher.seconds.values()) - before)
         self.seconds += own + sum(teacher.seconds[what] for what in needs)
+        self.done = teacher.step + 1
+
+    def keep(self, folder, setting):
+        """Write weights and optimizer to a file of this student, whole or not at all."""
+        held = {f"{i}": w.detach() for i, w in enumerate(self.weights)}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            held |= {f"{i}.{name}": value for name, value in state.items()}
+        facts = {"setting": setting, "done": self.done, "seconds": self.seconds}
+        text = json.dumps(facts | {"checkpoints": self.checkpoints})
+        path = folder / f"{self.name}-{self.seed}.safetensors"
+        new = path.with_suffix(".new")
+        new.write_bytes(save(held, {"facts": text}))
+        new.rename(path)
+
+    @torch.no_grad()
+    def resume(self, folder, setting):
+        """Go on from this student's file, if there is one of the same setting."""
+        path = folder / f"{self.name}-{self.seed}.safetensors"
+        if not path.exists():
+            return
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if facts.pop("setting") != setting:
+            raise SystemExit(f"{path} is of another setting. Name another folder by --keep.")
+        state = self.optimizer.state_dict()
+        for i, weight in enumerate(self.weights):
+            weight.copy_(held[f"{i}"])
+            names = [name for name in held if name.startswith(f"{i}.")]
+            state["state"][i] = {name.partition(".")[2]: held[name] for name in names}
+        self.optimizer.load_state_dict(state)
+        for name, value in facts.items():
+            setattr(self, name, value)
 
 
 class Examination:
@@ -228,7 +305,7 @@ class Examination:
         }
         self.fresh = next(batches(16, 10_001))
         some = [d for drawn in list(self.drawn.values())[:3] for d in drawn[:8]]
-        self.ids = [torch.tensor([[IDS[w] for w in d.words[: d.answers[0]]]]) for d in some]
+        self.ids = [padded([d.words[: d.answers[0]]]) for d in some]
         with torch.no_grad():
             self.held = [tensorlens_tl.capture(teacher, ids) for ids in self.ids]
         self.said = [logits[:, -1].argmax(-1)[None] for logits, _ in self.held]
@@ -236,6 +313,20 @@ class Examination:
             self.row(lens, said) for (_, lens), said in zip(self.held, self.said, strict=True)
         ]
         self.drops = [self.drop(teacher, i) for i in range(len(self.ids))]
+        rng = random.Random(10_002)
+        self.repeats = encoded([induction_row(rng) for _ in range(8)])[0]
+        self.teachers_roles = self.roles(teacher)
+
+    @torch.no_grad()
+    def roles(self, model):
+        """What the heads look at and copy, by role."""
+        some = self.drawn["ioi"][:8]
+        ends = [d.answers[0] for d in some]
+        cases = [
+            (tensorlens_tl.capture(model, padded([d.words[:end]]))[1], IDS[d.words[end]])
+            for d, end in zip(some, ends, strict=True)
+        ]
+        return roles([tensorlens_tl.capture(model, self.repeats)[1]], cases)
 
     def row(self, lens, said):
         """The row of the operator at the end of a prompt."""
@@ -291,8 +382,9 @@ class Examination:
             rows_of(lens, query, tokens) for lens in (tensorlens_tl.capture(model, ids)[1], theirs)
         ]
         found["map_cosine"] = torch.cosine_similarity(*rows, -1).mean().item()
-        means = {"answer_cosine": cosines, "leave_one_out": drops, "top_token": top, "heads": heads}
-        return found | {name: sum(values) / len(values) for name, values in means.items()}
+        means = {"answer_rows": cosines, "word_drops": drops, "top_token": top, "heads": heads}
+        found |= {name: sum(values) / len(values) for name, values in means.items()}
+        return found | {"roles": self.roles(model)}
 
 
 def best_match(teacher, student):
@@ -344,6 +436,8 @@ def main():
     parser.add_argument("--ramp", nargs=2, type=float, default=(0.25, 0.5), help="shares of steps")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts a task")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop training by then")
+    parser.add_argument("--keep", type=Path, help="a folder for students in training")
+    parser.add_argument("--until", help="a time such as 22:25, after which no step begins")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--cost", action="store_true", help="only measure what a step costs")
     parser.add_argument("--page", action="store_true", help="only write docs/distillation.md")
@@ -368,33 +462,51 @@ def main():
         else []
     )
     done = {(r["arm"], r["seed"]) for r in known if r.get("setting") == setting}
+    model = demo.load_model("hooked").requires_grad_(False)
     students = [
-        Student(arm, seed, options)
+        Student(arm, seed, options, model)
         for seed in options.seeds
         for arm in options.arms
         if (arm, seed) not in done
     ]
-    model = demo.load_model("hooked").requires_grad_(False)
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        for student in students:
+            student.resume(options.keep, setting)
+    train(students, model, options, setting)
+
+
+def train(students, model, options, setting):
+    """Train students side by side, each from where it stands; write those that have ended."""
     exam, stream, begun = Examination(model, options.prompts), batches(options.rows, 0), time.time()
+    last = False
     for step in range(options.steps):
         ids, weights = next(stream)
         lr = 3e-3 * min((step + 1) / 50, 0.51 + 0.49 * math.cos(math.pi * step / options.steps))
+        own = [student for student in students if student.done == step]
         teacher = Teacher(model, ids, weights, step)
-        for student in students:
+        for student in own:
             student.step(teacher, lr)
-        last = step + 1 == options.steps or time.time() - begun > 60 * options.minutes
+        late = options.until and datetime.now().strftime("%H:%M") >= options.until
+        over = bool(late) or time.time() - begun > 60 * options.minutes
+        last = step + 1 == options.steps or (over and not options.keep)
         if last or (step + 1) % max(1, options.steps // 5) == 0:
-            for student in students:
+            for student in own:
                 point = {"step": step + 1, "seconds": student.seconds}
                 student.checkpoints.append(point | exam.measure(student.model))
-                print(student.arm, student.seed, json.dumps(student.checkpoints[-1]), flush=True)
-        if last:
+                said = json.dumps(student.checkpoints[-1])
+                print(student.name, student.seed, said, flush=True)
+        if options.keep and (last or over or (step + 1) % max(1, options.steps // 20) == 0):
+            for student in own:
+                student.keep(options.keep, setting)
+        if last or over:
             break
     options.out.parent.mkdir(exist_ok=True)
     with options.out.open("a") as file:
-        for student in students:
-            line = {"arm": student.arm, "seed": student.seed, "setting": setting}
-            file.write(json.dumps(line | {"checkpoints": student.checkpoints}) + "\n")
+        for student in students if last else ():
+            line = {"arm": student.name, "seed": student.seed, "setting": setting}
+            line |= {"teachers_roles": exam.teachers_roles, "checkpoints": student.checkpoints}
+            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,14 @@ NAMES = {
     "gradients": "KD + input gradients",
     "maps": "KD + the operator's maps",
     "maps+words": "KD + maps + counterfactual rows",
+    "kd-warm": "KD, warm start",
+    "maps-warm": "KD + maps, warm start",
     "plain": "no penalty",
     "operator": "the operator's row at the name",
     "gradient": "the input gradient at the name",
 }
+ARMS = list(NAMES)[:10]
+ROLES = ("previous", "duplicate", "induction", "copying")
 TASKS = ("ioi", "facts", "agreement", "greater_than")
 
 
@@ -92,7 +96,7 @@ def table(arms):
         cells = [NAMES[arm], ", ".join(map(str, sorted(arms[arm])))]
         cells += [shown(p[task] for p in last) for task in (*TASKS, "mean")]
         cells += [shown(p and p["mean"] for p in timed)]
-        names = ("kl", "map_cosine", "answer_cosine", "leave_one_out")
+        names = ("kl", "map_cosine", "answer_rows", "word_drops")
         cells += [shown([p.get(name) for p in last], 2) for name in names]
         cells += [shown((p["seconds"] for p in last), 0)]
         rows.append("| " + " | ".join(cells) + " |")
@@ -102,20 +106,45 @@ def table(arms):
 def verdict(arms):
     """What the maps bring against logits alone, by the seeds that both have."""
     found = []
-    for arm in ("maps", "maps+words"):
-        seeds = sorted(set(arms.get(arm, {})) & set(arms.get("kd", {})))
+    for arm, plain in (("maps", "kd"), ("maps+words", "kd"), ("maps-warm", "kd-warm")):
+        seeds = sorted(set(arms.get(arm, {})) & set(arms.get(plain, {})))
         if not seeds:
             continue
-        ours, kd = ([arms[a][s]["checkpoints"][-1] for s in seeds] for a in (arm, "kd"))
+        ours, kd = ([arms[a][s]["checkpoints"][-1] for s in seeds] for a in (arm, plain))
         gain = 100 * mean(a["mean"] - b["mean"] for a, b in zip(ours, kd, strict=True))
-        known = "map_cosine" if all("map_cosine" in p for p in (*ours, *kd)) else "answer_cosine"
-        cosine, without = (mean(p[known] for p in points) for points in (ours, kd))
+        short = "KD" if plain == "kd" else NAMES[plain]
+        cosine, said = 0.0, "the map cosine was not measured"
+        if all("map_cosine" in p for p in (*ours, *kd)):
+            cosine, without = (mean(p["map_cosine"] for p in points) for points in (ours, kd))
+            said = f"map cosine {cosine:.2f} against {without:.2f}"
         bar = "reached" if gain >= 3 and cosine >= 0.9 else "not reached"
         found.append(
-            f"- {NAMES[arm]}: {gain:+.1f} points of mean accuracy against KD at equal steps, map "
-            f"cosine {cosine:.2f} against {without:.2f}. The bar (+3 points, .9) is {bar}."
+            f"- {NAMES[arm]}: {gain:+.1f} points of mean accuracy against {short} at equal "
+            f"steps; {said}. The bar (+3 points, .9) is {bar}."
         )
     return "\n".join(found)
+
+
+def circuits(arms):
+    """Which tokens and heads' roles students share with the teacher, where that was measured."""
+    rows = []
+    for arm in (a for a in ARMS if a in arms):
+        known = [r for r in arms[arm].values() if "roles" in r["checkpoints"][-1]]
+        if not known:
+            continue
+        last = [r["checkpoints"][-1] for r in known]
+        cells = [NAMES[arm], *(shown((p[n] for p in last), 2) for n in ("top_token", "heads"))]
+        cells += [shown((p["roles"][role] for p in last), 2) for role in ROLES]
+        teacher = ["the teacher", "1.00", "1.00"]
+        teacher += [shown((r["teachers_roles"][role] for r in known), 2) for role in ROLES]
+        rows = rows or ["| " + " | ".join(teacher) + " |"]
+        rows.append("| " + " | ".join(cells) + " |")
+    if not rows:
+        return ""
+    head = (
+        "| signal | same top token | patterns | previous token | duplicate | induction | copying "
+    )
+    return "\n".join(["\n\nTokens and heads:\n", f"{head}|\n|" + "---|" * 7, *rows])
 
 
 def shortcut_table(records):
@@ -157,9 +186,10 @@ def page(results=RESULTS):
     for text, arms in groups([r for r in records if "cost" not in r]).items():
         parts.append(
             f"### {text[0].upper()}{text[1:]}\n\n{table(arms)}\n\n{verdict(arms)}".rstrip()
+            + circuits(arms)
         )
     trained = {r.get("arm") for r in records}
-    if missing := [NAMES[arm] for arm in list(NAMES)[:8] if arm not in trained]:
+    if missing := [NAMES[arm] for arm in ARMS if arm not in trained]:
         parts.append(f"Not run: {', '.join(missing)}.")
     if costs:
         ratios = costs[-1]["cost"]
@@ -198,6 +228,11 @@ repeated random words, and start from the same weights per seed. AdamW, 3e-3, co
 - *map cosine* compares rows of both operators on fresh rows, *at answers* at the ends of held-out
   prompts. A dash means that it was not measured.
 - *leave-one-out* is the correlation of what both models lose when one word is replaced.
+- *same top token* is the share of held-out prompts in which one token adds most to both models'
+  answers. *Patterns* is the mean cosine of the teacher's heads with the most similar head.
+- *previous token*, *duplicate* and *induction* are the attention of the best such head on
+  repeated random words. *Copying* is what heads add to an answer by reading the answer itself.
+- *warm start*: embeddings, readout, heads and neurons begin as what fits of the teacher's.
 - *λ* is the factor of maps, of counterfactual rows and of input gradients. The last have no ramp.
 
 ## What was run
@@ -227,10 +262,11 @@ do not take it for a cure.
 ## How to run it
 
 ```console
-$ python benchmarks/distillation.py --seeds 0 1 2 --steps 2000
+$ python benchmarks/distillation.py --seeds 0 1 2 --steps 2000 --keep students
 $ python benchmarks/distillation.py --cost
 $ python benchmarks/shortcut.py
 $ python benchmarks/distillation.py --page
 ```
 
-A run that stops is taken up again: students whose line is written are not trained anew."""
+A run that stops is taken up again: students whose line is written are not trained anew, and
+with `--keep` the others go on from their last twentieth of the steps."""
