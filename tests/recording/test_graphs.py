@@ -6,10 +6,12 @@ import pytest
 import torch
 from models import CASES, GRADIENT, ORACLE, PER_SHAPE, SEQ, Case, HookedTransformer, quiet
 from oracles import FrozenModel
+from torch.overrides import TorchFunctionMode
 
 import tensorlens_tl
 from tensorlens_tl import UnsupportedArchitectureError, demo
 from tensorlens_tl.operator import FrozenTransformer
+from tensorlens_tl.support.tiny_models import host_classes
 
 IDS = torch.arange(3, 3 + SEQ)[None]
 EXACT = [case for case in PER_SHAPE if not case.float32_norms]
@@ -22,7 +24,10 @@ def graph_of(model, ids=IDS, **kwargs):
 
 def fresh(case: Case):
     """A model of its own, as its weights change; and the weights that its graph may reach."""
-    model = case.build(torch.float64)
+    return trained(case.build(torch.float64))
+
+
+def trained(model):
     named = {n: p.requires_grad_(True) for n, p in model.named_parameters()}
     return model, [p for n, p in named.items() if "qkv" not in n and "lm_head.bias" not in n]
 
@@ -51,7 +56,10 @@ def answers(lens):
 @pytest.mark.parametrize("case", EXACT, ids=str)
 def test_gradients_are_slopes(case):
     """Every answer's derivative along a random change of all weights is its finite difference."""
-    model, weights = fresh(case)
+    slopes_hold(*fresh(case))
+
+
+def slopes_hold(model, weights):
     found = answers(graph_of(model))
     steps = [draw(p, seed) for seed, p in enumerate(weights)]
     slopes = {}
@@ -73,6 +81,34 @@ def test_gradients_are_slopes(case):
         expected = (8 * up + down) / (12 * h)
         scale = expected.abs() + 1e-2 * found[name].abs()
         assert (slope - expected).abs() <= GRADIENT * scale, name
+
+
+class InDouble(TorchFunctionMode):
+    """Casts to float32 leave float64: hosts that round inside are differentiable in differences."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+ROUTED = [("HookedTransformer", "mixtral")]
+ROUTED += [("Bridge", name) for name in ("gpt-oss", "deepseek-v2", "qwen3.5", "olmo-hybrid")]
+
+
+@pytest.mark.parametrize(("host", "family"), ROUTED)
+def test_experts_and_delta_nets_have_slopes(host, family):
+    """Shares of experts, sinks, latents and states of a recurrence are functions of the weights."""
+    build = host_classes().get(host)
+    if HookedTransformer is not None and family in ("qwen3.5", "olmo-hybrid"):
+        pytest.skip("the Bridge of this host does not run gated delta nets")
+    with quiet(), InDouble():
+        model = build and build(family, torch.float64)
+        if model is None:
+            pytest.skip(f"this host has no {host} of {family}")
+        slopes_hold(*trained(model))
 
 
 class Written:
@@ -252,8 +288,10 @@ def test_refused_without_gradients():
     "bridge-llama-compat" not in CASES or HookedTransformer is None,
     reason="this host runs on its own weights in that mode, or has no Bridge",
 )
-def test_a_host_that_runs_on_copies_is_refused():
-    model = CASES["bridge-llama-compat"].build(torch.float32)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
+def test_a_host_that_runs_on_copies_is_refused(family):
+    with quiet():
+        model = CASES[f"bridge-{family}-compat"].build(torch.float32)
     with pytest.raises(UnsupportedArchitectureError, match="weights"):
         graph_of(model)
 
