@@ -236,9 +236,16 @@ def input_of(
             f"This model has no {site!r}: its MLP has no norm of its own. Pass a transcoder that "
             f"reads {layer_site(layer, plain)!r}."
         )
-    if kind == "weighted":
+    weights = branch.pre.weights
+    if kind == "weighted" or (weights.w is None and weights.b is None):
         return branch.read(x)
-    return replace(branch.pre, weights=replace(branch.pre.weights, w=None, b=None)).apply(x)
+    if weights.center:
+        raise ValueError(
+            f"Versions of transformer_lens differ in whether {site!r} of a LayerNorm holds its "
+            "weight and bias. Load the model with its norms folded, or pass site= of the MLP's "
+            "input."
+        )
+    return replace(branch.pre, weights=replace(weights, w=None, b=None)).apply(x)
 
 
 def state_at(
