@@ -79,7 +79,8 @@ class StepChain(Mapped):
         """Blocks T[query_pos, key_pos]: how tokens at key_pos enter the output at query_pos.
 
         A block multiplies a column. For a row vector use ``x @ block.mT``. A row of blocks costs
-        d_model pulls, a column d_model pushes. The cheaper of the two ways is taken.
+        d_model pulls, a column d_model pushes. The cheaper of the two ways is taken: pulls meet the
+        tokens before their destination, pushes those behind their source.
 
         Args:
             query_pos: Destination: a position, a slice of positions, or None for all.
@@ -262,13 +263,21 @@ class StepChain(Mapped):
     def _blocks(
         self, prompt: int, query: list[int], key: list[int], memory_limit: int | None = None
     ) -> Float[Tensor, "query_pos d_out key_pos d_in"]:
-        pull = len(query) <= len(key)
+        pull = self._work(prompt, query, pull=True) <= self._work(prompt, key, pull=False)
         at, other = (query, key) if pull else (key, query)
         reduce = states(self.in_dim if pull else self.out_dim)
         # A slice is a view where a list would copy.
         taken = slice(other[0], other[-1] + 1) if _in_a_row(other) else other
         rows = self._every(prompt, at, pull, reduce, memory_limit)[:, :, taken]
         return rows if pull else rows.permute(2, 3, 0, 1)
+
+    def _work(self, prompt: int, at: list[int], pull: bool) -> int:
+        # Rows that are carried. Where no pattern looks ahead, a pull meets what is before its
+        # position, and a push what is behind: a source near the end costs few rows.
+        sweep = BatchedSweep(self.map, prompt, transposed=pull)
+        coordinates = sweep.coordinate(torch.tensor(at)).tolist()
+        reach = [c + 1 if sweep.causal else sweep.n_pos for c in coordinates]
+        return sum(reach) * (self.out_dim if pull else self.in_dim)
 
     def _every(
         self,

@@ -22,8 +22,10 @@ from models import (
     shape_conventions,
     tokens,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import tensorlens_tl
+from tensorlens_tl import demo
 from tensorlens_tl.costs import machine_rates
 from tensorlens_tl.costs.cost_model import HALF_BYTES, folds_below, half_bytes
 from tensorlens_tl.methods.operator_matrices import orthogonal_probes
@@ -589,3 +591,14 @@ def test_long_prompts_of_a_trained_model():
         u[:, 0, query] = torch.eye(D)
         slow = op.apply_t(u)[:, 0].square().sum((0, 2)).sqrt()
         assert_close(norm.values[0, query], slow, 1e-4, f"norm row {query}")
+
+
+def test_a_block_from_a_late_source_carries_what_is_behind_that_source_alone():
+    _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+    T, spent = lens.between(1, "unembed.hook_in"), {}
+    for key in (0, -1):
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            T.block(-1, key)
+        spent[key] = counted.get_total_flops()
+    assert spent[-1] < spent[0] / 3
+    assert_close(T.block(-1, -1), T.block(-1, None)[:, :, -1], 1e-5)
