@@ -28,7 +28,8 @@ from tensorlens_tl import demo
 from tensorlens_tl.demo.facts import RELATIONS
 from tensorlens_tl.evaluation.intervals import bootstrap
 from tensorlens_tl.hosts import load_model
-from tensorlens_tl.relations.decoding_study import MEAN, VARIANTS, RelationStudy, decode
+from tensorlens_tl.relations.decoding import MEAN, VARIANTS
+from tensorlens_tl.relations.decoding_study import RelationStudy, decode
 from tensorlens_tl.relations.linear_relation import MAP_METHODS
 from tensorlens_tl.relations.statements import state
 from tensorlens_tl.relations.validity_study import ValidityStudy, validity
