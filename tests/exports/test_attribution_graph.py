@@ -276,3 +276,12 @@ def test_dot_has_every_node_and_edge(graph):
     assert sum("->" in line for line in lines) == len(graph.links)
     dashed = sum(not link.conserved for link in graph.links)
     assert sum("style=dashed" in line for line in lines) == dashed > 0
+
+
+def test_a_reader_of_dot_finds_them(graph, lens):
+    pydot = pytest.importorskip("pydot", reason="pydot is not installed")
+    circuit = lens.discover("Paris", n_edges=12)
+    for found, edges in ((graph, graph.links), (circuit, circuit.edges)):
+        (read,) = pydot.graph_from_dot_data(found.to_dot())
+        assert len(read.get_edges()) == len(edges)
+    assert {f'"{node}"' for node in circuit.nodes} <= {node.get_name() for node in read.get_nodes()}
