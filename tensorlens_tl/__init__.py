@@ -17,6 +17,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .checks import nearest
 from .plugin import capture, install, uninstall
 
 if TYPE_CHECKING:
@@ -81,6 +82,14 @@ _HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 _OLD_NAMES = {"attribute": "mean_attribution"}
 """Earlier names of public functions, kept until 1.0."""
 
+_ELSEWHERE = {
+    "evaluate": "evaluation.evaluate",
+    "from_pretrained": "load_model",
+    "plan": "TensorLens.plan",
+    "run_with_tensorlens": "capture",
+}
+"""Where names are that may be looked for here."""
+
 _SUBMODULES = (
     "demo",
     "distillation",
@@ -101,8 +110,14 @@ def __getattr__(name: str) -> Any:
         return import_module(f".{name}", __name__)
     name = _OLD_NAMES.get(name, name)
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def _hint(name: str) -> str:
+    """What was probably meant by a name that is not there, as a sentence; or nothing."""
+    meant = _ELSEWHERE.get(name) or (not name.startswith("_") and nearest(name, __dir__(), 0.75))
+    return f". Use tensorlens_tl.{meant}." if meant else ""
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ from importlib import import_module
 from inspect import isfunction, signature
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar, cast
 
 Thing = TypeVar("Thing")
 
@@ -130,6 +130,27 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
         return None
     short = ((other, iter(other)) for other in known if other[0] == name[0])
     return next((other for other, rest in short if all(c in rest for c in name)), None)
+
+
+class Hinted:
+    """A class that says what a guessed name of an attribute stands for."""
+
+    _MEANT: ClassVar[Mapping[str, str]] = {}
+    """What guessed names stand for: another attribute, or a call in words."""
+
+    if not TYPE_CHECKING:  # a type checker must still know which attributes there are
+
+        def __getattr__(self, name: str) -> Any:
+            kind = type(self)
+            if name.startswith("_") or hasattr(kind, name):
+                return object.__getattribute__(self, name)  # raises the error that led here
+            known = [other for other in dir(kind) if not other.startswith("_")]
+            meant = self._MEANT.get(name) or nearest(name, known, 0.75)
+            if meant is None or (meant.isidentifier() and meant not in known):
+                meant = "a name that dir() lists"
+            raise AttributeError(
+                f"{kind.__name__!r} object has no attribute {name!r}. Use {meant}."
+            )
 
 
 def unfit(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

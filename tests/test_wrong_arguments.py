@@ -90,6 +90,11 @@ WRONG = {
     "pos": (lambda g: g.lens.attribute("Paris", pos=99), "Position 99 is outside prompt 0"),
     "pos, a word": (lambda g: g.lens.attribute("Paris", pos="last"), "Position 'last' is not"),
     "by": (lambda g: g.lens.attribute(by="tokens"), "by='tokens' does not exist"),
+    "by, of features": (lambda g: g.lens.attribute(by="sae"), 'or by="feature" with saes='),
+    "several targets": (
+        lambda g: g.lens.attribute(["Paris", "Rome"]),
+        r"target=\['Paris', 'Rome'\] names several tokens. Pass one; attribute_many takes several",
+    ),
     "by, a list": (lambda g: g.lens.attribute(by=["token"]), r"by=\['token'\] does not exist"),
     "effect": (lambda g: g.lens.attribute(by="head", effect="both"), "effect='both'"),
     "at": (lambda g: g.lens.attribute(at="secant"), "at='secant' needs a baseline"),
@@ -277,6 +282,47 @@ def test_an_index_beyond_the_end_says_how_many_there_are():
         with pytest.raises(IndexError, match=rf"no prompt {index}. The number of prompts is 1"):
             lens.capture.prompt(index)
     assert lens.capture.prompt(-1).prompts.strings == lens.capture.prompts.strings
+
+
+GUESSED = [
+    ("lens", "predictions", r"Use lens\.logit_lens\(\)\."),
+    ("lens", "to_html", r"Use lens\.report\('report\.html'\), or \.plot\(\) and \.show\(\)"),
+    ("lens", "cuda", r"Use lens\.to\('cuda'\)\."),
+    ("lens", "model", "Use the model that ran, which a lens does not hold"),
+    ("lens", "atribute", r"'TensorLens' object has no attribute 'atribute'. Use attribute\."),
+    ("lens", "zzz", r"Use a name that dir\(\) lists\."),
+    ("rows", "to_pandas", r"Use to_dataframe\."),
+    ("rows", "sort", r"Use top\."),
+    ("rows", "to_numpy", r"Use numpy\.asarray of it\."),
+    ("circuit", "filter", r"Use a name that dir\(\) lists\."),  # a circuit has no select
+    ("circuit", "draw", r"Use plot\."),
+]
+
+
+@pytest.mark.parametrize(("what", "name", "match"), GUESSED)
+def test_a_guessed_attribute_says_what_is_there(what, name, match):
+    thing = getattr(given(), what)
+    with pytest.raises(AttributeError, match=match):
+        getattr(thing, name)
+    assert not hasattr(thing, name) and not hasattr(thing, "__array_interface__")
+
+
+def test_a_guessed_name_of_the_package_says_where_it_is():
+    for name, meant in (("evaluate", "evaluation.evaluate"), ("faithfullness", "faithfulness")):
+        with pytest.raises(AttributeError, match=rf"'{name}'\. Use tensorlens_tl\.{meant}\."):
+            getattr(tl, name)
+    with pytest.raises(AttributeError, match=r"no attribute '_private'$"):
+        _ = tl._private
+
+
+def test_an_error_inside_a_property_is_not_hidden():
+    class Broken(type(given().lens)):
+        @property
+        def odd(self):
+            raise AttributeError("of its own")
+
+    with pytest.raises(AttributeError, match="of its own"):
+        _ = Broken(given().lens.capture).odd
 
 
 def test_every_public_function_is_called_wrongly():

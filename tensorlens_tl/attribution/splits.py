@@ -77,7 +77,8 @@ def attribute(
             "Use by='component' and .select(kind='mlp'), or by='neuron'."
         )
     if by not in (*BY, *TOTALS):
-        raise ValueError(f"by={by!r} does not exist. Use one of {', '.join(BY)}.")
+        features = ', or by="feature" with saes=' if by in ("sae", "features", "transcoder") else ""
+        raise ValueError(f"by={by!r} does not exist. Use one of {', '.join(BY)}{features}.")
     if effect not in ("direct", "total"):
         raise ValueError(f"effect={effect!r} does not exist. Use 'direct' or 'total'.")
     if effect == "total" and by not in TOTALS:

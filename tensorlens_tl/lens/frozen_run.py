@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import kind_of, no_autocast, pick_prompts, spelled, usable_device
+from ..checks import Hinted, kind_of, no_autocast, pick_prompts, spelled, usable_device
 from ..maps import TINY, LinearMap
 from ..operator import Capture, Convention, FrozenTransformer
 from ..saving import require_weights
@@ -20,9 +20,30 @@ from .write_check import WriteCheck
 Run = TypeVar("Run", bound="FrozenRun")
 
 
+_TABLE = "those of a result, such as lens.attribute().to_dataframe()"
+_PICTURE = "lens.report('report.html'), or .plot() and .show() of a result such as lens.attribute()"
+_MODEL = "the model that ran, which a lens does not hold"
+_MEANT = {
+    **dict.fromkeys(("plot", "show", "to_html", "html", "summary", "visualize"), _PICTURE),
+    **dict.fromkeys(("to_df", "to_pandas", "to_numpy", "to_dataframe", "to_json"), _TABLE),
+    **dict.fromkeys(("model", "cfg", "config", "generate"), _MODEL),
+    **dict.fromkeys(("predictions", "predict", "top_tokens"), "lens.logit_lens()"),
+    **dict.fromkeys(("str_tokens", "to_str_tokens", "input_ids"), "tokens"),
+    "cuda": "lens.to('cuda')",
+    "steer": "lens.steering_vector or lens.edit",
+    "ablate": "tensorlens_tl.faithfulness, or a hook of your own while the model runs",
+    "patch": "tensorlens_tl.faithfulness, or a hook of your own while the model runs",
+    "jacobian": "lens.operator, which is not the Jacobian, as what is frozen has no slope",
+    "neuronpedia": "attribution_graph",
+    "to_circuitsvis": "circuitsvis",
+    "direct_logit_attribution": "dla",
+}
+"""What names stand for that users of other tools may guess."""
+
+
 @spelled
 @dataclass(frozen=True, eq=False, repr=False)
-class FrozenRun:
+class FrozenRun(Hinted):
     """One run of a transformer as an affine map on its embedded tokens, and how exact that is.
 
     Attributes:
@@ -32,6 +53,8 @@ class FrozenRun:
 
     capture: Capture
     writes: WriteCheck = field(default_factory=WriteCheck)
+
+    _MEANT = _MEANT
 
     def __post_init__(self):
         if not isinstance(self.capture, Capture):

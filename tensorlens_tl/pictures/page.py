@@ -26,6 +26,7 @@ from typing import Any
 
 from ..checks import new_file, spelled, write_whole
 from .packing import packed, plain
+from .tabled import Result
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -147,7 +148,7 @@ class Page:
 
 
 @spelled
-class Paged:
+class Paged(Result):
     """What has a page: ``to_html``, ``show``, and a frame in notebooks. A result inherits this."""
 
     def _page(self) -> Page:

@@ -8,14 +8,27 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..checks import need, spelled
+from ..checks import Hinted, need, spelled
 
 if TYPE_CHECKING:
     import pandas
 
 
+class Result(Hinted):
+    """Something that a call found, and what names stand for that are guessed of it."""
+
+    _MEANT: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("to_df", "to_pandas", "to_csv", "to_xarray", "df"), "to_dataframe"),
+        **dict.fromkeys(("to_dict", "json", "to_list", "tolist"), "to_json"),
+        **dict.fromkeys(("numpy", "to_numpy"), "numpy.asarray of it"),
+        **dict.fromkeys(("sort", "sorted", "largest", "head"), "top"),
+        **dict.fromkeys(("filter", "query", "loc"), "select"),
+        **dict.fromkeys(("draw", "figure", "heatmap"), "plot"),
+    }
+
+
 @spelled
-class Tabled:
+class Tabled(Result):
     """A result whose numbers are rows of named columns."""
 
     _COLUMNS: ClassVar[tuple[str, ...]]
