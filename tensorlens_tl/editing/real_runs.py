@@ -18,7 +18,7 @@ from ..circuits import Faithfulness
 from ..features import Feature, Reading
 from ..hosts import Adapter, adapt
 from ..operator import Capture, Prompts
-from ..readers import alone
+from ..readers import alone, is_spliced
 from ..recording import freeze
 from .goals import Goal
 from .places import Place
@@ -55,12 +55,17 @@ def require_hook(adapter: Adapter, hook: str) -> None:
         hook: Name of the hook point.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If there is none of this name, or an SAE stands in its place.
     """
     if hook not in adapter.hooks:
         raise ValueError(
             f"{adapter.name} has no hook point {hook}. Pass the model of the lens, or edit "
             "another site."
+        )
+    if is_spliced(adapter.hooks, hook):
+        raise ValueError(
+            f"An SAE stands in place of {hook}, which cannot be edited then. Take it off "
+            "(model.reset_saes()), and capture again."
         )
 
 

@@ -6,6 +6,9 @@ goes past the sublayer is a row of its own,
     m = ⟨g, y⟩ + Σ_p ⟨c_p, x_p + what stands beside⟩ + the constants after,    g = c, or W_Oᵀ c at z
 
 with y what the sublayer adds, x the residual before it, and c the covector of the sum.
+
+Where SAELens spliced an SAE in, what the SAE read is what stood there before, and what goes on is
+what it gave back. The difference is a constant of the run.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import layer_site, resid_site, site_parts
+from ..maps import Shift
 from ..operator import Branch, Capture, FrozenTransformer, Step, Trace
 from ..readers import MLP_INPUTS, MLP_OUT, SUBLAYER_SITES
 from .dictionary import FeatureDictionary
@@ -30,7 +34,8 @@ class Place:
     Attributes:
         layer: The number of the block.
         name: "pre", "mid" or "post" of a residual site; "attn_out", "z" or "mlp_out" of a sublayer.
-        hook: The hook point of the host.
+        site: The hook point that the dictionary names.
+        hook: The hook point of the host that is edited.
         index: The number of the residual site, or of the step that the sublayer is in.
         step: The step of a sublayer; None for a residual site.
         branches: The branches of the step that are the sublayer: one, or the experts and the shared
@@ -39,6 +44,7 @@ class Place:
 
     layer: int
     name: str
+    site: str
     hook: str
     index: int
     step: Step | None = None
@@ -67,11 +73,11 @@ class Place:
             )
         if site_parts(site)[0] >= 0:
             index = operator.site_index(site)
-            return cls(layer, name, operator.sites[index], index)
+            return cls(layer, name, site, operator.sites[index], index)
         for index, step in enumerate(operator.steps):
             own = tuple(b for b in step.branches if b.has_heads == heads)
             if step.layer == layer and own:
-                return cls(layer, name, site, index, step, own)
+                return cls(layer, name, site, site, index, step, own)
         last = operator.steps[-1].layer
         lack = f"its last block is {last}" if layer > last else "that block has no MLP"
         raise ValueError(f"This model has no {site!r}: {lack}. Pass a dictionary of this model.")
@@ -137,23 +143,58 @@ class Place:
             return range(start, start + len(self.branches[0].body.nodes()))
         return range(start, start + sum(map(_writers, self.branches)))
 
-    def state(self, operator: FrozenTransformer, capture: Capture) -> Float[Tensor, "batch pos d"]:
+    def state(
+        self, operator: FrozenTransformer, capture: Capture, read: bool = False
+    ) -> Float[Tensor, "batch pos d"]:
         """What stands at the place in the run.
+
+        Args:
+            operator: The operator of the run.
+            capture: The captured run.
+            read: Whether to give what a spliced SAE read there, and not what it gave back.
+
+        Returns:
+            The values in the dtype of the operator.
+        """
+        splice = self.splice(operator, capture)
+        if self.step is None:
+            found = state_at(operator, capture, self.index)
+            return found if splice is None or not read else found - splice
+        x = capture.frame.cast(self.step.state)
+        first, *others = self.branches
+        if self.name == "z":
+            found = first.body.hidden_in_run(first.read(x))
+        else:
+            found = sum((_output(b, x) for b in others), _output(first, x))
+        return found if splice is None or read else found + splice
+
+    def splice(
+        self, operator: FrozenTransformer, capture: Capture
+    ) -> Float[Tensor, "batch pos d"] | None:
+        """What an SAE of SAELens that is spliced in here changed in the run, or None.
 
         Args:
             operator: The operator of the run.
             capture: The captured run.
 
         Returns:
-            The values in the dtype of the operator.
+            What the SAE gave back less what it read.
         """
-        if self.step is None:
-            return state_at(operator, capture, self.index)
-        x = capture.frame.cast(self.step.state)
+        edits: Sequence[Shift] = ()
         if self.name == "z":
-            (branch,) = self.branches
-            return branch.body.hidden_in_run(branch.read(x))
-        return sum((_output(b, x) for b in self.branches[1:]), _output(self.branches[0], x))
+            edits = tuple(self.branches[0].body.edits.values())
+        elif self.step is not None:
+            edits = self.step.edits
+        elif self.index == 0:
+            return capture.embeddings.get(self.splice_name)
+        else:
+            edits = operator.steps[self.index - 1].edits
+        return next((edit.constant for edit in edits if edit.name == self.splice_name), None)
+
+    @property
+    def splice_name(self) -> str:
+        """The name of the constant that a spliced SAE leaves here."""
+        return f"L{self.layer}.{self.site.rpartition('.')[2]}[sae]"
 
     def past(self, trace: Trace) -> Float[Tensor, "batch pos"]:
         """⟨covector, the residual before the sublayer and what stands beside it⟩, by position."""
@@ -179,6 +220,7 @@ class Place:
         if self.step is not None:
             names |= {edit.name for edit in self.step.edits} | self.step.own.keys()
             names.update(*(b.outside_names() for b in self.branches if self.name == "z"))
+            names.discard(self.splice_name)  # in what goes on from here
         yield from (name for name in trace.effects if name in names)
 
 
@@ -217,7 +259,7 @@ def input_of(
     """
     site = dictionary.site
     if place_of(site)[0] >= 0:
-        return Place.of(site, operator).state(operator, capture)
+        return Place.of(site, operator).state(operator, capture, read=True)
     number, _, point = site.removeprefix("blocks.").partition(".")
     layer = int(number) if number.isdecimal() else -1
     if layer < 0 or point not in MLP_INPUTS:

@@ -194,7 +194,7 @@ class Node:
         if text in (*SOURCES, "input", "logits"):
             return cls(text)
         if text in ("b_U", "ln_final.b", "softmax", EMBED_NORM_BIAS) or (
-            text.endswith("[user]") and text[0] != "L"
+            text.endswith(("[user]", "[sae]")) and text[0] != "L"
         ):
             return cls("constant", name=text)
         if text in _HEAD:

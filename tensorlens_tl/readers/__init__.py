@@ -43,6 +43,7 @@ from .hook_points import (
     Read,
     alone,
     in_this_thread,
+    is_spliced,
     norm_eps,
     with_graph,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "hooked_weights",
     "in_this_thread",
     "inner",
+    "is_spliced",
     "joined_mlp",
     "linear_weights",
     "norm_eps",

@@ -6,7 +6,7 @@ Names are those of TransformerLens, without the number of the block. Both host c
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from ..graph import EMBED_NORM_BIAS, FINAL_SITE, SOURCES, resid_site
 from ..maps import NormWeights, version
 from ..operator import Prompts
 from ..sublayers import ModelWeights
+from .module_tree import SPLICED
 
 Read = tuple[int | None, str]
 """What is read, and in which layer: (3, "pattern"), (None, "embed")."""
@@ -184,7 +185,7 @@ def edited_labels(
     points: dict[int, str] = {}  # a hook point of the Bridge has several names
     for name, own in names.items():
         point = hooks.get(prefix + own)
-        if point is not None and _is_edited(point):
+        if point is not None and (_is_edited(point) or is_spliced(hooks, prefix + own)):
             points.setdefault(id(point), name.removeprefix("attn.").removeprefix("mlp."))
     return tuple(points.values())
 
@@ -199,7 +200,7 @@ def foreign_hooks(hooks: Mapping[str, Any], model: nn.Module) -> list[str]:
     Returns:
         Names of the hook points and modules, each once.
     """
-    points = {id(point): name for name, point in hooks.items() if _is_edited(point)}
+    points = {id(p): name for name, p in hooks.items() if _is_edited(p) or is_spliced(hooks, name)}
     for name, module in model.named_modules():
         own = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         # Functions that are written in C, such as list.append, have no module.
@@ -208,6 +209,11 @@ def foreign_hooks(hooks: Mapping[str, Any], model: nn.Module) -> list[str]:
         if made_by - {"transformer_lens", "transformers", "tensorlens_tl"}:
             points.setdefault(id(module), name)
     return list(points.values())
+
+
+def is_spliced(hooks: Mapping[str, Any], name: str) -> bool:
+    """Whether an SAE of SAELens stands in place of a hook point."""
+    return f"{name}.{SPLICED}" in hooks
 
 
 def _is_edited(point: Any) -> bool:
@@ -359,7 +365,8 @@ class HookReader:
         Returns:
             Labels of the hook points, by (layer, stage); see ``hook_points.EDITS``.
         """
-        if not any(point.fwd_hooks for point in self.hooks.values()):
+        spliced = any(name.endswith(f".{SPLICED}") for name in self.hooks)
+        if not spliced and not any(point.fwd_hooks for point in self.hooks.values()):
             return {}
         found: dict[Read, tuple[str, ...]] = {(None, "normalized"): self._final_edits()}
         for layer, block in enumerate(self.model.blocks):
@@ -369,6 +376,13 @@ class HookReader:
                     self.hooks, f"blocks.{layer}.", host_names(names, own)
                 )
         return {read: labels for read, labels in found.items() if labels}
+
+    def edit_suffix(self, layer: int | None, labels: Sequence[str]) -> str:
+        """How the constant of an edit ends: "[sae]" if one spliced SAE made it, else "[user]"."""
+        start = "" if layer is None else f"blocks.{layer}."
+        names = [f"{start}{inside}{labels[0]}" for inside in ("", "attn.", "mlp.")]
+        spliced = len(labels) == 1 and any(is_spliced(self.hooks, name) for name in names)
+        return "[sae]" if spliced else "[user]"
 
     def _final_edits(self) -> tuple[str, ...]:
         if self.weights.unembed.head is not None:  # these hook points are inside the head

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+SPLICED = "hook_sae_output"
+"""Hook point at which an SAE of SAELens ends that stands in place of a hook point."""
+
 _KNOWN = "_tensorlens_modules"
 """Attribute of a host that holds what was found of it last."""
 
@@ -61,7 +64,11 @@ class ModuleTree:
             own = named if inner is model else tuple(inner.named_modules())
             holders = list({id(m): m._modules for _, m in (*named, *own)}.values())
             children = holders, _parts(holders)
-            known = vars(model)[_KNOWN] = cls(children, state, named, own, dict(model.hook_dict))
+            hooks = dict(model.hook_dict)
+            # An SAE that SAELens spliced in stands in place of a hook point.
+            for name in [n for n in hooks if n.endswith(f".{SPLICED}")]:
+                hooks.setdefault(name.removesuffix(f".{SPLICED}"), hooks[name])
+            known = vars(model)[_KNOWN] = cls(children, state, named, own, hooks)
         return known
 
 

@@ -134,7 +134,8 @@ class Recorder:
         if change.abs().max() <= 0.1 * self.check.tolerance * seen.abs().max():
             return None
         prefix = "" if layer is None else f"L{layer}."
-        return Shift(self.frame, change, f"{prefix}{'+'.join(labels)}[user]")
+        suffix = self.adapter.edit_suffix(layer, labels)
+        return Shift(self.frame, change, f"{prefix}{'+'.join(labels)}{suffix}")
 
     # --- Block by block
 

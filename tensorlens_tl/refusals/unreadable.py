@@ -32,6 +32,8 @@ def check_weights(named: Iterable[tuple[str, Any]]) -> None:
         elif any(t is not None and t.is_meta for t in tensors):
             problem = f"The weights of {name or 'the model'} are on the meta device, without values"
             remedy = "Load the model with its weights, whole on one device."
+        elif "hook_sae_output" in own["_modules"]:  # an SAE of SAELens, which is read there
+            continue
         elif name.rpartition(".")[2].startswith("hook_"):
             problem = (
                 f"A module {type(module).__name__} stands at {name} in place of the hook point"
