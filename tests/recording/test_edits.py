@@ -1,10 +1,13 @@
 """Runs that the user's own hooks edit: frozen as seen, or a constant source of its own."""
 
+from collections import Counter
+
 import pytest
 import torch
 from comparisons import assert_close
 from models import (
     BRIDGE,
+    CASES,
     ORACLE,
     PER_SHAPE,
     SHAPES,
@@ -150,6 +153,33 @@ def test_an_edit_that_the_host_discards_is_refused(case):
             return
         with pytest.raises(CaptureMismatchError, match=r"mixing.* your own hooks at .*pattern"):
             tensorlens_tl.capture(model, tokens())
+
+
+@pytest.mark.offered(build_bridge_from_module is not None)
+def test_a_hook_at_any_other_point_of_a_bridge():
+    """What never fires or is dropped changes nothing; what changes the run is in it or refused."""
+    case = CASES["bridge-neox"]
+    model, known = case.model(), {name for names in EDITS.values() for name in names}
+    found = Counter()
+    for name in model.hook_dict:
+        if name.startswith("blocks.0.") or name.removeprefix("blocks.1.") in known:
+            continue
+        fired = []
+
+        def edit(x, hook, fired=fired):
+            fired.append(hook)
+            return add_noise(x, hook) if x.is_floating_point() else None
+
+        try:
+            with quiet(), torch.no_grad(), model.hooks(fwd_hooks=[(name, edit)]):
+                logits, lens = tensorlens_tl.capture(model, tokens())
+        except ValueError:  # the host's own, for flags that are off, or ours
+            found["refused"] += 1
+            continue
+        assert lens.completeness_error <= case.tol(), name
+        found["served" if fired else "never fired"] += 1
+        assert fired or torch.equal(logits, lens_of(case).logits), name
+    assert found["never fired"] >= 4 and found["served"] >= 15, found
 
 
 @pytest.mark.offered(build_bridge_from_module is not None)
