@@ -5,6 +5,8 @@
 2. Train a top-k dictionary on it with Adam, and save it as SAELens does.
 3. Split the targets of 20 prompts a task by feature: how far the sum is off, what features, the
    error and constants carry, and the processor time beyond the sweep.
+
+With --cost nothing is trained: a random model of GPT-2's shape is split by 16 d random features.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -100,15 +104,61 @@ def measure(model: Any, sae: features.FeatureDictionary, n: int) -> None:
         print(f"{'':>14}with the encoding {extra / n:.2f} times the processor time of the sweep")
 
 
+def cost() -> None:
+    """Print what a site of 16 d features costs in forward passes, in processor time."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=5000, bos_token_id=None, eos_token_id=None)
+    model = tensorlens_tl.wrap(transformers.GPT2LMHeadModel(config).eval())
+    ids, d = torch.randint(0, 5000, (1, 100)), config.n_embd
+    W = torch.nn.functional.normalize(torch.randn(16 * d, d), dim=-1)
+    parts = {"W_enc": W.T, "W_dec": W, "b_enc": W[:, 0] * 0, "b_dec": W[0] * 0}
+    top = {"architecture": "topk", "k": 32}
+    found = features.load(parts, site="blocks.6.hook_resid_pre", config=top)
+    sae = cast(features.FeatureDictionary, found)
+    with torch.no_grad():
+        forward = seconds(lambda: model(ids))
+        _, lens = tensorlens_tl.capture(model, ids)
+        x = lens.operator.states()["blocks.6.hook_resid_pre"]
+        encoding = seconds(lambda: sae.encode(x))
+
+        def reading() -> None:
+            vars(lens).pop("_read", None)
+            lens.attribute(3, by="feature", saes=sae)
+
+        both = seconds(reading)  # the sweep is kept, as the target is the same
+        split = seconds(lambda: lens.attribute(3, by="feature", saes=sae))
+    print(f"{sae}, 100 tokens, 32 features each; in forward passes:")
+    print(f"  the split beyond the sweep {split / forward:.3f}; the encoder's product")
+    rest = (both - split - encoding) / forward
+    print(f"  {encoding / forward:.3f}; reading what fires and its error {rest:.3f}")
+
+
+def seconds(work: Callable[[], Any], times: int = 5) -> float:
+    """The least processor time of some runs."""
+    found = []
+    for _ in range(times):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", choices=("demo", "smollm2"), default="demo")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="the folder that is written")
+    parser.add_argument("--cost", action="store_true", help="measure the cost alone")
     parser.add_argument("--text", type=Path, help="a text file; its lines are what is read")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--features", type=int, default=512)
     parser.add_argument("--k", type=int, default=16)
     options = parser.parse_args()
+    if options.cost:
+        cost()
+        return
+    if options.out is None:
+        parser.error("--out is missing. Name a folder, or pass --cost.")
     bundled = options.model == "demo"
     model = demo.load_model() if bundled else tensorlens_tl.models.smollm2()
     if options.text is not None:

@@ -206,10 +206,10 @@ def _label(capture: Capture, source: Source, prompt: int, read: bool) -> str:
     start, stop = capture.frame.spans[prompt]
     if not start <= source.pos < stop:
         return "padding"
-    pos = source.pos - start
-    token = place_label(capture.prompts.strings[prompt][pos], pos)
-    kind = getattr(source.node, "kind", "")
-    if kind in CONTENTS:
-        return token
+    pos, kind = source.pos - start, getattr(source.node, "kind", "")
     # A head's direct effect is split over the positions that the head read.
-    return f"{source.node} ← {token}" if read and kind == "head" else f"{source.node}@{pos}"
+    reads = read and kind == "head"
+    if kind not in CONTENTS and not reads:
+        return f"{source.node}@{pos}"
+    token = place_label(capture.prompts.strings[prompt][pos], pos)
+    return f"{source.node} ← {token}" if reads else token

@@ -9,9 +9,9 @@ Key concepts:
 
 from .dictionary import Feature, FeatureDictionary
 from .edges import by_feature_edge
-from .reading import Reading
+from .reading import Reading, check_fits
 from .sources import load
-from .splits import by_feature, error_shares
+from .splits import by_feature, error_shares, plan_by_feature
 from .targets import feature_target, site_of_target
 
 __all__ = [
@@ -20,8 +20,10 @@ __all__ = [
     "Reading",
     "by_feature",
     "by_feature_edge",
+    "check_fits",
     "error_shares",
     "feature_target",
     "load",
+    "plan_by_feature",
     "site_of_target",
 ]

@@ -10,7 +10,7 @@ what a sublayer adds to it. Then what goes past the sublayer is a row, too.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,10 +23,15 @@ from ..attribution import (
     check_sum,
 )
 from ..checks import spelled
+from ..costs import Cost, Plan
 from ..graph import Node
 from ..maps import TINY
+from ..operator import FrozenTransformer
+from .dictionary import CHUNK_BYTES, FeatureDictionary
 from .reading import Reading
 
+ROW_BYTES = 400
+"""Bytes of a row's source and label."""
 MOST_ERROR = 0.5
 """The share of Σ|rows| from which on a dictionary's errors are warned about."""
 
@@ -109,6 +114,38 @@ def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
     return shares
 
 
+def plan_by_feature(
+    operator: FrozenTransformer,
+    dictionaries: Sequence[FeatureDictionary],
+    known: Mapping[FeatureDictionary, Reading],
+    what: str,
+) -> Plan:
+    """Predict what a split by feature costs: the sweep, and every dictionary read and multiplied.
+
+    Args:
+        operator: The operator of the run.
+        dictionaries: The SAEs and transcoders.
+        known: What is read already. Of others at most k features fire at a position, or all.
+        what: Name of what is planned, for display.
+
+    Returns:
+        The plan. Nothing has run but products that measure the machine.
+    """
+    frame, cost, kept = operator.frame, Cost(), 0
+    rows, size = frame.batch * frame.n_pos, frame.dtype.itemsize
+    for one in dictionaries:
+        read, d_out = known.get(one), one.W_dec.shape[-1]
+        n = rows * (one.k or one.d_sae) if read is None else len(read.at)
+        cost.product += 2 * n * d_out  # ⟨covector, d⟩ of what fires
+        if read is None:  # encoded, and the error in float64
+            cost.product += 2 * rows * one.d_in * one.d_sae + 2 * n * d_out
+            cost.moved += 3 * rows * one.d_sae + 4 * n * d_out
+        cost.moved += 2 * n * d_out
+        cost.calls += 100 + n  # a row of the table each
+        kept += n * (16 + 2 * size + ROW_BYTES) + 3 * rows * d_out * size + 2 * CHUNK_BYTES
+    return operator.plan_pull(what, cost, kept)
+
+
 def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBuilder:
     operator, trace, place = gradient.operator, gradient.trace, reading.place
     reading.check_below(operator)
@@ -120,7 +157,8 @@ def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBu
     values.index_add_(0, (reading.at // n_pos) * len(keys) + rows, reading.shares(g))
     d_sae = reading.dictionary.d_sae
     pairs = [divmod(key, d_sae) for key in keys.tolist()]
-    table.sources += [Source(reading.node(feature), pos) for pos, feature in pairs]
+    nodes = {feature: reading.node(feature) for feature in {feature for _, feature in pairs}}
+    table.sources += [Source(nodes[feature], pos) for pos, feature in pairs]
     table.values.append(values.view(batch, -1))
     # 2. What the dictionary adds everywhere, and what it leaves out.
     for node, effect in reading.beside(g).items():
@@ -141,11 +179,13 @@ def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBu
 
 def _warn(reading: Reading, part: Attribution) -> None:
     """Say so where a dictionary leaves out more than it explains."""
-    past, error = reading.beside_node("past"), reading.beside_node("error")
-    rows = [i for i, source in enumerate(part.sources) if source.node != past]
-    errors = [i for i in rows if part.sources[i].node == error]
+    kinds = [getattr(source.node, "kind", "") for source in part.sources]
     size = part.values.abs()
-    share = float(size[:, errors].sum() / size[:, rows].sum().clamp_min(TINY))
+    past, errors = (
+        size[:, [i for i, own in enumerate(kinds) if own == kind]].sum()
+        for kind in ("past", "error")
+    )
+    share = float(errors / (size.sum() - past).clamp_min(TINY))
     if share > MOST_ERROR:
         warnings.warn(
             f"The error of {reading.dictionary} is {share:.0%} of Σ|·|, more than its features. "

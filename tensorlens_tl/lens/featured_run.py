@@ -7,7 +7,15 @@ from functools import cached_property
 
 from ..attribution import Attribution, TargetGradient
 from ..checks import spelled
-from ..features import FeatureDictionary, Reading, by_feature, by_feature_edge
+from ..costs import Plan
+from ..features import (
+    FeatureDictionary,
+    Reading,
+    by_feature,
+    by_feature_edge,
+    check_fits,
+    plan_by_feature,
+)
 from .frozen_run import FrozenRun
 
 SAEs = FeatureDictionary | Sequence[FeatureDictionary] | None
@@ -30,17 +38,30 @@ class FeaturedRun(FrozenRun):
 
     def _readings(self, saes: SAEs) -> list[Reading]:
         """The features of each SAE in this run, computed once."""
-        given = [saes] if isinstance(saes, FeatureDictionary) else list(saes or ())
-        if not given or not all(isinstance(sae, FeatureDictionary) for sae in given):
-            raise ValueError(
-                f"saes={saes!r} names no SAE. Pass what tensorlens_tl.features.load gives, or a "
-                "list of such."
-            )
+        given = _listed(saes)
         for sae in given:
             if sae not in self._read:
                 self._read[sae] = Reading.of(sae, self.capture, self._operator)
         return [self._read[sae] for sae in given]
 
+    def _plan_by_feature(self, saes: SAEs, what: str) -> Plan:
+        """What a split by feature will cost."""
+        given = _listed(saes)
+        for sae in given:
+            check_fits(sae, self.capture)
+        return plan_by_feature(self._operator, given, self._read, what)
+
     @cached_property
     def _read(self) -> dict[FeatureDictionary, Reading]:
         return {}
+
+
+def _listed(saes: SAEs) -> list[FeatureDictionary]:
+    """The dictionaries that were given, at least one."""
+    given = [saes] if isinstance(saes, FeatureDictionary) else list(saes or ())
+    if not given or not all(isinstance(sae, FeatureDictionary) for sae in given):
+        raise ValueError(
+            f"saes={saes!r} names no SAE. Pass what tensorlens_tl.features.load gives, or a list "
+            "of such."
+        )
+    return given

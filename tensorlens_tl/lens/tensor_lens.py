@@ -343,8 +343,9 @@ class TensorLens(PicturedRun):
             what: A method of the operator's own for :meth:`token_matrix` ("norm", "in", "out",
                 "in_out"), "attribute", "discover", "score_edges", or "block", "to_dense",
                 "frobenius_norm", "svd" or "spectral_norm". Of attribute it is one sweep, which
-                splits by token need, or a split by edge. Of :func:`tensorlens_tl.score_edges` it
-                is the runs of the real model for prompts as many and as long as the lens's.
+                splits by token need, or a split by edge or feature. Of
+                :func:`tensorlens_tl.score_edges` it is the runs of the real model for prompts as
+                many and as long as the lens's.
             **arguments: The arguments that the call itself would get. Of score_edges these are
                 ``method`` and ``steps``.
 
@@ -381,6 +382,8 @@ class TensorLens(PicturedRun):
                     "Baselines of attribute can be planned by edge alone. Plan by='edge', which "
                     "takes longer, or leave baseline= out."
                 )
+            if given.get("by") == "feature":
+                return self._plan_by_feature(given["saes"], what)
             return self.operator.plan_pull(what)
         if what not in OPERATOR_METHODS:
             known = ("attribute", "discover", "score_edges", *OPERATOR_METHODS, *PLANNED)

@@ -260,3 +260,25 @@ def test_a_bad_dictionary_is_warned_about_and_a_wrong_one_refused():
         features.error_shares(lens.attribute(3))
     with pytest.raises(ValueError, match="no token and no direction"):
         lens.attribute(object())
+
+
+def test_a_plan_counts_what_fires_or_may_fire():
+    lens = lens_of(CASE)
+    sweep = lens.plan("attribute")
+    few, many = (dictionary("topk", site=PRE, d_sae=d_sae) for d_sae in (256, 1024))
+    small, large = (lens.plan("attribute", by="feature", saes=sae) for sae in (few, many))
+    encoding = 2 * 14 * D * (1024 - 256)
+    assert large.flops - small.flops == encoding and small.flops > sweep.flops
+    both = lens.plan("attribute", by="feature", saes=[few, many])
+    assert both.flops - small.flops == large.flops - sweep.flops
+    assert both.peak_bytes > small.peak_bytes > sweep.peak_bytes
+    sparse = dictionary("jumprelu", site=PRE, d_sae=1024)  # all may fire, until it is read
+    before = lens.plan("attribute", by="feature", saes=sparse)
+    found = lens.attribute(3, by="feature", saes=sparse)
+    after = lens.plan("attribute", by="feature", saes=sparse)
+    fired = int((sparse.encode(lens.operator.states()[PRE]) != 0).sum())
+    assert found.values.shape[1] < 14 * 1024 and after.flops == sweep.flops + 2 * fired * D
+    assert after.peak_bytes < before.peak_bytes
+    for saes, match in ((None, "names no SAE"), (dictionary(site="blocks.1.hook_q"), "no output")):
+        with pytest.raises(ValueError, match=match):
+            lens.plan("attribute", by="feature", saes=saes)
