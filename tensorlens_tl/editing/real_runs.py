@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..attribution import TargetGradient
 from ..checks import spelled
 from ..circuits import Faithfulness
 from ..features import Feature, Reading
 from ..hosts import Adapter, adapt
-from ..operator import Capture, Prompts
+from ..operator import Capture, FrozenTransformer, Prompts
 from ..readers import alone, is_spliced
 from ..recording import freeze
 from .goals import Goal
@@ -254,7 +255,7 @@ def faithfulness_of_features(
     capture: Capture,
     goal: Goal,
     readings: Sequence[Reading],
-    kept: Sequence[Feature],
+    kept: Sequence[Feature] | int,
     ablation: str,
     corrupted: Sequence[Reading] | None,
     seed: int,
@@ -266,7 +267,7 @@ def faithfulness_of_features(
         capture: The captured run.
         goal: The target that is measured.
         readings: The features of every site in the run.
-        kept: The features of the circuit.
+        kept: The features of the circuit, or how many of the largest predicted effects.
         ablation: What replaces the others' activations, one of :data:`REPLACED`.
         corrupted: The features of every site in another run, for "resample".
         seed: Seed of the bootstrap over prompts.
@@ -284,6 +285,10 @@ def faithfulness_of_features(
             f"ablation={ablation!r} and corrupted= do not go together. Pass corrupted= with "
             "ablation='resample', and only there."
         )
+    others = corrupted or readings
+    replaced = [_replaced(r, o, ablation) for r, o in zip(readings, others, strict=True)]
+    if isinstance(kept, int):
+        kept = _largest(kept, capture, goal, readings, replaced)
     sites = {reading.dictionary: set() for reading in readings}
     for one in kept:
         if not isinstance(one, Feature) or one.dictionary not in sites:
@@ -294,8 +299,6 @@ def faithfulness_of_features(
     for reading in readings:
         require_point(adapter, reading.dictionary.writes)
         require_hook(adapter, reading.dictionary.site)
-    others = corrupted or readings
-    replaced = [_replaced(r, o, ablation) for r, o in zip(readings, others, strict=True)]
     full = goal.on(capture).value
     found = []
     for keep in (sites, {dictionary: set() for dictionary in sites}):
@@ -327,6 +330,29 @@ def faithfulness_of_features(
         first_token=capture.convention.first_token,
         parts="features",
     )
+
+
+def _largest(
+    n: int,
+    capture: Capture,
+    goal: Goal,
+    readings: Sequence[Reading],
+    replaced: Sequence[Float[Tensor, "batch pos d_sae"]],
+) -> list[Feature]:
+    """The features whose replacement moves the target most: Σ (z′ − z) ⟨g, d⟩, mean of prompts."""
+    trace = TargetGradient(capture, FrozenTransformer.of(capture), goal.on(capture)).trace
+    every: list[Feature] = []
+    effects: list[Tensor] = []
+    for reading, other in zip(readings, replaced, strict=True):
+        one, g = reading.dictionary, reading.place.covectors(trace)
+        moved = (other - _replaced(reading, reading, "resample")) * (g @ one.W_dec.to(g).T)
+        moved = moved.flatten(0, 1) * reading.unscale[:, None]
+        effects.append(moved.sum(0).abs())
+        every += [Feature(one, i) for i in range(one.d_sae)]
+    if not 0 <= n <= len(every):
+        raise ValueError(f"keep={n} is no number of features. Pass one up to {len(every)}.")
+    order = torch.cat(effects).topk(n).indices.tolist()
+    return [every[i] for i in order]
 
 
 def _replaced(reading: Reading, other: Reading, ablation: str) -> Float[Tensor, "batch pos d_sae"]:

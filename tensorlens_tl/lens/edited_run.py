@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attribution import TargetLike
-from ..checks import spelled
+from ..checks import is_int, spelled
 from ..circuits import Faithfulness
 from ..editing import (
     Asked,
@@ -339,7 +339,7 @@ class EditedRun(AttributedRun):
         self,
         model: Any,
         saes: SAEs,
-        keep: Sequence[Feature],
+        keep: Sequence[Feature] | int,
         target: TargetLike | Sequence[TargetLike] = None,
         versus: TargetLike | Sequence[TargetLike] = None,
         pos: int = -1,
@@ -355,8 +355,10 @@ class EditedRun(AttributedRun):
 
         Args:
             model: The model of the lens, with the weights it had then.
-            saes: One SAE of a residual site, or several.
-            keep: The features that stay, such as ``[sae.feature(17)]``.
+            saes: One SAE, or several, of the residual or of what sublayers write.
+            keep: The features that stay, such as ``[sae.feature(17)]``; or how many: those whose
+                replacement is predicted to move the target most, |Σ (z′ − z) ⟨g, d⟩| with g the
+                covector of the target at the site.
             target: As in :meth:`covector`.
             versus: What is subtracted from the target, or None.
             pos: Position of the prediction among the real tokens; −1 is the last.
@@ -387,8 +389,9 @@ class EditedRun(AttributedRun):
         self._check_ready()
         goal, readings = Goal.of(self.capture, target, versus, pos), self._readings(saes)
         others = None if corrupted is None else corrupted._readings(saes)
+        kept = int(keep) if is_int(keep) else list(keep)  # type: ignore[arg-type]
         return faithfulness_of_features(
-            model, self.capture, goal, readings, list(keep), ablation, others, seed
+            model, self.capture, goal, readings, kept, ablation, others, seed
         )
 
     def _asked(

@@ -100,6 +100,27 @@ def test_circuits_of_features_are_runs_of_the_real_model(ablation):
     assert_close(whole.circuit, found.full, ROUNDING)
 
 
+@pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
+def test_a_number_keeps_the_features_of_the_largest_predicted_effects(ablation):
+    lens, model, sae = lens_of(CASE), CASE.model(), dictionary("layer norm", site=PRE)
+    with quiet(), torch.no_grad():
+        other = tensorlens_tl.capture(model, tokens(seed=1))[1]
+    corrupted = other if ablation == "resample" else None
+    x, y = (each.operator.states()[PRE] for each in (lens, other))
+    z, there = sae.encode(x), sae.encode(y)
+    new = {"zero": 0 * z, "mean": z.mean((0, 1)).expand_as(z), "resample": there}[ablation]
+    g = lens.covector(3, versus=5, site=PRE) * sae.normed(x).unscale
+    effects = torch.einsum("bpf,bpd,fd->f", new - z, g, sae.W_dec).abs()
+    kept = [sae.feature(int(i)) for i in effects.argsort(descending=True)[:9]]
+    options = {"ablation": ablation, "corrupted": corrupted}
+    ours = lens.feature_faithfulness(model, sae, 9, 3, 5, **options)
+    theirs = lens.feature_faithfulness(model, sae, kept, 3, 5, **options)
+    assert ours.n_edges == 9 and torch.equal(ours.circuit, theirs.circuit)
+    assert not torch.equal(ours.circuit, ours.ablated)
+    with pytest.raises(ValueError, match="keep=129 is no number of features"):
+        lens.feature_faithfulness(model, sae, 129, 3, 5, **options)
+
+
 def test_a_run_with_an_sae_spliced_in_has_its_error_as_a_constant():
     model, sae = CASE.model(), dictionary("gated", site=PRE)
     with quiet(), torch.no_grad(), model.hooks(fwd_hooks=sae.hooks()):
