@@ -8,38 +8,33 @@ from typing import Any
 
 import torch
 
-from ..attribution import TargetLike, check_comparable, plan_edges, resolve
-from ..checks import bound, kind_of, spelled
+from ..attribution import TargetLike, check_comparable, resolve
+from ..checks import kind_of, spelled
 from ..circuits import (
     Circuit,
     ModelInfo,
     Subgraph,
     circuit_from_names,
     edge_scores,
-    plan_score_edges,
     select_circuit,
 )
-from ..costs import Plan
 from ..graph import Edge, Node
 from ..methods import (
-    OPERATOR_METHODS,
     LogitLens,
     Routing,
     TokenMatrix,
     TokenScores,
     logit_lens,
-    plan_token_matrix,
     token_matrix,
     token_scores,
 )
-from ..operator import PLANNED
 from ..saving import load_capture, save_capture
-from .pictured_run import PicturedRun
+from .planned_run import PlannedRun
 from .write_check import WriteCheck
 
 
 @spelled
-class TensorLens(PicturedRun):
+class TensorLens(PlannedRun):
     """One run of a transformer as an exact linear map, and every question to it as one call.
 
     A lens is made by ``model.run_with_tensorlens(prompt)`` or :func:`tensorlens_tl.capture`. Three
@@ -335,61 +330,6 @@ class TensorLens(PicturedRun):
             layer=0 has no mixture of experts. No layer of this model has one.
         """
         return Routing.of(self.capture, layer)
-
-    def plan(self, what: str, **arguments: Any) -> Plan:
-        """Estimate what a computation will cost, before it runs.
-
-        Args:
-            what: A method of the operator's own for :meth:`token_matrix` ("norm", "in", "out",
-                "in_out"), "attribute", "discover", "score_edges", or "block", "to_dense",
-                "frobenius_norm", "svd" or "spectral_norm". Of attribute it is one sweep, which
-                splits by token need, or a split by edge or feature. Of
-                :func:`tensorlens_tl.score_edges` it is the runs of the real model for prompts as
-                many and as long as the lens's.
-            **arguments: The arguments that the call itself would get. Of score_edges these are
-                ``method`` and ``steps``.
-
-        Returns:
-            Time, flops, peak memory and chunks. The machine's rates are measured on products of
-            these shapes, in a fraction of a second.
-
-        Raises:
-            ValueError: If the call itself would be refused.
-
-        Example:
-            >>> from tensorlens_tl import demo
-            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
-            >>> lens.plan("norm").flops > 0
-            True
-        """
-        if what in PLANNED:
-            return self.operator.plan(what, **arguments)
-        if what == "score_edges":
-
-            def score_edges(method: str = "eap", steps: int = 5) -> Plan:
-                return plan_score_edges(self.capture, self.operator, method, steps)
-
-            return score_edges(**bound(score_edges, arguments))
-        if what in ("attribute", "discover"):
-            given = bound(getattr(self, what), arguments)
-            baseline = given.get("baseline", given.get("corrupted"))
-            at = None if baseline is None else given["at"] or "secant"
-            if given.get("by", "edge") == "edge":
-                embeddings = len(self.capture.embeddings)
-                return plan_edges(self.operator, embeddings, at, given["qk"], what)
-            if at is not None:
-                raise ValueError(
-                    "Baselines of attribute can be planned by edge alone. Plan by='edge', which "
-                    "takes longer, or leave baseline= out."
-                )
-            if given.get("by") == "feature":
-                return self._plan_by_feature(given["saes"], what)
-            return self.operator.plan_pull(what)
-        if what not in OPERATOR_METHODS:
-            known = ("attribute", "discover", "score_edges", *OPERATOR_METHODS, *PLANNED)
-            known = ", ".join(known)
-            raise ValueError(f"There is no plan of {what!r}. Use one of {known}.")
-        return plan_token_matrix(what, self.capture, self.operator, **arguments)
 
     # --- In a file
 

@@ -302,8 +302,15 @@ class FrozenTransformer(StepChain):
         sites = tuple(reversed(covectors)), tuple(reversed(written))
         return Trace(*sites, tuple(reversed(kept)), top, effects)
 
-    def plan_pull(self, what: str = "pull", more: Cost | None = None, kept: int = 0) -> Plan:
-        """Predict what one transposed sweep of :meth:`pull` costs, all positions kept.
+    def plan_pull(
+        self,
+        what: str = "pull",
+        more: Cost | None = None,
+        kept: int = 0,
+        many: int = 1,
+        apart: bool = False,
+    ) -> Plan:
+        """Predict what a transposed sweep of :meth:`pull` costs, all positions kept.
 
         With a graph that includes what autograd keeps of the sweep, and the backward pass.
 
@@ -311,22 +318,25 @@ class FrozenTransformer(StepChain):
             what: Name of what is planned, for display.
             more: Work beside the sweep; it is counted up.
             kept: Memory beside the sweep's, in bytes.
+            many: Number of covectors that are swept together.
+            apart: Whether they start at different positions.
 
         Returns:
             The plan. Nothing has run but products that measure the machine.
         """
         frame, D, cost = self.frame, self.in_dim, more or Cost()
-        rows = frame.batch * frame.n_pos
+        rows = many * frame.batch * frame.n_pos
         for step in self.steps:
             # In the last layer the covector is at one position until attention spreads it.
-            top = frame.batch if step.layer == self.steps[-1].layer else rows
+            last = step.layer == self.steps[-1].layer and not apart
+            top = many * (frame.batch if last else frame.batch * frame.n_pos)
             for b in (b for stage in stages_of(step.map) for b in shape_of(stage, True)):
                 below = rows if b.heads else top
                 cost.product += 2 * D * (top * b.width_in + below * b.width_out)
                 cost.moved += D * (b.width_in + b.width_out) + rows * (3 * D + b.width_in)
                 cost.calls += 20
                 if b.heads:
-                    cells = b.heads * frame.batch * frame.n_pos**2
+                    cells = b.heads * rows * frame.n_pos
                     cost.mixing += 2 * cells * (b.width_in // b.heads + b.score)
                 if frame.graph:  # what entered each product, norm and gate
                     per_row = 2 * D * below + (b.width_in + b.width_out) * (top + below)

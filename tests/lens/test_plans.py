@@ -38,7 +38,15 @@ def test_what_is_not_planned():
         ("score_edges", {"method": "eep"}, "method='eep' does not exist. Use one of eap"),
         ("score_edges", {"steps": 0}, "steps=0 is not an integer ≥ 1"),
         ("score_edges", {"model": 3}, "no argument model= of score_edges. Use method, steps"),
-        ("faith", {}, "no plan of 'faith'. Use one of attribute, discover, score_edges, norm"),
+        ("faith", {}, "no plan of 'faith'. Use one of capture, attribute, attribute_many"),
+        ("paths", {}, "no plan of 'paths', as its search goes as far .* Pass max_expansions="),
+        ("faithfulness", {}, "no plan of 'faithfulness', as it runs the real model"),
+        ("evaluate", {}, "no plan of 'evaluate', as it runs the real model"),
+        ("token_scores", {}, "no plan of 'token_scores', as methods differ"),
+        ("token_matrix", {"name": "rollout"}, "There is no plan of 'rollout'. Use one of"),
+        ("capture", {"pattern": "kept"}, "pattern='kept' is not known"),
+        ("capture", {"n_pos": 0}, "n_pos=0 is not an integer ≥ 1"),
+        ("attribute_many", {"bye": "edge"}, "Did you mean by=?"),
     ):
         with pytest.raises(ValueError, match=match):
             lens.plan(what, **wrong)
@@ -48,6 +56,45 @@ def flops(call):
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         call()
     return counted.get_total_flops()
+
+
+@pytest.mark.parametrize("pattern", ["stored", "recomputed"])
+@pytest.mark.parametrize("case", models.PER_SHAPE[:4], ids=str)
+def test_flops_and_memory_of_a_capture(case, pattern):
+    """Of a prompt three times as long as that of the lens; kept are the tensors of the run."""
+    ids = models.tokens(2, 21)
+    with models.quiet():
+        longer = tensorlens_tl.capture(case.model(), ids, pattern=pattern)[1]  # loads what is lazy
+        plan = models.lens_of(case).plan("capture", n_pos=21, pattern=pattern)
+        counted = flops(lambda: tensorlens_tl.capture(case.model(), ids, pattern=pattern))
+    assert abs(plan.flops / counted - 1) <= 0.05
+    weights = {t.data_ptr() for t in case.model().parameters()}
+    run: dict[int, int] = {}
+
+    def note(t):
+        if t.data_ptr() not in weights and t.ndim > 1 and len(t) == 2:
+            run[t.data_ptr()] = t.numel() * t.itemsize
+        return t
+
+    longer.capture.mapped(note)
+    assert 0.5 <= plan.peak_bytes / sum(run.values()) <= 2
+
+
+def test_flops_of_many_targets():
+    """Several targets at one position, at several, and every token of a continuation."""
+    text = "When Mary and John went to the store, John gave a drink to"
+    run = tensorlens_tl.capture(demo.load_model(), text)[1].capture
+    for call, given in (
+        ("attribute_many", {"target": ["Mary", "John", 7]}),
+        ("attribute_many", {"pos": [-1, -2, 3]}),
+        ("attribute_sequence", {"continuation": "a drink to"}),
+        ("attribute", {"by": "order", "target": "Mary"}),
+    ):
+        plan = TensorLens(run).plan(call, **given)
+        lens = TensorLens(run)
+        counted = flops(lambda: getattr(lens, call)(**given))  # noqa: B023
+        assert abs(plan.flops / counted - 1) <= 0.05, (call, given)
+    assert lens.plan("token_matrix", name="norm").flops == lens.plan("norm").flops
 
 
 def test_flops_of_edges_and_of_a_search():

@@ -1,0 +1,172 @@
+"""What questions to a captured run will cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..attribution import plan_edges
+from ..checks import as_list, at_least_one, bound, spelled
+from ..circuits import plan_score_edges
+from ..costs import Cost, Plan
+from ..methods import OPERATOR_METHODS, plan_token_matrix
+from ..operator import PLANNED, Capture, FrozenTransformer
+from ..sublayers import Attention, Experts
+from .pictured_run import PicturedRun
+from .sequence_attribution import continuation_targets
+
+_UNPLANNED = {
+    "paths": ("its search goes as far as the numbers ask", "Pass max_expansions= to end it"),
+    "faithfulness": ("it runs the real model for every circuit", "Time a few prompts"),
+    "evaluate": ("it runs the real model for every masked set", "Time a few prompts"),
+    "token_scores": ("methods differ", "Plan a matrix of the operator's own, such as 'norm'"),
+    "logit_lens": ("it is a few products", "Call it"),
+}
+"""Calls without a plan: why, and what to do."""
+
+_KNOWN = (
+    *("capture", "attribute", "attribute_many", "attribute_sequence", "discover", "score_edges"),
+    *("token_matrix", *OPERATOR_METHODS, *PLANNED),
+)
+
+
+@spelled
+class PlannedRun(PicturedRun):
+    """A captured run that tells what questions to it will cost."""
+
+    def plan(self, what: str, **arguments: Any) -> Plan:
+        """Estimate what a computation will cost, before it runs.
+
+        Args:
+            what: "capture", "attribute", "attribute_many", "attribute_sequence", "discover",
+                "score_edges", "token_matrix" or one of its methods ("norm", "in", "out",
+                "in_out"), or of the operator "block", "to_dense", "frobenius_norm", "svd" or
+                "spectral_norm". Of attribute it is one sweep, which splits by token need, one
+                sweep per step for ``by="order"``, or a split by edge or feature. Of
+                :func:`tensorlens_tl.score_edges` it is the runs of the real model for prompts as
+                many and as long as the lens's.
+            **arguments: The arguments that the call itself would get. Of score_edges these are
+                ``method`` and ``steps``; of capture ``n_pos``, the number of tokens of another
+                prompt of the same model, and ``pattern``.
+
+        Returns:
+            Time, flops, peak memory and chunks. The machine's rates are measured on products of
+            these shapes, in a fraction of a second.
+
+        Raises:
+            ValueError: If the call itself would be refused.
+
+        Example:
+            >>> from tensorlens_tl import demo
+            >>> _, lens = demo.load_model().run_with_tensorlens("The capital of France is")
+            >>> lens.plan("norm").flops > 0
+            True
+        """
+        if what in PLANNED:
+            return self.operator.plan(what, **arguments)
+        if what in ("capture", "score_edges", "attribute_many", "attribute_sequence"):
+            call = getattr(_Calls(self), what)
+            return call(**bound(call, arguments))
+        if what in ("attribute", "discover"):
+            return self._plan_split(what, bound(getattr(self, what), arguments))
+        if what == "token_matrix":
+            call = getattr(self, what)
+            what = bound(call, arguments)["name"]
+            arguments = {name: value for name, value in arguments.items() if name != "name"}
+        if what in OPERATOR_METHODS:
+            return plan_token_matrix(what, self.capture, self.operator, **arguments)
+        if isinstance(what, str) and what in _UNPLANNED:
+            reason, remedy = _UNPLANNED[what]
+            raise ValueError(f"There is no plan of {what!r}, as {reason}. {remedy}.")
+        raise ValueError(f"There is no plan of {what!r}. Use one of {', '.join(_KNOWN)}.")
+
+    def _plan_split(self, what: str, given: dict[str, Any]) -> Plan:
+        baseline = given.get("baseline", given.get("corrupted"))
+        at = None if baseline is None else given["at"] or "secant"
+        if given.get("by", "edge") == "edge":
+            embeddings = len(self.capture.embeddings)
+            return plan_edges(self.operator, embeddings, at, given["qk"], what)
+        if at is not None:
+            raise ValueError(
+                "Baselines of attribute can be planned by edge alone. Plan by='edge', which "
+                "takes longer, or leave baseline= out."
+            )
+        if given["by"] == "feature":
+            return self._plan_by_feature(given["saes"], what)
+        return self.operator.plan_pull(what, many=self._sweeps(given["by"]))
+
+    def _sweeps(self, by: str) -> int:
+        """How many sweeps a split takes: orders take one for every step."""
+        return len(self.operator.steps) if by == "order" else 1
+
+
+class _Calls:
+    """Calls by their names and with their arguments, that give their plans."""
+
+    def __init__(self, run: PlannedRun):
+        self.run = run
+
+    def attribute_many(
+        self, target: Any = None, pos: Any = -1, versus: Any = None, by: str = "token"
+    ) -> Plan:
+        lists = [found for found in map(as_list, (target, pos, versus)) if _is_list(found)]
+        many = max(map(len, lists), default=1) * self.run._sweeps(by)
+        apart = _is_list(places := as_list(pos)) and len(set(places)) > 1
+        return self.run.operator.plan_pull("attribute_many", many=many, apart=apart)
+
+    def attribute_sequence(self, continuation: Any, by: str = "token", of: str = "logprob") -> Plan:
+        n = len(continuation_targets(self.run.capture, continuation, of)[0])
+        many = n * self.run._sweeps(by)
+        return self.run.operator.plan_pull("attribute_sequence", many=many, apart=n > 1)
+
+    def score_edges(self, method: str = "eap", steps: int = 5) -> Plan:
+        return plan_score_edges(self.run.capture, self.run.operator, method, steps)
+
+    def capture(self, n_pos: int | None = None, pattern: str = "stored") -> Plan:
+        n = self.run.capture.frame.n_pos if n_pos is None else at_least_one(n_pos, "n_pos")
+        if pattern not in ("stored", "recomputed"):
+            raise ValueError(
+                f'pattern={pattern!r} is not known. Give pattern="stored" or pattern="recomputed".'
+            )
+        return plan_capture(self.run.capture, self.run.operator, n, pattern == "stored")
+
+
+def plan_capture(capture: Capture, operator: FrozenTransformer, n_pos: int, stored: bool) -> Plan:
+    """Predict what another capture of the same model costs: its forward pass, and what is kept.
+
+    Args:
+        capture: A captured run of the model, of as many prompts.
+        operator: The operator of that run.
+        n_pos: Number of tokens of each prompt of the other run.
+        stored: Whether attention patterns are stored, or recomputed from queries and keys.
+
+    Returns:
+        The plan. Nothing has run but products that measure the machine.
+
+    Raises:
+        ValueError: If the model has blocks whose work the tokens decide, or that are no attention.
+    """
+    frame, D, cost, kept = capture.frame, operator.in_dim, Cost(), 0
+    rows, cells = frame.batch * n_pos, frame.batch * n_pos**2
+    for block in capture.blocks:
+        if not isinstance(block.attn, Attention) or isinstance(block.mlp, Experts):
+            raise ValueError(
+                "There is no plan of captures with experts or without attention. Time a short one."
+            )
+        w, mlp = block.attn.weights, block.mlp
+        gated, width = hasattr(mlp, "pre_linear"), 0 if mlp is None else mlp.output.in_dim
+        heads, z = len(w.W_O), w.W_O.numel() // D
+        cost.product += 2 * rows * (2 * w.W_O.numel() + 2 * w.W_V.numel())
+        cost.product += 2 * rows * (3 if gated else 2) * width * D
+        cost.mixing += 4 * cells * z * (1 if stored else 2)  # the check mixes anew
+        cost.moved += rows * (8 * D + 3 * width) + 3 * heads * cells
+        cost.calls += 60
+        kept += heads * cells if stored else rows * 2 * z
+        kept += rows * (2 * D + width)  # states before both branches, and ratios
+    W_U = capture.unembed.weights.W_U
+    cost.product += 2 * rows * W_U.numel()
+    kept += rows * W_U.shape[-1]
+    return operator.plan_work("capture", cost, kept * frame.dtype.itemsize)
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, list | tuple | range)
