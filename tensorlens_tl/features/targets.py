@@ -6,6 +6,7 @@ import torch
 
 from ..attribution import Target
 from ..checks import spelled
+from ..graph import resid_site, site_parts
 from ..maps import take_row
 from ..operator import Capture
 from .dictionary import Feature
@@ -29,7 +30,7 @@ def site_of_target(
         The site of the feature's dictionary; ``site`` for any other target.
 
     Raises:
-        ValueError: If one of the three is given beside a feature.
+        ValueError: If one of the three is given beside a feature, or it reads inside a block.
     """
     if not isinstance(target, Feature):
         return site
@@ -39,7 +40,13 @@ def site_of_target(
             f"{', '.join(names)} cannot be combined with a feature as the target. Ask about "
             f"feature {target.index} alone."
         )
-    return target.dictionary.site
+    site = target.dictionary.site
+    if site_parts(site)[0] < 0:
+        raise ValueError(
+            f"Feature {target.index} reads {site!r}, and a feature is a target at a residual site "
+            f"alone. Pass one of an SAE of such a site, such as {resid_site(2, 'pre')!r}."
+        )
+    return site
 
 
 @spelled
@@ -64,6 +71,7 @@ def feature_target(feature: Feature, capture: Capture, pos: int) -> Target:
     dictionary, i = feature.dictionary, feature.index
     check_fits(dictionary, capture)
     layer, place = place_of(dictionary.site)
+    _check_not_spliced(capture, f"L{layer}.{dictionary.site.rpartition('.')[2]}[sae]")
     query = capture.frame.index(pos)
     x = take_row(capture.frame.cast(capture.resid_final), query)[:, 0]
     pre = dictionary.pre_activations(x)
@@ -87,3 +95,14 @@ def feature_target(feature: Feature, capture: Capture, pos: int) -> Target:
     label = f"{name}F{i}" + (" before its activation" if feature.pre else "")
     value = a if feature.pre else z
     return Target((label,) * len(query), query, shifted, constants, value)
+
+
+def _check_not_spliced(capture: Capture, name: str) -> None:
+    """Refuse the site of a spliced SAE: its features read what stood there before."""
+    last = capture.blocks[-1:]
+    edits = {edit.name for block in last for edit in (*block.mid_edits, *block.post_edits)}
+    if name in edits or name in capture.embeddings:
+        raise ValueError(
+            f"An SAE is spliced in where the feature reads, and left {name!r}. Capture the model "
+            "without it (model.reset_saes()), and ask there."
+        )

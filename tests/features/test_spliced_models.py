@@ -83,6 +83,10 @@ def test_the_constant_is_what_the_dictionary_left_out():
     parts = lens.attribute(3, by="component", effect="total")
     at = [i for i, s in enumerate(parts.sources) if str(s.node) == "L1.hook_resid_pre[sae]"]
     assert_close(parts.values[:, at], moved, ORACLE)
+    feature = sae.feature(3, pre=True)
+    assert whole.attribute(feature).sums_to_target
+    with pytest.raises(ValueError, match="An SAE is spliced in where the feature reads"):
+        lens.attribute(feature)
 
 
 def test_models_of_saelens_are_captured():

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused():
     across = weights() | {"W_dec": weights()["W_dec"][:, None].expand(-1, 2, -1)}
     refused(features.load(across, site=Z, writes=MLP), "writes to several layers")
     feature = dictionary(site=MLP).feature(3)
-    with pytest.raises(ValueError, match="no residual site"):
+    with pytest.raises(ValueError, match="at a residual site alone"):
         lens.attribute(feature)
     for case in (*PER_SHAPE, *ENCODERS[:1]):
         own = lens_of(case)
