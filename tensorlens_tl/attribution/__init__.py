@@ -11,7 +11,7 @@ from .contrast import check_comparable, difference, fixed_baseline, mean_embeddi
 from .edges import Writers, edge_products, frozen_readers, plan_edges
 from .head_loadings import loadings
 from .html import PROMPTS, UNIT, grid_html, legend_html, more_prompts, patch_map, strip_html
-from .splits import attribute, attribute_many, queries_and_keys
+from .splits import attribute, attribute_many, check_split, queries_and_keys
 from .table import Attribution, Source
 from .table_builder import TableBuilder, check_sum
 from .target_gradient import GradientCache, TargetGradient, resolve_at_site, resolve_each
@@ -42,6 +42,7 @@ __all__ = [
     "attribute",
     "attribute_many",
     "check_comparable",
+    "check_split",
     "check_sum",
     "difference",
     "expected_others",

@@ -71,21 +71,7 @@ def attribute(
         ValueError: If ``by`` or ``effect`` does not exist, or ``by`` has no total effect.
         CaptureMismatchError: If the contributions do not sum to the target, up to rounding.
     """
-    if by == "mlp" and effect == "direct":
-        raise ValueError(
-            "by='mlp' has no direct split of its own, as an MLP reads the target's position alone. "
-            "Use by='component' and .select(kind='mlp'), or by='neuron'."
-        )
-    if by not in (*BY, *TOTALS):
-        features = ', or by="feature" with saes=' if by in ("sae", "features", "transcoder") else ""
-        raise ValueError(f"by={by!r} does not exist. Use one of {', '.join(BY)}{features}.")
-    if effect not in ("direct", "total"):
-        raise ValueError(f"effect={effect!r} does not exist. Use 'direct' or 'total'.")
-    if effect == "total" and by not in TOTALS:
-        raise ValueError(
-            f"effect='total' is not available for by={by!r}. Drop effect=, or use by="
-            f"{', '.join(map(repr, TOTALS[:-1]))} or {TOTALS[-1]!r}."
-        )
+    check_split(by, effect)
     check_qk(by, qk)
     if gradient.target.rows > 1 and effect == "direct" and by not in ("token", "constant"):
         parts = [attribute(row, by, effect, qk) for row in gradient.each_row()]
@@ -112,6 +98,33 @@ def attribute(
         table.add_constants()
     found = check_sum(table.to_attribution(by, effect), gradient)
     return found.sum("layer") if by == "layer" and effect == "direct" else found
+
+
+def check_split(by: str, effect: str) -> None:
+    """Refuse a split that does not exist.
+
+    Args:
+        by: The kind of source.
+        effect: "direct" or "total".
+
+    Raises:
+        ValueError: If one of the two does not exist, or they do not go together.
+    """
+    if by == "mlp" and effect == "direct":
+        raise ValueError(
+            "by='mlp' has no direct split of its own, as an MLP reads the target's position alone. "
+            "Use by='component' and .select(kind='mlp'), or by='neuron'."
+        )
+    if by not in (*BY, *TOTALS):
+        features = ', or by="feature" with saes=' if by in ("sae", "features", "transcoder") else ""
+        raise ValueError(f"by={by!r} does not exist. Use one of {', '.join(BY)}{features}.")
+    if effect not in ("direct", "total"):
+        raise ValueError(f"effect={effect!r} does not exist. Use 'direct' or 'total'.")
+    if effect == "total" and by not in TOTALS:
+        raise ValueError(
+            f"effect='total' is not available for by={by!r}. Drop effect=, or use by="
+            f"{', '.join(map(repr, TOTALS[:-1]))} or {TOTALS[-1]!r}."
+        )
 
 
 def check_qk(by: str, qk: bool) -> None:

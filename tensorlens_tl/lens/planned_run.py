@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..attribution import plan_edges
+from ..attribution import check_split, plan_edges
 from ..checks import as_list, at_least_one, bound, spelled
 from ..circuits import plan_score_edges
 from ..costs import Cost, Plan
@@ -92,10 +92,15 @@ class PlannedRun(PicturedRun):
             )
         if given["by"] == "feature":
             return self._plan_by_feature(given["saes"], what)
-        return self.operator.plan_pull(what, many=self._sweeps(given["by"]))
+        return self.operator.plan_pull(what, many=self._sweeps(given["by"], given["effect"]))
 
-    def _sweeps(self, by: str) -> int:
+    def _sweeps(self, by: str, effect: str = "direct") -> int:
         """How many sweeps a split takes: orders take one for every step."""
+        check_split(by, effect)
+        if by == "edge":
+            raise ValueError(
+                "Splits by edge are planned for one target. Plan 'attribute' with by='edge'."
+            )
         return len(self.operator.steps) if by == "order" else 1
 
 
@@ -108,15 +113,16 @@ class _Calls:
     def attribute_many(
         self, target: Any = None, pos: Any = -1, versus: Any = None, by: str = "token"
     ) -> Plan:
+        many = self.run._sweeps(by)
         lists = [found for found in map(as_list, (target, pos, versus)) if _is_list(found)]
-        many = max(map(len, lists), default=1) * self.run._sweeps(by)
+        many *= max(map(len, lists), default=1)
         apart = _is_list(places := as_list(pos)) and len(set(places)) > 1
         return self.run.operator.plan_pull("attribute_many", many=many, apart=apart)
 
     def attribute_sequence(self, continuation: Any, by: str = "token", of: str = "logprob") -> Plan:
+        many = self.run._sweeps(by)
         n = len(continuation_targets(self.run.capture, continuation, of)[0])
-        many = n * self.run._sweeps(by)
-        return self.run.operator.plan_pull("attribute_sequence", many=many, apart=n > 1)
+        return self.run.operator.plan_pull("attribute_sequence", many=n * many, apart=n > 1)
 
     def score_edges(self, method: str = "eap", steps: int = 5) -> Plan:
         return plan_score_edges(self.run.capture, self.run.operator, method, steps)

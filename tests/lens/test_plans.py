@@ -46,6 +46,10 @@ def test_what_is_not_planned():
         ("token_matrix", {"name": "rollout"}, "There is no plan of 'rollout'. Use one of"),
         ("capture", {"pattern": "kept"}, "pattern='kept' is not known"),
         ("capture", {"n_pos": 0}, "n_pos=0 is not an integer ≥ 1"),
+        ("attribute", {"by": "tokens"}, "by='tokens' does not exist"),
+        ("attribute", {"by": "token", "effect": "total"}, "effect='total' is not available"),
+        ("attribute_many", {"by": "mlp"}, "by='mlp' has no direct split of its own"),
+        ("attribute_many", {"by": "edge"}, "by edge are planned for one target. Plan 'attribute'"),
         ("attribute_many", {"bye": "edge"}, "Did you mean by=?"),
     ):
         with pytest.raises(ValueError, match=match):
