@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .exports import AttributionGraph
     from .graph import Edge, Node
     from .hosts import load_model, unwrap, wrap
-    from .lens import SequenceAttribution, TensorLens, load
+    from .lens import SequenceAttribution, TensorLens, load, plan
     from .maps import LinearMap, dot_test
     from .methods import LogitLens, Routing
     from .operator import Capture, CaptureMismatchError, Convention, FrozenTransformer
@@ -70,7 +70,7 @@ _ROOMS = {
     "hosts": ("load_model", "unwrap", "wrap"),
     "paths": ("Paths",),
     "refusals": ("UnsupportedArchitectureError",),
-    "lens": ("SequenceAttribution", "TensorLens", "load"),
+    "lens": ("SequenceAttribution", "TensorLens", "load", "plan"),
     "methods": ("LogitLens", "Routing"),
     "operator": ("Capture", "CaptureMismatchError", "Convention", "FrozenTransformer"),
     "relations": ("validity",),

@@ -2,6 +2,7 @@
 
 Key concepts:
     Plan: The predicted cost of one call.
+    Rehearsal: Counts what a call will do while nothing is computed.
     memory_budget: The most memory that a call may take.
 """
 
@@ -24,6 +25,7 @@ from .cost_model import (
     rates_of,
 )
 from .machine_rates import Cost
+from .rehearsal import Rehearsal, forgets
 
 __all__ = [
     "BranchShape",
@@ -33,11 +35,13 @@ __all__ = [
     "KEPT",
     "Plan",
     "ROWS",
+    "Rehearsal",
     "StageShape",
     "SweepShape",
     "carried_by",
     "fold_group",
     "folds_below",
+    "forgets",
     "free_memory",
     "half_bytes",
     "make_plan",

@@ -36,7 +36,7 @@ class Masked:
 
     Attributes:
         adapter: Adapter of the model.
-        asked: The measures.
+        asked: The measures that read the masked runs.
         maskings: The ways of masking.
         own: Scores of the user's own for all prompts, by name.
         keep_last: Whether the last token is never masked.

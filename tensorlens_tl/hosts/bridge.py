@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..costs import forgets
 from ..graph import CONTENTS
 from ..maps import NormWeights, version
 from ..operator import Prompts
@@ -79,7 +80,7 @@ _HALVES_INTERLEAVED = ("GlmForCausalLM", "Glm4ForCausalLM", "Ernie4_5ForCausalLM
 """Architectures that turn neighbours by the first half of their tables, each entry for two."""
 
 
-_multiplied: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+_multiplied: WeakKeyDictionary[Any, dict] = forgets(WeakKeyDictionary())
 """Weights with their multipliers, by model and place; they are made once, and when one changes."""
 
 

@@ -5,10 +5,12 @@ Key concepts:
     TensorLens: A frozen run, and every question to it as one method.
     SequenceAttribution: Every token of a continuation, split by source.
     WriteCheck: Whether the weights or the returned logits were written to.
+    plan: Estimates what any call will cost.
     load: Reads a lens from a file. Nothing in the file is executed.
 """
 
 from .frozen_run import FrozenRun
+from .planning import plan
 from .sequence_attribution import SequenceAttribution
 from .tensor_lens import TensorLens, load
 from .write_check import WriteCheck
@@ -19,4 +21,5 @@ __all__ = [
     "TensorLens",
     "WriteCheck",
     "load",
+    "plan",
 ]

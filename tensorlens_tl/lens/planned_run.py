@@ -12,16 +12,11 @@ from ..methods import OPERATOR_METHODS, plan_token_matrix
 from ..operator import PLANNED, Capture, FrozenTransformer
 from ..sublayers import Attention, Experts
 from .pictured_run import PicturedRun
+from .planning import plan, rehearsable
 from .sequence_attribution import continuation_targets
 
-_UNPLANNED = {
-    "paths": ("its search goes as far as the numbers ask", "Pass max_expansions= to end it"),
-    "faithfulness": ("it runs the real model for every circuit", "Time a few prompts"),
-    "evaluate": ("it runs the real model for every masked set", "Time a few prompts"),
-    "token_scores": ("methods differ", "Plan a matrix of the operator's own, such as 'norm'"),
-    "logit_lens": ("it is a few products", "Call it"),
-}
-"""Calls without a plan: why, and what to do."""
+_OF_MODELS = ("faithfulness", "faithfulness_curve", "evaluate", "mean_attribution", "validity")
+"""Functions that run the real model, which a lens does not hold."""
 
 _KNOWN = (
     *("capture", "attribute", "attribute_many", "attribute_sequence", "discover", "score_edges"),
@@ -43,7 +38,8 @@ class PlannedRun(PicturedRun):
                 "spectral_norm". Of attribute it is one sweep, which splits by token need, one
                 sweep per step for ``by="order"``, or a split by edge or feature. Of
                 :func:`tensorlens_tl.score_edges` it is the runs of the real model for prompts as
-                many and as long as the lens's.
+                many and as long as the lens's. Any other method of the lens, such as "paths", is
+                rehearsed as by :func:`tensorlens_tl.plan`.
             **arguments: The arguments that the call itself would get. Of score_edges these are
                 ``method`` and ``steps``; of capture ``n_pos``, the number of tokens of another
                 prompt of the same model, and ``pattern``.
@@ -67,29 +63,33 @@ class PlannedRun(PicturedRun):
             call = getattr(_Calls(self), what)
             return call(**bound(call, arguments))
         if what in ("attribute", "discover"):
-            return self._plan_split(what, bound(getattr(self, what), arguments))
+            return self._plan_split(what, arguments, bound(getattr(self, what), arguments))
         if what == "token_matrix":
             call = getattr(self, what)
             what = bound(call, arguments)["name"]
+            if what not in OPERATOR_METHODS:
+                return plan(call, **arguments)
             arguments = {name: value for name, value in arguments.items() if name != "name"}
         if what in OPERATOR_METHODS:
             return plan_token_matrix(what, self.capture, self.operator, **arguments)
-        if isinstance(what, str) and what in _UNPLANNED:
-            reason, remedy = _UNPLANNED[what]
-            raise ValueError(f"There is no plan of {what!r}, as {reason}. {remedy}.")
-        raise ValueError(f"There is no plan of {what!r}. Use one of {', '.join(_KNOWN)}.")
+        if what in _OF_MODELS:
+            raise ValueError(
+                f"There is no plan of {what!r} in a lens, as it runs the real model. Pass the "
+                "function and its arguments to tensorlens_tl.plan."
+            )
+        if not rehearsable(self, what):
+            known = ", ".join(_KNOWN)
+            raise ValueError(f"There is no plan of {what!r}. Use a method of the lens, or {known}.")
+        return plan(getattr(self, what), **arguments)
 
-    def _plan_split(self, what: str, given: dict[str, Any]) -> Plan:
+    def _plan_split(self, what: str, arguments: dict[str, Any], given: dict[str, Any]) -> Plan:
         baseline = given.get("baseline", given.get("corrupted"))
         at = None if baseline is None else given["at"] or "secant"
         if given.get("by", "edge") == "edge":
             embeddings = len(self.capture.embeddings)
             return plan_edges(self.operator, embeddings, at, given["qk"], what)
         if at is not None:
-            raise ValueError(
-                "Baselines of attribute can be planned by edge alone. Plan by='edge', which "
-                "takes longer, or leave baseline= out."
-            )
+            return plan(getattr(self, what), **arguments)
         if given["by"] == "feature":
             return self._plan_by_feature(given["saes"], what)
         return self.operator.plan_pull(what, many=self._sweeps(given["by"], given["effect"]))

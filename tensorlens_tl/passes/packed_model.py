@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..costs import forgets
 from ..graph import Wiring
 from ..hosts import Adapter
 from ..maps import HALF, NormWeights
@@ -45,7 +46,7 @@ from .packed_layout import Layout
 CHUNK = 2**28
 """Bytes that the outputs of all writers in one pass may take, about."""
 
-AGREED: WeakKeyDictionary[Any, tuple[Any, int]] = WeakKeyDictionary()
+AGREED: WeakKeyDictionary[Any, tuple[Any, int]] = forgets(WeakKeyDictionary())
 """Hosts that gave the logits of packed runs: their state then, and the length of the prompt."""
 
 

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..costs import forgets
 from ..maps import TINY, Frame, Norm, NormWeights, version
 from ..operator import CaptureMismatchError, tolerance
 from ..refusals import not_finite, plain_name
@@ -36,10 +37,11 @@ Suspect = tuple[str, Tensor, Callable[[], Tensor]]
 Rounding = Callable[[], Tensor | float]
 """What rounding alone may have made of a product [batch, pos]; asked for when one is refused."""
 
-_products: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+_products: WeakKeyDictionary[Any, dict] = forgets(WeakKeyDictionary())
 """Products that weights alone decide, by model; they are dropped with the model."""
 
 
+@forgets
 @cache
 def _probe(*shape: int) -> Tensor:
     # Normal numbers, not signs: under ±1 an edit that moves δ from one coordinate to another is

@@ -32,18 +32,14 @@ def test_flops_of_a_split_by_token(pattern):
 def test_what_is_not_planned():
     lens = models.lens_of(FIRST)
     for what, wrong, match in (
-        ("attribute", {"baseline": "zero"}, "Baselines of attribute can be planned by edge alone"),
         ("attribute", {"bye": "edge"}, "There is no argument bye= of attribute. Did you mean by=?"),
         ("discover", {"edges": 5}, "no argument edges= of discover. Did you mean n_edges=?"),
         ("score_edges", {"method": "eep"}, "method='eep' does not exist. Use one of eap"),
         ("score_edges", {"steps": 0}, "steps=0 is not an integer ≥ 1"),
         ("score_edges", {"model": 3}, "no argument model= of score_edges. Use method, steps"),
-        ("faith", {}, "no plan of 'faith'. Use one of capture, attribute, attribute_many"),
-        ("paths", {}, "no plan of 'paths', as its search goes as far .* Pass max_expansions="),
-        ("faithfulness", {}, "no plan of 'faithfulness', as it runs the real model"),
-        ("evaluate", {}, "no plan of 'evaluate', as it runs the real model"),
-        ("token_scores", {}, "no plan of 'token_scores', as methods differ"),
-        ("token_matrix", {"name": "rollout"}, "There is no plan of 'rollout'. Use one of"),
+        ("faith", {}, "no plan of 'faith'. Use a method of the lens, or capture, attribute"),
+        ("faithfulness", {}, "no plan of 'faithfulness' in a lens, as it runs"),
+        ("evaluate", {}, "no plan of 'evaluate' in a lens, as it runs the re"),
         ("capture", {"pattern": "kept"}, "pattern='kept' is not known"),
         ("capture", {"n_pos": 0}, "n_pos=0 is not an integer ≥ 1"),
         ("attribute", {"by": "tokens"}, "by='tokens' does not exist"),
