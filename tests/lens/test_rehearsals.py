@@ -145,7 +145,7 @@ def test_a_rehearsal_writes_nothing_and_refuses_what_the_call_refuses(tmp_path):
     plan(evaluate, model, ids(), ["random"], resume=tmp_path / "run")
     plan(tensorlens_tl.faithfulness, model, ids(), ["L0H0"], ids(4), resume=tmp_path / "run")
     assert not list(tmp_path.iterdir())
-    circuit = tensorlens_tl.discover(model, ids(), ids(4), 3, n_edges=5)
+    circuit = tensorlens_tl.discover(model, [*ids()], [*ids(4)], 3, n_edges=5)
     assert plan(circuit.faithfulness, model, ids(), ids(4), 3).flops > 0
     for call, match in (
         (lambda: plan(tensorlens_tl.discover, model, ids(), n_edges=0), "n_edges=0"),
