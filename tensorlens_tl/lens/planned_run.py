@@ -88,10 +88,11 @@ class PlannedRun(PicturedRun):
         if given.get("by", "edge") == "edge":
             embeddings = len(self.capture.embeddings)
             return plan_edges(self.operator, embeddings, at, given["qk"], what)
-        if at is not None:
-            return plan(getattr(self, what), **arguments)
-        if given["by"] == "feature":
+        if given["by"] == "feature" and at is None:
             return self._plan_by_feature(given["saes"], what)
+        check_split(given["by"], given["effect"])
+        if at is not None or given["by"] not in ("token", "order"):
+            return plan(getattr(self, what), **arguments)
         return self.operator.plan_pull(what, many=self._sweeps(given["by"], given["effect"]))
 
     def _sweeps(self, by: str, effect: str = "direct") -> int:

@@ -74,7 +74,7 @@ FUNCTIONS = {
 OF_TEXTS = {"decode", "state"}
 """Those whose prompts are texts: they run the bundled model."""
 METHODS = {
-    "attribute": {"target": 3, "by": "order"},
+    "attribute": {"target": 3, "by": "component", "effect": "total"},
     "attribute_many": {"pos": range(2)},
     "operator_maps": {"sites": (1,)},
     "paths": {"target": 3, "k": 3},
