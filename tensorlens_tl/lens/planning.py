@@ -107,7 +107,8 @@ def rehearsable(lens: FrozenRun, what: str) -> bool:
     """Whether a name is that of a method that asks a lens a question."""
     plain = ("plan", "save", "save_headvis", "to", "cpu")
     return (
-        not what.startswith("_")
+        isinstance(what, str)
+        and not what.startswith("_")
         and what not in plain
         and hasattr(type(lens), what)
         and callable(getattr(type(lens), what))
