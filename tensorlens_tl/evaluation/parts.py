@@ -89,9 +89,9 @@ class Masked:
             "targets": scored.targets,
             "predicted": scored.predicted,
         }
-        seconds = [*(scored.seconds[name] for name in scored.scores), scored.forward_seconds]
+        spent = [scored.seconds.get(name, 0.0) for name in scored.scores]  # own columns took none
         tensors = {name: torch.tensor(x, device="cpu") for name, x in found.items()}
-        seconds = torch.tensor(seconds, dtype=torch.float64, device="cpu")
+        seconds = torch.tensor([*spent, scored.forward_seconds], dtype=torch.float64, device="cpu")
         return tensors | {"values": values, "seconds": seconds}
 
     def _read(self, runner: MaskedRuns, orders: Sequence[Sequence[Ordered]], into: Tensor) -> None:
