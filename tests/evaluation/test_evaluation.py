@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -185,6 +186,11 @@ def test_evaluations_share_scores():
         values = again.row(row.method, row.measure).values
         assert values == pytest.approx(row.values, abs=1e-5)
     assert some.targets == ("Paris",) and some.methods == ("rollout",)
+    sizes = {"sizes": [one.abs() for one in scored.scores["in_out"]]}
+    more = replace(scored, scores=dict(scored.scores) | sizes)  # a column that took no seconds
+    with quiet():
+        own = evaluate(demo_model(), more, progress=False)
+    assert own.methods == ("in_out", "rollout", "sizes") and own.seconds == scored.seconds
     with pytest.raises(
         ValueError, match=r"There are no scores by chefer. The scores are by in_out, rollout"
     ):
