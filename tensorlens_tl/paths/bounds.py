@@ -27,7 +27,7 @@ product are small beside the numbers that it sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -40,11 +40,12 @@ from ..graph import Node
 from ..maps import Chain, Gate, Identity, Linear, LinearMap, Norm, Shift, Sum
 from ..operator import Step
 from ..sublayers import AnyMix, Attention, Sublayer
+from .energies import ROUNDING, HeadBound, PathBound, Rows, padded
 
 BASIS_ROWS = 64
 """Basis vectors that go through a node at once; more would need much memory inside an MLP."""
-ROUNDING = 64.0
-"""What may be lost to rounding, in units of the last place of every entry on the diagonal."""
+BLOCK = 96
+"""Columns of a symmetric product that are multiplied at once."""
 
 
 # --- A step as "straight on, or through one node" ------------------------------------------------
@@ -115,70 +116,48 @@ class StepParts:
 # --- Nodes as matrices ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class HeadBound:
-    """A head taken apart at its pattern, and the bounds on both sides of it.
-
-    Attributes:
-        above: The matrix from z to what the head adds.
-        pattern: The head's pattern.
-        c: Bound of what the head's values are, at every key.
-        m: Bound of what its z is, at every query.
-    """
-
-    above: Float[Tensor, "pos_or_1 d_head d_model"]
-    pattern: Float[Tensor, "query key"]
-    c: Float[Tensor, "pos d_head d_head"]
-    m: Float[Tensor, "pos d_head d_head"]
-
-    def energies(self, v: Float[Tensor, "many pos d_model"]) -> tuple[Tensor, Tensor]:
-        """What can come through the head, at every key; and its part of the bound above it."""
-        u = (v.transpose(0, 1) @ self.above.mT).transpose(0, 1)
-        y = self.pattern.T @ u
-        return _forms(y, self.c), _forms(u, self.m) - _lost(u, self.m)
-
-
-def _forms(v: Float[Tensor, "many pos d"], C: Float[Tensor, "pos d d"]) -> Tensor:
-    """vᵀ C v for every vector and position [many, pos], not below 0."""
-    v = v.transpose(0, 1)
-    return (v @ C * v).sum(-1).clamp_min(0).T
-
-
-def _lost(v: Float[Tensor, "many pos d"], C: Float[Tensor, "pos d d"]) -> Tensor:
-    """What rounding may take from vᵀ C v [many, pos]."""
-    return (v.square() * _margin(C)).sum(-1)
-
-
-def _margin(C: Float[Tensor, "pos d d"]) -> Float[Tensor, "pos d"]:
-    own = C.diagonal(dim1=-2, dim2=-1)
-    return ROUNDING * torch.finfo(C.dtype).eps * own + 1e-14 * own.sum(-1, keepdim=True)
-
-
-def matrix_of(run: Sequence[LinearMap]) -> Float[Tensor, "pos_or_1 d_in d_out"]:
+def matrix_of(run: Iterable[LinearMap], M: Tensor | None = None) -> Tensor:
     """The matrix of a run of maps that mix no positions, at every position where they differ.
 
     Args:
         run: The maps, in the order in which they act.
+        M: The matrix before them [pos_or_1, d_in, d], or None.
 
     Returns:
-        Row i is what the maps make of the i-th unit vector.
+        Row i is what the maps make of the i-th unit vector [pos_or_1, d_in, d_out].
     """
-    M, scale = run[0].frame.eye(run[0].in_dim)[None], None
-    for i, part in enumerate(run):
+    scale = ratio = None
+    for part in run:
+        frame = part.frame
         if isinstance(part, Linear):
-            M = part.frame.cast(part.W)[None] if i == 0 else M @ part.frame.cast(part.W)
-        elif isinstance(part, Gate):
-            M = M * part.ratio[0][:, None]
+            W = frame.cast(part.W)
+            M = W[None] if M is None else M @ W if ratio is None else _gated(M, ratio, W)
+            ratio = None
+            continue
+        M = frame.eye(part.in_dim)[None] if M is None else M
+        M, ratio = M if ratio is None else M * ratio, None
+        if isinstance(part, Gate):  # with the weights after it
+            ratio = part.ratio[0][:, None]
         elif isinstance(part, Norm):
             w, own = part.weights, 1 / part.scale[0][..., None]
             M = M - M.mean(-1, keepdim=True) if w.center else M
-            M = M if w.gain is None else M * part.frame.cast(w.gain)
+            M = M if w.gain is None else M * frame.cast(w.gain)
             scale = own if scale is None else scale * own  # a number per position: last
         elif isinstance(part, Sum):  # the halves of a gated MLP
-            M = sum((M @ matrix_of(list(_flat(half))) for half in part.maps), M.new_zeros(()))
+            M = sum((matrix_of(_flat(half), M) for half in part.maps), M.new_zeros(()))
         else:
             M = _pushed(M, part)
+    M = cast(Tensor, M)
+    M = M if ratio is None else M * ratio
     return M if scale is None else M * scale
+
+
+def _gated(M: Tensor, ratio: Tensor, W: Tensor) -> Tensor:
+    """(M ⊙ ratio) W, one position after the other: what lies between stays small."""
+    found = W.new_empty(len(ratio), M.shape[1], W.shape[1])
+    for p, (rows, r) in enumerate(zip(M.expand(len(ratio), -1, -1), ratio, strict=True)):
+        found[p] = (rows * r) @ W
+    return found
 
 
 def _pushed(M: Tensor, part: LinearMap) -> Tensor:
@@ -186,6 +165,16 @@ def _pushed(M: Tensor, part: LinearMap) -> Tensor:
     rows = M.expand(part.frame.n_pos, -1, -1).transpose(0, 1)[:, None]  # [in, 1, pos, d]
     done = [part.apply(some)[:, 0] for some in rows.split(BASIS_ROWS)]
     return torch.cat(done).transpose(0, 1)
+
+
+def _symmetric(left: Float[Tensor, "pos k d"], right: Float[Tensor, "pos k d"]) -> Tensor:
+    """Leftᵀ right, where that is symmetric: blocks below the diagonal are not multiplied."""
+    found = right.new_empty(len(right), *left.shape[-1:], *right.shape[-1:])
+    for start in range(0, right.shape[-1], BLOCK):
+        own = slice(start, start + BLOCK)
+        found[:, : own.stop, own] = left[..., : own.stop].mT @ right[..., own]
+        found[:, own, :start] = found[:, :start, own].mT
+    return found
 
 
 def _flat(map_: LinearMap) -> Iterator[LinearMap]:
@@ -199,49 +188,6 @@ def _flat(map_: LinearMap) -> Iterator[LinearMap]:
 
 
 # --- The bounds ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class PathBound:
-    """An upper bound of C at one site, per position: C itself, or U Uᵀ + λ I.
-
-    Attributes:
-        whole: C itself; None where a low rank has to serve.
-        U: Directions of the low-rank bound, float64; None where ``whole`` is there.
-        floor: The λ that covers all other directions, float64; None where ``whole`` is there.
-    """
-
-    whole: Float[Tensor, "pos d d"] | None
-    U: Float[Tensor, "pos d r"] | None = None
-    floor: Float[Tensor, " pos"] | None = None
-
-    @classmethod
-    def of(cls, C: Float[Tensor, "pos d d"], rank: int | None) -> PathBound:
-        """Keep C, or at most ``rank`` of its directions and a λ that covers the others."""
-        if rank is None:
-            return cls(_padded(C))
-        C = _padded(C).double()
-        rounding = 1e-14 * C.diagonal(dim1=-2, dim2=-1).sum(-1)
-        # Any U gives C = U Uᵀ + E ⪯ U Uᵀ + ‖E‖ I. This U is a Nyström sketch of C.
-        generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(C.shape[-1], rank, generator=generator, device="cpu").to(C)
-        Q = torch.linalg.qr(C @ (C @ probes)).Q
-        size, axes = torch.linalg.eigh(Q.mT @ C @ Q)
-        size = size.clamp_min(1e-12 * size[:, -1:]).clamp_min(torch.finfo(C.dtype).tiny)
-        U = C @ Q @ (axes / size.sqrt()[:, None])
-        return cls(None, U, torch.linalg.matrix_norm(C - U @ U.mT) + rounding)
-
-    def energies(self, v: Float[Tensor, "many pos d"]) -> Float[Tensor, "many pos"]:
-        """v_pᵀ C_p v_p, or more, for each covector and position."""
-        if self.U is None or self.floor is None:
-            return _forms(v, cast(Tensor, self.whole))
-        v = v.double().transpose(0, 1)
-        return ((v @ self.U).square().sum(-1) + self.floor[:, None] * v.square().sum(-1)).T
-
-
-def _padded(C: Float[Tensor, "pos d d"]) -> Float[Tensor, "pos d d"]:
-    """C, and on its diagonal what may be lost to rounding."""
-    return C + torch.diag_embed(_margin(C))
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,17 +225,18 @@ class StepBound:
             The energies of every way [many, pos], straight on first.
         """
         found: list[Tensor | None] = []
-        rest = e - _squares(v, self.constants) + self._lost(e)
+        rows, rest = Rows.of(v), e - _squares(v, self.constants) + self._lost(e)
         for head in self.heads:
-            own = None if head is None else head.energies(v)
+            own = None if head is None else head.energies(rows)
             found.append(None if own is None else own[0])
             rest = rest if own is None else rest - own[1]
         rest = rest.clamp_min(0)
         if self.below is None:
             return [rest, *(e for e in found if e is not None)]
-        straight = self.below.energies(v)
+        straight = self.below.of_rows(rows)
         if self.below.whole is not None and found.count(None) == 1:
-            lost = self._lost(e) + 2 * _lost(v, self.below.whole)  # straight is padded
+            # Straight on is padded.
+            lost = self._lost(e) + 2 * rows.put(rows.lost(self.below.whole))
             other = (rest - straight + lost).clamp_min(0)
             return [straight, *(other if e is None else e for e in found)]
         return [
@@ -337,19 +284,19 @@ def climb(
             at = next((i for i, m in enumerate(maps) if isinstance(m, AnyMix)), None)
             if at is None:
                 F = _matrix_of_node(maps)
-                added += F.mT @ (C @ F)
+                added += _symmetric(F, C @ F)
                 heads.append(None)
                 continue
             if node_map.reads not in values:
                 below = matrix_of(maps[:at])
-                values[node_map.reads] = _padded(below.mT @ (C @ below))
+                values[node_map.reads] = padded(below.mT @ (C @ below))
             c, A = values[node_map.reads], cast(AnyMix, maps[at]).pattern[0, 0]
             heads.append(HeadBound(matrix_of(maps[at + 1 :]), A, c, _mixed(A, c, by_position)))
         own = [head for head in heads if head is not None]
         if own:
             wide = torch.cat([(head.m @ head.above) for head in own], 1)
             above = torch.cat([head.above.expand(len(wide), -1, -1) for head in own], 1)
-            added += above.mT @ wide
+            added += _symmetric(above, wide)
         yield C, tuple(heads)
         # 4. The constants of the step.
         C = C + added
@@ -358,7 +305,7 @@ def climb(
         # 5. The residual's own norm, and its b.
         if step.norm is not None:
             F = matrix_of([step.norm])
-            C = F.mT @ C @ F
+            C = _symmetric(F, C @ F)
             b = [*step.norm.constants().values()]
             C = C + (_outer(b) if constants and b else 0)
     yield C, ()
