@@ -359,7 +359,8 @@ class SecantOperator:
 
     def __post_init__(self):
         for _, operator in (self.clean, self.corrupted):
-            added = [e.name for s in operator.steps for e in s.edits if not e.name.endswith(("[user]", "[sae]"))]
+            edits = [e.name for s in operator.steps for e in s.edits]
+            added = [name for name in edits if not name.endswith(("[user]", "[sae]"))]
             if added:  # by the model, such as rows of a picture after a block
                 raise ValueError(
                     f"at='secant' needs runs where sublayers alone add to the residual, and here "
