@@ -22,8 +22,8 @@ class Rows:
     """Covectors where they are not 0, one position after the other.
 
     Attributes:
-        x: The rows.
-        there: Which covectors have a row at a position.
+        x: The rows of all positions, below each other.
+        there: Whether a covector has a row at a position.
         counts: How many rows each position has.
     """
 
