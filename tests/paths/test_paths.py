@@ -5,7 +5,7 @@ import json
 import math
 import random
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -34,7 +34,15 @@ from tensorlens_tl.attribution.targets import resolve_target
 from tensorlens_tl.graph.nodes import Node
 from tensorlens_tl.lens.tensor_lens import TensorLens
 from tensorlens_tl.paths import search
-from tensorlens_tl.paths.bounds import PathBound, StepParts, bounds_by_step, climb
+from tensorlens_tl.paths.bounds import (
+    BLOCK,
+    PathBound,
+    StepParts,
+    _symmetric,
+    bounds_by_step,
+    climb,
+)
+from tensorlens_tl.paths.energies import Rows
 from tensorlens_tl.paths.results import Path, Paths
 
 pytestmark = pytest.mark.algebra
@@ -592,3 +600,21 @@ def test_several_prompts_are_refused():
         ValueError, match=r"needs one prompt, but the lens has 2. Take one with lens\[i\]"
     ):
         lens_of(SHAPES[0]).paths(3)
+
+
+def test_symmetric_products_and_packed_rows_equal_their_slow_twins():
+    draw = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    width = 2 * BLOCK + 7  # more than one block, and a rest
+    left = draw(3, 5, width)
+    C = left.mT @ left
+    assert_close(_symmetric(left, left), C, 1e-12)
+    v = draw(4, 3, width)
+    v[0, 1:], v[1, 0], v[2] = 0, 0, 0
+    rows = Rows.of(v)
+    wanted = torch.einsum("npd,pde,npe->np", v, C, v)
+    assert_close(rows.put(rows.forms(C)), wanted, 1e-12)
+    M = draw(3, width, 6)
+    done = rows.times(M)
+    assert_close(done._spread(done.x).transpose(0, 1), torch.einsum("npd,pde->npe", v, M), 1e-12)
+    A = draw(3, 3)
+    assert_close(rows.mixed(A), torch.einsum("qk,nqd->knd", A, v), 1e-12)
