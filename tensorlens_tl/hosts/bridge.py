@@ -40,6 +40,7 @@ from ..readers import (
     head_weights,
     inner,
     joined_mlp,
+    layer_scalar,
     linear_weights,
     norm_eps,
     packed_weights,
@@ -223,7 +224,7 @@ class BridgeAdapter(Adapter):
             parallel="Parallel" in type(block).__name__,
             shared=self._shared_weights(mlp),
             mid_norm=norm("mid_norm"),
-            post_norm=norm("post_norm"),
+            post_norm=norm("post_norm") or layer_scalar(block),
         )
 
     def _shared_weights(self, mlp: Any) -> GatedMLPWeights | None:

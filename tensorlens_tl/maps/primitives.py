@@ -292,6 +292,7 @@ class NormWeights:
         center: Whether the norm subtracts the mean, as LayerNorm does and RMSNorm does not.
         offset: Number added to the weight (1 for Gemma).
         eps: The ε that the norm adds to the variance; None where it is not known.
+        factor: In place of all this, a number that multiplies the residual; None for a norm.
     """
 
     w: Float[Tensor, " d"] | None
@@ -299,6 +300,7 @@ class NormWeights:
     center: bool
     offset: float = 0.0
     eps: float | None = None
+    factor: float | None = None
 
     def scale_at(self, x: Float[Tensor, "*many d"]) -> Float[Tensor, "*many 1"]:
         """The divisor at an input, computed in float32 as hosts do; ε must be known."""
@@ -404,6 +406,20 @@ class Norm(LinearMap):
 
     def constants(self):
         return {} if self.weights.b is None else {f"{self.name}.b": self.bias}
+
+
+@dataclass(frozen=True, eq=False)
+class Factor(Norm):
+    """A number of the model's own that multiplies the residual, as a norm of a constant scale."""
+
+    @classmethod
+    def of(cls, frame: Frame, name: str, weights: NormWeights, like: Tensor) -> Factor:
+        """The map x → factor · x of residuals like one [batch, pos, d_model]."""
+        scale = torch.full_like(like[..., :1], 1 / (weights.factor or 1.0))
+        return cls(frame, name, scale, weights, like.shape[-1])
+
+    def moved(self, was, x):
+        return self
 
 
 def take_row(

@@ -40,7 +40,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import LOGITS, Node
-from ..maps import TINY, Factored, Identity, Norm
+from ..maps import TINY, Factor, Factored, Identity, Norm
 from ..sublayers import MLP, Attention, Experts, GatedMLP, gating_ratio
 from .capture import Capture, CaptureMismatchError
 from .frozen_transformer import FrozenTransformer
@@ -152,12 +152,12 @@ def softmax_secant(
     return mean.masked_fill(masked, 0.0), L.masked_fill(masked, 0.0)
 
 
-def _of_norms(
-    clean: Norm | None, corrupted: Norm | None, x: Tensor, y: Tensor
-) -> NormSecant | None:
-    if clean is None or corrupted is None:
+def _of_norms(a: Norm | None, b: Norm | None, x: Tensor, y: Tensor) -> NormSecant | None:
+    if a is None or b is None:
         return None
-    return NormSecant.of(clean.weights, x, y, clean.scale, corrupted.scale)
+    if isinstance(a, Factor):  # linear as it is
+        return NormSecant(a.weights, 1 / a.scale, torch.zeros_like(x))
+    return NormSecant.of(a.weights, x, y, a.scale, b.scale)
 
 
 # --- Branches ------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from .hook_points import (
     with_graph,
 )
 from .host import QueryKeyWeights
-from .linear import head_weights, inner, joined_mlp, linear_weights
+from .linear import head_weights, inner, joined_mlp, layer_scalar, linear_weights
 from .module_tree import ModuleTree
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "inner",
     "is_spliced",
     "joined_mlp",
+    "layer_scalar",
     "linear_weights",
     "norm_eps",
     "packed_weights",

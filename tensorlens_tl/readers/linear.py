@@ -43,6 +43,16 @@ def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
     )
 
 
+def layer_scalar(block: Any) -> NormWeights | None:
+    """The number by which a block of a Bridge multiplies what leaves it, as Gemma-4's do."""
+    scalar = inner(block)._buffers.get("layer_scalar")
+    if scalar is None or (factor := float(scalar)) == 1:
+        return None
+    if factor == 0:
+        raise UnsupportedArchitectureError(refusal("layer_scalar=0", "nothing passes the block"))
+    return NormWeights(None, None, center=False, factor=factor)
+
+
 def joined_mlp(
     W: Tensor, b: Tensor | None, W_out: Tensor, b_out: Tensor | None, act: str
 ) -> GatedMLPWeights:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..graph import EMBED_NORM_BIAS, SOURCES
 from ..hosts import Adapter
-from ..maps import Frame, Norm, NormWeights, Shift, take_row
+from ..maps import Factor, Frame, Norm, NormWeights, Shift, take_row
 from ..operator import Capture, CaptureMismatchError, Convention, FrozenBlock, Prompts
 from ..readers import ExpertsRead, Read, RecomputedReading, StoredReading, in_this_thread
 from ..sublayers import (
@@ -173,7 +173,12 @@ class Recorder:
         ln1, ln2, ln1_post, ln2_post = norms
         # Norms of the residual itself, which read the sums, have the host's names.
         mid_norm = self.norm(layer, "mid_norm", weights.mid_norm, "ln1")
-        post_norm = self.norm(layer, "post_norm", weights.post_norm, "ln2")
+        last, end = weights.post_norm, after
+        if last is None or last.factor is None:
+            post_norm = self.norm(layer, "post_norm", last, "ln2")
+        else:
+            post_norm = Factor.of(self.frame, f"L{layer}.layer_scalar", last, after)
+            end = after * post_norm.scale
 
         attn, attn_own = freeze_attention(self, layer, ln1, ln1_post, before)
         mid, mlp, shared, mid_edits = None, None, None, ()
@@ -181,14 +186,14 @@ class Recorder:
         if weights.mlp is None:
             stages = ("attn_out", "mlp_out")
             label = f"{name} output (W_O, b_O)"
-            post_edits = self.step(layer, label, stages, before, after, attn_own)
+            post_edits = self.step(layer, label, stages, before, end, attn_own)
         elif weights.parallel:
             mlp, shared, (added, out, _) = freeze_mlps(self, layer, ln2, ln2_post, before)
             attn_added, attn_out, rounding = attn_own
             stages = ("attn_out", "mlp_out")
             label = f"{name} and MLP output (W_O, b_O, W_out, b_out)"
             both = attn_added + added, lambda: attn_out() + out(), rounding
-            post_edits = self.step(layer, label, stages, before, after, both)
+            post_edits = self.step(layer, label, stages, before, end, both)
         else:
             summed = mid = self.pop(layer, "resid_mid" if mid_norm is None else "mid_sum")
             label = f"{name} output (W_O, b_O)"
@@ -196,9 +201,10 @@ class Recorder:
             mid = normed(mid_norm, summed)
             mlp, shared, own = freeze_mlps(self, layer, ln2, ln2_post, mid)
             label = f"L{layer} MLP output (W_out, b_out)"
-            summed = after if post_norm is None else self.pop(layer, "post_sum")
+            apart = not (post_norm is None or isinstance(post_norm, Factor))
+            summed = self.pop(layer, "post_sum") if apart else end
             post_edits = self.step(layer, label, ("mlp_out",), mid, summed, own)
-            if post_norm is not None:
+            if post_norm is not None and apart:
                 label = f"L{layer} output (norm of the residual, ln2)"
                 self.check.same(label, after, normed(post_norm, summed))
         # 2. All products of the block are judged together, which costs one transfer to the CPU.
@@ -225,9 +231,12 @@ class Recorder:
         if last is None or state.data_ptr() == last.data_ptr():
             return state if last is None else last
         block = self.blocks[-1]
-        # Behind a norm of the residual no edit is served: the comparison below refuses it.
-        served = block.post_norm is None
-        if served and (edit := self.edit(layer, ("resid_pre",), state, lambda: last)):
+        edit = self.edit(layer, ("resid_pre",), state, lambda: last)
+        if edit and isinstance(block.post_norm, Factor):  # edits stand before it
+            edit = replace(edit, constant=edit.constant * block.post_norm.scale)
+        elif edit and block.post_norm is not None:
+            raise ValueError(_behind_a_norm(edit.name))
+        if edit:
             self.blocks[-1] = replace(block, post_edits=(*block.post_edits, edit))
         else:
             self.check.same(f"L{layer} input (residual of L{layer - 1})", state, last)
@@ -396,3 +405,10 @@ class Recorder:
             size = torch.linalg.vector_norm(logits, dim=-1)
             self.check.compare("logits (soft cap)", logits @ r, capped @ r, size)
         self.check.check_block(self.adapter.foreign_hooks)
+
+
+def _behind_a_norm(name: str) -> str:
+    return (
+        f"{name}: a hook of your own edits the residual behind the norm of a sum, which is not "
+        "served. Edit what attention or the MLP adds, such as hook_attn_out or hook_mlp_out."
+    )

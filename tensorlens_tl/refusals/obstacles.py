@@ -86,7 +86,6 @@ def refuse_extras(block: Any) -> None:
         UnsupportedArchitectureError: If there is such a part; the message names it.
     """
     part = block.original_component
-    scalar = getattr(part, "layer_scalar", None)
     for what, why, there in (
         (
             "per-layer inputs",
@@ -94,11 +93,6 @@ def refuse_extras(block: Any) -> None:
             _has(part, "per_layer_input_gate"),
         ),
         ("experts beside an MLP", "both go through one more norm", _has(part, "router")),
-        (
-            "layer_scalar",
-            "it multiplies the residual itself",
-            scalar is not None and scalar.item() != 1,
-        ),
     ):
         if there:
             raise UnsupportedArchitectureError(refusal(what, why))

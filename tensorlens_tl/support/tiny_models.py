@@ -292,7 +292,8 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     """Randomize every parameter, with biases and norm weights away from 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        scalars = [(n, b) for n, b in model.named_buffers() if n.endswith("layer_scalar")]
+        for name, p in (*model.named_parameters(), *scalars):
             scale = 0.5 if p.ndim == 1 or ".b_" in name else 1.5 * p.shape[-2] ** -0.5
             noise = scale * torch.randn(
                 p.shape, generator=generator, device="cpu", dtype=torch.float64
