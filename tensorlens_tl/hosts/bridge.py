@@ -379,8 +379,9 @@ class BridgeAdapter(Adapter):
 
     def recomputed_reading(self) -> RecomputedReading:
         for reader in self.attention:
-            if not reader.has_pattern:
-                raise NotRecomputableError(what=reader.kind, why="it has no pattern")
+            if not (reader.has_pattern and reader.shows_queries):
+                why = "it has no pattern" if not reader.has_pattern else "one product makes them"
+                raise NotRecomputableError(what=reader.kind, why=why)
         attentions = self.attentions
         found = bridge_reading(self)
         keepers = [attn for attn in attentions if hasattr(attn, "_pattern")]
@@ -391,7 +392,7 @@ class BridgeAdapter(Adapter):
         return replace(found, listen=listen)
 
     def query_key_weights_of(self, attn: Any) -> QueryKeyWeights:
-        d_head = self.cfg.d_head
+        d_head = getattr(attn.original_component, "head_dim", self.cfg.d_head)
         (W_Q, b_Q), (W_K, b_K) = (
             (
                 W.unflatten(1, (-1, d_head)).transpose(0, 1),

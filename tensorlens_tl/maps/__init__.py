@@ -9,11 +9,11 @@ from .batch_layout import HALF, TINY, Frame, version
 from .factored import Factored
 from .linear_map import DENSE_LIMIT, Chain, LinearMap, Residual, Sum, Transposed, dot_test
 from .primitives import (
+    Factor,
     Gate,
     Identity,
     Linear,
     Mix,
-    Factor,
     Norm,
     NormWeights,
     Shift,

@@ -70,6 +70,9 @@ class AttentionReader:
     has_pattern = True
     """Whether attention has a pattern to read."""
 
+    shows_queries = True
+    """Whether hooks show queries and keys."""
+
     shown = True
     """Whether hooks show all that is frozen, as patterns and scales, so that they can hold it."""
 
@@ -132,6 +135,7 @@ class FusedReader(AttentionReader):
     """Attention without hooks, whose queries, keys and values one linear module makes."""
 
     kind = "attention that shows no queries"
+    shows_queries = False
 
     @classmethod
     def of(cls, adapter: Any, block: Any) -> FusedReader:

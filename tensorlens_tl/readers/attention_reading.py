@@ -233,6 +233,10 @@ def _encoder(adapter: Host, part: Any) -> Scores:
     return Scores(attention.scaling, causal=bool(attention.is_decoder))
 
 
+def _glimmer(adapter: Host, part: Any) -> Scores:
+    return Scores(part.scaling * part.qk_scale_factor, window=_window(part, part.layer_idx))
+
+
 _WRAPPED: dict[str, Callable[[Host, Any], Scores]] = {
     "NativeAttention": _native,
     "GPTJAttention": lambda adapter, part: Scores(1 / float(part.scale_attn)),
@@ -242,6 +246,7 @@ _WRAPPED: dict[str, Callable[[Host, Any], Scores]] = {
     "RobertaAttention": _encoder,
     "XLMRobertaAttention": _encoder,
     "XGLMAttention": lambda adapter, part: Scores(part.scaling),
+    "MuseGlimmerTextAttention": _glimmer,
 }
 """Modules that tell the scale of their scores in a way of their own, by class."""
 
@@ -338,10 +343,13 @@ def rotary_tables(part: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def rotates(attn: Any) -> bool:
-    """Whether a layer rotates queries and keys; some of SmolLM3, Cohere-2 and EXAONE-4 do not."""
+    """Whether a layer rotates queries and keys; some of SmolLM3, Cohere-2 and AFMoE do not."""
     if (without := getattr(attn, "_is_nope_layer", None)) is not None:
         return not without()
-    return bool(getattr(attn.original_component, "use_rope", True))
+    part = attn.original_component
+    if type(part).__name__ == "AfmoeAttention":
+        return bool(part.is_local_attention)
+    return bool(getattr(part, "use_rope", True))
 
 
 NORM_LAST = ("NanoChatAttention",)

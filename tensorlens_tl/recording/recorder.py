@@ -206,7 +206,10 @@ class Recorder:
             post_edits = self.step(layer, label, ("mlp_out",), mid, summed, own)
             if post_norm is not None and apart:
                 label = f"L{layer} output (norm of the residual, ln2)"
-                self.check.same(label, after, normed(post_norm, summed))
+                expected = normed(post_norm, summed)
+                if edit := self.edit(layer, ("mlp_out",), after, lambda: expected):
+                    raise CaptureMismatchError(_behind_a_norm(edit))
+                self.check.same(label, after, expected)
         # 2. All products of the block are judged together, which costs one transfer to the CPU.
         self.check.check_block(self.adapter.foreign_hooks)
         own = mid_edits, post_edits, shared, mid_norm, post_norm
@@ -222,6 +225,9 @@ class Recorder:
 
         Returns:
             The state; the same tensor as before where nothing came between.
+
+        Raises:
+            CaptureMismatchError: If a hook of the user's own edited it behind the norm of a sum.
         """
         if layer == 0:
             self.embeddings = self.sources(state)
@@ -235,7 +241,7 @@ class Recorder:
         if edit and isinstance(block.post_norm, Factor):  # edits stand before it
             edit = replace(edit, constant=edit.constant * block.post_norm.scale)
         elif edit and block.post_norm is not None:
-            raise ValueError(_behind_a_norm(edit.name))
+            raise CaptureMismatchError(_behind_a_norm(edit))
         if edit:
             self.blocks[-1] = replace(block, post_edits=(*block.post_edits, edit))
         else:
@@ -407,8 +413,8 @@ class Recorder:
         self.check.check_block(self.adapter.foreign_hooks)
 
 
-def _behind_a_norm(name: str) -> str:
+def _behind_a_norm(edit: Shift) -> str:
     return (
-        f"{name}: a hook of your own edits the residual behind the norm of a sum, which is not "
-        "served. Edit what attention or the MLP adds, such as hook_attn_out or hook_mlp_out."
+        f"{edit.name}: an edit there is not served, as the norm of a sum stands before it. Edit "
+        "what attention or the MLP adds instead, at attn.o.hook_out or mlp.out.hook_out."
     )

@@ -126,6 +126,17 @@ _WRONG_IN_3 = ("CohereForCausalLM", "Cohere2ForCausalLM", "HunYuanDenseV1ForCaus
 """Architectures whose Bridge of transformer_lens 3 is another model."""
 
 
+_UNSEEN_IN_3 = (
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Qwen3NextForCausalLM",
+    "OlmoHybridForCausalLM",
+)
+"""Architectures whose gated delta nets the Bridge of transformer_lens 3 does not show."""
+
+
 def faulty_option(architecture: str | None, config: Any) -> tuple[str, str]:
     """Name what the installed host is known to build wrongly.
 
@@ -170,6 +181,9 @@ def check_architecture(name: str | None, model: Any) -> None:
         raise UnsupportedArchitectureError(merge_first(adapter_at(model) or type(model).__name__))
     if name not in SUPPORTED:
         raise UnsupportedArchitectureError(refusal(f"{name}", f"it has {obstacle(model)}"))
+    if name in _UNSEEN_IN_3 and _version() < (4,):
+        what, why = f"{name} with transformer_lens 3", "its Bridge shows no gated delta net"
+        raise UnsupportedArchitectureError(refusal(what, why, "Install transformer_lens 4."))
     config = getattr(model, "config", None)
     width = getattr(config, "hidden_size", None)
     if not getattr(config, "do_layer_norm_before", True) or (

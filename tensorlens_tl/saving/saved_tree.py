@@ -21,12 +21,12 @@ from ..graph import Edge, Node
 from ..maps import (
     Chain,
     DeltaRule,
+    Factor,
     Frame,
     Gate,
     Identity,
     Linear,
     Mix,
-    Factor,
     Norm,
     NormWeights,
     Residual,

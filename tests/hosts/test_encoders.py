@@ -392,9 +392,15 @@ def test_padding_of_a_post_norm_decoder_is_refused_as_its_bridge_reads_ahead(cas
 def test_edits_behind_a_norm_are_refused(name):
     with quiet():
         bridge = tensorlens_tl.wrap(encoder_hf(name))
-        for point in ("blocks.0.hook_resid_post", "blocks.1.ln1.hook_out"):
+        behind = "an edit there is not served, as the norm of a sum stands before it"
+        for point, why in (
+            ("blocks.0.hook_resid_post", behind),
+            ("blocks.1.hook_resid_post", behind),
+            ("blocks.1.hook_resid_pre", behind),
+            ("blocks.1.ln1.hook_out", "own hooks at blocks.1.ln1.hook_out: an edit there is not"),
+        ):
             bridge.add_hook(point, lambda t, hook: t * 1.1)
-            with pytest.raises(tensorlens_tl.CaptureMismatchError, match="an edit there is not"):
+            with pytest.raises(tensorlens_tl.CaptureMismatchError, match=why):
                 tensorlens_tl.capture(bridge, tokens())
             bridge.reset_hooks()
         bridge.add_hook("blocks.1.attn.o.hook_out", lambda t, hook: t * 1.1)
