@@ -416,5 +416,5 @@ class Recorder:
 def _behind_a_norm(edit: Shift) -> str:
     return (
         f"{edit.name}: an edit there is not served, as the norm of a sum stands before it. Edit "
-        "what attention or the MLP adds instead, at attn.o.hook_out or mlp.out.hook_out."
+        "what attention or the MLP adds instead, at the output of W_O or W_out."
     )
