@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import spelled
 from ..graph import Node, layer_site, resid_site
 from ..operator import Capture, FrozenTransformer
 from ..readers import MLP_OUT, SUBLAYER_SITES
@@ -197,6 +198,7 @@ class Reading:
         return found * (self.acts * self.unscale[self.at])
 
 
+@spelled
 def check_fits(dictionary: FeatureDictionary, capture: Capture) -> None:
     """Refuse a dictionary of another model, or one that no place of a run can be read by.
 

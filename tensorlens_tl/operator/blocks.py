@@ -275,7 +275,7 @@ class StepChain(Mapped):
         # Rows that are carried. Where no pattern looks ahead, a pull meets what is before its
         # position, and a push what is behind: a source near the end costs few rows.
         sweep = BatchedSweep(self.map, prompt, transposed=pull)
-        coordinates = sweep.coordinate(torch.tensor(at)).tolist()
+        coordinates = sweep.coordinate(torch.tensor(at, device="cpu")).tolist()
         reach = [c + 1 if sweep.causal else sweep.n_pos for c in coordinates]
         return sum(reach) * (self.out_dim if pull else self.in_dim)
 

@@ -16,6 +16,8 @@ from tensorlens_tl import TensorLens, demo, evaluation, plan, relations
 from tensorlens_tl.evaluation import evaluate
 from tensorlens_tl.relations import Relation
 
+pytestmark = pytest.mark.algebra
+
 FIRST = SHAPES[0]
 
 
