@@ -114,6 +114,7 @@ def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
     return shares
 
 
+@spelled
 def plan_by_feature(
     operator: FrozenTransformer,
     dictionaries: Sequence[FeatureDictionary],

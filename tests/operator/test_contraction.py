@@ -483,7 +483,7 @@ def test_rates_are_measured_anew_after_a_minute(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "rollout?"}, "Use .*norm, in, out, in_out"),
+        ({"name": "rollout?"}, "(one of|Use) .*norm, in, out, in_out"),
         ({"name": "norm", "probes": 1}, "probes must be an integer from 2 to d_model = 32"),
         ({"name": "norm", "probes": 33}, "probes must be an integer from 2 to d_model = 32"),
         ({"name": "out", "probes": 4}, "probes= estimates 'norm' only"),
