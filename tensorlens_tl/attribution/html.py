@@ -330,7 +330,7 @@ _MERGED = "A token is shown with the embedding of its position; hover for both."
 def _grid(one: Attribution) -> str:
     """Heads by layer, beside them MLPs and constants; hovering shows the positions of a head."""
     cells: dict[tuple[int, str], float] = {}
-    places: dict[tuple[int, str], list[tuple[float, str]]] = {}
+    places: dict[tuple[int, str], list[tuple[int | float, str]]] = {}
     beside: dict[str, float] = {}
     rows = zip(one.sources, one.labels[0], one.values[0].tolist(), strict=True)
     for source, label, value in rows:
@@ -364,7 +364,7 @@ def _hover(
     layer: int,
     column: str,
     cells: dict[tuple[int, str], float],
-    places: dict[tuple[int, str], list[tuple[float, str]]],
+    places: dict[tuple[int, str], list[tuple[int | float, str]]],
 ) -> str:
     """A cell's sum, and the largest of the rows that it sums."""
     at = layer, column

@@ -21,7 +21,7 @@ _DASHES: dict[str, Any] = {"q": (0, (5, 2)), "k": (0, (1.2, 1.6))}
 _THICKEST = 3.5
 
 
-def floor(node: Node, n_layers: int) -> tuple[float, str]:
+def floor(node: Node, n_layers: int) -> tuple[int | float, str]:
     """Tell how high a node stands: its half-step of the run, and what stands there."""
     if node.layer is None:
         return (2 * n_layers + 1, "logits") if node.kind == "logits" else (0, "embeddings")

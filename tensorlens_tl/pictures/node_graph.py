@@ -167,14 +167,14 @@ def _shape(node: Node) -> str:
     )
 
 
-def _height(node: Node, depth: int) -> tuple[float, str]:
+def _height(node: Node, depth: int) -> tuple[int | float, str]:
     """How high a node stands, and what stands there; what is added last stands with the target."""
     if node.layer is not None:
         return floor(node, depth)
     return (0, "input") if node.enters or node.kind == "input" else (2 * depth + 1, "target")
 
 
-def _levels(depth: int) -> list[tuple[float, str]]:
+def _levels(depth: int) -> list[tuple[int | float, str]]:
     """The rows of every model, drawn also where no node stands."""
     parts = [(2 * n + 1 + i, f"L{n} {part}") for n in range(depth) for i, part in _PARTS]
     return [(0, "input"), *parts, (2 * depth + 1, "target")]
