@@ -85,7 +85,6 @@ _OLD_NAMES = {"attribute": "mean_attribution"}
 _ELSEWHERE = {
     "evaluate": "evaluation.evaluate",
     "from_pretrained": "load_model",
-    "plan": "TensorLens.plan",
     "run_with_tensorlens": "capture",
 }
 """Where names are that may be looked for here."""

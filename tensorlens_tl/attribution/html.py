@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from ..graph import Edge, Node
+from ..graph import Edge, Node, at_sites, feature_site
 from ..maps import TINY
 from ..pictures import Page, Split, split_page
 
@@ -141,15 +141,23 @@ def left_out(values: Float[Tensor, " row"], shown: int) -> str:
 
 def changes(one: Attribution) -> list[str]:
     """The rows of one prompt that qualify all other rows, in words, with their shares."""
-    values, size = one.values[0].tolist(), float(one.values[0].abs().sum().clamp_min(TINY))
+    values = one.values[0].tolist()
+    # The share of an SAE's error is of the rows that its site is made of.
+    places = at_sites(one.sources).items()
+    sizes = {site: sum(abs(values[i]) for i in own) for site, own in places}
+    whole = sum(map(abs, values))
     found: dict[Node, tuple[float, float]] = {}
     for source, value in zip(one.sources, values, strict=True):
         node = source.node
         if isinstance(node, Node) and node.kind in ("change", "error"):
             total, absolute = found.get(node, (0.0, 0.0))
             found[node] = total + value, absolute + abs(value)
-    shares = found.items()
-    return [f"{node}: {total:+.4f}, {part / size:.0%} of Σ|·|" for node, (total, part) in shares]
+    lines = []
+    for node, (total, part) in found.items():
+        site = feature_site(node)
+        share, of = part / max(sizes.get(site or "", whole), TINY), f" at {site}" if site else ""
+        lines.append(f"{node}: {total:+.4f}, {share:.0%} of Σ|·|{of}")
+    return lines
 
 
 def sum_html(total: float, error: float | None) -> str:

@@ -186,7 +186,7 @@ def evaluate(
         batch_size=batch_size,
         keep_last=keep_last,
         seed=seed,
-        seconds=dict(zip(names, done.seconds, strict=False) if made is None else made.seconds),
+        seconds=dict(zip(names, done.seconds[:-1], strict=True) if made is None else made.seconds),
         forward_seconds=done.seconds[-1] if made is None else made.forward_seconds,
         runs=dict(zip((way.kind for way in maskings), done.runs, strict=True)),
         first_token=first,

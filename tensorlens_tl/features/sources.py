@@ -89,6 +89,12 @@ def load(
         True
     """
     given = {"site": site, "writes": writes, "scale": scale, "config": dict(config or {})}
+    for name, point in (("site", site), ("writes", writes)):
+        if point is not None and not isinstance(point, str):
+            raise ValueError(
+                f"{name}={point!r} is no hook point. Pass its name, such as "
+                f"{resid_site(2, 'pre')!r}."
+            )
     if isinstance(source, Mapping):
         return _one(dict(source), {}, given)
     if isinstance(source, str | Path):

@@ -24,7 +24,7 @@ from ..attribution import (
 )
 from ..checks import spelled
 from ..costs import Cost, Plan
-from ..graph import Node
+from ..graph import Node, at_sites
 from ..maps import TINY
 from ..operator import FrozenTransformer
 from .dictionary import CHUNK_BYTES, FeatureDictionary
@@ -75,7 +75,7 @@ def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
 
     Returns:
         |error| / Σ|rows| at every position of a site, by the name of the site, such as "L2.pre".
-        What goes past a sublayer counts in neither.
+        What goes past a sublayer, and constants after the site, count in neither.
 
     Raises:
         ValueError: If the split has no errors.
@@ -91,27 +91,24 @@ def error_shares(found: Attribution) -> dict[str, Float[Tensor, "prompt pos"]]:
         >>> {site: share.shape for site, share in shares.items()}
         {'L2.pre': torch.Size([1, 6])}
     """
-    sites: dict[str, tuple[list[int], list[int]]] = {}
-    for i, source in enumerate(found.sources):
-        node = source.node
-        if not isinstance(node, Node) or source.pos is None or node.kind == "past":
-            continue
-        place = node.name.partition(".")[0]
-        own = sites.setdefault(f"L{node.layer}.{place}", ([], []))
-        own[node.kind != "error"].append(i)
-    sites = {site: own for site, own in sites.items() if own[0]}
-    if not sites:
+    sizes = _sizes(found)
+    if not sizes:
         raise ValueError("The split has no error rows. Pass one that attribute(by='feature') made.")
-    n_pos = max(stop for _, stop in found.spans)
-    shares = {}
-    for site, (errors, others) in sites.items():
+    return {site: error / whole.clamp_min(TINY) for site, (error, whole) in sizes.items()}
+
+
+def _sizes(found: Attribution) -> dict[str, tuple[Tensor, Tensor]]:
+    """Σ|error| and Σ|rows| at every position of every site [prompt, pos]."""
+    n_pos, sizes = max(stop for _, stop in found.spans), {}
+    for site, rows in at_sites(found.sources).items():
         error, whole = found.values.new_zeros(2, len(found), n_pos)
-        for i in (*errors, *others):
-            whole[:, found.sources[i].pos] += found.values[:, i].abs()
-        for i in errors:
-            error[:, found.sources[i].pos] += found.values[:, i].abs()
-        shares[site] = error / whole.clamp_min(TINY)
-    return shares
+        for i in rows:
+            source, size = found.sources[i], found.values[:, i].abs()
+            whole[:, source.pos] += size
+            if getattr(source.node, "kind", "") == "error":
+                error[:, source.pos] += size
+        sizes[site] = error, whole
+    return sizes
 
 
 @spelled
@@ -180,16 +177,11 @@ def _of_site(gradient: TargetGradient, reading: Reading, apart: bool) -> TableBu
 
 def _warn(reading: Reading, part: Attribution) -> None:
     """Say so where a dictionary leaves out more than it explains."""
-    kinds = [getattr(source.node, "kind", "") for source in part.sources]
-    size = part.values.abs()
-    past, errors = (
-        size[:, [i for i, own in enumerate(kinds) if own == kind]].sum()
-        for kind in ("past", "error")
-    )
-    share = float(errors / (size.sum() - past).clamp_min(TINY))
+    error, whole = _sizes(part)[reading.site]
+    share = float(error.sum() / whole.sum().clamp_min(TINY))
     if share > MOST_ERROR:
         warnings.warn(
-            f"The error of {reading.dictionary} is {share:.0%} of Σ|·|, more than its features. "
-            "Do not read the features as the whole.",
+            f"The error of {reading.dictionary} is {share:.0%} of Σ|·| there, more than its "
+            "features. Do not read the features as the whole.",
             stacklevel=6,
         )

@@ -12,24 +12,27 @@ from .eap_names import eap_name, parse_eap
 from .nodes import (
     CONTENTS,
     EMBED_NORM_BIAS,
+    FEATURE_SITES,
     FINAL_SITE,
     SOURCES,
     SPECIAL_ROWS,
     Edge,
     Node,
+    feature_site,
     layer_site,
     numbered_site,
     resid_site,
     site_parts,
 )
 from .selection import connected, limits, select, shared_out
-from .table_rows import rows_that_fit
+from .table_rows import at_sites, rows_that_fit
 from .wiring import INPUT, LOGITS, Wiring, as_edges, owner
 
 __all__ = [
     "CONTENTS",
     "EMBED_NORM_BIAS",
     "Edge",
+    "FEATURE_SITES",
     "FINAL_SITE",
     "INPUT",
     "LOGITS",
@@ -38,8 +41,10 @@ __all__ = [
     "SPECIAL_ROWS",
     "Wiring",
     "as_edges",
+    "at_sites",
     "connected",
     "eap_name",
+    "feature_site",
     "layer_site",
     "limits",
     "numbered_site",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..checks import is_int, spelled
 
@@ -230,6 +231,29 @@ class Node:
         if constant is not None:
             return cls("constant", int(layer), name=constant)
         return cls("layer", int(layer))
+
+
+FEATURE_SITES = ("pre", "z", "attn_out", "mid", "mlp_out", "post")
+"""Names of the sites within a block at which features stand, in the order of the run."""
+
+
+def feature_site(node: Any) -> str | None:
+    """The site whose SAE or transcoder a node is of.
+
+    Args:
+        node: A node, or anything else that a row may have.
+
+    Returns:
+        The block and the site, such as "L2.pre", of a feature, of what stands beside the features,
+        and of the dictionary's constants; None for any other row.
+    """
+    if not isinstance(node, Node) or node.kind not in _OF_SAES:
+        return None
+    site = node.name.partition(".")[0]
+    return f"L{node.layer}.{site}" if site in FEATURE_SITES else None
+
+
+_OF_SAES = ("feature", "error", "skip", "past", "constant")
 
 
 @spelled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .nodes import Edge, Node
+from .nodes import Edge, Node, feature_site
 
 
 def rows_that_fit(nodes: Sequence[Node | Edge], by: str, wanted: Mapping[str, Any]) -> list[int]:
@@ -44,3 +44,21 @@ def _nothing_has(name: str, value: Any, there: list[Any]) -> str:
     near = [one for one in names if one.startswith(f"{value}.")] if name == "dest" else []
     hint = f"Did you mean {' or '.join(near)}?" if near else f"Use one of {', '.join(names)}."
     return f"No {'edge' if name in ('src', 'dest') else 'row'} has {name} {value}. {hint}"
+
+
+def at_sites(sources: Sequence[Any]) -> dict[str, list[int]]:
+    """The rows that make up what stands at the sites of SAEs and transcoders.
+
+    Args:
+        sources: Sources of a split by feature, or of any other; each has a node and a position.
+
+    Returns:
+        Numbers of rows by site: features, what the dictionary adds everywhere, and errors. What
+        goes past a sublayer, and constants after the site, are not among them.
+    """
+    found: dict[str, list[int]] = {}
+    for i, source in enumerate(sources):
+        site = feature_site(source.node)
+        if site and source.pos is not None and getattr(source.node, "kind", "") != "past":
+            found.setdefault(site, []).append(i)
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from ..attribution import Attribution, TargetGradient
-from ..checks import spelled
+from ..checks import kind_of, spelled
 from ..costs import Plan
 from ..features import (
     FeatureDictionary,
@@ -61,7 +61,13 @@ def _listed(saes: SAEs) -> list[FeatureDictionary]:
     given = [saes] if isinstance(saes, FeatureDictionary) else list(saes or ())
     if not given or not all(isinstance(sae, FeatureDictionary) for sae in given):
         raise ValueError(
-            f"saes={saes!r} names no SAE. Pass what tensorlens_tl.features.load gives, or a list "
-            "of such."
+            f"saes= is {kind_of(saes)}, which names no SAE. Pass what tensorlens_tl.features.load "
+            "gives, or a list of such."
+        )
+    sites = [sae.writes for sae in given]
+    if twice := next((site for site in sites if sites.count(site) > 1), None):
+        raise ValueError(
+            f"saes= has {sites.count(twice)} dictionaries that write at {twice!r}, and each would "
+            "count all that stands there. Pass one for each site."
         )
     return given

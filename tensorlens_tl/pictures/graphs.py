@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..graph import Edge, Node, owner
+from ..graph import FEATURE_SITES, Edge, Node, feature_site, owner
 from .figures import ADDS, LONGER, NEUTRAL, PLAIN, TAKES, axes, colour, label, limit, titled
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def floor(node: Node, n_layers: int) -> tuple[int | float, str]:
     """Tell how high a node stands: its half-step of the run, and what stands there."""
     if node.layer is None:
         return (2 * n_layers + 1, "logits") if node.kind == "logits" else (0, "embeddings")
-    if node.kind in ("feature", "error"):
-        return 2 * node.layer + _SITES[node.name], f"L{node.layer}.{node.name}"
+    if (site := feature_site(node)) is not None:
+        return 2 * node.layer + _ABOVE[site.partition(".")[2]], site
     if node.kind == "layer":
         return 2 * node.layer + 1, f"L{node.layer}"
     above = node.kind in ("mlp", "expert", "neuron") or node.name.startswith(_OF_MLPS)
@@ -34,7 +34,7 @@ def floor(node: Node, n_layers: int) -> tuple[int | float, str]:
     return 2 * node.layer + 1 + above, f"L{node.layer} {what}"
 
 
-_SITES = {"pre": 0.5, "mid": 1.5, "post": 2.5}
+_ABOVE = dict(zip(FEATURE_SITES, (0.5, 1.2, 1.3, 1.5, 2.3, 2.5), strict=True))
 """How high the site of an SAE is above the start of its block."""
 _OF_MLPS = ("ln2", "b_in", "b_out", "b_gate")
 

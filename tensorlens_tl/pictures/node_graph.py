@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..graph import Edge, Node, owner
+from ..graph import Edge, Node, feature_site, owner
 from .graphs import floor
 from .page import View
 
@@ -186,8 +186,8 @@ def _column(node: Node) -> tuple[int, int, str]:
         return 1, node.index or 0, f"H{node.index}"
     if node.kind == "expert":
         return 3, -1 if node.index is None else node.index, str(node).partition("E")[2].lstrip(".")
+    if feature_site(node) is not None:
+        return 5, 0, "features"
     if node.kind == "constant" and not node.enters:
         return 4, 0, "constants"
-    if node.kind in ("feature", "error"):
-        return 5, 0, "features"
     return 2, 0, "MLP"

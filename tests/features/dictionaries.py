@@ -1,5 +1,12 @@
 """Random dictionaries of features for tiny models."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from tensorlens_tl import features
@@ -40,3 +47,17 @@ def weights(config=None, d_in=D, d_sae=D_SAE, seed=0, dtype=torch.float64):
 def dictionary(kind="standard", site="blocks.1.hook_resid_pre", **options):
     """A random dictionary of one of :data:`KINDS`."""
     return features.load(weights(KINDS[kind], **options), site=site, config=KINDS[kind])
+
+
+def by_saelens(script, *arguments):
+    """What a script beside this file prints in a process of its own: the import takes long."""
+    found = subprocess.run(
+        [sys.executable, Path(__file__).parent / script, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    if "no SAELens" in found.stdout:
+        pytest.skip("sae_lens is not installed")
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout.splitlines()[-1])

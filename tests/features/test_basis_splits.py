@@ -192,7 +192,11 @@ def test_several_sites_each_sum_to_the_target_and_errors_are_told():
     at = [i for i, s in enumerate(one.sources) if s.pos == 2]
     error = _row(one, "L1.pre.error", 2).abs()
     assert_close(shares["L1.pre"][:, 2], error / one.values[:, at].abs().sum(1), 1e-12)
-    assert "L1.pre.error:" in repr(one[0]) and "of Σ|·|" in repr(one[0])
+    # One share of a site, in words, whatever is passed beside.
+    rows = [i for i, s in enumerate(one.sources) if s.pos is not None]
+    share = float(_errors(one)[0].abs().sum() / one.values[0, rows].abs().sum())
+    said = f"{share:.0%} of Σ|·| at L1.pre"
+    assert "L1.pre.error:" in repr(one[0]) and said in repr(one[0]) and said in repr(both[0])
     again = type(one).from_json(one.to_json())
     assert again.sources == one.sources and torch.equal(again.values, one.values)
 
@@ -237,6 +241,9 @@ def test_a_bad_dictionary_is_warned_about_and_a_wrong_one_refused():
     asked(features.load(weights(), site=PRE, config={"model_name": "gpt2"}), "trained on 'gpt2'")
     asked(None, "names no SAE")
     asked("sae", "names no SAE")
+    asked([dictionary(), dictionary("topk")], "2 dictionaries that write at 'blocks.1.hook_resid")
+    with pytest.raises(ValueError, match=r"site=1 is no hook point\. Pass its name"):
+        features.load(weights(), site=1)
     asked(dictionary(), "cannot be combined", baseline="zero")
     if ENCODERS:
         with pytest.raises(ValueError, match="norms of the residual"):
@@ -265,7 +272,8 @@ def test_a_bad_dictionary_is_warned_about_and_a_wrong_one_refused():
 def test_a_plan_counts_what_fires_or_may_fire():
     lens = lens_of(CASE)
     sweep = lens.plan("attribute")
-    few, many = (dictionary("topk", site=PRE, d_sae=d_sae) for d_sae in (256, 1024))
+    few = dictionary("topk", site=PRE, d_sae=256)
+    many = dictionary("topk", site="blocks.0.hook_resid_mid", d_sae=1024)
     small, large = (lens.plan("attribute", by="feature", saes=sae) for sae in (few, many))
     encoding = 2 * 14 * D * (1024 - 256)
     assert large.flops - small.flops == encoding and small.flops > sweep.flops

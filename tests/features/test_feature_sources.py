@@ -1,16 +1,12 @@
 """Dictionaries read from folders, objects and weights; what cannot be served is refused."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from comparisons import assert_close
-from dictionaries import KINDS, D, dictionary, weights
+from dictionaries import KINDS, D, by_saelens, dictionary, weights
 from safetensors.torch import save_file
 
 from tensorlens_tl import features
@@ -135,15 +131,5 @@ def test_what_is_no_dictionary_is_refused(tmp_path):
 
 
 def test_the_activations_are_those_of_saelens(tmp_path):
-    """In a process of its own, as the import takes long and belongs to no user of this library."""
-    found = subprocess.run(
-        [sys.executable, Path(__file__).parent / "compare_saelens.py", tmp_path],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    if "no SAELens" in found.stdout:
-        pytest.skip("sae_lens is not installed")
-    assert found.returncode == 0, found.stderr
-    off = json.loads(found.stdout.splitlines()[-1])
+    off = by_saelens("compare_saelens.py", tmp_path)
     assert len(off) >= 10 and all(error <= 1e-6 for error in off.values()), off

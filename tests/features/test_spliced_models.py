@@ -1,15 +1,9 @@
 """A model with a dictionary spliced in by SAELens, or by what has its hook points, is captured."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from comparisons import assert_close
-from dictionaries import dictionary
+from dictionaries import by_saelens, dictionary
 from models import HOOKED, ORACLE, ROUNDING, HookedTransformer, build_hooked, quiet, tokens
 from torch import nn
 
@@ -91,16 +85,7 @@ def test_the_constant_is_what_the_dictionary_left_out():
 
 def test_models_of_saelens_are_captured():
     """In a process of its own, as the import takes long and belongs to no user of this library."""
-    found = subprocess.run(
-        [sys.executable, Path(__file__).parent / "splice_saelens.py"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    if "no SAELens" in found.stdout:
-        pytest.skip("sae_lens is not installed")
-    assert found.returncode == 0, found.stderr
-    cases = json.loads(found.stdout.splitlines()[-1])
+    cases = by_saelens("splice_saelens.py")
     assert len(cases) == 16
     for name, case in cases.items():
         error = name.endswith("True")

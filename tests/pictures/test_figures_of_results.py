@@ -313,6 +313,19 @@ def test_features_are_bars_and_stand_at_their_site():
     at = view["labels"].index("L2.pre.error")
     assert view["rows"][view["row"][at]] == "L2.pre" == view["rows"][view["row"].min()]
 
+    sites = {"z": "attn.hook_z", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
+    heights = []
+    for name, point in sites.items():
+        sae = features.load(given, site=f"blocks.2.{point}", config=config)
+        with quiet():
+            edges = lens.attribute("Paris", by="edge", saes=sae)
+        assert "logits" in labels(edges.plot(top=3))
+        view = edges._page().views[0].data
+        rows = [view["row"][view["labels"].index(f"L2.{name}.{end}")] for end in ("error", "b_dec")]
+        assert [view["rows"][row] for row in rows] == [f"L2.{name}"] * 2
+        heights.append(view["rows"].index("L2 MLP") - rows[0])
+    assert heights[0] > 0 and heights[1] > 0 > heights[2]  # around the MLP, as they are written
+
 
 def test_exhibits():
     lens = lens_of()
