@@ -176,6 +176,7 @@ def similarity(
     model, hf = models()
     asked = [one for one in asked if one.metric == "probability"]
     values: dict[tuple[int, str, str], list[float]] = {}
+    points: dict[tuple[int, str, str], list[tuple[float, ...]]] = {}
     lengths, targets, runs = [], [], dict.fromkeys(("delete", "token", "mean"), 0)
     for first, second in pairs(start + n, seed)[start:]:
         with torch.no_grad():
@@ -202,11 +203,17 @@ def similarity(
                 for i, one in enumerate(asked):
                     number = one.read(m, orders[name], ranked)
                     values.setdefault((i, masking, name), []).append(number)
+                    curve = tuple(one.points(m, orders[name]))
+                    points.setdefault((i, masking, name), []).append(curve)
             runs[masking] += len(m.known)
     rows = tuple(
-        Row(one.name, "cosine", one.preset, masking, name, one.higher, tuple(found))
+        Row(
+            *(one.name, "cosine", one.preset, masking, name, one.higher, tuple(found)),
+            fractions=one.fractions if any(curves) else (),
+            points=tuple(curves) if any(curves) else (),
+        )
         for (i, masking, name), found in values.items()
-        for one in [asked[i]]
+        for one, curves in [(asked[i], points[i, masking, name])]
     )
     return Evaluation(
         rows=rows,

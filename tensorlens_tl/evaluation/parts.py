@@ -1,7 +1,8 @@
 """Some prompts of an evaluation, masked and run; and the numbers of all such parts together.
 
 A part takes three steps: 1. order the tokens that may be masked; 2. run all sets of masked tokens
-that the measures read; 3. keep one number per prompt, masking, measure and method, as tensors.
+that the measures read; 3. keep one number per prompt, masking, measure and method, as tensors, and
+the curve of numbers by fraction that it comes from.
 """
 
 from __future__ import annotations
@@ -75,12 +76,14 @@ class Masked:
         # 2. Masked runs.
         shape = len(self.maskings), len(self.asked), len(orders), len(lengths)
         values, runs = torch.zeros(shape, dtype=torch.float64, device="cpu"), []
+        wide = max(len(one.fractions) for one in self.asked)
+        curves = values.new_full((*shape, wide), math.nan)
         for i, way in enumerate(self.maskings):
             goals = scored.targets, scored.foils, way
             runner = MaskedRuns(
                 self.adapter, scored.prompts, *goals, self.batch_size, self.progress
             )
-            self._read(runner, orders, values[i])
+            self._read(runner, orders, values[i], curves[i])
             runs.append(runner.runs)
         # 3. All as tensors, for a file.
         found = {
@@ -92,10 +95,17 @@ class Masked:
         spent = [scored.seconds.get(name, 0.0) for name in scored.scores]  # own columns took none
         tensors = {name: torch.tensor(x, device="cpu") for name, x in found.items()}
         seconds = torch.tensor([*spent, scored.forward_seconds], dtype=torch.float64, device="cpu")
-        return tensors | {"values": values, "seconds": seconds}
+        found = tensors | {"values": values, "seconds": seconds}
+        return found | ({"curves": curves} if wide else {})
 
-    def _read(self, runner: MaskedRuns, orders: Sequence[Sequence[Ordered]], into: Tensor) -> None:
-        """Fill in the numbers [measure, method, prompt] from masked runs."""
+    def _read(
+        self,
+        runner: MaskedRuns,
+        orders: Sequence[Sequence[Ordered]],
+        into: Tensor,
+        curves: Tensor,
+    ) -> None:
+        """Fill in numbers [measure, method, prompt], and curves [… fraction], from masked runs."""
         n = into.shape[-1]
         for start in range(0, n, REMEMBERED):
             chunk = range(start, min(start + REMEMBERED, n))
@@ -112,7 +122,10 @@ class Masked:
                 m = {one.metric: partial(runner.outcomes, prompt, one.metric) for one in self.asked}
                 for i, one in enumerate(self.asked):
                     for j, of in enumerate(orders):
-                        into[i, j, prompt] = one.read(m[one.metric], *of[prompt])
+                        order, scores = of[prompt]
+                        into[i, j, prompt] = one.read(m[one.metric], order, scores)
+                        for k, value in enumerate(one.points(m[one.metric], order)):
+                            curves[i, j, prompt, k] = value
             runner.forget()
 
     def positions(self, scored: Scored, first: int) -> list[range]:
@@ -152,6 +165,8 @@ class Parts:
 
     Attributes:
         values: One number per masking, measure, method and prompt.
+        curves: One list per number: what the number comes from, by fraction, nan beyond a measure's
+            own fractions. None where a part holds no curves, as those of earlier builds.
         lengths: Number of tokens that could be masked, per prompt.
         targets: Token id of the target, per prompt.
         predicted: Token id that the model predicts, per prompt.
@@ -160,6 +175,7 @@ class Parts:
     """
 
     values: Sequence[Sequence[Sequence[tuple[float, ...]]]]
+    curves: Sequence[Sequence[Sequence[Sequence[Sequence[float]]]]] | None
     lengths: tuple[int, ...]
     targets: tuple[int, ...]
     predicted: tuple[int, ...]
@@ -170,14 +186,26 @@ class Parts:
     def of(cls, parts: Iterable[Mapping[str, Tensor]]) -> Parts:
         """Put parts together, in their order."""
         all_ = list(parts)
-        columns = {name: [part[name] for part in all_] for name in all_[0]}
+        kept = set.intersection(*(set(part) for part in all_))
+        columns = {name: [part[name] for part in all_] for name in kept}
         lengths, targets, predicted = (
             tuple(torch.cat(columns[name]).tolist()) for name in ("lengths", "targets", "predicted")
         )
         runs, seconds = (torch.stack(columns[name]).sum(0).tolist() for name in ("runs", "seconds"))
         values = torch.cat(columns["values"], -1).tolist()
         rows = [[list(map(tuple, by_method)) for by_method in way] for way in values]
-        return cls(rows, lengths, targets, predicted, runs, seconds)
+        curves = torch.cat(columns["curves"], -2).tolist() if "curves" in kept else None
+        return cls(rows, curves, lengths, targets, predicted, runs, seconds)
+
+    def curve(
+        self, masking: int, measure: int, method: int, fractions: Sequence[float]
+    ) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
+        """Fractions and every prompt's points of one curve; both empty where there is none."""
+        own = [] if self.curves is None else self.curves[masking][measure][method]
+        points = tuple(tuple(by_fraction[: len(fractions)]) for by_fraction in own)
+        if all(math.isnan(value) for curve in points for value in curve):
+            return (), ()
+        return tuple(map(float, fractions)), points
 
 
 def check_one_each(name: str, scores: Any, n: int) -> None:

@@ -100,6 +100,10 @@ class Measure(ABC):
     def masks(self, order: Order) -> Iterator[Masked]:
         """Sets of positions whose outcomes the measure reads."""
 
+    def points(self, m: Outcomes, order: Order) -> list[float]:
+        """One number per fraction, of which the measure is the mean or the area; or none."""
+        return []
+
     @abstractmethod
     def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
         """Compute the number; ``scores`` are in the order of the positions."""
@@ -134,10 +138,13 @@ class MaskingCurve(Measure):
         if self.relative:
             yield 0
 
-    def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
-        values = m(self._sets(order))
+    def points(self, m: Outcomes, order: Order) -> list[float]:
         scale = m([0])[0] if self.relative else 1.0
-        return (_area(self.fractions, values) if self.area else _mean(values)) / scale
+        return [value / scale for value in m(self._sets(order))]
+
+    def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
+        values = self.points(m, order)
+        return _area(self.fractions, values) if self.area else _mean(values)
 
 
 @dataclass(frozen=True)
@@ -156,9 +163,12 @@ class Delta(Measure):
         for curve in self._curves():
             yield from curve.masks(order)
 
+    def points(self, m: Outcomes, order: Order) -> list[float]:
+        lerf, morf = (curve.points(m, order) for curve in self._curves())
+        return [a - b for a, b in zip(lerf, morf, strict=True)]
+
     def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
-        lerf, morf = (curve.read(m, order, scores) for curve in self._curves())
-        return lerf - morf
+        return _mean(self.points(m, order))
 
 
 @dataclass(frozen=True)
@@ -179,8 +189,12 @@ class Eraser(Measure):
         yield 0
         yield from nested(order, self.fractions, self.keeps)
 
+    def points(self, m: Outcomes, order: Order) -> list[float]:
+        clean = m([0])[0]
+        return [clean - value for value in m(nested(order, self.fractions, self.keeps))]
+
     def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
-        return m([0])[0] - _mean(m(nested(order, self.fractions, self.keeps)))
+        return _mean(self.points(m, order))
 
 
 @dataclass(frozen=True)

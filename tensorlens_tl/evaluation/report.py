@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..checks import need, spelled
 from ..operator import Convention
 from ..pictures import Page, Paged, Tabled, estimates, interval_view
+from .curves import best_first, curve_figure, curve_page_view
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
 from .study_file import read_study, study_text
@@ -36,6 +37,9 @@ class Row(Tabled):
         method: Name of the method whose scores were tested.
         higher: Whether a higher number is better.
         values: One number per prompt; nan where the measure is not defined.
+        fractions: Shares of the tokens, from 0 to 1, at which the curve was read; () where the
+            measure has no curve, or the file is of an earlier build that kept none.
+        points: The curve of every prompt [prompt][fraction], whose mean or area is the value.
     """
 
     measure: str
@@ -45,6 +49,8 @@ class Row(Tabled):
     method: str
     higher: bool
     values: tuple[float, ...]
+    fractions: tuple[float, ...] = ()
+    points: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
     _COLUMNS = ("measure", "metric", "preset", "masking", "method", "higher", "prompt", "value")
 
@@ -55,6 +61,10 @@ class Row(Tabled):
     def estimate(self, seed: int = 0) -> Estimate:
         """Mean over the prompts, with its bootstrap interval."""
         return estimate(self.values, seed)
+
+    def curve(self, seed: int = 0) -> tuple[Estimate, ...]:
+        """Mean over the prompts at every one of ``fractions``, with its bootstrap interval."""
+        return tuple(estimate(at, seed) for at in zip(*self.points, strict=True))
 
 
 @spelled
@@ -183,46 +193,59 @@ class Evaluation(Paged):
         measure: str | None = None,
         masking: str | None = None,
         metric: str | None = None,
+        kind: str = "means",
     ) -> Axes:
-        """Draw the means of a measure with matplotlib, with 95 % intervals: methods down.
+        """Draw means with matplotlib, or the curves by masked share, with 95 % intervals.
 
         Args:
             ax: Axes to draw on. None makes a figure.
-            measure: Name of the measure. None draws each of them.
-            masking: How tokens were masked. None draws each masking.
+            measure: Name of the measure. None draws the means of each of them.
+            masking: How tokens were masked. None draws the means of each masking.
             metric: Number read of the masked runs. None takes the only one.
+            kind: "means", methods down; or "curves" of one measure and masking, a line per method.
 
         Returns:
-            The axes drawn on. By the first measure, the best method is on top.
+            The axes drawn on. By the first measure, the best method is first.
 
         Raises:
-            ValueError: If matplotlib is missing, or not exactly one metric fits.
+            ValueError: If matplotlib is missing, not exactly one metric fits, or, of curves, not
+                exactly one measure and masking, or there are none.
         """
+        if kind not in ("means", "curves"):
+            raise ValueError(f"kind={kind!r} does not exist. Use 'means' or 'curves'.")
         asked = {"measure": measure, "masking": masking, "metric": metric}
-        kinds: dict[tuple[Any, ...], dict[str, Row]] = {}
+        kinds = self._kinds(**asked)
+        for name in ("metric",) if kind == "means" else ("metric", "measure", "masking"):
+            if (n := len({getattr(one, name) for one in kinds})) != 1:
+                known = ", ".join(dict.fromkeys(getattr(row, name) for row in self.rows))
+                raise ValueError(
+                    f"{n} {name}s fit {asked}, but one is drawn. Name one by {name}=, of {known}, "
+                    "and others that the evaluation has."
+                )
+        first, rows = next(iter(kinds.items()))
+        means = {name: row.estimate(self.seed) for name, row in rows.items()}
+        order = best_first(means, first.higher)
+        title = f"{_many(len(self), 'prompt')} of {self.model}"
+        if kind == "curves":
+            if not all(row.points for row in rows.values()):
+                raise ValueError(f"measure={first.measure!r} has no curves here. {_NO_CURVES}")
+            rows = {name: rows[name] for name in order}
+            return curve_figure(ax, rows, f"{first}\n{title}", self.seed)
+        found = {
+            str(one): [own[name].estimate(self.seed) for name in order]
+            for one, own in kinds.items()
+        }
+        series = {name: [(e.value, e.low, e.high) for e in own] for name, own in found.items()}
+        return estimates(ax, order, series, title=title, xlabel="mean and 95 % interval")
+
+    def _kinds(self, **asked: str | None) -> dict[_Kind, dict[str, Row]]:
+        """The rows by what they measure and by method; of what is asked, None fits all."""
+        found: dict[_Kind, dict[str, Row]] = {}
         for row in self.rows:
             if all(value in (None, getattr(row, name)) for name, value in asked.items()):
-                kind = row.metric, row.masking, row.measure, row.preset, row.higher
-                kinds.setdefault(kind, {})[row.method] = row
-        metrics = dict.fromkeys(kind[0] for kind in kinds)
-        if len(metrics) != 1:
-            known = ", ".join(dict.fromkeys(row.metric for row in self.rows))
-            raise ValueError(
-                f"{len(metrics)} metrics fit {asked}, but one is drawn. Name one by metric=, of "
-                f"{known}, and a measure that the evaluation has."
-            )
-        found = {}
-        for (name, masked, of, preset, higher), rows in kinds.items():
-            head = f"{_head(of, name, preset, higher)}, masked by {masked}"
-            found[head] = [rows[method].estimate(self.seed) for method in self.methods]
-        (best, *_), (*_, higher) = found.values(), next(iter(kinds))
-        worst = -math.inf if higher else math.inf
-        size = [worst if math.isnan(e.value) else e.value for e in best]
-        order = sorted(range(len(size)), key=size.__getitem__, reverse=higher)
-        series = {n: [(e[i].value, e[i].low, e[i].high) for i in order] for n, e in found.items()}
-        title = f"{_many(len(self), 'prompt')} of {self.model}"
-        names = [self.methods[i] for i in order]
-        return estimates(ax, names, series, title=title, xlabel="mean and 95 % interval")
+                kind = _Kind(*(getattr(row, name) for name in _Kind._fields))
+                found.setdefault(kind, {})[row.method] = row
+        return found
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Turn the results into a table with one line per row and prompt.
@@ -245,7 +268,7 @@ class Evaluation(Paged):
     def to_json(self) -> str:
         """Write everything as JSON, which :meth:`from_json` reads; nan is null."""
         rows = [
-            vars(row) | {"values": [None if math.isnan(v) else v for v in row.values]}
+            vars(row) | {"values": _null(row.values), "points": [_null(own) for own in row.points]}
             for row in self.rows
         ]
         return study_text({name: getattr(self, name) for name in _FIELDS} | {"rows": rows}, FORMAT)
@@ -265,13 +288,15 @@ class Evaluation(Paged):
         """
 
         def build(data: dict[str, Any]) -> Evaluation:
-            rows = tuple(
-                Row(**row | {"values": _with_nan(row["values"])}) for row in data.pop("rows")
-            )
+            rows = tuple(map(_row, data.pop("rows")))
             data |= {name: tuple(data[name]) for name in ("lengths", "targets")}
             found = cls(rows=rows, **data)
             if any(len(row.values) != len(found) for row in rows):
                 raise ValueError(f"A row does not have {len(found)} values. Keep one per prompt.")
+            for row in rows:
+                sizes = {len(own) for own in row.points}
+                if row.points and (len(row.points), sizes) != (len(found), {len(row.fractions)}):
+                    raise ValueError("A row's points do not fit. Keep one per prompt and fraction.")
             return found
 
         return read_study(text, FORMAT, build, "Evaluation.to_json")
@@ -286,7 +311,15 @@ class Evaluation(Paged):
         names, values = ["method", "measure", "masked by"], np.array(numbers).reshape(-1, 3)
         table = interval_view(names, labels, values, group=1)
         notes = ["Low and high are the ends of 95 % bootstrap intervals over prompts."]
-        return Page(repr(self).splitlines()[0], [table], notes)
+        views = [replace(table, tab="means")]
+        for kind, rows in self._kinds().items():
+            if all(row.points for row in rows.values()):
+                means = {name: row.estimate(self.seed) for name, row in rows.items()}
+                best = {name: rows[name] for name in best_first(means, kind.higher)}
+                views.append(replace(curve_page_view(best, "", self.seed), tab=str(kind)))
+        if len(views) == 1:
+            notes.append(f"There are no curves to draw. {_NO_CURVES}")
+        return Page(repr(self).splitlines()[0], views, notes, tabs=True, tab_name="Show")
 
     def __repr__(self) -> str:
         head = (
@@ -315,7 +348,38 @@ class Evaluation(Paged):
             ]
 
 
+class _Kind(NamedTuple):
+    """What rows of several methods have in common."""
+
+    measure: str
+    metric: str
+    preset: str
+    higher: bool
+    masking: str
+
+    def __str__(self) -> str:
+        return f"{_head(*self[:4])}, masked by {self.masking}"
+
+
+_NO_CURVES = (
+    "Measures that read no fractions have none, and evaluations of earlier builds kept none: name "
+    "another measure, or evaluate again."
+)
 _FIELDS = tuple(field.name for field in fields(Evaluation) if field.name != "rows")
+
+
+def _row(data: Mapping[str, Any]) -> Row:
+    """A row of JSON; those of earlier builds have no curve."""
+    curve = {
+        "fractions": tuple(map(float, data.get("fractions", ()))),
+        "points": tuple(map(_with_nan, data.get("points", ()))),
+    }
+    return Row(**{**data, "values": _with_nan(data["values"]), **curve})
+
+
+def _null(values: Sequence[float]) -> list[float | None]:
+    """Values for JSON, which has no nan."""
+    return [None if math.isnan(value) else value for value in values]
 
 
 def _with_nan(values: Sequence[float | None]) -> tuple[float, ...]:

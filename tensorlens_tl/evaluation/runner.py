@@ -7,7 +7,8 @@ An evaluation takes four steps:
 3. Run the model with the sets of tokens masked that the measures read (``parts``, ``protocols``,
    ``masking``): of all prompts at once, or chunk by chunk. Every set is run once, however many
    methods and measures read it.
-4. Keep one number per prompt, method, measure and masking (``report``).
+4. Keep one number per prompt, method, measure and masking, and the curve that it comes from
+   (``report``).
 """
 
 from __future__ import annotations
@@ -169,10 +170,14 @@ def evaluate(
     _check_predicted(adapter, done.targets, done.predicted)
     # 4. The report.
     rows = [
-        Row(one.name, one.metric, one.preset, way.kind, name, one.higher, values)
-        for way, by_measure in zip(maskings, done.values, strict=True)
-        for one, by_method in zip(asked, by_measure, strict=True)
-        for name, values in zip((*names, *own), by_method, strict=True)
+        Row(
+            *(one.name, one.metric, one.preset, way.kind, name, one.higher),
+            done.values[i][j][k],
+            *done.curve(i, j, k, one.fractions),
+        )
+        for i, way in enumerate(maskings)
+        for j, one in enumerate(asked)
+        for k, name in enumerate((*names, *own))
     ]
     return Evaluation(
         rows=tuple(rows),

@@ -14,6 +14,7 @@ from .figures import (
     bare,
     bars,
     beside_legend,
+    by_decades,
     cell_map,
     colour,
     label,
@@ -140,9 +141,10 @@ def curves(
     title: str = "",
     xlabel: str = "",
     ylabel: str = "",
-    logarithmic: bool = False,
 ) -> Axes:
     """Draw curves, each with a band for its intervals. Markers and dashes tell them apart, too.
+
+    Where x spans more than 10×, its scale is logarithmic; a point at 0 then stands on the left.
 
     Args:
         ax: Axes to draw on, or None.
@@ -151,7 +153,6 @@ def curves(
         title: What stands above.
         xlabel: What x is.
         ylabel: What the curves are.
-        logarithmic: Whether x is drawn on a logarithmic scale.
 
     Returns:
         The axes drawn on.
@@ -163,11 +164,25 @@ def curves(
         marker, dash = looks[i % len(looks)]
         (line,) = ax.plot(x, values, marker=marker, linestyle=dash, markersize=4, label=name)
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
-    if logarithmic:
-        ax.set_xscale("log")
+    if by_decades(x):
+        _by_decades(ax, sorted(set(x)))
     beside_legend(ax, len(series))
     bare(ax)
     return titled(ax, title, xlabel, ylabel)
+
+
+def _by_decades(ax: Axes, sizes: Sequence[float]) -> None:
+    """A logarithmic scale with the sizes' own numbers; below the least positive it is linear."""
+    least = min(size for size in sizes if size > 0)
+    linear = {"linthresh": least, "linscale": 0.5} if sizes[0] == 0 else {}
+    ax.set_xscale("symlog" if linear else "log", **linear)
+    places = [math.log10(s / least) if s >= least else s / least - 1 for s in sizes]
+    shown = [0]
+    for i, place in enumerate(places):
+        if place - places[shown[-1]] > (places[-1] - places[0]) / 14:
+            shown.append(i)
+    ax.set_xticks([sizes[i] for i in shown], [f"{sizes[i]:.3g}" for i in shown])
+    ax.set_xticks([], minor=True)
 
 
 def estimates(

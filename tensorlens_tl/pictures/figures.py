@@ -97,6 +97,12 @@ def limit(values: Iterable[float]) -> float:
     return max((abs(v) for v in values if math.isfinite(v)), default=0.0) or 1.0
 
 
+def by_decades(sizes: Sequence[float]) -> bool:
+    """Whether sizes call for a logarithmic scale: none is below 0, and they span more than 10×."""
+    above = [size for size in sizes if size > 0]
+    return len(above) > 0 and min(sizes) >= 0 and max(above) > 10 * min(above)
+
+
 def number(value: float, form: str) -> str:
     """A number as text, with its sign where ``form`` asks for one; nan has none."""
     return format(value, form) if math.isfinite(value) else str(value)

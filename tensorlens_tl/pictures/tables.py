@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .figures import by_decades
 from .page import View
 
 
@@ -84,8 +85,7 @@ def curves_view(
     """
     parts = [{"name": n, "y": y, "low": low, "high": high} for n, y, low, high in lines]
     at = np.array(x, dtype=np.float64)
-    log = bool(len(at) and at.min() > 0 and at.max() > 50 * at.min())
-    data = {"x": at, "lines": parts, "guides": list(guides), "log": log}
+    data = {"x": at, "lines": parts, "guides": list(guides), "log": by_decades(x)}
     return View("curves", data | {"x_name": names[0], "y_name": names[1]}, heading)
 
 

@@ -197,7 +197,6 @@ class ValidityStudy(Paged):
             title=f"{self.model}, {self.n} prompts",
             xlabel="‖δ‖ / ‖X‖",
             ylabel="median relative error",
-            logarithmic=True,
         )
 
     def _series(self, kinds: Sequence[str]) -> dict[str, list[tuple[float, float, float]]]:

@@ -16,6 +16,7 @@ from test_masking import PROMPT, demo_model, state_of
 import tensorlens_tl
 from tensorlens_tl import demo
 from tensorlens_tl.attribution.targets import expected_others, own_prediction, resolve_target
+from tensorlens_tl.evaluation.parts import Parts
 from tensorlens_tl.evaluation.protocols import PROTOCOLS, measures
 from tensorlens_tl.evaluation.report import Evaluation
 from tensorlens_tl.evaluation.runner import evaluate
@@ -69,6 +70,9 @@ def test_numbers_are_those_of_calls_by_hand():
     area = sum((a + b) / 2 for a, b in pairwise(morf)) / n
     got = run([text], "in_out", preset=fractions)
     assert got.row("in_out", "positive").values[0] == pytest.approx(area, abs=1e-5)
+    for name, curve in (("positive", morf), ("negative", lerf)):
+        assert got.row("in_out", name).fractions == tuple(fractions)
+        assert got.row("in_out", name).points[0] == pytest.approx(curve, abs=1e-5)
     assert got.targets == ("Paris",) and got.lengths == (n,) and len(got) == 1
 
 
@@ -284,6 +288,52 @@ def test_table_json_and_dataframe():
     assert whole.estimate("in_out", "positive", "mean").value == pytest.approx(sum(one.values) / 3)
 
 
+AREAS = ("positive", "negative", "deletion", "insertion")
+
+
+def test_a_measure_is_the_area_or_the_mean_of_its_curve():
+    for row in found().rows:
+        if row.measure in ("naopc", "leave_one_out"):
+            assert (row.fractions, row.points) == ((), ())
+            continue
+        points, x = np.array(row.points), np.array(row.fractions)
+        assert points.shape == (3, len(x))
+        area = ((points[:, 1:] + points[:, :-1]) / 2) @ np.diff(x) / (x[-1] - x[0])
+        expected = area if row.measure in AREAS else points.mean(1)
+        assert np.allclose(expected, row.values, rtol=0, atol=1e-14), row.measure
+        means = [one.value for one in row.curve()]
+        assert means == pytest.approx(points.mean(0).tolist()), row.measure
+    positive, negative = (found().row("random", n, "mean") for n in ("positive", "negative"))
+    model = demo_model()
+    ids = [model.to_tokens(text)[0] for text in PROMPTS]
+    targets = [int(model.to_single_token(target)) for target in found().targets]
+    whole = [probability(*pair) for pair in zip(ids, targets, strict=True)]
+    for row in (positive, negative):  # of no token masked
+        assert [own[0] for own in row.points] == pytest.approx(whole, abs=1e-6)
+
+
+def test_files_and_chunks_of_earlier_builds_have_no_curves():
+    data = json.loads(found().to_json())
+    for row in data["rows"]:
+        del row["fractions"], row["points"]
+    old = Evaluation.from_json(json.dumps(data))
+    assert [row.values for row in old.rows] == [row.values for row in found().rows]
+    assert not any(row.points for row in old.rows)
+    with pytest.raises(
+        ValueError, match=r"measure='positive' has no curves here\. .*earlier builds"
+    ):
+        old.plot(kind="curves", measure="positive", masking="mean", metric="probability")
+    notes = "\n".join(old._page().notes)
+    assert len(old._page().views) == 1 and "evaluations of earlier builds kept none" in notes
+    chunk = {name: torch.ones(1) for name in ("lengths", "targets", "predicted", "runs", "seconds")}
+    chunk |= {"values": torch.ones(1, 1, 1, 1), "curves": torch.ones(1, 1, 1, 1, 2)}
+    new = Parts.of([chunk, chunk])
+    assert new.curve(0, 0, 0, (0.0, 0.5)) == ((0.0, 0.5), ((1.0, 1.0), (1.0, 1.0)))
+    del (older := dict(chunk))["curves"]
+    mixed = Parts.of([chunk, older])
+    assert mixed.values == new.values and mixed.curve(0, 0, 0, (0.0, 0.5)) == ((), ())
+
+
 def test_comparisons_point_to_the_better_method():
     whole = found()
     for measure in ("positive", "comprehensiveness"):
@@ -309,6 +359,8 @@ def test_undefined_values_survive_a_file():
         (lambda data: data.pop("model"), "Pass what Evaluation.to_json wrote"),
         (lambda data: data.update(format="other"), "another format"),
         (lambda data: data["rows"][0].update(values=[1.0]), "A row does not have 3 values"),
+        (lambda data: data["rows"][0]["points"].pop(), "A row's points do not fit"),
+        (lambda data: data["rows"][0].update(fractions=[0.0]), "A row's points do not fit"),
         (lambda data: data["rows"][0].update(values="abc"), "is not a study of the format"),
         (lambda data: data.update(rows=None), "is not a study of the format"),
     ],

@@ -217,7 +217,15 @@ def test_faithfulness():
     (band, _) = ax.collections
     heights = band.get_paths()[0].vertices[:, 1]
     assert any(np.isclose(heights, low)) and any(np.isclose(heights, high))
-    assert signed.get_marker() != absolute.get_marker()
+    assert signed.get_marker() != absolute.get_marker() and ax.get_xscale() == "linear"
+    assert not curve._page().views[0].data["log"]
+    small = {"sizes": (0.0, 0.002, 1.0), "n_edges": (0, 1, 9)}
+    curve = FaithfulnessCurve(
+        full=full, ablated=ablated, signed=rows, absolute=rows, **small, **about
+    )
+    ax = curve.plot()  # by decades, and 0 on the left of them
+    assert ax.get_xscale() == "symlog" and labels(ax, "x") == ["0", "0.2", "100"]
+    assert curve._page().views[0].data["log"]
 
 
 # --- Studies --------------------------------------------------------------------------------------
@@ -245,14 +253,48 @@ def test_evaluations():
         found.plot(measure="negative")
 
 
+def test_masking_curves():
+    def row(measure, method, points, masking="mean"):
+        values = tuple(sum(own) / 3 for own in points)
+        about = measure, "probability", "thirds", masking, method, False, values
+        return Row(*about, (0.0, 0.15, 0.3), points)
+
+    low, high = ((1.0, 0.5, 0.0), (0.8, 0.3, 0.1)), ((1.0, 0.9, 0.8), (0.8, 0.7, math.nan))
+    rows = [row("morf", "b", high), row("morf", "a", low)]
+    rows += [row("lerf", name, high) for name in "ab"]
+    given = {"model": "m", "dtype": "float32", "lengths": (3, 4), "targets": ("x", "y")}
+    given |= {"versus": None, "mask_token": None, "convention": "half", "batch_size": 1}
+    given |= {"keep_last": True, "seed": 0, "seconds": {}, "forward_seconds": 1.0, "runs": {}}
+    found = Evaluation(rows=tuple(rows), **given)
+    ax = found.plot(kind="curves", measure="morf")
+    first, second = ax.get_lines()
+    assert first.get_xdata().tolist() == [0, 15, 30] and ax.get_xscale() == "linear"
+    assert first.get_ydata() == pytest.approx([0.9, 0.4, 0.05])  # lower is better
+    assert second.get_ydata() == pytest.approx([0.9, 0.8, 0.8])  # nan is left out
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a, 0.45", "b, 0.9"]
+    end = rows[1].curve()[1]
+    assert any(np.isclose(ax.collections[0].get_paths()[0].vertices[:, 1], end.high))
+    assert ax.get_xlabel() == "tokens, %: most relevant masked"
+    table, *curves = found._page().views
+    assert [view.tab for view in curves] == [
+        f"{n} ↓ (thirds, probability), masked by mean" for n in ("morf", "lerf")
+    ]
+    drawn = {line["name"]: line["y"].tolist() for line in curves[0].data["lines"]}
+    assert drawn["a, 0.45"] == first.get_ydata().tolist() and table.tab == "means"
+    with pytest.raises(ValueError, match=r"2 measures fit .*Name one by measure=, of morf, lerf"):
+        found.plot(kind="curves")
+    with pytest.raises(ValueError, match=r"kind='curve' does not exist\. Use 'means' or 'curves'"):
+        found.plot(kind="curve")
+
+
 def test_studies_of_relations():
     curve = ErrorCurve("swap", (0.1, 0.4), (0.0, 0.5), 0.1, {}, 1.0)
     other = ErrorCurve("swap", (0.3, 0.6), (0.1, 0.7), 0.1, {}, 1.0)
-    study = ValidityStudy("m", "float32", 0, 2, (0.1, 1.0), (curve, other))
+    study = ValidityStudy("m", "float32", 0, 2, (0.05, 1.0), (curve, other))
     ax = study.plot()
     operator, jacobian = ax.get_lines()
     assert operator.get_ydata().tolist() == [
-        study.error("swap", "operator", s).value for s in (0.1, 1.0)
+        study.error("swap", "operator", s).value for s in (0.05, 1.0)
     ]
     assert jacobian.get_label() == "swap, jacobian" and ax.get_xscale() == "log"
     with pytest.raises(ValueError, match="no directions of kind 'steering'"):

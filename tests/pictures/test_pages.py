@@ -293,6 +293,14 @@ def test_curves_and_evaluations(opened):
     )
     assert len(page.query_selector_all("td.of path")) == len(found.rows)
     assert drawn[0] == pytest.approx(140 * abs(means[0].value) / (ends[1] - ends[0]), rel=1e-6)
+    page.get_by_label("Show").select_option(index=1)
+    page.get_by_role("application").press("ArrowLeft")
+    said = page.get_by_role("status").inner_text()
+    (row,) = (row for row in found.rows if (row.method, row.measure) == ("random", "positive"))
+    point, mean = row.curve(found.seed)[-2], row.estimate(found.seed).value
+    assert "tokens, %: most relevant masked 25" in said
+    ends = f"({point.low:+.4g} to {point.high:+.4g})"
+    assert f"random, {mean:.3g}: {point.value:+.4g} {ends}" in said
 
 
 def test_pages_in_a_notebook(chromium, lenses, tmp_path):

@@ -2,7 +2,9 @@
 views.curves = (box, data, watch) => {
   const inks = ["--pos", "--neg", "--third", "--text"], dashes = [null, "7 4", "2 3", "9 3 2 3"], { labels, x_name, y_name } = data;
   const stops = data.stops || [""], points = Boolean(data.stops), n = data.lines.length && data.lines[0].y.length / stops.length;
-  const state = { at: n - 1, stop: Math.max(0, data.start || 0) }, scale = data.log ? Math.log10 : (v) => v;
+  const state = { at: n - 1, stop: Math.max(0, data.start || 0) }, least = data.log && Math.min(...data.x.filter((v) => v > 0));
+  // By decades; what is below the least size, as 0 is, stands half a decade to its left.
+  const scale = data.log ? (v) => (v < least ? (v / least - 1) / 2 : Math.log10(v / least)) : (v) => v, dash = (k) => dashes[(k + (k >> 2)) % 4];
   const here = (numbers) => numbers.subarray(state.stop * n, (state.stop + 1) * n);
   const current = () => data.lines.map((line) => ({ ...line, x: here(line.x || data.x), y: here(line.y) }));
   const drawing = svg("svg", { role: "application", tabindex: 0, "aria-label": `${y_name} by ${x_name}. Left and right arrow keys choose a point.` });
@@ -34,7 +36,7 @@ views.curves = (box, data, watch) => {
       ...(data.guides || []).map((v) => svg("line", { x1: left, x2: width, y1: py(v), y2: py(v), stroke: css("--mark"), "stroke-dasharray": "1 3" })),
       ...lines.flatMap((line, k) => [
         line.low ? svg("polygon", { points: [...at(line, line.low, forth), ...at(line, line.high, forth.toReversed())].join(" "), fill: ink(k), opacity: 0.18 }) : "",
-        points ? "" : svg("polyline", { points: at(line, line.y, forth).join(" "), fill: "none", stroke: ink(k), "stroke-width": 2, "stroke-dasharray": dashes[k % 4] }),
+        points ? "" : svg("polyline", { points: at(line, line.y, forth).join(" "), fill: "none", stroke: ink(k), "stroke-width": 2, "stroke-dasharray": dash(k) }),
         ...forth.filter((i) => Number.isFinite(line.x[i] + line.y[i])).map((i) => mark(points ? k : 0, px(line.x[i]), py(line.y[i]), i === state.at ? 5.5 : points ? 4 : 3,
           { fill: ink(k), "fill-opacity": points && i !== state.at ? 0.55 : 1, ...(points ? { ...tips(() => words(i)), onclick: () => choose(i) } : {}) }))]),
       ...(points ? [] : forth.map((i) => svg("rect", { x: px(data.x[i]) - 8, y: 0, width: 16, height, fill: "transparent", ...tips(() => words(i)), onclick: () => choose(i) }))));
@@ -49,7 +51,7 @@ views.curves = (box, data, watch) => {
   }
   arrows(drawing, (right) => right && choose(state.at + right));
   const legend = make("div", { class: "legend" }, data.lines.map((line, k) => points
-    ? key(line.name, mark(k, 6, 5, 4, { fill: `var(${inks[k % 4]})` }), 12) : dashKey(line.name, inks[k % 4], dashes[k % 4])), points ? make("span", { class: "quiet" }, "dotted: real as predicted") : "");
+    ? key(line.name, mark(k, 6, 5, 4, { fill: `var(${inks[k % 4]})` }), 12) : dashKey(line.name, inks[k % 4], dash(k))), points ? make("span", { class: "quiet" }, "dotted: real as predicted") : "");
   box.append(make("div", { class: "controls" }, stops.length > 1 ? slider(data.slider, stops, state.stop, (k) => { state.stop = k; choose(state.at); }) : "",
     saveSvg("curves.svg", () => standalone(drawing))), drawing, legend, points ? below : "");
   watch(draw);
