@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import reprlib
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
 from inspect import isfunction, signature
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar, cast
 
@@ -121,12 +123,14 @@ def kind_of(given: object) -> str:
     return "None" if given is None else f"a{'n' * (name[0].lower() in 'aeiou')} {name}"
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+def nearest(
+    name: str, known: Iterable[str], cutoff: float = 0.6, shortened: bool = True
+) -> str | None:
     """The known name that a misspelt or shortened one stands for; None where none is near."""
     known = list(known)
     if close := get_close_matches(name.lower(), known, 1, cutoff):
         return close[0]
-    if len(name) < 2:
+    if len(name) < 2 or not shortened:
         return None
     short = ((other, iter(other)) for other in known if other[0] == name[0])
     return next((other for other, rest in short if all(c in rest for c in name)), None)
@@ -235,6 +239,27 @@ def at_least_one(number: Any, name: str) -> int:
     if not is_int(number) or number < 1:
         raise ValueError(f"{name}={number!r} is not an integer ≥ 1. Pass a positive whole number.")
     return int(number)
+
+
+def finite(number: Any, name: str) -> float:
+    """Return ``number`` as a float; refuse it, calling it ``name``, unless it is one finite number.
+
+    Args:
+        number: A number of Python's or NumPy's, or a tensor without dimensions.
+        name: Name of the argument.
+
+    Returns:
+        The same number as a float.
+
+    Raises:
+        ValueError: If it is none, or is nan or infinite.
+    """
+    given = number.item() if getattr(number, "ndim", None) == 0 else number
+    real = isinstance(given, Real) and not isinstance(given, bool)
+    if not real or not abs(cast(float, given)) < math.inf:
+        shown = " ".join(reprlib.repr(number).split())
+        raise ValueError(f"{name}={shown} is not a finite number. Pass one such as 1.0.")
+    return float(cast(float, given))
 
 
 def as_list(given: Any) -> Any:

@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import torch
 import tensorlens_tl
 from tensorlens_tl import attribution, circuits, demo, evaluation, graph, hosts, methods
 from tensorlens_tl.cli import choices, main
+from tensorlens_tl.cli.arguments import parse
+from tensorlens_tl.cli.commands import warned
 from tensorlens_tl.cli.explanation import unknown_words
 from tensorlens_tl.evaluation.report import Evaluation
 
@@ -70,6 +73,17 @@ REFUSED = {
     "--by mlp": "--effect direct is not available for --by mlp. Use --by with token, constant",
     "--effect half": "--effect 'half' does not exist",
     "discovr": "'discovr' may be a command or a prompt. Did you mean tensorlens-tl discover? For",
+    "edti": "'edti' may be a command or a prompt. Did you mean tensorlens-tl edit? For the",
+    "eval": "Did you mean tensorlens-tl evaluate? For the prompt, write tensorlens-tl explain eval",
+    "help": "Did you mean tensorlens-tl --help?",
+    "--pos x y": "--pos 'x' is not a whole number",
+    "--pso 2 y": "There is no option --pso. Did you mean --pos?",
+    "--vers Rome y": "There is no option --vers. Did you mean --versus?",
+    "--to Rome y": "There is no option --to. It is an option of edit, not of explain",
+    "--html /no/x.html y": "--html /no/x.html cannot be written",
+    "edit --to Rome --margin nan x": "--margin 'nan' is not a number. Pass one such as",
+    "edit --to Rome --margin 0 x": "--margin '0' is not above 0. Pass a lead such as 1",
+    "discover --threshold inf": "--threshold 'inf' is not a number. Pass one such as 0.05",
     "--top 3 evaluate": "Did you mean tensorlens-tl evaluate? For the prompt, write tensorlens-tl",
     "x ": "PROMPT 2 is empty",
     "evaluate --methods roll": "--methods 'roll' does not exist. Did you mean rollout?",
@@ -451,6 +465,30 @@ def test_edit_makes_another_token_win(capsys):
     (found,) = json.loads(said(capsys, *line, "--refine", "0", "--json"))
     assert found["site"] == "blocks.2.hook_resid_post" and found["predicted"] > 0
     assert found["top"] == "Paris" and found["before"] < 0
+    page = page_data(said(capsys, *line, "--html"))
+    assert any(v["heading"].startswith("In the real model: Edit at") for v in page["views"])
+    assert main([*line[:2], "Rom", *line[3:]]) == 2
+    assert "--to 'Rom' is not known to the tokenizer" in capsys.readouterr().err
+    assert "'is' →" in said(capsys, *line, "--pos", "-2", "--refine", "0")
+
+
+def test_the_first_token_and_the_position_are_chosen(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "load_model", LOAD.__wrapped__)
+    (found,) = reports(capsys, "--no-bos", "--pos", "1", PROMPT)
+    model = LOAD.__wrapped__()
+    logits, lens = model.run_with_tensorlens(PROMPT, prepend_bos=False)
+    assert found["tokens"] == PROMPT.split()
+    assert found["predictions"][0]["logit"] == float(logits[0, 1].detach().max())
+    assert found["target_value"] == float(lens.attribute(pos=1).target_value)
+    assert main(["--pos", "9", PROMPT]) == 2
+    assert "Position 9 is outside prompt 0" in capsys.readouterr().err
+    args = parse(["--versus", "b", "a"])
+    message = "TransformerLens reads more tokens. Pass prepend_bos=False for the tokenizer's own."
+    with warned(args):
+        warnings.warn(message, UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == (
+        "warning: TransformerLens reads more tokens. Pass --no-bos for the tokenizer's own.\n"
+    )
 
 
 def test_pairs_of_a_table_in_a_folder_that_is_resumed(tmp_path, capsys):

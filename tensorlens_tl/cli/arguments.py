@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from ..checks import nearest
 from . import choices
 from .fitting import check_files, check_together
-from .option_types import Names, Parser, Version, number, one_of, score
+from .option_types import Names, Parser, Version, lead, number, one_of, score
 
 COMMANDS = {
     "explain": "where the next token's logit comes from (the default command)",
@@ -66,6 +65,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         usage=f"{name} {first}[PROMPT ...] [options]",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # an error would name an option that was not typed
     )
     p.add_argument("--version", action=Version, nargs=0, help="print the versions in use")
     options = {"explain": _explain, "evaluate": _evaluate, "discover": _discover}
@@ -102,6 +102,11 @@ def _common(p: argparse.ArgumentParser) -> None:
         type=one_of(choices.DTYPES),
         help=f"{', '.join(choices.DTYPES)} (default: as the model is loaded)",
     )
+    p.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether a text gets the model's first token, BOS (default: as TransformerLens does)",
+    )
     p.add_argument("--target", help="token, or '#' and its id (default: the model's prediction)")
     p.add_argument("--versus", help="explain the target's advantage over this token, or '#' and id")
     forms = p.add_mutually_exclusive_group()
@@ -116,6 +121,15 @@ def _common(p: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="write to a file, not to standard output; a name in .json or .html chooses the form",
+    )
+
+
+def _position(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--pos",
+        type=number(None),
+        default=-1,
+        help="position whose next token is predicted; -1 is the last (default: -1)",
     )
 
 
@@ -150,6 +164,7 @@ def _seeded(p: argparse.ArgumentParser, batch_size: int, of: str) -> None:
 
 def _explain(p: argparse.ArgumentParser) -> None:
     _common(p)
+    _position(p)
     p.add_argument(
         "--by",
         action=Names,
@@ -203,6 +218,7 @@ def _evaluate(p: argparse.ArgumentParser) -> None:
 
 def _discover(p: argparse.ArgumentParser) -> None:
     _common(p)
+    _position(p)
     _corrupted(p)
     size = p.add_mutually_exclusive_group()
     size.add_argument("--n-edges", type=number(1), help="number of edges (default: 40)")
@@ -232,6 +248,7 @@ def _discover(p: argparse.ArgumentParser) -> None:
 def _circuit(p: argparse.ArgumentParser) -> None:
     p.add_argument("circuit", type=Path, metavar="FILE", help="JSON of discover's, or of EAP-IG's")
     _common(p)
+    _position(p)
     p.add_argument(
         "--test", action="store_true", help="run the model with every other edge ablated"
     )
@@ -255,13 +272,14 @@ def _circuit(p: argparse.ArgumentParser) -> None:
 
 def _edit(p: argparse.ArgumentParser) -> None:
     _common(p)
+    _position(p)
     p.add_argument("--to", required=True, help="token that is to win, or '#' and its id")
     p.add_argument(
         "--site",
         default=None,
         help="block whose output is edited, or a residual site (default: the middle block)",
     )
-    p.add_argument("--margin", type=score, default=1.0, help="lead in logits (default: 1)")
+    p.add_argument("--margin", type=lead, default=1.0, help="lead in logits (default: 1)")
     p.add_argument(
         "--refine",
         type=number(0),
@@ -300,11 +318,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     rest = _with_page_file(list(argv[1:] if named else argv))
     cut = rest.index("--") if "--" in rest else len(rest)
     p = parser(command)
+    if not named and argv:
+        _check_command(argv[0], alone=not any(" " in word for word in argv[1:]))
     args, unknown = p.parse_known_intermixed_args(rest[:cut])
     if unknown:
         raise ValueError(f"There is no option {unknown[0]}. {_nearest(unknown[0], p, command)}")
     if not named and args.prompts:
         _check_command(args.prompts[0])
+    args.written_by = "--output" if any(w.startswith("--output") for w in argv) else "--html"
     args.prompts = [*args.prompts, *getattr(args, "caught", ()), *rest[cut + 1 :]]
     args.command = command
     check_files(args)
@@ -331,10 +352,24 @@ def _nearest(option: str, p: argparse.ArgumentParser, command: str) -> str:
     return "See tensorlens-tl --help; a prompt that begins so goes behind --."
 
 
-def _check_command(word: str) -> None:
-    """Refuse a lone word that is nearly a command, or a command behind an option."""
-    if " " not in word and (close := get_close_matches(word, COMMANDS, 1, 0.8)):
+def _check_command(word: str, alone: bool = False) -> None:
+    """Refuse a word that is nearly a command, or a command behind an option.
+
+    Args:
+        word: The first word, or the first prompt.
+        alone: Whether nothing else looks like a prompt; then less likeness is enough.
+
+    Raises:
+        ValueError: If a command was probably meant.
+    """
+    if not word.isalpha():
+        return
+    known = (*COMMANDS, "help", "version")
+    meant = [name for name in known if alone and len(word) > 2 and name.startswith(word.lower())]
+    close = meant[0] if meant else nearest(word, known, 0.6 if alone else 0.8, shortened=False)
+    if close is not None:
+        typed = close if close in COMMANDS else f"--{close}"
         raise ValueError(
-            f"{word!r} may be a command or a prompt. Did you mean tensorlens-tl {close[0]}? "
+            f"{word!r} may be a command or a prompt. Did you mean tensorlens-tl {typed}? "
             f"For the prompt, write tensorlens-tl explain {word}."
         )

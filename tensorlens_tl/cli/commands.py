@@ -12,8 +12,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from .arguments import parse
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     args = None
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        with redirect_stdout(sys.stderr):  # hosts print while they load
+        with redirect_stdout(sys.stderr), warned(args):  # hosts print while they load
             found = _COMMANDS[args.command](args)
         emit(found, args)
     except (ValueError, OSError) as error:
@@ -46,11 +47,30 @@ def main(argv: list[str] | None = None) -> int:
 
 def as_typed(message: str, args: argparse.Namespace | None) -> str:
     """Write the arguments that a message names as options: ``--n-edges 3`` for ``n_edges=3``."""
-    for name in () if args is None else vars(args):
-        option = f"--{name.replace('_', '-')}"
+    message = message.replace("prepend_bos=False", "--no-bos").replace("prepend_bos=True", "--bos")
+    given = {} if args is None else vars(args)
+    for name in given:
+        aimed = name == "target" and given["command"] == "edit"
+        option = "--to" if aimed else f"--{name.replace('_', '-')}"
         message = re.sub(rf"(?<![\w.]){name}=(?=[\s,.;:)]|$)", option, message)
         message = re.sub(rf"(?<![\w.]){name}=", f"{option} ", message)
     return message
+
+
+@contextmanager
+def warned(args: argparse.Namespace) -> Iterator[None]:
+    """Write warnings for people as one line each, as they would be typed."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if category is UserWarning:
+                print(f"warning: {as_typed(str(message), args)}", file=sys.stderr)
+            else:
+                plain(message, category, *where)
+
+        warnings.showwarning = show
+        yield
 
 
 def explain(args: argparse.Namespace) -> Output:
@@ -128,6 +148,7 @@ def discover(args: argparse.Namespace) -> Output:
         corrupted,
         target,
         versus,
+        args.pos,
         n_edges=size,
         threshold=args.threshold,
         selection=args.selection,
@@ -152,21 +173,28 @@ def edit(args: argparse.Namespace) -> Output:
 
     site = model.cfg.n_layers // 2 if args.site is None else args.site
     site = int(site) if str(site).lstrip("-").isdecimal() else site
-    texts, numbers, results = [], [], []
+    from ..exhibits import RunReport, likeliest
+
+    texts, numbers, pictures = [], [], []
     for prompt in prompts:
         _, lens = capture(model, prompt)
-        found = lens.edit_to_top(token(args.to), site=site, margin=args.margin)
+        found = lens.edit_to_top(
+            token(args.to), args.pos, site=site, margin=args.margin, positions=args.pos
+        )
         found = found.refine(model, args.refine) if args.refine else found
         check = found.check(model)
         heading = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
         texts.append(f"{heading}\n{found}\n{check}")
-        results.append((heading, texts[-1]))
+        results = {"In the real model": check, "Edit": found}
+        top = likeliest(lens.capture, args.pos)
+        pictures.append(RunReport(heading, (repr(lens),), top, results, {}))
         numbers.append(
             {"prompt": prompt, "site": check.site, "before": float(check.before)}
             | {name: float(getattr(check, name)) for name in ("predicted", "real", "kl", "size")}
             | {"top": check.tops[0][0], "top_after": check.tops[0][1]}
         )
-    return Output("\n\n".join(texts), json.dumps(numbers, ensure_ascii=False), results)
+    data = json.dumps(numbers, ensure_ascii=False)
+    return Output("\n\n".join(texts), data, html=lambda: _together(pictures))
 
 
 def circuit(args: argparse.Namespace) -> Output:
@@ -201,6 +229,7 @@ def circuit(args: argparse.Namespace) -> Output:
         token(args.versus),
         ablation=args.ablation,
         attention=args.attention,
+        pos=args.pos,
         seed=args.seed,
         batch_size=args.batch_size,
         progress=True,
@@ -249,6 +278,10 @@ def load(args: argparse.Namespace) -> Any:
             f"--model {args.model} has no tokenizer, so it reads no text. Pass token ids: --ids "
             "'5 17 42'."
         )
+    if args.bos is not None:
+        from ..hosts import choose_bos
+
+        choose_bos(model, args.bos)
     if args.dtype is not None:
         import torch
 

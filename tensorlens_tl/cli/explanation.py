@@ -33,7 +33,8 @@ def explained(model: Any, prompt: Prompt, args: argparse.Namespace) -> tuple[dic
         print(f"warning: the tokenizer does not know {', '.join(unknown)}", file=sys.stderr)
     half = next(model.parameters()).dtype.itemsize == 2
     logits, lens = capture(model, prompt, noise_floor=half)
-    last = logits[0, -1].float()
+    lens.capture.frame.index(args.pos)  # refused by name where there is no such position
+    last = logits[0, args.pos].float()
     best = last.topk(min(5, len(last)))
     predictions = [
         {"token": token_text(model.tokenizer, int(i)), "logit": float(v), "prob": float(p)}
@@ -41,7 +42,7 @@ def explained(model: Any, prompt: Prompt, args: argparse.Namespace) -> tuple[dic
     ]
     goal = token(args.target), token(args.versus)
     tables = {
-        by: lens.attribute(*goal, by=by, effect=args.effect, qk=args.qk and by == "edge")
+        by: lens.attribute(*goal, args.pos, by=by, effect=args.effect, qk=args.qk and by == "edge")
         for by in args.by
     }
     first = next(iter(tables.values()))
@@ -73,7 +74,7 @@ def explained(model: Any, prompt: Prompt, args: argparse.Namespace) -> tuple[dic
         return report, None
     kind = "total effect" if args.effect == "total" else "direct"
     asked = {f"By {by}, {kind}" if by != "edge" else "By edge": t for by, t in tables.items()}
-    pictures = lens.report(None, *goal)
+    pictures = lens.report(None, *goal, args.pos)
     kept = {name: one for name, one in pictures.results.items() if name != "By token"}
     return report, replace(pictures, results=asked | kept)
 

@@ -13,7 +13,8 @@ def check_files(args: argparse.Namespace) -> None:
     """Refuse files that cannot be written, and models that are not there."""
     if args.output is not None and (args.output.is_dir() or not args.output.parent.is_dir()):
         raise ValueError(
-            f"--output {args.output} cannot be written. Pass a file in a folder that exists."
+            f"{args.written_by} {args.output} cannot be written. Pass a file in a folder that "
+            "exists."
         )
     if args.model is None:
         return

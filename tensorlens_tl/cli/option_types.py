@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -98,8 +99,16 @@ def number(least: int | None) -> Callable[[str], int]:
 def score(text: str) -> float:
     """Read a number that an edge may be ranked by."""
     try:
-        return float(text)
+        found = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number. Pass one such as 0.05."
-        ) from None
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number. Pass one such as 0.05.")
+    return found
+
+
+def lead(text: str) -> float:
+    """Read by how many logits a token is to win."""
+    if (found := score(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0. Pass a lead such as 1.")
+    return found

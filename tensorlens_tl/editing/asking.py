@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..attribution import Target, TargetGradient, TargetLike, resolve_token
-from ..checks import is_int, one_each, spelled
+from ..checks import as_list, finite, is_int, kind_of, one_each, spelled
 from ..features import Feature, Reading
 from ..maps import HALF, TINY
 from ..operator import Capture, FrozenTransformer
@@ -73,7 +73,7 @@ class Asked:
         Raises:
             ValueError: If it does not fit the place.
         """
-        d = torch.as_tensor(delta).detach().to(self.state)
+        d = _numbers(delta, "delta=").to(self.state)
         width, own = self.state.shape[-1], range(self.state.shape[-1])[self.place.columns]
         if d.ndim and d.shape[-1] == len(own) < width:  # of one head or neuron
             whole = d.new_zeros(*d.shape[:-1], width)
@@ -212,6 +212,7 @@ def edit_along(
     d = feature.dictionary.W_dec[feature.index].to(asked.state)
     d = reading.unscale.view(shape)[..., None] * d * asked.where[..., None]
     if activation is not None:
+        activation = finite(activation, "activation")
         return asked.edit(goal, (activation - reading.acts_of(feature.index))[..., None] * d)
     target = goal.on(asked.capture)
     change = _change(target.value, to, by)
@@ -233,7 +234,7 @@ def edit_to_top(
         asked: Run, place and positions.
         token: The token, for every prompt.
         pos: Position of the prediction among the real tokens.
-        margin: By how much the logit is to exceed all others, in logits.
+        margin: By how much the logit is to exceed all others, in logits, above 0.
         most: How many other tokens are looked at.
 
     Returns:
@@ -243,6 +244,10 @@ def edit_to_top(
         ValueError: If the edit does not settle, or depends on nothing here.
     """
     capture, frame = asked.capture, asked.capture.frame
+    if (margin := finite(margin, "margin")) <= 0:
+        raise ValueError(
+            f"margin={margin:g} lets another token win. Pass one above 0, such as 1.0."
+        )
     wanted = resolve_token(capture, token)
     to_end = asked.operator.between(_site(asked), asked.operator.sites[-1])
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
@@ -294,12 +299,34 @@ def _site(asked: Asked) -> str:
 
 def _change(value: Tensor, to: Any, by: Any) -> Float[Tensor, " batch"]:
     """The change of every prompt's target: one number for all, or one for each."""
-    given, name = (by, "by=") if to is None else (to, "to=")
-    each = one_each(given, len(value), name)
-    if not all(isinstance(one, int | float) for one in each):
-        raise ValueError(f"{name}{given!r} is no number. Pass a change or a value in logits.")
+    given, name = (by, "by") if to is None else (to, "to")
+    given = given.tolist() if getattr(given, "ndim", 0) == 1 else given
+    each = [finite(one, name) for one in one_each(given, len(value), f"{name}=")]
     wanted = value.new_tensor(each)
     return wanted if to is None else wanted - value
+
+
+def as_targets(given: Any) -> list[Any]:
+    """What ``keep=`` lists; one target alone is a list of one."""
+    if given is None or isinstance(given, str | Mapping):
+        return [] if given is None else [given]
+    listed = as_list(given)
+    if isinstance(listed, list | tuple):
+        direction = bool(listed) and all(isinstance(x, float) for x in listed)
+        return [given] if direction else list(listed)
+    alone = hasattr(given, "ndim") or not isinstance(given, Iterable)
+    return [given] if alone else list(given)
+
+
+def _numbers(given: Any, name: str) -> Tensor:
+    """A vector or an edit as a tensor of finite numbers."""
+    try:
+        found = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {kind_of(given)}, not a tensor. Pass numbers.") from None
+    if found.is_complex() or not bool(found.isfinite().all()):
+        raise ValueError(f"{name} holds numbers that are not real and finite. Pass such ones.")
+    return found
 
 
 def _kept(asked: Asked, one: TargetLike | Mapping[str, Any], pos: int) -> list[Tensor]:
@@ -307,7 +334,7 @@ def _kept(asked: Asked, one: TargetLike | Mapping[str, Any], pos: int) -> list[T
     if not isinstance(one, Mapping):
         return [asked.row(Goal.of(asked.capture, one, None, pos).on(asked.capture))]
     if set(one) == {"direction"}:
-        w = torch.as_tensor(one["direction"]).to(asked.state)
+        w = _numbers(one["direction"], "keep= direction").to(asked.state)
         if w.shape != asked.state.shape[-1:]:
             raise ValueError(
                 f"keep= has a direction of shape {list(w.shape)}. Pass one of the place, "

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..attribution import TargetGradient
-from ..checks import at_least_one, spelled, token_text
+from ..checks import at_least_one, finite, spelled, token_text
 from ..hosts import Adapter, adapt
 from ..maps import TINY
 from ..operator import Capture, FrozenTransformer
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 FACTORS = tuple(torch.logspace(-5, 2, 12, base=2).tolist())
 """Twelve factors from 1/32 to 4."""
+
+ROUNDING = 16
+"""By how many units of rounding of its largest logit two runs of a model may differ."""
 
 
 @spelled
@@ -135,6 +138,7 @@ class Edit(Paged, Tabled):
     # --- Arithmetic
 
     def __mul__(self, factor: int | float) -> Edit:
+        factor = finite(factor, "factor")
         return replace(
             self,
             delta=self.delta * factor,
@@ -199,6 +203,7 @@ class Edit(Paged, Tabled):
                 too short.
         """
         adapter, run, n = adapt(model), self.run, len(self.before)
+        size, noise = float(run.logits.abs().max()), torch.finfo(run.logits.dtype).eps
         real, tops, kl = self.before.new_zeros(n), [("", "")] * n, self.before.new_zeros(n)
         slopes = self.before.new_full((n,), torch.nan)
         for rows, columns, ids in groups(run.prompts):
@@ -231,6 +236,7 @@ class Edit(Paged, Tabled):
             kl,
             self.size,
             others,
+            ROUNDING * noise * size,
         )
 
     def refine(self, model: Any, rounds: int = 2, metric: str | Tensor = "identity") -> Edit:
@@ -298,7 +304,7 @@ class Edit(Paged, Tabled):
             ‖α δ‖ divided by the norm of what stands there [batch]; 0 where no factor is within.
 
         Raises:
-            ValueError: If the model is another one.
+            ValueError: If the tolerance is no number, or the model is another one.
         """
         return self.sweep(model).radius(tolerance)
 

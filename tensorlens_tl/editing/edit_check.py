@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import as_array, spelled
-from ..maps import TINY
+from ..checks import as_array, finite, spelled
 from ..pictures import Page, Paged, Tabled, agreement, curves, curves_view, points_view, table_view
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class EditCheck(Paged, Tabled):
         size: ‖δ‖ divided by the norm of what stood there [batch].
         kl_held_out: The mean KL divergence on held-out prompts to which the same vectors are
             added, from the first edited position on, in nats; NaN if not asked for [batch].
+        rounding: By how much two runs of the model may differ by its rounding alone, in logits.
 
     Example:
         >>> from tensorlens_tl import demo
@@ -57,6 +58,7 @@ class EditCheck(Paged, Tabled):
     kl: Float[Tensor, " batch"]
     size: Float[Tensor, " batch"]
     kl_held_out: Float[Tensor, " batch"]
+    rounding: float = 0.0
 
     _COLUMNS = (
         *("prompt", "site", "before", "predicted", "real", "jacobian", "kl", "size"),
@@ -75,9 +77,20 @@ class EditCheck(Paged, Tabled):
 
     @property
     def error(self) -> float:
-        """Σ |predicted − real| / Σ |real| over the prompts."""
-        off = (self.predicted - self.real).abs().sum()
-        return float(off / self.real.abs().sum().clamp_min(TINY))
+        """Σ |predicted − real| / Σ |real| over the prompts.
+
+        Where no change is above the model's rounding it is 0 if none was predicted, else infinite.
+        """
+        sums = [x.abs().sum() for x in (self.predicted, self.real, self.predicted - self.real)]
+        return float(_relative(*sums, rounding=self.rounding * len(self.real)))
+
+    def _outcome(self) -> str:
+        """What became of the prediction, in a few words."""
+        if self.error == torch.inf:
+            up_to = float(self.predicted.abs().max())
+            return f"no change seen, though up to {up_to:.2g} logits were predicted"
+        seen = bool(self.real.abs().sum() > self.rounding * len(self.real))
+        return f"predicted off by {self.error:.0%}" if seen else "no change, as predicted"
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw predicted against real changes with matplotlib, one point per prompt.
@@ -94,7 +107,7 @@ class EditCheck(Paged, Tabled):
         series = {"operator": self.predicted.tolist()}
         if not bool(self.jacobian.isnan().all()):
             series["jacobian"] = self.jacobian.tolist()
-        title = f"edit at {self.site}, predicted off by {self.error:.0%}"
+        title = f"edit at {self.site}, {self._outcome()}"
         return agreement(ax, series, self.real.tolist(), unit="logits", title=title)
 
     def _page(self) -> Page:
@@ -110,7 +123,7 @@ class EditCheck(Paged, Tabled):
         return Page(repr(self).splitlines()[0], [points, table], notes, height=760)
 
     def __repr__(self) -> str:
-        rows = [f"Edit at {self.site}, in the real model (predicted off by {self.error:.0%})"]
+        rows = [f"Edit at {self.site}, in the real model ({self._outcome()})"]
         numbers = zip(self.before, self.predicted, self.real, self.kl, self.tops, strict=True)
         for before, predicted, real, kl, (top, after) in list(numbers)[:10]:
             rows.append(
@@ -159,15 +172,20 @@ class EditSweep(Paged, Tabled):
             method: "predicted" (the operator) or "jacobian".
 
         Returns:
-            The relative errors [factor, batch].
+            The relative errors [factor, batch]. Where the real change is below the model's
+            rounding it is 0 if none was predicted, else infinite.
 
         Raises:
             ValueError: If there is no such method.
         """
         if method not in ("predicted", "jacobian"):
             raise ValueError(f"method={method!r} predicts nothing. Use predicted or jacobian.")
-        off = [(getattr(c, method) - c.real).abs() / c.real.abs() for c in self.checks]
-        return torch.stack(off)
+        found = []
+        for check in self.checks:
+            predicted = getattr(check, method)
+            sizes = (x.abs() for x in (predicted, check.real, predicted - check.real))
+            found.append(_relative(*sizes, rounding=check.rounding))
+        return torch.stack(found)
 
     def radius(self, tolerance: float = 0.1) -> Float[Tensor, " batch"]:
         """The largest size within a relative error.
@@ -177,11 +195,16 @@ class EditSweep(Paged, Tabled):
 
         Returns:
             ‖α δ‖ divided by the norm of what stands there [batch]; 0 where no factor is within.
+            A smaller size may be off by more; :meth:`errors` tells each.
+
+        Raises:
+            ValueError: If the tolerance is not a number of at least 0.
         """
+        if (tolerance := finite(tolerance, "tolerance")) < 0:
+            raise ValueError(f"tolerance={tolerance:g} is below 0. Pass a share such as 0.1.")
         found = torch.zeros_like(self.checks[0].size)
-        for check in self.checks:
-            held = (check.real - check.predicted).abs() <= tolerance * check.real.abs()
-            found = torch.where(held, check.size, found)
+        for check, errors in zip(self.checks, self.errors(), strict=True):
+            found = torch.where(errors <= tolerance, check.size.maximum(found), found)
         return found
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -229,12 +252,20 @@ class EditSweep(Paged, Tabled):
         columns = ["before", "predicted", "real", "jacobian", "KL elsewhere", "size"]
         text = ["factor", "prompt", "top before", "top after"]
         table = table_view(text, columns, labels, np.array(values))
-        notes = [
-            f"The prediction is within {share:.0%} up to a size of "
-            f"{float(self.radius(share).median()):.0%} of what stands there (median over prompts)."
-            for share in TOLERANCES
-        ]
+        notes = [self._within(share) for share in TOLERANCES]
         return Page(repr(self), [points, curve, table], notes, height=900)
+
+    def _within(self, share: float) -> str:
+        """Between which sizes the curve of errors is within a share."""
+        held = self._medians("predicted") <= share
+        sizes = [_percent(float(check.size.median())) for check in self.checks]
+        pairs = sorted(zip(map(abs, self.factors), sizes, held.tolist(), strict=True))
+        runs = [
+            [size for _, size, _ in run] for fits, run in groupby(pairs, lambda x: x[2]) if fits
+        ]
+        spans = [f"of {run[0]}" + f" to {run[-1]}" * (len(run) > 1) for run in runs]
+        where = f"sizes {' and '.join(spans)} of what stands there" if spans else "no size of these"
+        return f"The prediction is within {share:.0%} at {where} (median over prompts)."
 
     def _pairs(self) -> list[tuple[float, EditCheck]]:
         return list(zip(self.factors, self.checks, strict=True))
@@ -245,6 +276,16 @@ class EditSweep(Paged, Tabled):
             f"Edits at {self.checks[0].site}, {len(self.checks)} sizes from {low:.3g} to "
             f"{high:.3g} δ, {len(self.checks[0].before)} prompts"
         )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{100 * share:.1g}%"
+
+
+def _relative(predicted: Tensor, real: Tensor, off: Tensor, rounding: float) -> Tensor:
+    """|predicted − real| / |real|; 0 or infinite where rounding hides the real change."""
+    hidden = torch.where(predicted <= rounding, 0.0, torch.inf).to(off)
+    return torch.where(real <= rounding, hidden, off / real)
 
 
 def _lines(checks: Sequence[EditCheck]) -> list[tuple[str, np.ndarray, np.ndarray]]:

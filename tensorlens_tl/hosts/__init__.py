@@ -7,7 +7,7 @@ Key concepts:
 """
 
 from .adapter import Adapter
-from .entry import adapt, as_host, unwrap, wrap
+from .entry import adapt, as_host, choose_bos, unwrap, wrap
 from .loading import load_model
 from .pictures import added_token, each_prompt
 from .tokens import own_ids, prompts_of
@@ -17,6 +17,7 @@ __all__ = [
     "adapt",
     "added_token",
     "as_host",
+    "choose_bos",
     "each_prompt",
     "load_model",
     "own_ids",

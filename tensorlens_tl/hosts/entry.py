@@ -24,7 +24,27 @@ from .encoders import ENCODER, post_norm_adapter
 from .hooked_transformer import HookedEncoderAdapter, HookedTransformerAdapter
 from .pictures import PictureAdapter, embeddings_of
 from .seeing import SeeingAdapter, senses
+from .tokens import CONVENTION
 from .wrapping import BEFORE, build_bridge, give_tokenizer, restore, within_head
+
+
+def choose_bos(model: Any, bos: bool) -> None:
+    """Make ``prepend_bos`` a host model's default, for calls that do not take it.
+
+    Args:
+        model: The host model.
+        bos: Whether texts begin with BOS.
+
+    Raises:
+        ValueError: If the model is an encoder, whose tokenizer adds its own special tokens.
+    """
+    if "type_embed" in adapt(model).source_hooks:
+        raise ValueError(
+            f"prepend_bos={bos} is not for an encoder, whose tokenizer adds special tokens. "
+            "Leave it out."
+        )
+    model.cfg.default_prepend_bos = bos
+    vars(model).pop(CONVENTION, None)  # the user has chosen
 
 
 def adapt(model: Any) -> Adapter:

@@ -16,6 +16,7 @@ from ..editing import (
     Edit,
     EditRanking,
     Goal,
+    as_targets,
     edit_along,
     edit_to_top,
     faithfulness_of_features,
@@ -131,7 +132,7 @@ class EditedRun(AttributedRun):
         by: int | float | Sequence[float] | None = None,
         delta: Tensor | None = None,
         positions: int | Sequence[int] | None = -1,
-        keep: Sequence[TargetLike | Mapping[str, Any]] = (),
+        keep: TargetLike | Mapping[str, Any] | Sequence[TargetLike | Mapping[str, Any]] = (),
         metric: str | Tensor = "identity",
         qk: bool = False,
         gates: bool = False,
@@ -153,8 +154,9 @@ class EditedRun(AttributedRun):
             by: The change that is wanted, in logits, or one per prompt; 0 keeps a prompt's target.
             delta: Your own edit, as in :meth:`effect`. Give one of ``to``, ``by`` and ``delta``.
             positions: Positions that may be edited, among the real tokens; None is all.
-            keep: Targets that may not change: tokens, or mappings with "target", and "versus" and
-                "pos" where they matter; or {"direction": w} for a probe w at the place itself.
+            keep: Targets that may not change, one or a list: tokens, or mappings with "target", and
+                "versus" and "pos" where they matter; or {"direction": w} for a probe w at the place
+                itself.
             metric: What an edit costs: "identity" for ‖δ‖²; "activations" to weigh dimensions by
                 their mean square in this run; or your own second moments, [width] or
                 [width, width].
@@ -185,12 +187,13 @@ class EditedRun(AttributedRun):
             Edit at blocks.1.hook_resid_post, in the real model (predicted off by ...)
               ...
         """
+        kept = as_targets(keep)
         if along is not None:
             if (
                 not isinstance(along, Feature)
                 or site is not None
                 or delta is not None
-                or keep
+                or kept
                 or shared
             ):
                 raise ValueError(
@@ -208,8 +211,8 @@ class EditedRun(AttributedRun):
         asked = self._asked(site, positions, metric, qk, gates)
         goal = Goal.of(self.capture, target, versus, pos)
         if delta is None:
-            return smallest_edit(asked, goal, to, by, keep, shared)
-        if to is not None or by is not None or len(keep):
+            return smallest_edit(asked, goal, to, by, kept, shared)
+        if to is not None or by is not None or kept:
             raise ValueError("delta= is an edit already. Drop to=, by= and keep=, or drop delta=.")
         return asked.edit(goal, asked.spread(delta))
 
@@ -219,7 +222,7 @@ class EditedRun(AttributedRun):
         pos: int = -1,
         *,
         site: str | int,
-        margin: int | float = 0.0,
+        margin: int | float = 1.0,
         positions: int | Sequence[int] | None = -1,
         metric: str | Tensor = "identity",
     ) -> Edit:
@@ -231,7 +234,7 @@ class EditedRun(AttributedRun):
             token: The token that is to be predicted.
             pos: Position of the prediction among the real tokens; −1 is the last.
             site: A residual site, or the number of a block for what it leaves.
-            margin: By how much the logit is to exceed all others, in logits.
+            margin: By how much the logit is to exceed all others, in logits, above 0.
             positions: Positions that may be edited, among the real tokens; None is all.
             metric: What an edit costs, as in :meth:`edit`.
 
@@ -245,7 +248,7 @@ class EditedRun(AttributedRun):
             >>> from tensorlens_tl import demo
             >>> model = demo.load_model()
             >>> _, lens = model.run_with_tensorlens("The capital of France is")
-            >>> lens.edit_to_top("Rome", site=2, margin=1.0).check(model).tops
+            >>> lens.edit_to_top("Rome", site=2).check(model).tops
             (('Paris', 'Rome'),)
         """
         return edit_to_top(self._asked(site, positions, metric), token, pos, margin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from comparisons import assert_close
@@ -629,7 +630,16 @@ def test_what_cannot_be_edited_is_refused():
         "has no residual site": lambda: lens.covector(site="blocks.0.hook_nothing"),
         "Both or none of to= and by=": lambda: lens.edit(site=1),
         "Give one of the two": lambda: lens.edit(site=1, to=1.0, by=1.0),
-        "by='much' is no number": lambda: lens.edit(site=1, by="much"),
+        "by='much' is not a finite number": lambda: lens.edit(site=1, by="much"),
+        "to=nan is not a finite": lambda: lens.edit(site=1, to=torch.nan),
+        "by=inf is not a finite": lambda: lens.edit(site=1, by=[torch.inf]),
+        "margin=nan is not a finite": lambda: lens.edit_to_top("Rome", site=1, margin=torch.nan),
+        "margin=0 lets another token win": lambda: lens.edit_to_top("Rome", site=1, margin=0),
+        "factor=nan is not a finite": lambda: lens.edit(site=1, by=1.0) * torch.nan,
+        "delta= is a str, not a tensor": lambda: lens.edit(site=1, delta="x"),
+        "delta= holds numbers that are not real": lambda: lens.effect([torch.nan] * 128, site=1),
+        "keep= direction is a str": lambda: lens.edit(site=1, by=1.0, keep={"direction": "x"}),
+        "tolerance=nan is not a": lambda: lens.edit(site=1, by=1.0).radius(model, torch.nan),
         "positions=\\[\\] names no position": lambda: lens.edit(site=1, by=1.0, positions=[]),
         "is no metric here": lambda: lens.edit(site=1, by=1.0, metric="size"),
         "delta= has shape": lambda: lens.effect(torch.ones(3), site=1),
@@ -655,6 +665,17 @@ def test_what_cannot_be_edited_is_refused():
     other = replace(lens.edit(site=1, by=1.0), capture=None)
     with pytest.raises(ValueError, match=r"editing\.load_edit\(path, lens\)"):
         other.refine(model)
+
+
+def test_numbers_and_single_targets_are_read_in_every_form():
+    _, lens = demo.load_model().run_with_tensorlens(FACT)
+    plain = lens.edit("Paris", by=-2.0, site=1, keep=["Madrid"]).delta
+    for by in (torch.tensor(-2.0), np.float32(-2), np.array([-2.0]), torch.tensor([-2.0])):
+        assert torch.equal(lens.edit("Paris", by=by, site=1, keep="Madrid").delta, plain)
+    for one in ({"target": "Madrid"}, lens.capture.tokenizer.encode("Madrid")[-1]):
+        assert torch.equal(lens.edit("Paris", by=-2.0, site=1, keep=one).delta, plain)
+    top = lens.edit_to_top("Rome", site=1).delta
+    assert torch.equal(lens.edit_to_top("Rome", site=1, margin=np.float64(1)).delta, top)
 
 
 def test_an_edit_below_the_models_rounding_is_refused():

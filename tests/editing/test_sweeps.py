@@ -1,5 +1,7 @@
 """An edit at many sizes: the checks of single sizes, their radius, and the page of points."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comparisons import assert_close
@@ -8,6 +10,7 @@ from models import quiet
 from tensorlens_tl import demo, editing
 
 FACTORS = (0.25, 1.0, 3.0)
+SIZES = (0.005, 0.02, 0.1, 0.44)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,33 @@ def test_the_radius_is_the_largest_size_within(model, edit, sweep):
             ]
             assert float(sweep.radius(tolerance)[prompt]) == max(within, default=0.0)
     assert torch.equal(sweep.radius(100.0), (edit * 3.0).size)
+
+
+def test_what_rounding_hides_is_no_error(model, edit):
+    nothing = (edit * 0.0).check(model)
+    assert nothing.error == 0 and "(no change, as predicted)" in repr(nothing)
+    assert 0 < nothing.rounding < 1e-3
+    unseen = replace(nothing, predicted=torch.tensor([0.5, -2.0]), real=torch.full((2,), 1e-6))
+    assert unseen.error == torch.inf
+    assert "(no change seen, though up to 2 logits were predicted)" in repr(unseen)
+    single = editing.EditSweep((1.0, 2.0), (nothing, unseen)).errors()
+    assert single.tolist() == [[0, 0], [torch.inf, torch.inf]]
+
+
+def test_a_page_tells_between_which_sizes_a_prediction_holds(sweep):
+    def noted(*errors):
+        checks = [
+            replace(c, predicted=c.real * (1 + error), size=torch.full((2,), size))
+            for c, error, size in zip(sweep.checks * 2, errors, SIZES, strict=False)
+        ]
+        found = editing.EditSweep(tuple(SIZES[: len(errors)]), tuple(checks))
+        return found._page().notes[0].removeprefix("The prediction is within 10% at ")
+
+    assert noted(0, 0, 1, 0) == (
+        "sizes of 0.5% to 2% and of 44% of what stands there (median over prompts)."
+    )
+    assert noted(1, 1, 1) == "no size of these (median over prompts)."
+    assert noted(1, 0, 0, 1) == "sizes of 2% to 10% of what stands there (median over prompts)."
 
 
 def test_frames_and_figures(sweep):
