@@ -12,7 +12,6 @@ from .cost_model import (
     KEPT,
     ROWS,
     BranchShape,
-    Plan,
     StageShape,
     SweepShape,
     carried_by,
@@ -24,6 +23,7 @@ from .cost_model import (
     memory_budget,
     rates_of,
 )
+from .cost_plan import Plan
 from .machine_rates import Cost
 from .rehearsal import Rehearsal, forgets
 

@@ -11,12 +11,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 
-from ..checks import is_int, spelled
-from ..pictures import Tabled
+from ..checks import is_int
+from .cost_plan import Plan
 from .machine_rates import Cost, ProductShape, Rates, rates
 
 BLOCK_ROWS, FOLDED_BLOCK_ROWS = 8, 32
@@ -350,47 +349,6 @@ class SweepShape:
 
 
 # --- The plan ------------------------------------------------------------------------------------
-
-
-@spelled
-@dataclass(frozen=True)
-class Plan(Tabled):
-    """The predicted cost of a call.
-
-    Attributes:
-        what: Name of what was planned.
-        flops: Number of floating-point operations.
-        seconds: Predicted time on this machine in seconds, from rates measured just before.
-        peak_bytes: Predicted memory in bytes beyond what is in use now, the result included.
-        memory_limit: Most memory in bytes that the call may take.
-        chunks: Number of pieces that the work is cut into.
-        notes: What else the call will do, as sentences for the reader.
-    """
-
-    what: str
-    flops: float
-    seconds: float
-    peak_bytes: int
-    memory_limit: int
-    chunks: int
-    notes: tuple[str, ...] = ()
-
-    _COLUMNS = ("what", "flops", "seconds", "peak_bytes", "memory_limit", "chunks")
-
-    def _rows(self) -> list[tuple[Any, ...]]:
-        return [tuple(getattr(self, name) for name in self._COLUMNS)]
-
-    def _facts(self) -> dict[str, Any]:
-        return {"notes": self.notes}
-
-    def __repr__(self) -> str:
-        time_ = f"{self.seconds:.2g} s" if self.seconds < 120 else f"{self.seconds / 60:.1f} min"
-        text = (
-            f"Plan({self.what}: about {time_}, {self.flops / 1e9:.3g} Gflop, "
-            f"{self.peak_bytes / 2**20:.0f} MiB of {self.memory_limit / 2**20:.0f} MiB, "
-            f"{self.chunks} chunk{'s' if self.chunks > 1 else ''}"
-        )
-        return text + "".join(f"; {note}" for note in self.notes) + ")"
 
 
 def rates_of(

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import spelled
-from ..pictures import Tabled
+from ..pictures import Page, Paged, Tabled, estimates, interval_view
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DRAWS = 2000
 
 
 @spelled
 @dataclass(frozen=True)
-class Estimate(Tabled):
+class Estimate(Paged, Tabled):
     """A statistic and its percentile bootstrap interval.
 
     Attributes:
@@ -33,10 +38,32 @@ class Estimate(Tabled):
     high: float
     n: int
 
+    _FRAMED = False
     _COLUMNS = ("value", "low", "high", "n")
 
     def _rows(self) -> list[tuple[float, ...]]:
         return [(self.value, self.low, self.high, self.n)]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the value with its interval, with matplotlib.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        points = {"": [(self.value, self.low, self.high)]}
+        xlabel = "value and 95 % interval"
+        return estimates(ax, [f"n = {self.n}"], points, title=str(self), xlabel=xlabel)
+
+    def _page(self) -> Page:
+        values = np.array([[self.value, self.low, self.high]])
+        view = interval_view([""], [[f"n = {self.n}"]], values)
+        return Page(str(self), [view], ["Low and high end the 95 % interval."], height=200)
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"

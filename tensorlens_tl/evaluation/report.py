@@ -11,7 +11,7 @@ import numpy as np
 
 from ..checks import need, spelled
 from ..operator import Convention
-from ..pictures import Page, Paged, Tabled, estimates, interval_view
+from ..pictures import Page, Paged, Tabled, dots, estimates, interval_view, table_view
 from .curves import best_first, curve_figure, curve_page_view
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
@@ -24,9 +24,22 @@ if TYPE_CHECKING:
 FORMAT = "tensorlens_tl evaluation 1"
 
 
+class Kind(NamedTuple):
+    """What rows of several methods have in common."""
+
+    measure: str
+    metric: str
+    preset: str
+    higher: bool
+    masking: str
+
+    def __str__(self) -> str:
+        return f"{_head(*self[:4])}, masked by {self.masking}"
+
+
 @spelled
 @dataclass(frozen=True)
-class Row(Tabled):
+class Row(Paged, Tabled):
     """One measure of one method under one masking.
 
     Attributes:
@@ -52,11 +65,41 @@ class Row(Tabled):
     fractions: tuple[float, ...] = ()
     points: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
+    _FRAMED = False
     _COLUMNS = ("measure", "metric", "preset", "masking", "method", "higher", "prompt", "value")
 
     def _rows(self) -> Iterator[tuple[Any, ...]]:
         own = tuple(getattr(self, name) for name in self._COLUMNS[:6])
         return ((*own, prompt, value) for prompt, value in enumerate(self.values))
+
+    @property
+    def _kind(self) -> Kind:
+        """What rows of other methods have in common with this one."""
+        return Kind(*(getattr(self, name) for name in Kind._fields))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the number of every prompt with matplotlib, and their mean as a line.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on. The mean with its interval stands above.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        known = {self.method: [v for v in self.values if not math.isnan(v)]}
+        title = f"{self._kind}\n{self.estimate()}, {_many(len(self.values), 'prompt')}"
+        return dots(ax, known, ylabel=f"{self.measure} of {self.metric}", title=title)
+
+    def _page(self) -> Page:
+        labels, values = [[str(i)] for i in range(len(self.values))], np.array(self.values)
+        views = [table_view(["prompt"], [self.measure], labels, values[:, None])]
+        if self.points:
+            views.insert(0, curve_page_view({self.method: self}, "", 0))
+        notes = [f"{self.estimate()}: the mean over prompts, with its 95 % interval."]
+        return Page(f"{self.method}: {self._kind}", views, notes)
 
     def estimate(self, seed: int = 0) -> Estimate:
         """Mean over the prompts, with its bootstrap interval."""
@@ -238,13 +281,12 @@ class Evaluation(Paged):
         series = {name: [(e.value, e.low, e.high) for e in own] for name, own in found.items()}
         return estimates(ax, order, series, title=title, xlabel="mean and 95 % interval")
 
-    def _kinds(self, **asked: str | None) -> dict[_Kind, dict[str, Row]]:
+    def _kinds(self, **asked: str | None) -> dict[Kind, dict[str, Row]]:
         """The rows by what they measure and by method; of what is asked, None fits all."""
-        found: dict[_Kind, dict[str, Row]] = {}
+        found: dict[Kind, dict[str, Row]] = {}
         for row in self.rows:
             if all(value in (None, getattr(row, name)) for name, value in asked.items()):
-                kind = _Kind(*(getattr(row, name) for name in _Kind._fields))
-                found.setdefault(kind, {})[row.method] = row
+                found.setdefault(row._kind, {})[row.method] = row
         return found
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -346,19 +388,6 @@ class Evaluation(Paged):
                 "  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip()
                 for line in cells
             ]
-
-
-class _Kind(NamedTuple):
-    """What rows of several methods have in common."""
-
-    measure: str
-    metric: str
-    preset: str
-    higher: bool
-    masking: str
-
-    def __str__(self) -> str:
-        return f"{_head(*self[:4])}, masked by {self.masking}"
 
 
 _NO_CURVES = (

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
 from ..checks import spelled
-from ..pictures import Tabled
+from ..pictures import Page, Paged, Tabled
 from .intervals import Estimate, bootstrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Number = float | int
 FLIPS = 10_000
@@ -26,7 +30,7 @@ EXACT = 14
 
 @spelled
 @dataclass(frozen=True)
-class Comparison(Tabled):
+class Comparison(Paged, Tabled):
     """A paired comparison of two methods on the same inputs.
 
     Attributes:
@@ -37,10 +41,32 @@ class Comparison(Tabled):
     difference: Estimate
     p: float
 
+    _FRAMED = False
     _COLUMNS = (*Estimate._COLUMNS, "p")
 
     def _rows(self) -> list[tuple[float, ...]]:
         return [(*row, self.p) for row in self.difference._rows()]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the difference with its interval beside 0, with matplotlib.
+
+        Args:
+            ax: Axes to draw on. None makes a figure.
+
+        Returns:
+            The axes drawn on. Right of 0 the first method is better.
+
+        Raises:
+            ValueError: If matplotlib is missing.
+        """
+        ax = self.difference.plot(ax)
+        ax.axvline(0, color="0.2", linewidth=0.8)
+        ax.set(title=str(self), xlabel="first better by, with its 95 % interval")
+        return ax
+
+    def _page(self) -> Page:
+        notes = ["Above 0 the first method is better.", *self.difference._page().notes]
+        return replace(self.difference._page(), title=str(self), notes=notes)
 
     def __str__(self) -> str:
         return f"{self.difference}, p = {self.p:.2g}"

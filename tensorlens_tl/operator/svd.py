@@ -112,7 +112,15 @@ class SVD(Paged):
             both = ([" ".join(map(repr, side)) for side in pair] for pair in self.words(lens))
             notes = [f"+ {up}   − {down}" for up, down in both]
         title = "singular values" + (", and what U raises and lowers" if notes else "")
-        return bars(ax, names, self.S.tolist(), unit="singular value", title=title, notes=notes)
+        return bars(
+            ax,
+            names,
+            self.S.tolist(),
+            unit="singular value",
+            title=title,
+            notes=notes,
+            signed=False,
+        )
 
     def _page(self, lens: Any = None) -> Page:
         names = ["triple", "raises", "lowers"] if lens is not None else ["triple"]

@@ -14,7 +14,6 @@ from .figures import (
     bare,
     bars,
     beside_legend,
-    by_decades,
     cell_map,
     colour,
     label,
@@ -171,6 +170,12 @@ def curves(
     return titled(ax, title, xlabel, ylabel)
 
 
+def by_decades(sizes: Sequence[float]) -> bool:
+    """Whether sizes call for a logarithmic scale: none is below 0, and they span more than 10×."""
+    above = [size for size in sizes if size > 0]
+    return len(above) > 0 and min(sizes) >= 0 and max(above) > 10 * min(above)
+
+
 def _by_decades(ax: Axes, sizes: Sequence[float]) -> None:
     """A logarithmic scale with the sizes' own numbers; below the least positive it is linear."""
     least = min(size for size in sizes if size > 0)
@@ -244,7 +249,8 @@ def dots(
         n = len(values)
         x = [i + (0.0 if n == 1 else 0.4 * (j / (n - 1) - 0.5)) for j in range(n)]
         ax.plot(x, values, "o", color="#2b6cb0", markersize=4, alpha=0.6)
-        ax.hlines(math.fsum(values) / n, i - 0.32, i + 0.32, color="0.1", linewidth=2)
+        mean = math.fsum(values) / n if n else math.nan
+        ax.hlines(mean, i - 0.32, i + 0.32, color="0.1", linewidth=2)
     ax.axhline(0, color="0.7", linewidth=0.8)
     named_axis("x", ax, list(groups))
     ax.set_xlim(-0.6, len(groups) - 0.4)

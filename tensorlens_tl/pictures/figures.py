@@ -97,12 +97,6 @@ def limit(values: Iterable[float]) -> float:
     return max((abs(v) for v in values if math.isfinite(v)), default=0.0) or 1.0
 
 
-def by_decades(sizes: Sequence[float]) -> bool:
-    """Whether sizes call for a logarithmic scale: none is below 0, and they span more than 10×."""
-    above = [size for size in sizes if size > 0]
-    return len(above) > 0 and min(sizes) >= 0 and max(above) > 10 * min(above)
-
-
 def number(value: float, form: str) -> str:
     """A number as text, with its sign where ``form`` asks for one; nan has none."""
     return format(value, form) if math.isfinite(value) else str(value)
@@ -246,6 +240,7 @@ def bars(
     errors: Sequence[float] | None = None,
     notes: Sequence[str] = (),
     left_out: str = "",
+    signed: bool = True,
 ) -> Axes:
     """Draw a bar for every number, from top to bottom; beside it the number.
 
@@ -258,6 +253,7 @@ def bars(
         errors: Half the length of each number's interval, or None.
         notes: What stands beside the bars in place of the numbers.
         left_out: What is said of rows that are not drawn.
+        signed: Whether colours and numbers tell the sign.
 
     Returns:
         The axes drawn on.
@@ -270,14 +266,14 @@ def bars(
         range(n),
         finite,
         height=0.75,
-        color=[colour(v) for v in finite],
+        color=[colour(v) if signed else NEUTRAL for v in finite],
         xerr=None if errors is None else spread,
         error_kw={"elinewidth": 1.0, "capsize": 2.0, "ecolor": "0.2"},
     )
     for i, (value, end) in enumerate(zip(values, finite, strict=True)):
         side = -1 if end < 0 else 1
         ax.annotate(
-            notes[i] if notes else number(value, "+.3g"),
+            notes[i] if notes else number(value, "+.3g" if signed else ".3g"),
             (end + side * spread[i], i),
             (4 * side, 0),
             textcoords="offset points",

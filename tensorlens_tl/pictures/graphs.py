@@ -34,7 +34,7 @@ def floor(node: Node, n_layers: int) -> tuple[int | float, str]:
     return 2 * node.layer + 1 + above, f"L{node.layer} {what}"
 
 
-_ABOVE = dict(zip(FEATURE_SITES, (0.5, 1.2, 1.3, 1.5, 2.3, 2.5), strict=True))
+_ABOVE: dict[str, float] = dict(zip(FEATURE_SITES, (0.5, 1.2, 1.3, 1.5, 2.3, 2.5), strict=True))
 """How high the site of an SAE is above the start of its block."""
 _OF_MLPS = ("ln2", "b_in", "b_out", "b_gate")
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..checks import new_file, spelled, write_whole
 from .packing import packed, plain
@@ -151,6 +151,9 @@ class Page:
 class Paged(Result):
     """What has a page: ``to_html``, ``show``, and a frame in notebooks. A result inherits this."""
 
+    _FRAMED: ClassVar[bool] = True
+    """Whether notebooks show the page. Of a few numbers they show the line of text alone."""
+
     def _page(self) -> Page:
         """What is drawn."""
         raise NotImplementedError
@@ -180,7 +183,7 @@ class Paged(Result):
         self._page().show()
 
     def _repr_html_(self) -> str:
-        return self._strip() + self._page().frame()
+        return self._strip() + (self._page().frame() if self._FRAMED else "")
 
 
 def _inert(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .figures import by_decades
+from .charts import by_decades
 from .page import View
 
 

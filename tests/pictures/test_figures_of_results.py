@@ -42,8 +42,6 @@ from tensorlens_tl.relations.validity_study import ErrorCurve, ValidityStudy
 
 pytestmark = pytest.mark.algebra
 
-FEW_NUMBERS = (Plan, Row, Estimate, Comparison, Tabled)
-"""Results of a line of text, and what all tables have in common."""
 SEVERAL = (RunReport,)
 """Results that hold others, each with a figure of its own."""
 
@@ -57,9 +55,9 @@ def test_every_table_has_a_figure():
         if module.name.endswith("__main__"):
             continue
         for thing in vars(importlib.import_module(module.name)).values():
-            if isinstance(thing, type) and hasattr(thing, "to_dataframe"):
-                paged = hasattr(thing, "to_html") or thing in FEW_NUMBERS
-                assert paged and (hasattr(thing, "plot") or thing in FEW_NUMBERS + SEVERAL), thing
+            if isinstance(thing, type) and hasattr(thing, "to_dataframe") and thing != Tabled:
+                assert hasattr(thing, "to_html"), thing
+                assert hasattr(thing, "plot") or thing in SEVERAL, thing
 
 
 # --- Tokens and words -----------------------------------------------------------------------------
@@ -285,6 +283,32 @@ def test_masking_curves():
         found.plot(kind="curves")
     with pytest.raises(ValueError, match=r"kind='curve' does not exist\. Use 'means' or 'curves'"):
         found.plot(kind="curve")
+
+
+def test_a_few_numbers():
+    """They have figures and pages, and notebooks show their line of text alone."""
+    plan = Plan("a call", 2e9, 150.0, 3 * 2**20, 2**30, 2, ("a note",))
+    ax = plan.plot()
+    assert bar_lengths(ax) == [3, 1024] and labels(ax) == ["needed", "allowed"]
+    assert ax.get_title() == "a call: about 2.5 min, 2 Gflop, 2 chunks"
+    assert plan._page().views[0].data["values"].tolist() == [[3], [1024]]
+    assert plan._page().notes == ["A note."]
+    one = Estimate(0.5, 0.25, 1.0, 4)
+    (points,) = one.plot().containers
+    assert points.lines[0].get_xdata().tolist() == [0.5]
+    assert points.lines[2][0].get_segments()[0][:, 0].tolist() == [0.25, 1.0]
+    assert one._page().views[0].data["values"].tolist() == [[0.5, 0.25, 1.0]]
+    both = Comparison(one, 0.125)
+    assert list(both.plot().get_lines()[-1].get_xdata()) == [0, 0]
+    assert both._page().title == "0.5 [0.25, 1], p = 0.12" == both.plot().get_title()
+    row = Row("naopc", "probability", "beam 1", "mean", "norm", True, (0.25, math.nan, 0.75))
+    ax = row.plot()
+    assert ax.get_lines()[0].get_ydata().tolist() == [0.25, 0.75]
+    assert ax.collections[0].get_segments()[0][:, 1].tolist() == [0.5, 0.5]
+    (table,) = row._page().views
+    assert np.array_equal(table.data["values"][:, 0], row.values, equal_nan=True)
+    for few in (plan, one, both, row):
+        assert "<iframe" not in few._repr_html_() and "<script" in few.to_html()
 
 
 def test_studies_of_relations():
