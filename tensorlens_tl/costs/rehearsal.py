@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from .cost_model import CAUSAL_TILE, Plan, memory_budget
@@ -86,7 +85,7 @@ class Rehearsal(TorchDispatchMode):
         if func is _aten._local_scalar_dense.default:
             return NUMBER * (1 + self._random.random())  # orders by such numbers are random
         # 1. No content.
-        args, kwargs = cast(Any, tree_map_only(torch.Tensor, self._bare, (args, kwargs)))
+        args, kwargs = _mapped(self._bare, args), _mapped(self._bare, kwargs)
         # 2. The shape of the result; 3. from tiny numbers where integers come out of it.
         try:
             with self._fake:
@@ -94,7 +93,7 @@ class Rehearsal(TorchDispatchMode):
         except (NotImplementedError, RuntimeError):  # its shape depends on content
             out = None
         if out is None or not all(x.is_floating_point() for x in _tensors(out)):
-            return func(*tree_map_only(FakeTensor, _content, args), **kwargs)
+            return func(*_mapped(_content, args), **kwargs)
         self._count(func, args, kwargs, out)
         return out
 
@@ -177,8 +176,28 @@ def _floats(func: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _content(x: Tensor) -> Tensor:
+    if not isinstance(x, FakeTensor):
+        return x
     return torch.full((), NUMBER, dtype=x.dtype, device=x.device).expand(x.shape)
 
 
+def _mapped(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Arguments of an operation, with every tensor changed; torch's own maps take longer."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {name: _mapped(change, part) for name, part in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_mapped(change, part) for part in tree)
+    return tree
+
+
 def _tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor)]
+    """All tensors of arguments or of a result."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree
+    return [x for part in parts for x in _tensors(part)] if isinstance(tree, _HOLD) else []
+
+
+_HOLD = (tuple, list, dict)

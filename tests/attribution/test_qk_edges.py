@@ -78,9 +78,9 @@ class LiveScores(FrozenModel):
             y, _ = self(x, {f"blocks.{layer}.hook_resid_pre": leaf})
             target = (y[:, -1] * u).sum()
         found = {}
-        for side, head in [("", 0), *((s, h) for s in "qk" for h in range(heads))]:
+        for side, head in [("", 0), *((s, h) for s in "qk" for h in heads)]:
             self.open = {s: float(s == side) for s in "qk"}
-            self.head = torch.nn.functional.one_hot(torch.tensor(head), heads).double()
+            self.head = torch.nn.functional.one_hot(torch.tensor(head), heads.stop).double()
             found[side, head] = torch.autograd.grad(target, leaf, retain_graph=True)[0]
         around = found.pop(("", 0))  # what reaches the target beside the scores
         return {key: g - around for key, g in found.items()}, around
@@ -96,7 +96,8 @@ def test_query_and_key_edges_are_gradients_of_the_real_model(case, gate):
     checked = 0
     for layer in range(2):
         model = LiveScores(case.model(), tokens(), gate, layer)
-        u, heads = sweep.target.covector, lens.capture.n_heads
+        # Of other families than the shapes, heads 0 and 2: they read other keys where some share.
+        u, heads = sweep.target.covector, range(0, lens.capture.n_heads, 1 + (case not in SHAPES))
         live, around = model.gradients(lens.embedding, u, layer, heads)
         below = next(n for n, s in zip(writers.below, op.steps, strict=False) if s.layer == layer)
         nodes, outputs = writers.nodes[:below], arrived(op, writers, layer)[:, :below]
@@ -110,7 +111,7 @@ def test_query_and_key_edges_are_gradients_of_the_real_model(case, gate):
             assert ((ours - expected).abs() <= tol * size[:, None]).all(), str(reader)
             checked += ours.numel()
         assert max(g.abs().max() for g in live.values()) > 1e-6
-    assert checked == sum(not s.node.conserved for s in edges.sources) * 2
+    assert checked == sum(not s.node.conserved for s in edges.sources) * 2 // heads.step
 
 
 def edges_of(lens, **kwargs):

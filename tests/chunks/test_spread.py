@@ -13,6 +13,8 @@ from tensorlens_tl.chunks import folder, spread
 from tensorlens_tl.evaluation import evaluate
 from tensorlens_tl.evaluation.scoring import score
 
+pytestmark = pytest.mark.algebra
+
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 

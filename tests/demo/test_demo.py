@@ -143,16 +143,21 @@ def test_prompt_pairs(model, task):
     assert len(pairs) == 20
     assert pairs == demo.prompts(task, 20, seed=5) != demo.prompts(task, 20, seed=6)
     right = better = 0
-    for pair in pairs:
-        clean, corrupted = model.to_tokens(pair.clean), model.to_tokens(pair.corrupted)
+    ids = [model.to_tokens(text) for pair in pairs for text in (pair.clean, pair.corrupted)]
+    last = {}  # the logits after every prompt; those of a length are run together
+    for length in {one.shape[1] for one in ids}:
+        own = [i for i, one in enumerate(ids) if one.shape[1] == length]
+        with torch.no_grad():
+            last |= dict(zip(own, model(torch.cat([ids[i] for i in own]))[:, -1], strict=True))
+    for i, pair in enumerate(pairs):
+        clean, corrupted = ids[2 * i : 2 * i + 2]
         assert clean.shape == corrupted.shape
         assert clean.shape[1] < model.cfg.n_ctx
         assert (clean != corrupted).sum() == 1
         assert pair.task == task
         answer, foil = model.to_single_token(pair.answer), model.to_single_token(pair.foil)
         assert answer != foil
-        with torch.no_grad():
-            logits, other = model(clean)[0, -1], model(corrupted)[0, -1]
+        logits, other = last[2 * i], last[2 * i + 1]
         right += (logits[answer] > logits[foil]).item()
         better += (logits[answer] - logits[foil] > other[answer] - other[foil]).item()
     assert right >= 19

@@ -12,7 +12,9 @@ from tensorlens_tl import demo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import distilled_roles  # noqa: E402
+import distilled_roles
+
+pytestmark = pytest.mark.algebra
 
 BOS_A_B = torch.tensor([0, 1, 2, 1, 2])
 

@@ -9,6 +9,8 @@ from models import quiet
 
 from tensorlens_tl import demo, editing
 
+pytestmark = pytest.mark.algebra
+
 FACTORS = (0.25, 1.0, 3.0)
 SIZES = (0.005, 0.02, 0.1, 0.44)
 

@@ -64,7 +64,7 @@ def test_one_layer(name):
     holds(build(name, LAYERS, 1), ids_of(5))
 
 
-@each("gpt2", "llama")
+@each("llama")
 def test_forty_layers(name):
     holds(build(name, LAYERS, 40), ids_of(5))
 

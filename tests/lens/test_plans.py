@@ -13,6 +13,8 @@ from tensorlens_tl import TensorLens, demo, score_edges
 from tensorlens_tl.recording import run
 from tensorlens_tl.support.every_name import tiny_model
 
+pytestmark = pytest.mark.algebra
+
 FIRST = SHAPES[0]
 
 

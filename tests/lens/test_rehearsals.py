@@ -70,7 +70,7 @@ FUNCTIONS = {
     "faithfulness_of_many": lambda m: ((m, ids(), {"a": ["L0H0"]}), {"ablation": "zero"}),
     "faithfulness_curve": lambda m: ((m, ids(), ["L0H0→logits"], ids(4), 3), {"sizes": (0.1, 1)}),
     "evaluate": lambda m: ((m, ids(), ["in_out", "random"]), {}),
-    "validity": lambda m: ((m, models.tokens(3, 4)), {"kinds": ("swap",), "sizes": (0.1,)}),
+    "validity": lambda m: ((m, models.tokens(3, 3)), {"kinds": ("swap",), "sizes": (0.1,)}),
 }
 """Calls that run the model on prompts, with small arguments."""
 OF_TEXTS = {"decode", "state"}

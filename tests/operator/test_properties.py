@@ -11,7 +11,7 @@ import tensorlens_tl
 from tensorlens_tl import dot_test
 
 SEEN: set = set()
-N_EXAMPLES = 60 if HookedTransformer is None else 120  # a Bridge takes half a second to build
+N_EXAMPLES = 60
 
 
 @st.composite
@@ -107,7 +107,7 @@ if HookedTransformer is not None:
     def test_enough_distinct_configurations():
         if not SEEN:
             test_hooked_transformers_of_any_shape()
-        assert len(SEEN) >= 0.8 * N_EXAMPLES
+        assert len(SEEN) >= 0.75 * N_EXAMPLES
 
 else:
 
@@ -174,7 +174,7 @@ else:
     def test_enough_distinct_configurations():
         if not SEEN:
             test_bridges_of_any_shape()
-        assert len(SEEN) >= 0.8 * N_EXAMPLES
+        assert len(SEEN) >= 0.75 * N_EXAMPLES
 
 
 def test_the_sweep_finds_a_wrong_operator():

@@ -268,7 +268,7 @@ def random_model(rng):
     return name, build_bridge(class_name, config, torch.float64)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_k_best_equal_brute_force(seed):
     rng = random.Random(seed)
     with quiet(), torch.no_grad():
@@ -294,7 +294,7 @@ def test_k_best_equal_brute_force(seed):
     ]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_k_best_by_position_equal_brute_force(seed):
     rng = random.Random(seed)
     with quiet(), torch.no_grad():

@@ -78,22 +78,26 @@ def test_hovering_colours_and_saving(opened):
         x, y = ((k + 0.5) * at["cell"] for k in (j, i))
         page.mouse.move(edge["x"] + at["left"] + x, edge["y"] + at["top"] + y)
 
-    pixels = page.evaluate(
-        "() => { const { canvas } = tensorlens.views[0].figures[0], { width, height } = canvas;"
-        " const image = canvas.getContext('2d').getImageData(0, 0, width, height);"
-        " return { width, data: [...image.data] }; }"
+    inks = {(4, 1): "--neg", (5, 2): "--pos"}
+    middles = [
+        [round(at[side] + (k + 0.5) * at["cell"]) for side, k in (("left", j), ("top", i))]
+        for i, j in inks
+    ]
+    drawn = page.evaluate(
+        "(middles) => { const { canvas } = tensorlens.views[0].figures[0], { width } = canvas;"
+        " const { data } = canvas.getContext('2d').getImageData(0, 0, width, canvas.height);"
+        " return middles.map(([x, y]) => [...data.slice(4 * (y * width + x)).slice(0, 3)]); }",
+        middles,
     )
-    for (i, j), ink in (((4, 1), "--neg"), ((5, 2), "--pos")):
+    for ((i, j), ink), colour in zip(inks.items(), drawn, strict=True):
         move(i, j)
         said = page.locator(".tip").inner_text()
         share = abs(values[i, j]) / np.abs(values[i]).sum()
         assert f"{values[i, j]:+.4g}, {share:.0%}".replace("%", " %") in said and f"@{j}" in said
-        y, x = (round(at[side] + (k + 0.5) * at["cell"]) for side, k in (("top", i), ("left", j)))
-        drawn = pixels["data"][4 * (y * pixels["width"] + x) :][:3]
         hexed = page.evaluate(
             f"getComputedStyle(document.documentElement).getPropertyValue('{ink}')"
         )
-        assert drawn == [int(hexed.strip()[k : k + 2], 16) for k in (1, 3, 5)]
+        assert colour == [int(hexed.strip()[k : k + 2], 16) for k in (1, 3, 5)]
     page.mouse.click(
         edge["x"] + at["left"] + 1.5 * at["cell"], edge["y"] + at["top"] + 4.5 * at["cell"]
     )

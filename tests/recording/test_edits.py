@@ -94,7 +94,7 @@ PAIRS = [  # of a shape's second host every third point, and patterns, which hos
 @pytest.mark.parametrize(("case", "name"), PAIRS, ids=[f"{c}-{n}" for c, n in PAIRS])
 def test_an_edited_run_is_reproduced(case, name):
     model = case.model()
-    own = case in PER_SHAPE  # what an edit's value and the convention change is no host's matter
+    own = case in PER_SHAPE[:3]  # an edit's value and the convention are few shapes' matter
     for edit in (add_noise, ablate) if own else (add_noise,):
         if edit is ablate and any(
             part in name for part in ("resid", "_scale", "_scores", "_q", "ln_final", "unembed")

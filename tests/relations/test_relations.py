@@ -270,7 +270,7 @@ def test_steps_are_the_truncated_pseudo_inverse():
 
 @pytest.fixture(scope="module")
 def study(model):
-    relations = [small("capital", 15), small("continent", 15)]
+    relations = [small("capital", 11), small("continent", 11)]
     return decode(model, relations, (3, 5), splits=2, ranks=(8, 32))
 
 
@@ -288,7 +288,7 @@ def test_a_study_counts_what_it_says(study, model):
     assert len(study.rows) == 2 * 2 * 2 * 5 and study.accuracy == {"capital": 1.0, "continent": 1.0}
     assert study.sizes == (3, 5) and study.model == "tensorlens_tl demo"
     rows = study.select("jacobian, β tuned", 5, "capital")
-    assert [row.split for row in rows] == [0, 1] and {row.n_test for row in rows} == {10}
+    assert [row.split for row in rows] == [0, 1] and {row.n_test for row in rows} == {6}
     assert rows[0].template != rows[1].template and rows[0].train != rows[1].train
     assert study.select(MEAN, 3, "capital")[0].train == rows[0].train[:3]
     shares = [row.faithfulness for row in rows]
@@ -301,12 +301,12 @@ def test_a_study_counts_what_it_says(study, model):
     assert abs(gap.value - (means[0] - means[1])) < ROUNDING and gap.low <= gap.value <= gap.high
     assert gap.n == 2  # of the splits: both relations of one count as one
     # One of its rows by the parts it is made of.
-    statements = state(model, small("capital", 15))
+    statements = state(model, small("capital", 11))
     row = study.select(one, 3, "capital")[0]
     order = [
         statements.relation.subjects.index(s) for s in study.select(one, 5, "capital")[0].train
     ]
-    test = [i for i in range(15) if i not in order]
+    test = [i for i in range(11) if i not in order]
     fitted = statements.fit("operator", order[:3])
     assert row.layer == fitted.layer
     decoded = statements.decoded(fitted, test)
@@ -318,7 +318,7 @@ def test_a_study_counts_what_it_says(study, model):
     known = statements.first[order[:3]].tolist()
     assert row.echoes == sum(d in known for d in decoded[~right].tolist())
     mean = study.select(MEAN, 3, "capital")[0]  # it can but say what training subjects are of
-    assert len(mean.missed) == round((1 - mean.faithfulness) * 10) and mean.echoes <= len(
+    assert len(mean.missed) == round((1 - mean.faithfulness) * 6) and mean.echoes <= len(
         mean.missed
     )
     edit, rank = statements.fit_causal("operator", order[:3], (8, 32))
@@ -330,7 +330,7 @@ def test_a_study_prints_and_keeps_itself(study, model):
     assert text.startswith("RelationStudy(tensorlens_tl demo, capital, continent; 2 splits)")
     assert "operator, β tuned" in text and "n = 5" in text
     assert RelationStudy.from_json(study.to_json()) == study
-    relations = [small("capital", 15)]
+    relations = [small("capital", 11)]
     again = decode(model, relations, (3, 5), splits=1, ranks=(8, 32))
     assert list(again.rows) == [r for r in study.rows if r.relation == "capital" and r.split == 0]
     for wrong in ("{}", "[]", "no", json.dumps(json.loads(study.to_json()) | {"format": "x"})):
