@@ -228,11 +228,19 @@ class Circuit(Paged):
         return graph_figure(ax, self.edges, self.scores, title=title, unit="logits", top=top)
 
     def _page(self) -> Page:
-        scores = [self.scores.get(edge, math.nan) for edge in self.edges]
-        notes = ["Only the real model tells whether it needs these edges: ask .faithfulness."]
-        return Page(
-            repr(self).splitlines()[0], [edge_view(self.edges, scores, json=self.to_json())], notes
+        # The scores of all other edges would weigh megabytes.
+        own = replace(self, scores={e: self.scores[e] for e in self.edges if e in self.scores})
+        view = edge_view(
+            self.edges,
+            [own.scores.get(edge, math.nan) for edge in self.edges],
+            json=own.to_json(),
         )
+        notes = ["Only the real model tells whether it needs these edges: ask .faithfulness."]
+        if others := len(self.scores) - len(own.scores):
+            notes.append(
+                f"The page holds these edges. .to_json() has the scores of {others} others, too."
+            )
+        return Page(repr(self).splitlines()[0], [view], notes)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the edges as a pandas table.

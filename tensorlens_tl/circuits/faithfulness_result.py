@@ -288,7 +288,7 @@ class FaithfulnessCurve(Paged):
         x, labels = [100 * size for size in self.sizes], [[str(n)] for n in self.n_edges]
         axes = (f"edges kept, % of {self.n_total}", "share recovered")
         views = [
-            curves_view(x, lines, axes, [1.0]),
+            curves_view(x, lines, axes, {"the whole model": 1.0}),
             table_view(["edges"], names, labels, np.stack(columns, 1), "Shares recovered"),
         ]
         notes = [repr(self).splitlines()[0], "Bands are 95 % bootstrap intervals over prompts."]

@@ -235,14 +235,19 @@ class EditSweep(Paged, Tabled):
         return as_array(self.errors(method).double().nanmedian(1).values)
 
     def _page(self) -> Page:
-        stops = [f"{factor:.3g} δ, {float(c.size.mean()):.0%}" for factor, c in self._pairs()]
+        means = [float(check.size.mean()) for check in self.checks]
+        stops = [
+            f"{factor:.3g} δ: {100 * mean:.2g} % of what stands there"
+            for factor, mean in zip(self.factors, means, strict=True)
+        ]
         start = min(range(len(stops)), key=lambda i: abs(self.factors[i] - 1))
         names = ("predicted change, logits", "real change, logits")
         lines, texts = _lines(self.checks), _texts(self.checks)
         points = points_view(lines, texts, names, stops, "Size", start, "Predicted against real")
         error = [(name, self._medians(method), None, None) for name, method in self._methods()]
         axes = ("factor of the edit", "relative error, median over prompts")
-        curve = curves_view(self.factors, error, axes, TOLERANCES, "Error by size")
+        across = {f"{100 * share:.0f} %": share for share in TOLERANCES}
+        curve = curves_view(self.factors, error, axes, across, "Error by size", start)
         labels, values = [], []
         for factor, check in self._pairs():
             for prompt, pair in enumerate(check.tops):

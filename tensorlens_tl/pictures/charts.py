@@ -182,11 +182,12 @@ def _by_decades(ax: Axes, sizes: Sequence[float]) -> None:
     linear = {"linthresh": least, "linscale": 0.5} if sizes[0] == 0 else {}
     ax.set_xscale("symlog" if linear else "log", **linear)
     places = [math.log10(s / least) if s >= least else s / least - 1 for s in sizes]
-    shown = [0]
+    names, shown = [f"{size:.3g}" for size in sizes], [0]
     for i, place in enumerate(places):
-        if place - places[shown[-1]] > (places[-1] - places[0]) / 14:
+        share = (place - places[shown[-1]]) / (places[-1] - places[0])
+        if share > 0.012 * (len(names[i]) + len(names[shown[-1]]) + 2):  # the labels' own width
             shown.append(i)
-    ax.set_xticks([sizes[i] for i in shown], [f"{sizes[i]:.3g}" for i in shown])
+    ax.set_xticks([sizes[i] for i in shown], [names[i] for i in shown])
     ax.set_xticks([], minor=True)
 
 

@@ -68,8 +68,9 @@ def curves_view(
     x: Sequence[float],
     lines: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray | None]],
     names: tuple[str, str],
-    guides: Sequence[float] = (),
+    guides: Mapping[str, float] | None = None,
     heading: str = "",
+    start: int | None = None,
 ) -> View:
     """A view of numbers against a size.
 
@@ -77,15 +78,18 @@ def curves_view(
         x: The sizes that the numbers stand against, in order.
         lines: For every line its name, its numbers [size], and the ends of their intervals or None.
         names: What the sizes are, and what the numbers are.
-        guides: Numbers at which a line is drawn across.
+        guides: Names and heights of lines that are drawn across.
         heading: A line above the view.
+        start: Number of the size that is marked at first. None is the last.
 
     Returns:
         The view of these curves.
     """
     parts = [{"name": n, "y": y, "low": low, "high": high} for n, y, low, high in lines]
     at = np.array(x, dtype=np.float64)
-    data = {"x": at, "lines": parts, "guides": list(guides), "log": by_decades(x)}
+    across = guides or {}
+    data = {"x": at, "lines": parts, "log": by_decades(x), "start": start}
+    data |= {"guides": list(across.values()), "guide_names": list(across)}
     return View("curves", data | {"x_name": names[0], "y_name": names[1]}, heading)
 
 

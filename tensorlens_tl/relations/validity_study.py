@@ -225,7 +225,7 @@ class ValidityStudy(Paged):
             )
             table = np.concatenate([*found.values()], 1)
             parts = (
-                curves_view(self.sizes, lines, axes, [0.1], kind),
+                curves_view(self.sizes, lines, axes, {"10 %": 0.1}, kind),
                 table_view(["size"], columns, labels, table, caption),
             )
             views += [replace(part, tab=kind) for part in parts]

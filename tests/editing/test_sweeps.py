@@ -60,6 +60,18 @@ def test_the_radius_is_the_largest_size_within(model, edit, sweep):
     assert torch.equal(sweep.radius(100.0), (edit * 3.0).size)
 
 
+def test_the_page_starts_at_the_edit_itself(sweep):
+    points, curve, _ = sweep._page().views
+    start = points.data["start"]
+    assert curve.data["start"] == start == FACTORS.index(1.0)
+    share = float(sweep.checks[start].size.mean())
+    assert points.data["stops"][start] == f"1 δ: {100 * share:.2g} % of what stands there"
+    assert dict(zip(curve.data["guide_names"], curve.data["guides"], strict=True)) == {
+        "10 %": 0.1,
+        "25 %": 0.25,
+    }
+
+
 def test_what_rounding_hides_is_no_error(model, edit):
     nothing = (edit * 0.0).check(model)
     assert nothing.error == 0 and "(no change, as predicted)" in repr(nothing)

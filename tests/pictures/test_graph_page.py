@@ -1,6 +1,7 @@
 """The page of nodes and edges in a real browser: its numbers, its controls, and its files."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from xml.etree import ElementTree
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from models import quiet
 
+import tensorlens_tl
 from tensorlens_tl import demo
 from tensorlens_tl.graph import Edge, Node
 from tensorlens_tl.pictures import Page, edge_view, graph_view
@@ -163,8 +165,14 @@ def test_edges_and_paths_without_positions(opened):
     circuit = lens.discover("Paris", versus="Rome", n_edges=30)
     scores = [circuit.scores[edge] for edge in circuit]
     page = opened(circuit.to_html(beside="Faithfulness 0.9\nof two prompts"))
+    others = len(circuit.scores) - 30
+    assert others > 400 and f"scores of {others} others" in page.locator("main").inner_text()
     assert page.locator("p.note").all_inner_texts()[-2:] == ["Faithfulness 0.9", "of two prompts"]
-    assert saved(page, "Save JSON") == circuit.to_json()
+    text = saved(page, "Save JSON")
+    assert len(text) < len(circuit.to_json()) / 4
+    assert tensorlens_tl.Circuit.from_json(text) == replace(
+        circuit, scores=dict(zip(circuit, scores, strict=True))
+    )
     reads = {"v": 1, "q": 2, "k": 3}
     expected = {
         (str(e.src), str(e.dest).partition(".")[0], reads.get(e.dest.name, 0)): x

@@ -280,6 +280,7 @@ def test_curves_and_evaluations(opened):
     shown = page.evaluate("[0, 1, 2].map((i) => tensorlens.views[1].value(i, 0))")
     assert shown == pytest.approx(curve.shares.tolist(), rel=1e-6)
     drawing = page.get_by_role("application")
+    assert drawing.get_by_text("the whole model").count() == 1  # the line across at 1
     drawing.press("ArrowLeft")
     said = page.get_by_role("status").inner_text()
     low, high = curve.intervals()["signed"][1]

@@ -2,7 +2,7 @@
 views.curves = (box, data, watch) => {
   const inks = ["--pos", "--neg", "--third", "--text"], dashes = [null, "7 4", "2 3", "9 3 2 3"], { labels, x_name, y_name } = data;
   const stops = data.stops || [""], points = Boolean(data.stops), n = data.lines.length && data.lines[0].y.length / stops.length;
-  const state = { at: n - 1, stop: Math.max(0, data.start || 0) }, least = data.log && Math.min(...data.x.filter((v) => v > 0));
+  const state = { at: points ? 0 : data.start ?? n - 1, stop: points ? data.start : 0 }, least = data.log && Math.min(...data.x.filter((v) => v > 0));
   // By decades; what is below the least size, as 0 is, stands half a decade to its left.
   const scale = data.log ? (v) => (v < least ? (v / least - 1) / 2 : Math.log10(v / least)) : (v) => v, dash = (k) => dashes[(k + (k >> 2)) % 4];
   const here = (numbers) => numbers.subarray(state.stop * n, (state.stop + 1) * n);
@@ -33,7 +33,8 @@ views.curves = (box, data, watch) => {
       ...own.filter((v) => px(v) >= free && (free = px(v) + 30)).map((v) => svg("text", { x: px(v), y: bottom + 16, "text-anchor": "middle" }, number(v, 3, false))),
       svg("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, x_name), svg("text", { x: 4, y: 12 }, y_name),
       points ? svg("line", { x1: px(low), y1: py(low), x2: px(high), y2: py(high), stroke: css("--mark"), "stroke-dasharray": "1 3" }) : "",
-      ...(data.guides || []).map((v) => svg("line", { x1: left, x2: width, y1: py(v), y2: py(v), stroke: css("--mark"), "stroke-dasharray": "1 3" })),
+      ...(data.guides || []).flatMap((v, i) => [svg("line", { x1: left, x2: width, y1: py(v), y2: py(v), stroke: css("--mark"), "stroke-dasharray": "1 3" }),
+        svg("text", { x: width - 2, y: py(v) - 3, "text-anchor": "end", fill: css("--quiet") }, data.guide_names[i])]),
       ...lines.flatMap((line, k) => [
         line.low ? svg("polygon", { points: [...at(line, line.low, forth), ...at(line, line.high, forth.toReversed())].join(" "), fill: ink(k), opacity: 0.18 }) : "",
         points ? "" : svg("polyline", { points: at(line, line.y, forth).join(" "), fill: "none", stroke: ink(k), "stroke-width": 2, "stroke-dasharray": dash(k) }),

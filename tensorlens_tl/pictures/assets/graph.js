@@ -72,22 +72,24 @@ views.graph = (box, data, watch) => {
       const c = +key.split(" ")[0];
       wide.set(c, Math.max(wide.get(c) || 0, here.length));
     }
-    const left = 76, step = 46, tall = 52, starts = new Map();
+    const left = 82, tall = 52, starts = new Map(), narrow = [...wide.values()].reduce((a, n) => a + Math.max(64, 46 * n + 14), 0);
+    // A few columns take half of the page; the lists stand beside them.
+    const stretch = Math.max(1, Math.min(2, (box.clientWidth / 2 - left) / narrow)), step = 46 * stretch, room = (c) => Math.max(64 * stretch, step * wide.get(c) + 14);
     let x = left;
     for (const c of [...wide.keys()].sort((a, b) => a - b)) {
       starts.set(c, x);
-      x += Math.max(64, step * wide.get(c) + 14);
+      x += room(c);
     }
     const levels = [...new Set(used.map((unit) => unit.row))].sort((a, b) => b - a);
     const height = levels.length * tall + 46;
     for (const [key, here] of cells) {
-      const [c, r] = key.split(" ").map(Number), room = Math.max(64, step * wide.get(c) + 14);
+      const [c, r] = key.split(" ").map(Number);
       here.forEach((unit, i) => {
-        unit.x = starts.get(c) + room / 2 + (i - (here.length - 1) / 2) * step;
+        unit.x = starts.get(c) + room(c) / 2 + (i - (here.length - 1) / 2) * step;
         unit.y = 24 + levels.indexOf(r) * tall;
       });
     }
-    return { used, starts, wide, step, levels, tall, width: x + 10, height };
+    return { used, starts, room, levels, tall, width: x + 10, height };
   }
 
   function shape(unit, r, fill) {
@@ -100,13 +102,13 @@ views.graph = (box, data, watch) => {
     return svg("circle", { ...about, cx: x, cy: y, r });
   }
   function draw() {
-    const { used, starts, wide, step, levels, tall, width, height } = place();
+    const { used, starts, room, levels, tall, width, height } = place();
     const largest = drawn.length ? Math.abs(drawn[0].weight) : 1, most = Math.max(...used.map((u) => Math.abs(u.effect) || 0), 1e-300);
     picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, tabindex: 0, role: "application", "font-family": "system-ui, sans-serif", "font-size": 11,
       "aria-label": `${data.name}: ${used.length} nodes. Arrow keys move between nodes, Enter shows the edges of one, Space picks it for a group, Escape shows all.` });
-    picture.append(...levels.map((r, i) => svg("line", { x1: 66, x2: width, y1: 24 + i * tall, y2: 24 + i * tall, stroke: "var(--line)", "stroke-width": 0.5 })));
+    picture.append(...levels.map((r, i) => svg("line", { x1: 72, x2: width, y1: 24 + i * tall, y2: 24 + i * tall, stroke: "var(--line)", "stroke-width": 0.5 })));
     for (const [c, x] of starts) {
-      const name = svg("text", { x: x + Math.max(64, step * wide.get(c) + 14) / 2, y: height - 12, "text-anchor": "middle", fill: "var(--text)" }, shown(columns[c], 10));
+      const name = svg("text", { x: x + room(c) / 2, y: height - 12, "text-anchor": "middle", fill: "var(--text)" }, shown(columns[c], 10));
       name.append(svg("title", {}, data.tokens ? quoted(columns[c], c) : columns[c]));
       picture.append(name);
     }
@@ -146,9 +148,9 @@ views.graph = (box, data, watch) => {
     picture.addEventListener("keydown", keys);
     picture.addEventListener("blur", () => marker.setAttribute("visibility", "hidden"));
     // The names of the rows stay in sight, in a drawing of their own: scrolling repaints nothing.
-    rowNames = svg("svg", { class: "rows", viewBox: `0 0 68 ${height}`, "aria-hidden": "true" },
-      svg("rect", { width: 68, height, fill: "var(--ground)", opacity: 0.85 }),
-      levels.map((r, i) => svg("text", { x: 60, y: 28 + i * tall, "text-anchor": "end", fill: "var(--quiet)", "font-size": 11 }, rows[r])));
+    rowNames = svg("svg", { class: "rows", viewBox: `0 0 74 ${height}`, "aria-hidden": "true" },
+      svg("rect", { width: 74, height, fill: "var(--ground)", opacity: 0.85 }),
+      levels.map((r, i) => svg("text", { x: 68, y: 28 + i * tall, "text-anchor": "end", fill: "var(--quiet)", "font-size": 11 }, rows[r])));
     svgBox.replaceChildren(rowNames, picture);
     state.used = used;
     state.at = -1;
@@ -158,10 +160,10 @@ views.graph = (box, data, watch) => {
     svgBox.scrollTo(goal.x * state.scale - svgBox.clientWidth / 2, 0);
   }
   function resize() {
-    const width = +picture.getAttribute("width"), tall = +picture.getAttribute("height"), room = svgBox.clientWidth - 4;
+    const width = +picture.getAttribute("width"), tall = +picture.getAttribute("height"), room = box.clientWidth - 4;
     const scale = (state.scale = [Math.min(1, room / width), 1, 1.6][state.zoom === 0 && room / width < 0.55 ? 1 : state.zoom]);
     picture.style.width = `${width * scale}px`;
-    rowNames.style.width = `${68 * scale}px`;
+    rowNames.style.width = `${74 * scale}px`;
     picture.style.height = rowNames.style.height = `${tall * scale}px`;
     rowNames.style.marginBottom = `${-tall * scale}px`;
   }
@@ -294,7 +296,7 @@ views.graph = (box, data, watch) => {
     data.json ? file("graph.json", jsonText, "application/json") : "");
   box.append(controls, make("div", { class: "legend" }, dashKey("adds", "--pos"), dashKey("takes away", "--neg"),
     data.reads.some((x) => x > 1) ? [dashKey("q or k, adds", "--third", "12 5"), dashKey("q or k, takes away", "--third", "4 6")] : null,
-    make("span", { class: "quiet" }, `${data.legend} At most ${MOST} edges and ${COLUMNS} columns are drawn; the lists hold all. Click a node for its edges; with Shift, pick it for a group.`)), svgBox, side);
+    make("span", { class: "quiet" }, `${data.legend} At most ${MOST} edges and ${COLUMNS} columns are drawn; the lists hold all. Click a node for its edges; with Shift, pick it for a group.`)), make("div", { class: "beside" }, svgBox, side));
   model();
   draw();
   list();
