@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .paths import Paths
     from .refusals import UnsupportedArchitectureError
     from .relations import validity
+    from .replacement import FeatureGraph
 
 __version__ = "0.1.0"
 
@@ -74,6 +75,7 @@ _ROOMS = {
     "methods": ("LogitLens", "Routing"),
     "operator": ("Capture", "CaptureMismatchError", "Convention", "FrozenTransformer"),
     "relations": ("validity",),
+    "replacement": ("FeatureGraph",),
     "maps": ("LinearMap", "dot_test"),
 }
 """The flat API: which room hands out each public name."""

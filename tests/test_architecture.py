@@ -44,6 +44,7 @@ ROOMS = [
     "evaluation",
     "editing",
     "exports",
+    "replacement",
     "exhibits",
     "lens",
     "plugin",

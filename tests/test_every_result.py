@@ -225,6 +225,10 @@ def made() -> dict[str, object]:
         edits = editing.evaluate(model, cases, sites=[2], methods=("operator", "random"))
         row = study.row("random", study.rows[0].measure)
         graph = lens.attribution_graph("Paris", n_nodes=8)
+        W = torch.eye(128)
+        weights = {"W_enc": W, "W_dec": W, "b_enc": W[0] * 0, "b_dec": W[0] * 0}
+        point = "blocks.3.hook_resid_mid"
+        one = features.load(weights, site=point, writes="blocks.3.hook_mlp_out")
         routing = tensorlens_tl.Routing(
             0, (("A", "cat"),), ((0, 2),), torch.tensor([[[0], [1]]]), torch.ones(1, 2, 1), 2
         )
@@ -255,6 +259,7 @@ def made() -> dict[str, object]:
             lens.report(target="Paris", versus="Rome"),
             lens.waterfall("Paris", "Rome"),
             graph,
+            lens.feature_graph(one, "Paris", max_features=5),
             lens.attribute_sequence(5),
             lens.logit_lens(),
             routing,

@@ -6,16 +6,20 @@ Key concepts:
     circuitsvis_arguments: The arguments of every function of CircuitsVis, made from a run.
 """
 
-from .attribution_graph import AttributionGraph, GraphLink, GraphNode
+from .attribution_graph import AttributionGraph, cumulative
 from .circuitsvis import circuitsvis_arguments
 from .headvis import save_headvis
+from .placed_graph import Answer, GraphLink, GraphNode, PlacedGraph
 from .position_edges import find_graph
 
 __all__ = [
+    "Answer",
     "AttributionGraph",
     "GraphLink",
     "GraphNode",
+    "PlacedGraph",
     "circuitsvis_arguments",
+    "cumulative",
     "find_graph",
     "save_headvis",
 ]

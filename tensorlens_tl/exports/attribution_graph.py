@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..checks import at_least_one, new_file, place_label, spelled, write_whole
-from ..graph import CONTENTS, LOGITS, Node, shared_out
+from ..checks import spelled
+from ..graph import shared_out
 from ..operator import Convention
-from ..pictures import Page, Paged, Tabled, graph_view, placed_graph, unit_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-@dataclass(frozen=True)
-class GraphNode:
-    """A node of an attribution graph.
-
-    Attributes:
-        node: The token's source ("embed"), head, MLP, expert or constant; the target is "logits".
-        pos: The position at which the node writes, among the real tokens.
-        effect: The total effect of what is written there, in units of the target. For the target it
-            is the target's value.
-    """
-
-    node: Node
-    pos: int
-    effect: float
-
-
-@dataclass(frozen=True)
-class GraphLink:
-    """An edge of an attribution graph.
-
-    Attributes:
-        src: The number of the writer in ``nodes``.
-        dest: The number of the reader in ``nodes``.
-        reads: The input of a head: "v", "q" or "k". "" for any other reader.
-        weight: What the reader makes of what the writer adds, in units of the target. Those of "q"
-            and "k" are first-order, and in no sum.
-    """
-
-    src: int
-    dest: int
-    reads: str
-    weight: float
-
-    @property
-    def conserved(self) -> bool:
-        """Whether the weights into the reader sum to its total effect."""
-        return self.reads not in ("q", "k")
+from .placed_graph import Answer, GraphLink, GraphNode, PlacedGraph
 
 
 @spelled
 @dataclass(frozen=True, eq=False, repr=False)
-class AttributionGraph(Paged, Tabled):
+class AttributionGraph(PlacedGraph):
     """A target as a graph: nodes at positions, and what each makes of what others write.
 
     All weights into a node, queries and keys apart, sum to its total effect; those into the target
@@ -101,17 +57,8 @@ class AttributionGraph(Paged, Tabled):
     n_layers: int
     n_heads: int
     convention: Convention
-    answer: tuple[tuple[str, int, float], ...] = ()
+    answer: Answer = ()
     prompt: str = ""
-
-    _COLUMNS = ("src", "dest", "reads", "value")
-
-    def _rows(self) -> Iterator[tuple[Any, ...]]:
-        names = self.labels
-        return ((names[x.src], names[x.dest], x.reads, x.weight) for x in self.links)
-
-    def __len__(self) -> int:
-        return len(self.nodes)
 
     def __repr__(self) -> str:
         head = (
@@ -126,138 +73,36 @@ class AttributionGraph(Paged, Tabled):
         more = len(self.links) - len(shown)
         return "\n".join([head, *rows, *([f"  … {more} more"] if more else [])])
 
-    @cached_property
-    def labels(self) -> tuple[str, ...]:
-        """The name of every node: ``"France"@4``, "L3H7@5"; of the target, the target's."""
-        return tuple(map(self._label, self.nodes))
+    @property
+    def _names(self) -> Sequence[str]:
+        return (self.target,)
 
-    def _label(self, at: GraphNode) -> str:
-        if at.node == LOGITS:
-            return self.target
-        if at.node.kind in CONTENTS:
-            return place_label(self.tokens[at.pos], at.pos)
-        return f"{at.node}@{at.pos}"
+    @property
+    def _answers(self) -> Sequence[Answer]:
+        return (self.answer,)
 
-    def into(self, node: int) -> tuple[GraphLink, ...]:
-        """The edges into a node that are part of a sum, the largest first.
+    def _influences(self) -> list[float]:
+        return cumulative(influences(self))
 
-        Args:
-            node: The number of the node; −1 is the target.
-
-        Returns:
-            The edges, without those into queries and keys.
-        """
-        dest = node % len(self)
-        return tuple(link for link in self.links if link.dest == dest and link.conserved)
-
-    # --- In other forms
-
-    def plot(self, ax: Axes | None = None, top: int = 40) -> Axes:
-        """Draw the largest edges with matplotlib: positions across, layers from below.
-
-        Args:
-            ax: Axes to draw on. None makes a figure.
-            top: How many edges are drawn. Those into queries are dashed, those into keys dotted.
-
-        Returns:
-            The axes drawn on.
-
-        Raises:
-            ValueError: If matplotlib is missing, or ``top`` is below 1.
-        """
-        links = self.links[: at_least_one(top, "top")]
-        return placed_graph(
-            ax,
-            [(at.node, at.pos) for at in self.nodes],
-            [(link.src, link.dest, link.reads, link.weight) for link in links],
-            self.tokens,
-            title=f"{self.target} = {self.target_value:.4g} (the {len(links)} largest edges)",
-            unit=unit_of(self.target),
-        )
-
-    def _page(self) -> Page:
+    def _notes(self) -> Iterator[str]:
         kept = sum(link.weight for link in self.into(-1))
-        nodes = zip(self.labels, self.nodes, strict=True)
-        view = graph_view(
-            [(label, at.node, at.effect) for label, at in nodes],
-            [(link.src, link.dest, link.reads, link.weight) for link in self.links],
-            self.tokens,
-            [at.pos for at in self.nodes],
-            legend="A node stands where it writes; its area is its total effect.",
-            json=self.to_json() if self.answer else None,
-            ids=self._ids() if self.answer else (),
-        )
-        notes = (
-            f"{len(self)} nodes and {len(self.links)} of the {self.n_found} edges between them.",
+        yield f"{len(self)} nodes and {len(self.links)} of the {self.n_found} edges between them."
+        yield (
             "All edges into a node sum to its total effect, and those into the target to "
-            f"{self.target_value:+.6g}; the edges kept into the target sum to {kept:+.6g}.",
+            f"{self.target_value:+.6g}; the edges kept into the target sum to {kept:+.6g}."
         )
-        return Page(f"{self.target} = {self.target_value:.4g} in {self.model}", [view], notes)
 
-    def _ids(self) -> list[str]:
-        from .graph_json import node_entry
-
-        return [node_entry(self, at)["node_id"] for at in self.nodes]
-
-    def to_json(self, slug: str | None = None, scan: str | None = None) -> str:
-        """Write the graph as attribution-graph JSON, which Neuronpedia and circuit-tracer read.
-
-        A head is an attention feature (``lorsa``), an MLP or expert a transcoder feature, and a
-        constant a ``bias``. Edges into queries and keys are in no sum, so they stand in the head's
-        ``qk_tracing_results``. A node stands at the position at which it writes.
-
-        Args:
-            slug: The graph's name in its address; None makes one of the prompt.
-            scan: The model's id on the server; None is the model's name.
-
-        Returns:
-            The JSON text.
-
-        Raises:
-            ValueError: If the target is not a token, or the slug has other characters than a–z, 0–9
-                and "-".
-        """
-        from .graph_json import graph_json
-
-        return graph_json(self, slug, scan)
-
-    def save(
-        self, path: str | os.PathLike[str], slug: str | None = None, scan: str | None = None
-    ) -> None:
-        """Write :meth:`to_json` to a file, whole or not at all.
-
-        Args:
-            path: The file to write.
-            slug: As in :meth:`to_json`.
-            scan: As in :meth:`to_json`.
-
-        Raises:
-            ValueError: If the folder does not exist, or as in :meth:`to_json`.
-        """
-        file, text = new_file(path), self.to_json(slug, scan)
-        write_whole(file, lambda new: new.write_text(text, encoding="utf-8"))
-
-    def to_dot(self) -> str:
-        """Write the graph for Graphviz. Edges into queries and keys are dashed."""
-        largest = max((abs(link.weight) for link in self.links), default=0.0) or 1.0
-        lines = ["digraph attribution {", "  rankdir=BT; node [shape=box, style=rounded];"]
-        lines += [f"  n{i} [label={_quoted(label)}];" for i, label in enumerate(self.labels)]
-        for link in self.links:
-            style = [
-                f"color={_COLORS[link.conserved][link.weight < 0]}",
-                f"penwidth={0.5 + 4.5 * abs(link.weight) / largest:.2f}",
-            ]
-            style += [f"label={_quoted(link.reads)}"] if link.reads else []
-            style += [] if link.conserved else ["style=dashed"]
-            lines.append(f"  n{link.src} -> n{link.dest} [{', '.join(style)}];")
-        return "\n".join([*lines, "}"])
-
-
-_COLORS = {True: ("blue", "red"), False: ("purple", "orange")}
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    def _settings(self) -> Mapping[str, Any]:
+        return {
+            "description": "Edges of the frozen run; heads, MLPs and constants in full",
+            "generation_settings": {
+                "target": self.target,
+                "target_value": self.target_value,
+                "gate": self.convention.gate,
+                "position": "at which the node writes",
+            },
+            "pruning_settings": {"nodes": len(self), "links": len(self.links)},
+        }
 
 
 def influences(graph: AttributionGraph) -> list[float]:

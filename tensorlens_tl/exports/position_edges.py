@@ -27,7 +27,8 @@ from ..checks import at_least_one
 from ..graph import CONTENTS, INPUT, LOGITS, Edge, Node, owner
 from ..maps import Factored, put_row, take_row
 from ..operator import Branch
-from .attribution_graph import AttributionGraph, GraphLink, GraphNode
+from .attribution_graph import AttributionGraph
+from .placed_graph import GraphLink, GraphNode
 
 Place = tuple[Node, int]
 """A node and the position at which it writes, as a tensor index."""

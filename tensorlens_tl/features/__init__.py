@@ -9,7 +9,8 @@ Key concepts:
 
 from .dictionary import Feature, FeatureDictionary
 from .edges import by_feature_edge
-from .reading import Reading, check_fits
+from .places import Place
+from .reading import Reading, check_fits, check_model, check_width, decoded
 from .sources import load
 from .splits import by_feature, error_shares, plan_by_feature
 from .targets import feature_target, site_of_target
@@ -17,10 +18,14 @@ from .targets import feature_target, site_of_target
 __all__ = [
     "Feature",
     "FeatureDictionary",
+    "Place",
     "Reading",
     "by_feature",
     "by_feature_edge",
     "check_fits",
+    "check_model",
+    "check_width",
+    "decoded",
     "error_shares",
     "feature_target",
     "load",

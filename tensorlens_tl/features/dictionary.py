@@ -211,14 +211,15 @@ class FeatureDictionary:
 
         Returns:
             Σ z d + b_dec, the norm undone, and the skip connection added. For a cross-layer
-            transcoder one vector per layer from its own on, b_dec in the first alone.
+            transcoder one vector per layer from its own on, b_dec and the skip in the first alone.
         """
         norm, W = self.normed(x), self.W_dec.to(x)
-        found = torch.tensordot(self.encode(x), W, 1)
+        found = torch.tensordot(self.encode(x), W, 1) * norm.unscale
         first = found[..., 0, :] if W.ndim == 3 else found
-        first += self.b_dec.to(x)
-        found = found * norm.unscale + norm.shift
-        return found if self.W_skip is None else found + x @ self.W_skip.to(x)
+        first += self.b_dec.to(x) * norm.unscale + norm.shift
+        if self.W_skip is not None:
+            first += x @ self.W_skip.to(x)
+        return found
 
     def hooks(self) -> list[tuple[str, Callable[..., Tensor]]]:
         """Make the hook that puts what the SAE gives back in the place of what it reads.

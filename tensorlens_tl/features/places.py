@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..graph import layer_site, resid_site, site_parts
-from ..maps import Shift
+from ..maps import Norm, Shift
 from ..operator import Branch, Capture, FrozenTransformer, Step, Trace
 from ..readers import MLP_INPUTS, MLP_OUT, SUBLAYER_SITES
 from .dictionary import FeatureDictionary
@@ -77,10 +77,64 @@ class Place:
         for index, step in enumerate(operator.steps):
             own = tuple(b for b in step.branches if b.has_heads == heads)
             if step.layer == layer and own:
-                return cls(layer, name, site, site, index, step, own)
+                added = layer_site(layer, MLP_OUT) if name == "mlp_out" else site
+                if site != added and own[0].post is not None:
+                    raise ValueError(
+                        f"A norm follows {site!r} before the residual. Pass a dictionary of "
+                        f"{added!r}."
+                    )
+                return cls(layer, name, site, added, index, step, own)
         last = operator.steps[-1].layer
         lack = f"its last block is {last}" if layer > last else "that block has no MLP"
         raise ValueError(f"This model has no {site!r}: {lack}. Pass a dictionary of this model.")
+
+    @staticmethod
+    def read_by(
+        dictionary: FeatureDictionary, operator: FrozenTransformer
+    ) -> tuple[int, Norm | None]:
+        """Where a dictionary reads the residual, and the norm that it reads it through.
+
+        Args:
+            dictionary: An SAE of the residual, or a transcoder.
+            operator: The operator of the run.
+
+        Returns:
+            The number of the residual site, and the norm; None where there is none.
+
+        Raises:
+            ValueError: If the model has no such place.
+        """
+        site = dictionary.site
+        if site_parts(site)[0] >= 0:
+            return Place.of(site, operator).index, None
+        number, _, point = site.removeprefix("blocks.").partition(".")
+        layer = int(number) if number.isdecimal() else -1
+        if layer < 0 or point not in MLP_INPUTS:
+            known = (resid_site(2, "mid"), *(layer_site(2, name) for name in MLP_INPUTS))
+            raise ValueError(
+                f"{dictionary} reads {site!r}, which is no place that can be read in a run. Pass "
+                f"one of a residual site or an MLP's input: {', '.join(known)}."
+            )
+        place, kind = Place.of(layer_site(layer, MLP_OUT), operator), MLP_INPUTS[point]
+        norm = place.branches[0].pre
+        if kind == "read":
+            return place.index, norm
+        if norm is None or not norm.name.endswith("ln2"):
+            plain = next(name for name, how in MLP_INPUTS.items() if how == "read")
+            raise ValueError(
+                f"This model has no {site!r}: its MLP has no norm of its own. Pass a transcoder "
+                f"that reads {layer_site(layer, plain)!r}."
+            )
+        weights = norm.weights
+        if kind == "weighted" or (weights.w is None and weights.b is None):
+            return place.index, norm
+        if weights.center:
+            raise ValueError(
+                f"Versions of transformer_lens differ in whether {site!r} of a LayerNorm holds its "
+                "weight and bias. Load the model with its norms folded, or pass site= of the MLP's "
+                "input."
+            )
+        return place.index, replace(norm, weights=replace(weights, w=None, b=None))
 
     @property
     def first_after(self) -> int:
@@ -257,37 +311,11 @@ def input_of(
     Raises:
         ValueError: If the model has no such place.
     """
-    site = dictionary.site
-    if place_of(site)[0] >= 0:
-        return Place.of(site, operator).state(operator, capture, read=True)
-    number, _, point = site.removeprefix("blocks.").partition(".")
-    layer = int(number) if number.isdecimal() else -1
-    if layer < 0 or point not in MLP_INPUTS:
-        known = (resid_site(2, "mid"), *(layer_site(2, name) for name in MLP_INPUTS))
-        raise ValueError(
-            f"{dictionary} reads {site!r}, which is no place that can be read in a run. Pass one "
-            f"of a residual site, a sublayer's output or an MLP's input: {', '.join(known)}."
-        )
-    place, kind = Place.of(layer_site(layer, MLP_OUT), operator), MLP_INPUTS[point]
-    branch, x = place.branches[0], capture.frame.cast(cast(Step, place.step).state)
-    if kind == "read":
-        return branch.read(x)
-    if branch.pre is None or not branch.pre.name.endswith("ln2"):
-        plain = next(name for name, how in MLP_INPUTS.items() if how == "read")
-        raise ValueError(
-            f"This model has no {site!r}: its MLP has no norm of its own. Pass a transcoder that "
-            f"reads {layer_site(layer, plain)!r}."
-        )
-    weights = branch.pre.weights
-    if kind == "weighted" or (weights.w is None and weights.b is None):
-        return branch.read(x)
-    if weights.center:
-        raise ValueError(
-            f"Versions of transformer_lens differ in whether {site!r} of a LayerNorm holds its "
-            "weight and bias. Load the model with its norms folded, or pass site= of the MLP's "
-            "input."
-        )
-    return replace(branch.pre, weights=replace(weights, w=None, b=None)).apply(x)
+    if place_of(dictionary.site)[0] >= 0:
+        return Place.of(dictionary.site, operator).state(operator, capture, read=True)
+    index, norm = Place.read_by(dictionary, operator)
+    x = state_at(operator, capture, index)
+    return x if norm is None else norm.apply(x) + norm.bias
 
 
 def state_at(

@@ -74,8 +74,8 @@ class Reading:
         check_fits(dictionary, capture)
         place = Place.of(dictionary.writes, operator)
         x, y = input_of(dictionary, operator, capture), place.state(operator, capture)
-        _check_width("reads", dictionary, dictionary.d_in, dictionary.site, x)
-        _check_width("writes", dictionary, dictionary.W_dec.shape[-1], dictionary.writes, y)
+        check_width("reads", dictionary, dictionary.d_in, dictionary.site, x)
+        check_width("writes", dictionary, dictionary.W_dec.shape[-1], dictionary.writes, y)
         real = capture.frame.real.flatten()
         rows = x.flatten(0, 1)[real]
         where = real.nonzero().flatten()
@@ -86,7 +86,7 @@ class Reading:
         for whole, part in ((unscale, norm.unscale), (shift, norm.shift)):
             whole[real] = part.flatten() if isinstance(part, Tensor) else part
         at = where[at]
-        found = decoded(dictionary, at, features, acts, len(real))
+        found = decoded(dictionary.W_dec, at, features, acts, len(real))
         found = (found + dictionary.b_dec.to(found)) * unscale[:, None] + shift[:, None]
         skipped = None
         if dictionary.W_skip is not None:
@@ -199,6 +199,26 @@ class Reading:
 
 
 @spelled
+def check_model(dictionary: FeatureDictionary, capture: Capture) -> None:
+    """Refuse a dictionary of another model.
+
+    Args:
+        dictionary: An SAE, or a transcoder.
+        capture: The captured run.
+
+    Raises:
+        ValueError: If the names of both models are known, and differ.
+    """
+    ours, theirs = _short(capture.model_name), _short(dictionary.model_name)
+    if ours and theirs and ours != theirs:
+        raise ValueError(
+            f"The {dictionary.architecture} dictionary was trained on {dictionary.model_name!r}, "
+            f"and this run is of {capture.model_name!r}. Pass one of this model, or load it with "
+            "config={'model_name': ''} if the names mean the same."
+        )
+
+
+@spelled
 def check_fits(dictionary: FeatureDictionary, capture: Capture) -> None:
     """Refuse a dictionary of another model, or one that no place of a run can be read by.
 
@@ -209,13 +229,7 @@ def check_fits(dictionary: FeatureDictionary, capture: Capture) -> None:
     Raises:
         ValueError: If the dictionary does not fit.
     """
-    ours, theirs = _short(capture.model_name), _short(dictionary.model_name)
-    if ours and theirs and ours != theirs:
-        raise ValueError(
-            f"The {dictionary.architecture} dictionary was trained on {dictionary.model_name!r}, "
-            f"and this run is of {capture.model_name!r}. Pass one of this model, or load it with "
-            "config={'model_name': ''} if the names mean the same."
-        )
+    check_model(dictionary, capture)
     if dictionary.W_dec.ndim == 3:
         raise ValueError(
             f"{dictionary} writes to several layers, and a split by feature reads one place. Pass "
@@ -235,9 +249,22 @@ def check_fits(dictionary: FeatureDictionary, capture: Capture) -> None:
         )
 
 
-def _check_width(
+@spelled
+def check_width(
     verb: str, dictionary: FeatureDictionary, width: int, site: str, there: Tensor
 ) -> None:
+    """Refuse a dictionary of another width.
+
+    Args:
+        verb: "reads" or "writes".
+        dictionary: The dictionary that is checked.
+        width: How wide what it reads or writes is.
+        site: Where that is.
+        there: What stands there in the run.
+
+    Raises:
+        ValueError: If the widths differ.
+    """
     if width != there.shape[-1]:
         raise ValueError(
             f"{dictionary} {verb} another width, {width}: this model has {there.shape[-1]} at "
@@ -245,13 +272,14 @@ def _check_width(
         )
 
 
+@spelled
 def decoded(
-    dictionary: FeatureDictionary, at: Tensor, features: Tensor, acts: Tensor, rows: int
+    W: Float[Tensor, "d_sae d_out"], at: Tensor, features: Tensor, acts: Tensor, rows: int
 ) -> Float[Tensor, "row d_out"]:
     """Σ z d at every position, in float64, without b_dec.
 
     Args:
-        dictionary: The dictionary of the features.
+        W: The decoder, one row per feature.
         at: The row of every activation.
         features: The number of each feature.
         acts: The value of each activation.
@@ -260,7 +288,6 @@ def decoded(
     Returns:
         The sums, row by row.
     """
-    W = dictionary.W_dec
     found = torch.zeros(rows, W.shape[-1], dtype=torch.float64, device=acts.device)
     size = max(1, CHUNK_BYTES // (8 * W.shape[-1]))
     for start in range(0, len(at), size):

@@ -113,7 +113,8 @@ class Node:
             "input" (the sum of all sources, which enters the first block), "head", "mlp", "expert",
             "neuron", "constant" or "logits". Rows of an attribution can also be a "layer",
             "dimension", "order" or "change"; a "feature" of an SAE, the "error" that it leaves, the
-            "skip" connection of a transcoder, or what goes "past" the sublayer that an SAE reads.
+            "skip" connection of a transcoder, or what goes "past" the sublayer that an SAE reads;
+            the "rest", all features that a graph leaves out.
         layer: Number of the block, from 0, or None outside the blocks.
         index: Number of the head, the expert, the neuron, the feature, the dimension of the
             residual, or the order. None for the shared expert of a mixture, which every token
@@ -192,9 +193,9 @@ class Node:
         """
         if not isinstance(text, str):
             raise ValueError(f"{text!r} is not a node. Pass a name such as 'L3H7' or 'embed'.")
-        if text in (*SOURCES, "input", "logits"):
+        if text in (*SOURCES, "input", "logits", "rest"):
             return cls(text)
-        if text in ("b_U", "ln_final.b", "softmax", EMBED_NORM_BIAS) or (
+        if text in ("b_U", "ln_final.b", "softmax", "constants", EMBED_NORM_BIAS) or (
             text.endswith(("[user]", "[sae]")) and text[0] != "L"
         ):
             return cls("constant", name=text)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..attribution import TargetLike, is_token, resolve_token
-from ..checks import spelled, token_text
+from ..attribution import TargetLike, is_token, resolve, resolve_token
+from ..checks import as_list, spelled, token_text
 from ..circuits import Circuit, circuit_from_names
-from ..exports import AttributionGraph, circuitsvis_arguments, find_graph, save_headvis
+from ..exports import Answer, AttributionGraph, circuitsvis_arguments, find_graph, save_headvis
+from ..features import FeatureDictionary
 from ..graph import Edge, Node
+from ..replacement import FeatureGraph, ReplacementModel, find_feature_graph
 from .similarity import PooledRun
 
 
@@ -66,16 +68,75 @@ class ExportedRun(PooledRun):
         if circuit is not None:
             only = frozenset(circuit_from_names(self.capture, circuit).edges)
         found = find_graph(gradient, n_nodes, n_links, qk, only)
-        found = replace(found, prompt=self.prompt)
+        return replace(found, prompt=self.prompt, answer=self._answer(target, versus, pos))
+
+    def _answer(self, target: TargetLike, versus: TargetLike, pos: int) -> Answer:
+        """The tokens of a target with their probabilities in the model; () for a direction."""
         if not (is_token(target) and is_token(versus)):
-            return found
-        # The probabilities of the tokens, as the model itself has them.
-        logits = self.capture.logits_at(gradient.target.query)[0]
+            return ()
+        logits = self.capture.logits_at(self.capture.frame.index(pos))[0]
         shares = logits.double().softmax(-1)
         ids = [int(logits.argmax()) if target is None else resolve_token(self.capture, target)]
         ids += [] if versus is None else [resolve_token(self.capture, versus, "versus")]
-        answer = tuple((token_text(self.capture.tokenizer, i), i, float(shares[i])) for i in ids)
-        return replace(found, answer=answer)
+        return tuple((token_text(self.capture.tokenizer, i), i, float(shares[i])) for i in ids)
+
+    def feature_graph(
+        self,
+        transcoders: FeatureDictionary | Sequence[FeatureDictionary],
+        target: TargetLike | Sequence[TargetLike] = None,
+        versus: TargetLike = None,
+        pos: int = -1,
+        *,
+        max_features: int = 5000,
+        progress: bool = True,
+    ) -> FeatureGraph:
+        """Put transcoders in the place of MLPs, and lay targets out as a graph of their features.
+
+        Every MLP is y = W_dec z + b_dec (+ x W_skip) + error. Attention patterns, norm scales and
+        what fires are held, and the error is a source of its own. The weight of an edge is what the
+        reader, a feature's pre-activation or a target, loses where the writer is taken away. With
+        constants, and the features that are left out, all weights into a reader sum to it exactly.
+
+        An MLP without a transcoder is all error: nothing is known of what it reads. Errors are
+        printed by layer, and warned about where they do more than features.
+
+        Args:
+            transcoders: Transcoders of :func:`tensorlens_tl.features.load`, at most one per MLP,
+                that write "hook_mlp_out", or "mlp.hook_out" where no norm follows; or a
+                cross-layer transcoder.
+            target: As in :meth:`attribute`; a list for several targets. Tokens count by their
+                probabilities, directions and differences alike.
+            versus: What is subtracted from every target, or None.
+            pos: Position of the prediction among the real tokens; −1 is the last.
+            max_features: How many features are nodes, by the size of their total effects. All
+                others are one writer, "rest".
+            progress: Whether to show a bar on standard error after 2 s.
+
+        Returns:
+            The graph, with its scores. ``.prune()`` keeps what matters, and ``.to_json()`` writes
+            it for Neuronpedia and circuit-tracer.
+
+        Raises:
+            ValueError: If there are several prompts, or a transcoder does not fit the model.
+
+        Example:
+            See :class:`FeatureGraph`.
+
+        Source: Ameisen et al., Circuit Tracing (2025).
+        """
+        self._check_ready()
+        given = [transcoders] if isinstance(transcoders, FeatureDictionary) else list(transcoders)
+        model = ReplacementModel.of(given, self.capture, self._operator)
+        named: Any = as_list(target)
+        many = list(named) if isinstance(named, list | tuple) else [named]
+        goals = [resolve(self.capture, one, versus, pos).alone("feature_graph") for one in many]
+        answers = [self._answer(one, versus, pos) for one in many]
+        likely = [answer[0][2] if len(answer) == 1 else None for answer in answers]
+        sizes = [1.0] * len(many) if None in likely else [p for p in likely if p is not None]
+        shares = [size / sum(sizes) for size in sizes]
+        return find_feature_graph(
+            model, goals, shares, answers, max_features, self.prompt, progress
+        )
 
     def save_headvis(
         self,
