@@ -126,7 +126,8 @@ class AttributedRun(FeaturedRun):
             >>> [(label, round(value, 1)) for label, value in found.top(2)]
             [('"France"@4', 15.6), ('"capital"@2', 6.0)]
         """
-        site_of_target(target, versus, site, baseline)  # refuses a feature with others
+        # Refuses a feature with what does not go with one.
+        site_of_target(target, versus, site, self._operator, baseline)
         gradient = self._gradient(target, versus, pos, None, of, site)
         if by == "feature" or saes is not None:
             if by not in ("feature", "edge") or baseline is not None or effect != "direct":
@@ -395,7 +396,7 @@ class AttributedRun(FeaturedRun):
         site: str | int | None = None,
     ) -> TargetGradient:
         self._check_ready()
-        site = site_of_target(target, versus, site)
+        site = site_of_target(target, versus, site, self._operator)
         capture, operator = self._until(site)
         goal = self._goal(capture, target, versus, pos, predicted, of, site)
         return (
@@ -420,7 +421,7 @@ class AttributedRun(FeaturedRun):
         if of != "logit":
             raise ValueError(f"of={of!r} is not available with site=. Drop of= or site=.")
         if isinstance(target, Feature):
-            return feature_target(target, capture, pos)
+            return feature_target(target, self.capture, self._operator, pos)
         return resolve_at_site(capture, self._site(site), target, versus, pos)
 
     def _until(self, site: str | int | None) -> tuple[Capture, FrozenTransformer]:

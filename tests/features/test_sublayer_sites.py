@@ -182,6 +182,49 @@ def test_removals_are_predicted_and_made(site):
     assert_close(edit.check(CASE.model()).real, logits - lens.logits[:, -1, 3], ORACLE)
 
 
+@pytest.mark.parametrize("case", [*PER_SHAPE, *ENCODERS[:1]], ids=str)
+def test_why_a_feature_of_an_mlp_fires(case):
+    """Rows sum to it; removing a writer in the frozen real model moves it by the writer's row."""
+    lens = lens_of(case)
+    if MLP not in places_of(case):
+        return
+    points = ["mlp.hook_in"]
+    if case not in ENCODERS and not _unfolded(lens):
+        points.append("ln2.hook_normalized")
+    for sae in (dictionary(site=MLP), *map(transcoder, points)):
+        x = input_of(sae, lens.operator, lens.capture)
+        i = int(sae.encode(x)[:, 4].amin(0).argmax())
+        for one in (sae.feature(i), sae.feature(7, pre=True)):
+            for by in ("token", "component", "neuron"):
+                why = lens.attribute(one, pos=4, by=by)
+                assert why.sums_to_target and why.completeness_error < case.within("run")
+        assert_close(
+            lens.attribute(sae.feature(i), pos=4).target_value, sae.encode(x)[:, 4, i], ORACLE
+        )
+
+
+@pytest.mark.parametrize("case", [c for c in PER_SHAPE if MLP in places_of(c)], ids=str)
+def test_a_feature_of_an_mlp_falls_by_the_row_of_what_is_taken_away(case):
+    lens = lens_of(case)
+    frozen, start = FrozenModel(case.model(), tokens()), "blocks.0.hook_resid_pre"
+    place = Place.of(MLP, lens.operator)
+    mid, post = (lens.operator.sites[i] for i in (place.index, place.index + 1))
+    delta = torch.zeros_like(lens.capture.input)
+    delta[:, 2] = -lens.capture.input[:, 2]
+    before, after = frozen(lens.capture.input)[1], frozen(lens.capture.input, {start: delta})[1]
+    moved = {site: after[site] - before[site] for site in (mid, post)}
+    read = place.branches[0].pre.apply(moved[mid])
+    asked = [(transcoder("mlp.hook_in"), read)]
+    if len(lens.operator.steps[place.index].branches) == 1:  # else attention writes beside it
+        asked.append((dictionary(site=MLP), moved[post] - moved[mid]))
+    for sae, change in asked:
+        why = lens.attribute(sae.feature(7, pre=True), pos=4)
+        rows = [i for i, s in enumerate(why.sources) if s.pos == 2]
+        own = why.values[:, rows].sum(1)
+        assert_close(change[:, 4] @ sae.W_enc[:, 7], -own, case.within("oracle"))
+        assert own.abs().min() > 1e-3
+
+
 def test_what_does_not_fit_is_refused():
     lens = lens_of(CASE)
 
@@ -200,9 +243,11 @@ def test_what_does_not_fit_is_refused():
     refused(features.load(weights(), site=MLP, writes="blocks.1.hook_q"), "no output of a sublayer")
     across = weights() | {"W_dec": weights()["W_dec"][:, None].expand(-1, 2, -1)}
     refused(features.load(across, site=Z, writes=MLP), "writes to several layers")
-    feature = dictionary(site=MLP).feature(3)
-    with pytest.raises(ValueError, match="at a residual site alone"):
-        lens.attribute(feature)
+    for site in (ATTN, Z):
+        with pytest.raises(ValueError, match="heads move what it reads"):
+            lens.attribute(dictionary(site=site).feature(3))
+    with pytest.raises(ValueError, match="reads another width, 16"):
+        lens.attribute(dictionary(site=MLP, d_in=16).feature(3))
     for case in (*PER_SHAPE, *ENCODERS[:1]):
         own = lens_of(case)
         if "attn-only" in case.name:
