@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import as_array, need, spelled
 from ..operator import Convention
-from ..pictures import Page, Paged, curves, curves_view, dots, table_view
+from ..pictures import Page, Paged, curves, curves_view, dots, interval_view, table_view
 
 if TYPE_CHECKING:
     import pandas
@@ -279,17 +279,16 @@ class FaithfulnessCurve(Paged):
         return curves(ax, x, series, title=title, xlabel=xlabel, ylabel="share recovered")
 
     def _page(self) -> Page:
-        ends, lines, columns = self.intervals(), [], []
+        ends, lines, labels = self.intervals(), [], []
         for name, shares in (("signed", self.shares), ("absolute", self.absolute_shares)):
             low, high = np.array(ends[name]).T
             lines.append((f"{name} scores", shares.cpu().numpy(), low, high))
-            columns += [shares.cpu().numpy(), low, high]
-        names = [f"{name}{end}" for name in ends for end in ("", ", low", ", high")]
-        x, labels = [100 * size for size in self.sizes], [[str(n)] for n in self.n_edges]
+            labels += [[str(n), f"{name} scores"] for n in self.n_edges]
+        x, values = [100 * size for size in self.sizes], [np.stack(own, 1) for _, *own in lines]
         axes = (f"edges kept, % of {self.n_total}", "share recovered")
         views = [
             curves_view(x, lines, axes, {"the whole model": 1.0}),
-            table_view(["edges"], names, labels, np.stack(columns, 1), "Shares recovered"),
+            interval_view(["edges", "by"], labels, np.concatenate(values), what="share"),
         ]
         notes = [repr(self).splitlines()[0], "Bands are 95 % bootstrap intervals over prompts."]
         return Page("Faithfulness by size", views, notes, height=680)

@@ -62,7 +62,7 @@ class Estimate(Paged, Tabled):
 
     def _page(self) -> Page:
         values = np.array([[self.value, self.low, self.high]])
-        view = interval_view([""], [[f"n = {self.n}"]], values)
+        view = interval_view([""], [[f"n = {self.n}"]], values, what="value")
         return Page(str(self), [view], ["Low and high end the 95 % interval."], height=200)
 
     def __str__(self) -> str:

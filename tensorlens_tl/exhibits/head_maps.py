@@ -143,7 +143,8 @@ class HeadMaps(Paged, Tabled):
             f"Row i of the first map is for the target at position i: {self.target}.",
             "Direct effects alone: what later sublayers make of a head's writing is theirs.",
         ]
-        return Page("Heads: where, and what", views, notes, tabs=len(self) > 1, height=860)
+        title = self.heads[0] if len(self.heads) == 1 else "Heads"
+        return Page(f"{title}: where, and what", views, notes, tabs=len(self) > 1, height=860)
 
 
 def maps_of_heads(capture: Capture, heads: Sequence[str], target: TargetLike = None) -> HeadMaps:

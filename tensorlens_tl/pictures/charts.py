@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Interval = tuple[float, float, float]
 """A value, and the ends of its interval."""
 MARKERS = "osD^vX"
+LEGEND = 64
+"""How long a name in a legend is."""
 
 
 # --- Tokens --------------------------------------------------------------------------------------
@@ -161,7 +163,9 @@ def curves(
     for i, (name, points) in enumerate(series.items()):
         values, low, high = zip(*points, strict=True)
         marker, dash = looks[i % len(looks)]
-        (line,) = ax.plot(x, values, marker=marker, linestyle=dash, markersize=4, label=name)
+        (line,) = ax.plot(
+            x, values, marker=marker, linestyle=dash, markersize=4, label=label(name, LEGEND)
+        )
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     if by_decades(x):
         _by_decades(ax, sorted(set(x)))
@@ -220,7 +224,13 @@ def estimates(
             [b - v for v, b in zip(values, high, strict=True)],
         ]
         ax.errorbar(
-            values, y, xerr=ends, fmt=MARKERS[i % len(MARKERS)], markersize=4, capsize=2, label=name
+            values,
+            y,
+            xerr=ends,
+            fmt=MARKERS[i % len(MARKERS)],
+            markersize=4,
+            capsize=2,
+            label=label(name, LEGEND),
         )
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_yticks(range(len(names)), [label(n, LONGER) for n in names], fontsize="small", **PLAIN)
@@ -261,4 +271,5 @@ def dots(
 
 def _beside(series: Mapping[str, object]) -> float:
     """The width in inches of a legend beside the axes."""
-    return 0.6 + 0.075 * max(map(len, series)) if len(series) > 1 else 0.0
+    longest = max(min(LEGEND, len(name)) for name in series)
+    return 0.6 + 0.075 * longest if len(series) > 1 else 0.0

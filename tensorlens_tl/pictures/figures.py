@@ -8,9 +8,11 @@ where they add and blue where they take away, on limits that lie evenly about 0.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
+from unicodedata import bidirectional
 
 from ..checks import kind_of, need
 
@@ -82,7 +84,10 @@ def label(text: str, longest: int = LONGEST) -> str:
     """
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     half = (longest - 1) // 2
-    return line if len(line) <= longest else f"{line[:half]}…{line[-half:]}"
+    line = line if len(line) <= longest else f"{line[:half]}…{line[-half:]}"
+    if any(bidirectional(c) in ("R", "AL") for c in line):  # its quotes keep their places
+        line = re.sub("([\"'])", "\\1\u200e", line)
+    return line
 
 
 def limit(values: Iterable[float]) -> float:

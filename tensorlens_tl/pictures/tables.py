@@ -47,20 +47,22 @@ def interval_view(
     values: np.ndarray,
     caption: str = "",
     group: int = -1,
+    what: str = "mean",
 ) -> View:
     """A view of means with their intervals: a bar per mean, and across its end the interval.
 
     Args:
         names: Headings of the columns of text.
         labels: The texts of every row, one per name.
-        values: Mean, low and high end of every row [row, 3].
+        values: Mean (or other number), low and high end of every row [row, 3].
         caption: A line above the table.
         group: The column of text whose rows of one text have one scale; −1 is one scale for all.
+        what: What the numbers are, where they are no means.
 
     Returns:
         The view of these rows.
     """
-    view = table_view(names, ["mean", "low", "high"], labels, values, caption)
+    view = table_view(names, [what, "low", "high"], labels, values, caption)
     return View("table", {**view.data, "scaled": "interval", "group": group})
 
 

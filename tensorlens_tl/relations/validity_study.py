@@ -21,7 +21,7 @@ import torch
 
 from ..checks import need, progress_bar, spelled
 from ..evaluation import Estimate, bootstrap, median, read_study, study_text
-from ..pictures import Page, Paged, View, curves, curves_view, table_view
+from ..pictures import Page, Paged, View, curves, curves_view, interval_view
 from ..plugin import capture
 from .linear_relation import MAP_METHODS
 from .validity_errors import DIRECTION_KINDS, SIZES, direction_errors, draw, radius
@@ -216,17 +216,16 @@ class ValidityStudy(Paged):
             found = {name: np.array(row) for name, row in self._series([kind]).items()}
             lines = [(name, *row.T) for name, row in found.items()]
             axes = ("‖δ‖ / ‖X‖", "median relative error")
-            columns = [f"{name}{end}" for name in found for end in ("", ", low", ", high")]
-            labels = [[f"{size:.3g}"] for size in self.sizes]
+            labels = [[f"{size:.3g}", name] for name in found for size in self.sizes]
             reach = [f"{self.radius(kind, method)} for the {method}" for method in MAP_METHODS]
             caption = (
                 f"The error first passes 10 % at {' and '.join(reach)}. The operator's error at "
                 f"δ → 0 is {self.limit(kind)}."
             )
-            table = np.concatenate([*found.values()], 1)
+            values = np.concatenate([*found.values()])
             parts = (
                 curves_view(self.sizes, lines, axes, {"10 %": 0.1}, kind),
-                table_view(["size"], columns, labels, table, caption),
+                interval_view(["size", "map"], labels, values, caption, what="error"),
             )
             views += [replace(part, tab=kind) for part in parts]
         title, notes = repr(self).splitlines()[0], ["Bands are 95 % intervals over prompts."]

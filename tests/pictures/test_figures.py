@@ -9,6 +9,8 @@ import pytest
 from models import quiet
 
 from tensorlens_tl import demo
+from tensorlens_tl.pictures import curves
+from tensorlens_tl.pictures.figures import label
 
 pytestmark = pytest.mark.algebra
 
@@ -169,3 +171,12 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         ValueError, match=r"plot needs the package matplotlib.*tensorlens-tl\[plot\]"
     ):
         found.plot()
+
+
+def test_names_from_right_to_left_and_long_names():
+    """A mark behind each quote keeps a token beside its position; legends stay on the page."""
+    assert label('"שלום"@3') == '"\u200eשלום"\u200e@3' and label('"a"@3') == '"a"@3'
+    long = "x" * 400
+    ax = curves(None, [0, 1], {long: [(1.0, 1.0, 1.0)] * 2, "a\nb": [(0.0, 0.0, 0.0)] * 2})
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == [label(long, 64), "a\\nb"] and len(names[0]) == 63

@@ -15,7 +15,7 @@ from models import SHAPES, lens_of, quiet
 import tensorlens_tl
 from tensorlens_tl import demo
 from tensorlens_tl.evaluation import evaluate
-from tensorlens_tl.pictures import Page, depth, map_view, panel, patch_view
+from tensorlens_tl.pictures import Page, curves_view, depth, map_view, panel, patch_view, table_view
 from tensorlens_tl.pictures.split_pages import over
 
 pytestmark = [pytest.mark.browser, pytest.mark.algebra]
@@ -448,6 +448,23 @@ def test_a_row_of_the_map_is_shown_through_depth(opened, lenses):
     chosen.select_option(index=3)
     sums = page.evaluate("tensorlens.views[1].sums")
     assert np.allclose(sums, rows.sums[3].tolist(), rtol=0, atol=1e-6)
+
+
+def test_tokens_from_right_to_left_keep_their_places(opened):
+    """The position of a token stands on its right, whatever its script, and nothing is too wide."""
+    name, lines = '"שלום"@3', [("x" * 400, np.ones(2), None, None)]
+    table = table_view(["token"], ["logits"], [[name]], np.ones((1, 1)))
+    page = opened(Page("", [table, curves_view([0, 1], lines, ("x", "y"))]).html())
+    ends = page.evaluate(
+        """() => { const text = document.querySelector('tbody th bdi').firstChild, at = text.data,
+        place = (c) => { const range = document.createRange(), i = at.indexOf(c);
+          range.setStart(text, i); range.setEnd(text, i + 1);
+          return range.getBoundingClientRect().left; };
+        return [place('ש'), place('@'), place('3'), place('"')]; }"""
+    )
+    letter, sign, digit, quote = ends
+    assert quote < letter < sign < digit
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_a_picture_under_its_patches(opened):

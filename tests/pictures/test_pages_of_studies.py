@@ -46,7 +46,8 @@ def test_studies_of_relations():
     drawn, table = study._page().views
     medians = [study.error("swap", "operator", size).value for size in study.sizes]
     assert drawn.data["lines"][0]["y"].tolist() == medians
-    assert table.data["values"][:, 0].tolist() == medians
+    assert table.data["values"][:2, 0].tolist() == medians
+    assert table.data["labels"][2] == ["0.1", "swap, jacobian"]
     rows = [
         Decoding("r", "{}", split, ("a", "b"), 4, variant, share, (), 0, causality=causality)
         for variant, causality in (("mean output", None), ("operator, β = 1", 0.5))

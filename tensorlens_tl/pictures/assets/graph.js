@@ -108,7 +108,7 @@ views.graph = (box, data, watch) => {
       "aria-label": `${data.name}: ${used.length} nodes. Arrow keys move between nodes, Enter shows the edges of one, Space picks it for a group, Escape shows all.` });
     picture.append(...levels.map((r, i) => svg("line", { x1: 72, x2: width, y1: 24 + i * tall, y2: 24 + i * tall, stroke: "var(--line)", "stroke-width": 0.5 })));
     for (const [c, x] of starts) {
-      const name = svg("text", { x: x + room(c) / 2, y: height - 12, "text-anchor": "middle", fill: "var(--text)" }, shown(columns[c], 10));
+      const name = svg("text", { x: x + room(c) / 2, y: height - 12, "text-anchor": "middle", fill: "var(--text)" }, shown(columns[c], Math.floor(room(c) / 7)));
       name.append(svg("title", {}, data.tokens ? quoted(columns[c], c) : columns[c]));
       picture.append(name);
     }

@@ -31,7 +31,7 @@ views.table = (box, data, watch) => {
   function draw() {
     const rows = order(), long = m < 2 && box.clientWidth > 700 ? 160 : 70;
     body.replaceChildren(...rows.slice(0, state.count).map((i) => make("tr", {},
-      labels[i].map((text, k) => make(k ? "td" : "th", k ? {} : { scope: "row" }, make("bdi", { dir: "ltr", title: text.length > 200 ? text : null }, shown(text)))),
+      labels[i].map((text, k) => make(k ? "td" : "th", k ? {} : { scope: "row" }, make("bdi", { dir: "ltr", title: text.length > 200 ? text : null }, shown(placed(text))))),
       columns.map((_, k) => {
         if (spans) return [make("td", { class: "num" }, number(value(i, k), 4, signed)), k ? "" : make("td", { class: "of" }, interval(i))];
         const x = value(i, k), bar = make("span", { class: x < 0 ? "bar neg" : "bar pos" });
@@ -45,7 +45,7 @@ views.table = (box, data, watch) => {
     ...columns.flatMap((name, k) => [make("th", { scope: "col", class: "num" }, name), spans && k ? "" : make("th", { class: "of", "aria-hidden": "true" })]));
   box.append(
     n > 6 ? make("div", { class: "controls" }, choice("Order", orders, state.sort + 1, (k) => { state.sort = k - 1; draw(); }), labelled("Find", find)) : "",
-    make("div", { class: m > 1 ? "listing many" : "listing" }, make("table", {}, make("caption", {}, data.caption || ""), make("thead", {}, head), body), more));
+    make("div", { class: m > 1 && !(spans && data.names.length < 2) ? "listing many" : "listing" }, make("table", {}, make("caption", {}, data.caption || ""), make("thead", {}, head), body), more));
   draw();
   return { value, order, state };
 };

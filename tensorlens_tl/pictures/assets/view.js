@@ -96,6 +96,10 @@ function shown(token, most = 200) {
   const cut = text.length > most ? text.slice(0, most - 1).join("") + "…" : text.join("");
   return `\u2068${cut}\u2069`;
 }
+// A name that may hold a token: a token from right to left keeps its place among what stands beside it.
+const placed = (name) => (/[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/.test(name) ? `\u200e${name.replace(/["']/g, "$&\u200e")}` : name);
+// A name on few lines; the whole stands in the title of its element.
+const briefly = (name) => (name.length > 90 ? `${Array.from(name).slice(0, 89).join("")}…` : name).replace(/\n/g, "\\n").replace(/\t/g, "\\t");
 const quoted = (token, i) => `“${shown(token)}” @${i}`; // a token at its position
 
 const hint = make("div", { class: "tip", "aria-hidden": "true" });
@@ -120,7 +124,7 @@ function listing(rows, { title, total = 0, most = 12, heading = "value" }) {
     for (const [label, value] of sorted.slice(count, count + n)) {
       const bar = make("span", { class: value < 0 ? "bar neg" : "bar pos" });
       bar.style.width = `${top ? (60 * Math.abs(value || 0)) / top : 0}px`;
-      body.append(make("tr", {}, make("th", { scope: "row" }, make("bdi", { dir: "ltr" }, label)),
+      body.append(make("tr", {}, make("th", { scope: "row" }, make("bdi", { dir: "ltr", title: label.length > 90 ? label : null }, placed(briefly(label)))),
         make("td", { class: "num" }, number(value)), make("td", {}, bar),
         total ? make("td", { class: "num quiet" }, percent(Math.abs(value) / total)) : null));
     }
