@@ -25,7 +25,7 @@ from .cost_model import (
 )
 from .cost_plan import Plan
 from .machine_rates import Cost
-from .rehearsal import Rehearsal, forgets
+from .rehearsal import Rehearsal, forgets, rehearsed
 
 __all__ = [
     "BranchShape",
@@ -47,4 +47,5 @@ __all__ = [
     "make_plan",
     "memory_budget",
     "rates_of",
+    "rehearsed",
 ]

@@ -37,6 +37,14 @@ _FACTORIES = {_aten.zeros, _aten.ones, _aten.empty, _aten.rand, _aten.randn, _at
 _caches: list[Callable[[], Any]] = []
 
 
+_running: list[Any] = []
+
+
+def rehearsed() -> bool:
+    """Whether a call is rehearsed now: its numbers mean nothing, and no check may refuse them."""
+    return bool(_running)
+
+
 def forgets(cache: Any) -> Any:
     """Have a cache of tensors cleared after every rehearsal, as they would be without content.
 
@@ -69,9 +77,11 @@ class Rehearsal(TorchDispatchMode):
     def __enter__(self) -> Rehearsal:
         super().__enter__()
         self._read.__enter__()
+        _running.append(self)
         return self
 
     def __exit__(self, *args: Any) -> None:
+        _running.remove(self)
         self._read.__exit__(*args)
         super().__exit__(*args)
         for clear in _caches:

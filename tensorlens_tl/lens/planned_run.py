@@ -18,6 +18,9 @@ from .sequence_attribution import continuation_targets
 _OF_MODELS = ("faithfulness", "faithfulness_curve", "evaluate", "mean_attribution", "validity")
 """Functions that run the real model, which a lens does not hold."""
 
+BATCHED = ("token", "order")
+"""Splits whose sweeps are carried side by side. All others are rehearsed."""
+
 _KNOWN = (
     *("capture", "attribute", "attribute_many", "attribute_sequence", "discover", "score_edges"),
     *("token_matrix", *OPERATOR_METHODS, *PLANNED),
@@ -35,8 +38,7 @@ class PlannedRun(PicturedRun):
             what: "capture", "attribute", "attribute_many", "attribute_sequence", "discover",
                 "score_edges", "token_matrix" or one of its methods ("norm", "in", "out",
                 "in_out"), or of the operator "block", "to_dense", "frobenius_norm", "svd" or
-                "spectral_norm". Of attribute it is one sweep, which splits by token need, one
-                sweep per step for ``by="order"``, or a split by edge or feature. Of
+                "spectral_norm". A split by token is a sweep, one by order a sweep per step. Of
                 :func:`tensorlens_tl.score_edges` it is the runs of the real model for prompts as
                 many and as long as the lens's. Any other method of the lens, such as "paths", is
                 rehearsed as by :func:`tensorlens_tl.plan`.
@@ -59,7 +61,9 @@ class PlannedRun(PicturedRun):
         """
         if what in PLANNED:
             return self.operator.plan(what, **arguments)
-        if what in ("capture", "score_edges", "attribute_many", "attribute_sequence"):
+        if what in ("attribute_many", "attribute_sequence"):
+            return self._plan_many(what, arguments, bound(getattr(self, what), arguments))
+        if what in ("capture", "score_edges"):
             call = getattr(_Calls(self), what)
             return call(**bound(call, arguments))
         if what in ("attribute", "discover"):
@@ -91,17 +95,25 @@ class PlannedRun(PicturedRun):
         if given["by"] == "feature" and at is None:
             return self._plan_by_feature(given["saes"], what)
         check_split(given["by"], given["effect"])
-        if at is not None or given["by"] not in ("token", "order"):
+        if at is not None or given["by"] not in BATCHED:
             return plan(getattr(self, what), **arguments)
-        return self.operator.plan_pull(what, many=self._sweeps(given["by"], given["effect"]))
+        return self.operator.plan_pull(what, many=self._sweeps(given["by"]))
 
-    def _sweeps(self, by: str, effect: str = "direct") -> int:
+    def _plan_many(self, what: str, arguments: dict[str, Any], given: dict[str, Any]) -> Plan:
+        check_split(given["by"], given.get("effect", "direct"))
+        if given["by"] not in BATCHED or given.get("site") is not None:
+            return plan(getattr(self, what), **arguments)
+        if what == "attribute_sequence":
+            found = continuation_targets(self.capture, given["continuation"], given["of"])
+            many, apart = len(found[0]), len(found[0]) > 1
+        else:
+            lists = [as_list(given[name]) for name in ("target", "pos", "versus")]
+            many = max((len(one) for one in lists if _is_list(one)), default=1)
+            apart = _is_list(lists[1]) and len(set(lists[1])) > 1
+        return self.operator.plan_pull(what, many=many * self._sweeps(given["by"]), apart=apart)
+
+    def _sweeps(self, by: str) -> int:
         """How many sweeps a split takes: orders take one for every step."""
-        check_split(by, effect)
-        if by == "edge":
-            raise ValueError(
-                "Splits by edge are planned for one target. Plan 'attribute' with by='edge'."
-            )
         return len(self.operator.steps) if by == "order" else 1
 
 
@@ -110,20 +122,6 @@ class _Calls:
 
     def __init__(self, run: PlannedRun):
         self.run = run
-
-    def attribute_many(
-        self, target: Any = None, pos: Any = -1, versus: Any = None, by: str = "token"
-    ) -> Plan:
-        many = self.run._sweeps(by)
-        lists = [found for found in map(as_list, (target, pos, versus)) if _is_list(found)]
-        many *= max(map(len, lists), default=1)
-        apart = _is_list(places := as_list(pos)) and len(set(places)) > 1
-        return self.run.operator.plan_pull("attribute_many", many=many, apart=apart)
-
-    def attribute_sequence(self, continuation: Any, by: str = "token", of: str = "logprob") -> Plan:
-        many = self.run._sweeps(by)
-        n = len(continuation_targets(self.run.capture, continuation, of)[0])
-        return self.run.operator.plan_pull("attribute_sequence", many=n * many, apart=n > 1)
 
     def score_edges(self, method: str = "eap", steps: int = 5) -> Plan:
         return plan_score_edges(self.run.capture, self.run.operator, method, steps)

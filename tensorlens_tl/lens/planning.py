@@ -20,6 +20,7 @@ from torch import nn
 from ..checks import kind_of, spelled, unfit
 from ..circuits import AblationOptions, Circuit
 from ..costs import Plan, Rehearsal
+from ..editing import Edit
 from ..hosts import as_host
 from .frozen_run import FrozenRun
 
@@ -41,7 +42,7 @@ def plan(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
 
     Args:
         call: A function of this library, such as :func:`tensorlens_tl.faithfulness`, or a method of
-            a lens or a circuit.
+            a lens, an edit or a circuit.
         *args: The arguments that the call itself would get.
         **kwargs: Arguments of the call by name.
 
@@ -64,13 +65,13 @@ def plan(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     """
     owner = getattr(call, "__self__", None)
     room = str(getattr(call, "__module__", None)).split(".")[0]
-    known = isinstance(owner, FrozenRun | Circuit) if owner is not None else True
+    known = isinstance(owner, FrozenRun | Circuit | Edit) if owner is not None else True
     if not known or not isinstance(getattr(call, "__func__", call), FunctionType):
         room = ""
     if room != __name__.split(".")[0]:
         raise ValueError(
             f"call is {kind_of(call)} that cannot be planned. Pass a function of this library, or "
-            "a method of a lens or a circuit."
+            "a method of a lens, an edit or a circuit."
         )
     # 1. The arguments.
     if problem := unfit(call, args, kwargs):
@@ -83,7 +84,7 @@ def plan(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     # 2. Copies.
     for name, value in given.arguments.items():
         given.arguments[name] = _apart(value)
-    if isinstance(owner, FrozenRun):
+    if isinstance(owner, FrozenRun | Edit):
         call = getattr(_apart(owner), call.__name__)
     models = [value for value in given.arguments.values() if isinstance(value, nn.Module)]
     buffers = [(part, dict(part._buffers)) for model in models for part in model.modules()]
@@ -119,6 +120,8 @@ def _apart(value: Any) -> Any:
     """An argument that may keep what it computes, as a copy; a model of Hugging Face's, wrapped."""
     if isinstance(value, FrozenRun):
         return type(value)(value.capture.mapped(lambda tensor: tensor))
+    if isinstance(value, Edit):
+        return replace(value, capture=value.run.mapped(lambda tensor: tensor))
     if isinstance(value, AblationOptions):
         return replace(value, progress=False, resume=None)
     if isinstance(value, nn.Module):

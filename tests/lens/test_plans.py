@@ -47,7 +47,6 @@ def test_what_is_not_planned():
         ("attribute", {"by": "tokens"}, "by='tokens' does not exist"),
         ("attribute", {"by": "token", "effect": "total"}, "effect='total' is not available"),
         ("attribute_many", {"by": "mlp"}, "by='mlp' has no direct split of its own"),
-        ("attribute_many", {"by": "edge"}, "by edge are planned for one target. Plan 'attribute'"),
         ("attribute_many", {"bye": "edge"}, "Did you mean by=?"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -89,6 +88,8 @@ def test_flops_of_many_targets():
     for call, given in (
         ("attribute_many", {"target": ["Mary", "John", 7]}),
         ("attribute_many", {"pos": [-1, -2, 3]}),
+        ("attribute_many", {"target": ["Mary", 7], "by": "edge"}),
+        ("attribute_sequence", {"continuation": "a drink to", "by": "head"}),
         ("attribute_sequence", {"continuation": "a drink to"}),
         ("attribute", {"by": "order", "target": "Mary"}),
     ):

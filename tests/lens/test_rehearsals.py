@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 import tensorlens_tl
 from tensorlens_tl import TensorLens, demo, evaluation, plan, relations
 from tensorlens_tl.evaluation import evaluate
-from tensorlens_tl.relations import Relation
+from tensorlens_tl.relations import Relation, statements
 
 pytestmark = pytest.mark.algebra
 
@@ -77,7 +77,8 @@ OF_TEXTS = {"decode", "state"}
 """Those whose prompts are texts: they run the bundled model."""
 METHODS = {
     "attribute": {"target": 3, "by": "component", "effect": "total"},
-    "attribute_many": {"pos": range(2)},
+    "attribute_many": {"pos": range(2), "by": "head"},
+    "edit": {"target": 3, "by": 1.0, "site": 0, "keep": [4]},
     "operator_maps": {"sites": (1,)},
     "paths": {"target": 3, "k": 3},
     "token_matrix": {"name": "value_zeroing"},
@@ -136,10 +137,29 @@ def test_what_a_question_costs(name):
     assert_told(told, counted(getattr(other, name), **kwargs))
 
 
-def test_what_a_function_of_texts_costs():
-    model = demo.load_model()
+def test_what_a_function_of_texts_costs(monkeypatch):
+    model, made, plain = demo.load_model(), [], statements.Statements
+    noted = lambda **own: made.append(own["first"]) or plain(**own)  # noqa: E731
+    monkeypatch.setattr(statements, "Statements", noted)
     told = plan(relations.state, model, small_relation(), layers=(1,))
     assert_told(told, counted(relations.state, model, small_relation(), layers=(1,)))
+    # Subjects have answers of their own, so that studies of them can be rehearsed.
+    assert made[0].tolist() == [0, 1, 2, 3]
+
+
+def test_what_an_edit_costs_in_the_model_and_a_padded_batch():
+    model = FIRST.model()
+    edit = models.lens_of(FIRST)[0].edit(3, site=0, by=0.1)
+    least = models.lens_of(FIRST)[0].plan("edit_to_top", token=3, site=0)
+    whole = counted(models.lens_of(FIRST)[0].edit_to_top, 3, site=0)
+    assert 0 < least.flops <= whole.flops  # the number of rivals is not known before
+    told = plan(edit.check, model)
+    assert abs(told.flops / counted(edit.check, model).flops - 1) <= 0.2
+    texts = ["The capital of France is", "Paris"]
+    told = plan(tensorlens_tl.capture, demo.load_model(), texts)
+    assert (
+        abs(told.flops / counted(tensorlens_tl.capture, demo.load_model(), texts).flops - 1) <= 0.2
+    )
 
 
 def test_a_rehearsal_writes_nothing_and_refuses_what_the_call_refuses(tmp_path):
