@@ -58,7 +58,10 @@ class Plan(Paged, Tabled):
         Raises:
             ValueError: If matplotlib is missing.
         """
-        return bars(ax, *self._memory(), unit="memory, MiB", title=self._short(), signed=False)
+        names, sizes = self._memory()
+        notes = [f"{size:,.0f} MiB" if size >= 100 else f"{size:.3g} MiB" for size in sizes]
+        title = self._short()
+        return bars(ax, names, sizes, unit="memory, MiB", title=title, notes=notes, signed=False)
 
     def _memory(self) -> tuple[list[str], list[float]]:
         """Names and MiB of the bars."""

@@ -91,7 +91,7 @@ class Row(Paged, Tabled):
         """
         known = {self.method: [v for v in self.values if not math.isnan(v)]}
         title = f"{self._kind}\n{self.estimate()}, {_many(len(self.values), 'prompt')}"
-        return dots(ax, known, ylabel=f"{self.measure} of {self.metric}", title=title)
+        return dots(ax, known, ylabel=f"{self.measure}, {self.metric}", title=title)
 
     def _page(self) -> Page:
         labels, values = [[str(i)] for i in range(len(self.values))], np.array(self.values)

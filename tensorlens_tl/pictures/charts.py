@@ -255,7 +255,8 @@ def dots(
     Returns:
         The axes drawn on.
     """
-    ax = axes(ax, 1.5 + 1.1 * len(groups), 3.6)
+    wide = 0.6 + 0.085 * max(map(len, title.split("\n")))
+    ax = axes(ax, max(wide, 1.5 + 1.1 * len(groups)), 3.6)
     for i, values in enumerate(groups.values()):
         n = len(values)
         x = [i + (0.0 if n == 1 else 0.4 * (j / (n - 1) - 0.5)) for j in range(n)]

@@ -181,8 +181,8 @@ def cell_map(
     grid = numpy.asarray(values, dtype=float).reshape(len(rows), len(columns))
     width, height = len(columns), len(rows)
     if texts is None and grid.size <= MOST_TEXTS // 4 and image is None:
-        form = "+.2f" if signed else ".2f"
-        texts = [["" if v != v else number(v, form) for v in row] for row in grid.tolist()]
+        form = ("+" if signed else "") + (".2f" if limit(grid.flat) >= 0.1 else ".1e")
+        texts = [["" if v != v else number(v, form) if v else "0" for v in row] for row in grid]
     texts = texts if texts is not None and grid.size <= MOST_TEXTS else None
     longest = max((len(text) for row in texts or () for text in row), default=0)
     wide = min(13.0, max(2.4, width * (0.085 * longest + 0.16 if texts else 0.22)))

@@ -49,6 +49,33 @@ def test_every_head_has_its_file(lens, folder):
     assert [file.name for file in folder.parent.iterdir()] == ["data"]
 
 
+def test_the_folder_has_what_the_loaders_ask_for(folder):
+    """HeadVis is in no package: its pipeline and Neuronpedia's loaders say what they need."""
+    config = read(folder / "config.json")
+    about = {"model_name", "dataset_name", "n_sequences", "seq_len", "dtype", "attn_implementation"}
+    assert about <= {k for k, value in config["pipeline_config"].items() if value is not None}
+    assert {"n_layers", "n_heads", "metric_descriptions", "has_umap"} <= config.keys()
+    assert read(folder / "server_config.json") == read(folder / "attributions/manifest.json") == {}
+    for row in read(folder / "scatter_data.json"):
+        assert all(row[name] is None or math.isfinite(row[name]) for name in config["metrics"])
+    for layer, head in config["heads"]:
+        data = read(folder / "heads" / f"L{layer}H{head}.json")
+        for plot in config["custom_plots"]:
+            edges, values = (data[plot["key"]][name] for name in ("bin_edges", "bin_values"))
+            assert len(edges) == len(values) + 1 and edges == sorted(edges)
+        for table in config["custom_tables"]:
+            assert all(row.keys() == {"token", "weight"} for row in data[table["key"]])
+        assert config["statistics_display"].keys() <= data["statistics"].keys()
+        for found in data["sequences"]:
+            at, values, n = (
+                found[name] for name in ("attention_indices", "attention_values", "seq_len")
+            )
+            assert len(at) == len(values) == len(set(at)) and n == len(found["tokens"])
+            assert all(isinstance(i, int) and 0 <= i % n <= i // n < n for i in at)  # causal
+            assert all(0.005 <= x <= 1 and round(x, 4) == x for x in values)
+            assert 1 <= found["interval"] <= config["n_intervals"]
+
+
 def test_scores_by_slow_loops(lens, folder):
     for row in read(folder / "scatter_data.json"):
         own, before, entropy, induction, weights, distances = [], [], [], [], [], []

@@ -9,7 +9,7 @@ import pytest
 from models import quiet
 
 from tensorlens_tl import demo
-from tensorlens_tl.pictures import curves
+from tensorlens_tl.pictures import cell_map, curves
 from tensorlens_tl.pictures.figures import label
 
 pytestmark = pytest.mark.algebra
@@ -180,3 +180,8 @@ def test_names_from_right_to_left_and_long_names():
     ax = curves(None, [0, 1], {long: [(1.0, 1.0, 1.0)] * 2, "a\nb": [(0.0, 0.0, 0.0)] * 2})
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert names == [label(long, 64), "a\\nb"] and len(names[0]) == 63
+
+
+def test_small_numbers_are_not_written_as_zeros():
+    ax = cell_map(None, [[0.001, 0.0], [-2e-4, math.nan]], ["a", "b"], ["c", "d"], unit="nats")
+    assert [text.get_text() for text in ax.texts] == ["+1.0e-03", "0", "-2.0e-04", ""]
