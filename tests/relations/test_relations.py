@@ -274,6 +274,7 @@ def study(model):
     return decode(model, relations, (3, 5), splits=2, ranks=(8, 32))
 
 
+@pytest.mark.algebra
 def test_the_operator_needs_no_beta_and_the_jacobian_does(study):
     for n in (3, 5):
         ours = study.estimate("faithfulness", "operator, β = 1", n).value
@@ -284,6 +285,7 @@ def test_the_operator_needs_no_beta_and_the_jacobian_does(study):
     assert all(row.ceiling == 1 for row in study.rows if row.edit_layer == 0)
 
 
+@pytest.mark.algebra
 def test_a_study_counts_what_it_says(study, model):
     assert len(study.rows) == 2 * 2 * 2 * 5 and study.accuracy == {"capital": 1.0, "continent": 1.0}
     assert study.sizes == (3, 5) and study.model == "tensorlens_tl demo"
@@ -325,6 +327,7 @@ def test_a_study_counts_what_it_says(study, model):
     assert (row.edit_layer, row.rank) == (edit.layer, rank)
 
 
+@pytest.mark.algebra
 def test_a_study_prints_and_keeps_itself(study, model):
     text = repr(study)
     assert text.startswith("RelationStudy(tensorlens_tl demo, capital, continent; 2 splits)")
