@@ -88,6 +88,9 @@ class PlacedGraph(Paged, Tabled):
 
     _sums = True
     """Whether all edges into a node sum to its effect."""
+    _unit: str | None = None
+    """What weights are counted in; None is the target's unit."""
+    _legend = "A node stands where it writes; its area is its total effect."
     _COLUMNS = ("src", "dest", "reads", "value")
 
     def _rows(self) -> Iterator[tuple[Any, ...]]:
@@ -165,7 +168,7 @@ class PlacedGraph(Paged, Tabled):
             [(link.src, link.dest, link.reads, link.weight) for link in links],
             self.tokens,
             title=f"{self.target} = {self.target_value:.4g} (the {len(links)} largest edges)",
-            unit=unit_of(self.target),
+            unit=self._unit or unit_of(self.target),
         )
 
     def _page(self) -> Page:
@@ -175,7 +178,8 @@ class PlacedGraph(Paged, Tabled):
             [(link.src, link.dest, link.reads, link.weight) for link in self.links],
             self.tokens,
             [at.pos for at in self.nodes],
-            legend="A node stands where it writes; its area is its total effect.",
+            unit=self._unit or "logits",
+            legend=self._legend,
             sums=self._sums,
             json=self.to_json() if all(self._answers) else None,
             ids=self._ids() if all(self._answers) else (),

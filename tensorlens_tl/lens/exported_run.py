@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..attribution import TargetLike, is_token, resolve, resolve_token
 from ..checks import as_list, spelled, token_text
 from ..circuits import Circuit, circuit_from_names
+from ..costs import Plan
 from ..exports import Answer, AttributionGraph, circuitsvis_arguments, find_graph, save_headvis
-from ..features import FeatureDictionary
 from ..graph import Edge, Node
-from ..replacement import FeatureGraph, ReplacementModel, find_feature_graph
+from ..replacement import (
+    FeatureGraph,
+    ReplacementModel,
+    find_feature_graph,
+    plan_feature_graph,
+)
+from .featured_run import SAEs, listed
 from .similarity import PooledRun
 
 
@@ -82,7 +88,7 @@ class ExportedRun(PooledRun):
 
     def feature_graph(
         self,
-        transcoders: FeatureDictionary | Sequence[FeatureDictionary],
+        transcoders: SAEs,
         target: TargetLike | Sequence[TargetLike] = None,
         versus: TargetLike = None,
         pos: int = -1,
@@ -125,10 +131,9 @@ class ExportedRun(PooledRun):
         Source: Ameisen et al., Circuit Tracing (2025).
         """
         self._check_ready()
-        given = [transcoders] if isinstance(transcoders, FeatureDictionary) else list(transcoders)
+        given = listed(transcoders, "transcoders", "transcoder")
+        many = _targets(target)
         model = ReplacementModel.of(given, self.capture, self._operator)
-        named: Any = as_list(target)
-        many = list(named) if isinstance(named, list | tuple) else [named]
         goals = [resolve(self.capture, one, versus, pos).alone("feature_graph") for one in many]
         answers = [self._answer(one, versus, pos) for one in many]
         likely = [answer[0][2] if len(answer) == 1 else None for answer in answers]
@@ -137,6 +142,13 @@ class ExportedRun(PooledRun):
         return find_feature_graph(
             model, goals, shares, answers, max_features, self.prompt, progress
         )
+
+    def _plan_feature_graph(self, given: Mapping[str, Any]) -> Plan:
+        """What :meth:`feature_graph` will cost, by its arguments."""
+        transcoders = listed(given["transcoders"], "transcoders", "transcoder")
+        many = _targets(given["target"])
+        run = self.capture, self._operator
+        return plan_feature_graph(transcoders, *run, len(many), given["max_features"])
 
     def save_headvis(
         self,
@@ -225,3 +237,12 @@ class ExportedRun(PooledRun):
             layer,
             head,
         )
+
+
+def _targets(target: Any) -> list[Any]:
+    """One target, or several, as a list."""
+    given = as_list(target)
+    many = list(given) if isinstance(given, list | tuple) else [given]
+    if not many:
+        raise ValueError("target=[] names no target. Pass a token, or a list of tokens.")
+    return many

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from ..attribution import Attribution, TargetGradient
@@ -38,7 +38,7 @@ class FeaturedRun(FrozenRun):
 
     def _readings(self, saes: SAEs) -> list[Reading]:
         """The features of each SAE in this run, computed once."""
-        given = _listed(saes)
+        given = listed(saes)
         for sae in given:
             if sae not in self._read:
                 self._read[sae] = Reading.of(sae, self.capture, self._operator)
@@ -46,7 +46,7 @@ class FeaturedRun(FrozenRun):
 
     def _plan_by_feature(self, saes: SAEs, what: str) -> Plan:
         """What a split by feature will cost."""
-        given = _listed(saes)
+        given = listed(saes)
         for sae in given:
             check_fits(sae, self.capture)
         return plan_by_feature(self._operator, given, self._read, what)
@@ -56,18 +56,31 @@ class FeaturedRun(FrozenRun):
         return {}
 
 
-def _listed(saes: SAEs) -> list[FeatureDictionary]:
-    """The dictionaries that were given, at least one."""
-    given = [saes] if isinstance(saes, FeatureDictionary) else list(saes or ())
-    if not given or not all(isinstance(sae, FeatureDictionary) for sae in given):
+def listed(saes: SAEs, name: str = "saes", kind: str = "SAE") -> list[FeatureDictionary]:
+    """The dictionaries that were given, at least one.
+
+    Args:
+        saes: What the user passed.
+        name: The name of the user's argument, for messages.
+        kind: What it asks for, for messages.
+
+    Returns:
+        The dictionaries in a list.
+
+    Raises:
+        ValueError: If it is none, or two of them write at one place.
+    """
+    every = [saes] if not isinstance(saes, Iterable) or isinstance(saes, str) else list(saes)
+    given = [sae for sae in every if isinstance(sae, FeatureDictionary)]
+    if not given or len(given) < len(every):
         raise ValueError(
-            f"saes= is {kind_of(saes)}, which names no SAE. Pass what tensorlens_tl.features.load "
-            "gives, or a list of such."
+            f"{name}= is {kind_of(saes)}, which names no {kind}. Pass what "
+            "tensorlens_tl.features.load gives, or a list of such."
         )
     sites = [sae.writes for sae in given]
     if twice := next((site for site in sites if sites.count(site) > 1), None):
         raise ValueError(
-            f"saes= has {sites.count(twice)} dictionaries that write at {twice!r}, and each would "
-            "count all that stands there. Pass one for each site."
+            f"{name}= has {sites.count(twice)} dictionaries that write at {twice!r}, and each "
+            "would count all that stands there. Pass one for each site."
         )
     return given

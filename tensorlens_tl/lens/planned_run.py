@@ -22,8 +22,8 @@ BATCHED = ("token", "order")
 """Splits whose sweeps are carried side by side. All others are rehearsed."""
 
 _KNOWN = (
-    *("capture", "attribute", "attribute_many", "attribute_sequence", "discover", "score_edges"),
-    *("token_matrix", *OPERATOR_METHODS, *PLANNED),
+    *("capture", "attribute", "attribute_many", "attribute_sequence", "discover", "feature_graph"),
+    *("score_edges", "token_matrix", *OPERATOR_METHODS, *PLANNED),
 )
 
 
@@ -36,8 +36,8 @@ class PlannedRun(PicturedRun):
 
         Args:
             what: "capture", "attribute", "attribute_many", "attribute_sequence", "discover",
-                "score_edges", "token_matrix" or one of its methods ("norm", "in", "out",
-                "in_out"), or of the operator "block", "to_dense", "frobenius_norm", "svd" or
+                "feature_graph", "score_edges", "token_matrix" or one of its methods ("norm", "in",
+                "out", "in_out"), or of the operator "block", "to_dense", "frobenius_norm", "svd" or
                 "spectral_norm". A split by token is a sweep, one by order a sweep per step. Of
                 :func:`tensorlens_tl.score_edges` it is the runs of the real model for prompts as
                 many and as long as the lens's. Any other method of the lens, such as "paths", is
@@ -66,6 +66,8 @@ class PlannedRun(PicturedRun):
         if what in ("capture", "score_edges"):
             call = getattr(_Calls(self), what)
             return call(**bound(call, arguments))
+        if what == "feature_graph":
+            return self._plan_feature_graph(bound(self.feature_graph, arguments))
         if what in ("attribute", "discover"):
             return self._plan_split(what, arguments, bound(getattr(self, what), arguments))
         if what == "token_matrix":

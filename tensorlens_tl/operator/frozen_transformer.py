@@ -324,13 +324,36 @@ class FrozenTransformer(StepChain):
         Returns:
             The plan. Nothing has run but products that measure the machine.
         """
-        frame, D, cost = self.frame, self.in_dim, more or Cost()
+        frame, cost = self.frame, more or Cost()
+        kept += self.count_pull(cost, many, apart)
+        if frame.graph:  # backwards, two products for each one
+            cost = Cost(**{kind: 3 * amount for kind, amount in vars(cost).items()})
+        # A step keeps about four arrays of the size of the residual.
+        rows = many * frame.batch * frame.n_pos
+        kept += 4 * (len(self.steps) + 1) * rows * self.in_dim * frame.dtype.itemsize
+        return self.plan_work(what, cost, kept)
+
+    def count_pull(self, cost: Cost, many: int, apart: bool = False, mlps: bool = True) -> int:
+        """Count the work of a transposed sweep.
+
+        Args:
+            cost: What the work is added to.
+            many: Number of covectors that are swept together.
+            apart: Whether they start at different positions.
+            mlps: Whether MLPs are passed, and not attention alone.
+
+        Returns:
+            The bytes that autograd keeps of it, where there is a graph.
+        """
+        frame, D, kept = self.frame, self.in_dim, 0
         rows = many * frame.batch * frame.n_pos
         for step in self.steps:
             # In the last layer the covector is at one position until attention spreads it.
             last = step.layer == self.steps[-1].layer and not apart
             top = many * (frame.batch if last else frame.batch * frame.n_pos)
             for b in (b for stage in stages_of(step.map) for b in shape_of(stage, True)):
+                if not b.heads and not mlps:
+                    continue
                 below = rows if b.heads else top
                 cost.product += 2 * D * (top * b.width_in + below * b.width_out)
                 cost.moved += D * (b.width_in + b.width_out) + rows * (3 * D + b.width_in)
@@ -341,11 +364,7 @@ class FrozenTransformer(StepChain):
                 if frame.graph:  # what entered each product, norm and gate
                     per_row = 2 * D * below + (b.width_in + b.width_out) * (top + below)
                     kept += per_row * frame.dtype.itemsize
-        if frame.graph:  # backwards, two products for each one
-            cost = Cost(**{kind: 3 * amount for kind, amount in vars(cost).items()})
-        # A step keeps about four arrays of the size of the residual.
-        kept += 4 * (len(self.steps) + 1) * rows * D * frame.dtype.itemsize
-        return self.plan_work(what, cost, kept)
+        return kept
 
     def plan_work(self, what: str, cost: Cost, peak: int) -> Plan:
         """Predict how long some work takes, at the rates of products as large as this operator's.

@@ -142,6 +142,8 @@ def placed_graph(
     )
     for i, (x, y) in place.items():
         name = str(nodes[i][0])
+        if (site := feature_site(nodes[i][0])) is not None:  # the row names it
+            name = name.removeprefix(site).removeprefix(".")
         ax.text(x, y, name, ha="center", va="center", fontsize="x-small", bbox=_BOX, **PLAIN)
     names = dict(floors.values())
     ax.set_yticks(list(rows.values()), [names[height] for height in rows], fontsize="small")

@@ -15,7 +15,8 @@ from .page import View
 READS = ("", "v", "q", "k")
 """What an edge is read by: a whole node, or the value, query or key input of a head."""
 _PARTS = ((0, "heads"), (1, "MLP"))
-_SHAPES = {"head": "head", "mlp": "mlp", "expert": "expert", "logits": "target"}
+_SHAPES = {name: name for name in ("head", "mlp", "expert", "feature", "error")}
+_SHAPES["logits"] = "target"
 
 
 def graph_view(
@@ -171,7 +172,8 @@ def _height(node: Node, depth: int) -> tuple[int | float, str]:
     """How high a node stands, and what stands there; what is added last stands with the target."""
     if node.layer is not None:
         return floor(node, depth)
-    return (0, "input") if node.enters or node.kind == "input" else (2 * depth + 1, "target")
+    below = node.enters or node.kind in ("input", "rest") or node.name == "constants"
+    return (0, "input") if below else (2 * depth + 1, "target")
 
 
 def _levels(depth: int) -> list[tuple[int | float, str]]:

@@ -7,6 +7,6 @@ Key concepts:
 
 from .feature_graph import FeatureGraph
 from .frozen_model import ReplacementModel
-from .search import find_feature_graph
+from .search import find_feature_graph, plan_feature_graph
 
-__all__ = ["FeatureGraph", "ReplacementModel", "find_feature_graph"]
+__all__ = ["FeatureGraph", "ReplacementModel", "find_feature_graph", "plan_feature_graph"]

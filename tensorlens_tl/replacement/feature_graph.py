@@ -122,6 +122,11 @@ class FeatureGraph(PlacedGraph):
     prompt: str
 
     _sums = False
+    _unit = "in the reader's unit"
+    _legend = (
+        "Squares are tokens and targets, circles features, diamonds errors, at the position where "
+        "they write; the area is the total effect. Edges into a feature sum to its pre-activation."
+    )
 
     @property
     def n_features(self) -> int:

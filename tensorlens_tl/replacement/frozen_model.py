@@ -92,15 +92,9 @@ class ReplacementModel:
         Raises:
             ValueError: If there are several prompts, or a transcoder does not fit the run.
         """
-        if capture.frame.batch != 1:
-            raise ValueError(
-                f"A feature graph needs one prompt, but the lens has {capture.frame.batch}. Take "
-                "one with lens[i]."
-            )
-        layers = [s.layer for s in operator.steps if any(not b.has_heads for b in s.branches)]
-        given = _by_layer(transcoders, capture, operator, layers)
+        given = check_transcoders(transcoders, capture, operator)
         mlps = []
-        for layer in layers:
+        for layer in _layers(operator):
             one, place = given.get(layer, (None, None))
             place = place or Place.of(layer_site(layer, MLP_OUT), operator)
             mlps.append(ReplacedMLP.of(one, place, capture, operator))
@@ -283,13 +277,33 @@ def _count(found: Shares, effects: Mapping[str, Tensor]) -> None:
         found.constants[name] = found.constants.get(name, 0) + whole
 
 
-def _by_layer(
-    transcoders: Sequence[FeatureDictionary],
-    capture: Capture,
-    operator: FrozenTransformer,
-    layers: Sequence[int],
+def _layers(operator: FrozenTransformer) -> list[int]:
+    """The numbers of the blocks that have an MLP."""
+    return [s.layer for s in operator.steps if any(not b.has_heads for b in s.branches)]
+
+
+def check_transcoders(
+    transcoders: Sequence[FeatureDictionary], capture: Capture, operator: FrozenTransformer
 ) -> dict[int, tuple[FeatureDictionary, Place]]:
-    """The transcoders and where they write, by block, each checked against the run."""
+    """Refuse transcoders that do not fit a run.
+
+    Args:
+        transcoders: At most one for every MLP.
+        capture: The captured run of one prompt.
+        operator: The operator of that run.
+
+    Returns:
+        Each of them and where it writes, by number of the block.
+
+    Raises:
+        ValueError: If there are several prompts, or a transcoder does not fit.
+    """
+    if capture.frame.batch != 1:
+        raise ValueError(
+            f"A feature graph needs one prompt, but the lens has {capture.frame.batch}. Take "
+            "one with lens[i]."
+        )
+    layers = _layers(operator)
     found: dict[int, tuple[FeatureDictionary, Place]] = {}
     for one in transcoders:
         check_model(one, capture)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from ..attribution import Target
 from ..checks import at_least_one, progress_bar
+from ..costs import Cost, Plan
 from ..exports import Answer, cumulative
+from ..features import FeatureDictionary
 from ..graph import CONTENTS, Node
 from ..maps import TINY
+from ..operator import Capture, FrozenTransformer
 from .feature_graph import MOST_ERROR, REST, FeatureGraph, FeatureNode
-from .frozen_model import ReplacementModel, Shares
+from .frozen_model import ReplacementModel, Shares, check_transcoders
 from .influence import Influence
 
 Row = tuple[Tensor, dict[str, Tensor], Tensor]
@@ -140,6 +144,57 @@ def find_feature_graph(
         n_layers=len(capture.blocks),
         prompt=prompt,
     )
+
+
+def plan_feature_graph(
+    transcoders: Sequence[FeatureDictionary],
+    capture: Capture,
+    operator: FrozenTransformer,
+    n_targets: int,
+    max_features: int,
+) -> Plan:
+    """Predict what a feature graph costs: what transcoders read, a sweep per row, and the weights.
+
+    Args:
+        transcoders: The transcoders.
+        capture: The captured run of one prompt.
+        operator: The operator of that run.
+        n_targets: Number of targets.
+        max_features: How many features are nodes at most.
+
+    Returns:
+        The plan. As what fires is not known, k features are counted at every position, or all.
+        Nothing has run but products that measure the machine.
+
+    Raises:
+        ValueError: If a transcoder does not fit the model, or ``max_features`` is below 1.
+    """
+    most, frame = at_least_one(max_features, "max_features"), operator.frame
+    places = check_transcoders(transcoders, capture, operator)
+    n_pos, D, size, cost = frame.n_pos, operator.in_dim, frame.dtype.itemsize, Cost()
+    active, read, encoded = 0, 0.0, 0
+    for one, _ in places.values():
+        fires = n_pos * (one.k or one.d_sae)
+        active += fires
+        read += fires * (one.W_dec.shape[1] if one.W_dec.ndim == 3 else 1)
+        encoded = max(encoded, min(CHUNK_BYTES, 3 * n_pos * one.d_sae * size))
+        cost.product += 2 * n_pos * one.d_in * one.d_sae + 4 * fires * D
+        cost.moved += one.d_in * one.d_sae + 3 * n_pos * one.d_sae + 6 * fires * D
+        cost.calls += 100
+    n = min(most, active)
+    rows, n_layers = n + n_targets, len(places)
+    columns = n + (n_layers + 1) * n_pos + 16 * n_layers
+    # On average a feature is swept through half of the model, and reads what comes before.
+    half = (n_layers + 1) / (2 * n_layers)
+    operator.count_pull(cost, math.ceil(half * rows) + n_targets, apart=True, mlps=False)
+    cost.product += 2 * D * (half * rows * n / active + 2 * n_targets) * read
+    chunk = min(CHUNK_BYTES, rows * n_pos * D * size)
+    cost.moved += 4 * rows * columns + 2 * active * D + 8 * half * rows * n_pos * D * n_layers
+    cost.calls += n_pos * n_layers * (1 + rows * n_pos * D * size // chunk)
+    # Activations; what MLPs wrote, errors and rests; a chunk on its way; weights and their shares.
+    peak = active * (16 + 4 * size) + 5 * n_layers * n_pos * D * 8 + 8 * chunk
+    peak += 3 * rows * columns * size + 1000 * columns + 2 * encoded
+    return operator.plan_work("feature_graph", cost, peak)
 
 
 def _content(model: ReplacementModel) -> str:

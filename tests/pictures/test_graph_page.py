@@ -201,6 +201,22 @@ def test_a_long_prompt_is_drawn_where_its_largest_edges_are(opened):
     assert page.get_by_role("button", name="388 more").is_visible()  # the list has them all
 
 
+def test_features_have_short_names_and_shapes_of_their_own(opened):
+    places = [Node("feature", 0, 17, "mlp_out"), Node("error", 0, name="mlp_out"), Node("rest")]
+    nodes = [(f"{node}@0", node, 1.0) for node in places] + [("end", Node("logits"), 3.0)]
+    links = [(i, 3, "", 1.0) for i in range(3)]
+    page = opened(Page("features", [graph_view(nodes, links, ["t"], [0] * 4)]).html())
+    units = page.evaluate(
+        "() => tensorlens.views[0].units().map((u) => [u.name.textContent, u.kind, "
+        "u.glyph.tagName, u.y])"
+    )
+    names, kinds, shapes, heights = zip(*units, strict=True)
+    assert [name.strip("\u2068\u2069") for name in names] == ["F17", "error", "rest", "end"]
+    assert kinds == ("feature", "error", "constant", "target")
+    assert shapes == ("circle", "path", "path", "rect")
+    assert heights[2] > heights[0] == heights[1] > heights[3]
+
+
 @pytest.mark.parametrize("kind", ["nan", "zero", "alone", "nasty"])
 def test_odd_graphs(opened, kind):
     tokens = ['"</script><b>', "שלום", "x" * 300, "a\nb"]

@@ -8,6 +8,7 @@ import torch
 from comparisons import assert_close
 from models import PER_SHAPE, lens_of
 from test_attribution_graph import SCHEMA
+from torch.utils.flop_counter import FlopCounterMode
 from transcoders import transcoders
 
 from tensorlens_tl.attribution import resolve
@@ -254,9 +255,24 @@ def test_pages_and_pictures_show_it(graph):
     pytest.importorskip("matplotlib", reason="matplotlib is in the extra plot")
     page = graph.to_html()
     assert "Replacement score" in page and "<title>" in page
+    (view,) = graph.prune()._page().views
+    rows = dict(zip(view.data["labels"], view.data["row"].tolist(), strict=True))
+    assert rows["rest"] == rows["constants"] == 0 and rows[graph.targets[0]] == max(rows.values())
+    assert {"feature", "error", "token", "constant", "target"} == {*view.data["kinds"]}
     assert graph.target in graph.plot(top=5).get_title()
     assert "digraph" in graph.prune().to_dot()
     assert list(graph.to_dataframe().columns) == ["src", "dest", "reads", "value"]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("topk", 5000), ("topk", 20)])
+def test_a_plan_counts_what_the_call_does(lens, kind, most):
+    ask = {"transcoders": transcoders(lens, kind), "target": [3, 5], "max_features": most}
+    with FlopCounterMode(display=False) as counted:
+        lens.feature_graph(**ask)
+    plan = lens.plan("feature_graph", **ask)
+    assert plan.flops == pytest.approx(counted.get_total_flops(), rel=0.2)
+    with pytest.raises(ValueError, match="max_features=0 is not an integer"):
+        lens.plan("feature_graph", **ask | {"max_features": 0})
 
 
 def test_what_cannot_be_served_is_refused(lens, given, graph):
@@ -268,6 +284,13 @@ def test_what_cannot_be_served_is_refused(lens, given, graph):
         graph.prune(2)
     with pytest.raises(ValueError, match="no feature graph as to_json writes it"):
         FeatureGraph.from_json("{}")
+    for wrong in ("sae", [], [given[0], None]):
+        with pytest.raises(ValueError, match=r"transcoders= is a (str|list), which names no trans"):
+            lens.feature_graph(wrong, 3)
+    with pytest.raises(ValueError, match=r"2 dictionaries that write at 'blocks\.0"):
+        lens.feature_graph([*given[:1], *given], 3)
+    with pytest.raises(ValueError, match=r"target=\[\] names no target"):
+        lens.feature_graph(given, [])
     direction = lens.feature_graph(given, torch.ones(lens.operator.out_dim))
     assert direction.answers == ((),)
     with pytest.raises(ValueError, match="is a direction"):

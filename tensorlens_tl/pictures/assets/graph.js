@@ -96,7 +96,7 @@ views.graph = (box, data, watch) => {
     const { x, y } = unit, about = { ...fill, class: "glyph" };
     if (unit.kind === "token" || unit.kind === "target") return svg("rect", { ...about, x: x - r, y: y - r, width: 2 * r, height: 2 * r });
     if (unit.kind === "group") return svg("rect", { ...about, x: x - 1.5 * r, y: y - r, width: 3 * r, height: 2 * r, rx: r });
-    if (unit.kind === "mlp" || unit.kind === "expert")
+    if (["mlp", "expert", "error"].includes(unit.kind))
       return svg("path", { ...about, d: `M${x} ${y - 1.3 * r}L${x + 1.3 * r} ${y}L${x} ${y + 1.3 * r}L${x - 1.3 * r} ${y}Z` });
     if (unit.kind === "constant") return svg("path", { ...about, d: `M${x - r} ${y}H${x + r}M${x} ${y - r}V${y + r}` });
     return svg("circle", { ...about, cx: x, cy: y, r });
@@ -134,7 +134,7 @@ views.graph = (box, data, watch) => {
       const sign = unit.effect < 0 ? "var(--neg)" : "var(--pos)";
       unit.glyph = shape(unit, r, { fill: unit.kind === "constant" ? "none" : sign, "fill-opacity": 0.4, stroke: unit.kind === "constant" ? sign : "var(--text)" });
       // The row names the layer, and the column the token.
-      const short = unit.kind === "group" ? unit.label : data.tokens && unit.label.startsWith('"') ? "" : unit.label.replace(/^L\d+\.?|@\d+$|_embed/g, "");
+      const short = unit.kind === "group" ? unit.label : data.tokens && unit.label.startsWith('"') ? "" : unit.label.replace(/^L\d+\.?([a-z_]+\.?(?=F\d|error|skip|past))?|@\d+$|_embed/g, "");
       unit.name = svg("text", { x: unit.x, y: unit.y + r + 11, "text-anchor": "middle", fill: "var(--text)", stroke: "var(--ground)", "stroke-width": 3, "paint-order": "stroke" }, shown(short.replace("_embed", ""), unit.kind === "target" ? 24 : 9));
       const click = (event) => {
         if (moved) return;
