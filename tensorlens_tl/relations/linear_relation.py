@@ -83,8 +83,8 @@ def operator_maps(lens: FrozenRun, pos: int, layers: Sequence[int]) -> Maps:
 def jacobian_maps(lens: FrozenRun, pos: int, layers: Sequence[int], model: Any) -> Maps:
     """Take the real model's Jacobian from one position to the end as W, and the remainder as b.
 
-    W = ∂y[−1]/∂h and b = y[−1] − W h (Hernandez et al. 2024). Cost: d_model forward and backward
-    passes in batches, for all layers together.
+    W = ∂y[−1]/∂h and b = y[−1] − W h (Hernandez et al. 2024). Cost: one forward pass and d_model
+    backward passes in batches, for all layers together.
 
     Args:
         lens: Lens of one prompt.
@@ -95,25 +95,24 @@ def jacobian_maps(lens: FrozenRun, pos: int, layers: Sequence[int], model: Any) 
     Returns:
         W and b before each of the blocks.
     """
-    width, frame, W = lens.embedding.shape[-1], lens.capture.frame, []
+    width, frame = lens.embedding.shape[-1], lens.capture.frame
     with live_models(lens.capture, model) as (live,):
         points, x = live.adapter.points(), live.x.detach()
-        for rows in torch.arange(width, device=x.device).split(ROWS):
-            # A step from h for every row of W: one backward pass then tells all rows apart.
-            steps = [x.new_zeros(len(rows), width, requires_grad=True) for _ in layers]
-            edits = [
-                (
-                    points[layer, "resid_pre"],
-                    lambda t, step=step: with_row(t, pos, t[:, pos] + step),
-                )
-                for layer, step in zip(layers, steps, strict=True)
-            ]
-            # All steps are 0, so one run serves every layer: each gradient is taken at the run.
-            y = live.checked(live.run(x.expand(len(rows), -1, -1), edits))
-            # Prompt i of the batch is asked for coordinate rows[i] of y: row rows[i] of W.
-            picked = y[torch.arange(len(rows), device=x.device), -1, rows]
-            W.append(torch.stack(torch.autograd.grad(picked.sum(), steps)))
-    W = frame.cast(torch.cat(W, 1))
+        # All steps from h are 0, so one run serves every layer: each gradient is taken at the run.
+        steps = [x.new_zeros(1, width, requires_grad=True) for _ in layers]
+        edits = [
+            (points[layer, "resid_pre"], lambda t, step=step: with_row(t, pos, t[:, pos] + step))
+            for layer, step in zip(layers, steps, strict=True)
+        ]
+        y = live.checked(live.run(x, edits))[0, -1]
+        # Row i of W is what coordinate i of y answers. Rows are batched in the backward pass alone.
+        found = [
+            torch.stack(
+                torch.autograd.grad(y, steps, rows, retain_graph=True, is_grads_batched=True)
+            )
+            for rows in torch.eye(len(y), dtype=y.dtype, device=y.device).split(ROWS)
+        ]
+    W = frame.cast(torch.cat(found, 1)[:, :, 0])
     h = torch.stack([lens.capture.blocks[layer].resid_pre[0, pos] for layer in layers])
     return Maps(W, lens.capture.unembed.final[0, -1] - torch.einsum("lij,lj->li", W, h))
 
