@@ -7,7 +7,7 @@ Key concepts:
     EditSweep: The same at many sizes.
 """
 
-from .asking import Asked, as_targets, edit_along, edit_to_top, smallest_edit
+from .asking import Asked, edit_along, edit_to_top, smallest_edit
 from .edit import Edit
 from .edit_check import EditCheck, EditSweep
 from .edit_file import load_edit, save_edit
@@ -27,7 +27,6 @@ __all__ = [
     "EditSweep",
     "Goal",
     "Predictions",
-    "as_targets",
     "edit_along",
     "edit_to_top",
     "evaluate",

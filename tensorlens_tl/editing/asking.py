@@ -144,7 +144,7 @@ def smallest_edit(
     goal: Goal,
     to: int | float | Sequence[float] | None,
     by: int | float | Sequence[float] | None,
-    keep: Sequence[TargetLike | Mapping[str, Any]],
+    keep: TargetLike | Mapping[str, Any] | Sequence[TargetLike | Mapping[str, Any]],
     shared: bool = False,
 ) -> Edit:
     """The smallest edit that brings a target to a value, or changes it by one.
@@ -154,8 +154,8 @@ def smallest_edit(
         goal: The target that is to change.
         to: The value that is wanted, in logits, or one per prompt, or None.
         by: The change that is wanted, in logits, or one per prompt, or None. Give one of the two.
-        keep: Targets that may not change: tokens, or mappings with target, versus and pos; or a
-            probe at the place itself, {"direction": [width]}.
+        keep: Targets that may not change, one or a list: tokens, or mappings with target, versus
+            and pos; or a probe at the place itself, {"direction": [width]}.
         shared: Whether all prompts and positions get one vector. Then a target changes by at least
             what is asked.
 
@@ -172,7 +172,7 @@ def smallest_edit(
     change = _change(target.value, to, by)
     g = asked.covector(target)
     rows = [g * asked.where[..., None]]
-    for one in keep:
+    for one in _targets(keep):
         rows += _kept(asked, one, goal.pos)
     wanted = torch.stack([change, *[torch.zeros_like(change)] * (len(rows) - 1)], 1).to(g)
     if shared:
@@ -308,7 +308,7 @@ def _change(value: Tensor, to: Any, by: Any) -> Float[Tensor, " batch"]:
     return wanted if to is None else wanted - value
 
 
-def as_targets(given: Any) -> list[Any]:
+def _targets(given: Any) -> list[Any]:
     """What ``keep=`` lists; one target alone is a list of one."""
     if given is None or isinstance(given, str | Mapping):
         return [] if given is None else [given]

@@ -16,7 +16,6 @@ from ..editing import (
     Edit,
     EditRanking,
     Goal,
-    as_targets,
     edit_along,
     edit_to_top,
     faithfulness_of_features,
@@ -187,7 +186,7 @@ class EditedRun(AttributedRun):
             Edit at blocks.1.hook_resid_post, in the real model (predicted off by ...)
               ...
         """
-        kept = as_targets(keep)
+        kept = keep is not None and not (isinstance(keep, list | tuple) and not keep)
         if along is not None:
             if (
                 not isinstance(along, Feature)
@@ -211,7 +210,7 @@ class EditedRun(AttributedRun):
         asked = self._asked(site, positions, metric, qk, gates)
         goal = Goal.of(self.capture, target, versus, pos)
         if delta is None:
-            return smallest_edit(asked, goal, to, by, kept, shared)
+            return smallest_edit(asked, goal, to, by, keep, shared)
         if to is not None or by is not None or kept:
             raise ValueError("delta= is an edit already. Drop to=, by= and keep=, or drop delta=.")
         return asked.edit(goal, asked.spread(delta))

@@ -156,7 +156,7 @@ def plan_feature_graph(
     """Predict what a feature graph costs: what transcoders read, a sweep per row, and the weights.
 
     Args:
-        transcoders: The transcoders.
+        transcoders: At most one for every MLP.
         capture: The captured run of one prompt.
         operator: The operator of that run.
         n_targets: Number of targets.
