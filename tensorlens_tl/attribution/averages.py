@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
 
-
 FORMAT = "tensorlens_tl mean attribution 1"
 _COLUMNS = ("mean", "sem")
 
@@ -143,12 +142,8 @@ class MeanAttribution(Paged):
             ValueError: If pandas is not installed.
         """
         pandas = need("pandas", "pandas", "to_dataframe")
-        columns = {
-            "node": list(map(str, self.nodes)),
-            "mean": self.mean.tolist(),
-            "sem": self.sem.tolist(),
-        }
-        return pandas.DataFrame(columns)
+        numbers = {name: getattr(self, name).tolist() for name in _COLUMNS}
+        return pandas.DataFrame({"node": list(map(str, self.nodes)), **numbers})
 
     def to_json(self) -> str:
         """Write the means as JSON, with all that is needed to read them. nan becomes null."""
@@ -207,26 +202,33 @@ class MeanAttribution(Paged):
             ValueError: If matplotlib is missing, or the figure does not fit the rows.
         """
         sources, names = [(node, None) for node in self.nodes], [list(map(str, self.nodes))]
-        about = [self.mean.tolist()], [f"mean of {self.n} prompts"], [self.target_mean]
+        about = [self.mean.tolist()], [self._of()], [self.target_mean]
         sums = self.completeness_error is not None
         split = Split(self.by, self.effect, sources, names, *about, sums, [(0, 0)])
         return split_figure(ax, split, kind, top, errors=self.sem.tolist())
 
+    def _of(self) -> str:
+        return f"mean of {self.n} prompts" if self.n > 1 else "one prompt (no standard error)"
+
+    def _off(self, sem: float, form: str) -> str:
+        return form.format(sem) if self.n > 1 else ""
+
     def _page(self) -> Page:
         names = [[str(node)] for node in self.nodes]
         values = torch.stack([self.mean, self.sem], 1).cpu().numpy()
-        what = f"Mean of {self.n} prompts = {self.target_mean:.4g}, by {self.by} ({self.effect})"
+        what = f"{self._of().capitalize()} = {self.target_mean:.4g}, by {self.by} ({self.effect})"
         what = ", ".join(filter(None, (what, self.convention.in_front)))
-        table = table_view([self.by], ["mean", "standard error"], names, values, sort=0)
+        columns = ["mean", "standard error"][: min(self.n, 2)]
+        table = table_view([self.by], columns, names, values[:, : len(columns)], sort=0)
         exact = "The rows do not sum to the target."
         if self.completeness_error is not None:
             exact = f"The rows sum to it, off by at most {self.completeness_error:.0e} of Σ|·|."
         return Page(what, [table], [exact])
 
     def _strip(self) -> str:
-        rows = [(f"{name} (± {sem:.3g})", mean) for name, mean, sem in self.top(ROWS)]
+        rows = [(name + self._off(sem, " (± {:.3g})"), mean) for name, mean, sem in self.top(ROWS)]
         parts = [
-            f"<div><b>mean of {self.n} prompts = {self.target_mean:.4g}</b>, by {self.by} "
+            f"<div><b>{self._of()} = {self.target_mean:.4g}</b>, by {self.by} "
             f"({self.effect})</div>",
             table_html(rows, left_out(self.mean, len(rows))),
             legend_html([mean for _, mean in rows]),
@@ -235,9 +237,9 @@ class MeanAttribution(Paged):
         return "".join(parts)
 
     def __repr__(self) -> str:
-        head = f"Attribution by {self.by}, mean of {self.n} prompts = {self.target_mean:.4g}"
+        head = f"Attribution by {self.by}, {self._of()} = {self.target_mean:.4g}"
         head = ", ".join(filter(None, (head, self.convention.in_front)))
-        rows = [f"  {mean:+9.4f} ± {sem:.4f}  {name}" for name, mean, sem in self.top(10)]
+        rows = [f"  {m:+9.4f}{self._off(sem, ' ± {:.4f}')}  {row}" for row, m, sem in self.top(10)]
         left = left_out(self.mean, len(rows))
         return "\n".join([head, *rows, *([f"  … {left}"] if left else [])])
 

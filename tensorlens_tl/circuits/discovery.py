@@ -34,7 +34,6 @@ from ..attribution import (
     resolve_each,
 )
 from ..checks import (
-    as_list,
     at_least_one,
     new_file,
     one_each,
@@ -59,6 +58,9 @@ WRITE_EVERY = 10.0
 
 WINDOW = 128
 """Prompts that are sorted by length, so that little of a batch is padding."""
+
+NAMED = 3
+"""Targets that a circuit names, where its prompts have several."""
 
 _Row = tuple[Any, Any, Any, Any]  # prompt, corrupted prompt, target, versus
 _Means = Float[Tensor, " edge"]
@@ -161,7 +163,7 @@ def discover(
             n_edges,
             threshold,
             selection,
-            target=work.target,
+            target=_in_words(adapter, [row[2:] for row in work.rows[:n]]),
             n_prompts=n,
             corrupted=corrupted is not None,
             convention=Convention(kwargs.get("gate", "gate"), added),
@@ -279,7 +281,6 @@ class _Work:
                     f"Prompt {i} has {len(prompt)} tokens, its corrupted prompt {len(other)}. Pad "
                     "or reword the corrupted prompt."
                 )
-        self.target = _in_words(target) + ("" if versus is None else f" − {_in_words(versus)}")
         goals = one_each(target, n, "target"), one_each(versus, n, "versus")
         others = [None] * n if corrupted is None else list(corrupted)
         rows = list(zip(prompts, others, *goals, strict=True))
@@ -388,12 +389,22 @@ def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
     yield from kinds.values()
 
 
-def _in_words(target: Any) -> str:
-    if target is None:
-        return "own prediction"
-    if isinstance(as_list(target), list | tuple):
-        return "a target each"
-    return "a direction" if getattr(target, "ndim", 0) else repr(target)
+def _in_words(adapter: Adapter, goals: Sequence[Sequence[Any]]) -> str:
+    """Name the targets of some prompts, each given with what is subtracted from it."""
+
+    def named(goal: Any) -> str:
+        if goal is None:
+            return "each prompt's own prediction"
+        if isinstance(goal, str):
+            return repr(goal)
+        return "a direction" if getattr(goal, "ndim", 0) else repr(adapter.token_string(int(goal)))
+
+    pairs = ((named(a), "" if b is None else f" − {named(b)}") for a, b in goals)
+    found = list(dict.fromkeys(a + b for a, b in pairs))
+    if len(found) == 1:
+        return found[0]
+    more = f", … {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f"{', '.join(found[:NAMED])}{more} (each prompt's own)"
 
 
 class _File:

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from ..checks import as_array, need, spelled
 from ..operator import Convention
-from ..pictures import Page, Paged, curves, curves_view, dots, interval_view, table_view
+from ..pictures import (
+    Page,
+    Paged,
+    curves,
+    curves_view,
+    dots,
+    interval_text,
+    interval_view,
+    intervals_over,
+    table_view,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -118,12 +128,11 @@ class Faithfulness(Paged):
         Raises:
             ValueError: If matplotlib is missing.
         """
-        low, high = self.interval
         names = ("full", "circuit", "empty", "ablated")
         if self.attention == "live":  # where the empty circuit is the ablated model
             names = ("full", "circuit", "ablated")
         groups = {name: getattr(self, name).tolist() for name in names}
-        title = f"share {self.share:.3f} [{low:.3f}, {high:.3f}], {self.n_edges} {self.parts}"
+        title = f"share {self._share()}, {self.n_edges} {self.parts}"
         return dots(ax, groups, ylabel="metric (logits by default)", title=title)
 
     def _page(self) -> Page:
@@ -134,12 +143,14 @@ class Faithfulness(Paged):
         notes = [repr(self), "The metric of every prompt, in logits by default."]
         return Page(f"Faithfulness {self.share:.3f}", [table], notes, height=420)
 
+    def _share(self) -> str:
+        return f"{self.share:.3f} {interval_text(*self.interval, len(self.full), '.3f')}"
+
     def __repr__(self) -> str:
-        low, high = self.interval
         beside = f", empty circuit {self.empty_share:.3f}" if self.attention == "frozen" else ""
         means = (float(x.mean()) for x in (self.full, self.ablated, self.circuit))
         return (
-            f"Faithfulness({self.share:.3f} [{low:.3f}, {high:.3f}]{beside}: {self.n_edges} of "
+            f"Faithfulness({self._share()}{beside}: {self.n_edges} of "
             f"{self.n_total} {self.parts}, {self.ablation}, {self.attention} attention, "
             f"{_prompts(self)}; "
             "full {:.4g}, ablated {:.4g}, circuit {:.4g})".format(*means)
@@ -275,7 +286,7 @@ class FaithfulnessCurve(Paged):
             series[f"{name} scores, {areas[name]}"] = [(f, low, high) for f, (low, high) in points]
         x = [100 * size for size in self.sizes]
         xlabel = f"edges kept, % of {self.n_total}"
-        title = f"{self.ablation}, {self.attention} attention, {len(self.full)} prompts"
+        title = f"{self.ablation}, {self.attention} attention, {_over(self)}"
         return curves(ax, x, series, title=title, xlabel=xlabel, ylabel="share recovered")
 
     def _page(self) -> Page:
@@ -290,15 +301,17 @@ class FaithfulnessCurve(Paged):
             curves_view(x, lines, axes, {"the whole model": 1.0}),
             interval_view(["edges", "by"], labels, np.concatenate(values), what="share"),
         ]
-        notes = [repr(self).splitlines()[0], "Bands are 95 % bootstrap intervals over prompts."]
+        notes = [repr(self).splitlines()[0], f"{_over(self).capitalize()}."]
         return Page("Faithfulness by size", views, notes, height=680)
 
     def __repr__(self) -> str:
-        cpr, cmd = self.cpr_interval, self.cmd_interval
+        cpr, cmd = (
+            interval_text(*ends, len(self.full), ".3f")
+            for ends in (self.cpr_interval, self.cmd_interval)
+        )
         head = (
-            f"FaithfulnessCurve(CPR {self.cpr:.3f} [{cpr[0]:.3f}, {cpr[1]:.3f}], CMD "
-            f"{self.cmd:.3f} [{cmd[0]:.3f}, {cmd[1]:.3f}]: {self.n_total} edges, {self.ablation}, "
-            f"{self.attention} attention, {_prompts(self)})"
+            f"FaithfulnessCurve(CPR {self.cpr:.3f} {cpr}, CMD {self.cmd:.3f} {cmd}: {self.n_total} "
+            f"edges, {self.ablation}, {self.attention} attention, {_prompts(self)})"
         )
         columns = zip(self.sizes, self.n_edges, self.shares, self.absolute_shares, strict=True)
         rows = (f"  {k:5.1%}  {n:5d}  {float(f):6.3f}  {float(g):8.3f}" for k, n, f, g in columns)
@@ -333,7 +346,15 @@ def share_difference(first: Faithfulness, second: Faithfulness) -> tuple[float, 
 def _prompts(found: Faithfulness | FaithfulnessCurve) -> str:
     """How many prompts there are, and what was put in front of them."""
     in_front = Convention(first_token=found.first_token).in_front
-    return ", ".join(filter(None, (f"{len(found.full)} prompts", in_front)))
+    n = len(found.full)
+    count = "one prompt, so no interval" if n == 1 else f"{n} prompts"
+    return ", ".join(filter(None, (count, in_front)))
+
+
+def _over(curve: FaithfulnessCurve) -> str:
+    """What the bands of a curve are, or why there are none."""
+    ends = (low for own in curve.intervals().values() for low, _ in own)
+    return intervals_over(ends, len(curve.full))
 
 
 # --- Shares and their intervals ------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ..evaluation import Comparison, Estimate, compare, estimate
 from ..hosts import Adapter, adapt
 from ..maps import take_row
 from ..operator import Capture, FrozenTransformer
-from ..pictures import Page, Paged, Tabled, estimates, interval_view
+from ..pictures import Page, Paged, Tabled, estimates, interval_view, intervals_over
 from ..recording import freeze
 from .asking import Asked, smallest_edit
 from .edit import Edit
@@ -139,8 +139,14 @@ class EditEvaluation(Paged, Tabled):
         """
         found = [self.mean(method, measure) for method in self.methods]
         series = {measure: [(one.value, one.low, one.high) for one in found]}
-        title = f"edits of {self.n} prompts at {len(self.sites)} sites"
-        return estimates(ax, self.methods, series, title=title, xlabel=f"mean {measure}")
+        title = f"edits of {self._size()}"
+        over = intervals_over((one.low for one in found), found[0].n, "edit")
+        return estimates(ax, self.methods, series, title=title, xlabel=f"mean {measure} ({over})")
+
+    def _size(self) -> str:
+        """How many prompts and sites there are."""
+        counts = ((self.n, "prompt"), (len(self.sites), "site"))
+        return " at ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts)
 
     def _page(self) -> Page:
         labels, rows = [], []
@@ -149,11 +155,9 @@ class EditEvaluation(Paged, Tabled):
             labels.append([measure, method])
             rows.append([one.value, one.low, one.high])
         order = sorted(range(len(labels)), key=lambda i: MEASURES.index(labels[i][0]))
-        notes = [
-            "Means over prompts and sites, with 95 % bootstrap intervals. Of delivered, 1 is what "
-            "was asked."
-        ]
         labels, values = [labels[i] for i in order], np.array(rows)[order]
+        over = intervals_over(values[:, 1], self.n * len(self.sites), "edit")
+        notes = [f"Means over prompts and sites; {over}. Of delivered, 1 is what was asked."]
         table = interval_view(["measure", "method"], labels, values, group=0)
         return Page(repr(self).splitlines()[0], [table], notes)
 
@@ -167,8 +171,7 @@ class EditEvaluation(Paged, Tabled):
 
     def __repr__(self) -> str:
         rows = [
-            f"Edits of {self.n} prompts at {len(self.sites)} sites, asked for {self.to:g} × the "
-            "target",
+            f"Edits of {self._size()}, asked for {self.to:g} × the target",
             f"{'method':>12}  {'miss':>6}  {'flipped':>20}  {'norm':>20}  KL elsewhere",
         ]
         for m in self.methods:

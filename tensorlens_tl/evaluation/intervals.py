@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import spelled
-from ..pictures import Page, Paged, Tabled, estimates, interval_view
+from ..pictures import (
+    Page,
+    Paged,
+    Tabled,
+    estimates,
+    interval_text,
+    interval_view,
+    intervals_over,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,8 +37,8 @@ class Estimate(Paged, Tabled):
 
     Attributes:
         value: Value of the statistic.
-        low: Lower end of the 95 % interval.
-        high: Upper end of the 95 % interval.
+        low: Lower end of the 95 % interval; nan where there is none, as of one value.
+        high: Upper end of the 95 % interval; nan where there is none.
         n: Number of values that the statistic is of.
     """
 
@@ -57,16 +66,21 @@ class Estimate(Paged, Tabled):
             ValueError: If matplotlib is missing.
         """
         points = {"": [(self.value, self.low, self.high)]}
-        xlabel = "value and 95 % interval"
+        xlabel = f"value ({intervals_over([self.low], self.n, 'value')})"
         return estimates(ax, [f"n = {self.n}"], points, title=str(self), xlabel=xlabel)
 
     def _page(self) -> Page:
         values = np.array([[self.value, self.low, self.high]])
         view = interval_view([""], [[f"n = {self.n}"]], values, what="value")
-        return Page(str(self), [view], ["Low and high end the 95 % interval."], height=200)
+        return Page(
+            str(self),
+            [view],
+            [f"{intervals_over([self.low], self.n, 'value').capitalize()}."],
+            height=200,
+        )
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.value:.3g} {interval_text(self.low, self.high, self.n)}"
 
 
 def mean(values: Float[Tensor, "*draws n"]) -> Float[Tensor, "*draws"]:
@@ -88,7 +102,8 @@ def bootstrap(
 
     The ends are the 2.5 and 97.5 % points of the statistic over 2,000 resamples with replacement
     (Efron 1979). Each end is one of the resampled statistics, never between two of them, so that
-    infinite values are allowed.
+    infinite values are allowed. One value says nothing of its spread, so it has no interval: the
+    ends are nan.
 
     Args:
         values: Independent values. Where values come in groups, pass one per group.
@@ -106,6 +121,8 @@ def bootstrap(
         raise ValueError(
             f"values have shape {list(x.shape)}, not [n]. Pass a list of at least one number."
         )
+    if len(x) == 1:
+        return Estimate(float(x), math.nan, math.nan, 1)
     drawn = statistic(x[_resamples(len(x), seed)])
     low, high = drawn.sort().values[[round(q * (DRAWS - 1)) for q in (0.025, 0.975)]].tolist()
     return Estimate(float(statistic(x)), low, high, len(x))

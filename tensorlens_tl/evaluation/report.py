@@ -11,7 +11,16 @@ import numpy as np
 
 from ..checks import need, spelled
 from ..operator import Convention
-from ..pictures import Page, Paged, Tabled, dots, estimates, interval_view, table_view
+from ..pictures import (
+    Page,
+    Paged,
+    Tabled,
+    dots,
+    estimates,
+    interval_view,
+    intervals_over,
+    table_view,
+)
 from .curves import best_first, curve_figure, curve_page_view
 from .intervals import Estimate
 from .significance import Comparison, compare, estimate
@@ -98,7 +107,8 @@ class Row(Paged, Tabled):
         views = [table_view(["prompt"], [self.measure], labels, values[:, None])]
         if self.points:
             views.insert(0, curve_page_view({self.method: self}, "", 0))
-        notes = [f"{self.estimate()}: the mean over prompts, with its 95 % interval."]
+        found = self.estimate()
+        notes = [f"Mean {found}: {intervals_over([found.low], found.n)}."]
         return Page(f"{self.method}: {self._kind}", views, notes)
 
     def estimate(self, seed: int = 0) -> Estimate:
@@ -270,6 +280,7 @@ class Evaluation(Paged):
         order = best_first(means, first.higher)
         title = f"{_many(len(self), 'prompt')} of {self.model}"
         if kind == "curves":
+            title += ", so no interval" if len(self) == 1 else ""
             if not all(row.points for row in rows.values()):
                 raise ValueError(f"measure={first.measure!r} has no curves here. {_NO_CURVES}")
             rows = {name: rows[name] for name in order}
@@ -279,7 +290,8 @@ class Evaluation(Paged):
             for one, own in kinds.items()
         }
         series = {name: [(e.value, e.low, e.high) for e in own] for name, own in found.items()}
-        return estimates(ax, order, series, title=title, xlabel="mean and 95 % interval")
+        over = intervals_over((e.low for own in found.values() for e in own), len(self))
+        return estimates(ax, order, series, title=title, xlabel=f"mean ({over})")
 
     def _kinds(self, **asked: str | None) -> dict[Kind, dict[str, Row]]:
         """The rows by what they measure and by method; of what is asked, None fits all."""
@@ -352,7 +364,7 @@ class Evaluation(Paged):
             labels.append([row.method, head, row.masking])
         names, values = ["method", "measure", "masked by"], np.array(numbers).reshape(-1, 3)
         table = interval_view(names, labels, values, group=1)
-        notes = ["Low and high are the ends of 95 % bootstrap intervals over prompts."]
+        notes = [f"{intervals_over(values[:, 1], len(self)).capitalize()}."]
         views = [replace(table, tab="means")]
         for kind, rows in self._kinds().items():
             if all(row.points for row in rows.values()):
@@ -366,8 +378,9 @@ class Evaluation(Paged):
     def __repr__(self) -> str:
         head = (
             f"Evaluation of {_many(len(self.methods), 'method')} on {_many(len(self), 'prompt')} "
-            f"of {self.model} ({self.dtype}), mean [95 % interval]"
+            f"of {self.model} ({self.dtype}), "
         )
+        head += "one prompt, so no interval" if len(self) == 1 else "mean [95 % interval]"
         in_front = Convention(first_token=self.first_token).in_front
         head = ", ".join(filter(None, (head, in_front)))
         return "\n".join([head, *(line for block in self._blocks() for line in ("", *block))])

@@ -61,7 +61,7 @@ class Comparison(Paged, Tabled):
         """
         ax = self.difference.plot(ax)
         ax.axvline(0, color="0.2", linewidth=0.8)
-        ax.set(title=str(self), xlabel="first better by, with its 95 % interval")
+        ax.set(title=str(self), xlabel=ax.get_xlabel().replace("value", "first better by", 1))
         return ax
 
     def _page(self) -> Page:

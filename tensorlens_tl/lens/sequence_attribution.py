@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMAT = "tensorlens_tl sequence attribution 1"
+WHAT_MANY = {"logit": "logits", "log-probability": "log-probabilities"}
 Continuation = int | str | Sequence[int] | Tensor
 """Where a continuation starts, or its text, or its token ids."""
 
@@ -219,9 +220,10 @@ class SequenceAttribution(Paged):
         one, by = self[0], self.columns[0].by
         rows = one._largest()
         width = max(9, *(len(name) + 2 for name in one.outputs[0]))
-        lines = [f"{self._head()} by {by}, of which each column is the sum"]
-        if self.completeness_error is None:
-            lines = [f"{self._head()} by {by}; the rows do not sum"]
+        sums = "the rows do not sum"
+        if self.completeness_error is not None:
+            sums = f"each column sums to its last number, off by {self.completeness_error:.0e}"
+        lines = [f"{self._head()}, by {by}; {sums}"]
         lines += ["".join(f"{name:>{width}}" for name in one.outputs[0])]
         for i in rows:
             numbers = "".join(f"{value:>+{width}.4f}" for value in one.values[0, i].tolist())
@@ -229,14 +231,22 @@ class SequenceAttribution(Paged):
         more = len(one.labels[0]) - len(rows)
         lines += [f"  … {more} more rows"] if more else []
         total = "".join(f"{value:>+{width}.4f}" for value in one.target_value[0].tolist())
-        lines.append(f"{total}  = {one.columns[0].target[0]}, …")
+        lines.append(f"{total}  = {self._what()}")
         return "\n".join(lines)
 
+    def _what(self) -> str:
+        """What is explained of every output token."""
+        return "log-probability" if unit_of(self.columns[0].target[0]) == "nats" else "logit"
+
     def _head(self) -> str:
+        first, *more = self.outputs[0]
+        names = f"{first} … {more[-1]}, {1 + len(more)} tokens" if len(more) > 3 else ""
+        names = names or ", ".join((first, *more))
         many = f", prompt 1 of {len(self)}" if len(self) > 1 else ""
         in_front = self.columns[0].convention.in_front
         many += f", {in_front}" if in_front else ""
-        return f"SequenceAttribution of {len(self.columns)} tokens{many}"
+        what = self._what() if not more else WHAT_MANY[self._what()]
+        return f"SequenceAttribution of the {what} of {names}{many}"
 
     def _page(self) -> Page:
         views = []

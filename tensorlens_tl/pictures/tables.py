@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,45 @@ def interval_view(
     Returns:
         The view of these rows.
     """
+    if not np.isfinite(values[:, 1:]).any():  # of one prompt each
+        return table_view(names, [what], labels, values[:, :1], caption)
     view = table_view(names, [what, "low", "high"], labels, values, caption)
     return View("table", {**view.data, "scaled": "interval", "group": group})
+
+
+def interval_text(low: float, high: float, n: int, places: str = ".3g") -> str:
+    """Write an interval in brackets, or why there is none.
+
+    Args:
+        low: The lower end; nan where there is none.
+        high: The upper end.
+        n: The number of values that the interval is of.
+        places: Format of the ends, as Python writes it.
+
+    Returns:
+        The interval as text, without the number that stands before it.
+    """
+    if n < 2:
+        return f"(n = {n})"
+    if math.isnan(low) or math.isnan(high):
+        return "(no interval)"
+    return f"[{low:{places}}, {high:{places}}]"
+
+
+def intervals_over(ends: Iterable[float], n: int, what: str = "prompt") -> str:
+    """Say what the intervals of a table or figure are over, or why there are none.
+
+    Args:
+        ends: Ends of all intervals; nan where there is none.
+        n: The number of prompts or others that the intervals are over.
+        what: What these are, in the singular.
+
+    Returns:
+        A few words, for a note or beside an axis.
+    """
+    if not all(map(math.isnan, ends)):
+        return f"95 % bootstrap intervals over {what}s"
+    return f"one {what}, so no interval" if n == 1 else "no intervals"
 
 
 def curves_view(
@@ -87,7 +125,10 @@ def curves_view(
     Returns:
         The view of these curves.
     """
-    parts = [{"name": n, "y": y, "low": low, "high": high} for n, y, low, high in lines]
+    parts = []
+    for name, y, low, high in lines:
+        ends = (None, None) if low is None or np.isnan(low).all() else (low, high)
+        parts.append({"name": name, "y": y, "low": ends[0], "high": ends[1]})
     at = np.array(x, dtype=np.float64)
     across = guides or {}
     data = {"x": at, "lines": parts, "log": by_decades(x), "start": start}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..checks import need, progress_bar, spelled
 from ..evaluation import Estimate, bootstrap, read_study, study_text
-from ..pictures import Page, Paged, View, estimates, interval_view
+from ..pictures import Page, Paged, View, estimates, interval_view, intervals_over
 from .decoding import MEAN, Decoding
 from .linear_relation import MAP_METHODS
 from .relation import Relation
@@ -135,7 +135,8 @@ class RelationStudy(Paged):
 
     def __repr__(self) -> str:
         splits = len({row.split for row in self.rows})
-        lines = [f"RelationStudy({self.model}, {', '.join(self.accuracy)}; {splits} splits)"]
+        count = f"{splits} split{'s' * (splits != 1)}"
+        lines = [f"RelationStudy({self.model}, {', '.join(self.accuracy)}; {count})"]
         for n in self.sizes:
             lines.append(f"  n = {n:<17} faithfulness           causality")
             for variant in dict.fromkeys(row.variant for row in self.rows):
@@ -162,12 +163,20 @@ class RelationStudy(Paged):
         for n in self.sizes:
             found = [self.estimate(what, variant, n) for variant in names]
             series[f"n = {n}"] = [(e.value, e.low, e.high) for e in found]
-        return estimates(ax, names, series, title=", ".join(self.accuracy), xlabel=what)
+        return estimates(
+            ax, names, series, title=", ".join(self.accuracy), xlabel=f"{what} ({self._over(what)})"
+        )
+
+    def _over(self, what: str) -> str:
+        """What the intervals of a share are over, or that there are none."""
+        fits = {(row.variant, len(row.train)) for row in self.rows}
+        ends = [self.estimate(what, *fit).low for fit in fits]
+        return intervals_over(ends, len({row.split for row in self.rows}), "split")
 
     def _page(self) -> Page:
         many = len(self.accuracy) > 1
         views = [self._view(relation) for relation in (None, *(self.accuracy if many else ()))]
-        notes = ["Low and high are the ends of 95 % intervals over splits."]
+        notes = [f"{self._over('faithfulness').capitalize()}."]
         return Page(repr(self).splitlines()[0], views, notes, tabs=many, tab_name="Relation")
 
     def _view(self, relation: str | None) -> View:

@@ -21,7 +21,7 @@ import torch
 
 from ..checks import need, progress_bar, spelled
 from ..evaluation import Estimate, bootstrap, median, read_study, study_text
-from ..pictures import Page, Paged, View, curves, curves_view, interval_view
+from ..pictures import Page, Paged, View, curves, curves_view, interval_view, intervals_over
 from ..plugin import capture
 from .linear_relation import MAP_METHODS
 from .validity_errors import DIRECTION_KINDS, SIZES, direction_errors, draw, radius
@@ -164,7 +164,7 @@ class ValidityStudy(Paged):
         return found
 
     def __repr__(self) -> str:
-        lines = [f"ValidityStudy({self.model}, {self.n} prompts, {self.dtype})"]
+        lines = [f"ValidityStudy({self.model}, {self.n} prompt{'s' * (self.n != 1)}, {self.dtype})"]
         lines.append(
             f"  {'median error at ‖δ‖/‖X‖':<24}" + "".join(f"{s:>8.3g}" for s in self.sizes)
         )
@@ -194,10 +194,14 @@ class ValidityStudy(Paged):
             ax,
             self.sizes,
             series,
-            title=f"{self.model}, {self.n} prompts",
+            title=f"{self.model}, {self._over()}",
             xlabel="‖δ‖ / ‖X‖",
             ylabel="median relative error",
         )
+
+    def _over(self) -> str:
+        ends = (low for own in self._series(self.kinds).values() for _, low, _ in own)
+        return intervals_over(ends, self.n)
 
     def _series(self, kinds: Sequence[str]) -> dict[str, list[tuple[float, float, float]]]:
         """For every kind and map, the median error at every size with its interval."""
@@ -228,7 +232,7 @@ class ValidityStudy(Paged):
                 interval_view(["size", "map"], labels, values, caption, what="error"),
             )
             views += [replace(part, tab=kind) for part in parts]
-        title, notes = repr(self).splitlines()[0], ["Bands are 95 % intervals over prompts."]
+        title, notes = repr(self).splitlines()[0], [f"{self._over().capitalize()}."]
         several = len(self.kinds) > 1
         return Page(title, views, notes, tabs=several, tab_name="Directions", height=860)
 

@@ -63,7 +63,9 @@ def test_scores_are_means_over_prompts(model, at, batch_size):
     assert tuple(found.scores) == tuple(expected)
     assert_close(vector(found.scores), vector(expected), 1e-5)
     assert found.n_prompts == 6 and found.corrupted == bool(at) and found.is_connected
-    assert found.target == "a target each − a target each" and len(found) <= 30
+    pairs = list(dict.fromkeys(f"{a!r} − {b!r}" for a, b in zip(*rows[2:], strict=True)))
+    assert found.target.startswith(", ".join(pairs[:3])) and len(found) <= 30
+    assert found.target.endswith("(each prompt's own)") and found.target in repr(found)
     assert "mean of 6 prompts" in repr(found)
     with torch.no_grad():
         tensorlens_tl.capture(model, rows[0][0])[1].circuit(found)  # of the same model
@@ -81,7 +83,8 @@ def test_ids_of_several_lengths_own_predictions_and_one_target_for_all(case):
     for found, args, kwargs in ((own, (None, None, -2), {}), (one, (3, 4), {"qk": False})):
         parts = [vector(lens.discover(*args, n_edges=1, **kwargs).scores) for lens in lenses]
         assert_close(vector(found.scores), sum(parts) / 4, 10 * case.tol())
-    assert own.target == "own prediction" and one.target == "3 − 4"
+    assert own.target == "each prompt's own prediction"
+    assert one.target == "'#3' − '#4'"
 
 
 def test_a_corrupted_run_is_asked_about_the_clean_ones_prediction():
@@ -194,7 +197,7 @@ def test_ids_as_the_host_gives_them(model):
     expected = tensorlens_tl.discover(model, *texts, right, wrong, n_edges=9)
     for goals in ((a, b), (a.numpy(), b.numpy())):
         found = tensorlens_tl.discover(model, *ids, *goals, n_edges=9)
-        assert found.edges == expected.edges and "a target each − a target each" in repr(found)
+        assert found.edges == expected.edges and found.target == expected.target
         assert_close(vector(found.scores), vector(expected.scores), 1e-5)
 
 

@@ -29,7 +29,7 @@ from tensorlens_tl.costs import Plan
 from tensorlens_tl.editing import EditCheck
 from tensorlens_tl.editing.patching_study import Predictions
 from tensorlens_tl.editing.ranking import EditRanking
-from tensorlens_tl.editing.study import EditEvaluation
+from tensorlens_tl.editing.study import MEASURES, EditEvaluation
 from tensorlens_tl.evaluation.intervals import Estimate
 from tensorlens_tl.evaluation.report import Evaluation, Row
 from tensorlens_tl.evaluation.significance import Comparison
@@ -333,6 +333,49 @@ def test_studies_of_relations():
     (points,) = found.plot().containers
     assert points.lines[0].get_xdata().tolist() == [0.5, 0.5]
     assert labels(found.plot(what="causality")) == ["operator, β = 1"]
+
+
+def test_one_prompt_has_no_interval():
+    """Neither certainty, [0.5, 0.5], nor nan is shown: texts, notes and axes say that it is one."""
+    given = {"model": "m", "dtype": "float32", "lengths": (3,), "targets": ("x",), "versus": None}
+    given |= {"mask_token": None, "convention": "half", "batch_size": 1, "keep_last": True}
+    given |= {"seed": 0, "seconds": {}, "forward_seconds": 1.0, "runs": {}}
+    row = Row("morf", "p", "x", "mean", "a", False, (0.5,), (0.0, 1.0), ((0.75, 0.25),))
+    full, ablated, circuit = torch.tensor([[3.0], [0.0], [2.0]])
+    about = {"full": full, "ablated": ablated, "ablation": "zero", "attention": "live"}
+    about |= {"n_total": 9}
+    sizes = {"sizes": (0.0, 1.0), "n_edges": (0, 9)}
+    both = torch.stack([ablated, full])
+    curve = ErrorCurve("swap", (0.1, 0.4), (0.0, 0.5), 0.1, {}, 1.0)
+    decoded = Decoding("r", "{}", 0, ("a", "b"), 4, "operator", 0.5, (), 0, causality=0.5)
+    mean = torch.tensor([1.0, -3.0]), torch.full((2,), math.nan), (Node("embed"), Node("b_U"))
+    results = [
+        Estimate(0.5, math.nan, math.nan, 1),
+        Comparison(Estimate(0.5, math.nan, math.nan, 1), 1.0),
+        row,
+        Evaluation(rows=(row,), **given),
+        Faithfulness(empty=ablated, circuit=circuit, n_edges=4, **about),
+        FaithfulnessCurve(signed=both, absolute=both, **sizes, **about),
+        ValidityStudy("m", "float32", 0, 1, (0.05, 1.0), (curve,)),
+        RelationStudy("m", "float32", 0, (1.0,), (1,), {"r": 1.0}, (decoded,)),
+        EditEvaluation({("caa", m): [0.5] for m in MEASURES}, (1,), -1.0, 1),
+        MeanAttribution(*mean, "component", "direct", 1, -2.0, 0.0),
+    ]
+    for found in results:
+        page, ax = found._page(), found.plot()
+        for view in page.views:
+            if view.kind == "table":
+                assert np.isfinite(view.data["values"]).all() and "low" not in view.data["columns"]
+        said = [str(found), page.title, *page.notes]
+        assert not any("nan" in text or "[0" in text for text in said), said
+        drawn = [ax.get_xlabel(), ax.get_title()]
+        ax.figure.canvas.draw()
+        for where in said, drawn:
+            assert any(word in " ".join(where) for word in ("one ", "(n = 1)")), (found, where)
+    ax = results[3].plot(kind="curves", measure="morf")
+    assert "1 prompt of m, so no interval" in ax.get_title()
+    line = results[3]._page().views[1].data["lines"][0]
+    assert line["low"] is None is line["high"]
 
 
 def test_edits():

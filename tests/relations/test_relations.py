@@ -513,6 +513,7 @@ def test_bootstrap_intervals():
     assert bootstrap(values.tolist()) == found != bootstrap(values.tolist(), seed=1)
     infinite = bootstrap([1.0, 2.0, torch.inf], median)
     assert infinite.value == 2 and infinite.high == torch.inf and infinite.low == 1
-    assert str(bootstrap([0.5])) == "0.5 [0.5, 0.5]"
+    one = bootstrap([0.5])  # one value says nothing of its spread
+    assert str(one) == "0.5 (n = 1)" and str((one.low, one.high)) == "(nan, nan)"
     with pytest.raises(ValueError, match="at least one number"):
         bootstrap([])

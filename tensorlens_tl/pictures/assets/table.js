@@ -33,7 +33,7 @@ views.table = (box, data, watch) => {
     body.replaceChildren(...rows.slice(0, state.count).map((i) => make("tr", {},
       labels[i].map((text, k) => make(k ? "td" : "th", k ? {} : { scope: "row" }, make("bdi", { dir: "ltr", title: text.length > 200 ? text : null }, shown(placed(text))))),
       columns.map((_, k) => {
-        if (spans) return [make("td", { class: "num" }, number(value(i, k), 4, signed)), k ? "" : make("td", { class: "of" }, interval(i))];
+        if (spans) return [make("td", { class: "num" }, k && Number.isNaN(value(i, k)) ? "–" : number(value(i, k), 4, signed)), k ? "" : make("td", { class: "of" }, interval(i))];
         const x = value(i, k), bar = make("span", { class: x < 0 ? "bar neg" : "bar pos" });
         bar.style.width = `${full[k] ? (long * size(x)) / full[k] : 0}px`;
         return [make("td", { class: "num" }, number(x, 4, plus[k])), make("td", { class: "of" }, bar)];
