@@ -41,7 +41,7 @@ class Shares:
         constants: One number per constant, positions summed, by name [many].
     """
 
-    features: list[Float[Tensor, "many n"]]
+    features: list[Float[Tensor, "many _"]]
     errors: Float[Tensor, "many mlp pos"]
     tokens: Float[Tensor, "many pos"]
     rest: Float[Tensor, " many"]
