@@ -137,7 +137,7 @@ class ReplacementModel:
             found.append(sum(given, torch.zeros_like(mlp.y, dtype=torch.float64)))
         return found
 
-    def kept(self, picked: Sequence[Bool[Tensor, " n"]]) -> ReplacementModel:
+    def kept(self, picked: Sequence[Bool[Tensor, " _"]]) -> ReplacementModel:
         """The same with some features; all others are one source, which reads nothing.
 
         Args:
