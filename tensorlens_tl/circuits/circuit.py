@@ -224,23 +224,22 @@ class Circuit(Paged):
         Returns:
             The axes drawn on. Edges into queries are dashed, edges into keys dotted.
         """
-        title = f"circuit of {self.target}" if self.target else "circuit"
+        one = self.target and "a target each" not in self.target
+        title = f"circuit of {self.target}" if one else "circuit"
         return graph_figure(ax, self.edges, self.scores, title=title, unit="logits", top=top)
 
     def _page(self) -> Page:
         # The scores of all other edges would weigh megabytes.
         own = replace(self, scores={e: self.scores[e] for e in self.edges if e in self.scores})
-        view = edge_view(
-            self.edges,
-            [own.scores.get(edge, math.nan) for edge in self.edges],
-            json=own.to_json(),
-        )
-        notes = ["Only the real model tells whether it needs these edges: ask .faithfulness."]
+        weights = [own.scores.get(edge, math.nan) for edge in self.edges]
+        view = edge_view(self.edges, weights, json=own.to_json())
+        notes = [repr(self).splitlines()[0]]
+        notes += ["Only the real model tells whether it needs these edges: ask .faithfulness."]
         if others := len(self.scores) - len(own.scores):
             notes.append(
                 f"The page holds these edges. .to_json() has the scores of {others} others, too."
             )
-        return Page(repr(self).splitlines()[0], [view], notes)
+        return Page(f"Circuit of {len(self)} edges", [view], notes)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Give the edges as a pandas table.

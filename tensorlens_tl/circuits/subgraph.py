@@ -133,7 +133,8 @@ class Subgraph(Paged):
         note = (
             "Patterns, scales and ratios are those of the whole run; .share tells what it carries."
         )
-        return replace(page, title=repr(self), notes=(*page.notes, note))
+        title = f"One run on {len(self.circuit)} edges alone"
+        return replace(page, title=title, notes=(*page.notes, note))
 
     def plot(self, ax: Axes | None = None, top: int = 60) -> Axes:
         """Draw the edges that are kept, as :meth:`Circuit.plot` does."""

@@ -362,7 +362,9 @@ class Edit(Paged, Tabled):
             "The real model was not run: .check(model) runs it, and .sweep(model) does at many "
             "sizes.",
         ]
-        return Page(repr(self), [table_view(["prompt"], names, labels, values)], notes)
+        return Page(
+            f"Edit at {self.place.name}", [table_view(["prompt"], names, labels, values)], notes
+        )
 
     def _edited(self, adapter: Adapter, rows: Tensor, columns: Tensor, ids: Tensor) -> Capture:
         """Freeze the edited run of prompts of one length."""

@@ -131,7 +131,7 @@ class PromptComparison(Paged, Tabled):
         a, b = (float(one.target_value[prompt]) for one in (self.clean, self.corrupted))
         caption = f"Sums: {a:+.6g} here, {b:+.6g} there, difference {a - b:+.6g}."
         table = table_view(
-            ["here", "there"],
+            ["token here", "token there"],
             ["here", "there", "difference"],
             names,
             values,
@@ -142,7 +142,7 @@ class PromptComparison(Paged, Tabled):
         one = self.components[prompt]
         nodes = [source.node for source in one.sources]
         down, across, cells, beside = head_cells(nodes, one.values[0].double().tolist())
-        unit, parts = "units of the target", [table]
+        unit, parts = unit_of(self.clean.target[prompt]), [table]
         if down:
             heading = "The difference, by component"
             parts.append(grid_view(down, across, cells, ("layer", "part"), unit, heading))

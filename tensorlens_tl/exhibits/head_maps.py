@@ -78,6 +78,12 @@ class HeadMaps(Paged, Tabled):
         names = ", ".join(self.heads[:4]) + (", …" if len(self.heads) > 4 else "")
         return f"HeadMaps({names}, {n} × {n}, of {self.target})"
 
+    @property
+    def _unit(self) -> str:
+        """Of the values: a direction has a unit of its own."""
+        tokens = self.target.startswith(("its own", "the logit of '", 'the logit of "'))
+        return "logits" if tokens else "units of the target"
+
     def plot(
         self,
         ax: Axes | None = None,
@@ -111,7 +117,7 @@ class HeadMaps(Paged, Tabled):
             as_array(getattr(self, what)[prompt, self.heads.index(head), here, here]),
             own,
             own,
-            unit="units of the target" if added else "share of the row",
+            unit=self._unit if added else "share of the row",
             title=f"what {head} adds to {self.target}" if added else f"where {head} attends",
             axis_names=("query_pos: reads", "key_pos: is read"),
             signed=added,
@@ -123,7 +129,7 @@ class HeadMaps(Paged, Tabled):
             here, panels = slice(start, stop), []
             small = len(self.heads) * (stop - start) ** 2 <= 2**16
             for name, unit, maps in (
-                ("What the head adds directly", "units of the target", self.values),
+                ("What the head adds directly", self._unit, self.values),
                 ("Attention pattern", "share of the row", self.patterns),
             ):
                 stops = [
@@ -135,7 +141,7 @@ class HeadMaps(Paged, Tabled):
                     )
                     for i, head in enumerate(self.heads)
                 ]
-                panels.append(panel(name, unit, stops))
+                panels.append(panel(name, unit, stops, signed=maps is self.values))
             own = self.labels[prompt]
             axes = ("query position", "key position")
             views.append(map_view(own, own, panels, axes, beginning(own), "Head"))

@@ -119,11 +119,14 @@ class OperatorMaps(Paged, Tabled):
                 name = f"{self.baseline.kind}, for comparison"
                 panels.append(TokenMatrix.panel([self.baseline], prompt, name))
             heading, link = beginning(tokens), f"map {prompt}" if self.waterfalls else ""
-            parts = [map_view(tokens, tokens, panels, heading=heading, link=link)]
+            named = heading if len(self) > 1 else ""
+            parts = [map_view(tokens, tokens, panels, heading=named, link=link)]
             if self.waterfalls:
                 parts.append(self.waterfalls[prompt].row_view(tokens, link))
             views += [replace(part, tab=f"{prompt + 1}: {heading}") for part in parts]
-        return Page("The operator's map, by depth", views, notes, tabs=len(self) > 1, height=900)
+        return Page(
+            "Tokens by tokens, from every depth", views, notes, tabs=len(self) > 1, height=900
+        )
 
 
 def maps_by_depth(

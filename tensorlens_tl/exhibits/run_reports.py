@@ -71,7 +71,9 @@ class RunReport(Paged, Tabled):
                 said.setdefault(note, []).append(heading)
             for i, view in enumerate(page.views):
                 own = f"{heading}: {view.heading}" if view.heading else heading
-                views.append(replace(view, heading=own if i else f"{heading}: {page.title}"))
+                if not i and not view.heading:
+                    own = f"{heading}: {page.title.removesuffix(f', {heading.lower()}')}"
+                views.append(replace(view, heading=own))
         notes = [f"{', '.join(headings)}: {note}" for note, headings in said.items()]
         left = [line.strip() for line in self._missing()]
         return Page(self.title, views, [*self.exactness, *notes, *left], height=900)

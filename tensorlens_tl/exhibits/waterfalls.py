@@ -149,10 +149,10 @@ class Waterfall(Paged, Tabled):
                 if own
             ]
             lens = None if self.lens is None else as_array(self.lens[prompt])
-            heading = f"{one.target[0]} = {float(one.target_value[0]):.4g}"
+            goal = f"{one.target[0]} = {float(one.target_value[0]):.4g}"
             parts = list(zip(self.of_step, one.labels[0], strict=True))
-            values = as_array(one.values[0])
-            views.append(waterfall_view(self.steps, parts, values, details, lens, heading))
+            values, unit = as_array(one.values[0]), unit_of(one.target[0])
+            views.append(waterfall_view(self.steps, parts, values, details, lens, goal, unit=unit))
         error = self.components.completeness_error
         note = "The sum so far reads the residual with the final norm's scale of this run."
         exact = f"All steps sum to the target, off by at most {error or 0.0:.0e} of Σ|·|."
@@ -180,6 +180,7 @@ class Waterfall(Paged, Tabled):
             heading="The chosen row through depth",
             rows=names,
             link=link,
+            unit=unit_of(one.target[0]),
         )
 
     def _step_of(self, node: str) -> int:

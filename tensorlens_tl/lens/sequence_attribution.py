@@ -253,13 +253,14 @@ class SequenceAttribution(Paged):
         for prompt in range(len(self)):
             one = self[prompt]
             cells, names = as_array(one.values[0].double()), one.labels[0]
-            axes, unit = ("source", "output token"), "units of the target"
+            axes, unit = ("source", "output token"), unit_of(one.columns[0].target[0])
             heading = f"{prompt + 1}: {' '.join(one.outputs[0])}"
             views.append(grid_view(names, one.outputs[0], cells, axes, unit, heading))
         exact = "The rows do not sum to the targets."
         if self.completeness_error is not None:
             exact = f"Columns sum to their token, off by {self.completeness_error:.0e} of Σ|·|."
-        return Page(self._head(), views, [exact], tabs=len(self) > 1, height=760)
+        title = self._head().replace("SequenceAttribution", "Attribution", 1)
+        return Page(title, views, [exact], tabs=len(self) > 1, height=760)
 
     def _strip(self) -> str:
         one = self[0]

@@ -222,7 +222,7 @@ class LogitLens(Paged):
         where = own[0] if len(own) == 1 else f"{len(own)} positions"
         many = f", prompt 1 of {len(self)}" if len(self) > 1 else ""
         how = {"anew": "the final norm applied anew", "frozen": "the final norm's scale frozen"}
-        head = f"LogitLens at {where}{many}, {how[self.norm]}"
+        head = f"Logit lens at {where}{many}, {how[self.norm]}"
         return ", ".join(filter(None, (head, self.convention.in_front)))
 
     def __repr__(self) -> str:
@@ -246,7 +246,9 @@ class LogitLens(Paged):
             across, cells = self[prompt]._table()
             words = [[token for token, _ in row] for _, row in cells]
             shares = np.array([[p for _, p in row] for _, row in cells])
-            heading = "The likeliest tokens, by rank" if len(self.labels[prompt]) == 1 else "Reads"
+            heading = "The likeliest tokens, by rank"
+            if len(self.labels[prompt]) > 1:
+                heading = "The likeliest token at every position, and its probability"
             parts = (
                 words_view(self.sites, across, words, shares, heading),
                 table_view(names, columns, labels, numbers),

@@ -151,7 +151,7 @@ class Routing(Paged, Tabled):
     def _page(self) -> Page:
         axes = ("token", "expert")
         views = [
-            replace(grid_view(*self._grid(i), axes, "weight"), tab=f"prompt {i + 1}")
+            replace(grid_view(*self._grid(i), axes, "weight", signed=False), tab=f"prompt {i + 1}")
             for i in range(len(self.tokens))
         ]
         head = repr(self).splitlines()[0]

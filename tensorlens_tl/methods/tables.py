@@ -168,7 +168,8 @@ class TokenMatrix(Paged):
             constants = None if one.constants is None else as_array(one.constants[prompt, here])
             stops.append(depth(one.layers[0], as_array(one[prompt]), constants, form))
         goal = None if first.target_value is None else as_array(first.target_value[prompt, here])
-        return panel(name, _UNITS.get(first.kind, _OWN_UNIT), stops, goal)
+        unit, signed = _UNITS.get(first.kind, _OWN_UNIT), first.kind == "in_out"
+        return panel(name, unit, stops, goal, signed=signed)
 
     def plot(self, ax: Axes | None = None, prompt: int = 0, largest: float | None = None) -> Axes:
         """Draw one prompt's matrix with matplotlib. Signed entries have colours about 0.
@@ -201,16 +202,16 @@ class TokenMatrix(Paged):
 
     def _page(self) -> Page:
         error = self.completeness_error
-        notes = [f"{self.layers[0]} → {self.layers[1]}. {FIRST_TOKEN}"]
+        notes = [f"{self!r}. {FIRST_TOKEN}"]
         if error is not None:
             notes.append(f"Rows and constants sum to the target, off by at most {error:.0e} of it.")
         if self.probes is not None:
             notes.append(f"Entries are estimated from {self.probes} random probes.")
-        views = [
-            map_view(own, own, [self.panel([self], i, self.kind)], heading=" ".join(own[:12]))
-            for i, own in enumerate(self.labels)
-        ]
-        return Page(repr(self), views, notes, tabs=len(self) > 1, height=900)
+        views = []
+        for i, own in enumerate(self.labels):
+            heading = " ".join([*own[:12], *["…"][: len(own) > 12]])
+            views.append(map_view(own, own, [self.panel([self], i, self.kind)], heading=heading))
+        return Page(f"Tokens by tokens: {self.kind}", views, notes, tabs=len(self) > 1, height=900)
 
     def to_json(self) -> str:
         """Write the matrix of every prompt as JSON, with its tokens and without its padding."""
@@ -435,7 +436,7 @@ class TokenScores(PagedPatches):
             if any("patch[" in name for name in own):
                 with suppress(ValueError):  # of several pictures, or of a film
                     grid = patch_map(own, range(len(own)), self[i]).tolist()
-                    parts.insert(0, patch_view(grid, "score"))
+                    parts.insert(0, patch_view(grid, "score", self.method == "in_out"))
             views += [replace(part, tab=f"{i + 1}: {self.target[i]}") for part in parts]
         unit = _UNITS.get(self.method, _OWN_UNIT)
         return Page(f"Scores of tokens by {self.method}", views, [f"In {unit}."], len(self) > 1)

@@ -42,6 +42,7 @@ def panel(
     target: np.ndarray | None = None,
     target_name: str = "target",
     note: str = "",
+    signed: bool = True,
 ) -> dict[str, Any]:
     """One of the maps that stand side by side.
 
@@ -52,12 +53,13 @@ def panel(
         target: What every row and its constants sum to [row]; None where there is no such number.
         target_name: What the target is.
         note: One sentence about the map.
+        signed: Whether the numbers can be below 0. Shares and sizes have a colour of their own.
 
     Returns:
         The data that map.js draws.
     """
     found = {"name": name, "unit": unit, "stops": depths, "target": target, "note": note}
-    return found | {"target_name": target_name}
+    return found | {"target_name": target_name, "signed": signed}
 
 
 def map_view(

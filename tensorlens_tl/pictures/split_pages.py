@@ -32,6 +32,7 @@ def grid_view(
     unit: str,
     heading: str = "",
     patches: bool = False,
+    signed: bool = True,
 ) -> View:
     """A view of a small grid of numbers with names on both sides.
 
@@ -43,6 +44,7 @@ def grid_view(
         unit: What the numbers are counted in.
         heading: A line above the view.
         patches: Whether the cells are the patches of a picture, which may lie under them.
+        signed: Whether the numbers can be below 0.
 
     Returns:
         The view of this grid.
@@ -50,24 +52,25 @@ def grid_view(
     whole = np.array(cells, dtype=np.float64)
     filled = np.where(np.isnan(whole), 0, whole)
     sums = {"sums": filled.sum(1), "columns": filled.sum(0)}
-    shown = panel(heading or "All", unit, [depth("", whole) | sums])
+    shown = panel(heading or "All", unit, [depth("", whole) | sums], signed=signed)
     view = map_view(names, across, [shown], axes, named=True)
     return replace(view, data={**view.data, "patches": True}) if patches else view
 
 
-def patch_view(grid: Sequence[Sequence[float]], unit: str) -> View:
+def patch_view(grid: Sequence[Sequence[float]], unit: str, signed: bool = True) -> View:
     """A view of the numbers of a picture's patches, in their places.
 
     Args:
         grid: The number of every patch [row][column].
         unit: What the numbers are counted in.
+        signed: Whether the numbers can be below 0.
 
     Returns:
         The view of this map.
     """
     down, across = ([str(i) for i in range(len(axis))] for axis in (grid, grid[0]))
     axes, heading = ("patch row", "patch column"), "Patches, with their positions"
-    return grid_view(down, across, grid, axes, unit, heading, patches=True)
+    return grid_view(down, across, grid, axes, unit, heading, patches=True, signed=signed)
 
 
 @spelled
@@ -176,22 +179,22 @@ def split_page(
         edges = [node for node in rows.nodes if isinstance(node, Edge)]
         if edges and len(edges) == len(rows.nodes):
             parts.append(edge_view(edges, rows.values, unit))
-        parts.append(_all_rows(rows, split.by, unit, errors))
+        parts.append(_all_rows(rows, split.by, unit, errors, len(split.targets) > 1))
         tab = f"{number + 1}: {rows.target}"
         views += [replace(part, tab=tab) for part in parts]
     title = split.rows()[0].title if len(split.targets) == 1 else f"{len(split.targets)} prompts"
     return Page(title, views, [*notes, FIRST_TOKEN], tabs=len(split.targets) > 1, height=620)
 
 
-def _all_rows(rows: Rows, by: str, unit: str, errors: Sequence[float] | None) -> View:
+def _all_rows(rows: Rows, by: str, unit: str, errors: Sequence[float] | None, titled: bool) -> View:
     inside = [
         i
         for i, place in enumerate(rows.places)
         if place is None or rows.span[0] <= place < rows.span[1]
     ]
-    left = ""
+    caption = f"{rows.title}. " if titled else ""
     if len(inside) > MOST:
-        left = f" The {len(inside) - MOST} smallest rows are not in this page."
+        caption += f"The {len(inside) - MOST} smallest rows are not in this page."
         largest = sorted(inside, key=lambda i: -abs(rows.values[i]))[:MOST]
         inside = sorted(largest)
     columns = [[rows.values[i] for i in inside]]
@@ -202,4 +205,4 @@ def _all_rows(rows: Rows, by: str, unit: str, errors: Sequence[float] | None) ->
     labels = [[rows.names[i]] for i in inside]
     values = np.array(columns, dtype=np.float64).T
     sort = -1 if by in ("token", "layer", "order") else 0
-    return table_view([by], names, labels, values, f"{rows.title}.{left}", sort=sort)
+    return table_view([by], names, labels, values, caption.strip(), sort=sort)

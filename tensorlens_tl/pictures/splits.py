@@ -103,9 +103,8 @@ def unit_of(target: str) -> str:
         The unit for an axis.
     """
     name = target.removeprefix("change of ")
-    if name.startswith("log p("):
-        return "nats"
-    return "logits" if name[:1] in ("'", '"') else "units of the target"
+    other = "nats" if name.startswith("log p(") else "units of the target"
+    return "logits" if name[:1] in ("'", '"') else other
 
 
 def split_figure(
@@ -314,9 +313,10 @@ def _heads(ax: Axes | None, rows: Rows, unit: str, top: int) -> Axes:
 
 def _beside(drawn: Axes, what: str, sums: Mapping[str, float]) -> Axes:
     """Name below a map the numbers that it has no place for, so that nothing is left out."""
-    order = sorted(sums, key=lambda name: -abs(sums[name]))
-    parts = [f"{name} {sums[name]:+.3g}" for name in order]
-    lines = [", ".join(parts[i : i + 3]) for i in range(0, len(parts), 3)]
+    parts = [f"{name} {sums[name]:+.3g}" for name in sorted(sums, key=lambda n: -abs(sums[n]))]
+    longest = max(map(len, [*parts, ""])) + 2
+    wide = max(1, int(drawn.figure.bbox.width / drawn.figure.dpi / (0.085 * longest)))
+    lines = [", ".join(parts[i : i + wide]) for i in range(0, len(parts), wide)]
     if lines:
         drawn.set_xlabel(f"{what}: " + "\n".join(lines), fontsize="small", **PLAIN)
     return drawn

@@ -200,6 +200,7 @@ def waterfall_view(
     lens_name: str = "logit lens",
     rows: Sequence[str] = (),
     link: str = "",
+    unit: str = "units of the target",
 ) -> View:
     """A view of one number as the sum of steps, each made of parts.
 
@@ -213,12 +214,13 @@ def waterfall_view(
         lens_name: What the other reading is.
         rows: Names of several numbers, one of which is shown; () for a single number.
         link: The name of a map whose chosen row is the one that is shown.
+        unit: What the numbers are counted in.
 
     Returns:
         The view of these steps.
     """
     data = {"steps": steps, "parts": parts, "values": values, "details": details}
-    data |= {"lens": lens, "lens_name": lens_name, "unit": "units of the target"}
+    data |= {"lens": lens, "lens_name": lens_name, "unit": unit}
     if len(rows):
         data |= {"rows": rows, "link": link, "values": values.ravel()}
         data |= {"lens": None if lens is None else lens.ravel()}

@@ -176,8 +176,9 @@ class RelationStudy(Paged):
     def _page(self) -> Page:
         many = len(self.accuracy) > 1
         views = [self._view(relation) for relation in (None, *(self.accuracy if many else ()))]
-        notes = [f"{self._over('faithfulness').capitalize()}."]
-        return Page(repr(self).splitlines()[0], views, notes, tabs=many, tab_name="Relation")
+        notes = [repr(self).splitlines()[0], f"{self._over('faithfulness').capitalize()}."]
+        title = "How far one map decodes a relation"
+        return Page(title, views, notes, tabs=many, tab_name="Relation")
 
     def _view(self, relation: str | None) -> View:
         kept = [row for row in self.rows if relation in (None, row.relation)]

@@ -232,7 +232,8 @@ class ValidityStudy(Paged):
                 interval_view(["size", "map"], labels, values, caption, what="error"),
             )
             views += [replace(part, tab=kind) for part in parts]
-        title, notes = repr(self).splitlines()[0], [f"{self._over().capitalize()}."]
+        title = "How far the maps predict a changed run"
+        notes = [repr(self).splitlines()[0], f"{self._over().capitalize()}."]
         several = len(self.kinds) > 1
         return Page(title, views, notes, tabs=several, tab_name="Directions", height=860)
 

@@ -215,6 +215,8 @@ def test_features_have_short_names_and_shapes_of_their_own(opened):
     assert kinds == ("feature", "error", "constant", "target")
     assert shapes == ("circle", "path", "path", "rect")
     assert heights[2] > heights[0] == heights[1] > heights[3]
+    page.get_by_label("Errors").uncheck()
+    assert len(links_of(page)) == 2
 
 
 @pytest.mark.parametrize("kind", ["nan", "zero", "alone", "nasty"])

@@ -502,3 +502,28 @@ def test_the_words_of_a_logit_lens(opened, lenses):
     assert shown == [[list(cell) for cell in cells] for _, cells in rows]
     head = page.locator(".words thead th").all_inner_texts()
     assert len(head) == len(names) and page.locator(".words tbody tr").count() == len(rows)
+
+
+def test_numbers_without_a_sign_have_a_hue_of_their_own(opened):
+    """Shares are no addition to anything: red and blue are for what adds and takes away."""
+    values = np.full((3, 3), 0.5, np.float32)
+    for signed, ink in ((False, "--size"), (True, "--pos")):
+        shown = panel("P", "share", [depth("start", values)], signed=signed)
+        page = opened(Page("a map", [map_view(["a", "b", "c"], ["0", "1", "2"], [shown])]).html())
+        drawn, hexed = page.evaluate(
+            """(ink) => {
+            const { at, canvas } = tensorlens.views[0].figures[0], middle = at.cell / 2;
+            const pen = canvas.getContext("2d"), [x, y] = [at.left + middle, at.top + middle];
+            const said = getComputedStyle(document.documentElement).getPropertyValue(ink).trim();
+            return [[...pen.getImageData(x, y, 1, 1).data].slice(0, 3), said]; }""",
+            ink,
+        )
+        assert drawn == [int(hexed[k : k + 2], 16) for k in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_a_map_of_zeros_has_one_colour_and_room_for_its_words(opened, n):
+    page = opened(a_map(np.zeros((n, n), np.float32)))
+    assert page.locator(".legend .step").all_inner_texts() == ["0"]
+    wide = [box.bounding_box()["width"] for box in page.locator("caption").all()]
+    assert len(wide) == 2 and min(wide) > 200

@@ -33,13 +33,13 @@ views.curves = (box, data, watch) => {
       ...own.filter((v) => px(v) >= free && (free = px(v) + 30)).map((v) => svg("text", { x: px(v), y: bottom + 16, "text-anchor": "middle" }, number(v, 3, false))),
       svg("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, x_name), svg("text", { x: 4, y: 12 }, y_name),
       points ? svg("line", { x1: px(low), y1: py(low), x2: px(high), y2: py(high), stroke: css("--mark"), "stroke-dasharray": "1 3" }) : "",
-      ...(data.guides || []).flatMap((v, i) => [svg("line", { x1: left, x2: width, y1: py(v), y2: py(v), stroke: css("--mark"), "stroke-dasharray": "1 3" }),
-        svg("text", { x: width - 2, y: py(v) - 3, "text-anchor": "end", fill: css("--quiet") }, data.guide_names[i])]),
+      ...(data.guides || []).map((v) => svg("line", { x1: left, x2: width, y1: py(v), y2: py(v), stroke: css("--mark"), "stroke-dasharray": "1 3" })),
       ...lines.flatMap((line, k) => [
         line.low ? svg("polygon", { points: [...at(line, line.low, forth), ...at(line, line.high, forth.toReversed())].join(" "), fill: ink(k), opacity: 0.18 }) : "",
         points ? "" : svg("polyline", { points: at(line, line.y, forth).join(" "), fill: "none", stroke: ink(k), "stroke-width": 2, "stroke-dasharray": dash(k) }),
         ...forth.filter((i) => Number.isFinite(line.x[i] + line.y[i])).map((i) => mark(points ? k : 0, px(line.x[i]), py(line.y[i]), i === state.at ? 5.5 : points ? 4 : 3,
           { fill: ink(k), "fill-opacity": points && i !== state.at ? 0.55 : 1, ...(points ? { ...tips(() => words(i)), onclick: () => choose(i) } : {}) }))]),
+      ...(data.guides || []).map((v, i) => svg("text", { x: left + 4, y: py(v) - 4, fill: css("--quiet"), stroke: css("--ground"), "stroke-width": 3, "paint-order": "stroke" }, data.guide_names[i])),
       ...(points ? [] : forth.map((i) => svg("rect", { x: px(data.x[i]) - 8, y: 0, width: 16, height, fill: "transparent", ...tips(() => words(i)), onclick: () => choose(i) }))));
     fill(drawing, { viewBox: `0 0 ${width} ${height}`, width }, []);
   }

@@ -1,7 +1,7 @@
 // Nodes on a grid and signed edges between them, the largest first, with lists of what goes in and out.
 views.graph = (box, data, watch) => {
   const READS = ["", "v", "q", "k"], MOST = 500, COLUMNS = 80, { labels, kinds, columns, rows } = data;
-  const state = { stop: -1, only: null, at: -1, picked: new Set(), groups: [], qk: true, constants: true, zoom: 0 };
+  const state = { stop: -1, only: null, at: -1, picked: new Set(), groups: [], qk: true, hidden: new Set(), zoom: 0 };
   const svgBox = make("div", { class: "scroll" }), side = make("div", { class: "lists" }), controls = make("div", { class: "controls" });
   const target = labels.length - 1;
   let units, links, total, drawn, picture, marker, rowNames, bands, sliderBox = make("span");
@@ -16,7 +16,7 @@ views.graph = (box, data, watch) => {
       units.push({ label: group.name, kind: "group", column: data.column[middle], row: data.row[middle], members: group.members });
     }
     for (let i = 0; i < labels.length; i++) {
-      if (of[i] >= 0 || (kinds[i] === "constant" && !state.constants)) continue;
+      if (of[i] >= 0 || state.hidden.has(kinds[i])) continue;
       of[i] = units.length;
       units.push({ label: labels[i], kind: kinds[i], column: data.column[i], row: data.row[i], members: [i] });
     }
@@ -134,7 +134,7 @@ views.graph = (box, data, watch) => {
       const sign = unit.effect < 0 ? "var(--neg)" : "var(--pos)";
       unit.glyph = shape(unit, r, { fill: unit.kind === "constant" ? "none" : sign, "fill-opacity": 0.4, stroke: unit.kind === "constant" ? sign : "var(--text)" });
       // The row names the layer, and the column the token.
-      const short = unit.kind === "group" ? unit.label : data.tokens && unit.label.startsWith('"') ? "" : unit.label.replace(/^L\d+\.?([a-z_]+\.?(?=F\d|error|skip|past))?|@\d+$|_embed/g, "");
+      const short = unit.kind === "group" ? unit.label : data.tokens && unit.kind === "token" && !unit.label.includes("_embed") ? "" : unit.label.replace(/^L\d+\.?([a-z_]+\.?(?=F\d|error|skip|past))?|@\d+$|_embed/g, "");
       unit.name = svg("text", { x: unit.x, y: unit.y + r + 11, "text-anchor": "middle", fill: "var(--text)", stroke: "var(--ground)", "stroke-width": 3, "paint-order": "stroke" }, shown(short.replace("_embed", ""), unit.kind === "target" ? 24 : 9));
       const click = (event) => {
         if (moved) return;
@@ -161,7 +161,7 @@ views.graph = (box, data, watch) => {
   }
   function resize() {
     const width = +picture.getAttribute("width"), tall = +picture.getAttribute("height"), room = box.clientWidth - 4;
-    const scale = (state.scale = [Math.min(1, room / width), 1, 1.6][state.zoom === 0 && room / width < 0.55 ? 1 : state.zoom]);
+    const scale = (state.scale = [Math.min(1, room / width), 1, 1.6][state.zoom === 0 && room / width < 0.8 ? 1 : state.zoom]);
     picture.style.width = `${width * scale}px`;
     rowNames.style.width = `${74 * scale}px`;
     picture.style.height = rowNames.style.height = `${tall * scale}px`;
@@ -287,10 +287,10 @@ views.graph = (box, data, watch) => {
   });
   const ungrouping = button("Ungroup all", () => { state.groups = []; regroup(); });
   grouping.disabled = ungrouping.disabled = true;
-  const has = (test) => kinds.some(test);
   controls.append(sliderBox,
     data.reads.some((x) => x > 1) ? tick("Queries and keys (dashed)", true, (on) => { state.qk = on; regroup(); }) : "",
-    has((kind) => kind === "constant") ? tick("Constants", true, (on) => { state.constants = on; regroup(); }) : "",
+    ...[["Constants", "constant"], ["Errors", "error"]].filter(([, kind]) => kinds.includes(kind)).map(([name, kind]) =>
+      tick(name, true, (on) => { state.hidden[on ? "delete" : "add"](kind); regroup(); })),
     choice("Size", ["fit", "100 %", "160 %"], 0, (k) => { state.zoom = k; resize(); }),
     labelled("Group name", named), grouping, ungrouping, file("graph.svg", svgText, "image/svg+xml"), file("graph.dot", dotText, "text/plain"),
     data.json ? file("graph.json", jsonText, "application/json") : "");

@@ -104,7 +104,7 @@ views.map = (box, data, watch) => {
   let whole = null;
   function drawWhole() {
     const a = map(0), most = Math.min(side, 320), step = Math.ceil(side / most);
-    const [h, w] = [Math.ceil(n / step), Math.ceil(m / step)], colours = palette();
+    const [h, w] = [Math.ceil(n / step), Math.ceil(m / step)], colours = palette(panels[0].signed || a.signed);
     const image = new ImageData(w, h), words = new Uint32Array(image.data.buffer);
     for (let y = 0; y < h; y++)
       for (let x = 0; x < w; x++) {
@@ -204,18 +204,21 @@ views.map = (box, data, watch) => {
   }
   function drawFigure(p) {
     const panel = panels[p], figure = figures[p], a = map(p), stop = panel.stops[current(p)];
-    const ratio = devicePixelRatio || 1, narrow = box.clientWidth < 560;
-    const tight = narrow || (windowed && panels.length > 1), left = data.named ? names(narrow ? 120 : 180) : tight ? 68 : 100, top = 84, right = tight ? 46 : 84, bottom = 46, [h, w] = [rowsShown(), columnsShown()];
+    const ratio = devicePixelRatio || 1, narrow = box.clientWidth < 560, signed = panel.signed || a.signed;
+    const tight = narrow || (windowed && panels.length > 1), left = data.named ? names(narrow ? 120 : 180) : tight ? 68 : 100, right = tight ? 46 : 84, bottom = 46, [h, w] = [rowsShown(), columnsShown()];
     // Side by side where there is room: the whole map, and up to two panels.
     const broad = box.clientWidth > 900, many = broad ? Math.min(2, panels.length) : 1;
     const room = (box.clientWidth - (windowed && broad ? wide() + 26 : 0) - 26 * (many - 1)) / many;
-    const cell = Math.max(1, Math.min(picture ? Math.max(26, 400 / h) : 26, (room - left - right) / w, Math.max(14, 900 / h)));
+    const cell = Math.max(1, Math.min(Math.max(26, (picture ? 400 : data.patches ? 200 : 0) / h), (room - left - right) / w, Math.max(14, 900 / h)));
+    // Names that fit above their cells stand upright; the two names of the axes need room as well.
+    const flat = data.columns.every((name) => 8 * name.length < cell), top = flat ? 36 : 84, ends = Math.max(left + w * cell, 215);
     figure.at = { left, top, cell };
-    const [width, height] = [left + w * cell + right, top + h * cell + bottom], { canvas } = figure;
+    const [width, height] = [Math.max(left + w * cell + right, 220), top + h * cell + bottom], { canvas } = figure;
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
-    canvas.style.width = figure.box.style.width = `${width}px`;
-    const pen = canvas.getContext("2d"), colours = palette(), [text, quiet] = [css("--text"), css("--quiet")];
+    canvas.style.width = `${width}px`;
+    figure.box.style.width = `${Math.max(width, Math.min(360, box.clientWidth))}px`;
+    const pen = canvas.getContext("2d"), colours = palette(signed), [text, quiet] = [css("--text"), css("--quiet")];
     pen.scale(ratio, ratio);
     pen.fillStyle = css("--ground");
     pen.fillRect(0, 0, width, height);
@@ -257,17 +260,17 @@ views.map = (box, data, watch) => {
       if (!chosen && (j % every || Math.abs(state.column + j - state.j) < every)) continue;
       pen.save();
       pen.translate(left + (j + 0.5) * cell, top - 6);
-      pen.rotate(-Math.PI / 3);
+      if (!flat) pen.rotate(-Math.PI / 3);
       pen.fillStyle = chosen ? text : quiet;
-      pen.textAlign = "left";
-      pen.fillText(shown(data.columns[state.column + j], 11), 0, 0, 74);
+      pen.textAlign = flat ? "center" : "left";
+      pen.fillText(shown(data.columns[state.column + j], 11), 0, flat ? -4 : 0, 74);
       pen.restore();
     }
     // 3. Margins: row sums beside their targets, column sums below.
     const rowFull = Math.max(...sizesOf(stop.sums), ...sizesOf(panel.target || []), 1e-300), mid = left + w * cell + 8 + (right - 16) / 2;
     for (let i = 0; i < h; i++) {
       const y = top + i * cell, x = stop.sums[state.row + i], long = ((right - 16) / 2) * (x / rowFull);
-      pen.fillStyle = css(x < 0 ? "--neg" : "--pos");
+      pen.fillStyle = css(hue(signed, x));
       if (long === long) pen.fillRect(Math.min(mid, mid + long), y + cell * 0.2, Math.abs(long), cell * 0.6);
       if (!panel.target) continue;
       const at = mid + ((right - 16) / 2) * (panel.target[state.row + i] / rowFull);
@@ -277,7 +280,7 @@ views.map = (box, data, watch) => {
     const columnFull = Math.max(...sizesOf(stop.columns), 1e-300), line = top + h * cell + 6 + (bottom - 12) / 2;
     for (let j = 0; j < w; j++) {
       const x = stop.columns[state.column + j], tall = ((bottom - 12) / 2) * (x / columnFull);
-      pen.fillStyle = css(x < 0 ? "--neg" : "--pos");
+      pen.fillStyle = css(hue(signed, x));
       if (tall === tall) pen.fillRect(left + j * cell + cell * 0.2, Math.min(line, line - tall), Math.max(0.5, cell * 0.6), Math.abs(tall));
     }
     pen.fillStyle = css("--line");
@@ -288,9 +291,9 @@ views.map = (box, data, watch) => {
     pen.fillText("row sum", mid, top - 8, right - 4);
     pen.textAlign = "right";
     pen.fillText("column sum", left - 6, line, left - 8);
-    pen.fillText(`${data.axes[1]} →`, Math.max(left + w * cell, 175), 8);
+    pen.fillText(`${data.axes[1]} →`, ends, 8);
     pen.textAlign = "left";
-    pen.fillText(`${data.axes[0]} ↓`, 0, 8, width / 2);
+    pen.fillText(`${data.axes[0]} ↓`, 0, 8);
     // 4. The selected cell.
     pen.strokeStyle = css("--mark");
     pen.lineWidth = 1.5;
@@ -301,7 +304,7 @@ views.map = (box, data, watch) => {
     figure.caption.replaceChildren(make("b", {}, panel.name), stop.name && panel.stops.length > 1 ? `, ${data.slider.toLowerCase()} ${stop.name}. ` : ". ", panel.note || "",
       a.form === "coarse" ? ` Colours have ${2 * a.steps + 1} levels; ${percent(a.share)} of Σ|·| is exact to the digit.` : "",
       a.form === "largest" ? ` The largest cells of each row: ${percent(a.share)} of Σ|·|.` : "");
-    figure.scale.replaceChildren(legend(state.rowwise && y >= 0 && y < h ? a.tops[state.i] : a.top, panel.unit + (state.rowwise ? ", of the selected row" : ""), a.signed));
+    figure.scale.replaceChildren(legend(state.rowwise && y >= 0 && y < h ? a.tops[state.i] : a.top, panel.unit + (state.rowwise ? ", of the selected row" : ""), a.signed, signed));
   }
   const sizesOf = (numbers) => {
     let top = 0;
@@ -317,8 +320,8 @@ views.map = (box, data, watch) => {
     for (let k = 0; k < n; k++) if (a.exact[k * m + j] && a.cells[k * m + j]) column.push([label(data.rows[k], k), a.cells[k * m + j]]);
     if (data.link) document.dispatchEvent(new CustomEvent("row", { detail: { link: data.link, row: i } }));
     lists.replaceChildren(
-      listing(row, { title: `${name}row ${sumWords(panels[p], panels[p].stops[current(p)], i)}`, total: a.sizes[i] }),
-      listing(column, { title: `${name}column ${words(p, [null, j])}` }));
+      listing(row, { title: `${name}row ${sumWords(panels[p], panels[p].stops[current(p)], i)}`, total: a.sizes[i], signed: panels[p].signed || a.signed }),
+      listing(column, { title: `${name}column ${words(p, [null, j])}`, signed: panels[p].signed || a.signed }));
   }
   function drawWindow() {
     panels.forEach((_, p) => drawFigure(p));

@@ -115,14 +115,14 @@ const spoken = make("div", { class: "spoken", role: "status", "aria-live": "poli
 const say = (text) => (spoken.textContent = text);
 
 // A table of [label, value] with bars: the largest first, and the rest behind "N more".
-function listing(rows, { title, total = 0, most = 12, heading = "value" }) {
+function listing(rows, { title, total = 0, most = 12, heading = "value", signed = true }) {
   const sorted = [...rows].sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]) || 0);
   const top = Math.max(...sorted.map((row) => (Number.isFinite(row[1]) ? Math.abs(row[1]) : 0)), 0);
   const body = make("tbody"), more = make("button", { type: "button", class: "more" });
   let count = 0;
   function add(n) {
     for (const [label, value] of sorted.slice(count, count + n)) {
-      const bar = make("span", { class: value < 0 ? "bar neg" : "bar pos" });
+      const bar = make("span", { class: signed ? (value < 0 ? "bar neg" : "bar pos") : "bar size" });
       bar.style.width = `${top ? (60 * Math.abs(value || 0)) / top : 0}px`;
       body.append(make("tr", {}, make("th", { scope: "row" }, make("bdi", { dir: "ltr", title: label.length > 90 ? label : null }, placed(briefly(label)))),
         make("td", { class: "num" }, number(value)), make("td", {}, bar),
@@ -149,10 +149,12 @@ function rgb(name) {
   return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 }
 // 511 colours as little-endian words for ImageData: −1 … 0 … +1 by the root of |share|.
-function palette() {
+// Numbers that have no sign, such as shares, have a hue of their own.
+const hue = (signed, x = 1) => (signed ? (x < 0 ? "--neg" : "--pos") : "--size");
+function palette(signed = true) {
   const ground = rgb("--ground"), word = ([r, g, b]) => (255 << 24) | (b << 16) | (g << 8) | r;
-  const mix = (hue, t) => word(ground.map((c, i) => Math.round(c + (hue[i] - c) * t)));
-  const [neg, pos] = [rgb("--neg"), rgb("--pos")], table = new Uint32Array(511);
+  const mix = (ink, t) => word(ground.map((c, i) => Math.round(c + (ink[i] - c) * t)));
+  const [neg, pos] = [rgb("--neg"), rgb(hue(signed))], table = new Uint32Array(511);
   for (let i = 0; i < 256; i++) {
     table[255 + i] = mix(pos, i / 255);
     table[255 - i] = mix(neg, i / 255);
@@ -167,12 +169,12 @@ function palette() {
   };
 }
 // What the colours mean, with ticks at full and at half strength.
-function legend(top, unit, signed = true) {
-  const colours = palette();
-  const steps = (signed ? [-1, -0.25, 0, 0.25, 1] : [0, 0.0625, 0.25, 1]).map((t) => {
+function legend(top, unit, both = true, signed = true) {
+  const colours = palette(signed);
+  const steps = (!top ? [0] : both ? [-1, -0.25, 0, 0.25, 1] : [0, 0.0625, 0.25, 1]).map((t) => {
     const cell = make("span", { class: "swatch" });
     cell.style.background = colours.css(colours.word(t * top, top));
-    return make("span", { class: "step" }, cell, number(t * top, 3, signed && t));
+    return make("span", { class: "step" }, cell, number(t * top, 3, both && t));
   });
   return make("div", { class: "legend" }, steps, make("span", { class: "quiet" }, unit));
 }

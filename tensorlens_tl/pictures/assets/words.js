@@ -2,7 +2,7 @@
 views.words = (box, data, watch) => {
   const { rows, columns, words, shares } = data, m = columns.length;
   function draw() {
-    const [ground, ink] = [rgb("--ground"), rgb("--pos")];
+    const [ground, ink] = [rgb("--ground"), rgb("--size")];
     const cell = (i, j) => {
       const t = 0.45 * (shares[i * m + j] || 0), made = make("td", {}, make("bdi", { dir: "ltr" }, shown(words[i * m + j], 12)),
         make("span", { class: "quiet" }, percent(shares[i * m + j])));
