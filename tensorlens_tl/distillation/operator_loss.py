@@ -134,6 +134,7 @@ class OperatorLoss:
         total = self.weight(step) * student.embedding.new_zeros(())
         if not self.weight(step):
             return total
+        # A wide stride: neighbouring seeds do not share the draws of neighbouring steps.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         query = self._query(student, weights, generator)
         parts = []
@@ -152,8 +153,11 @@ class OperatorLoss:
         self, ours: Float[Tensor, "row batch entry"], theirs: Float[Tensor, "row batch entry"]
     ) -> Float[Tensor, ""]:
         """The mean distance between rows of a student and a teacher, each over its length."""
+        # Gradients reach the student alone. The teacher may have another dtype.
         ours, theirs = ours.flatten(0, 1), theirs.flatten(0, 1).detach().to(ours)
         a, b = (torch.linalg.vector_norm(m, dim=-1).clamp_min(TINY) for m in (ours, theirs))
+        # Models scale their logits differently, so directions are compared; ``size`` adds the
+        # lengths.
         found = (ours / a[:, None] - theirs / b[:, None]).square().sum(-1)
         return (found + self.size * (a.log() - b.log()).square()).mean()
 
@@ -162,6 +166,7 @@ class OperatorLoss:
     ) -> list[tuple[float, Tensor, Tensor]]:
         """The maps and the counterfactual rows, with their factors."""
         prompts = torch.arange(query.shape[1], device=query.device)
+        # Both models are read at the word that the teacher says.
         said = teacher.logits.detach()[prompts, query].argmax(-1)
         words, found = None, []
         if self.counterfactual:
@@ -185,6 +190,7 @@ class OperatorLoss:
                 f"weights= has shape {list(weights.shape)}, but the prompts have {list(real.shape)}"
                 ". Give one weight per prompt and position."
             )
+        # On the CPU, as the generator: a seed draws the same rows on every device.
         chances = torch.where(real, weights, 0).float().cpu()
         if not bool((chances.sum(-1) > 0).all()):
             raise ValueError("weights= is 0 all over a prompt. Leave such prompts out.")
@@ -271,8 +277,10 @@ def _maps(
     pulled, real = _pull(lens, query, u), capture.frame.real
     found = [(pulled * lens.embedding).sum(-1)]
     if words is not None:
+        # E_w + P_j: the embedding less the prompt's own word leaves what the position adds.
         others = _embedded(lens, words) + lens.embedding - capture.embeddings["embed"]
         found.append(torch.einsum("rbpd,wbpd->rbwp", pulled, others))
+    # Random words were put at padding, too, which no model reads.
     found = [torch.where(real if m.ndim == 3 else real[:, None], m, 0) for m in found]
     return [m.flatten(2) for m in found]
 
@@ -288,6 +296,7 @@ def _embedded(lens: TensorLens, ids: Tensor) -> Float[Tensor, "*ids d_model"]:
         )
     W_E = capture.frame.cast(weights.W_E)
     start = capture.frame.spans[0][0]
+    # One token tells: some models multiply all rows of W_E by one number.
     if not torch.allclose(W_E[tokens[0, start]], embed[0, start], rtol=1e-3):
         raise ValueError(
             f"counterfactual= needs rows of W_E, which {capture.model_name} multiplies. Leave "
@@ -305,6 +314,7 @@ def _norms(
     shape = (probes, *query.shape, width)
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     signs = signs.to(frame.device, frame.dtype)
+    # E g gᵀ = I, so E ‖T_ijᵀ g‖² = tr(T_ij T_ijᵀ) = ‖T_ij‖²_F.
     pulled = [_pull(lens, query, g).square().sum(-1) for g in signs]
     squares = torch.stack(pulled).mean(0)
     zero = squares == 0  # sources after the row, whatever the weights: the root has no slope there

@@ -71,6 +71,7 @@ class Frame:
     @property
     def row(self) -> Frame:
         """The frame of one position per prompt."""
+        # read_at counts rows of the whole prompt, and only one of them is left.
         return replace(self, n_pos=1, spans=((0, 1),) * self.batch, read_at=None)
 
     def cut(self, pos: slice) -> Frame:

@@ -106,7 +106,7 @@ class LinearMap(ABC):
     def __matmul__(self, other: Tensor) -> Tensor: ...
     def __matmul__(self, other: LinearMap | Tensor) -> LinearMap | Tensor:
         if isinstance(other, LinearMap):
-            return Chain((other, self))
+            return Chain((other, self))  # a Chain names the first map first
         no_autocast(self.frame.device.type)
         self.frame.check(other, self.in_dim)
         return self.apply(other)
@@ -157,7 +157,7 @@ class LinearMap(ABC):
             .movedim(0, 2)
             .reshape(batch, pos, self.out_dim, pos, self.in_dim)
         )
-        for key in range(pos):
+        for key in range(pos):  # push the unit vectors of one key: column d of A[·, key] is A e_d
             x = self.frame.zeros(self.in_dim, self.in_dim)
             x[:, :, key] = self.frame.eye(self.in_dim)[:, None]
             dense[:, :, :, key] = self.apply(x).permute(1, 2, 3, 0)
@@ -192,7 +192,7 @@ class LinearMap(ABC):
         def acting(dim: int, map_: LinearMap):
             def act(columns):  # [pos * dim, many] or [pos * dim]
                 x = torch.from_numpy(columns).to(self.frame.zeros(0))
-                x = x.reshape(self.frame.n_pos, dim, -1).movedim(-1, 0)[:, None]
+                x = x.reshape(self.frame.n_pos, dim, -1).movedim(-1, 0)[:, None]  # a batch of one
                 y = map_.apply(x).flatten(1).T.cpu().numpy()
                 return y.reshape(-1, *columns.shape[1:])
 
@@ -240,10 +240,12 @@ def dot_test(op: LinearMap, seed: int = 0) -> float:
 
     def draw(dim: int) -> Tensor:
         like = op.frame.zeros(dim)
+        # Drawn on the CPU, so that a seed means the same vectors on every device.
         return torch.randn(like.shape, generator=generator, device="cpu").to(like)
 
     u, v = draw(op.in_dim), draw(op.out_dim)
     au, atv = op.apply(u), op.apply_t(v)
+    # Relative to the limits of Cauchy–Schwarz: the products themselves may be near 0.
     scale = au.norm() * v.norm() + u.norm() * atv.norm()
     return float(
         (torch.sum(au * v) - torch.sum(u * atv)).abs() / scale.clamp_min(torch.finfo(u.dtype).tiny)
@@ -297,6 +299,7 @@ class Chain(LinearMap):
         return reduce(lambda state, m: m.apply(state), self.maps, x)
 
     def apply_t(self, y, effects=None):
+        # (A_n … A_1)ᵀ = A_1ᵀ … A_nᵀ: the last map is pulled through first.
         return reduce(lambda covector, m: m.apply_t(covector, effects), reversed(self.maps), y)
 
     @property
@@ -358,6 +361,7 @@ class Sum(LinearMap):
     def constants(self):
         found: dict[str, Tensor] = {}
         for name, c in (item for m in self.maps for item in m.constants().items()):
+            # One edit by a hook may enter both halves of a gated MLP, under one name.
             found[name] = found[name] + c if name in found else c
         return found
 

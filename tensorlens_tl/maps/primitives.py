@@ -50,7 +50,7 @@ class Linear(LinearMap):
 
     def apply_t(self, y, effects=None):
         if effects is not None and self.b is not None:
-            effects[self.name] = y @ self.frame.cast(self.b)
+            effects[self.name] = y @ self.frame.cast(self.b)  # ⟨y_p, b⟩, position by position
         return y @ self.frame.cast(self.W).T
 
     @property
@@ -191,7 +191,7 @@ class Gate(LinearMap):
     def apply_t(self, y, effects=None):
         if effects is not None and self.offset is not None:
             effects[self.name] = y @ self.frame.cast(self.offset)
-        return y * self.ratio
+        return y * self.ratio  # a diagonal is its own transpose
 
     def columns(self, dims: slice) -> Gate:
         """The gate of some dimensions, without its offset."""
@@ -233,7 +233,7 @@ class Shift(LinearMap):
         return self.constant.shape[-1]
 
     def apply(self, x):
-        return x
+        return x  # the linear part; the constant is in bias
 
     def apply_t(self, y, effects=None):
         if effects is not None:  # one edit may enter both halves of a gated MLP
@@ -306,6 +306,7 @@ class NormWeights:
         """The divisor at an input, computed in float32 as hosts do; ε must be known."""
         x32 = x.float()
         x32 = x32 - x32.mean(-1, keepdim=True) if self.center else x32
+        # The variance divides by d, not by d − 1: norms do not correct for the bias.
         return (x32.square().mean(-1, keepdim=True) + (self.eps or 0.0)).sqrt().to(x.dtype)
 
     @property
@@ -355,7 +356,7 @@ class Norm(LinearMap):
         # Subtracting the mean is linear, and only the scale is not: freezing s makes the norm
         # linear.
         y = (x - x.mean(-1, keepdim=True) if self.weights.center else x) / self.scale
-        return y if w is None else y.mul_(self.frame.cast(w))
+        return y if w is None else y.mul_(self.frame.cast(w))  # y is new: in place is safe
 
     def apply_t(self, y, effects=None):
         w, b = self.weights.gain, self.weights.b
@@ -415,7 +416,7 @@ class Factor(Norm):
     @classmethod
     def of(cls, frame: Frame, name: str, weights: NormWeights, like: Tensor) -> Factor:
         """The map x → factor · x of residuals like one [batch, pos, d_model]."""
-        scale = torch.full_like(like[..., :1], 1 / (weights.factor or 1.0))
+        scale = torch.full_like(like[..., :1], 1 / (weights.factor or 1.0))  # a norm divides
         return cls(frame, name, scale, weights, like.shape[-1])
 
     def moved(self, was, x):

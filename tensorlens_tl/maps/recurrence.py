@@ -44,6 +44,8 @@ class Conv(LinearMap):
 
     def apply(self, x):
         w, x = self.frame.cast(self.W).flip(-1), self._real(x)  # w[:, i] looks i positions back
+        # y_t = Σ_i w_i ⊙ x_{t−i}: one product per tap, shifted by i. Nothing comes from before t =
+        # 0.
         y = x * w[:, 0]
         for back in range(1, min(w.shape[1], x.shape[-2])):
             y[..., back:, :] += x[..., :-back, :] * w[:, back]
@@ -51,10 +53,11 @@ class Conv(LinearMap):
 
     def apply_t(self, y, effects=None):
         w = self.frame.cast(self.W).flip(-1)
+        # The adjoint looks ahead where apply looks back: x̄_t = Σ_i w_i ⊙ ȳ_{t+i}.
         x = y * w[:, 0]
         for back in range(1, min(w.shape[1], y.shape[-2])):
             x[..., :-back, :] += y[..., back:, :] * w[:, back]
-        return self._real(x)
+        return self._real(x)  # apply reads no padding, so its adjoint writes none
 
     def columns(self, dims: slice) -> Conv:
         """The convolution of some dimensions."""
@@ -139,6 +142,7 @@ class DeltaRule(LinearMap):
         for t in range(x.shape[-2]):
             if state is not None:
                 state = self._kept(state, t)
+            # First S_t takes in β k vᵀ, then o_t reads it: an output sees its own token.
             v = x[..., t, :].unflatten(-1, (self.heads, -1))
             added = write[:, t, :, :, None] * v[..., None, :]
             state = added if state is None else state + added
@@ -152,6 +156,7 @@ class DeltaRule(LinearMap):
         for t in reversed(range(y.shape[-2])):
             if state is not None:
                 state = self._kept(state, t + 1)
+            # Backwards, G_t takes in q ōᵀ first, and then v̄_t reads it.
             o = y[..., t, :].unflatten(-1, (self.heads, -1))
             added = self.q[:, t, :, :, None] * o[..., None, :]
             state = added if state is None else state + added
@@ -161,6 +166,7 @@ class DeltaRule(LinearMap):
     def _kept(self, state: Tensor, t: int) -> Tensor:
         """α_t (I − β_t k_t k_tᵀ) S, which is symmetric: both directions use it."""
         k = self.k[:, t, :, :, None]
+        # kᵀ S comes first: the matrix k kᵀ would cost d_key times as much.
         erased = (k * self.beta[:, t, :, None, None]) @ (k.mT @ state)
         return self.decay[:, t, :, None, None] * (state - erased)
 

@@ -67,6 +67,8 @@ class Routed(LinearMap):
         """The experts that tokens reached, and the slots of each among [batch · pos · slot]."""
         if self.experts.is_meta:  # shapes without values: one expert stands for all
             return ((0, torch.arange(self.experts.numel(), device="meta")),)
+        # Sorted, the slots of an expert stand side by side. Stable keeps tokens in order, so that
+        # sums round alike in every run.
         experts, order = self.experts.flatten().sort(stable=True)
         found, counts = experts.unique_consecutive(return_counts=True)
         pairs = zip(found.tolist(), order.split(counts.tolist()), strict=True)
@@ -83,6 +85,7 @@ class Routed(LinearMap):
         made = rows.new_zeros(len(rows), rows.shape[1] * self.slots, width)
         for expert, slots in self.groups:
             W = self.frame.cast(self.W[expert])
+            # Slot s is of token s // slots. Every slot is written once, so no sum is needed.
             made[:, slots] = rows[:, slots // self.slots] @ (W.T if transposed else W)
         return made.view(*x.shape[:-1], self.slots * width)
 
@@ -94,6 +97,7 @@ class Routed(LinearMap):
         made = rows.new_zeros(len(rows), self._tokens, width)
         for expert, slots in self.groups:
             W = self.frame.cast(self.W[expert])
+            # Slots of one token meet here: plain indexing would keep the last of them alone.
             made.index_add_(1, slots // self.slots, rows[:, slots] @ (W.T if transposed else W))
         return made.view(*h.shape[:-1], width)
 
@@ -102,6 +106,7 @@ class Routed(LinearMap):
 
     def apply_t(self, y, effects=None):
         if effects is not None and self.b is not None:
+            # The bias is that of each token's own experts: no one vector for all rows.
             effects[self.name] = (y * self.bias).sum(-1)
         return (self._into if self.out else self._out)(y, True)
 
@@ -131,6 +136,7 @@ class Routed(LinearMap):
 
     @property
     def _share(self) -> Tensor:
+        # One number, expanded below: no tensor of ones is filled.
         ones = torch.ones((), dtype=self.frame.dtype, device=self.frame.device)
         return ones.expand(self.experts.shape) if self.share is None else self.share
 

@@ -124,6 +124,7 @@ class EdgeUniverse:
         """A circuit as a mask [reader, writer]: true where an edge is in the circuit."""
         mask = torch.zeros(len(self.readers), len(self.writers), dtype=torch.bool)
         places = self.places[torch.tensor(self.wiring.numbers(edges), dtype=torch.long)]
+        # Most edges of a mask are off: only those of the circuit are touched.
         mask[places[:, 0], places[:, 1]] = True
         return mask
 
@@ -132,6 +133,8 @@ class EdgeUniverse:
         """Indices (reader, writer) of all :attr:`edges` in a mask."""
         below = torch.tensor(self.below)
         reader = torch.arange(len(below)).repeat_interleave(below)
+        # Edges stand reader by reader: an edge's writer is its number less that of its reader's
+        # first.
         first = (below.cumsum(0) - below).repeat_interleave(below)
         return torch.stack([reader, torch.arange(len(reader)) - first], 1)
 

@@ -49,6 +49,7 @@ def _apart(flow: Flow, layer: int) -> list[Any]:
         given = args[0] if args else next(iter(kwargs.values()))
         if flow.rebuilt:
             read = flow.normed(norm, flow.read(("expert", layer, ""), nodes))
+            # Copy e holds what expert e reads; its router decides by that input, too.
             copies = torch.cat([flow.handed(one) for one in read.unbind(1)])
         else:
             copies = given.repeat(nodes, 1, 1)
@@ -63,6 +64,7 @@ def _apart(flow: Flow, layer: int) -> list[Any]:
         kept = torch.stack([flow.cells(part) for part in _by_prompt(flow, parts)], 1)
         kept = kept.to(flow.model.dtype)
         flow.pending.append(lambda: _write(flow, layer, kept))
+        # Only expert e answers in copy e, so the sum over copies is what the mixture gives.
         total = parts.sum(0)
         return (total, *output[1:]) if isinstance(output, tuple) else total
 
@@ -76,6 +78,7 @@ def _write(flow: Flow, layer: int, parts: Tensor) -> None:
     scale = flow.scales.get((layer, "ln2_post"))
     at = flow.firsts["out", "expert", layer]
     flow.writes[at] = post_normed(norm, None if scale is None else scale[:, None], parts)
+    # An expert's bias is part of what it writes: only the post-norm's own bias is left over.
     flow.constant(at, None, norm, scale, parts[:, 0])
 
 

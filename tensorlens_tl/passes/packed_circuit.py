@@ -103,6 +103,7 @@ class CircuitRuns:
         """Tell which readers get another input than in the base run, and which writers differ."""
         layers = list(zip(self.model.layers, self.places, strict=True))
         if self.model.leaks:
+            # Constants are divided by a live scale, so they move wherever anything below does.
             return torch.ones(len(keep), dtype=torch.bool), torch.ones(keep.shape[1]).bool()
         # 1. What the logits use, from above.
         used, reads = keep[-1].clone(), torch.zeros(len(keep), dtype=torch.bool)
@@ -118,13 +119,14 @@ class CircuitRuns:
                 used |= keep[side][used[heads]].any(0)
         # 2. What moves, from below.
         moves = torch.zeros_like(used) if self.resampled else used.clone()
-        moves[0] = used[0]
+        moves[0] = used[0]  # the input differs in any case
         active = torch.zeros_like(reads)
         for layer, (heads, sides, mlp, reader) in layers:
             for side in sides.values():
                 active[side] = reads[side] & (keep[side] & moves).any(1)
                 moves[heads] |= active[side]
             if layer.block.ln1_post is not None and moves[heads].any():
+                # One head that moves changes the scale, and so what all others add.
                 moves[heads] = used[heads]
             if mlp >= 0:
                 active[reader] = reads[reader] & bool((keep[reader] & moves).any())
@@ -155,7 +157,7 @@ class _Pass:
 
     def __init__(self, runs: CircuitRuns, keep: Tensor, active: Tensor, columns: Tensor):
         self.runs, self.active, self.columns = runs, active, columns
-        self.keep = keep[:, columns].to(runs.x)
+        self.keep = keep[:, columns].to(runs.x)  # D of all other writers is 0
         tokens, width = runs.x.shape
         self.D = runs.x.new_empty(len(columns), tokens, width)
         self.leak: Tensor | None = None
@@ -179,6 +181,8 @@ class _Pass:
         """The inputs of some readers of one place [reader, token, d]."""
         flat = self.D[:below].flatten(1)
         base = base if self.leak is None else base + self.leak
+        # x_r = base + Σ_w keep[r, w] D_w: [reader, writer] @ [writer, token · d] for all readers at
+        # once.
         x = torch.addmm(base.reshape(1, -1), self.keep[rows][:, :below], flat)
         return x.unflatten(1, base.shape)
 
@@ -200,6 +204,8 @@ class _Pass:
         # 3c. The MLP.
         if mid is not None:
             if not block.parallel:
+                # What attention adds in the base run; then what kept heads of this layer add beyond
+                # that.
                 mid = mid + (base.mid[i] - base.pre[i])
                 mid = mid + torch.einsum("w,wnd->nd", self.keep[reader, new], self.D[new])
                 mid = mid if moved is None else mid + moved
@@ -252,6 +258,7 @@ class _Pass:
             scale = scale_of(norm, with_bias(attn, block.attn.b_O))
             z, moved = z / scale, self.moved(i, 0, norm, block.attn.b_O, scale)
         twin = runs.other.z[i]
+        # D = z W_O − z′ W_O: subtracting before W_O saves a product.
         change = z[written] if twin is None else z[written] - twin[written]
         whole = len(written) == len(layer.W_O)
         torch.bmm(change, layer.W_O if whole else layer.W_O[written], out=self.D[new])
@@ -277,6 +284,8 @@ class _Pass:
             if y is not None:
                 index = [at[h] for h in own[s]]
                 rows = where.queries_at if s == "q" else where.keys_at
+                # Indexing by lists copied these rows, so writing to them leaves the base run as it
+                # is.
                 flat = twins[s].flatten(1, 2)
                 flat[torch.tensor(index, device=y.device)[:, None], rows] = y
         if self.runs.held is not None:
@@ -286,5 +295,6 @@ class _Pass:
             anew = sorted({*own["q"], *own["k"]})
             if anew:
                 index = [at[h] for h in anew]
+                # A new value leaves a pattern as it is: only new queries or keys make it anew.
                 A[index] = layer.pattern(twins["q"][index], twins["k"][index], anew, where)
         return where.packed(A @ twins["v"])

@@ -83,6 +83,7 @@ class EdgeEffects:
             other = run(self.model, self.where, self.twin, past=self.past, keep=False).outputs
         points: list[_Point] = []
         for step in range(steps, 0, -1):  # the clean run first: its prediction may be asked for
+            # EAP-IG's points: the right ends of equal steps, the clean run among them.
             at = self.twin + step / steps * (self.x - self.twin)
             points.append(_Point.of(self, at, measure, points[0].logits if points else None))
         clean = points[0].outputs
@@ -111,6 +112,7 @@ def differences(
 ) -> Float[Tensor, "writer token d_model"]:
     """What every writer adds in one run and not in another one, from their outputs."""
     D = clean.x.new_empty(len(universe.writers), *clean.x.shape)
+    # In the order of the universe: the input, then heads and MLP of every layer.
     torch.sub(clean.x, other.x, out=D[0])
     at = 1
     for i, layer in enumerate(model.layers):
@@ -150,6 +152,7 @@ def products(
     below = [*accumulate((heads + dense for heads, dense in sizes), initial=1)]
     for i, G in readers:
         rows, seen, (heads, dense) = slice(first[i], first[i + 1]), below[i], sizes[i]
+        # Σ over tokens of ⟨G_r, D_w⟩: all readers of a layer by all writers below, in one product.
         sums[rows, :seen] = G.flatten(1) @ D[:seen].flatten(1).T
         if dense and not model.layers[i].block.parallel:  # the MLP reads the heads beside it
             new = slice(seen, seen + heads)
@@ -181,6 +184,7 @@ class _Point:
         model, seen = runs.model, [{} for _ in runs.model.layers]
 
         def tap(what: str, layer: int, tensor: Tensor) -> Tensor:
+            # A view is a node of the graph by itself, whose gradient is that of this reader alone.
             seen[layer][what] = found = tensor.view_as(tensor)
             return found
 
@@ -196,6 +200,7 @@ class _Point:
                 )
             wanted = [last, *(tensor for layer in seen for tensor in layer.values())]
             grads = torch.autograd.grad(value, wanted, allow_unused=True)
+        # A place that the metric does not depend on has no gradient, which means 0.
         each = (torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True))
         with torch.no_grad():
             end, layers = next(each), []
@@ -221,6 +226,7 @@ def _scaled(
         b = pre.new_zeros(pre.shape[-1]) if norm.b is None else norm.b.detach()
         y = taps[side].detach() - layer.of_query_heads(side, layer.shared(side, b[None]))
         found[side] = g[side] / s
+        # x̂ c / s = (x − mean) · ⟨y, g⟩ / (d s²). The first factor is kept once, as "x".
         found[f"c{side}"] = (y * g[side]).sum(-1) / (s.squeeze(-1).square() * pre.shape[-1])
     return found | ({"mlp": g["mlp"]} if "mlp" in g else {})
 

@@ -43,6 +43,7 @@ class Layout:
         )
 
     def _indices(self, of: Any) -> Int[Tensor, " token"]:
+        # Position p of prompt i stands at p + of(i, start) in the layout that is asked for.
         rows = [torch.arange(a, b) + of(i, a) for i, a, b in self.spans]
         return torch.cat(rows).to(self.device)
 
@@ -95,6 +96,7 @@ class Layout:
     ) -> Float[Tensor, "head prompt query key"]:
         """The rows of patterns of all tokens, the prefix among them, that are these queries'."""
         query = torch.arange(self.n_queries) + torch.tensor(self.starts)[:, None]
+        # Rows of padding may point past the end. Nothing reads them, so any row serves there.
         rows = query.clamp(max=A.shape[2] - 1).to(A.device)
         return A[:, torch.arange(len(rows), device=A.device)[:, None], rows]
 

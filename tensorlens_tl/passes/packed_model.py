@@ -68,7 +68,7 @@ class PackedLayer:
     def kv_of(self) -> list[int]:
         """The key and value head of every query head."""
         heads, kv_heads = len(self.block.attn.W_O), len(self.block.attn.W_V)
-        return [h * kv_heads // heads for h in range(heads)]
+        return [h * kv_heads // heads for h in range(heads)]  # groups are neighbours
 
     @cached_property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -108,6 +108,7 @@ class PackedLayer:
         """Queries, keys or values of all heads on one input [token, d]: [head, token, e]."""
         W, b, _ = self.weights(side)
         W = W.detach()
+        # All heads' matrices side by side: one product [token, d] @ [d, head · e].
         y = (n @ W.movedim(0, 1).flatten(1)).unflatten(-1, (len(W), -1)).movedim(1, 0)
         return y if b is None else y + b.detach()[:, None]
 
@@ -139,6 +140,7 @@ class PackedLayer:
     def pattern(self, q: Tensor, k: Tensor, heads: list[int], where: Layout) -> Tensor:
         """Softmax of the scores of some query heads [head, prompt, query, key]."""
         S = self.capped(self.products(q, k), heads, where)
+        # A sink takes its share of the softmax, and then is dropped: it has no value.
         return S.softmax(-1)[..., : k.shape[2]]
 
     def products(self, q: Tensor, k: Tensor) -> Float[Tensor, "head prompt query key"]:
@@ -187,6 +189,7 @@ def _linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 
 def _act(act: str, z: Tensor) -> Tensor:
+    # act(z) = ratio(z) · z; silu has a kernel of its own, which makes one tensor less.
     return torch.nn.functional.silu(z) if act == "silu" else gating_ratio(act, z) * z
 
 
@@ -206,6 +209,7 @@ def scale_of(w: NormWeights, x: Tensor) -> Tensor:
     """What a norm divides its input by [.., 1]."""
     x = x - x.mean(-1, keepdim=True) if w.center else x
     return (
+        # ‖x‖² / d is the mean of x², without a tensor of squares.
         torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + (w.eps or 0.0)
     ).sqrt()
 
@@ -302,6 +306,7 @@ class PackedModel:
         found: list[Rotation | None] = []
         for layer in self.layers:
             r = layer.scores.rotation
+            # Most layers share one rotation, so its rows are taken once.
             if r is not None and id(r.cos) not in made:
                 cos, sin = (t.detach()[where.pos].to(self.unembed.W_U) for t in (r.cos, r.sin))
                 made[id(r.cos)] = replace(r, cos=cos, sin=sin)
@@ -349,6 +354,7 @@ class PackedModel:
             return True
         ids = ids[None]
         own = self.adapter.run(ids, self.adapter.all_real(ids))[0, -1].detach()
+        # √ε: rounding adds up over layers, and weights read wrongly are off by far more.
         eps = max(torch.finfo(own.dtype).eps, torch.finfo(torch.float32).eps)
         same = bool((own - logits).abs().max() <= eps**0.5 * own.abs().max())
         if same:

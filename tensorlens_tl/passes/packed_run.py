@@ -111,6 +111,7 @@ def run(
     mlps: list[Tensor | None] = []
     found = Run(where, Outputs(x, zs, mlps))
     rotations = model.turns(where)
+    # The ablated run starts with what replaces the input, too.
     x = x if other is None else torch.zeros_like(x) if other.x is None else other.x
     for i, (layer, rotation) in enumerate(zip(model.layers, rotations, strict=True)):
         block, pre = layer.block, x
@@ -121,7 +122,7 @@ def run(
         if tap is not None:  # before the norm, for every query head apart
             heads = {s: layer.of_query_heads(s, y) for s, y in (("q", q), ("k", k), ("v", v))}
             q, k, v = (tap(s, i, y) for s, y in heads.items())
-            own = list(range(len(own)))
+            own = list(range(len(own)))  # from here on a key and a value per query head
         q, k = (layer.turned(s, y, rotation) for s, y in (("q", q), ("k", k)))
         k, v = (where.padded(y, True) for y in (k, v))
         if past is not None:
@@ -133,6 +134,7 @@ def run(
             A = held[i]
         z = raw = where.packed(A @ v[own])
         gives = added(block.attn.W_O.detach(), z)
+        # Of this run's own output, also where another one's is added: it still divides b_O.
         scale = scale_past(block.ln1_post, gives, block.attn.b_O)
         if scale is not None:
             z = z / scale
@@ -174,6 +176,7 @@ def added(
     W_O: Float[Tensor, "head d_head d_model"], z: Float[Tensor, "head token d_head"]
 ) -> Float[Tensor, "token d_model"]:
     """What all heads add to the residual."""
+    # Σ_h z_h W_O^h, as one product over h · d_head.
     return z.movedim(0, 1).flatten(1) @ W_O.flatten(0, 1)
 
 

@@ -80,6 +80,8 @@ class SecantEffects:
         covectors = [torch.zeros_like(self.clean.end)]
         covectors[0][where.last] = top
         found = products(self.model, self.universe, D, self._sweep(covectors), top, where)
+        # S is exact on the difference: ⟨c, Δx⟩ at the embeddings is ⟨u, Δy⟩ at the top, or a part
+        # was missed.
         whole, change = (covectors[-1] * D[0]).sum(), ends[0] - ends[1]
         size = covectors[-1].norm() * D[0].norm() + top.norm() * change.norm()
         off = float((whole - (top * change).sum()).abs() / size.clamp_min(TINY))
@@ -94,6 +96,8 @@ class SecantEffects:
             G = c.new_empty(3 * heads + (block.mlp is not None), *c.shape)
             if block.mlp is not None:
                 G[-1] = self._mlp(i, layer, c)
+                # In a serial block the MLP reads what heads write, so heads are read through it as
+                # well.
                 c = c if block.parallel else c + G[-1]
             self._attention(i, layer, rotations[i], c, G[: 3 * heads])
             below = G if block.parallel else G[: 3 * heads]
@@ -140,7 +144,10 @@ class SecantEffects:
         A, L = softmax_secant(S[0], S[1])
         total = L.sum(-1, keepdim=True).clamp_min(torch.finfo(L.dtype).tiny)
         A, L = (t[..., : where.n_keys] for t in (A, L))  # a sink has no value
+        # A v − A′v′ = ΔA v̄ + Ā Δv, with means of both runs: values see the mean pattern (A below),
+        # the pattern sees the mean value. The same for q kᵀ.
         g = L * (z @ ((v[0] + v[1]) / 2)[own].mT)
+        # The softmax's secant is diag(L) − L Lᵀ / ΣL, symmetric like its derivative.
         dP = (g - L * (g.sum(-1, keepdim=True) / total)) * slope * layer.scores.scale
         at = {
             "q": where.packed(dP @ ((k[0] + k[1]) / 2)[own]),

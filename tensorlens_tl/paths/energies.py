@@ -50,10 +50,12 @@ class Rows:
     def mixed(self, A: Float[Tensor, "query key"]) -> Float[Tensor, "key many d"]:
         """Σ_q A[q, k] v_q, at every position k."""
         wide = self._spread(self.x)
+        # Covectors are pulled through a pattern by Aᵀ: key k gathers from all its queries.
         return (A.T @ wide.flatten(1)).view(len(A.T), *wide.shape[1:])
 
     def forms(self, C: Float[Tensor, "pos d d"]) -> Float[Tensor, " row"]:
         """vᵀ C v of every row, not below 0."""
+        # C is positive semidefinite: a number below 0 is rounding.
         return torch.cat([(x @ c).mul_(x).sum(-1) for x, c in self._each(C)]).clamp_min(0)
 
     def lost(self, C: Float[Tensor, "pos d d"]) -> Float[Tensor, " row"]:
@@ -90,6 +92,7 @@ class HeadBound:
         u = v.times(self.above.mT)
         y = u.mixed(self.pattern)
         through = (y @ self.c).mul_(y).sum(-1).clamp_min(0).T
+        # The second part is subtracted from a bound, so here rounding must err downwards.
         return through, u.put(u.forms(self.m) - u.lost(self.m))
 
 
@@ -145,4 +148,5 @@ def padded(C: Float[Tensor, "pos d d"]) -> Float[Tensor, "pos d d"]:
 
 def _margin(C: Float[Tensor, "pos d d"]) -> Float[Tensor, "pos d"]:
     own = C.diagonal(dim1=-2, dim2=-1)
+    # An entry rounds in proportion to √(C_ii C_jj), so the diagonal measures the error.
     return ROUNDING * torch.finfo(C.dtype).eps * own + 1e-14 * own.sum(-1, keepdim=True)

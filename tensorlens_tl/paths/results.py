@@ -168,7 +168,7 @@ class Paths(Paged, Sequence[Path]):
         names = ("target", "target_value", "exact", "largest_unexplored", "expansions")
         data: dict[str, Any] = {"format": FORMAT, "unit": UNIT}
         data |= {name: getattr(self, name) for name in names}
-        if math.isinf(self.largest_unexplored):
+        if math.isinf(self.largest_unexplored):  # JSON has no infinity
             data["largest_unexplored"] = None
         data |= {"convention": asdict(self.convention), "paths": [_plain(path) for path in self]}
         return json.dumps(data, ensure_ascii=False)

@@ -115,6 +115,7 @@ def find_paths(
             best.offer(float(constant), (name, None, (), ()))
         for name, constant in ln_final.constants().items():
             best.offer(float((u * constant).sum()), (name, at, (), ()))
+    # The pull through the final norm makes it a covector of the residual, where paths end.
     start = Partials(ln_final.apply_t(u), [()], [()], [at])
     sweep = PathSweep(steps, sources, constants, by_position, best)
     expansions, exact, left = 0, False, math.inf

@@ -43,7 +43,7 @@ class Best:
 
     @property
     def threshold(self) -> float:
-        return self.heap[0][0] if len(self.heap) == self.k else 0.0
+        return self.heap[0][0] if len(self.heap) == self.k else 0.0  # all enter until there are k
 
     def offer(self, value: float, key: Key) -> None:
         """Take in a whole path, if it is among the k largest so far and not there yet."""
@@ -52,6 +52,7 @@ class Best:
         if abs(value) <= self.threshold:
             self.left_out = max(self.left_out, abs(value))
             return
+        # The tick decides between equal sizes: the earlier path stays.
         heapq.heappush(self.heap, (abs(value), -next(self.ticks), value, key))
         self.there.add(key)
         if len(self.heap) > self.k:
@@ -180,6 +181,8 @@ class PathSweep:
         at: list[int | None] = [None] * len(made)
         if self.by_position:
             at = [*pos.tolist()]
+            # A child reads one position; the other positions of its parent are children of their
+            # own.
             here = torch.arange(made.shape[1], device=made.device) == pos[:, None]
             made = made * here[..., None]
         pairs = zip(row.tolist(), way.tolist(), strict=True)
@@ -209,7 +212,7 @@ class Beam:
         self.states = [x]
         for step in operator.steps:
             x = step.map.apply(x)
-            x = x + step.map.bias if sweep.constants else x
+            x = x + step.map.bias if sweep.constants else x  # sums all ways
             self.states.append(x)
 
     def choose(self, i: int, above: Tensor, v: Tensor) -> Ways:
@@ -257,6 +260,7 @@ class Bounded:
         self.bar.update()
         bound, apart = self.bounds[i], self.sweep.by_position
         e = torch.stack(bound.ways(v, bound.past_norm(above, cast(Tensor, self.e))))
+        # |Σ_p v_p · s_p| ≤ Σ_p √(v_pᵀ C_p v_p): positions add where paths sum over them.
         sizes = e.sqrt() if apart else e.sqrt().sum(-1, keepdim=True)
         keep = sizes > self.sweep.best.threshold
         self.left_out = max(self.left_out, float(sizes.masked_fill(keep, 0).max()))
