@@ -109,6 +109,7 @@ class AblationOptions:
             at_least_one(self.batch_size, "batch_size")
         whole(self.seed, "seed")
         check_metric(self.metric, self.pos)
+        # Kept chunks are found by a digest of the question, and a function has none.
         if self.resume is not None and self.metric is not None:
             raise ValueError(METRIC_KEPT)
         if self.resume is not None and self.ablation == "mean":
@@ -143,6 +144,7 @@ class AblationOptions:
                 close = nearest(name, names)
                 remedy = f"Did you mean {close}=?" if close else f"Use {', '.join(names)}."
                 raise ValueError(f"There is no option {name}=. {remedy}")
+        # replace runs __post_init__ again, so changes are checked like first values.
         return replace(options, **changes) if changes else options
 
 
@@ -252,6 +254,7 @@ def faithfulness_of_many(
             _check_model(edged, circuit)
         kept = {name: edged.universe.named(given) for name, given in circuits.items()}
         study = Study.of(edged, prompts, corrupted, target, versus, options)
+        # The empty circuit runs along: with frozen attention it is not the ablated model.
         masks = [edged.universe.keep(edges) for edges in ([], *kept.values())]
         full, ablated, found = study.run(torch.stack(masks))
         empty, total = found[0] if study.frozen else ablated, len(edged.universe.edges)
@@ -318,9 +321,10 @@ def faithfulness_curve(
         universe, scores = edged.universe, ranked_scores(edged.universe, ranking)
         study = Study.of(edged, prompts, corrupted, target, versus, options)
         total = len(universe.edges)
-        counts = tuple(max(1, round(size * total)) if size else 0 for size in shares)
+        counts = tuple(max(1, round(size * total)) if size else 0 for size in shares)  # 0 is ∅
         masks = [
             universe.keep(first_edges(universe, scores, n, absolute))
+            # CPR is of the signed ranking, CMD of the absolute one (MIB): both in one call.
             for absolute in (False, True)
             for n in counts
         ]
@@ -336,4 +340,5 @@ def faithfulness_curve(
 def _check_model(edged: EdgeModel, given: Any) -> None:
     """Refuse a circuit of another model; edges, names and scores do not say their model."""
     if isinstance(info := getattr(given, "model", None), ModelInfo):
+        # Heads have the same names in every model: without this, another one's circuit would run.
         info.check(ModelInfo.of(edged.adapter.name, edged.adapter.weights))

@@ -202,7 +202,7 @@ def _spread(
         batches = range(start, stop, batch_size)
         with torch.no_grad():
             found = (work.sums(adapter, i, min(i + batch_size, stop)) for i in batches)
-            total = next(found)
+            total = next(found)  # its shape and dtype are the first part's
             for part in found:
                 total = total + part
         return {"sum": total}

@@ -34,6 +34,7 @@ def edge_columns(edges: Sequence[Edge], sources: Sequence[Source]) -> list[int]:
     for source in sources:
         node = source.node
         if isinstance(node, Edge) and node.src.enters:
+            # Token and position embeddings are one writer of the graph, whose score is their sum.
             node = Edge(INPUT, node.dest)
         columns.append(place.get(node, -1) if isinstance(node, Edge) else -1)
     return columns
@@ -53,8 +54,10 @@ def edge_sums(
         The score of every edge [batch, edge], in float64.
     """
     place = torch.tensor(columns, device=values.device)
+    # Constants are no edges: every circuit keeps them.
     kept = (place >= 0).nonzero()[:, 0]
     sums = values.new_zeros(len(values), n_edges, dtype=torch.double)
+    # An edge has one column per position, and the embeddings of a position have several.
     return sums.index_add_(1, place[kept], values[:, kept].double())
 
 
@@ -71,6 +74,7 @@ def edge_scores(wiring: Wiring, found: Attribution) -> dict[Edge, float]:
     edges = wiring.edges()
     columns = edge_columns(edges, found.sources)
     sums, there = edge_sums(found.values, columns, len(edges)).mean(0).tolist(), set(columns)
+    # Edges that were not split, such as those into queries without qk, have no score, not a 0.
     return {edge: sums[i] for i, edge in enumerate(edges) if i in there}
 
 
@@ -136,4 +140,5 @@ def first_edges(
         score = scores.get(edge, 0.0)
         return -abs(score) if absolute else -score
 
+    # sorted is stable, so ties are decided by the model and not by a dictionary's order.
     return sorted(universe.edges, key=rank)[:n]

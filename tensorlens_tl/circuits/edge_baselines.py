@@ -316,6 +316,7 @@ def edge_gradients(
 
 def _direct(universe: EdgeUniverse, scores: dict[Edge, float]) -> dict[Edge, float]:
     by_node = {src: abs(scores[Edge(src, LOGITS)]) for src in universe.writers}
+    # The logits have no direct effect of their own: at such an edge the writer decides.
     by_node[LOGITS] = float("inf")
     return {edge: min(by_node[edge.src], by_node[owner(edge.dest)]) for edge in universe.edges}
 
@@ -339,6 +340,7 @@ def random_scores(universe: EdgeUniverse, seed: int = 0) -> dict[Edge, float]:
     order: dict[Edge, None] = {}
     for _ in universe.edges:
         reader: Node | None = LOGITS
+        # A walk goes downwards, so it ends at the input, and all of its edges are connected.
         while reader is not None:
             edge = Edge(universe.writers[draw(below[reader])], reader)
             order[edge] = None

@@ -89,6 +89,7 @@ class Faithfulness(Paged):
     @property
     def interval(self) -> Interval:
         """95 % bootstrap interval of the share over prompts; nan for one prompt."""
+        # Prompts are drawn, not shares: a share is a ratio of means over the draw.
         shares = _resampled(self.full, self.ablated, self.circuit[None], self.seed)
         return _quantiles(shares[:, 0], len(self.full))
 
@@ -130,6 +131,7 @@ class Faithfulness(Paged):
         """
         names = ("full", "circuit", "empty", "ablated")
         if self.attention == "live":  # where the empty circuit is the ablated model
+            # The empty circuit's dots would lie on those of "ablated".
             names = ("full", "circuit", "ablated")
         groups = {name: getattr(self, name).tolist() for name in names}
         title = f"share {self._share()}, {self.n_edges} {self.parts}"
@@ -230,6 +232,7 @@ class FaithfulnessCurve(Paged):
         return _quantiles(self._area((1 - shares).abs()), len(self.full))
 
     def _area(self, f: Float[Tensor, "*many size"]) -> Float[Tensor, "*many"]:
+        # Over the sizes as shares of all edges, from the smallest to the largest that was measured.
         return torch.trapezoid(f, f.new_tensor(self.sizes), dim=-1)
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -337,6 +340,7 @@ def share_difference(first: Faithfulness, second: Faithfulness) -> tuple[float, 
             "first and second were not run on the same prompts and ablation. Run both with one "
             "call of faithfulness_of_many."
         )
+    # Both circuits by the same draws: what prompts do to both cancels in the difference.
     both = torch.stack([first.circuit, second.circuit])
     drawn = _resampled(first.full, first.ablated, both, first.seed)
     interval = _quantiles(drawn[:, 0] - drawn[:, 1], len(first.full))
@@ -376,6 +380,7 @@ def _resampled(
     times: int = 1000,
 ) -> Float[Tensor, "times many"]:
     """Shares over prompts drawn with replacement; full, ablated and circuits share each draw."""
+    # [times, prompt] indices on the CPU: a seed gives the same interval on every device.
     n, generator = len(full), torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (times, n), generator=generator, device="cpu")
     low = ablated[drawn].mean(-1)

@@ -72,6 +72,7 @@ class ModelInfo:
                 f"The circuit is of {self.name} ({self.wiring}), not of this model ({other.name}: "
                 f"{other.wiring}). Discover a circuit of this model."
             )
+        # Edge lists of other tools know no weights: for them the shape has to do.
         if self.fingerprint and other.fingerprint and self.fingerprint != other.fingerprint:
             raise ValueError(
                 f"The circuit is of {self.name}, and this model ({other.name}) has other weights. "

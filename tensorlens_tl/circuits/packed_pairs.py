@@ -49,10 +49,13 @@ class PackedPairs:
         Yields:
             Pieces of at most so many prompts as their longest one allows.
         """
+        # The longest first: attention is padded to the longest of a piece, and lengths there are
+        # alike.
         pairs = [pair for group in reversed(groups) for pair in group.split(1)]
         while pairs:
             n = max(1, size(pairs[0].n_pos))
             some, pairs = pairs[:n], pairs[n:]
+            # Models are causal here: no token after the prediction changes it.
             ends = [metric.row(pair.n_pos) + 1 for pair in some]
             both = list(zip(some, ends, strict=True))
             yield cls(
@@ -71,6 +74,7 @@ class PackedPairs:
     def starts(self) -> tuple[int, ...]:
         """The first token of every prompt that its corrupted prompt does not share, or the last."""
         return tuple(
+            # Equal prompts keep their last token, at which the logits are read.
             min([*(row != twin).nonzero()[:1, 0].tolist(), len(row) - 1])
             for row, twin in zip(self.rows, self.twins, strict=True)
         )
@@ -96,6 +100,7 @@ class PackedPairs:
             The layout; embeddings of the prompts and of the corrupted ones [token, d_model]; and a
             run of the prefixes, or None where there are none.
         """
+        # Before the first token that differs a causal model's states agree, whatever edges are cut.
         kept = self.tail.tail_of(self.where)
         x, twin = model.embed(self.rows), model.embed(self.twins)[kept]
         if not any(self.starts):

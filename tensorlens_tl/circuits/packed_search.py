@@ -80,6 +80,7 @@ class PackedSearch:
             where, *embedded, past = p.entered(model)
             runs = [run(model, where, x, past=past, activated=True) for x in embedded]
             logits = model.logits(runs[0].last)
+            # One comparison with the host is enough: it tells whether the weights are read rightly.
             if first and not model.agrees(p.rows[0], logits[0]):
                 return None
             first, own = False, logits.argmax(-1).tolist()
@@ -87,9 +88,11 @@ class PackedSearch:
             ids = [own[j] if (t := goals[0][i]) is None else t for j, i in enumerate(each)]
             foils = [goals[1][i] for i in each]
             us = [_covector(model, r, ids) - _covector(model, r, foils) for r in runs]
+            # A soft cap's ratio, held inside u, differs between the runs: their mean is taken.
             found = SecantEffects(model, universe, *runs).sums((us[0] + us[1]) / 2)
             if found is None:
                 return None
+            # In float64, so that the order of many prompts' sums does not show.
             total += found.to(total)
         return total
 
@@ -99,6 +102,7 @@ def _covector(
 ) -> Float[Tensor, "prompt d_model"]:
     """The covectors of logits at the final normalized residual, a soft cap's ratio held."""
     w = model.unembed
+    # Where nothing is subtracted, some column is gathered, and multiplied by 0.
     given = [0 if i is None else i for i in ids]
     there = w.W_U.new_tensor([i is not None for i in ids])[:, None]
     u = w.W_U.detach()[:, given].T * there

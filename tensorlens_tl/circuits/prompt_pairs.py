@@ -45,6 +45,8 @@ class Pairs:
         """Split into pieces of at most ``size`` prompts."""
         none = [None] * len(self.ids)
         corrupted = none if self.corrupted is None else self.corrupted.split(size)
+        # Not strict: without corrupted prompts there is a None per prompt, more than there are
+        # pieces.
         pieces = zip(self.index.split(size), self.ids.split(size), corrupted, strict=False)
         return [Pairs(index, ids, self.n_pos, other) for index, ids, other in pieces]
 
@@ -112,6 +114,7 @@ def paired(adapter: Adapter, prompts: Any, corrupted: Any = None) -> list[Pairs]
                 "compared position by position: change one token for another."
             )
     found = []
+    # No padding: an ablation compares two prompts position by position.
     for length in sorted({len(row) for row in rows}):
         these = [i for i, row in enumerate(rows) if len(row) == length]
         ids = torch.stack([rows[i] for i in these])
@@ -180,6 +183,7 @@ class LogitMetric:
                 "the final residual at pos."
             )
         if adapter.headless and pos == -1 and adapter.read_at is not None:
+            # Such a model reads one row, often the first. "Last" means that one.
             pos = adapter.read_at
         if metric is not None and (target is not None or versus is not None):
             raise ValueError(
@@ -233,6 +237,7 @@ class LogitMetric:
                 f"pos={self.pos} is outside a prompt of {n_pos} tokens. Use {-n_pos} to "
                 f"{n_pos - 1}."
             )
+        # Python's % is never negative, so −1 becomes the last position.
         return self.pos % n_pos
 
     def values_at(
@@ -250,6 +255,7 @@ class LogitMetric:
                     f"{len(index)} prompts. Return one number per prompt, [{len(index)}]."
                 )
             return torch.stack(found)
+        # Every run is measured by the clean run's word, else the runs could not be compared.
         target = clean.argmax(-1) if self.target is None else self.target[index]
         rows = torch.arange(len(index), device=at.device)
         value = at[:, rows, target.to(at.device)]
@@ -260,8 +266,10 @@ class LogitMetric:
 
 def _id(given: Any, name: str) -> int:
     try:
+        # True is an integer to Python, and would be token 1.
         if isinstance(given, bool):
             raise TypeError
+        # Takes integers of NumPy and torch, and no float: 3.0 is no token.
         return operator.index(given)
     except TypeError:
         raise ValueError(

@@ -49,6 +49,7 @@ class CircuitShare(Paged):
     def share(self) -> tuple[float, ...]:
         """Value / target value, one per prompt; nan where the target is 0."""
         pairs = zip(self.value, self.target_value, strict=True)
+        # Unlike faithfulness, nothing is subtracted first: what constants add counts, too.
         return tuple(part / whole if whole else float("nan") for part, whole in pairs)
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -156,6 +157,7 @@ class Subgraph(Paged):
     @cached_property
     def final(self) -> Float[Tensor, "batch pos d_model"]:
         """Final normalized residual of the circuit [batch, pos, d_model]."""
+        # The restricted operator is affine like the whole one; constants are never cut.
         return self.operator.apply(self.capture.input) + self.operator.bias
 
     @property
@@ -188,13 +190,16 @@ class Subgraph(Paged):
         prompts = torch.arange(len(u), device=u.device)
         u[prompts, goal.query] = goal.covector
         effects: dict[str, Tensor] = {}
+        # One pull gives the covector c at the embeddings, and every constant's effect on its way.
         c, rows = self.operator.apply_t(u, effects), TableBuilder(self.capture, goal)
         for name, embedding in self.capture.embeddings.items():
             rows.spread(Node.parse(name), (c * embedding).sum(-1))
         for name, effect in effects.items():
             rows.add([Node.parse(name)], effect.sum(-1, keepdim=True))
+        # Constants above the sweep, such as b_U, are of the target: no edge can hold them.
         rows.add_constants()
         names = tuple(f"{name} in the circuit" for name in goal.name)
+        # The rows sum to the circuit's value, so that, and not the run's, is the table's target.
         found = rows.to_attribution("token")
         return replace(found, target=names, target_value=self._value(goal))
 

@@ -36,11 +36,13 @@ def rows(capture: Capture, matrix: Matrix) -> Matrix:
     real = capture.frame.real
     matrix = torch.where(real[:, :, None] & real[:, None, :], matrix, 0)
     total = matrix.sum(-1, keepdim=True)
+    # The inner where keeps 0 / 0 out of what the outer one drops.
     return torch.where(total > 0, matrix / torch.where(total > 0, total, 1), identity(capture))
 
 
 def product(capture: Capture, layers: list[Matrix]) -> Matrix:
     """Multiply the layers' matrices, the last layer leftmost."""
+    # (A_L … A_1)[i, j] is what position i takes of token j through all layers.
     return reduce(lambda below, layer: layer @ below, layers, identity(capture))
 
 
@@ -129,6 +131,7 @@ def attention_flow(capture: Capture, query: Int[Tensor, " batch"] | None = None)
             capacities = layer[prompt].double().tolist()
             for i, j in layer[prompt].nonzero().tolist():
                 capacity = round(capacities[i][j] * FLOW_UNIT)
+                # Flow runs from the output down to the token, against the direction of the model.
                 graph.add_edge((level + 1, i), (level, j), capacity=capacity)
         # One residual network serves every pair of ends.
         residual = algorithms.build_residual_network(graph, "capacity")
@@ -161,6 +164,7 @@ def random(capture: Capture, seed: int = 0) -> Matrix:
         given = capture.prompts.given[prompt]
         given = given[start:stop] if capture.prompts.by_row else given
         ids = given.flatten().tolist()
+        # crc32, not hash(): Python salts the latter, and every process would draw other numbers.
         generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, ids)).encode()))
         drawn = torch.rand(
             stop - start, stop - start, generator=generator, device="cpu", dtype=torch.float64

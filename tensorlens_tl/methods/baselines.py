@@ -134,6 +134,7 @@ def baseline_matrix(
             for pos, at in enumerate(columns.T):
                 query = torch.full_like(at, pos)
                 scores = baseline.function(live, query, u[prompts, at], **options)
+                # Live prompts have no padding: row pos of theirs is column ``at`` of the batch.
                 matrix[prompts[:, None], at[:, None], columns] = frame.cast(scores)
     return matrix
 
@@ -163,6 +164,7 @@ def baseline_scores(
         given = baseline.given(query=goal.query, covector=goal.covector)
         found = baseline.function(capture, **given, **options)
         rows = torch.arange(frame.batch, device=frame.device)
+        # A function that takes the query has computed the one row alone.
         return found[rows, goal.query] if found.ndim == 3 else found
     with live_models(capture, model) as lives:
         found = frame.zeros(1)[..., 0]
@@ -193,6 +195,7 @@ def _predictions(capture: Capture) -> Float[Tensor, "batch pos d_model"]:
     ids = capture.logits.argmax(-1)
     u = frame.cast(w.W_U.T[ids])
     if (head := capture.unembed.head) is not None:
+        # A head between final norm and unembedding is frozen, and part of the readout.
         return head.apply_t(u)
     if w.soft_cap is None:
         return u

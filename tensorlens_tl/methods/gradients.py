@@ -105,6 +105,7 @@ def reference(live: LiveModel, baseline: str) -> Float[Tensor, "prompt pos d_mod
     if baseline == "zero":
         return torch.zeros_like(x)
     if baseline == "mean":
+        # One vector at all positions: their order is gone, and the mean of the words is left.
         return x.mean(1, keepdim=True).expand_as(x).contiguous()
     if baseline != "bos":
         raise ValueError(f"baseline={baseline!r} does not exist. Choose 'zero', 'mean' or 'bos'.")
@@ -149,6 +150,7 @@ def chefer(
     y, patterns = live.plain  # one run serves every row of a matrix
     target = target_of(y, query, covector).sum()
     gradients = _gradients(live, target, patterns)
+    # R = I at the embeddings: each token is relevant to itself alone.
     relevance = torch.eye(y.shape[1], dtype=y.dtype, device=y.device).expand(len(y), -1, -1)
     for pattern, gradient in zip(patterns, gradients, strict=True):
         # Ē R: heads averaged after negative parts are dropped, as in the paper.

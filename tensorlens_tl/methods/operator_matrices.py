@@ -112,6 +112,7 @@ def orthogonal_probes(n: int, k: int, d: int, generator: torch.Generator) -> Flo
     rest = torch.arange(d // power, dtype=torch.float64, device="cpu")
     cosine = torch.cos(math.pi * (rest[None] + 0.5) * rest[:, None] / len(rest))
     cosine /= cosine.norm(dim=1, keepdim=True)
+    # The Kronecker product of two orthogonal bases is one, and any d is power · rest.
     basis = torch.kron(basis / math.sqrt(power), cosine)
     chosen = torch.rand(n, d, generator=generator, device="cpu").argsort(-1)[:, :k]
     signs = torch.randint(0, 2, (n, 1, d), generator=generator, device="cpu") * 2 - 1
@@ -361,6 +362,7 @@ def operator_row(
     if name == "in_out" and goal.rows > 1:
         rows = goal.each_row(capture.unembed.final)
         parts = [operator_row(name, capture, operator, row, options) for row in rows]
+        # A target that is a mean over rows is linear in them, and so are the entries of "in_out".
         return sum(parts, torch.zeros_like(parts[0]))
     goal.alone(f"token_scores({name!r})")
     question = _ask(name, capture, operator, None, None, options or MatrixOptions())

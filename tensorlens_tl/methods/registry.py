@@ -90,6 +90,7 @@ def token_matrix(
         raise ValueError(
             f"{wrong}= is for {', '.join(OPERATOR_METHODS)}, not for {name!r}. Drop {wrong}={more}."
         )
+    # Earlier methods know no part of a model: theirs are always about the whole.
     sites = (str(operator.sites[0]), FINAL_SITE)
     return TokenMatrix(
         kind=name,

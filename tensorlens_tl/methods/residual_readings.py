@@ -148,6 +148,7 @@ class LogitLens(Paged):
         for prompt in range(len(self)):
             one = self[prompt]
             logits, ids = one.logits[0].topk(k)
+            # Softmax over the whole vocabulary, of which k tokens are kept.
             probabilities = (logits - one.logits[0].logsumexp(-1, keepdim=True)).exp()
             best = zip(logits.tolist(), ids.tolist(), probabilities.tolist(), strict=True)
             for site, of_site in zip(self.sites, best, strict=True):
@@ -303,6 +304,7 @@ def logit_lens(
     query = None if pos is None else frame.index(pos)
     states = [*(step.state for step in operator.steps), capture.resid_final]
     n_pos = frame.n_pos if query is None else 1
+    # A vocabulary at every site and position: the largest thing that a lens can be asked for.
     size = len(states) * frame.batch * n_pos * weights.W_U.shape[1] * frame.dtype.itemsize
     if size > DENSE_LIMIT:
         raise ValueError(
@@ -320,6 +322,8 @@ def logit_lens(
         return y @ frame.cast(weights.W_U) + b_U
 
     ln, cap = capture.ln_final, weights.soft_cap
+    # The cap's ratio in the run, cap tanh(z / cap) / z at the last site: what "frozen" multiplies
+    # by.
     ratio = None if cap is None else soft_cap_ratio(linear(at(capture.unembed.final)), cap)
     eps = 0.0 if ln is None else _epsilon(ln, capture.resid_final[frame.real])
     found = []
@@ -329,8 +333,10 @@ def logit_lens(
             scale = at(ln.scale)
             if norm == "anew":
                 scale = (_variance(ln, state) + eps).sqrt()
+            # A norm is linear but for its scale, so another scale is all that "anew" changes.
             y = replace(ln, scale=scale).apply(state)
             y = y if ln.weights.b is None else y + frame.cast(ln.weights.b)
+        # A hook's edit of the final residual stands behind the norm, whatever the norm read.
         if capture.final_edit is not None:
             y = y + at(capture.final_edit.constant)
         logits = linear(y)
@@ -350,6 +356,7 @@ def logit_lens(
         tuple(place_label(own[i], i) for i in places)
         for own, places in zip(strings, shown, strict=True)
     )
+    # The last site holds what the final norm gives: it is not read through that norm again.
     found = logits, operator.sites[:-1], labels, spans, norm, capture.tokenizer
     return LogitLens(*found, capture.convention)
 
@@ -373,6 +380,7 @@ def _epsilon(ln: Norm, final: Float[Tensor, "token d"]) -> float:
     """The ε of the final norm: the host's, or s² − var where var is smallest and hides it least."""
     if ln.weights.eps is not None:
         return ln.weights.eps
+    # In float64: ε is the small difference of two nearly equal numbers.
     variance = _variance(ln, final.double())
     least = variance.argmin()
     scale = ln.scale[ln.frame.real].double()

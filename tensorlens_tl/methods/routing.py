@@ -105,6 +105,7 @@ class Routing(Paged, Tabled):
     @property
     def counts(self) -> Int[Tensor, "batch expert"]:
         """How many tokens of each prompt reached each expert."""
+        # one_hot takes no negative numbers, so padding, −1, becomes class 0.
         one_hot = torch.nn.functional.one_hot(self.experts + 1, self.n_experts + 1)
         return one_hot.sum((1, 2))[:, 1:]  # −1 stands first, for padding
 
@@ -142,6 +143,7 @@ class Routing(Paged, Tabled):
     def _grid(self, prompt: int) -> tuple[list[str], list[str], list[list[float]]]:
         """Tokens, experts, and the weights of one prompt; nan where a token was not sent."""
         names = [place_label(token, i) for i, token in enumerate(self.tokens[prompt])]
+        # nan is no weight of 0: it is an expert that the token was not sent to.
         grid = [[math.nan] * self.n_experts for _ in names]
         for sent in self.rows():
             if sent.prompt == prompt:

@@ -280,9 +280,9 @@ def student_t(p: float, freedom: int) -> float:
         The quantile t with P(T ≤ t) = p.
     """
     if freedom == 1:
-        return math.tan(math.pi * (p - 0.5))
+        return math.tan(math.pi * (p - 0.5))  # Cauchy's distribution
     if freedom == 2:
-        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))  # t = x √2 / √(1 − x²), x = 2 p − 1
     # In powers of 1 / freedom; four terms are within 0.5 % from 3 degrees of freedom on.
     z = float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
     terms = (

@@ -75,6 +75,7 @@ class Split:
     def with_residual(self, key: int) -> Float[Tensor, "batch query_pos d_model"]:
         """G_ij = F_ij + δ_ij x_i: one source's part of the state after attention."""
         part = linear(self.block.ln1_post, self.part(key))
+        # δ_ij x_i: the residual carries a token to its own position alone.
         part[:, key] += self.block.resid_pre[:, key]
         return part
 

@@ -37,15 +37,18 @@ def _zeroed(s: Split, key: int) -> Tensor:
     """The block's output with one token's value vectors at zero, everything behind them live."""
     block, mid = s.block, s.block.resid_mid
     mlps = [mlp for mlp in (block.mlp, block.shared) if mlp is not None]
+    # With the pattern kept, zeroing v_j takes exactly the part of source j out of the output.
     attn = _rerun(block.ln1_post, s.out, s.out - s.part(key))
     change = attn - normed(block.ln1_post, s.out)
     if mid is None or not mlps:  # no MLP reads what attention wrote
+        # Added to the run's own state, a change brings its own rounding alone.
         return s.resid_post + change
     edits = sum(edit.constant for edit in block.mid_edits)
     summed = block.resid_pre + normed(block.ln1_post, s.out) + edits
     change = _passed(block.mid_norm, summed, change)
     was, x = normed(block.ln2, mid), _rerun(block.ln2, mid, mid + change)
     raw_was = torch.stack([mlp.apply(was) + mlp.bias for mlp in mlps]).sum(0)
+    # Frozen ratios would pass the change on linearly; here activations are computed anew.
     moved = [mlp.moved(x - was) for mlp in mlps]
     raw = torch.stack([mlp.apply(x) + mlp.bias for mlp in moved]).sum(0)
     out = normed(block.ln2_post, raw_was)
