@@ -316,6 +316,7 @@ def faithfulness_curve(
             f"sizes={sizes!r} are not increasing shares of all edges. Pass numbers from 0 to 1, "
             "smallest first."
         )
+    # Opened once for all sizes: opening a model reads all of its weights.
     with edge_model(model) as edged, torch.no_grad():
         _check_model(edged, ranking)
         universe, scores = edged.universe, ranked_scores(edged.universe, ranking)

@@ -207,6 +207,7 @@ def _spread(
                 total = total + part
         return {"sum": total}
 
+    # Another batch size sums in another order, so its chunks are not mixed with these.
     question = f"{work.digest(info)} {batch_size}"
     total = torch.zeros(len(work.edges), dtype=torch.double)
     for chunk in spread(resume, question, len(work), run, progress):

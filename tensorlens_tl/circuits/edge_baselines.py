@@ -193,6 +193,7 @@ def _packed(
                 return metric.values_at(logits[None], clean, index).sum()
 
             found, logits = runs.sums(measure, points)
+            # Asked before anything counts: where the host differs, it runs all prompts itself.
             if bar.n == 0 and not model.agrees(p.rows[0], logits[0]):
                 return None
             total += found.to(total)

@@ -217,6 +217,7 @@ class FaithfulnessCurve(Paged):
     @property
     def cmd(self) -> float:
         """Circuit-model distance ∫ |1 − f| dk of the absolute ranking; less is better."""
+        # |1 − f|, as a circuit may also do more than the model: CPR would reward that.
         return float(self._area((1 - self.absolute_shares).abs()))
 
     @property
@@ -343,6 +344,7 @@ def share_difference(first: Faithfulness, second: Faithfulness) -> tuple[float, 
     # Both circuits by the same draws: what prompts do to both cancels in the difference.
     both = torch.stack([first.circuit, second.circuit])
     drawn = _resampled(first.full, first.ablated, both, first.seed)
+    # The interval of the difference, which is not the difference of two intervals.
     interval = _quantiles(drawn[:, 0] - drawn[:, 1], len(first.full))
     return first.share - second.share, interval
 

@@ -39,6 +39,7 @@ class ModelInfo:
         Returns:
             The identity of the model.
         """
+        # W_O is [head, d_head, d_model] in every host.
         width = weights.blocks[0].attn.W_O.shape[-1]
         return cls(name, wiring_of(weights), width, model_mark(weights))
 

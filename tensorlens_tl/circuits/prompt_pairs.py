@@ -248,6 +248,7 @@ class LogitMetric:
     ) -> Float[Tensor, "circuit prompt"]:
         """The same of logits at the position of the prediction alone."""
         if self.metric is not None:
+            # Run by run: a user's function knows prompts and a vocabulary, and no axis of circuits.
             found = [self.metric(one, index) for one in at]
             if any(getattr(one, "shape", ()) != (len(index),) for one in found):
                 raise ValueError(

@@ -152,6 +152,7 @@ class Subgraph(Paged):
     @cached_property
     def operator(self) -> RestrictedTransformer:
         """The restricted operator: X → the final normalized residual."""
+        # Query and key edges are passed over: with frozen patterns nothing flows along them.
         return self.whole.restrict(self.circuit.edges)
 
     @cached_property
@@ -193,6 +194,7 @@ class Subgraph(Paged):
         # One pull gives the covector c at the embeddings, and every constant's effect on its way.
         c, rows = self.operator.apply_t(u, effects), TableBuilder(self.capture, goal)
         for name, embedding in self.capture.embeddings.items():
+            # ⟨Tᵀ u, x_j⟩ of every token j.
             rows.spread(Node.parse(name), (c * embedding).sum(-1))
         for name, effect in effects.items():
             rows.add([Node.parse(name)], effect.sum(-1, keepdim=True))

@@ -83,6 +83,7 @@ def integrated_gradients(
         reference(live, baseline),
         additional_forward_args=(query, covector),
         n_steps=steps,
+        # captum runs several points together, and never less than one point of all prompts.
         internal_batch_size=max(len(live.x), 32),
     )
     return found.sum(-1)

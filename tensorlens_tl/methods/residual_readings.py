@@ -365,6 +365,7 @@ def _through(head: Chain, y: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
     """The frozen head on states at some positions."""
     into, gate, ln = cast(tuple[Linear, Gate, Norm], head.maps)
     z = y @ into.frame.cast(into.W)
+    # The frozen activation: its ratio act(z) / z in the run, at these positions.
     z = (z if into.b is None else z + into.frame.cast(into.b)) * at(gate.ratio)
     h = replace(ln, scale=at(ln.scale)).apply(z)
     return h if ln.weights.b is None else h + ln.frame.cast(ln.weights.b)
