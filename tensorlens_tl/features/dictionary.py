@@ -182,14 +182,18 @@ class FeatureDictionary:
         """
         if self.norm == "layer_norm":
             shift = x.mean(-1, keepdim=True)
+            # torch's std divides by d − 1, as it does in SAELens, unlike the variance of a model's
+            # norm.
             size = (x - shift).std(-1, keepdim=True)
             scale = 1 / (size + _LN_EPS)
             found = Normed((x - shift) * scale, shift, scale, size)
         elif self.norm == "constant_norm_rescale":
+            # ‖n(x)‖ = √d, the length of a vector of ones.
             scale = self.d_in**0.5 / x.norm(dim=-1, keepdim=True)
             found = Normed(x * scale, 0.0, scale, 1 / scale)
         else:
             found = Normed(x, 0.0, 1.0, 1.0)
+        # What a transcoder writes is no reconstruction of its input, so no norm is undone.
         return found._replace(shift=0.0, unscale=1.0) if self.is_transcoder else found
 
     def encode(self, x: Float[Tensor, "*pos d_in"]) -> Float[Tensor, "*pos d_sae"]:
@@ -213,9 +217,11 @@ class FeatureDictionary:
             Σ z d + b_dec, the norm undone, and the skip connection added. For a cross-layer
             transcoder one vector per layer from its own on, b_dec and the skip in the first alone.
         """
+        # In the dtype of x: SAEs are often in half precision, and errors are differences.
         norm, W = self.normed(x), self.W_dec.to(x)
         found = torch.tensordot(self.encode(x), W, 1) * norm.unscale
         first = found[..., 0, :] if W.ndim == 3 else found
+        # ``first`` is a view, so this changes ``found``.
         first += self.b_dec.to(x) * norm.unscale + norm.shift
         if self.W_skip is not None:
             first += x @ self.W_skip.to(x)
@@ -268,6 +274,7 @@ class FeatureDictionary:
         x = self.normed(x).x
         if self.centered:
             x = x - self.b_dec.to(x)
+        # Gate and size share one product; they differ in a gain per feature and in the bias.
         a = x @ self.W_enc.to(x)
         if self.gain is None or self.b_gate is None:
             return a + self.b_enc.to(x), None
@@ -289,11 +296,13 @@ class FeatureDictionary:
             ranked = a if self.activation == "topk" else a.abs()
             kept = ranked.topk(min(self.k or self.d_sae, self.d_sae), dim=-1).indices
             values = a.gather(-1, kept)
+            # Fewer than k may be above 0. "abstopk" keeps the sign.
             values = values.relu() if self.activation == "topk" else values
             return torch.zeros_like(a).scatter(-1, kept, values)
         z = a.relu()
         if self.activation == "tanh-relu":
             return z.tanh()
+        # A JumpReLU keeps the whole a above its threshold: it does not subtract it.
         if self.threshold is not None:
             return z * (a > self.threshold.to(a))
         return z if gate is None else z * (gate > 0)
@@ -307,6 +316,7 @@ class FeatureDictionary:
         Returns:
             The column of W_enc, with the gain of a gated SAE.
         """
+        # (w · gain) · n(x): the gain scales a feature's size, not what decides whether it fires.
         w = self.W_enc[:, index]
         return w if self.gain is None else w * self.gain[index]
 
@@ -335,6 +345,7 @@ class FeatureDictionary:
         Returns:
             The row, the number and the activation of every feature that fires.
         """
+        # Three tensors [row, d_sae] live at once: a, what is ranked or gated, and z.
         size = max(1, CHUNK_BYTES // (3 * self.d_sae * x.element_size()))
         found = []
         for start in range(0, len(x), size):

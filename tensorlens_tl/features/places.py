@@ -139,6 +139,7 @@ class Place:
     @property
     def first_after(self) -> int:
         """The number of the first residual site that holds what the dictionary gives back."""
+        # A sublayer's output enters the residual at the site after its step.
         return self.index + (self.step is not None)
 
     def covectors(self, trace: Trace) -> Float[Tensor, "*many batch pos d"]:
@@ -191,6 +192,7 @@ class Place:
         """
         if self.step is None:
             return range(below[self.index])
+        # Writers of a step stand branch by branch: the nodes of each, then its other constants.
         before = (b for b in self.step.branches[: self.step.branches.index(self.branches[0])])
         start = below[self.index] + sum(map(_writers, before))
         if self.name == "z":
@@ -213,6 +215,7 @@ class Place:
         splice = self.splice(operator, capture)
         if self.step is None:
             found = state_at(operator, capture, self.index)
+            # A recorded residual is what went on, the hook's edit included: what was read lacks it.
             return found if splice is None or not read else found - splice
         x = capture.frame.cast(self.step.state)
         first, *others = self.branches
@@ -220,6 +223,7 @@ class Place:
             found = first.body.hidden_in_run(first.read(x))
         else:
             found = sum((_output(b, x) for b in others), _output(first, x))
+        # What a sublayer computes comes before the hook's edit: here what went on lacks it.
         return found if splice is None or read else found + splice
 
     def splice(
@@ -255,6 +259,7 @@ class Place:
         c, step = trace.written[self.index], cast(Step, self.step)
         others = (b for b in step.branches if b not in self.branches)
         x = step.state.to(c)
+        # In a parallel block the other branches write at the same step, beside this one.
         return (c * sum((_output(b, x) for b in others), x)).sum(-1)
 
     def constants_after(self, operator: FrozenTransformer, trace: Trace) -> Iterator[str]:
@@ -273,6 +278,8 @@ class Place:
             names |= {name for pull in pulls for name in pull.effects}
         if self.step is not None:
             names |= {edit.name for edit in self.step.edits} | self.step.own.keys()
+            # Behind z stand b_O and the post-norm's b; behind a whole output nothing of the branch
+            # does.
             names.update(*(b.outside_names() for b in self.branches if self.name == "z"))
             names.discard(self.splice_name)  # in what goes on from here
         yield from (name for name in trace.effects if name in names)
@@ -315,6 +322,7 @@ def input_of(
         return Place.of(dictionary.site, operator).state(operator, capture, read=True)
     index, norm = Place.read_by(dictionary, operator)
     x = state_at(operator, capture, index)
+    # With the scale of the run, which is what the host's own norm gave to the MLP.
     return x if norm is None else norm.apply(x) + norm.bias
 
 

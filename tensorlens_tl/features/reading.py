@@ -77,16 +77,19 @@ class Reading:
         check_width("reads", dictionary, dictionary.d_in, dictionary.site, x)
         check_width("writes", dictionary, dictionary.W_dec.shape[-1], dictionary.writes, y)
         real = capture.frame.real.flatten()
+        # Padding is never encoded: hosts leave any numbers there, which would fire features.
         rows = x.flatten(0, 1)[real]
         where = real.nonzero().flatten()
         at, features, acts = dictionary.sparse(rows)
+        # In float64: the error is a small difference of large vectors.
         norm = dictionary.normed(rows.double())
         unscale = x.new_ones(len(real), dtype=torch.float64)
         shift = torch.zeros_like(unscale)
         for whole, part in ((unscale, norm.unscale), (shift, norm.shift)):
             whole[real] = part.flatten() if isinstance(part, Tensor) else part
-        at = where[at]
+        at = where[at]  # from rows of real tokens to places in batch · pos
         found = decoded(dictionary.W_dec, at, features, acts, len(real))
+        # The norm is undone for b_dec, too: it is a part of the normalised reconstruction.
         found = (found + dictionary.b_dec.to(found)) * unscale[:, None] + shift[:, None]
         skipped = None
         if dictionary.W_skip is not None:
@@ -127,6 +130,7 @@ class Reading:
     def spots(self) -> tuple[Int[Tensor, " row"], Int[Tensor, " n"]]:
         """The rows of a table, pos · d_sae + feature in order; and the row of every activation."""
         n_pos = self.error.shape[1]
+        # One number per pair, in the order of positions; all prompts share the rows of a table.
         keys = (self.at % n_pos) * self.dictionary.d_sae + self.features
         return keys.unique(return_inverse=True)
 
@@ -173,6 +177,7 @@ class Reading:
         unscale, shift = self.unscale.view(shape), self.shift.view(shape)
         found = {self.constant("b_dec"): unscale * (g @ self.dictionary.b_dec.to(g))}
         if self.dictionary.norm == "layer_norm":
+            # The shift μ is added to every dimension: ⟨g, μ 1⟩ = μ Σ g.
             found[self.constant("mean")] = shift * g.sum(-1)
         if self.skipped is not None:
             found[self.beside_node("skip")] = (g * self.skipped).sum(-1)
@@ -195,6 +200,7 @@ class Reading:
             cut = slice(start, start + size)
             g, d = flat[..., self.at[cut], :], W[self.features[cut]].to(flat)
             found[..., cut] = torch.einsum("...nd,nd->...n", g, d)
+        # Activations multiply the products, not the decoder rows: n numbers in place of n · d.
         return found * (self.acts * self.unscale[self.at])
 
 
@@ -292,6 +298,7 @@ def decoded(
     size = max(1, CHUNK_BYTES // (8 * W.shape[-1]))
     for start in range(0, len(at), size):
         cut = slice(start, start + size)
+        # Many features fire at one position, and their rows are summed there.
         found.index_add_(0, at[cut], W[features[cut]].double() * acts[cut, None].double())
     return found
 

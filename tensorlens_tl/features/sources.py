@@ -170,6 +170,7 @@ def _set_file(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of one layer with SAELens's names and layout."""
     found = {name.rpartition(".")[2]: tensor for name, tensor in weights.items()}
     if "W_enc" in found:
+        # circuit-tracer keeps encoders as [d_sae, d_in].
         found["W_enc"] = found["W_enc"].T
     return found
 
@@ -237,6 +238,7 @@ def _one(weights: dict[str, Any], cfg: dict[str, Any], given: dict[str, Any]) ->
     site, writes = _sites(cfg, given, kind)
     # 1. The weights by name, and what is missing.
     if act == "gated":
+        # A gated SAE has two biases; b_enc here is the one of the size.
         weights["b_enc"] = weights.get("b_mag", weights.get("b_gate", torch.zeros(0)))
     if act == "jumprelu" and "threshold" not in weights:
         _batch_threshold(weights, kind)
@@ -250,6 +252,7 @@ def _one(weights: dict[str, Any], cfg: dict[str, Any], given: dict[str, Any]) ->
     _check_shapes(weights, names)
     # 2. The decoder's norms, and the constant that activations were scaled by.
     if cfg.get("rescale_acts_by_decoder_norm"):
+        # (‖d‖ a) (d / ‖d‖): the same reconstruction, but top-k then ranks by what features write.
         norms = weights["W_dec"].norm(dim=-1)
         weights["W_enc"] = weights["W_enc"] * norms
         weights["b_enc"] = weights["b_enc"] * norms
@@ -267,6 +270,7 @@ def _one(weights: dict[str, Any], cfg: dict[str, Any], given: dict[str, Any]) ->
         activation=act,
         k=None if k is None else int(k),
         threshold=weights["threshold"] if act == "jumprelu" else None,
+        # Trained as a logarithm, so that the gain is positive.
         gain=weights["r_mag"].exp() if act == "gated" else None,
         b_gate=weights["b_gate"] if act == "gated" else None,
         centered=bool(cfg.get("apply_b_dec_to_input", True)) and writes == site,
@@ -296,6 +300,7 @@ def _tensor(given: Any, name: str) -> Tensor:
     found = torch.as_tensor(given).detach()
     if found.is_floating_point() and not bool(found.isfinite().all()):
         raise ValueError(f"{name} holds nan or inf. Load the weights again.")
+    # Exact: every number in half precision is one in float32.
     return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
 
 
@@ -323,6 +328,7 @@ def _batch_threshold(weights: dict[str, Tensor], kind: str) -> None:
             "Save it with save_inference_model."
         )
     if kind in _BATCHED:
+        # Trained on whole batches, such an SAE fires above one number once it is saved.
         weights["threshold"] = weights["topk_threshold"].expand_as(weights["b_enc"])
 
 
@@ -333,6 +339,7 @@ def _norm(weights: dict[str, Tensor], norm: str, scale: float | None) -> str:
                 f"scale={scale!r}, but activations were multiplied by a constant in training. "
                 "Pass that constant, or save the SAE with save_inference_model."
             )
+        # (s x − b) W = (x − b / s) (s W), and what comes out is divided by s: b_dec and W_dec are.
         weights["W_enc"] = weights["W_enc"] * scale
         weights["W_dec"], weights["b_dec"] = weights["W_dec"] / scale, weights["b_dec"] / scale
         return "none"

@@ -107,6 +107,7 @@ def feature_target(
     x = take_row(there, query)[:, 0]
     pre = dictionary.pre_activations(x)
     a, z = pre[0][:, i], dictionary.activations(*pre)[:, i]
+    # act(a) = slope · a at this run, as a model's own activation is frozen to a ratio.
     slope = torch.ones_like(a) if feature.pre else (z != 0).to(a)
     if dictionary.activation == "tanh-relu" and not feature.pre:
         slope = torch.where(z != 0, z / a, 0)
@@ -143,6 +144,7 @@ def _at_residual(
         norm = Place.read_by(dictionary, operator)[1]
         u = u if norm is None else norm.row(query).apply_t(u[:, None], effects)[:, 0]
     elif place.step is not None:  # its output
+        # An MLP mixes no positions, so what is read at one position is of that position alone.
         c, u = put_row(u[:, None], query, operator.frame.n_pos), torch.zeros_like(u)
         for branch in place.branches:
             pull = branch.pull_at(c, query)

@@ -224,9 +224,11 @@ class FeatureGraph(PlacedGraph):
         flow = self._influence
         keep, edges = flow.most(node_threshold, edge_threshold)
         n, n_targets = sum(flow.sizes), len(self.targets)
+        # Features are writers and readers, targets readers alone: rows follow from both.
         rows = torch.cat([keep[flow.features], keep.new_ones(n_targets)])
         weights, edges = self.weights[rows], edges[rows]
         left = weights[:, :n] * edges
+        # In float64: the sum of all that was cut off must still complete each row.
         cut = (weights[:, :n] * ~edges).double().sum(1) + weights[:, -1].double()
         constants = weights[:, n:-1].double().sum(1)
         weights = torch.cat([left[:, keep], torch.stack([constants, cut], 1).to(left)], 1)
@@ -308,6 +310,7 @@ class FeatureGraph(PlacedGraph):
                 told[name] = told[name] and tuple(told[name])
             found = cls(
                 nodes=tuple(nodes),
+                # Links of weight 0 are not written, so all else is 0.
                 weights=values.new_zeros(len(values), len(nodes) - len(told["targets"])),
                 values=values,
                 tokens=tuple(metadata["prompt_tokens"]),

@@ -101,6 +101,8 @@ class ReplacementModel:
         found = cls(capture, operator, tuple(mlps))
         real = capture.frame.real[0][:, None]
         errors = tuple(
+            # The error is all that is left of y, so the equation holds whatever the transcoder
+            # does.
             ((mlp.y.double() - mlp.constants() - given) * real).to(mlp.y)
             for mlp, given in zip(mlps, found.decoded(mlps), strict=True)
         )
@@ -119,6 +121,7 @@ class ReplacementModel:
     def _writers(self, number: int) -> list[tuple[int, int]]:
         """The MLPs whose features write where one MLP does, and how many blocks ahead that is."""
         layer = self.mlps[number].layer
+        # A cross-layer transcoder has one decoder for each block from its own on.
         ahead = ((i, layer - mlp.layer) for i, mlp in enumerate(self.mlps[: number + 1]))
         return [(i, n) for i, n in ahead if self.mlps[i].n_decoders > n]
 
@@ -168,7 +171,9 @@ class ReplacementModel:
         frame, own = self.operator.frame, {}
         u = frame.zeros(self.operator.out_dim, len(targets))
         for i, target in enumerate(targets):
+            # One prompt, and as many covectors as targets: [target, 1, pos, d_model].
             u[i, 0, target.query[0]] = target.covector[0]
+        # Through the final norm, with its scale held.
         c = self.operator.map.maps[-1].apply_t(u, own)
         found = self._pull(c, len(self.operator.steps), own, through)
         for i, target in enumerate(targets):
@@ -190,6 +195,7 @@ class ReplacementModel:
         mlp, own = self.mlps[number], {}
         w, at = mlp.encoders(picked), mlp.at[picked]
         u = self.operator.frame.zeros(w.shape[1], len(w))
+        # Each feature reads at the position where it fires.
         u[torch.arange(len(w), device=w.device), 0, at] = w
         found = self._pull(mlp.to_read(u, own), mlp.site, own)
         found.constants[f"{mlp.name}.b_enc"] = mlp.biases(picked)
@@ -217,6 +223,7 @@ class ReplacementModel:
             {},
         )
         _count(found, effects)
+        # A transcoder may read a site below that of its MLP, such as what enters the block.
         later: dict[int, list[Tensor]] = defaultdict(list)
         for k in reversed(range(stop)):
             step, own = self.operator.steps[k], {}
@@ -241,6 +248,7 @@ class ReplacementModel:
             else:
                 _count(found, {name: share})
         for mlp, share in zip(self.mlps, found.features, strict=True):
+            # Every decoder was read once per position above; z multiplies the sum.
             share *= mlp.acts
         return found
 
@@ -257,11 +265,14 @@ class ReplacementModel:
             found.rest.add_((y * self.rests[number]).sum((-1, -2)))
         if mlp.dictionary is None:
             return mlp.site, None
+        # b_dec is written at every position, and belongs to no feature.
         effects[f"{mlp.name}.b_dec"] = y @ mlp.dictionary.b_dec.to(y)
         x = None
         if mlp.dictionary.W_skip is not None:
             x = y @ mlp.dictionary.W_skip.to(y).T
         if through and len(mlp.at):
+            # All that writes above is read by now, so this is ∂ target / ∂ a, with z = slope · a
+            # held.
             passed = found.features[number] * mlp.slopes
             x = y.new_zeros(*y.shape[:2], mlp.x.shape[1]) if x is None else x
             for pos, own in mlp.spans:

@@ -47,6 +47,7 @@ class Influence:
     @cached_property
     def normed(self) -> Float[Tensor, "reader node"]:
         """A: |weights| of tokens, features and errors, each row divided by its sum."""
+        # Constants and the rest have no part in influence: they are no nodes to keep or to cut.
         found = self.weights[:, : sum(self.sizes)].abs()
         return found.div_(found.sum(1, keepdim=True).clamp_min(TINY))
 
@@ -65,6 +66,7 @@ class Influence:
             One number per node, the targets weighted by their shares. A feature passes on what it
             reads in proportion, so sources and constants sum to the targets.
         """
+        # A feature hands on its own effect, split by weight / pre-activation, which sums to 1.
         return self._flow(self.weights, 1 / values[: self.sizes[1]])
 
     def _flow(self, weights: Tensor, gain: Tensor) -> Float[Tensor, " node"]:
@@ -72,6 +74,7 @@ class Influence:
         more = self.shares @ weights[n:]
         found = more.clone()
         while more.any():  # ends, as features read those of earlier layers alone
+            # The Neumann series of (I − A)⁻¹, term by term: paths of one more edge in each round.
             more = (more[self.features] * gain) @ weights[:n]
             found += more
         return found
@@ -109,6 +112,7 @@ class Influence:
         along = few.normed * has[:, None]
         edges = (along >= _least(along, edge_threshold)) & (along > 0)
         was = None
+        # To a fixed point: a node that goes takes edges along, which may leave others without any.
         while was is None or not torch.equal(was, nodes):
             was = nodes.clone()
             nodes[tokens:] &= edges[:, tokens:].any(0)
@@ -120,6 +124,7 @@ class Influence:
 
 def _least(scores: Tensor, share: float) -> Tensor:
     """The score from which on the largest scores hold a share of their sum."""
+    # In float64: millions of small scores are summed, and the last ones decide.
     ordered = scores.flatten().double().sort(descending=True).values
     if not len(ordered):
         return scores.new_zeros(())

@@ -117,6 +117,7 @@ class ReplacedMLP:
     @cached_property
     def spans(self) -> tuple[tuple[int, slice], ...]:
         """The positions at which features fire, and where their features stand."""
+        # ``at`` is sorted, so the features of a position stand side by side.
         positions, counts = self.at.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0)
         starts = ends - counts
@@ -160,6 +161,7 @@ class ReplacedMLP:
         """
         found, W = y.new_zeros(len(y), len(self.at)), self._W(ahead)
         for pos, own in self.spans:
+            # By position: one matrix product in place of a gathered covector for every feature.
             found[:, own] = y[:, pos] @ W[self.features[own]].to(y).T
         return found
 
@@ -177,6 +179,7 @@ class ReplacedMLP:
         """The ratio z / a of every active feature: 1 but for a tanh."""
         if self.dictionary is None or self.dictionary.activation != "tanh-relu":
             return torch.ones_like(self.acts)
+        # z = tanh a, so a = atanh z.
         return self.acts / self.acts.atanh()
 
     def encoders(self, picked: slice | Tensor) -> Float[Tensor, "row d_in"]:
@@ -194,6 +197,7 @@ class ReplacedMLP:
             w = w * self._dictionary.gain[features, None].to(x)
         if self._dictionary.norm == "layer_norm":  # ⟨x − mean x, w⟩ = ⟨x, w − mean w⟩
             w = w - w.mean(-1, keepdim=True)
+        # The scale of the transcoder's own norm is held, as those of the model are.
         return w * self._dictionary.normed(x).scale
 
     def biases(self, picked: slice | Tensor) -> Float[Tensor, " row"]:

@@ -67,6 +67,7 @@ def find_feature_graph(
     w = torch.tensor(shares, dtype=frame.dtype, device=frame.device)
     # 1. The features of the largest total effects.
     total = model.of_targets(targets, through=True)
+    # Absolute values before the mean: a feature that helps one target and hurts another counts.
     sizes = [w @ own.abs() for own in total.features]
     by_layer, by_position = _error_shares(model, w, total, sizes, slice(start, stop))
     kept = model.kept(_largest(sizes, max_features))
@@ -77,6 +78,7 @@ def find_feature_graph(
         for number, mlp in enumerate(kept.mlps):
             for first in range(0, len(mlp.at), size):
                 own = slice(first, first + size)
+                # A row per feature: what its pre-activation is made of, exactly.
                 parts.append(_row(kept.of_features(number, own), start, stop))
                 values.append(kept.explained(number, own))
                 bar.update(len(values[-1]))
@@ -223,6 +225,7 @@ def _error_shares(
     by_layer, by_position = {}, {}
     for number, (mlp, size) in enumerate(zip(model.mlps, sizes, strict=True)):
         error = torch.einsum("t,tp->p", w, total.errors[:, number].abs())
+        # index_add without an underscore: ``error`` itself is needed below.
         whole = error.index_add(0, mlp.at, size)[real]
         error = error[real]
         by_layer[mlp.layer] = float(error.sum() / whole.sum().clamp_min(TINY))
@@ -241,5 +244,6 @@ def _largest(sizes: Sequence[Tensor], n: int) -> list[Tensor]:
     """Whether each feature is among the n largest."""
     every = torch.cat([*sizes])
     picked = torch.zeros_like(every, dtype=torch.bool)
+    # Over all MLPs together, so that a layer of strong features may have more of them.
     picked[every.topk(min(n, len(every))).indices] = True
     return list(picked.split([len(own) for own in sizes]))
