@@ -105,8 +105,11 @@ class Asked:
         """
         target = goal.on(self.capture)
         g = self.covector(target) if g is None else g
+        # ⟨g, δ⟩ over all positions and dimensions: exact in the frozen model.
         predicted = (g * delta).flatten(1).sum(-1)
         edited = delta.abs().sum(-1) > 0
+        # Against what stands at the edited positions alone, or long prompts would make edits look
+        # small.
         stands = (self.state * edited[..., None]).flatten(1).norm(dim=-1).clamp_min(TINY)
         size = delta.flatten(1).norm(dim=-1) / stands
         dtype = self.capture.logits.dtype
@@ -126,6 +129,7 @@ class Asked:
         if cap is None:
             return
         # Capped logits l = c tanh(z / c); the ratio l / z is held. Moved by Δ, it is another one.
+        # A logit that rounds to the cap itself would have an infinite z.
         top = self.capture.logits.abs().max().clamp(max=cap * (1 - 1e-6)).to(predicted)
         z = cap * torch.atanh(top / cap)
         ratio = top / z
@@ -220,6 +224,7 @@ def edit_along(
     change = _change(target.value, to, by)
     g = asked.covector(target)
     size = (d * d).sum(-1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)
+    # g cut to the line of d at every position, so that the edit is along the feature alone.
     along = (g * d).sum(-1, keepdim=True) / size * d
     return asked.edit(goal, smallest(along[:, None], change[:, None].to(g), asked.metric), g)
 
@@ -251,6 +256,7 @@ def edit_to_top(
             f"margin={margin:g} lets another token win. Pass one above 0, such as 1.0."
         )
     wanted = resolve_token(capture, token)
+    # Later edits replace earlier ones, so logits are always those of the run plus one push.
     to_end = asked.operator.between(_site(asked), asked.operator.sites[-1])
     query, prompts = frame.index(pos), torch.arange(frame.batch, device=frame.device)
     rows: dict[int, Tensor] = {}
@@ -262,7 +268,7 @@ def edit_to_top(
         if (b_U := capture.unembed.weights.b_U) is not None:
             logits = logits + frame.cast(b_U)
         lead = logits[:, wanted, None] - logits
-        lead[:, wanted] = torch.inf
+        lead[:, wanted] = torch.inf  # not its own rival
         rounding = 1e3 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
         short = (lead.min(1).values < margin - rounding).nonzero().flatten().tolist()
         if not short or (rows and rehearsed()):  # every number there is the same
@@ -278,6 +284,7 @@ def edit_to_top(
             y0 = capture.unembed.final[i, query[i]]
             z = y0 @ frame.cast(capture.unembed.weights.W_U)
             z = z if b_U is None else z + frame.cast(b_U)
+            # Asked of the run as it was, since ``delta`` is found anew with one condition more.
             need = torch.stack([z[rival] - z[wanted] for rival in known[i]]) + margin
             delta[i] = smallest_above(stack, need, asked.metric)
     else:

@@ -161,6 +161,7 @@ class Edit(Paged, Tabled):
                 "The edits are of two places, targets or runs. Add edits of one lens with the same "
                 "site= and target, or pass the hooks of both."
             )
+        # Predictions add, as the operator is linear; norms do not.
         delta = self.delta + other.delta
         ratio = delta.flatten(1).norm(dim=-1) / self.norm.clamp_min(TINY)
         return replace(
@@ -210,6 +211,7 @@ class Edit(Paged, Tabled):
             whole = run.logits.ndim == 2  # a classifier has one row of logits
             plain = run.logits[rows] if whole else run.logits[rows[:, None], columns]
             capture = self._edited(adapter, rows, columns, ids)
+            # Prompts of one length are run without padding, which could otherwise move the numbers.
             real[rows] = self.goal.on(capture, rows.tolist()).value.to(real) - self.before[rows]
             at = capture.frame.index(self.goal.pos)
             for i, row in enumerate(rows.tolist()):
@@ -221,6 +223,8 @@ class Edit(Paged, Tabled):
             kl[rows] = divergence(plain, capture.logits, at).to(kl)
         if jacobian:
             g, _ = jacobian_covectors(adapter, run, self.place, self.goal)
+            # The same product as the prediction, with a gradient in which patterns, scales and
+            # ratios move.
             slopes = (g.to(self.delta) * self.delta).sum((1, 2)).to(slopes)
         others = torch.full_like(slopes, torch.nan)
         if len(held_out):
@@ -268,6 +272,7 @@ class Edit(Paged, Tabled):
                 capture = now._edited(adapter, rows, columns, ids)
                 goal = self.goal.on(capture, rows.tolist())
                 missing[rows] = self.before[rows] + self.predicted[rows] - goal.value.to(missing)
+                # The edited run's own operator: this is what makes the round a Newton step.
                 operator = FrozenTransformer.of(capture)
                 trace = pulled(TargetGradient(capture, operator, goal), *self.moves)
                 g[rows[:, None], columns] = self.place.covector(operator, trace).to(g)

@@ -204,6 +204,7 @@ class EditSweep(Paged, Tabled):
             raise ValueError(f"tolerance={tolerance:g} is below 0. Pass a share such as 0.1.")
         found = torch.zeros_like(self.checks[0].size)
         for check, errors in zip(self.checks, self.errors(), strict=True):
+            # The largest size that holds, also where a smaller one does not.
             found = torch.where(errors <= tolerance, check.size.maximum(found), found)
         return found
 
@@ -289,6 +290,7 @@ def _percent(share: float) -> str:
 
 def _relative(predicted: Tensor, real: Tensor, off: Tensor, rounding: float) -> Tensor:
     """|predicted − real| / |real|; 0 or infinite where rounding hides the real change."""
+    # A change that rounding hides has no relative error: predicted to be none, it came true.
     hidden = torch.where(predicted <= rounding, 0.0, torch.inf).to(off)
     return torch.where(real <= rounding, hidden, off / real)
 

@@ -48,6 +48,7 @@ class Goal:
         """
         own = own_prediction(capture, pos).tolist()
         targets = _each(capture, target, "target")
+        # Fixed here: an edited run may predict another token, and is asked for this one.
         found = tuple(mine if t is None else t for t, mine in zip(targets, own, strict=True))
         foils = None if versus is None else _each(capture, versus, "versus")
         return cls(found, foils, pos)

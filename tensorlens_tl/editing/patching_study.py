@@ -155,8 +155,10 @@ def predict(
     moved = difference.abs().sum(-1) > 0
     for pos in moved.any(0).nonzero().flatten().tolist():
         delta = torch.zeros_like(difference)
+        # One position of all prompts at once: prompts do not meet, so one run serves them.
         delta[:, pos] = difference[:, pos]
         check = first.edit(goal, delta).check(adapter.model)
+        # Where prompt and twin agree there is no edit, and 0 = 0 would flatter every method.
         here = moved[:, pos].nonzero().flatten().tolist()
         real += [float(check.real[i]) for i in here]
         for m in methods:

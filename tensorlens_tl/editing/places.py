@@ -153,12 +153,15 @@ class Place:
         if self.kind == "v":
             kept = trace.pulls[self.step][self.branch].kept
             heads = cast(Attention, branch.body).weights.W_V.shape[0]
+            # Query heads of a group read one value, so their covectors add up.
             return kept.unflatten(-2, (heads, -1)).sum(-2).flatten(-2)
         if self.kind == "expert":
             reached = cast(Experts, branch.body).experts == cast(tuple[int, int], self.part)[0]
+            # An expert can only be edited where tokens reach it: elsewhere it adds nothing.
             return trace.written[self.step] * reached.any(-1, keepdim=True)
         whole = branch.pull_to_hidden(trace.written[self.step])
         found = torch.zeros_like(whole)
+        # A head or a neuron is some columns of what its sublayer mixes: others may not change.
         found[..., self.columns] = whole[..., self.columns]
         return found
 
@@ -201,6 +204,7 @@ def pulled(gradient: TargetGradient, qk: bool = False, gates: bool = False) -> T
         return gradient.trace
     operator = gradient.operator
     scores = queries_and_keys(gradient.capture) if qk else None
+    # From the top: at the final norm's output, then at the last residual site.
     covectors = [gradient.trace.covectors[-1], gradient.trace.covectors[-2]]
     written, pulls = [], []
     for step in reversed(operator.steps):
@@ -210,6 +214,8 @@ def pulled(gradient: TargetGradient, qk: bool = False, gates: bool = False) -> T
             found = branch.pull(c)
             own.append(found)
             if branch.has_heads:
+                # A product rule: patterns held with values moving, plus values held with patterns
+                # moving.
                 below = below + found.covector + _through_scores(step, branch, c, scores)
             else:
                 below = below + (_through_gates(branch, c) if gates else found.covector)
@@ -226,6 +232,7 @@ def _through_scores(step: Step, branch: Branch, c: Tensor, scores: Any) -> Tenso
     if scores is None:
         return 0.0
     both = scores(branch).readers(branch.pull_to_hidden(c), step.state)
+    # Over all heads: one residual stands below them.
     return both[0].wide().sum(0) + both[1].wide().sum(0)
 
 

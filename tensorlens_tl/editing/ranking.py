@@ -155,6 +155,7 @@ def rank_edits(
     elif by == "feature":
         for reading in readings:
             rows = by_feature(gradient, [reading]).sum("pos").select(kind="feature")
+            # Removing a feature takes away exactly what it adds.
             values.append(-rows.values)
             labels += rows.labels[0]
         what = "each feature removed at all positions, the error kept"
@@ -169,8 +170,10 @@ def rank_edits(
                     y = c if branch.post is None else branch.post.apply_t(c)
                     share = -branch.body.node_shares(here, y)
                 else:
+                    # ⟨g, −h⟩ dimension by dimension: the edit that sets the activation to 0.
                     share = -(here * branch.pull_to_hidden(c))
                 if by == "head":
+                    # A head is d_head dimensions of z, removed together.
                     share = branch.body.by_node(share).sum(-1)
                 share = share.sum(1)  # over positions
                 values.append(share)

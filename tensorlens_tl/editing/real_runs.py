@@ -131,6 +131,8 @@ def jacobian_covectors(
         seen: list[Tensor] = []
 
         def watch(tensor: Tensor, hook: Any, seen: list[Tensor] = seen) -> Tensor:
+            # Its gradient is that at the place: the tensor itself may be a view, or made in no
+            # graph.
             nudge = torch.zeros_like(tensor.flatten(2)).requires_grad_()
             seen.append(nudge)
             return tensor + nudge.view_as(tensor)
@@ -176,6 +178,7 @@ def hooks_of(place: Place, delta: Float[Tensor, "batch pos d"]) -> list[Hook]:
                 f"The run has {tensor.shape[0]} prompts, and the edit is of {len(delta)}. Run the "
                 "prompts of the edit's lens."
             )
+        # Never in place: the host or another hook may hold the same tensor.
         edited = tensor.clone()
         part = delta.to(tensor).view(*delta.shape[:2], *tensor.shape[2:])
         edited[:, :n] = edited[:, :n] + part
@@ -189,6 +192,7 @@ def divergence(plain: Tensor, edited: Tensor, at: Tensor) -> Float[Tensor, " bat
     if plain.ndim < 3 or plain.shape[1] == 1:
         return plain.new_zeros(len(plain))
     kl = _divergences(plain, edited)
+    # The edit is meant to change the prediction: side effects are counted everywhere else.
     kl[torch.arange(len(kl)), at] = 0
     return kl.sum(1) / (kl.shape[1] - 1)
 
@@ -217,6 +221,7 @@ def held_out_divergence(
         at = (delta[i].abs().sum(-1) > 0).nonzero().flatten()
         if not len(at):
             continue
+        # Prompts differ in length, so positions are counted from the end.
         first = int(at[0]) - stop
         for rows, columns, ids in groups(held.prompts):
             n = columns.shape[1]
@@ -239,6 +244,7 @@ def held_out_divergence(
 
 def _divergences(plain: Tensor, edited: Tensor) -> Float[Tensor, "*shape"]:
     """KL(plain ‖ edited) of every row of logits, in nats."""
+    # In float64: a KL divergence is a small sum of differences of large terms.
     p, q = (logits.double().log_softmax(-1) for logits in (plain, edited))
     return (p.exp() * (p - q)).sum(-1)
 
@@ -301,6 +307,7 @@ def faithfulness_of_features(
         require_hook(adapter, reading.dictionary.site)
     full = goal.on(capture).value
     found = []
+    # The circuit, then ∅, in which the features of all sites are replaced.
     for keep in (sites, {dictionary: set() for dictionary in sites}):
         values = torch.zeros_like(full)
         for rows, columns, ids in groups(capture.prompts):
@@ -345,6 +352,7 @@ def _largest(
     effects: list[Tensor] = []
     for reading, other in zip(readings, replaced, strict=True):
         one, g = reading.dictionary, reading.place.covectors(trace)
+        # Resampled from itself: the activations of this run, laid out as a table.
         moved = (other - _replaced(reading, reading, "resample")) * (g @ one.W_dec.to(g).T)
         moved = moved.flatten(0, 1) * reading.unscale[:, None]
         effects.append(moved.sum(0).abs())
@@ -368,6 +376,7 @@ def _replaced(reading: Reading, other: Reading, ablation: str) -> Float[Tensor, 
             )
         z[other.at, other.features] = other.acts
     if ablation == "mean":
+        # Over all real tokens, also those at which the feature is silent; padding is not counted.
         z[:] = z.sum(0) / max(1, reading.n_real)
     return z.view(batch, n_pos, d_sae)
 
@@ -385,6 +394,7 @@ def _hooks(
 
     def replace(y: Tensor, hook: Any) -> Tensor:
         x = (seen[0] if seen else y).reshape(*other.shape[:2], -1).to(other)
+        # Anew in this run: what an edit further down has changed counts, and the error stays.
         moved = other - dictionary.encode(x)
         moved[..., columns] = 0
         change = moved @ dictionary.W_dec.to(x) * dictionary.normed(x).unscale

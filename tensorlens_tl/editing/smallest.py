@@ -60,6 +60,7 @@ class Metric:
             )
         moments = metric.detach().to(state)
         diagonal = moments if moments.ndim == 1 else moments.diagonal()
+        # A dimension that never varied would cost nothing, and an edit along it would be huge.
         ridge = RIDGE * diagonal.mean()
         if not bool(moments.isfinite().all()) or bool((diagonal < 0).any()) or not ridge > 0:
             raise ValueError("metric= holds no second moments. Pass numbers that are means of x².")
@@ -99,12 +100,15 @@ def smallest(
     spread = metric.inverse(rows)
     gram = _gram(rows, spread)
     size = gram.diagonal(dim1=-2, dim2=-1)
+    # Rows of length 1 in the metric: the least eigenvalue then tells whether they are independent,
+    # however large their targets are.
     lengths = size.clamp_min(TINY).sqrt()
     scaled = gram / lengths[:, :, None] / lengths[:, None]
     eps = 100 * torch.finfo(rows.dtype).eps
     alike = (size <= TINY).any() | (torch.linalg.eigvalsh(scaled)[:, 0] < eps).any()
     if bool(alike) and not rehearsed():
         raise ValueError(_NONE)
+    # solve_ex raises nothing: rehearsals compute with numbers that are all the same.
     weights = torch.linalg.solve_ex(scaled, asked / lengths).result / lengths
     return torch.einsum("bk,bkpd->bpd", weights, spread)
 
@@ -140,12 +144,16 @@ def smallest_shared(
     delta, size = torch.zeros_like(flat[0]), (free * metric.inverse(free)).sum(-1)
     if len(kept):
         spread = metric.inverse(kept)
+        # Kept targets may depend on each other, as near words do: a plain solve would fail.
         inverse = torch.linalg.pinv(kept @ spread.mT, hermitian=True)
         delta = asked[signs == 0] @ inverse @ spread
         more = more - free @ delta
+        # Covectors less what those of kept targets determine, by projection in the metric: what is
+        # then found leaves those as ``delta`` made them.
         free = free - free @ spread.mT @ inverse @ kept
     if not len(free):
         return delta
+    # A covector of which projection leaves rounding alone cannot move while the others are kept.
     left = (free * metric.inverse(free)).sum(-1)
     alike = (left <= 100 * torch.finfo(rows.dtype).eps * size + TINY).any()
     if bool(alike) and not rehearsed():
@@ -176,15 +184,17 @@ def smallest_above(
     tolerance = 100 * torch.finfo(asked.dtype).eps * float(asked.abs().max().clamp_min(1))
     for _ in range(10 * len(rows)):
         short = asked - (gram[:, active] @ weights if active else 0)
-        short[active] = 0
+        short[active] = 0  # these are met to rounding
         if float(short.max()) <= tolerance:
             break
         active.append(int(short.argmax()))
         while True:
+            # Least squares, as rows of prompts that are alike may be dependent.
             weights = torch.linalg.lstsq(gram[active][:, active], asked[active, None]).solution
             weights = weights[:, 0]
             if float(weights.min()) >= 0:
                 break
+            # A negative multiplier: this target would be met without being asked for.
             active.pop(int(weights.argmin()))
     return torch.einsum("k,kpd->pd", weights, spread[active])
 

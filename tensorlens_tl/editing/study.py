@@ -251,6 +251,7 @@ def evaluate(
                 delta = _rival(method, asked, goal, change, made, twins, generator)
                 size = delta.flatten(1).norm(dim=-1, keepdim=True)[..., None]
                 if method == "random":
+                    # As long as the operator's edit, so that only its direction is compared.
                     delta = delta / size * best.norm[:, None, None]
                 edit = replace(asked.edit(goal, delta), predicted=change)
             # 3. The real model.
@@ -297,6 +298,7 @@ def right_cases(adapter: Adapter, made: list[Case], gate: str) -> tuple[list[Cas
 def _operator_edit(asked: Asked, goal: Goal, to: int | float) -> Edit:
     """The smallest edit of every prompt, to a multiple of its own target."""
     one = smallest_edit(asked, goal, None, 1.0, ())
+    # Smallest edits are linear in what is asked: one by 1 logit serves every amount.
     change = (to - 1) * one.before
     return replace(
         one,
@@ -312,6 +314,7 @@ def _by_jacobian(adapter: Adapter, asked: Asked, best: Edit, rounds: int) -> Edi
     for _ in range(rounds):
         g, value = jacobian_covectors(adapter, asked.capture, asked.place, goal, delta)
         g, missing = g * asked.where[..., None], best.before + best.predicted - value
+        # δ += g t / ‖g‖², the smallest step by which this gradient predicts what is missing.
         delta = delta + g * (missing / g.flatten(1).square().sum(1))[:, None, None]
     return replace(asked.edit(goal, delta), predicted=best.predicted)
 
@@ -343,8 +346,10 @@ def _rival(
             direction = capture.ln_final.row(at).apply_t(direction[:, None])[:, 0]
     delta = direction[:, None] * asked.where[..., None]
     if method == "logit_lens":
+        # By its own reading, which passes over all later blocks: ⟨g, g⟩.
         predicted = direction.square().sum(-1)
     else:
+        # The operator predicts what one length of CAA's direction does, and sets its length so.
         predicted = (asked.covector(goal.on(capture)) * delta).flatten(1).sum(-1)
     return delta * (change / predicted)[:, None, None]
 
@@ -352,6 +357,7 @@ def _rival(
 def _mean_of_others(d: Tensor, made: list[Case], i: int) -> Tensor:
     """The mean over other prompts of the same answer and foil; over all others where none has."""
     same = [j for j, case in enumerate(made) if j != i and case[2:] == made[i][2:]]
+    # Without the prompt itself, whose own difference would tell the answer.
     return d[same or [j for j in range(len(made)) if j != i] or [i]].mean(0)
 
 

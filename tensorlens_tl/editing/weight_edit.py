@@ -81,6 +81,7 @@ def to_weights(
             f"Block {number} has a norm behind its MLP, or no MLP, so no change of W_out gives "
             "the edit. Edit with hooks instead."
         )
+    # Some weights are made anew at every read (transposed, folded): writing to these does nothing.
     if not isinstance(weights, MLPWeights) or not _is_own(weights.W_out, adapter.model):
         raise ValueError(
             f"W_out of block {number} is no matrix that can be written to. Edit with hooks instead."
@@ -88,6 +89,7 @@ def to_weights(
     pos = int(where[0, 1])
     k = branch.body.hidden_in_run(branch.read(step.state))[:, pos : pos + 1]
     cost = Metric("identity" if covariance is None else covariance, k, torch.ones(1, 1).bool())
+    # With y = k W, the change C⁻¹k δᵀ / (kᵀC⁻¹k) adds δ at k, and (xᵀC⁻¹k) / (kᵀC⁻¹k) of it at x.
     key = cost.inverse(k)[0, 0]
     size = (key * k[0, 0]).sum()
     if not bool(size > TINY):
@@ -101,6 +103,7 @@ def to_weights(
             W_out.add_(added.to(kept))
             yield
         finally:
+            # Copied back: subtracting what was added would leave rounding.
             W_out.copy_(kept)
 
 
