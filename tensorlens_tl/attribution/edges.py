@@ -234,7 +234,7 @@ def plan_edges(
             readers.append((len(body.reads()), seen))
             below += n + (branch.post is not None)
             kept += runs * rows * (body.output.in_dim if branch.has_heads else D)
-            cost.calls += 30 * runs
+            cost.calls += 56 * runs
             if isinstance(body, Experts):  # every expert's covector is pulled apart
                 halves = 2 if body.convention == "half" else 1
                 cost.product += 2 * rows * width * (1 + halves)
@@ -261,10 +261,13 @@ def plan_edges(
                 cost.mixing += 4 * cells
             if qk:
                 cost.product += 2 * wide
+                cost.calls += 180 + 10 * n
                 readers += [(n, seen), (n, seen)]
         below += len(step.own)
         starts += [] if step.norm is None else [len(readers)]
     readers.append((1, below))
+    # Names and sums of the rows; a selection reads every score.
+    cost.calls += 650 + (len(operator.wiring.edges(qk)) if what == "discover" else 0)
     # 3. The products, of a few readers at a time.
     for group in _groups([n for n, _ in readers], starts):
         part = readers[group]

@@ -254,7 +254,8 @@ def plan_score_edges(
         written += Z
         mixed += frame.batch * frame.n_pos**2 * Z // D
     W_U = capture.unembed.weights.W_U.numel()
-    cost = Cost(calls=60 * len(capture.blocks) * (1 + 2 * points))
+    calls = 340 * len(capture.blocks) * (1 + 2 * points) + len(wiring.edges())
+    cost = Cost(calls=calls, moved=(1 + 2 * points) * forward + (1 + points) * W_U)
     # 1. Runs: corrupted; every point and back, but not below the first queries.
     cost.product = 2 * rows * (forward + points * (2 * forward - first))
     cost.product += 2 * 2 * points * frame.batch * W_U

@@ -297,6 +297,7 @@ class SweepShape:
         area = sum(b.n * b.end for b in blocks) * many
         for i, stage in enumerate(self.stages):
             mixes = any(b.heads for b in stage)
+            cost.moved += D * sum(b.width_in + b.width_out for b in stage)  # the weights
             if not stage:  # a norm reads and writes the state
                 cost.moved += 4 * (area if met else starts * many) * D
             for b in stage:
@@ -327,7 +328,8 @@ class SweepShape:
             if mixes:
                 met = True
         cost.moved += 3 * area * D
-        cost.calls += 8 * len(blocks) + 30 * len(self.stages)
+        # What is planned, started and named besides takes as long as some hundred calls.
+        cost.calls += 400 + 8 * len(blocks) + 40 * len(self.stages)
         return cost
 
     def _count_mlp(

@@ -116,9 +116,9 @@ def _measured(
 
     D, width = shape.d_model, shape.width
     # 1. Products with weights.
-    few = min(256, max(64, int(3e9 / (2 * D * width))))
-    x, W = filled(few, D), filled(D, width)
-    product = 2 * few * D * width / _timed(lambda: x @ W, device)
+    some = min(256, max(64, int(3e9 / (2 * D * width))))
+    x, W = filled(some, D), filled(D, width)
+    product = 2 * some * D * width / _timed(lambda: x @ W, device)
     # 2. Products with a tile of the pattern, head by head.
     end, side = min(shape.n_pos, 128), min(shape.rows * shape.d_head, 2048)
     tile = min(shape.tile, end)
@@ -130,11 +130,15 @@ def _measured(
     making = 2 * 2 * D**2 * slim / _timed(lambda: V @ V[0].T, device)
     S, F = filled(2, min(shape.rows, 256), D), filled(2, D, D)
     folded = 2 * 2 * S.shape[1] * D**2 / _timed(lambda: torch.bmm(S, F), device)
-    # 4. Moving numbers, and calls too small to cost anything else. Python around a call doubles it.
-    big, small = filled(2**21), filled(8)
+    # 4. Moving numbers, and calls too small to cost anything else, with the views between them.
+    big, few, tiny = filled(2**21), filled(1, 2, 8), filled(8, 8)
     moved = 2 * 2**21 / _timed(lambda: big.clone(), device)
-    call = _timed(lambda: [small + small for _ in range(50)], device) / 50
-    return Rates(product, mixing, making, folded, moved, 2 * call)
+
+    def three_calls() -> torch.Tensor:
+        return (torch.einsum("bpd,de->bpe", few, tiny)[:, :1] * few).sum(-1)
+
+    call = _timed(lambda: [three_calls() for _ in range(20)], device) / 60
+    return Rates(product, mixing, making, folded, moved, call)
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

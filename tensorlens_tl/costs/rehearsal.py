@@ -120,6 +120,8 @@ class Rehearsal(TorchDispatchMode):
             flops = flop_registry[packet](*args, **kwargs, out_val=out)
             self.cost.mixing += flops * mixes
             self.cost.product += flops * (not mixes)
+            # Few rows cost what it takes to read the weights.
+            self.cost.moved += sum(x.numel() for x in _tensors((args, made)))
             if flops > self._largest.get(mixes, (0,))[0]:
                 self._largest[mixes] = flops, made[0], [x.shape for x in _tensors(args)]
         elif not func.is_view:

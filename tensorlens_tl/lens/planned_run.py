@@ -18,7 +18,10 @@ from .sequence_attribution import continuation_targets
 _OF_MODELS = ("faithfulness", "faithfulness_curve", "evaluate", "mean_attribution", "validity")
 """Functions that run the real model, which a lens does not hold."""
 
-BATCHED = ("token", "order")
+CALLS = {"token": (8, 220), "order": (58, 640)}
+"""Calls of torch that a split makes beside its sweeps, for every step and for every target."""
+
+BATCHED = tuple(CALLS)
 """Splits whose sweeps are carried side by side. All others are rehearsed."""
 
 _KNOWN = (
@@ -99,7 +102,9 @@ class PlannedRun(PicturedRun):
         check_split(given["by"], given["effect"])
         if at is not None or given["by"] not in BATCHED:
             return plan(getattr(self, what), **arguments)
-        return self.operator.plan_pull(what, many=self._sweeps(given["by"]))
+        return self.operator.plan_pull(
+            what, self._tables(given["by"], 1), many=self._sweeps(given["by"])
+        )
 
     def _plan_many(self, what: str, arguments: dict[str, Any], given: dict[str, Any]) -> Plan:
         check_split(given["by"], given.get("effect", "direct"))
@@ -112,7 +117,14 @@ class PlannedRun(PicturedRun):
             lists = [as_list(given[name]) for name in ("target", "pos", "versus")]
             many = max((len(one) for one in lists if _is_list(one)), default=1)
             apart = _is_list(lists[1]) and len(set(lists[1])) > 1
-        return self.operator.plan_pull(what, many=many * self._sweeps(given["by"]), apart=apart)
+        tables = self._tables(given["by"], many)
+        sweeps = many * self._sweeps(given["by"])
+        return self.operator.plan_pull(what, tables, many=sweeps, apart=apart)
+
+    def _tables(self, by: str, many: int) -> Cost:
+        """The calls that name and sum the rows of some targets, and join them."""
+        per_step, besides = CALLS[by]
+        return Cost(calls=(many + (many > 1)) * (per_step * len(self.operator.steps) + besides))
 
     def _sweeps(self, by: str) -> int:
         """How many sweeps a split takes: orders take one for every step."""
@@ -166,7 +178,8 @@ def plan_capture(capture: Capture, operator: FrozenTransformer, n_pos: int, stor
         cost.product += 2 * rows * (3 if gated else 2) * width * D
         cost.mixing += 4 * cells * z * (1 if stored else 2)  # the check mixes anew
         cost.moved += rows * (8 * D + 3 * width) + 3 * heads * cells
-        cost.calls += 60
+        cost.moved += 2 * w.W_O.numel() + 2 * w.W_V.numel() + (3 if gated else 2) * width * D
+        cost.calls += 390
         kept += heads * cells if stored else rows * 2 * z
         kept += rows * (2 * D + width)  # states before both branches, and ratios
     W_U = capture.unembed.weights.W_U

@@ -357,7 +357,7 @@ class FrozenTransformer(StepChain):
                 below = rows if b.heads else top
                 cost.product += 2 * D * (top * b.width_in + below * b.width_out)
                 cost.moved += D * (b.width_in + b.width_out) + rows * (3 * D + b.width_in)
-                cost.calls += 20
+                cost.calls += 21
                 if b.heads:
                     cells = b.heads * rows * frame.n_pos
                     cost.mixing += 2 * cells * (b.width_in // b.heads + b.score)

@@ -10,12 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tensorlens_tl
 from tensorlens_tl import TensorLens, demo, score_edges
+from tensorlens_tl.costs import Rehearsal
+from tensorlens_tl.costs.machine_rates import Rates
 from tensorlens_tl.recording import run
 from tensorlens_tl.support.every_name import tiny_model
 
 pytestmark = pytest.mark.algebra
 
 FIRST = SHAPES[0]
+
+
+def lens_of_demo():
+    prompt = "When Mary and John went to the store, John gave a drink to"
+    return tensorlens_tl.capture(demo.load_model(), prompt)[1]
 
 
 @pytest.mark.parametrize("pattern", ["stored", "recomputed"])
@@ -29,6 +36,46 @@ def test_flops_of_a_split_by_token(pattern):
     assert abs(plan.flops / counted.get_total_flops() - 1) <= 0.05
     assert 0 < plan.seconds < 60 and 0 < plan.peak_bytes < plan.memory_limit
     assert repr(plan).startswith("Plan(attribute: about ")
+
+
+@pytest.mark.parametrize(
+    ("what", "given"),
+    [
+        ("attribute", {}),
+        ("attribute", {"by": "order"}),
+        ("attribute", {"by": "edge"}),
+        ("attribute", {"by": "edge", "qk": True}),
+        ("attribute_many", {"target": [5, 6]}),
+        ("attribute_sequence", {"continuation": -3}),
+        ("token_matrix", {"name": "in"}),
+        ("discover", {"n_edges": 10}),
+    ],
+    ids=str,
+)
+def test_calls_of_torch_that_a_plan_counts(what, given, monkeypatch):
+    """Of short calls they are the time. They are those of a rehearsal, within three fifths."""
+    monkeypatch.setattr(Rates, "seconds", lambda _, cost: float(cost.calls))
+    lens = lens_of_demo()
+    counted = tensorlens_tl.plan(getattr(lens, what), **given).seconds
+    assert 0.6 <= lens.plan(what, **given).seconds / counted <= 1 / 0.6
+
+
+def test_calls_of_torch_in_a_capture_and_in_scores_of_edges(monkeypatch):
+    monkeypatch.setattr(Rates, "seconds", lambda _, cost: float(cost.calls))
+    model, lens = demo.load_model(), lens_of_demo()
+    text = lens.prompt
+    counted = tensorlens_tl.plan(tensorlens_tl.capture, model, text).seconds
+    assert 0.6 <= lens.plan("capture").seconds / counted <= 1 / 0.6
+    other = text.replace("John gave", "Mary gave")
+    counted = tensorlens_tl.plan(score_edges, model, [text], [other]).seconds
+    assert 0.6 <= lens.plan("score_edges").seconds / counted <= 1 / 0.6
+
+
+def test_a_product_of_one_row_costs_what_its_weights_take_to_read():
+    """Few rows multiply at the speed of memory, not of the arithmetic unit."""
+    with Rehearsal() as rehearsal:
+        torch.ones(1, 300) @ torch.ones(300, 700)
+    assert rehearsal.cost.moved >= 300 * 700
 
 
 def test_what_is_not_planned():
