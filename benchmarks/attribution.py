@@ -2,13 +2,14 @@
 
 ``python benchmarks/attribution.py [--quick] [--rounds 15] [--threads 1] [--pos 128] [--json FILE]``
 
-GPT-2-small shapes with random weights. Ours, after a capture: every writer's output, one transposed
-sweep, and all writer → reader edges, as ``lens.attribute(by="edge")`` gives them, on a lens that
-has not been asked anything before. Beside it a forward pass that stops before the unembedding, and
-itself. The peers' way is edge attribution by hooks: a forward pass with the query, key and value
-inputs split per head, one backward pass, and the same products, with every head's output computed
-from z and W_O as ours is; "and attn_result" lets the host compute and keep them instead, as
-``use_attn_result`` does, which is slower.
+1. Build a model of GPT-2-small's shape with random weights, and capture it.
+2. Time all contenders in turn, once a round. Ours is every writer's output, one transposed sweep,
+   and all writer → reader edges, as ``lens.attribute(by="edge")`` gives them, on a lens that has
+   not been asked anything before. The peers' way is edge attribution by hooks: a forward pass with
+   the query, key and value inputs split per head, one backward pass, and the same products. Every
+   head's output is computed from z and W_O as ours is. With "and attn_result" the host computes and
+   keeps them instead, as ``use_attn_result`` does, which is slower.
+3. Print the ratios to a forward pass that stops before the unembedding, beside their bars.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main() -> int:
     args.rounds = 3 if args.quick else args.rounds
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
+    # 1. The model, captured.
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, SHAPE["d_vocab"], (1, args.pos), generator=generator)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -101,6 +103,7 @@ def main() -> int:
     with torch.no_grad():
         _, lens = tensorlens_tl.capture(model, ids)
 
+        # 2. Contenders, in turn.
         def several():
             fresh = lens[0]
             for by in ("token", "component", "edge"):
@@ -118,6 +121,7 @@ def main() -> int:
         }
         times = interleave(contenders, args.rounds)
         edges = lens.attribute(7, 8, by="edge")
+    # 3. Ratios and bars.
     n_edges = len(edges.sources)
     print(
         f"{args.pos} tokens, {n_edges} edges, {args.rounds} rounds, "

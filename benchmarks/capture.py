@@ -2,10 +2,11 @@
 
 ``python benchmarks/capture.py [--rounds 15] [--threads 1] [--pos 128]``
 
-GPT-2-small shapes with random weights. Every contender runs once a round; the table shows the
-median of the per-round ratios to the plain forward pass, with quartiles, and a plain pass against
-itself. The peers' way is one forward pass with pattern, scale and gate detached by hooks, and one
-backward pass to the first residual.
+1. Build a model of GPT-2-small's shape with random weights, under each host class.
+2. Time all contenders in turn, once a round. The peers' way is one forward pass with pattern, scale
+   and gate detached by hooks, and one backward pass to the first residual.
+3. Print medians of the per-round ratios to the plain forward pass, with quartiles, beside their
+   bars; what a capture stores; and how far it is from the peers' numbers.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def bench(name, model, ids, rounds):
         lens = capture()
         return lens.attribute(7, 8), lens.attribute(7, 8, by="component")
 
+    # 2. Contenders, in turn.
     contenders = {
         "plain forward": lambda: model(ids, return_type="logits"),
         "itself": lambda: model(ids, return_type="logits"),
@@ -119,6 +121,7 @@ def bench(name, model, ids, rounds):
         ours = lens.attribute(7, 8)
         embedded = [i for i, s in enumerate(ours.sources) if s.node.kind in ("embed", "pos_embed")]
         tokens = ours.values[0, embedded].unflatten(0, (2, -1)).sum(0)
+    # 3. Ratios, memory and the peers' numbers.
     print(f"\n{name}: {len(ids[0])} tokens, {rounds} rounds, {torch.get_num_threads()} thread(s)")
     print(f"{'':26}{'ratio to plain':>15}{'quartiles':>16}   bar")
     ok = True
@@ -157,6 +160,7 @@ def main() -> int:
         0, SHAPE["d_vocab"], (1, args.pos), generator=torch.Generator().manual_seed(0)
     )
     ok = True
+    # 1. The model under each host class.
     for name, build in (("HookedTransformer", hooked), ("TransformerBridge", bridge)):
         try:
             with contextlib.redirect_stdout(io.StringIO()):

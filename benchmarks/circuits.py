@@ -1,9 +1,13 @@
 """Circuits against the real model: faithfulness, agreement with patching, known circuits.
 
-Every figure is measured here and kept in benchmarks/results/circuits.json. Edges are scored on some
-prompts and circuits of them tested on others, in the model itself, everything else resampled from
-corrupted prompts. All methods rank the same edges and are cut to the same sizes in the same way
-(greedy, connected). ``--quick`` takes few prompts and writes no file.
+1. Score all edges on some prompts, by every method.
+2. Test circuits of them on other prompts, in the model itself, everything else resampled from
+   corrupted prompts. All methods are cut to the same sizes in the same way (greedy, connected).
+3. Compare the scores with activation patching, node by node and head by head.
+4. Where a circuit is known, tell at which size each method has found it.
+5. Print the figures of the task, and keep them in benchmarks/results/circuits.json.
+
+``--quick`` takes few prompts and writes no file.
 
     python benchmarks/circuits.py [--quick] [--stories FOLDER] [--only TASK]
     python benchmarks/circuits.py --page     # docs/circuits.md from the kept figures
@@ -592,19 +596,24 @@ def main() -> None:
     for task in tasks(options.find, options.test, options.stories):
         if options.only not in (None, task.name):
             continue
+        # 1. Scores.
         scores, seconds = scored(task)
         start = time.perf_counter()
         found = {
             "n_find": len(task.find.clean),
             "n_test": len(task.test.clean),
             "seconds": seconds,
+            # 2. Circuits, and whole curves.
             "faithfulness": faithful(task, scores),
             "areas": areas(task, scores, options.areas),
+            # 3. Patching.
             "agreement": agreement(task, options.agree),
             "heads": head_auc(task, scores, options.heads),
         }
+        # 4. The known circuit.
         if task.name == "induction, place lost":
             found["known"] = known(task, scores)
+        # 5. The figures.
         show(task.name, found)
         print(f"{time.perf_counter() - start:.0f} s of measuring", flush=True)
         if not options.quick:

@@ -3,14 +3,17 @@
 ``python benchmarks/contraction.py [--quick] [--rounds 7] [--threads 1] [--medium] [--device cuda]
 [--json FILE]``
 
-Random weights, float32. The peer is a plain torch graph of the frozen transformer, differentiated
-one destination at a time or by ``is_grads_batched=True``, at the better of its chunk sizes. Ours
-and the peer run once a round, one after the other; the tables show medians of the per-round ratios
-with their quartiles, and ours against itself. Where the peer is slow it is timed on a sample of
-destinations (or of output directions) and scaled; "linear" is the time of the sample over twice
-that of its half. "share" is ours: flops of the plan over its time, against the rate of a [4096, D]
-× [D, 4D] product measured in the same round. Plans are checked in fresh processes: measured over
-predicted.
+1. Choose the cases, with random weights in float32.
+2. Run ours and the peer once a round, one after the other. The peer is a plain torch graph of the
+   frozen transformer, differentiated one destination at a time or by ``is_grads_batched=True``, at
+   the better of its chunk sizes. Tables show medians of the per-round ratios with their quartiles,
+   and ours against itself. Where the peer is slow it is timed on a sample of destinations (or of
+   output directions) and scaled; "linear" is the time of the sample over twice that of its half.
+   "share" is ours: flops of the plan over its time, against the rate of a [4096, D] × [D, 4D]
+   product measured in the same round.
+3. Count how often the intervals of estimated norms cover the truth.
+4. Check plans in fresh processes: measured over predicted.
+5. Fit how the time grows with the prompt.
 
 ``--medium`` prints the same with ``torch.set_float32_matmul_precision("medium")`` on both sides,
 and what that costs in precision. Long attention without stored patterns has a file of its own,
@@ -432,6 +435,7 @@ def main() -> int:
         return 0
     rounds = 3 if args.quick else args.rounds
 
+    # 1. The cases.
     def chosen(cases: list[Case]) -> list[Case]:
         cases = [c for c in cases if c.quick or not args.quick]
         return [c for c in cases if args.only is None or args.only in f"{c.name} {c.d_model}"]
@@ -442,6 +446,7 @@ def main() -> int:
         cases = [c for c in cases if c.precision is None]
     report: dict = {"torch": torch.__version__, "threads": args.threads, "rounds": rounds}
     ok = True
+    # 2. Ours beside the peer.
     for kernel in ["highest", *(["medium"] if args.medium else [])] if cases else []:
         torch.set_float32_matmul_precision(kernel)
         rows = []
@@ -457,12 +462,14 @@ def main() -> int:
         report[kernel] = rows
     torch.set_float32_matmul_precision("highest")
     if args.only is None:
+        # 3. Intervals of estimated norms.
         report["coverage"] = coverage()
         print(
             "\n95 % intervals cover:",
             ", ".join(f"k={k} {v:.2f}" for k, v in report["coverage"].items()),
         )
         ok &= min(report["coverage"].values()) >= 0.9
+    # 4. Plans.
     report["calibration"] = calibration()
     print(f"\nA plan's calibration: {report['calibration']:.2f} s (≤ 0.3)")
     report["plans"] = [plan_row(case) for case in cases + chosen(SINGULAR)]
@@ -475,6 +482,7 @@ def main() -> int:
             f"{r['time']:7.2f}{'' if good else '  MISSED'}"
         )
     if args.only is None:
+        # 5. Growth with the prompt.
         report["exponents"] = exponents(rounds, args.quick)
         print(
             "\nExponents of in_out:",

@@ -456,6 +456,7 @@ def main():
         k: getattr(options, k) for k in ("steps", "rows", "factor", "map_rows", "ramp", "prompts")
     }
     setting["ramp"] = list(setting["ramp"])
+    # 4. Students that were trained already are left out.
     known = (
         [json.loads(line) for line in options.out.read_text().splitlines()]
         if options.out.exists()
@@ -472,6 +473,7 @@ def main():
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
         for student in students:
+            # 5. Students that stand in the middle go on.
             student.resume(options.keep, setting)
     train(students, model, options, setting)
 
@@ -481,26 +483,31 @@ def train(students, model, options, setting):
     exam, stream, begun = Examination(model, options.prompts), batches(options.rows, 0), time.time()
     last = False
     for step in range(options.steps):
+        # 1. A batch, and what the teacher makes of it.
         ids, weights = next(stream)
         lr = 3e-3 * min((step + 1) / 50, 0.51 + 0.49 * math.cos(math.pi * step / options.steps))
         own = [student for student in students if student.done == step]
         teacher = Teacher(model, ids, weights, step)
+        # 2. A step of every student that stands here.
         for student in own:
             student.step(teacher, lr)
         late = options.until and datetime.now().strftime("%H:%M") >= options.until
         over = bool(late) or time.time() - begun > 60 * options.minutes
         last = step + 1 == options.steps or (over and not options.keep)
+        # 3. A checkpoint.
         if last or (step + 1) % max(1, options.steps // 5) == 0:
             for student in own:
                 point = {"step": step + 1, "seconds": student.seconds}
                 student.checkpoints.append(point | exam.measure(student.model))
                 said = json.dumps(student.checkpoints[-1])
                 print(student.name, student.seed, said, flush=True)
+        # 5. Kept, so that another run goes on from here.
         if options.keep and (last or over or (step + 1) % max(1, options.steps // 20) == 0):
             for student in own:
                 student.keep(options.keep, setting)
         if last or over:
             break
+    # 4. A line for every student that is done.
     options.out.parent.mkdir(exist_ok=True)
     with options.out.open("a") as file:
         for student in students if last else ():

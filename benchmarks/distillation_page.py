@@ -1,4 +1,9 @@
-"""Make docs/distillation.md of the results of distillation.py and shortcut.py."""
+"""Make docs/distillation.md of the results of distillation.py and shortcut.py.
+
+1. Read the lines of both, and how the bundled model was trained.
+2. One table for each group of students that had the same setting.
+3. What was not run, what a step costs, and the planted shortcut.
+"""
 
 import json
 from collections import defaultdict
@@ -177,17 +182,20 @@ def shortcut_table(records):
 
 def page(results=RESULTS):
     """The text of the page."""
+    # 1. The lines.
     records = lines(results / "distillation.jsonl")
     costs = [r for r in records if "cost" in r]
     training = json.loads((demo.model_folder() / "training.json").read_text())
     prompts = min(r["setting"]["prompts"] for r in records if "setting" in r)
     about = {"prompts": prompts, "error": 50 / prompts**0.5}
     parts = [HEAD.format(steps=sum(training["steps"]), **about)]
+    # 2. Groups of students.
     for text, arms in groups([r for r in records if "cost" not in r]).items():
         parts.append(
             f"### {text[0].upper()}{text[1:]}\n\n{table(arms)}\n\n{verdict(arms)}".rstrip()
             + circuits(arms)
         )
+    # 3. What is missing, costs, and the shortcut.
     trained = {r.get("arm") for r in records}
     if missing := [NAMES[arm] for arm in ARMS if arm not in trained]:
         parts.append(f"Not run: {', '.join(missing)}.")

@@ -1,16 +1,16 @@
 """Edits, predicted and real: python benchmarks/editing.py [--model demo|smollm2] [--n 200].
 
-1. Patch one position by its corrupted twin's, at the input of blocks. Compare what the operator,
-   the operator with queries and keys, and gating ratios, too, to first order, and the Jacobian
-   predict with what happens.
-2. Ask for the target's opposite at the last position: what is delivered, at what size, by the
-   operator in these forms, before and after two corrections, by the Jacobian, also after two Newton
-   steps, and by three other methods; and how far held-out prompts move.
-3. Give edits one size at every block's input. Does the predicted effect order them as the real one?
-4. Take the parts of the model's own gradient apart: patterns, norm scales and gating ratios, each
+1. Take the parts of the model's own gradient apart: patterns, norm scales and gating ratios, each
    held or live. Which does a covector need?
-5. Patch as in 1 with attention patterns, or norm scales, held in the real model. How much of what
-   the operator misses was moved by them?
+2. Ask for the target's opposite at the last position: what is delivered, at what size, by the
+   operator, also with queries and keys, and gating ratios, to first order, before and after two
+   corrections, by the Jacobian, also after two Newton steps, and by three other methods; and how
+   far held-out prompts move.
+3. Patch one position by its corrupted twin's, with attention patterns, or norm scales, held in the
+   real model. How much of what the operator misses was moved by them?
+4. Patch the same with nothing held, at the input of blocks. Compare what the operator in these
+   forms and the Jacobian predict with what happens.
+5. Give edits one size at every block's input. Does the predicted effect order them as the real one?
 
 Every entry goes to results/editing.json at once, and a run that is stopped goes on where it was.
 ``editing_page.py`` makes docs/editing.md of them.
@@ -271,6 +271,7 @@ def main() -> None:
     layers = args.layers or range(model.cfg.n_layers)
     made = {t: demo.prompts(t, args.n) if own else equally_long(model, written(t, args.n))
             for t in TASKS}  # fmt: skip
+    # 1. Parts of the gradient.
     if "pieces" in args.only and not own:
         for task in TASKS:
             short = made[task][:8]
@@ -281,15 +282,19 @@ def main() -> None:
                 f"{args.model} {args.gate} {{}} {task} {layer}",
                 f"blocks.{layer}.hook_resid_pre",
             )
+            # 2. Edits.
             if "edit" in args.only:
                 work = partial(edits, model, cases, site, args.gate, HELD_OUT[args.model])
                 kept(key.format("edit"), work)
+            # 3. Patches with parts held.
             if "held" in args.only and own:
                 kept(key.format("held"), partial(held_runs, model, cases, site))
+            # 4. Patches.
             if "predict" in args.only:
                 work = partial(predictions, model, cases, site, args.gate)
                 kept(key.format("predict"), work)
     for task, cases in made.items():
+        # 5. Edits of one size at every block.
         if "order" in args.only:
             work = partial(order, model, cases, args.gate)
             kept(f"{args.model} {args.gate} order {task}", work)

@@ -1,7 +1,7 @@
 """``docs/editing.md`` from ``benchmarks/results/editing.json``, the source of every number.
 
-``python benchmarks/editing_page.py`` writes the page. ``editing.py`` and ``editing_weights.py``
-fill the file, entry by entry. What the file lacks yet is left out.
+``python benchmarks/editing_page.py`` writes the page: a section per experiment. ``editing.py`` and
+``editing_weights.py`` fill the file, entry by entry. What the file lacks yet is left out.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Facts rewritten in an MLP's weights: python benchmarks/editing_weights.py [--n 40].
 
-For the bundled model's capitals, another capital is written into W_out of one block, at the
-country's token. Both ways write it in ROME's form (Meng et al. 2022, arXiv 2202.05262),
-W_out + (C⁻¹ k) δᵀ / (kᵀ C⁻¹ k), with the second moments C of the activations on other prompts, and
-differ in δ alone:
+1. For some of the bundled model's capitals, draw another capital. Ask the plain model for the fact
+   and for held-out phrasings of it, for other countries, about the country, and in other tasks.
+2. Find the vector δ that writes the new capital at the country's token, in two ways:
 
     operator  one vector for the prompt behind several leads, from one sweep, corrected three times
     rome      what 20 steps of Adam make of −log P(new), behind the same leads, with ROME's penalty
               on the length of δ and on what "… is a country in" predicts
 
-The real model with the edited weights then answers held-out phrasings of the fact, the same
-question about other countries, other questions about the country, and prompts of other tasks.
+3. Write it into W_out of one block in ROME's form (Meng et al. 2022, arXiv 2202.05262),
+   W_out + (C⁻¹ k) δᵀ / (kᵀ C⁻¹ k), with the second moments C of the activations on other prompts.
+   Ask the edited model the same, and compare.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def study(model: Any, layer: int, n: int) -> dict[str, Any]:
     token = {c: int(model.to_tokens(c, prepend_bos=False)[0, -1]) for c in capitals.values()}
     others = [case.clean for t in ("ioi", "agreement") for case in demo.prompts(t, 10, seed=9)]
     for country in rng.sample(sorted(capitals), n):
+        # 1. The fact, and what the plain model says.
         old, new = capitals[country], rng.choice(list(capitals.values()))
         asked = led(ASKED.format(country))
         elsewhere = [c for c in rng.sample(sorted(capitals), 20) if c != country]
@@ -125,10 +126,12 @@ def study(model: Any, layer: int, n: int) -> dict[str, Any]:
             before = {name: last_logits(model, p) for name, p in prompts.items()}
         if new == old or int(before["efficacy"][0].argmax()) != token[old]:
             continue
+        # 2. Two vectors.
         vectors = {
             "operator": by_operator(model, asked, new, old, layer),
             "rome": by_rome(model, asked, new, country, layer),
         }
+        # 3. The edited model.
         _, lens = tensorlens_tl.capture(model, asked[0])
         for method, vector in vectors.items():
             edit = lens.edit(new, versus=old, site=layer, positions=BACK, delta=vector)

@@ -1,10 +1,13 @@
 """Every method, every protocol, every masking, on two trained models: numbers, intervals, costs.
 
-``python benchmarks/evaluation.py [--quick] [--keep FOLDER]`` runs it (an hour and a half of one
-slow core), writes ``benchmarks/results/evaluation.json`` and makes ``docs/results.md`` of it;
-``--page`` only makes the page, ``--costs`` only times the methods anew. With ``--keep`` each part's
-per-prompt numbers stay in a folder, and are not run again: with ``--sets`` several processes can
-fill it, side by side.
+``python benchmarks/evaluation.py [--quick] [--keep FOLDER]`` takes an hour and a half of one slow
+core. ``--costs`` only times the methods anew, ``--page`` only makes the page.
+
+1. Score every prompt by every method, and run every protocol. With ``--keep`` each part's
+   per-prompt numbers stay in a folder, and are not run again: with ``--sets`` several processes can
+   fill it, side by side.
+2. Summarize, time the methods, and write ``benchmarks/results/evaluation.json``.
+3. Make ``docs/results.md`` of that file.
 
 The prompts are drawn with seed 1; choices (which targets, which last token) were made on seed 0.
 """
@@ -365,9 +368,11 @@ def main() -> int:
     elif not args.page:
         if args.keep is not None:
             args.keep.mkdir(parents=True, exist_ok=True)
+        # 1. Scores and protocols.
         found = run(args.quick, args.keep, args.kept_only, args.sets)
         if len(found) < len(SETS):
             return 0
+        # 2. The summary, and costs.
         results = summary(found)
         costs(results["sets"], args.quick)
         if args.quick:
@@ -375,6 +380,7 @@ def main() -> int:
             return 0
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=None, ensure_ascii=False) + "\n")
+    # 3. The page.
     PAGE.write_text(page(json.loads(RESULTS.read_text())))
     print(PAGE.read_text())
     return 0

@@ -2,11 +2,12 @@
 
 ``python benchmarks/experts.py [--rounds 15] [--threads 1] [--pos 128]``
 
-1. Mixtral's shape, small: 8 experts of which each token meets 2, random weights, as a Bridge.
-2. Every contender runs once a round. The table shows the median of the per-round ratios to the
-   plain forward pass, with quartiles, and a plain pass against itself.
-3. The plain pass runs in the model's own implementation of experts, and one after the other
-   ("eager") as well, as a capture runs them.
+1. Build a model of Mixtral's shape, small: 8 experts of which each token meets 2, random weights,
+   as a Bridge.
+2. Time all contenders in turn, once a round. The plain pass runs in the model's own implementation
+   of experts, and one after the other ("eager") as well, as a capture runs them.
+3. Print medians of the per-round ratios to the plain forward pass, with quartiles, beside their
+   bars.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
+    # 1. The model.
     with contextlib.redirect_stdout(io.StringIO()):
         model = bridge()
     for p in model.parameters():
@@ -66,6 +68,7 @@ def main() -> int:
     ids = torch.randint(0, SHAPE["vocab_size"], (1, args.pos), generator=generator)
     own = config._experts_implementation
 
+    # 2. Contenders, in turn.
     def plain(implementation):
         config._experts_implementation = implementation
         try:
@@ -89,6 +92,7 @@ def main() -> int:
     }
     with torch.no_grad():
         lens, times = capture(), interleave(contenders, args.rounds)
+    # 3. Ratios and bars.
     print(f"{args.pos} tokens, {args.rounds} rounds, {args.threads} thread(s), experts: {own}")
     print(f"{'':26}{'ratio to plain':>15}{'quartiles':>16}   bar")
     ok = True

@@ -170,9 +170,11 @@ def main() -> None:
     site = f"blocks.{layer}.hook_resid_pre" if bundled else f"blocks.{layer}.hook_resid_mid"
     writes = site if bundled else f"blocks.{layer}.hook_mlp_out"
     points = [site] if bundled else [site, writes]
+    # 1. What stands at the site.
     start = time.process_time()
     found = activations(model, texts[:2000], points)
     x, y = found[0], found[-1]
+    # 2. The dictionary.
     parts = train(x, y, options.features, options.k, options.steps)
     cfg: dict[str, Any] = {"architecture": "topk", "k": options.k}
     cfg |= {"apply_b_dec_to_input": bundled, "metadata": {"hook_name": site}}
@@ -185,6 +187,7 @@ def main() -> None:
     print(f"{sae}: {len(x)} tokens, {time.process_time() - start:.0f} s of processor time")
     fire = float((sae.encode(x) != 0).sum(-1).float().mean())
     print(f"variance left out {float(left):.3f}; {fire:.1f} features fire at a token")
+    # 3. Splits by its features.
     if bundled:
         measure(model, sae, 20)
 

@@ -2,8 +2,8 @@
 
 1. Maps of 128, 512 and 2,048 tokens with heavy tails, each from four depths, are written.
 2. Headless Chromium opens each from a file: time until the views are drawn, and of redraws.
-3. CircuitsVis and bertviz draw 4 heads of 512 tokens, where they are installed.
-4. A graph of 500 edges is panned, and its threshold moved, one frame at a time.
+3. A graph of 500 edges is panned, and its threshold moved, one frame at a time.
+4. CircuitsVis and bertviz draw 4 heads of 512 tokens, where they are installed.
 """
 
 import importlib.util
@@ -139,6 +139,7 @@ def main() -> int:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
+        # 1. and 2. Maps, drawn.
         for n in (128, 512, 2048):
             html = long_map(n)
             drawn, took = measured(browser, html, "main[data-ready]", "view.drawWindow()")
@@ -146,11 +147,13 @@ def main() -> int:
             print(f"{n:5} tokens: {size}, first paint {drawn:6.0f} ms, redraw {took:5.2f} ms")
             found = {"size": len(html), "first paint": drawn, "redraw": took}
             missed += [name for name, most in BARS.items() if n == 2048 and found[name] > most]
+        # 3. A graph that moves.
         graph = large_graph()
         for name, step in (("pan", PAN), ("threshold", THRESHOLD)):
             took = frames(browser, graph, step)
             print(f"graph of 500 edges, {len(graph) / 1000:.0f} kB, {name}: {took:5.1f} ms a frame")
             missed += [name] if took > FRAME else []
+        # 4. Other libraries.
         for name, html in others(512).items():
             size = f"{len(html) / 1000:7.0f} kB"
             try:

@@ -2,9 +2,11 @@
 
 ``python benchmarks/paths.py [--model ../shared/data/stories260K] [--prompt ...] [--k 10]``
 
-Prints the expansions for paths from all sources and from every token alone, with whole energies and
-with energies truncated to a few directions, beside the number of paths there are. Exits with 1 if a
-search with whole energies takes more than 1,000 expansions for k = 10 on the 37-token prompt.
+1. Capture the prompt, and print how many paths there are.
+2. Search for the k largest from all sources and from every token alone, with whole bounds and with
+   bounds of a few directions. Print the expansions and the seconds.
+3. Exit with 1 if a search with whole bounds took more than 1,000 expansions: the bar for k = 10 on
+   the 37-token prompt.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    # 1. The prompt.
     with torch.no_grad():
         _, lens = tensorlens_tl.capture(load_model(args.model), args.prompt)
     n_pos, width = lens.embedding.shape[1:]
     steps = lens.operator.steps
     sequences = math.prod(1 + sum(len(b.body.nodes()) for b in s.branches) for s in steps)
     print(f"{lens}\n{sequences:,} node sequences from each of {n_pos} tokens; k = {args.k}")
+    # 2. Searches.
     rank_8 = 8 * n_pos * width * (5 * width + 8 * (len(steps) + 1))
     whole = 0
     print("\n| energies | paths | from | expansions: median, most | seconds: median |\n|-|-|-|-|-|")
@@ -69,6 +73,7 @@ def main() -> int:
                 print(
                     f"| {energies} | {kind} | {name} | {count} | {statistics.median(seconds):.3f} |"
                 )
+    # 3. The bar.
     print(f"\nmost expansions with whole energies: {whole} (bar for k = 10, 37 tokens: {BAR:,})")
     return int(whole > BAR)
 

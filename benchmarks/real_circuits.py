@@ -222,6 +222,7 @@ def run(args: argparse.Namespace) -> None:
     """All steps of all tasks in turn, until the time is over or all is done."""
     load = tensorlens_tl.load_model
     model = load(args.model) if args.model else tensorlens_tl.models.smollm2()
+    # 1. Pairs.
     of = {task: pairs(model, args.data, task) for task in args.tasks}
     jobs: list[tuple[str, str, int, int]] = [("found", task, 0, 0) for task in args.tasks]
     chunks = [(i, min(CHUNK, args.tests - i)) for i in range(0, args.tests, CHUNK)]
@@ -235,6 +236,7 @@ def run(args: argparse.Namespace) -> None:
             if k < 2
         ]
     steps = {"tested": tested, "curves": curves, "patched": patched}
+    # 2. to 5. Each of them, unless the folder has it.
     for step, task, i, n in jobs:
         path = args.keep / f"{task}, {step} {i}.json"
         if path.exists():

@@ -3,11 +3,11 @@
     python benchmarks/real_evaluation.py --keep FOLDER [--sets SET ...] [--until HH:MM]
     python benchmarks/real_evaluation.py --keep FOLDER --merge   # the JSON, and the page of it
 
-1. Four kinds of sentences for SmolLM2-135M: subject and verb, relations, stories, indirect object.
+1. Digits that a small vision transformer, trained here, has not seen.
+2. Pairs of sentences that are made here, for all-MiniLM-L6-v2; the target is their cosine.
+3. Four kinds of sentences for SmolLM2-135M: subject and verb, relations, stories, indirect object.
    They come from public data in a folder (``--data``): nounpp_test.jsonl of feature-circuits, the
    relations of Hernandez et al. 2024, a text of TinyStories, ioi_llama.csv of EAP-IG.
-2. Pairs of sentences that are made here, for all-MiniLM-L6-v2; the target is their cosine.
-3. Digits that a small vision transformer, trained here, has not seen.
 
 Chunks of the kinds run in turn, and each is kept in the folder. So a run may be stopped: the next
 one goes on, and the page says how many prompts there were.
@@ -172,11 +172,14 @@ def run(args: argparse.Namespace) -> None:
         return load(args.model) if args.model else tensorlens_tl.models.smollm2()
 
     def chunk(name: str, i: int) -> Evaluation:
+        # 1. Digits.
         if name == "digits":
             model, pixels = once("digits", digits)
             return pictures(model, pixels[100 * i : 100 * i + size[name]])
+        # 2. Pairs of sentences.
         if name == "similarity":
             return similarity(20 * i, size[name], evaluation.SEED, asked(), OPTIONS)
+        # 3. Sentences.
         model = once("model", smollm2)
         drawn = once("texts", lambda: sentences(args.data, model))[name]
         return texts(model, drawn[CHUNKS[name] * i :][: size[name]])

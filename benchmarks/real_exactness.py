@@ -3,8 +3,8 @@
 ``python benchmarks/real_exactness.py [--longest 2048] [--model FOLDER]``
 
 1. Run a plain forward pass and a capture of the same tokens.
-2. Ask for the completeness error, and for an attribution by token.
-3. Compare the model's own logits with those of a copy in more digits.
+2. Compare the model's own logits with those of a copy in more digits.
+3. Ask for the completeness error, and for an attribution by token.
 4. Keep what was found in ``results/real_models.json``; what is there is not measured again.
 """
 
@@ -34,12 +34,15 @@ IN_FLOAT64 = 256
 def measured(model, ids, finer):
     pattern = "recomputed" if ids.shape[1] >= RECOMPUTED else "stored"
     with torch.no_grad():
+        # 1. A plain pass and a capture.
         plain = model(ids, return_type="logits")
         _, lens = tensorlens_tl.capture(model, ids, pattern=pattern)
+        # 2. A copy in more digits.
         floor = None
         if finer is not None:
             exact = finer(ids, return_type="logits").double()
             floor = float((plain.double() - exact).abs().max() / exact.abs().max())
+    # 3. Errors.
     found = lens.attribute()
     return {
         "check": lens.capture_check,
@@ -77,6 +80,7 @@ def main() -> None:
             ids = torch.cat([first, story.repeat(length // len(story) + 1)[None]], 1)[:, :length]
             finer = finest if dtype == torch.float32 else model
             finer = None if dtype == torch.float32 and length > IN_FLOAT64 else finer
+            # 4. Kept.
             real_page.kept(f"exactness {name} {length}", partial(measured, here, ids, finer))
 
 

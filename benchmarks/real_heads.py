@@ -69,11 +69,13 @@ def estimate(values):
 
 def indirect_object(model, n):
     texts, answers, foils = prompts(n)
+    # 1. Heads by direct effect.
     mean = tensorlens_tl.mean_attribution(model, texts, answers, foils)
     names = [name for name, *_ in mean.top(200) if "H" in name and "." not in name][:HEADS]
     ids = torch.cat([model.to_tokens(text) for text in texts])  # all have the same length
     right, wrong = (torch.tensor([model.to_single_token(w) for w in ws]) for ws in (answers, foils))
 
+    # 2. Each replaced by its mean.
     def difference(hooks=()):
         with model.hooks(fwd_hooks=list(hooks)):
             last = model(ids, return_type="logits")[:, -1]
@@ -110,7 +112,7 @@ def indirect_object(model, n):
 
 
 def attention(model, n, names):
-    """Mean attention of the last position to the answer, the subject and its second mention."""
+    """Step 3: mean attention of the last position to the answer and to the subject's mentions."""
     texts, answers, foils = prompts(n)
     found = {name: {"answer": 0.0, "subject": 0.0, "second subject": 0.0} for name in names}
     for text, answer, foil in zip(texts, answers, foils, strict=True):
@@ -130,6 +132,7 @@ def attention(model, n, names):
 
 
 def kinds(model, n=8, length=24):
+    # 4. Repeated tokens: scores of all heads, and the best ablated.
     drawn = torch.Generator().manual_seed(0)
     half = torch.randint(100, 40_000, (n, length), generator=drawn)
     ids = torch.cat([model.to_tokens("a")[:, :1].expand(n, 1), half, half], 1)
@@ -180,6 +183,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     load = tensorlens_tl.load_model
     model = load(args.model) if args.model else tensorlens_tl.models.smollm2()
+    # 5. All is kept.
     ioi = real_page.kept("heads ioi", lambda: indirect_object(model, args.n))
     real_page.kept("heads attention", lambda: attention(model, args.n, list(ioi["heads"])))
     real_page.kept("heads kinds", lambda: kinds(model))

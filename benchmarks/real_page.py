@@ -1,9 +1,12 @@
 """The pages of real models, from the files in ``benchmarks/results``, the source of every number.
 
-``python benchmarks/real_page.py`` writes them. ``real_exactness.py``, ``real_heads.py`` and
-``real_time.py`` fill ``real_models.json``, entry by entry, so that a run which is stopped goes on
-where it was. ``real_evaluation.py``, ``real_circuits.py`` and ``real_relations.py`` have files of
-their own, made of a folder of parts.
+``python benchmarks/real_page.py`` writes them:
+
+1. Of ``real_models.json`` the page of exactness, heads and times. ``real_exactness.py``,
+   ``real_heads.py`` and ``real_time.py`` fill it, entry by entry, so that a run which is stopped
+   goes on where it was.
+2. A page for each file of ``real_evaluation.py``, ``real_circuits.py`` and ``real_relations.py``,
+   which are made of a folder of parts.
 """
 
 from __future__ import annotations
@@ -241,7 +244,9 @@ is small and was shared, so that some have fewer inputs than were wanted: every 
 
 def pages() -> dict[str, str]:
     """Every page by its name."""
+    # 1. Exactness, heads and times.
     found = {"real_models": page(load())}
+    # 2. Methods, circuits and relations.
     for name, (file, part) in PARTS.items():
         if r := load(file):
             found[name] = part.page(r)

@@ -9,8 +9,7 @@
    left out.
 2. Every relation is studied by ``tensorlens_tl.relations.decode``: maps from 3 and from 5 training
    subjects, tested on the others, and edits with each map's inverse.
-
-Every relation's study is kept in the folder, so a run that is stopped goes on.
+3. Every relation's study is kept in the folder, so a run that is stopped goes on.
 """
 
 from __future__ import annotations
@@ -72,11 +71,14 @@ def run(args: argparse.Namespace) -> None:
             continue
         start, study = time.process_time(), None
         try:
+            # 1. The template and the subjects that are known.
             if relation := known(model, Relation.load(path), args.most):
+                # 2. The study.
                 how = {"layers": layers, "ranks": RANKS, "progress": False}
                 study = decode(model, [relation], N_TRAIN, args.splits, **how)
         except ValueError as error:  # too few different answers, or a subject ends inside a token
             print(f"{path.stem}: {error}", file=sys.stderr)
+        # 3. Kept.
         text = "null" if study is None else study.to_json()
         if resumed.keep(kept, text, f"{study}", start, args.until):
             return

@@ -2,9 +2,9 @@
 
     python benchmarks/real_time.py [--model FOLDER] [--tokens 15 128 512] [--rounds 3]
 
-1. Every round times plain forward passes first: of the host, and of transformers' own model.
-2. Then one job, and the forward passes again; the entry has medians of the rounds' ratios.
-3. A profile of a capture with one attribution: the shares of torch's operations.
+1. For every job, a round times plain forward passes of the host and of transformers' own model,
+   then the job, then the forward passes again. The entry has medians of the rounds' ratios.
+2. A profile of a capture with attributions by token and by edge: the shares of torch's operations.
 
 All is CPU time of one thread, so other work on the machine counts little. Every job's entry is kept
 in ``results/real_models.json`` as soon as it is there, and is not measured again.
@@ -182,11 +182,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     loop = Loop(args.model)
     for n in args.tokens:
+        # 1. Jobs.
         for job in loop.jobs(n):
             if n > 128 and job.endswith(f"{PAIRS} pairs"):
                 continue  # 8 prompts of 512 tokens and all writers of each: too much memory
             name = f"time {n} {job}"
             real_page.kept(name, partial(loop.measured, n, job, args.rounds))
+        # 2. The profile.
         real_page.kept(f"profile {n}", partial(loop.profile, n))
 
 

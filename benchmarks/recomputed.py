@@ -3,17 +3,20 @@
 ``python benchmarks/recomputed.py [--quick] [--rounds 15] [--threads 1] [--lengths 512 … 4096]
 [--medium] [--device cuda]``
 
-One layer of GPT-2-small shape (12 heads of 64), and the same with 4 key/value heads. The peer is
-torch's scaled-dot-product attention differentiated by its values: the graph is built once, outside
-the clock, and one backward pass is timed per probe (for 8 probes, the better of a loop and one pass
-over a batch of 8). Under grouped queries the peer takes ``enable_gqa`` or repeated keys and values,
-whichever is faster. Everything runs once a round; the median of the per-round ratios, with
-quartiles, stands beside the peer against itself. Rounds are fewer at the longest lengths (printed).
-"At most" is what the ratio would be if the pull were nothing but its two products over the causal
-triangle, as fast as a large product, and its powers of 2, as fast as those of a block that stays in
-the cache. A bar above that is out of this machine's reach. The error is against a float64 pattern,
-row block by row block. At the end two fresh processes tell their high-water marks: one pulls and
-pushes, one stores the pattern. ``--json PATH`` keeps all.
+1. Time exp beside exp2, where numbers are usual and where they underflow.
+2. For every length, time one layer of GPT-2-small's shape (12 heads of 64), and the same with 4
+   key/value heads. Everything runs once a round, and rounds are fewer at the longest lengths. The
+   peer is torch's scaled-dot-product attention differentiated by its values: the graph is built
+   once, outside the clock, and one backward pass is timed per probe (for 8 probes, the better of a
+   loop and one pass over a batch of 8). Under grouped queries the peer takes ``enable_gqa`` or
+   repeated keys and values, whichever is faster.
+   a. The error, against a float64 pattern, row block by row block.
+   b. Ratios: the median over rounds, with quartiles, beside the peer against itself. "At most" is
+      what the ratio would be if the pull were nothing but its two products over the causal
+      triangle, as fast as a large product, and its powers of 2, as fast as those of a block that
+      stays in the cache. A bar above that is out of this machine's reach.
+3. Two fresh processes tell their high-water marks: one pulls and pushes, one stores the pattern.
+4. Compare with the bars. ``--json PATH`` keeps all.
 """
 
 from __future__ import annotations
@@ -127,6 +130,7 @@ def bench(length, kv_heads, rounds):
     }
     times = interleave(contenders, rounds)
     total = {name: sum(t) for name, t in times.items()}
+    # 2a. Errors.
     exact = exact_pull(q, k, y[0, 0], kv_heads)
     ours = mix.apply_t(y[0])[0].view_as(exact)
     theirs = grad(next(iter(graphs.values())), 0)[0].transpose(0, 1)
@@ -136,6 +140,7 @@ def bench(length, kv_heads, rounds):
         f"\n{length} tokens, {HEADS} heads, {kv_heads} key/value heads; {rounds} rounds; {kernel}"
     )
     row = {"length": length, "kv_heads": kv_heads, "rounds": rounds, "kernel": kernel}
+    # 2b. Ratios.
     for probes in (1, PROBES):
         names = [n for n in times if n.startswith(f"{probes}:") and not n.endswith("again")]
         peer = min(names, key=total.__getitem__)
@@ -201,16 +206,19 @@ def main() -> int:
     if args.quick:
         args.rounds, args.lengths = 5, [n for n in args.lengths if n <= 1024]
     print(f"{args.device}, matmul precision {torch.get_float32_matmul_precision()}")
+    # 1. Powers.
     powers = {where: power_ratio(low, args.rounds) for where, low in EXPONENTS.items()}
     said = "; ".join(
         f"{m:.2f} ({a:.2f}–{b:.2f}) where {where}" for where, (m, a, b) in powers.items()
     )
     print(f"exp over exp2, time: {said}")
     rows = []
+    # 2. Every length, with and without groups.
     for length in args.lengths:
         for kv_heads in (HEADS, 4):
             rounds = max(5, args.rounds * 1024 // length) if length > 1024 else args.rounds
             rows.append(bench(length, kv_heads, rounds))
+    # 3. Memory.
     length = args.lengths[-1]
     marks = {
         what: float(
@@ -227,6 +235,7 @@ def main() -> int:
     print(f"\nmemory beyond the inputs at {length} tokens (the pattern has {size:.0f} MiB):")
     for what in ("recomputed", "stored"):
         print(f"  {what}: {marks[what] - marks['nothing']:.0f} MiB")
+    # 4. Bars.
     small = marks["recomputed"] - marks["nothing"] < size / 4 or length < 1024
     if args.json:
         with open(args.json, "w") as file:

@@ -10,8 +10,8 @@ page of a JSON file that is there already.
 2. Local validity of the operator and of the Jacobian's first order, on the bundled model and on
    stories260K (float64): along random, token-swap and steering directions, and with parts held.
 
-``docs/relations.md`` is made of ``benchmarks/results/relations.json`` and of nothing else. Exits
-with 1 where the operator is below the bar over all relations.
+3. Both are kept as JSON, of which alone ``docs/relations.md`` is made. The exit status is 1 where
+   the operator is below the bar over all relations.
 """
 
 from __future__ import annotations
@@ -412,7 +412,9 @@ def main() -> int:
     parser.add_argument("--from", dest="source", type=Path, help="results to make the page of")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    # 1. and 2. Both studies, or those of a file.
     data = json.loads(args.source.read_text()) if args.source else measure(args.quick)
+    # 3. Kept, shown, and compared with the bar.
     if args.json:
         args.json.parent.mkdir(exist_ok=True)
         args.json.write_text(json.dumps(data, ensure_ascii=False) + "\n")
@@ -429,6 +431,7 @@ def measure(quick):
 
 
 def measure_relations(quick):
+    # 1. Relations.
     model = demo.load_model()
     relations = [demo.relation(name) for name in (RELATIONS[:2] if quick else RELATIONS)]
     study = decode(model, relations, (3, 5), splits=2 if quick else 16, progress=True)
@@ -440,6 +443,7 @@ def measure_relations(quick):
 
 
 def measure_validity(quick):
+    # 2. Local validity.
     kind = "held-out prompts of its grammar, equally many of every task"
     runs = [(demo.load_model().to(torch.float64), demo_prompts(10 if quick else 200), kind)]
     if (SHARED / "stories260K").is_dir():

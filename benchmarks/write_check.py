@@ -2,9 +2,10 @@
 
 ``python benchmarks/write_check.py [--rounds 30] [--pos 128]``
 
-The bundled model, and GPT-2-small shapes with random weights. A lens notes some numbers of every
-weight at the capture, and compares them at every question. Both are timed in turn with a forward
-pass; the table shows the median of the per-round ratios, with quartiles.
+1. Take the bundled model, and models of GPT-2-small's shape with random weights, and capture each.
+2. A lens notes some numbers of every weight at the capture, and compares them at every question.
+   Time both in turn with a forward pass.
+3. Print medians of the per-round ratios, with quartiles, beside the bar.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ def bench(name, model, ids, rounds) -> bool:
         captured = tensorlens_tl.capture(model, ids)[1].capture
         tensors = captured.tensors()
         writes = WriteCheck.of(tensors)
+        # 2. Timed in turn.
         contenders = {
             "plain forward": lambda: model(ids, return_type="logits"),
             "noted at the capture": lambda: WriteCheck.of(tensors),
             "compared at a question": writes.written,
         }
         times = interleave(contenders, rounds)
+    # 3. Ratios and the bar.
     kept = sum(len(sample) for sample in writes.samples)
     total = sum(tensor.numel() for tensor in tensors)
     print(f"\n{name}, {ids.shape[1]} tokens: {kept} of {total} numbers of {len(tensors)} tensors")
@@ -55,6 +58,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     generator = torch.Generator().manual_seed(0)
+    # 1. The models.
     small = demo.load_model()
     ok = bench("bundled model", small, small.to_tokens("The capital of France is"), args.rounds)
     ids = torch.randint(0, 50257, (1, args.pos), generator=generator)

@@ -197,11 +197,11 @@ def main(argv: list[str]) -> int:
         return 2
     pages = {path: Page(path.read_text(encoding="utf-8")) for path in files}
     wrong = [
-        *foreign_resources(root, pages),
-        *broken_links(root, pages),
-        *missing_names(pages, SURFACE.read_text(encoding="utf-8")),
-        *unmarked_blocks(SOURCES),
-        *missing_tests((SOURCES / "testing.md").read_text(encoding="utf-8"), TESTS),
+        *foreign_resources(root, pages),  # 1.
+        *broken_links(root, pages),  # 2.
+        *missing_names(pages, SURFACE.read_text(encoding="utf-8")),  # 3.
+        *unmarked_blocks(SOURCES),  # 4.
+        *missing_tests((SOURCES / "testing.md").read_text(encoding="utf-8"), TESTS),  # 5.
     ]
     sys.stdout.write("".join(f"{line}\n" for line in wrong))
     links = sum(len(page.links) for page in pages.values())

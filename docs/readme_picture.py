@@ -17,7 +17,9 @@ PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 def main(path: str) -> None:
     """Write the picture to a file."""
+    # 1. The run.
     _, lens = demo.load_model().run_with_tensorlens(PROMPT)
+    # 2. Three pictures of it.
     figure = Figure(figsize=(14, 4), layout="constrained")
     tokens, heads, depth = figure.subplots(1, 3, width_ratios=(1.1, 1.0, 1.2))
     lens.attribute("Mary", versus="John").plot(tokens, kind="bars", top=8)

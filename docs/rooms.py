@@ -44,7 +44,9 @@ def levels(taken: dict[tuple[str, str], set[str]]) -> dict[str, int]:
 
 def draw(package: Path = PACKAGE) -> str:
     """The picture as SVG."""
+    # 1. What each room takes.
     taken = imports(package)
+    # 2. Heights.
     height = levels(taken)
     rows = [sorted(r for r in height if height[r] == h) for h in range(max(height.values()) + 1)]
     most = max(map(len, rows))
@@ -53,6 +55,7 @@ def draw(package: Path = PACKAGE) -> str:
         for h, row in enumerate(rows)
         for i, room in enumerate(row)
     }
+    # 3. The drawing.
     lines, boxes = [], []
     for (above, below), names in sorted(taken.items()):
         (x, y), (u, v) = place[above], place[below]

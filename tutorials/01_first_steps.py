@@ -9,6 +9,11 @@
 # `T` is the TensorLens operator (Atad, Zimerman, Katz, Wolf, arXiv 2601.17958). It is exact for
 # this run. It is not the Jacobian, which would also differentiate the pattern, the scale and the
 # activation; and what it says is a decomposition of the run, not a causal claim.
+#
+# 1. How exact is that? The check of the capture, and the model's own logits.
+# 2. Where a logit comes from.
+# 3. The operator as a matrix.
+# 4. Many prompts at once.
 
 # %%
 import torch

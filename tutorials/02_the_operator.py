@@ -5,6 +5,12 @@
 # every pair of positions. This tutorial opens some of its blocks: what they write, in words; how
 # large they are, beside what the attention pattern would make one believe; and their singular
 # vectors. All of it is matrix-free, and `lens.plan` tells beforehand what it costs.
+#
+# 1. A block, applied: what it writes, in words.
+# 2. Maps of tokens, beside the attention pattern.
+# 3. Where in the depth.
+# 4. Singular vectors.
+# 5. What it costs.
 
 # %%
 import torch

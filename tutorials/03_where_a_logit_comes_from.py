@@ -7,6 +7,15 @@
 #
 # All of it decomposes what this run did. Whether the model *needs* a head is another question,
 # which only running the model without it answers; the last section does that for one head.
+#
+# 1. Direct effects: what is written at the last position.
+# 2. Total effects: what is written anywhere.
+# 3. Edges: through what?
+# 4. Who carried it?
+# 5. Orders: how deep?
+# 6. Two prompts: what makes the difference?
+# 7. Many prompts.
+# 8. Is it needed?
 
 # %%
 import torch

@@ -8,6 +8,13 @@
 # it: one attends to the previous token and writes down what that was; the others look, from the
 # last word, for the place where that word is written down as the previous one, and copy the token
 # there.
+#
+# 1. The circuit of one prompt.
+# 2. Is it the model's?
+# 3. The circuit of two dozen prompts.
+# 4. The heads that it comes down to.
+# 5. What each part is worth.
+# 6. The same with frozen patterns.
 
 # %%
 import random

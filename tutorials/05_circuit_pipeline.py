@@ -5,6 +5,13 @@
 # beside it. An edge's score is then the mean of what its reader makes of what its writer adds in
 # the prompt and not in the corrupted one. The search keeps its state in a file, so you can stop it
 # and go on later.
+#
+# 1. A search that is interrupted.
+# 2. The same search, gone on with.
+# 3. Other sizes, other rules.
+# 4. What the operator makes along these edges.
+# 5. What the model does along these edges.
+# 6. The circuit for other tools.
 
 # %%
 import json

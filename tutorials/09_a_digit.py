@@ -4,6 +4,11 @@
 # A small vision transformer learns handwritten digits here, in less than a minute on one core. Then
 # a class logit is split by the patches of a picture, and the split is tested in the model. The
 # pictures are scikit-learn's 1,797 digits of 8 × 8 pixels: `pip install scikit-learn`.
+#
+# 1. Train the model.
+# 2. Which patches?
+# 3. Which heads?
+# 4. Is it true?
 
 # %%
 import torch

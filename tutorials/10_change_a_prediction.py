@@ -5,6 +5,12 @@
 # tutorial makes the bundled model say that the capital of France is Rome, in three ways: for one
 # prompt, for many prompts by one vector, and in the model's weights. Each time the real model is
 # asked whether that is true.
+#
+# 1. Where would an edit matter?
+# 2. The smallest edit, and its check.
+# 3. What is to stay as it is.
+# 4. One vector for many prompts.
+# 5. The fact in the weights.
 
 # %%
 import torch

@@ -5,6 +5,14 @@
 # a small one on the bundled model, asks which features a prediction came from, proves one of them
 # in the model, and looks at what the SAE leaves out. An SAE from SAELens is loaded with
 # `features.load(folder)` in place of the training.
+#
+# 1. Train a dictionary.
+# 2. Which features make the prediction?
+# 3. What is the feature about?
+# 4. Why did it fire?
+# 5. Is it true?
+# 6. How many features are enough?
+# 7. What the error hides.
 
 # %%
 import warnings

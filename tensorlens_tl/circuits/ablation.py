@@ -252,7 +252,9 @@ def faithfulness_of_many(
     with edge_model(model) as edged, torch.no_grad():
         for circuit in circuits.values():
             _check_model(edged, circuit)
+        # 1. Circuits as edges, and as masks of them below.
         kept = {name: edged.universe.named(given) for name, given in circuits.items()}
+        # 2. to 4. Pairs, runs and measures.
         study = Study.of(edged, prompts, corrupted, target, versus, options)
         # The empty circuit runs along: with frozen attention it is not the ablated model.
         masks = [edged.universe.keep(edges) for edges in ([], *kept.values())]

@@ -34,9 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = None
     try:
+        # 1. What was typed.
         args = parse(sys.argv[1:] if argv is None else argv)
+        # 2. The model, and 3. the command.
         with redirect_stdout(sys.stderr), warned(args):  # hosts print while they load
             found = _COMMANDS[args.command](args)
+        # 4. The answer.
         emit(found, args)
     except (ValueError, OSError) as error:
         message = as_typed(" ".join(str(error).split()), args)

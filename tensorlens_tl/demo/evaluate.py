@@ -1,4 +1,9 @@
-"""Measure the demo model and write its card: ``python -m tensorlens_tl.demo.evaluate``."""
+"""Measure the demo model and write its card: ``python -m tensorlens_tl.demo.evaluate``.
+
+1. Measure every task on held-out prompts, and print the figures beside their bars.
+2. Measure its circuits: attention, ablation and patching of single heads.
+3. Write the figures to ``metrics.json``, and make the card of them.
+"""
 
 import argparse
 import json
@@ -104,10 +109,12 @@ def main() -> None:
     from transformers import GPT2LMHeadModel
 
     torch.set_num_threads(1)
+    # 1. Tasks, beside their bars.
     model = GPT2LMHeadModel.from_pretrained(options.model, attn_implementation="eager").eval()
     figures = evaluate(model, options.n, options.seed)
     for name, bar in BARS.items():
         print(f"{name:22} {figures[name]:8.4f}   bar {bar}   {figures[name] >= bar}")
+    # 2. Circuits.
     with torch.no_grad():
         circuits = {
             "induction": induction_circuit(model, 200, options.seed),
@@ -130,6 +137,7 @@ def main() -> None:
         "circuits": circuits,
     }
     metrics = json.loads(json.dumps(metrics), parse_float=lambda number: round(float(number), 4))
+    # 3. The file of figures, and the card made of it.
     (options.model / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     (options.model / "README.md").write_text(card(metrics))
     print((options.model / "README.md").read_text())

@@ -1,4 +1,10 @@
-"""Train the demo model: ``python -m tensorlens_tl.demo.train --out FOLDER``."""
+"""Train the demo model: ``python -m tensorlens_tl.demo.train --out FOLDER``.
+
+1. Build a small GPT-2 with random weights.
+2. Train it in two stages: mostly on repeated random words, until heads copy them, and then mostly
+   on documents of the grammar. Combinations of words that are held out never occur.
+3. Save it as a folder that every host loads, with the facts of the training beside.
+"""
 
 import argparse
 import json
@@ -269,9 +275,12 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every stage")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    # 1. A model without training.
     model = new_model(options.seed)
+    # 2. Two stages.
     stages = tuple(replace(s, steps=max(1, int(s.steps * options.scale))) for s in STAGES)
     steps, seconds = train(model, stages, options.seed)
+    # 3. The folder, and what made it.
     save(model, options.out)
     facts = {
         "seed": options.seed,

@@ -253,7 +253,7 @@ class MaskedRuns:
         Args:
             wanted: Pairs of a prompt's index and a set of masked positions, bit j for position j.
         """
-        # Only prompts with equally many tokens left run together: nothing is padded.
+        # 1. Only prompts with equally many tokens left run together: nothing is padded.
         missing = [key for key in dict.fromkeys(wanted) if key not in self._known]
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for prompt, masked in missing:
@@ -269,6 +269,7 @@ class MaskedRuns:
 
     def _run(self, batch: list[tuple[int, int]], length: int) -> None:
         ids = torch.stack([self.prompts[prompt] for prompt, _ in batch])
+        # 2. One batch, masked.
         bits = [[masked >> j & 1 for j in range(length)] for _, masked in batch]
         masked = torch.tensor(bits, dtype=torch.bool, device=ids.device)
         logits = end_logits(self.adapter, ids, masked, self.masking)
@@ -280,6 +281,7 @@ class MaskedRuns:
         log_odds = logit - others
         agreement = (logits.argmax(-1) == target).to(logit)
         found = torch.stack([log_odds.sigmoid(), log_odds, logit, logit - foil, agreement], 1)
+        # 3. Every metric is kept, though one was asked for: the run is what costs.
         self._known |= zip(batch, map(tuple, found.tolist()), strict=True)
         self.runs += len(batch)
 

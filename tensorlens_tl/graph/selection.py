@@ -153,6 +153,7 @@ def select(
             usable number.
     """
     _check_selection(selection)
+    # 1. The rank of every edge.
     values = _numbers(scores, wiring, selection)
     size, least = limits(len(scores), n_edges, threshold, selection)
     edges = tuple(scores)
@@ -247,6 +248,7 @@ class _Growth:
         """
         if edge in self.edges:
             return set()
+        # 2. The edge, with what connects it below and above.
         chain, node = [edge], self.src[edge]
         while node not in self.nodes and node in self.best_in:
             chain.append(self.best_in[node])
@@ -255,6 +257,7 @@ class _Growth:
         while top not in self.nodes and top in self.best_out:
             chain.append(self.best_out[top])
             top = self.dest[chain[-1]]
+        # 3. Skipped where that does not fit.
         fits = len(self.edges) + len(chain) <= self.size
         if not fits or node not in self.nodes or top not in self.nodes:
             return set()

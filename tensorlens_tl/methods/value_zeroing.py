@@ -38,6 +38,7 @@ def _zeroed(s: Split, key: int) -> Tensor:
     block, mid = s.block, s.block.resid_mid
     mlps = [mlp for mlp in (block.mlp, block.shared) if mlp is not None]
     # With the pattern kept, zeroing v_j takes exactly the part of source j out of the output.
+    # 2. Without one token's part: attention's norm, then the MLP.
     attn = _rerun(block.ln1_post, s.out, s.out - s.part(key))
     change = attn - normed(block.ln1_post, s.out)
     if mid is None or not mlps:  # no MLP reads what attention wrote
@@ -61,10 +62,12 @@ def value_zeroing_layers(capture: Capture) -> list[Matrix]:
     """Value zeroing (Mohebbi et al. 2023), layer by layer: distances in [0, 2], not normalized."""
 
     def measure(s: Split, key: int) -> Tensor:
+        # 3. How far the block's output moves.
         distance = cosine_distance(s.resid_post, _zeroed(s, key))
         # Rows that the token does not reach differ by rounding at most.
         return torch.where((s.part(key) != 0).any(-1), distance, 0)
 
+    # 1. Every layer, split by token.
     return [s.matrix(lambda key, s=s: measure(s, key)) for s in splits(capture)]
 
 
@@ -82,4 +85,5 @@ def value_zeroing(capture: Capture) -> Matrix:
     Returns:
         The matrix; its rows sum to one.
     """
+    # 4. Rows, and layers.
     return product(capture, [rows(capture, layer) for layer in value_zeroing_layers(capture)])

@@ -151,7 +151,7 @@ class EdgeModel:
             for handle in experts_apart(flow):
                 stack.callback(handle.remove)
             stack.enter_context(hooked(flow.edits()))
-            logits = self.adapter.run(tokens, self.adapter.all_real(tokens))
+            logits = self.adapter.run(tokens, self.adapter.all_real(tokens))  # steps 1 to 4
         logits = logits[:, None] if logits.ndim == 2 else logits  # a classifier's
         return EdgeRun(flow.cells(logits), flow.written(), tuple(flow.patterns))
 
@@ -277,11 +277,11 @@ class Flow:
                 norm = adapter.norm(block, "ln2") if w.ln2 is not None else None
                 read = lambda layer=layer, norm=norm: self.one(("mlp", layer, ""), norm)  # noqa: E731
                 yield adapter.mlp_entry(block), read
-        end = host.ln_final if weights.ln_final is not None else adapter.readout
+        end = host.ln_final if weights.ln_final is not None else adapter.readout  # step 4
         # NanoChat norms its embeddings by the same module, before anything is written.
         yield end, lambda: self.one(("logits", None, ""), None) if self.writes else None
 
-    # --- Writers
+    # --- 3. Writers
 
     def enter(self, tensor: Tensor) -> None:
         self.writes[0] = self.cells(tensor)[:, None].to(self.model.dtype)
@@ -332,7 +332,7 @@ class Flow:
         while self.pending:
             self.pending.pop(0)()
 
-    # --- Readers
+    # --- 1. Readers
 
     def read(self, key: tuple[str, int | None, str], n: int) -> Tensor:
         """The inputs of n readers from this key on: [circuit, reader, prompt, pos, d]."""

@@ -47,6 +47,7 @@ def _apart(flow: Flow, layer: int) -> list[Any]:
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
+        # 1. A copy of the input per expert.
         if flow.rebuilt:
             read = flow.normed(norm, flow.read(("expert", layer, ""), nodes))
             # Copy e holds what expert e reads; its router decides by that input, too.
@@ -58,6 +59,7 @@ def _apart(flow: Flow, layer: int) -> list[Any]:
         return args, {**kwargs, next(iter(kwargs)): copies}
 
     def after(module: Any, args: Any, output: Any) -> Any:
+        # 3. What leaves each copy.
         whole = output[0] if isinstance(output, tuple) else output
         rows = len(whole) // nodes
         parts = whole.unflatten(0, (nodes, rows))
@@ -70,6 +72,7 @@ def _apart(flow: Flow, layer: int) -> list[Any]:
 
     start = block.mlp.register_forward_pre_hook(in_this_thread(before), with_kwargs=True)
     end = block.mlp.register_forward_hook(in_this_thread(after))
+    # 2. In between, only expert e answers in copy e.
     return [start, *adapter.mixture(layer).part(nodes), end]
 
 

@@ -173,6 +173,7 @@ class _Pass:
             self.D[0] = runs.x if runs.other.x is None else runs.x - runs.other.x
         for i, layer in enumerate(runs.model.layers):
             self.layer(i, layer)
+        # 4. The input of the logits.
         rows = runs.where.last
         end = runs.base.end[rows] + torch.einsum("w,wpd->pd", self.keep[-1], self.D[:, rows])
         return end if self.leak is None else end + self.leak[rows]

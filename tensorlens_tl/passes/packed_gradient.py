@@ -102,6 +102,7 @@ class EdgeEffects:
                     G[-1] = torch.stack([point["mlp"] for point in seen]).sum(0)
                 yield i, G
 
+        # 4. Writers times readers.
         D = differences(self.model, self.universe, clean, other)
         end = torch.stack([point.end for point in points]).sum(0)
         return products(self.model, self.universe, D, readers(), end, self.where) / len(points)
@@ -189,6 +190,7 @@ class _Point:
             return found
 
         with torch.enable_grad():
+            # 1. One run with a graph, and the gradients at all taps.
             found = run(model, runs.where, x.detach().requires_grad_(), past=runs.past, tap=tap)
             last = found.last
             logits = model.logits(last)
@@ -245,6 +247,7 @@ def pull(
         points: The gradients of every point; see :class:`_Point`.
         out: Receives one row per query head.
     """
+    # 2. and 3. Summed over points, widened, and through the norm.
     g = points[0][side] if len(points) == 1 else torch.stack([p[side] for p in points]).sum(0)
     W = layer.of_query_heads(side, layer.weights(side)[0].detach())
     torch.bmm(g, W.mT, out=out)

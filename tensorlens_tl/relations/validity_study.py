@@ -378,6 +378,7 @@ def validity(
                     whole=whole,
                 )
             )
+    # 4. Medians are taken when they are asked for, as every curve is kept.
     return ValidityStudy(
         lenses[0].capture.model_name, name, seed, len(lenses), tuple(sizes), tuple(rows)
     )

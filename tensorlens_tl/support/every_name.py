@@ -219,10 +219,12 @@ def try_name(name: str, ask: bool = False) -> Name:
         if name in ELSEWHERE:
             return Name(name, "not built", reason=ELSEWHERE[name])
         try:
+            # 1. A tiny model.
             model = tiny_model(name)
             if model is None:
                 why = f"transformers {_version()} has no class {name}: its code is on the hub only"
                 return Name(name, "not built", reason=why)
+            # 2. Its own run, and the gradient with frozen quantities held.
             plain = plain_run(model, inputs := tiny_inputs(model))
         except Exception as failure:
             why = f"transformers {_version()} cannot build it here ({first_sentence(failure)})"
@@ -237,6 +239,7 @@ def _compare(
     given = kwargs.pop(next(iter(inputs)))
     answered: dict[str, str] = {}
     try:
+        # 3. The capture, compared with both.
         lens = capture(model, given, **kwargs)[1]
         errors = exactness(lens, plain)
         if ask:
