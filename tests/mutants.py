@@ -121,7 +121,7 @@ last_position_is_padding (padding targets): −1 is the last column, not the pro
 left_padded_text_unmasked (tokenizers padding): Texts padded on the left run without their mask.
     elif not (mask if adapter.attends_ahead else mask[:, 0]).all() or ( ⇒ elif (
 attention_to_padding_accepted (padding guards): A real token that attends to padding is not refused.
-    if bool((pattern * padding_keys).any()): ⇒ if False:
+    if not rehearsed() and bool((pattern * padding_keys).any()): ⇒ if False:
 padding_row_kept (padding attribution): A prompt's table keeps the row of padding after it.
     if s.pos is None or start <= s.pos < stop ⇒ if s.pos is None or start <= s.pos <= stop
 causal_slice_off_by_one (contraction): Sweeps skip what stands on the diagonal where a tile begins.
@@ -375,11 +375,13 @@ class Runner:
 
     def caught(self, mutant: Mutant, path: Path, text: str) -> list[str]:
         """The tests that caught a fault first; none where it survived."""
+        # 2. A checkout with the fault, and the tests.
         checkout = self.copy(mutant.name)
         (checkout / path).write_text(text, encoding="utf-8")
         try:
             for tests in self.selections(mutant, checkout):
                 while failed := self.run(checkout, tests):
+                    # 3. Tests that fail without the fault prove nothing.
                     if caught := [test for test in failed if not self.fails_always(test)]:
                         return caught
             return []
@@ -474,6 +476,7 @@ def main() -> int:
     root = (options.before or Path(__file__).parents[1]).resolve()
     files = sorted((root / PACKAGE).rglob("*.py"))
     sources = {path.relative_to(root): path.read_text(encoding="utf-8") for path in files}
+    # 1. Every fault's place.
     mutants = read_faults(FAULTS)
     if unknown := set(options.only or ()) - {mutant.name for mutant in mutants}:
         parser.error(f"no fault is named {', '.join(sorted(unknown))}: see --list")
@@ -494,6 +497,7 @@ def main() -> int:
             start = time.monotonic()
             tests = runner.caught(mutant, path, text)
             seconds, word = time.monotonic() - start, "caught" if tests else "SURVIVED"
+            # 4. The fault's line.
             by = ", ".join(tests[:2])
             print(f"{mutant.name:<31} {word:<8} {seconds:5.0f} s  {by}", flush=True)
             n_caught += bool(tests)
