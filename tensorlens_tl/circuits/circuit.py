@@ -393,8 +393,8 @@ class Circuit(Paged):
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                "This text is not a circuit of to_json, nor an edge list of EAP-IG. Write the file "
-                f"again; the fault was: {error}."
+                "This text is not a circuit of to_json, nor an edge list of EAP-IG "
+                f"({str(error).rstrip('.')}). Write the file again."
             ) from None
 
 

@@ -429,8 +429,8 @@ class _File:
                 )
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise ValueError(
-                f"{self.path} does not hold a search for a circuit. Pass another path=, or delete "
-                f"the file; the fault was: {error}."
+                f"{self.path} does not hold a search for a circuit ({str(error).rstrip('.')}). "
+                "Pass another path=, or delete the file."
             ) from None
         if not own:
             raise ValueError(

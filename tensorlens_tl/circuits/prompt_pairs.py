@@ -135,7 +135,7 @@ def check_metric(metric: Any, pos: Any) -> None:
             "use target= and versus=."
         )
     if not is_int(pos):
-        raise ValueError(f"pos={pos!r} is not an integer. The last position is -1.")
+        raise ValueError(f"pos={pos!r} is not an integer. Pass one: -1 is the last.")
 
 
 @dataclass(frozen=True, eq=False)

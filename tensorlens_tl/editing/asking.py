@@ -334,7 +334,7 @@ def _numbers(given: Any, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} is {kind_of(given)}, not a tensor. Pass numbers.") from None
     if found.is_complex() or not bool(found.isfinite().all()):
-        raise ValueError(f"{name} holds numbers that are not real and finite. Pass such ones.")
+        raise ValueError(f"{name} holds numbers that are not real and finite. Pass real numbers.")
     return found
 
 

@@ -95,7 +95,7 @@ class Place:
             )
         if one >= experts.n_experts:
             most = experts.n_experts - 1
-            raise ValueError(f"site={name!r} does not exist. The last one is number {most}.")
+            raise ValueError(f"site={name!r} does not exist. Use a number from 0 to {most}.")
         hook = f"blocks.{experts.layer}.{LAYER_HOOKS['mlp_out']}"
         return cls(name, hook, number, "expert", at, (one, one + 1))
 
@@ -117,7 +117,7 @@ class Place:
         first = one * width
         if first >= body.output.in_dim:
             most = body.output.in_dim // width - 1
-            raise ValueError(f"site={self.name!r} does not exist. The last one is number {most}.")
+            raise ValueError(f"site={self.name!r} does not exist. Use a number from 0 to {most}.")
         return replace(self, part=(first, first + width))
 
     @property

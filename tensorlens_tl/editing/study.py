@@ -164,8 +164,8 @@ class EditEvaluation(Paged, Tabled):
     def _of(self, method: str, measure: str) -> list[float]:
         if (method, measure) not in self.values:
             raise ValueError(
-                f"There is no {measure!r} of {method!r}. The methods are "
-                f"{', '.join(self.methods)}, and the measures {', '.join(MEASURES)}."
+                f"There is no {measure!r} of {method!r}. Choose a method, one of "
+                f"{', '.join(self.methods)}, and a measure, one of {', '.join(MEASURES)}."
             )
         return self.values[method, measure]
 

@@ -243,8 +243,7 @@ def _selected(scored: Scored, methods: Any, *others: Any) -> Scored:
     names = list(scored.scores) if methods is None else _listed(methods, "methods")
     if absent := [name for name in names if name not in scored.scores]:
         raise ValueError(
-            f"There are no scores by {', '.join(absent)}. The scores are by "
-            f"{', '.join(scored.scores)}."
+            f"There are no scores by {', '.join(absent)}. Choose among {', '.join(scored.scores)}."
         )
     return replace(scored, scores={name: scored.scores[name] for name in names})
 

@@ -112,7 +112,7 @@ def circuitsvis_arguments(
         return {"tokens": strings, "activations": [array.numpy() for array in arrays]}
     ids = capture.prompts.ids(function)[0, start:stop].cpu()
     if capture.logits.ndim != 3:
-        raise ValueError(f"{function} needs logits at every position. Ask a model of language.")
+        raise ValueError(f"{function} needs logits at every position. Capture a language model.")
     logits = capture.logits[0, start:stop].detach().float().cpu()
     if function == "visualize_model_performance":
         return {"tokens": ids, "str_tokens": tokens, "logits": logits}
@@ -134,7 +134,7 @@ def _attention(
         n = whole(layer, "layer")
         if not -len(blocks) <= n < len(blocks):
             raise ValueError(
-                f"layer={layer} does not exist. The model has {len(blocks)} blocks, from 0."
+                f"layer={layer} does not exist. Pass a block from 0 to {len(blocks) - 1}."
             )
         blocks = (blocks[n],)
     patterns = [block.attn.pattern[0, :, start:stop, start:stop] for block in blocks]
@@ -146,7 +146,7 @@ def _attention(
     about = {"tokens": tokens, "min_value": 0.0, "max_value": 1.0, "mask_upper_tri": causal}
     if function == ONE_HEAD:
         if not 0 <= (h := whole(head, "head")) < len(found):
-            raise ValueError(f"head={head} does not exist. The block has {len(found)} heads.")
+            raise ValueError(f"head={head} does not exist. Pass a head from 0 to {len(found) - 1}.")
         return about | {"attention": found[h]}
     return about | {"attention": found, "attention_head_names": list(map(str, nodes))}
 

@@ -122,7 +122,7 @@ def _numbers(scores: Mapping[Edge, float], wiring: Wiring, selection: str) -> li
     numbers = list(scores.values())
     if not all(map(math.isfinite, numbers)):
         edge, score = next((e, s) for e, s in scores.items() if not math.isfinite(s))
-        raise ValueError(f"The score of {edge} is {score}. Scores must be finite.")
+        raise ValueError(f"The score of {edge} is {score}. Use finite numbers.")
     if selection == "influence":
         found = influences(scores, wiring)
         return [found[edge] for edge in scores]

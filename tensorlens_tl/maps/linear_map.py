@@ -382,8 +382,8 @@ class Residual(LinearMap):
     def __post_init__(self):
         if self.branch.in_dim != self.branch.out_dim:
             raise ValueError(
-                f"The branch has widths {self.branch.in_dim} and {self.branch.out_dim}. A residual "
-                "branch must keep the width."
+                f"The branch has widths {self.branch.in_dim} and {self.branch.out_dim}. Use a "
+                "branch that keeps the width."
             )
 
     @property

@@ -61,7 +61,7 @@ class MatrixOptions:
         if self.precision not in (None, "bfloat16"):
             raise ValueError(
                 f"precision must be 'bfloat16' or None, not {self.precision!r}. "
-                "None keeps the operator's own dtype."
+                "Drop precision= to keep the operator's own dtype."
             )
 
 

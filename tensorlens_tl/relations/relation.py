@@ -114,7 +114,7 @@ def refuse(wrong: bool, where: Any, needed: str, found: Any) -> None:
     if wrong:
         shown = str(found) if len(str(found)) < 80 else f"{str(found)[:77]}…"
         raise ValueError(
-            f"{where} must have {needed}, but has {shown}. A relation is a name, prompt_templates "
+            f"{where} must have {needed}, but has {shown}. Give a name, prompt_templates "
             'such as "The capital of {} is", and samples such as '
             '{"subject": "France", "object": "Paris"}.'
         )

@@ -131,7 +131,9 @@ def _check(lens: TensorLens, directions: Tensor, sizes: Sequence[float]) -> None
     if not bool(directions.isfinite().all()) or not bool((_norm(directions) > 0).all()):
         raise ValueError("A direction is 0 or not finite. Drop such directions.")
     if not sizes or not all(0 < size < math.inf for size in sizes):
-        raise ValueError(f"sizes={list(sizes)} are not all above 0 and finite. Pass such sizes.")
+        raise ValueError(
+            f"sizes={list(sizes)} are not all above 0 and finite. Pass positive numbers."
+        )
 
 
 def _jacobian_product(live: LiveModel, directions: Tensor, edits: Iterable[Edit] = ()) -> Tensor:

@@ -163,7 +163,7 @@ def test_an_expert_is_a_place(kind):
     was = lens.capture.logits[:, -1]
     assert_close(check.real, (logits - was)[:, 3] - (logits - was)[:, 5], 1e-5)
     assert edit.refine(model, 4).check(model).error < check.error / 10
-    with pytest.raises(ValueError, match=r"does not exist\. The last one is number 3"):
+    with pytest.raises(ValueError, match=r"does not exist\. Use a number from 0 to 3"):
         lens.covector(3, site="L0E4")
     with pytest.raises(ValueError, match=r"or an expert such as 'L1E0'"):
         lens.covector(3, site="L1MLP")
@@ -626,7 +626,7 @@ def test_what_cannot_be_edited_is_refused():
     _, lens = model.run_with_tensorlens(FACT)
     wrong = {
         "is no place of this model": lambda: lens.covector(site="L9H0"),
-        "does not exist. The last one": lambda: lens.covector(site="L0H4"),
+        "does not exist. Use a number": lambda: lens.covector(site="L0H4"),
         "has no residual site": lambda: lens.covector(site="blocks.0.hook_nothing"),
         "Both or none of to= and by=": lambda: lens.edit(site=1),
         "Give one of the two": lambda: lens.edit(site=1, to=1.0, by=1.0),

@@ -196,7 +196,7 @@ def test_evaluations_share_scores():
         own = evaluate(demo_model(), more, progress=False)
     assert own.methods == ("in_out", "rollout", "sizes") and own.seconds == scored.seconds
     with pytest.raises(
-        ValueError, match=r"There are no scores by chefer. The scores are by in_out, rollout"
+        ValueError, match=r"There are no scores by chefer. Choose among in_out, rollout"
     ):
         evaluate(demo_model(), scored, "chefer")
     with pytest.raises(ValueError, match="cannot change scores that are made already"):

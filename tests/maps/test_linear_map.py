@@ -64,7 +64,7 @@ def test_composites_check_widths_when_built():
         Chain((linear(4, 5), linear(4, 4)))
     with pytest.raises(ValueError, match="Add maps of equal widths"):
         Sum((linear(4, 5), linear(4, 4)))
-    with pytest.raises(ValueError, match="must keep the width"):
+    with pytest.raises(ValueError, match="Use a branch that keeps the width"):
         Residual(linear(4, 5))
     with pytest.raises(ValueError, match="at least one"):
         Chain(())

@@ -479,7 +479,7 @@ def test_files_of_another_shape_are_refused(tmp_path, change, message):
     path.write_text(json.dumps(GOOD | change))
     with pytest.raises(ValueError, match=message) as error:
         Relation.load(path)
-    assert "A relation is a name, prompt_templates such as" in str(error.value)
+    assert "Give a name, prompt_templates such as" in str(error.value)
 
 
 def test_files_that_are_none_are_refused(tmp_path):
