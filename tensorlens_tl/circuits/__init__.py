@@ -4,7 +4,6 @@ Key concepts:
     Circuit: Some edges of a model, with their scores; saved as JSON.
     discover: Finds a circuit over many prompts.
     faithfulness: Tests a circuit in the real model, with every other edge ablated.
-    AblationOptions: How edges are ablated, and what is measured.
 """
 
 from .ablation import AblationOptions, faithfulness, faithfulness_curve, faithfulness_of_many

@@ -1,7 +1,9 @@
 """The bundled demo model: a small GPT-2 trained on a grammar of its own, loaded offline.
 
-:func:`load_model` gives it as a TransformerLens model. :func:`prompts` draws held-out prompts of
-its tasks, and :func:`relation` gives its countries' relations.
+Key concepts:
+    load_model: Gives it as a TransformerLens model.
+    prompts: Draws held-out prompts of its tasks, each with a corrupted prompt.
+    relation: Gives one of its countries' relations.
 """
 
 import random

@@ -4,7 +4,6 @@ Key concepts:
     Place: Where a run is edited: a residual site, or what W_O, W_out or a pattern reads.
     Edit: A change of the activations of some prompts, with the change of a target that it predicts.
     EditCheck: What an edit predicted, and what the real model did.
-    EditSweep: The same at many sizes.
 """
 
 from .asking import Asked, edit_along, edit_to_top, smallest_edit

@@ -3,9 +3,7 @@
 Key concepts:
     OperatorMaps: The operator's map of one prompt from every depth, beside an earlier method's.
     Waterfall: One logit as the sum of what every sublayer adds, beside the logit lens.
-    PromptComparison: Two prompts and the exact difference of a target between them.
     RunReport: The main pictures of one prompt on one page.
-    HeadMaps: Attention patterns beside what the heads add to the logits.
 """
 
 from .comparisons import PromptComparison, compare_prompts

@@ -4,7 +4,6 @@ Key concepts:
     FeatureDictionary: An SAE or a transcoder as its weights; :func:`load` reads them from anywhere.
     Feature: One feature as a target: why did it fire?
     Reading: Which features fire at a site of a run, and the error that they leave.
-    error_shares: How much of a split is error, by site and position.
 """
 
 from .dictionary import Feature, FeatureDictionary

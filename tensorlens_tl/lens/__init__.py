@@ -1,12 +1,9 @@
-"""What a user holds.
+"""What a user holds: a captured run that answers every question.
 
 Key concepts:
     FrozenRun: A captured run with its operator, and how exact that is.
     TensorLens: A frozen run, and every question to it as one method.
-    SequenceAttribution: Every token of a continuation, split by source.
     WriteCheck: Whether the weights or the returned logits were written to.
-    plan: Estimates what any call will cost.
-    load: Reads a lens from a file. Nothing in the file is executed.
 """
 
 from .frozen_run import FrozenRun

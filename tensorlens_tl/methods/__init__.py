@@ -2,8 +2,6 @@
 
 Key concepts:
     METHODS: Every method by name.
-    LogitLens: What every residual of a run says as logits.
-    Routing: Which experts of a mixture every token was sent to.
     TokenMatrix: How much of token j is in position i, for every prompt.
     TokenScores: How much of a target is due to every token.
 """

@@ -4,8 +4,6 @@ Key concepts:
     Drawer: A function that draws plain numbers, labels and nodes. What they mean stays above.
     Page: One HTML file that shows a result, needs nothing beside it, and asks for nothing.
     View: One drawing of a page: a kind, and plain data. Its drawer is assets/kind.js.
-    Split: The rows of an attribution as plain numbers, and the figure that fits them.
-    Tabled: A result as a pandas table and as JSON, with the same columns.
 
 No torch in this room, and matplotlib only where a figure is drawn.
 """
