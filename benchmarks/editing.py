@@ -269,8 +269,10 @@ def main() -> None:
     own = args.model == "demo"
     model = demo.load_model() if own else tensorlens_tl.models.smollm2()
     layers = args.layers or range(model.cfg.n_layers)
-    made = {t: demo.prompts(t, args.n) if own else equally_long(model, written(t, args.n))
-            for t in TASKS}  # fmt: skip
+    made = {
+        t: demo.prompts(t, args.n) if own else equally_long(model, written(t, args.n))
+        for t in TASKS
+    }
     # 1. Parts of the gradient.
     if "pieces" in args.only and not own:
         for task in TASKS:

@@ -75,8 +75,10 @@ def verdict(met: list[bool], what: str) -> str:
 def predictions(r: dict[str, Any]) -> list[str]:
     rows, small, close, ranks, half = [], [], [], [], []
     for model, gate, task, block, e in found(r, "predict"):
-        cells = [f"{interval(e[m]['error'])} · {e[m]['pearson']:.3f} · {e[m]['spearman']:.2f}"
-                 for m in ("operator", "operator_qk", "operator_qk_gates", "jacobian")]  # fmt: skip
+        cells = [
+            f"{interval(e[m]['error'])} · {e[m]['pearson']:.3f} · {e[m]['spearman']:.2f}"
+            for m in ("operator", "operator_qk", "operator_qk_gates", "jacobian")
+        ]
         rows.append([*where(model, gate, task, block, e["n"]), *cells])
         best = max(e[m]["spearman"] for m in ("operator_qk", "operator_qk_gates"))
         if model == "demo" and task != "agreement":
@@ -104,8 +106,11 @@ def predictions(r: dict[str, Any]) -> list[str]:
 def held(r: dict[str, Any]) -> list[str]:
     rows = []
     for model, gate, task, block, e in found(r, "held"):
-        cells = [f"{e[h][key]:.2f}" for h in ("nothing", "pattern", "scale")
-                 for key in ("moved", "error")]  # fmt: skip
+        cells = [
+            f"{e[h][key]:.2f}"
+            for h in ("nothing", "pattern", "scale")
+            for key in ("moved", "error")
+        ]
         rows.append([*where(model, gate, task, block, e["n"]), *cells])
     if not rows:
         return []
@@ -133,10 +138,16 @@ def edits(r: dict[str, Any]) -> list[str]:
             one = e[m]
             ratio = one.get("norm by the Jacobian's")
             kl = one.get("kl_held_out")
-            rows.append([
-                title, interval(one["miss"], 3), interval(one["flipped"]), interval(one["size"]),
-                interval(ratio) if ratio else "", f"{kl[0]:.3f}" if kl else "",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    title,
+                    interval(one["miss"], 3),
+                    interval(one["flipped"]),
+                    interval(one["size"]),
+                    interval(ratio) if ratio else "",
+                    f"{kl[0]:.3f}" if kl else "",
+                ]
+            )
         head = ["edit by", "miss", "foil wins", "size", "‖δ‖ by the Jacobian's", "KL, held out"]
         parts += [f"### {name}", table(head, rows)]
         missed.append(e["operator"]["miss"][0] <= 0.15)
@@ -186,8 +197,13 @@ def pieces(r: dict[str, Any]) -> list[str]:
 def order(r: dict[str, Any]) -> list[str]:
     rows, met = [], []
     for model, gate, task, _, e in found(r, "order"):
-        rows.append([*where(model, gate, task, "", e["n"]), str(e["edits"]),
-                     *(f"{e[m]:.2f}" for m in ("operator", "qk_gates", "logit_lens"))])  # fmt: skip
+        rows.append(
+            [
+                *where(model, gate, task, "", e["n"]),
+                str(e["edits"]),
+                *(f"{e[m]:.2f}" for m in ("operator", "qk_gates", "logit_lens")),
+            ]
+        )
         met.append(e["operator"] >= 0.92)
     if not rows:
         return []
@@ -207,8 +223,10 @@ def weights(r: dict[str, Any]) -> list[str]:
         if name.split()[1] != "weights":
             continue
         names = [key for key in e["operator"] if key != "norm"]
-        rows = [[key, interval(e["operator"][key]), interval(e["rome"][key])]
-                for key in ["norm", *names]]  # fmt: skip
+        rows = [
+            [key, interval(e["operator"][key]), interval(e["rome"][key])]
+            for key in ["norm", *names]
+        ]
         one, rome = e["operator"], e["rome"]
         plain, key = "held-out phrasing", "held-out phrasing, top-1"
         parts += [
@@ -217,9 +235,11 @@ def weights(r: dict[str, Any]) -> list[str]:
             verdict([one["efficacy"][0] >= 0.99], "efficacy is at least .99"),
             verdict([one[plain][0] >= rome[plain][0]], "held-out phrasings at least as ROME's"),
             verdict([one[key][0] >= rome[key][0]], "and in top-1"),
-            verdict([one["other countries unchanged"][0] >= 0.98],
-                    "other countries unchanged in at least .98"),
-        ]  # fmt: skip
+            verdict(
+                [one["other countries unchanged"][0] >= 0.98],
+                "other countries unchanged in at least .98",
+            ),
+        ]
     if not parts:
         return []
     text = (

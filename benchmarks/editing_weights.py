@@ -118,10 +118,12 @@ def study(model: Any, layer: int, n: int) -> dict[str, Any]:
             "held-out phrasing": [p.format(country) for p in HELD_OUT],
             "other countries unchanged": [ASKED.format(c) for c in elsewhere],
             "other questions unchanged": [
-                p.format(country) for r in ("language", "currency", "continent")
-                for p in PHRASINGS[r]],
+                p.format(country)
+                for r in ("language", "currency", "continent")
+                for p in PHRASINGS[r]
+            ],
             "other tasks, KL": others,
-        }  # fmt: skip
+        }
         with torch.no_grad():
             before = {name: last_logits(model, p) for name, p in prompts.items()}
         if new == old or int(before["efficacy"][0].argmax()) != token[old]:

@@ -85,9 +85,17 @@ def main_table(r: dict[str, Any], group: str) -> str:
         ours = [verdict(r, cell, name) for name in OURS]
         size = span(cell["methods"]["|in_out|"])
         runner = verdict(r, cell, RUNNER) if RUNNER in cell["compared"] else "–"
-        rows.append([f"{title}, {METRICS[metric]} {arrow}", masking, *ours, size, runner,
-                     *(f"{m} {cell['methods'][m][0]:.3f}" for m in (best, other)),
-                     f"{cell['methods']['random'][0]:.3f}"])  # fmt: skip
+        rows.append(
+            [
+                f"{title}, {METRICS[metric]} {arrow}",
+                masking,
+                *ours,
+                size,
+                runner,
+                *(f"{m} {cell['methods'][m][0]:.3f}" for m in (best, other)),
+                f"{cell['methods']['random'][0]:.3f}",
+            ]
+        )
     head = ["measure", "masked by", *OURS, "\\|in_out\\|", "in_out for the logit less the "
             "runner-up's", "best attention-based", "best of all others", "random"]  # fmt: skip
     return table(head, rows)
@@ -133,10 +141,15 @@ def gaps(r: dict[str, Any], group: str) -> str:
 def page(r: dict[str, Any]) -> str:
     """The page."""
     rows = [
-        [GROUPS[name], one["model"], f"{one['n']} of {one['wanted']}",
-         f"{one['tokens'][0]}–{one['tokens'][2]}", f"{one['runs']:,}"]
+        [
+            GROUPS[name],
+            one["model"],
+            f"{one['n']} of {one['wanted']}",
+            f"{one['tokens'][0]}–{one['tokens'][2]}",
+            f"{one['runs']:,}",
+        ]
         for name, one in r["sets"].items()
-    ]  # fmt: skip
+    ]
     about = table(["inputs", "model", "n", "may be masked", "masked runs"], rows)
     options = "; ".join(
         f"`{name}` with {', '.join(f'{k}={v}' for k, v in own.items())}"

@@ -87,6 +87,9 @@ assert by_component.completeness_error < 1e-5
 # %%
 centred = instrument.sentence_vectors()[0] - vectors.mean(0)
 rows = guitar.attribute_similarity(centred, normalize=False)
-constants = sum(v for s, v in zip(rows.sources, rows.values[0].tolist(), strict=True)
-                if s.node.kind == "constant")  # fmt: skip
+constants = sum(
+    v
+    for s, v in zip(rows.sources, rows.values[0].tolist(), strict=True)
+    if s.node.kind == "constant"
+)
 print(rows.sum("node").top(3), f"constants together {constants:+.3f}")

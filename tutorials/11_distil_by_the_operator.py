@@ -136,10 +136,17 @@ class Distiller(Trainer):
 
 with tempfile.TemporaryDirectory() as folder:
     options = TrainingArguments(
-        folder, max_steps=6, per_device_train_batch_size=16, report_to=[], save_strategy="no",
-        use_cpu=True, remove_unused_columns=False, disable_tqdm=True,
-        logging_strategy="no", learning_rate=1e-3,
-    )  # fmt: skip
+        folder,
+        max_steps=6,
+        per_device_train_batch_size=16,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        logging_strategy="no",
+        learning_rate=1e-3,
+    )
     rows = [{"input_ids": row} for row in ids]
     trainer = Distiller(student, options, train_dataset=rows)
     found = trainer.train()

@@ -18,7 +18,7 @@ from ..operator import Capture, FrozenTransformer
 from .edit import Edit
 from .goals import Goal
 from .places import Place, pulled
-from .smallest import Metric, smallest, smallest_above, smallest_shared
+from .smallest import EditCost, smallest, smallest_above, smallest_shared
 
 CAP_MOVED = 0.1
 """How far a soft cap's ratio may move under an edit, as a share of itself."""
@@ -32,7 +32,7 @@ class Asked:
         operator: The operator of that run.
         site: The place, as in :meth:`Place.of`.
         positions: Positions among the real tokens, one or several; None is all of them.
-        metric: What an edit costs, as in :class:`Metric`.
+        metric: What an edit costs, as in :class:`EditCost`.
         qk: Whether the prediction includes queries and keys, to first order.
         gates: Whether it includes the gating ratios of MLPs, to first order.
     """
@@ -51,7 +51,7 @@ class Asked:
         self.place = Place.of(operator, site)
         self.state = self.place.state(operator, capture)
         self.where = _places(capture, positions)
-        self.metric = Metric(metric, self.state, capture.frame.real)
+        self.metric = EditCost(metric, self.state, capture.frame.real)
 
     def covector(self, target: Target) -> Float[Tensor, "batch pos d"]:
         """The gradient of a target at the place, at every position."""
@@ -292,8 +292,10 @@ def edit_to_top(
             f"After {most} other tokens {token!r} is still not the likeliest. Ask at another site, "
             "or at more positions."
         )
-    rivals = [k[0] if k else int(capture.logits_at(query)[i].topk(2).indices[1])
-              for i, k in enumerate(known)]  # fmt: skip
+    rivals = [
+        k[0] if k else int(capture.logits_at(query)[i].topk(2).indices[1])
+        for i, k in enumerate(known)
+    ]
     return asked.edit(Goal.of(capture, wanted, rivals, pos), delta)
 
 

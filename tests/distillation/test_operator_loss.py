@@ -32,17 +32,31 @@ def student(d_vocab, layers=1, width=16, dtype=torch.float64):
         with quiet():
             return HookedTransformer(
                 HookedTransformerConfig(
-                    **shape, n_layers=layers, d_vocab=d_vocab, act_fn="gelu_new",
-                    normalization_type="LN", dtype=dtype, device="cpu", seed=0, init_mode="gpt2",
+                    **shape,
+                    n_layers=layers,
+                    d_vocab=d_vocab,
+                    act_fn="gelu_new",
+                    normalization_type="LN",
+                    dtype=dtype,
+                    device="cpu",
+                    seed=0,
+                    init_mode="gpt2",
                 )
-            )  # fmt: skip
+            )
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        n_layer=layers, n_head=2, n_embd=width, n_inner=4 * width, n_positions=64,
-        vocab_size=d_vocab, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        n_layer=layers,
+        n_head=2,
+        n_embd=width,
+        n_inner=4 * width,
+        n_positions=64,
+        vocab_size=d_vocab,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     with quiet():
         return to_bridge(GPT2LMHeadModel(config).to(dtype))
 
@@ -141,8 +155,10 @@ def test_rows_are_drawn_by_weight(teacher):
     weights = torch.zeros(2, 6)
     weights[0, 4], weights[1, 2] = 1.0, 3.0
     loss = OperatorLoss(rows=3)
-    rows = [rows_of(m, torch.tensor([[4, 2]]), held.logits[[0, 1], [4, 2]].argmax(-1)[None])
-            for m in (lens, held)]  # fmt: skip
+    rows = [
+        rows_of(m, torch.tensor([[4, 2]]), held.logits[[0, 1], [4, 2]].argmax(-1)[None])
+        for m in (lens, held)
+    ]
     expected = loss.distance(*rows)
     assert (loss(lens, held, weights, step=3) - expected).abs() <= ORACLE * expected
 

@@ -37,9 +37,18 @@ def spliced(kind: str, site: str, writes: str | None = None):
 def main() -> None:
     torch.manual_seed(0)
     cfg = HookedTransformerConfig(
-        n_layers=2, d_model=D, d_head=6, n_heads=4, d_mlp=48, n_ctx=12, d_vocab=40,
-        act_fn="gelu", normalization_type="LN", seed=0, dtype=torch.float64,
-    )  # fmt: skip
+        n_layers=2,
+        d_model=D,
+        d_head=6,
+        n_heads=4,
+        d_mlp=48,
+        n_ctx=12,
+        d_vocab=40,
+        act_fn="gelu",
+        normalization_type="LN",
+        seed=0,
+        dtype=torch.float64,
+    )
     model = HookedSAETransformer(cfg).to(torch.float64).eval()
     ids = torch.randint(0, 40, (2, 7))
     plain = model(ids)[:, -1, 3].detach()

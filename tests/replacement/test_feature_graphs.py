@@ -162,8 +162,12 @@ def test_influence_and_pruning_by_hand():
 def test_pruning_is_circuit_tracers(graph):
     theirs = pytest.importorskip("circuit_tracer.graph", reason="circuit-tracer is not installed")
     sizes, w, kinds = square(graph)
-    order = [k for kind in ("feature", "error", "embed", "logits") for k in range(len(kinds))
-             if kinds[k] == kind]  # fmt: skip
+    order = [
+        k
+        for kind in ("feature", "error", "embed", "logits")
+        for k in range(len(kinds))
+        if kinds[k] == kind
+    ]
 
     class Cfg:
         n_layers = graph.n_layers

@@ -91,8 +91,18 @@ def mixture(limit=None, offset=0.0, scales_input=False, biases=True):
     def bias(d):
         return draw(4, d) if biases else None
 
-    w = ExpertsWeights(draw(4, 6, 8), bias(8), draw(4, 6, 8), bias(8), draw(4, 8, 6), bias(6),
-                       "silu", limit, offset, scales_input)  # fmt: skip
+    w = ExpertsWeights(
+        draw(4, 6, 8),
+        bias(8),
+        draw(4, 6, 8),
+        bias(8),
+        draw(4, 8, 6),
+        bias(6),
+        "silu",
+        limit,
+        offset,
+        scales_input,
+    )
     first = torch.tensor([[0, 2, 2, 0, 2], [2, 0, 0, 2, -1]])
     experts = torch.stack([first, torch.where(first < 0, -1, 1)], -1)
     x, share = draw(2, 5, 6), draw(2, 5, 2).abs()
@@ -316,8 +326,10 @@ def test_a_file_holds_the_routing(name, tmp_path):
     assert torch.equal(*rows)
     assert repr(tensorlens_tl.load(path).routing(1)) == repr(lens.routing(1))
     lens.save(path, weights=True)
-    assert torch.equal(tensorlens_tl.load(path).attribute(3, by="neuron").values,
-                       lens.attribute(3, by="neuron").values)  # fmt: skip
+    assert torch.equal(
+        tensorlens_tl.load(path).attribute(3, by="neuron").values,
+        lens.attribute(3, by="neuron").values,
+    )
 
 
 @every_mixture
