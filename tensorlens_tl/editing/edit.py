@@ -33,7 +33,7 @@ from .real_runs import (
     require_point,
     row_of,
 )
-from .smallest import Metric, smallest, smallest_shared
+from .smallest import EditCost, smallest, smallest_shared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -264,7 +264,7 @@ class Edit(Paged, Tabled):
         adapter, run, delta = adapt(model), self.run, self.delta.clone()
         where, was = self.edited[..., None], torch.full_like(self.before, torch.inf)
         shared = self.vector is not None and int(self.edited.sum()) > 1
-        cost = Metric(metric, self.place.state(FrozenTransformer.of(run), run), run.frame.real)
+        cost = EditCost(metric, self.place.state(FrozenTransformer.of(run), run), run.frame.real)
         for _ in range(rounds):
             now, missing = replace(self, delta=delta), torch.zeros_like(self.before)
             g = torch.zeros_like(delta)

@@ -29,7 +29,7 @@ _NONE = (
 )
 
 
-class Metric:
+class EditCost:
     """What an edit costs: ‖δ‖² by itself, or weighted by how much activations vary.
 
     Args:
@@ -82,7 +82,7 @@ class Metric:
 
 
 def smallest(
-    rows: Float[Tensor, "batch row pos d"], asked: Float[Tensor, "batch row"], metric: Metric
+    rows: Float[Tensor, "batch row pos d"], asked: Float[Tensor, "batch row"], metric: EditCost
 ) -> Float[Tensor, "batch pos d"]:
     """The smallest edit that changes every target by what is asked.
 
@@ -117,7 +117,7 @@ def smallest_shared(
     rows: Float[Tensor, "batch row pos d"],
     asked: Float[Tensor, "batch row"],
     signs: Float[Tensor, "batch row"],
-    metric: Metric,
+    metric: EditCost,
 ) -> Float[Tensor, " d"]:
     """The smallest vector that changes every target of every prompt by at least what is asked.
 
@@ -162,7 +162,7 @@ def smallest_shared(
 
 
 def smallest_above(
-    rows: Float[Tensor, "row pos d"], asked: Float[Tensor, " row"], metric: Metric
+    rows: Float[Tensor, "row pos d"], asked: Float[Tensor, " row"], metric: EditCost
 ) -> Float[Tensor, "pos d"]:
     """The smallest edit of one prompt that changes every target by at least what is asked.
 

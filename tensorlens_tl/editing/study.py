@@ -41,7 +41,7 @@ from .real_runs import jacobian_covectors
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METHODS = ("operator", "refined", "jacobian", "caa", "logit_lens", "random")
+EDIT_METHODS = ("operator", "refined", "jacobian", "caa", "logit_lens", "random")
 """What :func:`evaluate` compares unless told otherwise."""
 
 MOVING = {"qk": (True, False), "qk_gates": (True, True)}
@@ -184,7 +184,7 @@ class EditEvaluation(Paged, Tabled):
 def evaluate(
     model: Any,
     cases: Iterable[Any],
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = EDIT_METHODS,
     sites: Sequence[str | int] = (1,),
     to: int | float = -1.0,
     seed: int = 0,
@@ -222,8 +222,10 @@ def evaluate(
         True
     """
     for method in methods:
-        if method not in METHODS + MORE:
-            raise ValueError(f"methods= has {method!r}. Use some of {', '.join(METHODS + MORE)}.")
+        if method not in EDIT_METHODS + MORE:
+            raise ValueError(
+                f"methods= has {method!r}. Use some of {', '.join(EDIT_METHODS + MORE)}."
+            )
     adapter, made = adapt(model), [case_of(case) for case in cases]
     # 1. The clean runs, of the prompts that the model gets right.
     made, capture, goal = right_cases(adapter, made, gate)

@@ -17,7 +17,7 @@ from ..readers import alone
 from ..sublayers import MLPWeights
 from .edit import Edit
 from .places import Place
-from .smallest import Metric
+from .smallest import EditCost
 
 
 @spelled
@@ -88,7 +88,7 @@ def to_weights(
         )
     pos = int(where[0, 1])
     k = branch.body.hidden_in_run(branch.read(step.state))[:, pos : pos + 1]
-    cost = Metric("identity" if covariance is None else covariance, k, torch.ones(1, 1).bool())
+    cost = EditCost("identity" if covariance is None else covariance, k, torch.ones(1, 1).bool())
     # With y = k W, the change C⁻¹k δᵀ / (kᵀC⁻¹k) adds δ at k, and (xᵀC⁻¹k) / (kᵀC⁻¹k) of it at x.
     key = cost.inverse(k)[0, 0]
     size = (key * k[0, 0]).sum()

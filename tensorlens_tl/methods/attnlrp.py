@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..hosts import Adapter
 from ..readers import Read
-from ..recording import Edit, LiveModel, Scores, target_of
+from ..recording import HookEdit, LiveModel, Scores, target_of
 from ..refusals import UnsupportedArchitectureError
 from ..sublayers import ExpertsWeights, gating_ratio, soft_cap_ratio
 
@@ -85,7 +85,7 @@ def _run(live: LiveModel) -> tuple[Tensor, set[Read], set[Read]]:
     return _RUNS[live]
 
 
-def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
+def _attnlrp_edits(adapter: Adapter) -> tuple[list[HookEdit], set[Read], set[Read]]:
     """AttnLRP's rules as hooks that change gradients and no value.
 
     Args:
@@ -127,7 +127,7 @@ def _attnlrp_edits(adapter: Adapter) -> tuple[list[Edit], set[Read], set[Read]]:
             )
     met: set[Read] = set()
     kept: dict[Read, Tensor] = {}
-    edits: dict[Read, Edit] = {}
+    edits: dict[Read, HookEdit] = {}
     for read, point in points.items():
         layer, key = read
         if key == "embed_ln.scale":  # below X, where relevance ends

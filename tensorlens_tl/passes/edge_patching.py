@@ -43,7 +43,7 @@ from ..checks import no_autocast
 from ..hosts import Adapter, adapt
 from ..maps import NormWeights
 from ..readers import QueryKeyWeights, Read, query_key_weights, whole_norms
-from ..recording import Edit, hooked, input_replaced, output_replaced, unsplit
+from ..recording import HookEdit, hooked, input_replaced, output_replaced, unsplit
 from ..sublayers import ExpertsWeights
 from .edge_masks import EdgeUniverse, norms_between, wiring_of
 from .expert_patching import experts_apart, post_normed
@@ -246,7 +246,7 @@ class Flow:
 
     # --- Hooks
 
-    def edits(self) -> list[Edit]:
+    def edits(self) -> list[HookEdit]:
         """The hooks of this pass."""
         make: dict[str, Callable[[int], Callable[[Tensor], Tensor | None]]] = {
             "pattern": lambda layer: lambda tensor: self.see_pattern(tensor),
@@ -258,7 +258,7 @@ class Flow:
         if self.attends:
             for side in ("q", "k", "v"):
                 make[side] = lambda layer, side=side: partial(self.attend, layer, side)
-        found: list[Edit] = []
+        found: list[HookEdit] = []
         for (layer, key), point in self.model.points.items():
             if (layer, key) == (0, "resid_pre") and self.embeddings is None:
                 found.append((point, self.enter))
@@ -275,7 +275,7 @@ class Flow:
         for layer, (block, w) in enumerate(zip(host.blocks, weights.blocks, strict=True)):
             if w.mlp is not None and not isinstance(w.mlp, ExpertsWeights):
                 norm = adapter.norm(block, "ln2") if w.ln2 is not None else None
-                read = lambda layer=layer, norm=norm: self.one(("mlp", layer, ""), norm)  # noqa: E731
+                read = partial(self.one, ("mlp", layer, ""), norm)
                 yield adapter.mlp_entry(block), read
         end = host.ln_final if weights.ln_final is not None else adapter.readout  # step 4
         # NanoChat norms its embeddings by the same module, before anything is written.

@@ -33,7 +33,7 @@ from .packed_layout import Layout
 from .packed_model import PackedLayer, PackedModel, scale_of
 from .packed_run import Outputs, Run, run
 
-Measure = Callable[[Float[Tensor, "prompt d_vocab"], Float[Tensor, "prompt d_vocab"]], Tensor]
+SummedMetric = Callable[[Float[Tensor, "prompt d_vocab"], Float[Tensor, "prompt d_vocab"]], Tensor]
 """(logits of a run after every prompt, those of the clean run) → the metric, summed."""
 
 
@@ -68,7 +68,7 @@ class EdgeEffects:
     past: Run | None
 
     def sums(
-        self, measure: Measure, steps: int
+        self, measure: SummedMetric, steps: int
     ) -> tuple[Float[Tensor, "reader writer"], Float[Tensor, "prompt d_vocab"]]:
         """Compute the effects of all edges, summed over prompts.
 
@@ -181,7 +181,9 @@ class _Point:
     end: Tensor
 
     @classmethod
-    def of(cls, runs: EdgeEffects, x: Tensor, measure: Measure, clean: Tensor | None) -> _Point:
+    def of(
+        cls, runs: EdgeEffects, x: Tensor, measure: SummedMetric, clean: Tensor | None
+    ) -> _Point:
         model, seen = runs.model, [{} for _ in runs.model.layers]
 
         def tap(what: str, layer: int, tensor: Tensor) -> Tensor:

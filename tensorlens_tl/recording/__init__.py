@@ -6,7 +6,7 @@ Key concepts:
 """
 
 from .live_model import (
-    Edit,
+    HookEdit,
     LiveModel,
     Scores,
     hooked,
@@ -19,7 +19,7 @@ from .live_model import (
 from .run import freeze, record
 
 __all__ = [
-    "Edit",
+    "HookEdit",
     "LiveModel",
     "Scores",
     "freeze",

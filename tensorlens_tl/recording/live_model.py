@@ -26,12 +26,12 @@ from ..readers import alone, in_this_thread
 Scores = Float[Tensor, "prompt pos"]
 """One score per token, in the target's units."""
 
-Edit = tuple[Any, Callable[[Tensor], Tensor | None]]
+HookEdit = tuple[Any, Callable[[Tensor], Tensor | None]]
 """A hook point, and a function from the activation there to another, or to None to keep it."""
 
 
 @contextmanager
-def hooked(edits: Iterable[Edit]) -> Iterator[None]:
+def hooked(edits: Iterable[HookEdit]) -> Iterator[None]:
     """Add hooks of the library for a while; other hooks stay as they are."""
     handles = []
     try:
@@ -143,7 +143,7 @@ class LiveModel:
     final: Float[Tensor, "prompt pos d_model"]
     place: tuple[Int[Tensor, " prompt"], Int[Tensor, "prompt pos"]]
 
-    def run(self, x: Tensor, edits: Iterable[Edit] = (), ids: Tensor | None = None) -> Tensor:
+    def run(self, x: Tensor, edits: Iterable[HookEdit] = (), ids: Tensor | None = None) -> Tensor:
         """Run one forward pass from X to y.
 
         Args:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..readers import Read
-from ..recording import Edit, LiveModel
+from ..recording import HookEdit, LiveModel
 from ..refusals import UnsupportedArchitectureError
 from ..sublayers import ExpertsWeights, gating_ratio
 
@@ -25,7 +25,7 @@ FREEZABLE = ("pattern", "scale", "ratio")
 """What the operator freezes, by name."""
 
 
-def hold_frozen(live: LiveModel, parts: Sequence[str]) -> list[Edit]:
+def hold_frozen(live: LiveModel, parts: Sequence[str]) -> list[HookEdit]:
     """Make hooks under which a live model of one prompt holds some frozen parts.
 
     An MLP's post-activations become post₀ + r ⊙ (z − z₀), where ₀ marks the captured run. The ratio

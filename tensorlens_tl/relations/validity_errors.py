@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..lens import TensorLens
-from ..recording import Edit, LiveModel, hooked, live_models
+from ..recording import HookEdit, LiveModel, hooked, live_models
 from .held_model import FREEZABLE, hold_frozen
 
 DIRECTION_KINDS = ("random", "swap", "steering")
@@ -136,7 +136,9 @@ def _check(lens: TensorLens, directions: Tensor, sizes: Sequence[float]) -> None
         )
 
 
-def _jacobian_product(live: LiveModel, directions: Tensor, edits: Iterable[Edit] = ()) -> Tensor:
+def _jacobian_product(
+    live: LiveModel, directions: Tensor, edits: Iterable[HookEdit] = ()
+) -> Tensor:
     """J δ for every direction, as the derivative of Jᵀ u by u: two backward passes."""
     x = live.x.detach().expand(len(directions), -1, -1).clone().requires_grad_()
     y = live.run(x, edits)

@@ -26,7 +26,7 @@ from oracles import FrozenModel, attends_apart
 import tensorlens_tl
 from tensorlens_tl import demo, editing
 from tensorlens_tl.editing.places import Place
-from tensorlens_tl.editing.smallest import Metric, smallest, smallest_above
+from tensorlens_tl.editing.smallest import EditCost, smallest, smallest_above
 from tensorlens_tl.support.tiny_models import _ROWS
 
 PLACES = (
@@ -178,7 +178,7 @@ def metric(d, kind):
     A = torch.randn(2 * d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     real = torch.ones(1, 2 * d, dtype=torch.bool)
     given = {"identity": "identity", "diagonal": A.square().mean(0), "full": A.mT @ A / len(A)}
-    return Metric(given[kind], A[None], real), given[kind]
+    return EditCost(given[kind], A[None], real), given[kind]
 
 
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "full"])
@@ -565,7 +565,7 @@ def test_edits_in_files(tmp_path):
 def test_studies_count_what_single_edits_do():
     model, cases = demo.load_model(), demo.prompts("facts", 3, seed=3)
     found = editing.evaluate(model, cases, sites=(2,), to=-1.0)
-    assert found.n == 3 and found.methods == editing.study.METHODS
+    assert found.n == 3 and found.methods == editing.study.EDIT_METHODS
     _, lens = model.run_with_tensorlens(cases[0].clean)
     plain = lens.attribute(cases[0].answer, versus=cases[0].foil).target_value
     edit = lens.edit(cases[0].answer, versus=cases[0].foil, to=-float(plain), site=2)
