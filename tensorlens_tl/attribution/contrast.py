@@ -77,6 +77,7 @@ def check_comparable(clean: Capture, baseline: Capture, what: str = "baseline") 
             f"The lens was captured with {_settings(clean)}, its {what} with "
             f"{_settings(baseline)}. Capture both in the same way."
         )
+    # By value, not by name: a difference of two runs means nothing where weights differ as well.
     weights = [capture.tensors(scores=False)[1:] for capture in (clean, baseline)]
     if len(weights[0]) != len(weights[1]) or not all(map(_equal, *weights)):
         raise ValueError(
@@ -91,6 +92,7 @@ def _settings(capture: Capture) -> str:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     alike = a.shape == b.shape and a.dtype == b.dtype
+    # Most lenses share the model's own memory, so nothing is compared.
     return alike and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
@@ -119,6 +121,7 @@ def fixed_baseline(
     state, steps = capture.input, []
     for step in operator.steps:
         steps.append(replace(step, state=state))
+        # Not a run of the model: patterns, scales and ratios stay those of the captured run.
         state = step.map.apply(state) + step.map.bias
     operator = FrozenTransformer(operator.frame, tuple(steps), operator.ln_final, operator.edit)
     y = (operator.ln_final.apply(state) + operator.ln_final.bias) + (
@@ -185,8 +188,10 @@ def mean_embedding(
     # float16 has no room for sums of squares.
     exact = torch.promote_types(seen.dtype, torch.float32)
     rows = weights.rows(tokens, exact)
+    # The longest row tells the scale best; rounding of short ones would be blown up.
     largest = rows.square().sum(-1).argmax()
     row, wanted = rows[largest], seen[largest].to(exact)
+    # The s that makes ‖wanted − s · row‖ smallest: 1, or √d_model for Gemma.
     scale = (wanted @ row) / (row @ row)
     if not (seen.to(exact) - scale * rows).abs().max() <= 1e-2 * wanted.abs().max():
         raise ValueError(
@@ -227,6 +232,7 @@ def difference(
     check_qk(by, qk)
     if clean.target.rows > 1:
         pairs = zip(clean.each_row(), baseline.each_row(), strict=True)
+        # A target that is a mean over rows is linear in them, and so are its splits.
         parts = [difference(*pair, by, at, qk) for pair in pairs]
         return summed(parts, clean.target.value - baseline.target.value)
     if at == "secant":
@@ -240,6 +246,7 @@ def difference(
         change = split(table, clean, baseline, at == "clean")
         if not _same_operator(clean, baseline):
             name = "operator change" if by == "token" else "readout change"
+            # b_U under a soft cap, and the entropy of a log-probability, differ between the runs.
             change = change + clean.target.constant - baseline.target.constant
             table.add([Node("change", name=name)], change[:, None])
         found = table.to_attribution(by)
@@ -291,6 +298,7 @@ def _between(clean: TargetGradient, baseline: TargetGradient, by: str, qk: bool)
             if node.kind != "constant" or not torch.equal(a_c, a_k):  # a post-norm scales b_O
                 table.add([node], ((a_c - a_k) * us[at[node]]).sum(-1, keepdim=True))
     if not torch.equal(goals[0].covector, goals[1].covector):  # a soft cap's, or a softmax's
+        # u·y − u′·y′ = ū·(y − y′) + (u − u′)·ȳ: this is the second term.
         y = sum(run.capture.unembed.final[prompts, query] for run in (clean, baseline)) / 2
         change = ((goals[0].covector - goals[1].covector) * y).sum(-1)
         change = change + goals[0].constant - goals[1].constant
@@ -317,6 +325,8 @@ def _by_token(
     change = torch.zeros_like(clean.target.value)
     for name, (x_c, x_k) in _aligned(clean.capture.embeddings, baseline.capture.embeddings):
         table.spread(Node.parse(name), ((c if at_clean else k) * (x_c - x_k)).sum(-1))
+        # c·x_c − k·x_k = c·(x_c − x_k) + (c − k)·x_k, or k·(x_c − x_k) + (c − k)·x_c: the second
+        # term is what the operators change.
         change = change + ((c - k) * (x_k if at_clean else x_c)).sum((-2, -1))
     if not same:
         for _, (e_c, e_k) in _aligned(clean.trace.effects, baseline.trace.effects):
@@ -335,6 +345,7 @@ def _by_component(
         u_c, u_k = us_c[at[node]], us_k[at[node]]
         read = u_c if at_clean else u_k
         table.add([node], ((a_c - a_k) * read[:, 0]).sum(-1, keepdim=True))
+        # The same product rule, writer by writer.
         change = change + ((a_k if at_clean else a_c) * (u_c - u_k)[:, 0]).sum(-1)
     for _, (e_c, e_k) in _aligned(top_c, top_k):
         change = change + (e_c - e_k).sum(-1)

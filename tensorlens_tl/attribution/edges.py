@@ -131,6 +131,7 @@ class Writers:
             many = len(part.narrow) if isinstance(part, Factored) else 1
             if isinstance(part, Factored):
                 found.append(part)
+                # A part without positions, a constant, is one vector; it is multiplied at the end.
                 which += range(at, at + many)
             at += many
         return tuple(found), which
@@ -195,12 +196,16 @@ def frozen_readers(
             if scores_of is not None and branch.has_heads:
                 side = scores_of(branch)  # first all heads' queries, then all heads' keys
                 heads = len(side.reads()) // 2
+                # ∂ target / ∂ scores, carried to queries with the keys held, and to keys with the
+                # queries held.
                 both = side.readers(branch.pull_to_hidden(c), step.state)
                 for i, covectors in enumerate(both):
                     nodes = side.reads()[i * heads : (i + 1) * heads]
                     yield Readers(nodes, seen, covectors, {})
+        # The readers of the next step are the first to see this norm.
         norm = step.norm
     top = {name: share[None] for name, share in (constants or {}).items()}
+    # The logits read the last residual site, below the final norm.
     yield Readers((LOGITS,), below[-1], Factored(trace.covectors[-2][None]), top, norm)
 
 
@@ -287,8 +292,10 @@ def _products(
     sums = like.new_zeros(n_readers, batch, len(which))
     if not writers.nodes:
         return sums
+    # Widened, all writers are heads · pos · d_model numbers: only some positions fit at a time.
     most = max(1, SPAN_BYTES // (len(which) * batch * d_model * like.element_size()))
     n_spans = -(-n_pos // most)
+    # Spans of nearly one length, so that one buffer serves them all.
     size = -(-n_pos // n_spans)
     seen = [sum(i < r.n_writers for i in which) for r in readers]
     starts = [i for i, r in enumerate(readers) if i and r.norm is not None]
@@ -324,6 +331,7 @@ def _products(
     if len(which) == len(writers.nodes):
         return sums
     found = like.new_zeros(n_readers, batch, len(writers.nodes))
+    # Back to the order of nodes, constants among them.
     found[..., which] = sums
     # A constant that is the same at every position is read by the sum of covectors over positions.
     vectors = [part for part in writers.parts if isinstance(part, Tensor)]
@@ -370,6 +378,7 @@ def _write(
     for branch in step.branches:
         outside, name = branch.outside(), branch.body.external[0]
         alone = len(branch.body.nodes()) == len(step.branches) == 1 and not step.edits
+        # An MLP alone in its step has written the step's whole gain: no product is needed.
         alone = alone and step.norm is None
         if query is None and after is not None and alone:  # the residual tells it
             gained = after - step.state

@@ -48,17 +48,21 @@ def loadings(gradient: TargetGradient, source: int | Node | Edge) -> Attribution
     table = TableBuilder(gradient.capture, gradient.target)
     for i in range(first, len(steps)):
         step = steps[i]
+        # ⟨state, covector after the step⟩ without the branches: what goes straight on.
         past = _dot(state, trace.written[i])
         pairs = list(zip(step.branches, trace.pulls[i], strict=True))
         heads = [pair for pair in pairs if pair[0].body.nodes()[0].kind == "head"]
         for branch, pull in heads:
             covectors = branch.readers(pull)[0].wide()
+            # ⟨state, covector of head n's values⟩: what the head reads of it and brings to the
+            # target.
             table.add(branch.body.nodes(), torch.einsum("bpd,nbpd->bn", state, covectors))
         if heads:
             for branch, pull in pairs:  # a parallel MLP is past the heads
                 if branch.body.nodes()[0].kind != "head":
                     past = past + _dot(state, pull.covector)
             table.add([Node("constant", step.layer, name="past")], past[:, None])
+        # The linear part alone: constants of a branch do not come from the source.
         state = step.normed(state + sum(branch.map.apply(state) for branch in step.branches))
     if not table.sources:
         raise ValueError(f"No layer with heads is above {source}. Take a source further below.")
@@ -83,6 +87,7 @@ def _start(gradient: TargetGradient, source: int | Node | Edge) -> tuple[Tensor,
         index = gradient.capture.frame.index(source)
         prompts = torch.arange(len(index), device=index.device)
         x = torch.zeros_like(steps[0].state)
+        # Only this position: what it brings to others is carried by the sweep.
         x[prompts, index] = steps[0].state[prompts, index]
         return x, 0
     if isinstance(source, Node):
@@ -106,6 +111,7 @@ def _start(gradient: TargetGradient, source: int | Node | Edge) -> tuple[Tensor,
             f"There is no edge {source}, as {source.dest} is not above {source.src}. Take a reader "
             "above the writer."
         )
+    # An edge goes from writer to reader directly: only norms of the residual are passed.
     for step in steps[first:i]:
         x = step.normed(x)
     x = branch.body.part(node).apply(x if branch.pre is None else branch.pre.apply(x))

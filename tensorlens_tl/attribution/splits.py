@@ -309,7 +309,7 @@ def _direct(gradient: TargetGradient, table: TableBuilder, by: str) -> None:
     by_dimension = torch.zeros_like(us[0][:, 0])
     for i, nodes, vectors in written_at(gradient, split, by == "expert"):
         if by == "dimension":
-            by_dimension += (vectors * us[i]).sum(1)
+            by_dimension += (vectors * us[i]).sum(1)  # all writers: they sum to the residual
         else:
             table.add(nodes, dot(vectors, us[i]))
     if by == "dimension":
@@ -435,7 +435,7 @@ def _orders(gradient: TargetGradient, table: TableBuilder) -> None:
         for edit in step.edits:
             grown[0] += edit.constant
         states = step.normed(grown)
-        states[0] += sum(step.own.values())
+        states[0] += sum(step.own.values())  # a norm's own b has passed no node
     u, effects = top_covector(gradient)
     prompts = torch.arange(u.shape[0], device=u.device)
     shares = dot(states[:, prompts, gradient.target.query], u[:, 0]).T

@@ -177,6 +177,7 @@ def _rounding(run: TargetGradient) -> Float[Tensor, " batch"]:
     states = [*operator.states().values(), capture.resid_final, capture.unembed.final]
     covectors, maps = run.trace.covectors, operator.map.maps
     for i, (map_, x, y) in enumerate(zip(maps, states[:-1], states[1:], strict=True)):
+        # How far the run itself is from its operator, step by step.
         off, size = norm(y - (map_.apply(x) + map_.bias)), norm(x) + norm(y)
         if not bool((off <= within * size).all()):
             raise CaptureMismatchError(
@@ -186,6 +187,7 @@ def _rounding(run: TargetGradient) -> Float[Tensor, " batch"]:
             )
         # Total effects are read by the covector after the step, direct ones by the last norm's.
         reads = norm(covectors[i + 1]) + norm(covectors[-2])
+        # A state that is off by δ moves the target by ⟨covector, δ⟩ ≤ ‖covector‖ ‖δ‖.
         total = total + 2 * reads * (off + 64 * torch.finfo(capture.frame.dtype).eps * size)
     return total
 

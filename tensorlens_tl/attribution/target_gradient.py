@@ -47,6 +47,7 @@ class TargetGradient:
         if self.pulled is not None:
             return self.pulled
         u = _at_query(self.operator, [self.target])[0]
+        # From one position alone, the last block's W_O and MLP are pulled at one row.
         return self.operator.pull(u, self.target.query if self.target.rows == 1 else None)
 
     def each_row(self) -> Iterator[TargetGradient]:
@@ -112,6 +113,7 @@ def direct_covectors(
         if step.norm is not None:
             u = step.norm.row(gradient.target.query).apply_t(u)
         found.append(u)
+    # Nothing but norms stands between: in pre-norm models every entry is the same tensor.
     return [u, *reversed(found)], effects
 
 
@@ -161,6 +163,7 @@ def resolve_at_site(
         ValueError: If a direction is something else, or the position does not exist.
     """
     query, width = capture.frame.index(pos), capture.resid_final.shape[-1]
+    # The capture ends at the site, so its "final" residual is the state there.
     state = take_row(capture.unembed.final, query)[:, 0]
 
     def one(direction: TargetLike, name: str) -> Target:
@@ -225,6 +228,7 @@ def _at_query(
     u = frame.zeros(operator.out_dim, len(targets))
     prompts = torch.arange(frame.batch, device=frame.device)
     for i, target in enumerate(targets):
+        # Classes that read a mean of rows have the same covector at each of them.
         for row in range(target.rows):
             u[i, prompts, target.query + row] = target.covector
     return u

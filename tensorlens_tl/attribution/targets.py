@@ -117,7 +117,7 @@ class Target:
         covector, zero = self.covector - versus.covector, torch.zeros_like(self.value)
         eps = 10 * torch.finfo(covector.dtype).eps
         size = self.covector.norm(dim=-1) + versus.covector.norm(dim=-1)
-        equal = covector.norm(dim=-1) <= eps * size
+        equal = covector.norm(dim=-1) <= eps * size  # all of it is rounding
         nothing, constants = equal, {}
         for name in dict.fromkeys((*self.constants, *versus.constants)):
             a, b = self.constants.get(name, zero), versus.constants.get(name, zero)

@@ -77,10 +77,13 @@ class Asked:
         d = _numbers(delta, "delta=").to(self.state)
         width, own = self.state.shape[-1], range(self.state.shape[-1])[self.place.columns]
         if d.ndim and d.shape[-1] == len(own) < width:  # of one head or neuron
+            # One head's vector is some columns of z, and 0 in those of all other heads.
             whole = d.new_zeros(*d.shape[:-1], width)
             whole[..., self.place.columns] = d
             d = whole
         if d.shape == (width,):
+            # A single vector goes to the edited positions; what has positions of its own stays as
+            # it is.
             return d * self.where[..., None]
         shape = self.state.shape
         if d.shape == shape[1:] or d.shape[-3:] == shape:
@@ -269,6 +272,7 @@ def edit_to_top(
             logits = logits + frame.cast(b_U)
         lead = logits[:, wanted, None] - logits
         lead[:, wanted] = torch.inf  # not its own rival
+        # The margin is met up to rounding, or the loop would ask for it for ever.
         rounding = 1e3 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
         short = (lead.min(1).values < margin - rounding).nonzero().flatten().tolist()
         if not short or (rows and rehearsed()):  # every number there is the same

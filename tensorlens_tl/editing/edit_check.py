@@ -81,6 +81,7 @@ class EditCheck(Paged, Tabled):
 
         Where no change is above the model's rounding it is 0 if none was predicted, else infinite.
         """
+        # Sums before the ratio: a prompt that hardly moves has no relative error of its own.
         sums = [x.abs().sum() for x in (self.predicted, self.real, self.predicted - self.real)]
         return float(_relative(*sums, rounding=self.rounding * len(self.real)))
 
@@ -241,6 +242,7 @@ class EditSweep(Paged, Tabled):
             f"{factor:.3g} δ: {100 * mean:.2g} % of what stands there"
             for factor, mean in zip(self.factors, means, strict=True)
         ]
+        # The slider starts at the edit that was asked for.
         start = min(range(len(stops)), key=lambda i: abs(self.factors[i] - 1))
         names = ("predicted change, logits", "real change, logits")
         lines, texts = _lines(self.checks), _texts(self.checks)
@@ -265,6 +267,7 @@ class EditSweep(Paged, Tabled):
         """Between which sizes the curve of errors is within a share."""
         held = self._medians("predicted") <= share
         sizes = [_percent(float(check.size.median())) for check in self.checks]
+        # By size: a negative factor is an edit the other way, and no smaller one.
         pairs = sorted(zip(map(abs, self.factors), sizes, held.tolist(), strict=True))
         runs = [
             [size for _, size, _ in run] for fits, run in groupby(pairs, lambda x: x[2]) if fits

@@ -48,6 +48,7 @@ def save_edit(edit: Edit, path: str | os.PathLike[str]) -> None:
     for name in ("targets", "versus"):
         given = getattr(edit.goal, name)
         goal[name] = None if given is None else [_noted(one, name, tensors) for one in given]
+    # Spans alone tell later whether a lens fits: the prompts themselves are the user's.
     spans = None if edit.capture is None else edit.capture.prompts.spans
     header = {"place": asdict(edit.place), "goal": goal, "spans": spans, "moves": edit.moves}
     target = new_file(path)
@@ -82,6 +83,7 @@ def load_edit(path: str | os.PathLike[str], lens: Any = None) -> Edit:
         qk, gates = map(bool, moves)
         delta, before, predicted, size = (tensors[name] for name in _PARTS)
         batch, listed = (len(delta),), (before, predicted, size)
+        # A file of another shape would fail far from here, in a hook.
         fits = delta.ndim == 3 and is_int(pos) and all(part.shape == batch for part in listed)
         fits &= (len(targets or ()),) == batch == (len(versus or targets or ()),)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError):
@@ -106,6 +108,7 @@ def _noted(one: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A token's id as it is; a direction becomes a tensor of the file."""
     if is_int(one):
         return int(one)
+    # Numbered: two prompts may have different directions.
     key = f"{name}.{sum(k.startswith(name) for k in tensors)}"
     tensors[key] = torch.as_tensor(one).detach().clone()
     return key

@@ -51,6 +51,7 @@ class Predictions(Paged, Tabled):
     def error(self, method: str) -> float:
         """Σ |predicted − real| / Σ |real|."""
         pairs = zip(self.predicted[method], self.real, strict=True)
+        # nan where nothing moved: then there is no error to speak of.
         return sum(abs(p - r) for p, r in pairs) / (sum(map(abs, self.real)) or math.nan)
 
     def pearson(self, method: str) -> float:
@@ -146,6 +147,7 @@ def predict(
     }
     first = Asked(capture, operator, site, None)
     other = first.place.state(FrozenTransformer.of(twins), twins)
+    # Padding is no position, and hosts leave any numbers there.
     difference = (other - first.state) * capture.frame.real[..., None]
     rows = {m: one.covector(goal.on(capture)) for m, one in asked.items()}
     if "jacobian" in methods:
@@ -162,6 +164,7 @@ def predict(
         here = moved[:, pos].nonzero().flatten().tolist()
         real += [float(check.real[i]) for i in here]
         for m in methods:
+            # One sweep per method gave the covectors of all positions; a patch is a dot product.
             numbers = (rows[m][:, pos] * delta[:, pos]).sum(-1)
             predicted[m] += [float(numbers[i]) for i in here]
     return Predictions(predicted, real)

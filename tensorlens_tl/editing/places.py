@@ -132,6 +132,7 @@ class Place:
             if self.step < len(operator.steps):
                 return operator.steps[self.step].state
             last = self.step == len(operator.steps)
+            # Two sites more than there are steps: before the final norm, and after it.
             return capture.resid_final if last else capture.unembed.final
         step = operator.steps[self.step]
         branch = step.branches[self.branch]

@@ -167,6 +167,7 @@ def rank_edits(
                     continue
                 here = branch.body.hidden_in_run(branch.read(step.state))
                 if mixture:
+                    # An expert is removed with its routing weight and its own bias.
                     y = c if branch.post is None else branch.post.apply_t(c)
                     share = -branch.body.node_shares(here, y)
                 else:

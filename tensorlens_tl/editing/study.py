@@ -108,6 +108,7 @@ class EditEvaluation(Paged, Tabled):
 
     def median_miss(self, method: str) -> float:
         """The median of |delivered − 1|: how far edits miss what was asked, as a share of it."""
+        # A median: one prompt whose target does not move would rule a mean.
         missed = sorted(abs(x - 1) for x in self._of(method, "delivered"))
         return missed[len(missed) // 2]
 
@@ -293,6 +294,8 @@ def right_cases(adapter: Adapter, made: list[Case], gate: str) -> tuple[list[Cas
         ahead = goal.on(capture).value > 0
         if bool(ahead.all()) or rehearsed():
             return made, capture, goal
+        # Run again without the others: padding, and so rounding, are those of the cases that are
+        # left.
         made = [case for case, right in zip(made, ahead.tolist(), strict=True) if right]
     raise ValueError("No case is left: the model puts no answer before its foil. Pass other cases.")
 
@@ -334,6 +337,7 @@ def _rival(
     capture, frame = asked.capture, asked.capture.frame
     at = frame.index(-1)
     if method == "random":
+        # Normal numbers: all directions are equally likely.
         noise = torch.randn(asked.state[:, 0].shape, generator=generator).to(asked.state)
         return noise[:, None] * asked.where[..., None]
     if method == "caa":
@@ -345,6 +349,7 @@ def _rival(
         pairs = zip(goal.targets, goal.versus or (), strict=True)
         direction = torch.stack([W_U[:, a] - W_U[:, b] for a, b in pairs])
         if capture.ln_final is not None:
+            # Through the frozen final norm, so that both methods' directions are of the residual.
             direction = capture.ln_final.row(at).apply_t(direction[:, None])[:, 0]
     delta = direction[:, None] * asked.where[..., None]
     if method == "logit_lens":
