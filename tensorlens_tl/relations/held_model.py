@@ -103,10 +103,13 @@ def _held(
         return lambda t: _again(seen[read], t)
 
     def post(t: Tensor) -> Tensor:
+        # The gate act(g₀) is held whole, and the other factor is live: linear in it.
         gated = (layer, "pre_linear") in seen
         z = layer, "pre_linear" if gated else "pre"
         ratio = gating_ratio(acts[layer], seen[layer, "pre"])
         ratio = ratio * seen[layer, "pre"] if gated else ratio
+        # From the run's own value, not ratio · z: a ratio that is not quite act(z)/z leaves no
+        # trace at z₀.
         return seen[read] + ratio * (now[z] - seen[z])
 
     return post

@@ -75,6 +75,7 @@ def operator_maps(lens: FrozenRun, pos: int, layers: Sequence[int]) -> Maps:
         # h taken out of the run's states: what is left belongs to b.
         others = lens.capture.blocks[layer].resid_pre.clone()
         others[:, pos] = 0
+        # [d_out, d_in], which multiplies a column, as the paper writes W h.
         W.append(segment.block(-1, pos)[0])
         b.append((segment.apply(others) + segment.bias)[0, -1])
     return Maps(torch.stack(W), torch.stack(b))
@@ -112,8 +113,10 @@ def jacobian_maps(lens: FrozenRun, pos: int, layers: Sequence[int], model: Any) 
             )
             for rows in torch.eye(len(y), dtype=y.dtype, device=y.device).split(ROWS)
         ]
+    # [layer, row, d_model]: one gradient per layer and coordinate of y.
     W = frame.cast(torch.cat(found, 1)[:, :, 0])
     h = torch.stack([lens.capture.blocks[layer].resid_pre[0, pos] for layer in layers])
+    # b is what is left of y, so here W h + b = y says nothing about W.
     return Maps(W, lens.capture.unembed.final[0, -1] - torch.einsum("lij,lj->li", W, h))
 
 
@@ -157,6 +160,7 @@ class LinearRelation:
 
     def __call__(self, h: Float[Tensor, "*many d_model"]) -> Float[Tensor, "*many d_model"]:
         """Predict the final normalized residual at the last position from h."""
+        # β (W h) + b, for rows h. β does not touch b.
         return self.beta * h @ self.W.mT + self.b
 
     def step(

@@ -100,11 +100,14 @@ def direction_errors(
     cast = lens.capture.frame.cast
     change = cast(ends[1:] - ends[:1]).unflatten(0, steps.shape[:2])
     moved = lens.embedding + cast(steps)[:, :, None]
+    # T (X + δ) + c − F(X): less F(X) as the host rounds it, like the change beside it.
     predicted = lens.operator.apply(moved) + lens.operator.bias - cast(ends[0])
+    # J is linear, so one product per direction serves all sizes.
     first_order = torch.stack([size * cast(tangent) for size in sizes])
     pushed = lens.operator.apply(cast(directions)[:, None])[:, 0]
 
     def limit(jacobian: Tensor) -> Tensor:
+        # ‖(J − T) δ‖ / ‖J δ‖: what r tends to, since F(X + δ) − F(X) → J δ.
         return _norm(cast(jacobian) - pushed) / _norm(cast(jacobian))
 
     return DirectionErrors(
@@ -143,6 +146,7 @@ def _jacobian_product(
     x = live.x.detach().expand(len(directions), -1, -1).clone().requires_grad_()
     y = live.run(x, edits)
     u = torch.zeros_like(y, requires_grad=True)
+    # Jᵀ u is linear in u, so its derivative by u along δ is J δ, at any u: 0 will do.
     (pulled,) = torch.autograd.grad(y, x, u, create_graph=True)
     (pushed,) = torch.autograd.grad((pulled * directions).sum(), u)
     return pushed.detach()
@@ -224,6 +228,7 @@ def radius(sizes: Sequence[float], errors: Sequence[float], limit: float) -> flo
         return 0.0
     for size, error in zip(sizes, errors, strict=True):
         if error > LARGEST_ERROR:
+            # Where the line from the last size within to the first one beyond meets the limit.
             return before + (size - before) * (LARGEST_ERROR - low) / (error - low)
         before, low = size, error
     return math.inf
