@@ -87,6 +87,12 @@ _OLD_NAMES = {"attribute": "mean_attribution"}
 _ELSEWHERE = {
     "evaluate": "evaluation.evaluate",
     "from_pretrained": "load_model",
+    **dict.fromkeys(("explain", "run", "trace", "lens", "Lens"), "capture"),
+    **dict.fromkeys(("find_circuit", "find_circuits"), "discover"),
+    **dict.fromkeys(("baselines", "evaluate_methods"), "methods"),
+    "save": "TensorLens.save",
+    "edit": "TensorLens.edit",
+    "help": "TensorLens, whose methods are the questions",
     "run_with_tensorlens": "capture",
 }
 """Where names are that may be looked for here."""

@@ -180,12 +180,14 @@ def unfit(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
             meant = None
         if passed_on and (meant is None or len(name) < 4):
             continue
-        hint = f"Did you mean {meant}=?" if meant else f"Use {', '.join(names)}."
+        known = f"Use {', '.join(names)}." if names else "Call it without arguments."
+        hint = f"Did you mean {meant}=?" if meant else known
         return f"There is no argument {name}= of {title}. {hint}"
     try:
         own.bind(*args, **kwargs)
     except TypeError as error:
-        return f"The call does not fit {title}: {error}. Its arguments are {', '.join(names)}."
+        known = f"Its arguments are {', '.join(names)}." if names else "It takes no arguments."
+        return f"The call does not fit {title}: {error}. {known}"
     return ""
 
 
@@ -275,6 +277,13 @@ def as_list(given: Any) -> Any:
     except (TypeError, ValueError, RuntimeError):  # an array of strings, or a column of a table
         direction = False
     return given if direction else cast(Any, given).tolist()
+
+
+def no_table(given: Any, name: str) -> Any:
+    """Return ``given``; refuse a table, which gives the names of its columns in place of rows."""
+    if hasattr(given, "columns"):
+        raise ValueError(f"{name} is {kind_of(given)}, a table. Pass one of its columns.")
+    return given
 
 
 def one_each(given: Any, n: int, name: str) -> list[Any]:

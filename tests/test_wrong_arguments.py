@@ -32,6 +32,12 @@ def given():
         )
 
 
+class Table(list):
+    """Like a data frame, which has columns."""
+
+    columns = ("clean",)
+
+
 def evaluate(g, **changes):
     arguments = {"model": g.model, "prompts": [FRANCE], "methods": ["in_out"]}
     return evaluation.evaluate(**{**arguments, **changes})
@@ -93,7 +99,7 @@ WRONG = {
     "by, of features": (lambda g: g.lens.attribute(by="sae"), 'or by="feature" with saes='),
     "several targets": (
         lambda g: g.lens.attribute(["Paris", "Rome"]),
-        r"target=\['Paris', 'Rome'\] names several tokens. Pass one; attribute_many takes several",
+        r"target=\['Paris', 'Rome'\] names several tokens. Pass one, or one per prompt; attr",
     ),
     "by, a list": (lambda g: g.lens.attribute(by=["token"]), r"by=\['token'\] does not exist"),
     "effect": (lambda g: g.lens.attribute(by="head", effect="both"), "effect='both'"),
@@ -233,6 +239,29 @@ WRONG = {
         lambda g: tl.faithfulness_of_many(g.model, [FRANCE], 3, [ITALY]),
         "circuits is an int, not a dictionary",
     ),
+    # A table iterates over the names of its columns, which would be the prompts
+    "a table": (
+        lambda g: tl.discover(g.model, Table([FRANCE]), n_edges=5),
+        "prompts is a Table, a table. Pass one of its columns",
+    ),
+    "corrupted as a table": (
+        lambda g: tl.faithfulness(g.model, [FRANCE], [], Table([ITALY])),
+        "corrupted is a Table, a table. Pass one of its columns",
+    ),
+    "a table of a study": (lambda g: tl.validity(g.model, Table("abc")), "prompts is a Table, a"),
+    "a table of methods": (lambda g: evaluate(g, prompts=Table([FRANCE])), "prompts is a Table"),
+    "a table of means": (lambda g: tl.attribute(g.model, Table([FRANCE])), "prompts is a Table"),
+    "a metric of logits alone": (
+        lambda g: tl.faithfulness(g.model, [FRANCE], [], [ITALY], metric=lambda logits: logits),
+        r"does not take two arguments. Pass a function of logits \[prompt, d_vocab\] and indices",
+    ),
+    "blank": (lambda g: tl.capture(g.model, "   "), "The prompt is empty. Give at least one token"),
+    "no arguments": (
+        lambda g: g.rows.to_dataframe(prompt=1),
+        "no argument prompt= of to_dataframe. Call it without arguments",
+    ),
+    "no argument": (lambda g: g.circuit.to_graphml("a.graphml"), "It takes no arguments"),
+    "a device of no machine": (lambda g: demo.load_model(device="cuda:99"), "cannot be used: "),
     "unwrap": (lambda g: tl.unwrap(3), "This int was not made by tensorlens_tl.wrap"),
     "attribute": (lambda g: tl.attribute(g.model, 3), "prompts=3 is not a non-empty list"),
     # Studies
@@ -290,6 +319,10 @@ GUESSED = [
     ("lens", "cuda", r"Use lens\.to\('cuda'\)\."),
     ("lens", "model", "Use the model that ran, which a lens does not hold"),
     ("lens", "atribute", r"'TensorLens' object has no attribute 'atribute'. Use attribute\."),
+    ("lens", "svd", r"Use lens\.operator\.svd\."),
+    ("lens", "load", r"Use tensorlens_tl\.load\."),
+    ("rows", "scores", r"Use \.values\."),
+    ("circuit", "save", r"Use to_json\."),
     ("lens", "zzz", r"Use a name that dir\(\) lists\."),
     ("rows", "to_pandas", r"Use to_dataframe\."),
     ("rows", "sort", r"Use top\."),
@@ -308,7 +341,11 @@ def test_a_guessed_attribute_says_what_is_there(what, name, match):
 
 
 def test_a_guessed_name_of_the_package_says_where_it_is():
-    for name, meant in (("evaluate", "evaluation.evaluate"), ("faithfullness", "faithfulness")):
+    for name, meant in (
+        ("evaluate", "evaluation.evaluate"),
+        ("faithfullness", "faithfulness"),
+        ("explain", "capture"),
+    ):
         with pytest.raises(AttributeError, match=rf"'{name}'\. Use tensorlens_tl\.{meant}\."):
             getattr(tl, name)
     with pytest.raises(AttributeError, match=r"no attribute '_private'$"):

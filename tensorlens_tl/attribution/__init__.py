@@ -14,7 +14,13 @@ from .html import PROMPTS, UNIT, grid_html, legend_html, more_prompts, patch_map
 from .splits import attribute, attribute_many, check_split, queries_and_keys
 from .table import Attribution, Source
 from .table_builder import TableBuilder, check_sum
-from .target_gradient import GradientCache, TargetGradient, resolve_at_site, resolve_each
+from .target_gradient import (
+    GradientCache,
+    TargetGradient,
+    resolve_at_site,
+    resolve_each,
+    resolve_prompts,
+)
 from .targets import (
     Target,
     TargetLike,
@@ -64,6 +70,7 @@ __all__ = [
     "resolve",
     "resolve_at_site",
     "resolve_each",
+    "resolve_prompts",
     "resolve_target",
     "resolve_token",
     "strip_html",

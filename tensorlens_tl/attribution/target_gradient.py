@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import as_list
 from ..maps import take_row
 from ..operator import Capture, FrozenTransformer, Trace
 from .targets import (
@@ -17,6 +19,8 @@ from .targets import (
     TargetLike,
     as_direction,
     is_token,
+    own_prediction,
+    resolve,
     resolve_target,
     resolve_token,
 )
@@ -213,6 +217,51 @@ def resolve_each(
         for target, own in zip(targets, predicted.tolist(), strict=True)
     ]
     return resolve_target(capture, None, pos, torch.tensor(ids, device=predicted.device))
+
+
+def resolve_prompts(
+    capture: Capture,
+    target: Any,
+    versus: Any = None,
+    pos: int = -1,
+    predicted: Int[Tensor, " batch"] | None = None,
+    of: str = "logit",
+) -> Target:
+    """Do as :func:`resolve`, where a target may also be tokens, one for every prompt.
+
+    Args:
+        capture: The captured run.
+        target: As in :func:`resolve_target`; or a list of tokens or ids [batch].
+        versus: What is subtracted, likewise; None subtracts nothing.
+        pos: Position of the prediction among the real tokens; −1 is the last.
+        predicted: Ids that stand for the model's own predictions [batch], or None.
+        of: "logit" or "logprob".
+
+    Returns:
+        The functional of each prompt's own target.
+    """
+
+    def each(given: Any, name: str) -> Int[Tensor, " batch"] | None:
+        given = as_list(given)
+        if not isinstance(given, list | tuple) or len(given) != capture.frame.batch:
+            return None
+        if not all(map(is_token, given)):
+            return None
+        own = own_prediction(capture, pos) if predicted is None else predicted
+        ids = [
+            int(p) if one is None else resolve_token(capture, one, name)
+            for one, p in zip(given, own, strict=True)
+        ]
+        return torch.tensor(ids, device=own.device)
+
+    first, second = each(target, "target"), each(versus, "versus")
+    if first is not None:
+        target, predicted = None, first
+    if second is None:
+        return resolve(capture, target, versus, pos, predicted, of)
+    of = "logit" if of == "logprob" else of  # of a difference both are the same
+    goal = resolve(capture, target, None, pos, predicted, of)
+    return goal.minus(resolve_target(capture, None, pos, second, "versus"))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -439,8 +439,8 @@ def _no_target(target: Any, name: str) -> ValueError:
     several = isinstance(target, list | tuple) and all(isinstance(one, str) for one in target)
     if several and target:
         return ValueError(
-            f"{name}={target!r} names several tokens. Pass one; attribute_many takes several, and "
-            "attribute_sequence those that the prompt ends with."
+            f"{name}={target!r} names several tokens. Pass one, or one per prompt; attribute_many "
+            "takes several, and attribute_sequence those that the prompt ends with."
         )
     return ValueError(
         f"{name}={target!r} of type {type(target).__name__} is no token and no direction. Pass a "

@@ -97,7 +97,7 @@ class Circuit(Paged):
         total = len(self.model.wiring.edges())
         about = f" of {self.target}" if self.target else ""
         means = f", mean of {self.n_prompts} prompts" if self.n_prompts > 1 else ""
-        against = " against corrupted ones" if self.corrupted else ""
+        against = f" against corrupted {'ones' if means else 'prompts'}" if self.corrupted else ""
         head = (
             f"Circuit{about} in {self.model.name}: {len(self)} of {total} edges "
             f"({len(self) / total:.1%}), {len(self.nodes)} nodes, {self.selection}{means}{against}"

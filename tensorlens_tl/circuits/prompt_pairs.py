@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -123,12 +124,27 @@ def paired(adapter: Adapter, prompts: Any, corrupted: Any = None) -> list[Pairs]
     return found
 
 
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # one of C, which has no signature
+        return True
+    return True
+
+
 def check_metric(metric: Any, pos: Any) -> None:
     """Refuse a metric that is not a function, and a position that is not an integer.
 
     Raises:
         ValueError: If one of them is something else.
     """
+    if callable(metric) and not _takes_two(metric):
+        raise ValueError(
+            f"metric={metric!r} does not take two arguments. Pass a function of logits "
+            "[prompt, d_vocab] and indices of the prompts [prompt]."
+        )
     if metric is not None and not callable(metric):
         raise ValueError(
             f"metric={metric!r} is not a function. Pass a function of logits and indices, or "

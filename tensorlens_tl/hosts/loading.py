@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..checks import as_device, file_path, spelled
+from ..checks import file_path, spelled, usable_device
 from ..refusals import UnsupportedArchitectureError
 from .entry import wrap
 from .gguf_files import gguf_file, read_gguf
@@ -60,7 +60,7 @@ def load_model(
     if kind not in (None, *KINDS):
         raise ValueError(f'kind={kind!r} is no class of host models. Give "bridge" or "hooked".')
     if kwargs.get("device") is not None:
-        as_device(kwargs["device"])
+        usable_device(kwargs["device"])
     if isinstance(dtype := kwargs.get("dtype"), str):
         kwargs["dtype"] = dtype = vars(torch).get(dtype, dtype)
     if not isinstance(dtype, torch.dtype | None) or (dtype and not dtype.is_floating_point):

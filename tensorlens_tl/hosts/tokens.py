@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..checks import kind_of
+from ..checks import as_list, kind_of, no_table
 from ..operator import EMPTY, Prompts, check_tokens
 
 if TYPE_CHECKING:
@@ -148,9 +148,9 @@ def tokenize(
         rows = [torch.tensor(model.tokenizer(text)["input_ids"]) for text in texts if text]
     else:
         rows = [model.to_tokens(text, **keys)[0] for text in texts if text]
-    if len(rows) < len(texts) or not all(map(len, rows)):
-        raise ValueError(EMPTY)
     typed = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if len(rows) < len(texts) or not all(map(len, typed)):
+        raise ValueError(EMPTY)
     more = [len(row) - len(ids) for row, ids in zip(rows, typed, strict=True)]
     if min(more) < 0:
         text, row = texts[more.index(min(more))], rows[more.index(min(more))]
@@ -183,7 +183,7 @@ def unpacked(
         ValueError: If a mapping has no ids, or holds an argument that was also given by itself.
     """
     if not isinstance(inputs, Mapping):
-        return inputs, dict(kwargs)
+        return inputs if isinstance(inputs, Tensor) else as_list(inputs), dict(kwargs)
     if not {"input_ids", "inputs_embeds"} & inputs.keys():
         raise ValueError(
             f"The input is {kind_of(inputs)} without input_ids. Pass what a tokenizer "
@@ -264,7 +264,7 @@ def each_prompt(prompts: Any, tokenizer: Any, mask: Any = None, name: str = "pro
         mask = prompts.get("attention_mask") if mask is None else mask
         prompts = as_ids(prompts["input_ids"], torch.device("cpu"))
     one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
-    if one or not (given := list(prompts)):
+    if one or not (given := list(no_table(prompts, name))):
         raise ValueError(
             f"{name}={prompts!r} is not a non-empty list. Put a single prompt in a list."
         )

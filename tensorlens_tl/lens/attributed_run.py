@@ -22,8 +22,8 @@ from ..attribution import (
     fixed_baseline,
     loadings,
     own_prediction,
-    resolve,
     resolve_at_site,
+    resolve_prompts,
 )
 from ..checks import as_list, spelled
 from ..features import Feature, FeatureDictionary, feature_target, site_of_target
@@ -63,8 +63,8 @@ class AttributedRun(FeaturedRun):
 
         Args:
             target: What to split: a token string, a token id, a direction in logits [d_vocab] or in
-                the final normalized residual [d_model], or None for the model's own prediction; or
-                a feature of an SAE, ``sae.feature(17)``.
+                the final normalized residual [d_model], or None for the model's own prediction; a
+                list of tokens, one per prompt; or a feature of an SAE, ``sae.feature(17)``.
             versus: What is subtracted from the target, of the same kinds; None subtracts nothing.
             pos: Position of the prediction among the real tokens; −1 is the last.
             by: The kind of source.
@@ -331,7 +331,7 @@ class AttributedRun(FeaturedRun):
             '"France"@4 → L0MLP → L1H0 → L3MLP → logits'
         """
         self._check_ready()
-        goal = resolve(self.capture, target, versus, pos)
+        goal = resolve_prompts(self.capture, target, versus, pos)
         return find_paths(
             self.capture,
             self._operator,
@@ -417,7 +417,7 @@ class AttributedRun(FeaturedRun):
     ) -> Target:
         """The functional that is asked for, at the end of a run or of its part up to a site."""
         if site is None:
-            return resolve(capture, target, versus, pos, predicted, of)
+            return resolve_prompts(capture, target, versus, pos, predicted, of)
         if of != "logit":
             raise ValueError(f"of={of!r} is not available with site=. Drop of= or site=.")
         if isinstance(target, Feature):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from types import FunctionType
 from typing import Any
@@ -63,9 +64,11 @@ def plan(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         >>> plan.what, plan.flops > 0
         ('faithfulness', True)
     """
+    if isinstance(call, partial):
+        return plan(call.func, *call.args, *args, **call.keywords, **kwargs)
     owner = getattr(call, "__self__", None)
     room = str(getattr(call, "__module__", None)).split(".")[0]
-    known = isinstance(owner, FrozenRun | Circuit | Edit) if owner is not None else True
+    known = owner is None or isinstance(owner, FrozenRun | Circuit | Edit | nn.Module)
     if not known or not isinstance(getattr(call, "__func__", call), FunctionType):
         room = ""
     if room != __name__.split(".")[0]:
@@ -86,7 +89,8 @@ def plan(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         given.arguments[name] = _apart(value)
     if isinstance(owner, FrozenRun | Edit):
         call = getattr(_apart(owner), call.__name__)
-    models = [value for value in given.arguments.values() if isinstance(value, nn.Module)]
+    values = owner, *given.arguments.values()
+    models = [value for value in values if isinstance(value, nn.Module)]
     buffers = [(part, dict(part._buffers)) for model in models for part in model.modules()]
     # 3. The rehearsal.
     try:

@@ -24,6 +24,10 @@ class Result(Hinted):
         **dict.fromkeys(("sort", "sorted", "largest", "head"), "top"),
         **dict.fromkeys(("filter", "query", "loc"), "select"),
         **dict.fromkeys(("draw", "figure", "heatmap"), "plot"),
+        **dict.fromkeys(("save", "write"), "to_json"),
+        **dict.fromkeys(("error", "sum_off", "exactness"), "completeness_error"),
+        **dict.fromkeys(("scores", "contributions", "shape"), ".values"),
+        **dict.fromkeys(("tokens", "names"), ".labels"),
     }
 
 

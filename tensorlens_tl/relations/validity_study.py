@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..checks import need, progress_bar, spelled
+from ..checks import need, no_table, progress_bar, spelled
 from ..evaluation import Estimate, bootstrap, median, read_study, study_text
 from ..pictures import Page, Paged, View, curves, curves_view, interval_view, intervals_over
 from ..plugin import capture
@@ -335,7 +335,11 @@ def validity(
         >>> round(study.error("random", "jacobian", 0.1).value, 1)
         0.1
     """
-    given = [] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    given = (
+        []
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable)
+        else list(no_table(prompts, "prompts"))
+    )
     if len(given) < 3:
         raise ValueError(
             f"prompts={prompts!r} holds fewer than three prompts. Pass a list of at least three."

@@ -37,6 +37,32 @@ def test_a_target_less_an_equal_one_is_exactly_0(case):
     assert_close(tiny.values.sum(1), TWO_RUNS * lens.logits[:, -1, 4], 1e-3)
 
 
+@every_case
+def test_a_list_of_tokens_is_one_target_for_each_prompt(case):
+    """As every prompt alone is asked; ids [batch], as an argmax gives them, are such a list."""
+    lens = lens_of(case)
+    likeliest = lens.logits[:, -1].argmax(-1)
+    for target, versus, of in (
+        ([3, 7], None, "logit"),
+        ([3, 7], [5, None], "logit"),
+        (likeliest, None, "logprob"),
+        (likeliest, 4, "logprob"),
+        (None, [5, 6], "logit"),
+    ):
+        found = lens.attribute(target, versus, by="component", of=of)
+        for i, one in enumerate(lens):
+            a, b = (x if isinstance(x, int | None) else x[i] for x in (target, versus))
+            if isinstance(versus, list) and b is None:
+                b = int(likeliest[i])
+            expected = one.attribute(a, b, by="component", of=of)
+            assert found[i].target == expected.target
+            assert_close(found[i].values, expected.values, ROUNDING)
+            assert_close(found[i].target_value, expected.target_value, ROUNDING)
+    assert lens[1].attribute(likeliest[1:]).target == lens.attribute(likeliest)[1].target
+    with quiet(), pytest.raises(ValueError, match=r"outside the vocabulary"):
+        lens.attribute([3, D_VOCAB])
+
+
 def test_integers_of_every_kind():
     lens = lens_of(SHAPES[0])
     expected = lens.attribute(3, pos=2).values
@@ -58,7 +84,7 @@ def test_integers_of_every_kind():
             "direction with complex numbers",
         ),
         ({"target": 3.0}, "target=3.0 of type float is no token and no direction"),
-        ({"target": [3, 4]}, r"shape \[2\] is no direction .* direction in logits \[50\]"),
+        ({"target": [3, 4, 5]}, r"shape \[3\] is no direction .* direction in logits \[50\]"),
         ({"pos": 1.5}, "Position 1.5 is not an integer"),
         ({"at": "corrupted"}, "at='corrupted' needs a baseline"),
         ({"baseline": ["zero"]}, r"baseline= is a list, which is no baseline.* embedding \[32\]"),

@@ -1,5 +1,6 @@
 """Every refusal says what was expected, what came, and what to do."""
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -82,6 +83,9 @@ def test_what_can_be_read_once_is_a_prompt(case):
         half, texts = demo.load_model(case.host).to(torch.bfloat16), ["The capital", "The key is"]
         lens = tensorlens_tl.capture(half, (t for t in texts), noise_floor=True)[1]
     assert len(lens) == 2 and lens.tokens[1][-1] == "is"
+    column = np.array(texts)  # of strings, as a column of a table is
+    with quiet(), torch.no_grad():
+        assert tensorlens_tl.capture(half, column)[1].tokens == lens.tokens
     refused(model, (i for i in ()), "The prompt is empty")
 
 

@@ -1,6 +1,7 @@
 """Any call planned by a rehearsal: its flops and bytes are those of the call itself."""
 
 import inspect
+from functools import partial
 
 import models
 import pytest
@@ -179,3 +180,13 @@ def test_a_rehearsal_writes_nothing_and_refuses_what_the_call_refuses(tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_a_capture_as_a_method_and_with_arguments_fixed():
+    model = demo.load_model()
+    expected = tensorlens_tl.plan(tensorlens_tl.capture, model, "The capital of France is")
+    method = tensorlens_tl.plan(model.run_with_tensorlens, "The capital of France is")
+    fixed = tensorlens_tl.plan(partial(tensorlens_tl.capture, model), "The capital of France is")
+    assert method.flops == fixed.flops == expected.flops > 0
+    with pytest.raises(ValueError, match="call is a method that cannot be planned"):
+        tensorlens_tl.plan(model.forward, "The capital of France is")
