@@ -123,6 +123,7 @@ def bootstrap(
         )
     if len(x) == 1:
         return Estimate(float(x), math.nan, math.nan, 1)
+    # [draw, n] indices: all resamples at once.
     drawn = statistic(x[_resamples(len(x), seed)])
     low, high = drawn.sort().values[[round(q * (DRAWS - 1)) for q in (0.025, 0.975)]].tolist()
     return Estimate(float(statistic(x)), low, high, len(x))
@@ -130,4 +131,5 @@ def bootstrap(
 
 @lru_cache(maxsize=4)  # many calls have the same n and seed
 def _resamples(n: int, seed: int) -> Int[Tensor, "draw n"]:
+    # One draw of indices for all values of one length, so that methods are resampled alike.
     return torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(seed), device="cpu")

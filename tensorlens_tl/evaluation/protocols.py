@@ -139,6 +139,7 @@ class MaskingCurve(Measure):
             yield 0
 
     def points(self, m: Outcomes, order: Order) -> list[float]:
+        # Set 0 masks nothing: the model's own outcome.
         scale = m([0])[0] if self.relative else 1.0
         return [value / scale for value in m(self._sets(order))]
 
@@ -208,6 +209,7 @@ class LeaveOneOut(Measure):
         yield from (1 << j for j in order)
 
     def read(self, m: Outcomes, order: Order, scores: Sequence[Number]) -> float:
+        # Scores are in the order of positions, so losses are, too; ranks do not care for a scale.
         clean, *without = m([0, *(1 << j for j in sorted(order))])
         return rank_correlation(scores, [clean - value for value in without])
 
@@ -271,10 +273,12 @@ def exact_bounds(m: Outcomes, positions: Sequence[int]) -> tuple[float, float]:
     Returns:
         The least and the largest AOPC.
     """
+    # Every set stands after those inside it, so its best path is known when it is reached.
     sets, n = subsets(positions), len(positions)
     clean, *values = m(sets)
     least, most = {0: 0.0}, {0: 0.0}
     for s, value in zip(sets[1:], values, strict=True):
+        # The sets that lack one of its tokens: any of them may have been masked just before.
         before = [s ^ 1 << j for j in positions if s >> j & 1]
         least[s] = value + min(least[b] for b in before)
         most[s] = value + max(most[b] for b in before)
@@ -303,6 +307,7 @@ def beam_bound(m: Outcomes, positions: Sequence[int], beam: int, sign: int) -> f
             total = sums[before] + value[after]
             if after not in grown or sign * total > sign * grown[after]:
                 grown[after] = total
+        # Ties by the set itself, so that a search gives the same bound in every run.
         best = sorted(grown, key=lambda s: (-sign * grown[s], s))[:beam]
         sums = {s: grown[s] for s in best}
     return m([0])[0] - next(iter(sums.values())) / len(positions)

@@ -126,6 +126,8 @@ def score(
             wanted = own if target is None else _ids(capture, batch, target)
             goal = resolve_target(capture, None, -1, wanted)
             given = versus is not None and not isinstance(versus, str)
+            # A foil is kept in any case: a metric may ask for a difference that no method
+            # explained.
             foil = _ids(capture, batch, versus) if given else likeliest_others(capture, wanted)
             if versus == "all_others":
                 goal = goal.minus(expected_others(capture, wanted))

@@ -111,6 +111,7 @@ def compare(first: Sequence[Number], second: Sequence[Number], seed: int = 0) ->
             f"first has {len(first)} numbers and second {len(second)}. Pass one of each per input."
         )
     d = _numbers(first) - _numbers(second)
+    # A pair without a number in one method says nothing of their difference.
     d = d[~d.isnan()]
     difference = estimate(d.tolist(), seed)
     if len(d) == 0:
@@ -127,6 +128,7 @@ def compare(first: Sequence[Number], second: Sequence[Number], seed: int = 0) ->
 def _signs(n: int, seed: int) -> Int8[Tensor, "flip n"]:
     if n <= EXACT:
         flips, inputs = (torch.arange(m, device="cpu") for m in (2**n, n))
+        # Bit j of pattern i, as a sign: every pattern once.
         return ((flips[:, None] >> inputs & 1) * 2 - 1).to(torch.int8)
     generator = torch.Generator().manual_seed(seed)
     return (
@@ -142,6 +144,7 @@ def _numbers(values: Sequence[Number]) -> Float[Tensor, " n"]:
 def ranks(values: Sequence[Number]) -> Float[Tensor, " n"]:
     """Ranks from 1; equal values share their mean rank."""
     x = _numbers(values)
+    # All pairs: n² comparisons, of a few hundred tokens at most.
     below = (x[None] < x[:, None]).sum(1)
     equal = (x[None] == x[:, None]).sum(1).double()
     return below + (equal + 1) / 2

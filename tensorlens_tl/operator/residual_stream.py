@@ -144,6 +144,7 @@ class Branch:
         else:
             found = self.body.factored_at(x, query)
             post = post and post.row(query)
+        # The post-norm's b is left out: it is added once, and belongs to no head.
         found = found if post is None else found.then(post.scale, post.unscaled_)
         if query is None:
             return found
@@ -328,6 +329,9 @@ class NormSecant:
         """Make the secant of two runs' inputs x, y and scales s, t, each of ``parts`` vectors."""
         mid, width = (x + y) / 2, x.shape[-1] * parts
         mid = mid - mid.mean(-1, keepdim=True) if weights.center else mid
+        # x/σ − y/τ = (1/σ + 1/τ)/2 · Δx + x̄ (1/σ − 1/τ), and 1/σ − 1/τ = (τ² − σ²) / (σ τ (σ + τ))
+        # with σ² − τ² = 2 ⟨x̄, Δx⟩ / d: ε cancels. The root is taken so that mid serves on both
+        # sides.
         return cls(weights, (1 / s + 1 / t) / 2, mid * (2 / (width * s * t * (s + t))).sqrt())
 
     def pull_(
@@ -337,6 +341,7 @@ class NormSecant:
         mid, inverse = self.mid[..., span, :], self.inverse[..., span, :]
         if (gain := self.weights.gain) is not None:
             y *= gain.detach().to(y)
+        # The secant is symmetric before the weights, like the norm's derivative.
         along = (y * mid).sum(-1, keepdim=True)
         y *= inverse
         y -= along * mid

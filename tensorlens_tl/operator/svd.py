@@ -292,6 +292,7 @@ class SVDProblem:
             note = f"about {steps} pushes and pulls; the spectrum decides"
             seconds = steps * measured.seconds(cost)
             return Plan(what, steps * cost.flops, seconds, self._peak(chain), limit, 1, (note,))
+        # From the side with fewer positions: a sweep costs one start per position and dimension.
         pull = len(self.query) <= len(self.key)
         at = torch.tensor(self.query if pull else self.key, device=frame.device)
         dim, kept = (op.out_dim, op.in_dim) if pull else (op.in_dim, op.out_dim)
@@ -364,6 +365,7 @@ class SVDProblem:
             def run(vector):
                 x = frame.zeros(dim)
                 entries = torch.from_numpy(vector).to(x).reshape(len(at), dim)
+                # All other positions and prompts are 0: only the asked columns of T are used.
                 x[self.prompt, [start + p for p in at]] = entries
                 steps.update()
                 return apply(x)[self.prompt, [start + p for p in to]].flatten().cpu().numpy()
@@ -380,6 +382,7 @@ class SVDProblem:
             )
         )
         drawn = numpy.random.default_rng(self.seed).standard_normal(max(self.shape)).astype(dtype)
+        # A start of its own: ARPACK's would be drawn anew in every call.
         first = drawn[: min(self.shape)]
         with steps, torch.no_grad():
             if not operator.matvec(drawn[: self.shape[1]]).any():  # A = 0: nothing starts ARPACK
@@ -388,7 +391,9 @@ class SVDProblem:
                 )
                 return self._result(U, U.new_zeros(self.k), V)
             parts = linalg.svds(operator, k=self.k, ncv=self.basis, v0=first)
+        # Copied, as SciPy's arrays may be strided backwards, which torch refuses.
         U, S, Vh = (torch.from_numpy(part.copy()).to(frame.zeros(0)) for part in parts)
+        # svds promises no order.
         order = S.argsort(descending=True)
         return self._result(U.mT[order], S[order], Vh[order])
 
