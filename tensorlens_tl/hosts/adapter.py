@@ -47,8 +47,8 @@ from ..refusals import (
 from ..sublayers import (
     BlockWeights,
     EmbedWeights,
-    ExpertsWeights,
     GatedMLPWeights,
+    MLPWeights,
     ModelWeights,
     Rotation,
     ScoreWeights,
@@ -354,10 +354,10 @@ class Adapter(HookReader, ABC):
             names |= self.norm_point(None, "ln_final", "ln_final")
         for layer, block in enumerate(self.weights.blocks):
             wanted = list(attention) if self.attention[layer].has_pattern else []
-            if block.mlp is not None and not isinstance(block.mlp, ExpertsWeights):
-                wanted += ["pre", "post"]
-                wanted += ["pre_linear"] if isinstance(block.mlp, GatedMLPWeights) else []
-                wanted += ["mlp.ln.scale"] if getattr(block.mlp, "ln", None) is not None else []
+            plain, gated = (isinstance(block.mlp, c) for c in (MLPWeights, GatedMLPWeights))
+            wanted += ["pre", "post"] if plain or gated else []
+            wanted += ["pre_linear"] if gated else []
+            wanted += ["mlp.ln.scale"] if plain and getattr(block.mlp, "ln", None) else []
             shown = {} if block.mlp is None else self.mlp_points(layer)
             modules |= {(layer, key): at for key, at in shown.items()}
             both = ("pre", "pre_linear") if "pre_and_up" in shown else ()

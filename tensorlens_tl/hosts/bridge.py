@@ -28,6 +28,7 @@ from ..readers import (
     FusedReader,
     GatedReader,
     LatentReader,
+    NormedOutputReader,
     NormedValuesReader,
     PackedMixture,
     QueryKeyWeights,
@@ -37,6 +38,7 @@ from ..readers import (
     drop_pattern,
     eager_experts,
     gate_of,
+    gated_mlp,
     head_weights,
     inner,
     joined_mlp,
@@ -203,6 +205,8 @@ class BridgeAdapter(Adapter):
             return GatedReader(self, block, weights, "attn.gate.hook_out", gate_of(attn))
         if "v_norm" in own:
             return NormedValuesReader(self, block, weights)
+        if hasattr(part, "attn_sub_norm"):
+            return NormedOutputReader(self, block, weights)
         return AttentionReader(self, block, weights)
 
     @property
@@ -230,19 +234,15 @@ class BridgeAdapter(Adapter):
     def _shared_weights(self, mlp: Any) -> GatedMLPWeights | None:
         if (shared := shared_expert(inner(mlp))) is None:
             return None
-        parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
-        (W_gate, b_gate), (W_in, b_in), (W_out, b_out) = map(linear_weights, parts)
         act = self.activation(act_name(getattr(shared, "act_fn", None) or shared.activation_fn))
-        return GatedMLPWeights(W_gate, b_gate, W_in, b_in, None, W_out, b_out, act)
+        return gated_mlp(shared, (shared.gate_proj, shared.up_proj, shared.down_proj), act)
 
     def _mlp_weights(self, mlp: Any) -> MLPWeights | GatedMLPWeights | ExpertsWeights:
         if hasattr(module := inner(mlp), "experts"):
             return packed_weights(inner(module.experts), lambda m: self.activation(act_name(m)))
         kind, act = type(mlp).__name__, xielu_name(mlp) or self.activation()
         if getattr(mlp, "_bound_dense_gate", False):  # a dense block among mixtures
-            parts = (mlp.dense_gate, mlp.dense_in, mlp.dense_out)
-            (W_gate, b_gate), (W_in, b_in), (W_out, b_out) = map(linear_weights, parts)
-            return GatedMLPWeights(W_gate, b_gate, W_in, b_in, None, W_out, b_out, act)
+            return gated_mlp(mlp, (mlp.dense_gate, mlp.dense_in, mlp.dense_out), act)
         if str(self.cfg.act_fn).endswith("_ln"):
             kind = f"{kind} with {self.cfg.act_fn}"
         plain = kind in ("MLPBridge", "BloomMLPBridge")
@@ -258,10 +258,11 @@ class BridgeAdapter(Adapter):
             return joined_mlp(W_in, b_in, W_out, b_out, act)
         if plain:
             return MLPWeights(W_in, b_in, W_out, b_out, act)
-        return GatedMLPWeights(*linear_weights(mlp.gate), W_in, b_in, None, W_out, b_out, act)
+        return gated_mlp(mlp, (mlp.gate, getattr(mlp, "in"), mlp.out), act)
 
     def mixture(self, layer: int) -> PackedMixture:
-        return PackedMixture(inner(self.model.blocks[layer].mlp))
+        factor = self.multiplier("residual_multiplier")
+        return PackedMixture(inner(self.model.blocks[layer].mlp), factor)
 
     def mlp_points(self, layer: int) -> dict[str, nn.Module]:
         mlp = self.model.blocks[layer].mlp

@@ -193,19 +193,19 @@ def _pull(
 
 def _mlp(clean: object, corrupted: object, c: Tensor) -> Tensor:
     """Pull the covector c back through W_out, the secant of the activation, and W_in."""
-    if isinstance(clean, Experts):
-        raise ValueError(
-            "at='secant' needs a function without jumps, and the router of a mixture of experts "
-            "chooses. " + REMEDY
-        )
     if isinstance(clean, MLP) and isinstance(corrupted, MLP) and clean.weights.act != "solu":
         slopes = act_secant(clean.weights.act, clean.pre, corrupted.pre)
         return clean.with_slopes(slopes).apply_t(c)
-    if isinstance(clean, GatedMLP) and isinstance(corrupted, GatedMLP):
+    if isinstance(clean, GatedMLP) and isinstance(corrupted, GatedMLP) and clean.ln is None:
         ups = clean.pre_linear, corrupted.pre_linear
         found = gated_secants(clean.weights.act, (clean.pre, corrupted.pre), ups)
         return clean.with_slopes(*found).apply_t(c)
-    raise ValueError("at='secant' needs an elementwise activation, which SoLU is not. " + REMEDY)
+    needs = "an elementwise activation, which SoLU is not"
+    if isinstance(clean, GatedMLP):
+        needs = "MLPs without a norm before W_out"
+    if isinstance(clean, Experts):
+        needs = "a function without jumps, and the router of a mixture of experts chooses"
+    raise ValueError(f"at='secant' needs {needs}. {REMEDY}")
 
 
 def _attention(

@@ -42,6 +42,7 @@ def experts_apart(flow: Flow) -> list[Any]:
 def _apart(flow: Flow, layer: int) -> list[Any]:
     adapter = flow.model.adapter
     block, weights = adapter.model.blocks[layer], adapter.weights.blocks[layer]
+    mixture = adapter.mixture(layer)
     nodes = len(flow.universe.wiring.mlps(layer))
     norm = adapter.norm(block, "ln2") if weights.ln2 is not None else None
 
@@ -64,7 +65,7 @@ def _apart(flow: Flow, layer: int) -> list[Any]:
         rows = len(whole) // nodes
         parts = whole.unflatten(0, (nodes, rows))
         kept = torch.stack([flow.cells(part) for part in _by_prompt(flow, parts)], 1)
-        kept = kept.to(flow.model.dtype)
+        kept = kept.to(flow.model.dtype) * mixture.factor
         flow.pending.append(lambda: _write(flow, layer, kept))
         # Only expert e answers in copy e, so the sum over copies is what the mixture gives.
         total = parts.sum(0)
@@ -73,7 +74,7 @@ def _apart(flow: Flow, layer: int) -> list[Any]:
     start = block.mlp.register_forward_pre_hook(in_this_thread(before), with_kwargs=True)
     end = block.mlp.register_forward_hook(in_this_thread(after))
     # 2. In between, only expert e answers in copy e.
-    return [start, *adapter.mixture(layer).part(nodes), end]
+    return [start, *mixture.part(nodes), end]
 
 
 def _write(flow: Flow, layer: int, parts: Tensor) -> None:

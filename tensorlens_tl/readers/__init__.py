@@ -12,6 +12,7 @@ from .attention_parts import (
     FusedReader,
     GatedReader,
     LatentReader,
+    NormedOutputReader,
     NormedValuesReader,
     gate_of,
 )
@@ -48,7 +49,7 @@ from .hook_points import (
     with_graph,
 )
 from .host import QueryKeyWeights
-from .linear import head_weights, inner, joined_mlp, layer_scalar, linear_weights
+from .linear import gated_mlp, head_weights, inner, joined_mlp, layer_scalar, linear_weights
 from .module_tree import ModuleTree
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "MLP_OUT",
     "Mixture",
     "ModuleTree",
+    "NormedOutputReader",
     "NormedValuesReader",
     "PackedMixture",
     "QueryKeyWeights",
@@ -78,6 +80,7 @@ __all__ = [
     "drop_pattern",
     "eager_experts",
     "gate_of",
+    "gated_mlp",
     "head_weights",
     "hooked_weights",
     "in_this_thread",

@@ -8,6 +8,7 @@ class here, which tells what else to read and how the sublayer is frozen from it
     LatentReader      v = norm(x W_DKV + b_DKV) W_V, the norm's scale as the run had it
     GatedReader       z ⊙ σ(gate), the gate as the run had it
     NormedValuesReader  v = norm(x W_V), head by head
+    NormedOutputReader  norm(z), all heads together
     DeltaNetReader    v = silu(conv(x W_V)), a recurrence in place of a pattern, and a gated norm
 """
 
@@ -21,7 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ..maps import Frame, NormWeights
-from ..refusals import NotRecomputableError, UnsupportedArchitectureError, refusal, refuse_extras
+from ..refusals import (
+    NotRecomputableError,
+    UnsupportedArchitectureError,
+    in_block,
+    refusal,
+    refuse_extras,
+)
 from ..sublayers import (
     Attention,
     AttentionWeights,
@@ -32,7 +39,7 @@ from ..sublayers import (
 )
 from .attention_reading import NORM_LAST, RecomputedReading, StoredReading, Take
 from .host import Host
-from .linear import linear_weights
+from .linear import linear_weights, norm_before
 
 Point = str | nn.Module
 """Where something is read: a hook point by its name within the block, or what a module gives."""
@@ -237,9 +244,8 @@ class NormedValuesReader(AttentionReader):
         refuse_extras(block)
         part = block.attn.original_component
         if getattr(part, "is_kv_shared_layer", False):
-            raise UnsupportedArchitectureError(
-                refusal("attention that reuses values", "they are those of an earlier layer")
-            )
+            what, why = f"attention{in_block(part)}", "it reuses the values of an earlier block"
+            raise UnsupportedArchitectureError(refusal(what, why))
         norm = adapter.norm_weights(block.attn.v_norm)
         if norm is None or norm.w is not None or norm.center:
             why = "it is no RMSNorm without weights"
@@ -255,6 +261,19 @@ class NormedValuesReader(AttentionReader):
         heads = attn.by_kv_head(take(layer, "v_in").flatten(2))
         inverse = self.norm.scale_at(heads).reciprocal()
         return replace(attn, value_ratio=inverse.expand_as(heads).flatten(2)), v, z
+
+
+class NormedOutputReader(AttentionReader):
+    """Attention that normalizes the mixed values of all heads together before W_O, as BitNet's."""
+
+    kind = "a norm before W_O"
+    shown = False
+
+    def freeze(self, layer, frame, reading, take):
+        attn, v, z = super().freeze(layer, frame, reading, take)
+        norm: Any = norm_before(self.block.attn, "attn_sub_norm")
+        inverse = norm.scale_at(attn.mix.apply(v)).reciprocal()  # no hook shows it
+        return replace(attn, output_ratio=inverse * frame.cast(norm.w)), v, z
 
 
 class DeltaNetReader(AttentionReader):

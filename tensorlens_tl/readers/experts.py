@@ -60,10 +60,11 @@ class Mixture(ABC):
 
     Args:
         module: The host's module of the whole mixture.
+        factor: What the host's block multiplies what leaves the module with.
     """
 
-    def __init__(self, module: Any):
-        self.module = module
+    def __init__(self, module: Any, factor: float = 1.0):
+        self.module, self.factor = module, factor
 
     @abstractmethod
     def watch(self, give: Give) -> list[Any]:

@@ -5,7 +5,7 @@ Also what is made of them: a gated MLP from one matrix, and a head before an une
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +43,22 @@ def linear_weights(bridge: Any) -> tuple[Tensor, Tensor | None]:
     )
 
 
+def norm_before(part: Any, name: str) -> NormWeights | None:
+    """The RMSNorm that a module has before its output matrix, as BitNet's modules have.
+
+    Args:
+        part: The module, or the Bridge around it.
+        name: Name of the norm in it.
+
+    Returns:
+        The norm, or None.
+    """
+    norm = getattr(inner(part), name, None)
+    if norm is None:
+        return None
+    return NormWeights(norm.weight, None, center=False, eps=norm_eps(norm))
+
+
 def layer_scalar(block: Any) -> NormWeights | None:
     """The number by which a block of a Bridge multiplies what leaves it, as Gemma-4's do."""
     scalar = inner(block)._buffers.get("layer_scalar")
@@ -51,6 +67,21 @@ def layer_scalar(block: Any) -> NormWeights | None:
     if factor == 0:
         raise UnsupportedArchitectureError(refusal("layer_scalar=0", "nothing passes the block"))
     return NormWeights(None, None, center=False, factor=factor)
+
+
+def gated_mlp(mlp: Any, parts: Iterable[Any], act: str) -> GatedMLPWeights:
+    """A gated MLP from three linear modules.
+
+    Args:
+        mlp: The module that holds them, and maybe a norm before the last, as BitNet's does.
+        parts: The modules that give W_gate, W_in and W_out.
+        act: The activation's name in this library.
+
+    Returns:
+        The weights, as views.
+    """
+    gate, into, out = map(linear_weights, parts)
+    return GatedMLPWeights(*gate, *into, None, *out, act, norm_before(mlp, "ffn_sub_norm"))
 
 
 def joined_mlp(

@@ -101,14 +101,16 @@ def _freeze_mlp(
             "pre_edit": gate,
             "pre_linear_edit": linear("pre_linear", into, up, w.W_in, w.b_in),
         }
-        mlp: FeedForward = GatedMLP(frame, layer, w, pre, up, recorder.convention.gate)
+        mlp: MLP | GatedMLP = GatedMLP(frame, layer, w, pre, up, recorder.convention.gate)
         if part:
             mlp = replace(mlp, shared=True, factor=factor)
+        elif w.ln is not None:  # no hook shows its scale
+            mlp = replace(mlp, ln_scale=w.ln.scale_at(mlp.posts))
     else:
         edits = {"pre_edit": linear("pre", into, pre, w.W_in, w.b_in)}
         ln = recorder.norm(layer, "mlp.ln", w.ln)
         label = f"{name} activation" + ("" if ln is None else " and norm")
-        mlp = MLP(frame, layer, w, pre, None if ln is None else ln.scale)
+        mlp = MLP(frame, layer, w, pre, ln_scale=None if ln is None else ln.scale)
 
     def out() -> Tensor:
         return normed(post_norm, mlp.output.apply(seen) + mlp.output.bias)

@@ -8,8 +8,8 @@ Key concepts:
 
 from .activation_names import act_name, activation_name, xielu_name
 from .errors import NotRecomputableError, UnsupportedArchitectureError, refusal
-from .obstacles import adapter_at, is_adapted, merge_first, refuse_extras
-from .supported import check_architecture, faulty_option, flags_off
+from .obstacles import adapter_at, in_block, is_adapted, merge_first, refuse_extras
+from .supported import check_architecture, family, faulty_option, flags_off
 from .unreadable import check_weights, not_finite, plain_name
 
 __all__ = [
@@ -20,8 +20,10 @@ __all__ = [
     "adapter_at",
     "check_architecture",
     "check_weights",
+    "family",
     "faulty_option",
     "flags_off",
+    "in_block",
     "is_adapted",
     "merge_first",
     "not_finite",

@@ -86,20 +86,18 @@ def refuse_extras(block: Any) -> None:
         UnsupportedArchitectureError: If there is such a part; the message names it.
     """
     part = block.original_component
-    for what, why, there in (
-        (
-            "per-layer inputs",
-            "each multiplies a gate of the residual",
-            _has(part, "per_layer_input_gate"),
-        ),
-        ("experts beside an MLP", "both go through one more norm", _has(part, "router")),
+    for what, why, name in (
+        ("per-layer inputs", "each multiplies a gate of the residual", "per_layer_input_gate"),
+        ("experts beside an MLP", "both go through one more norm", "router"),
     ):
-        if there:
-            raise UnsupportedArchitectureError(refusal(what, why))
+        if getattr(part, name, None) is not None:
+            raise UnsupportedArchitectureError(refusal(f"{what}{in_block(part)}", why))
 
 
-def _has(part: Any, name: str) -> bool:
-    return getattr(part, name, None) is not None
+def in_block(part: Any) -> str:
+    """Such as " in block 3", of a module of Hugging Face that knows its block; else ""."""
+    layer = getattr(part, "layer_idx", None)
+    return "" if layer is None else f" in block {layer}"
 
 
 def adapter_at(model: Any) -> str:

@@ -79,6 +79,7 @@ SUPPORTED = {
     "Gemma4ForConditionalGeneration": "Gemma-4",
     "Gemma4UnifiedForConditionalGeneration": "Gemma-4",
     "MuseGlimmerForConditionalGeneration": "Muse Glimmer",
+    "BitNetForCausalLM": "BitNet",
     "TransformerLensNative": "TransformerBridge.boot_native",
     "DeepseekV2ForCausalLM": "DeepSeek-V2",
     "DeepseekV3ForCausalLM": "DeepSeek-V3",
@@ -98,10 +99,11 @@ SUPPORTED = {
 }
 """Architectures that the tests cover, by Hugging Face class name."""
 
+_OLD, _SEES = "an old name", "a model that also sees or hears"
 SUPPORTED |= dict.fromkeys([
     "Gemma1ForCausalLM", "NeoForCausalLM", "NeoXForCausalLM", "MinGPTForCausalLM",
     "MPTForCausalLM", "BloomModel",
-], "an old name")  # fmt: skip
+], _OLD)  # fmt: skip
 SUPPORTED |= dict.fromkeys([
     "Gemma3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration", "LlavaForConditionalGeneration",
@@ -110,7 +112,14 @@ SUPPORTED |= dict.fromkeys([
     "Glm4vForConditionalGeneration", "Emu3ForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration", "AudioFlamingo3ForConditionalGeneration",
     "MusicFlamingoForConditionalGeneration", "GlmAsrForConditionalGeneration",
-], "a model that also sees or hears")  # fmt: skip
+], _SEES)  # fmt: skip
+
+
+def family(name: str) -> str:
+    """The family of an architecture; "" where the name is an old one of another architecture."""
+    found = SUPPORTED.get(name, name)
+    return {_OLD: "", _SEES: name}.get(found, found)
+
 
 _FAULTY = {
     ("GPT2LMHeadModel", "scale_attn_weights"): False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from typing import Any
 
@@ -104,9 +104,25 @@ class FeedForward(Sublayer):
 
 @dataclass(frozen=True, eq=False)
 class Dense(FeedForward):
-    """An MLP that every token passes. It is one node, and the bias b_out belongs to no node."""
+    """An MLP that every token passes. It is one node, and the bias b_out belongs to no node.
+
+    Attributes:
+        weights: Weights of the MLP.
+        pre: The pre-activations of the run.
+        ln_scale: Frozen scale of the norm before W_out that SoLU models and BitNet have, or None.
+    """
 
     weights: MLPWeights | GatedMLPWeights
+    pre: Float[Tensor, "batch pos d_mlp"]
+    ln_scale: Float[Tensor, "batch pos 1"] | None = field(default=None, kw_only=True)
+
+    @property
+    def ln(self) -> Norm | None:
+        """The norm before W_out, or None."""
+        if self.weights.ln is None or self.ln_scale is None:
+            return None
+        name = f"{self.name}.mlp.ln"
+        return Norm(self.frame, name, self.ln_scale, self.weights.ln, self.pre.shape[-1])
 
     @property
     def name(self) -> str:
@@ -141,24 +157,13 @@ class MLP(Dense):
     Attributes:
         weights: Weights of the MLP.
         pre: The pre-activations z of the run.
-        ln_scale: Frozen scale of the norm that SoLU models have between gate and W_out, or None.
         pre_edit: What a hook of the user added to z, or None.
         post_edit: What a hook of the user added to the post-activations, or None.
     """
 
     weights: MLPWeights
-    pre: Float[Tensor, "batch pos d_mlp"]
-    ln_scale: Float[Tensor, "batch pos 1"] | None = None
     pre_edit: Shift | None = None
     post_edit: Shift | None = None
-
-    @property
-    def ln(self) -> Norm | None:
-        """The norm of SoLU models between gate and W_out, or None."""
-        if self.weights.ln is None or self.ln_scale is None:
-            return None
-        name = f"L{self.layer}.mlp.ln"
-        return Norm(self.frame, name, self.ln_scale, self.weights.ln, self.pre.shape[-1])
 
     @cached_property
     def map(self) -> Chain:
@@ -221,7 +226,6 @@ class GatedMLP(Dense):
     """
 
     weights: GatedMLPWeights
-    pre: Float[Tensor, "batch pos d_mlp"]
     pre_linear: Float[Tensor, "batch pos d_mlp"]
     convention: str = "gate"
     pre_edit: Shift | None = None
@@ -275,7 +279,7 @@ class GatedMLP(Dense):
         if w.b_post is not None:  # HookedTransformer adds b_in after gating
             offset = Gate(frame, torch.ones_like(self.pre), w.b_post, f"{name}.b_in")
         product = Sum(tuple(branches)) if len(branches) > 1 else branches[0]
-        return _chain((product, offset, self.post_edit, self.output))
+        return _chain((product, offset, self.ln, self.post_edit, self.output))
 
     def tangent(self) -> Chain:
         act, factor = self.weights.act, 1.0 if self.factor is None else self.factor
@@ -287,7 +291,8 @@ class GatedMLP(Dense):
     def posts(self):
         b = 0.0 if self.weights.b_post is None else self.frame.cast(self.weights.b_post)
         post = gating_ratio(self.weights.act, self.pre) * self.pre * self.pre_linear + b
-        return post if self.factor is None else post * self.factor
+        post = post if self.factor is None else post * self.factor
+        return post if self.ln is None else self.ln.apply(post) + self.ln.bias
 
     @property
     def edits(self) -> dict[str, Shift]:
@@ -301,10 +306,16 @@ class GatedMLP(Dense):
 
     def row(self, query) -> GatedMLP:
         pre, up = take_row(self.pre, query), take_row(self.pre_linear, query)
-        factor = None if self.factor is None else take_row(self.factor, query)
-        return replace(self, frame=self.frame.row, pre=pre, pre_linear=up, factor=factor)
+        others = {"factor": self.factor, "ln_scale": self.ln_scale}
+        cut = {name: take_row(x, query) for name, x in others.items() if x is not None}
+        return replace(self, frame=self.frame.row, pre=pre, pre_linear=up, **cut)
 
     def moved(self, change) -> GatedMLP:
         cast, w = self.frame.cast, self.weights
         pre, up = self.pre + change @ cast(w.W_gate), self.pre_linear + change @ cast(w.W_in)
-        return replace(self, pre=pre, pre_linear=up)
+        found, ln = replace(self, pre=pre, pre_linear=up, ln_scale=None), self.ln
+        if ln is None:
+            return found
+        return replace(
+            found, ln_scale=ln.moved(replace(self, ln_scale=None).posts, found.posts).scale
+        )

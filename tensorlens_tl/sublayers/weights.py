@@ -179,7 +179,10 @@ class MLPWeights:
 
 @dataclass(frozen=True, eq=False)
 class GatedMLPWeights:
-    """A gated MLP: (act(x W_gate + b_gate) ⊙ (x W_in + b_in) + b_post) W_out + b_out."""
+    """A gated MLP: (act(x W_gate + b_gate) ⊙ (x W_in + b_in) + b_post) W_out + b_out.
+
+    ``ln`` is the norm before W_out that BitNet has.
+    """
 
     W_gate: Float[Tensor, "d_model d_mlp"]
     b_gate: Float[Tensor, " d_mlp"] | None
@@ -189,6 +192,7 @@ class GatedMLPWeights:
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"] | None
     act: str
+    ln: NormWeights | None = None
 
 
 @dataclass(frozen=True, eq=False)

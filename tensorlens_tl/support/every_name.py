@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..attribution import TargetGradient, resolve
 from ..maps import TINY
+from ..passes import edge_model
 from ..plugin import capture
 from .configurations import ELSEWHERE, hugging_face_class, model_dtype, tiny_config
 from .frozen_gradient import PlainRun, plain_run
@@ -170,7 +171,8 @@ def answers(
         For every one of :data:`QUESTIONS` "", or the first sentence of its refusal.
 
     Raises:
-        ArithmeticError: If what is answered does not sum to what it should.
+        ArithmeticError: If what is answered does not sum to what it should, or if the model with
+            all of its edges is another one.
     """
     target = plain.target
     pos: dict[str, Any] = {} if plain.pos == -1 else {"pos": plain.pos}
@@ -182,6 +184,13 @@ def answers(
     def circuit() -> None:
         found = lens.discover(target, n_edges=4, **pos)
         found.faithfulness(model, given[:1], target=target, ablation="zero", **kwargs)
+        with torch.no_grad(), edge_model(model) as edges:  # every edge kept is the model
+            sizes = len(edges.universe.readers), len(edges.universe.writers)
+            every = torch.ones(1, *sizes, dtype=plain.logits.dtype)
+            whole = edges.run(given, every).logits.reshape(plain.logits.shape)
+        off = float((whole - plain.logits).abs().max() / plain.logits.abs().max().clamp_min(TINY))
+        if not off <= EXACT:
+            raise ArithmeticError(f"The model run edge by edge is off by {off:.0e}")
 
     asked: dict[str, Callable[[], Any]] = {
         "edges": lambda: lens.attribute(target, by="edge", **pos),

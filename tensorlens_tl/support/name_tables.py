@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from ..refusals import family
 from .every_name import QUESTIONS, Name
 
 Names = Mapping[str, tuple[Name, ...]]
@@ -46,11 +47,14 @@ def names_markdown(names: Names) -> str:
 def _counts(by_version: Mapping[str, Mapping[str, Name]]) -> str:
     lines = []
     for version, found in by_version.items():
-        exact = sum(one.outcome == "exact" for one in found.values())
+        exact = [one for one in found.values() if one.outcome == "exact"]
+        tested = [one.name for one in exact if not one.answers.get("circuits")]
+        families = {family(name) for name in tested} - {""}
         built = sum(one.outcome != "not built" for one in found.values())
         lines.append(
             f"- transformer_lens {version} registers {len(found)} names. "
-            f"{built} can be built here, and {exact} of these are exact.\n"
+            f"{built} can be built here, and {len(exact)} of these are exact. "
+            f"Circuits are served in {len(tested)} of them: {len(families)} families.\n"
         )
     return "".join(lines)
 

@@ -129,6 +129,40 @@ def test_a_component_of_its_own_is_exact(name):
     assert not found.answers.get("recomputed")
 
 
+@pytest.mark.offered("BitNetForCausalLM" in registered())
+def test_norms_before_the_output_matrices(tmp_path):
+    """BitNet's: mixed values and gated products are divided by scales of the run."""
+    with quiet():
+        model = tensorlens_tl.wrap(tiny_model("BitNetForCausalLM"))
+    ids = tokens()
+    plain, lens = tensorlens_tl.capture(model, ids)
+    for by in ("head", "neuron", "token"):
+        assert lens.attribute(7, by=by).completeness_error < 1e-6
+    for point in ("attn.hook_z", "attn.hook_v", "mlp.hook_post", "mlp.hook_pre_linear"):
+        edit = [(f"blocks.0.{point}", lambda x, hook: x + 0.1 * x.roll(1, -1))]
+        with model.hooks(edit):
+            logits, edited = tensorlens_tl.capture(model, ids)
+        assert (logits - plain).abs().max() > 0.1
+        assert edited.attribute(7, by="component").completeness_error < 1e-6
+    lens.save(tmp_path / "lens")
+    again = tensorlens_tl.load(tmp_path / "lens", model)
+    assert torch.equal(again.attribute(7).values, lens.attribute(7).values)
+    # What is moved has the scale that the model gives there, and a row is that row.
+    block, part = lens.capture.blocks[0], model.blocks[0].mlp.original_component
+    change = block.resid_mid.roll(1, -1)
+    x, moved = block.ln2.apply(block.resid_mid) + change, block.mlp.moved(change).map
+    assert (moved.apply(x) + moved.bias - part(x)).abs().max() < 1e-5
+    query = torch.tensor([2, 4])
+    row = block.mlp.hidden_at(x, query)
+    assert torch.allclose(row, block.mlp.hidden(x)[torch.arange(2), query], atol=1e-12)
+    with pytest.raises(ValueError, match="MLPs without a norm before W_out"):
+        other = tensorlens_tl.capture(model, ids.flip(0))[1]
+        lens.attribute(7, baseline=other, at="secant")
+    with pytest.raises(ValueError, match="L0 of BitNetForCausalLM has a norm before W_O"):
+        lens.attribute(7, by="edge", qk=True)
+    assert tensorlens_tl.capture(model, ids, pattern="recomputed")[1].completeness_error < 1e-6
+
+
 @pytest.mark.offered(len(ROWS) > 1)
 def test_per_layer_inputs_are_refused_by_name(monkeypatch):
     monkeypatch.delitem(EXCEPTIONS, "Gemma4TextConfig")

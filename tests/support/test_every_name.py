@@ -11,6 +11,7 @@ import torch
 from models import quiet
 
 from tensorlens_tl import UnsupportedArchitectureError, capture
+from tensorlens_tl.readers import PackedMixture
 from tensorlens_tl.refusals.supported import SUPPORTED
 from tensorlens_tl.support import every_name, table
 from tensorlens_tl.support.configurations import tiny_config
@@ -156,6 +157,15 @@ def test_questions_are_asked_of_a_lens(capsys):
     assert table.main(["--only", "LlamaForCausalLM", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["names"]
     assert found["answers"] == dict.fromkeys(every_name.QUESTIONS, "")
+
+
+@pytest.mark.offered("GraniteMoeForCausalLM" in NAMES)
+def test_a_model_with_all_of_its_edges_is_the_model(monkeypatch):
+    """Granite-MoE's block multiplies what its mixture gives."""
+    assert not try_name("GraniteMoeForCausalLM", ask=True).answers["circuits"]
+    monkeypatch.setattr(PackedMixture, "factor", property(lambda self: 1.0, lambda *_: None), False)
+    found = try_name("GraniteMoeForCausalLM", ask=True)
+    assert found.outcome == "crashed" and "run edge by edge is off by" in found.reason
 
 
 def test_a_tiny_model_has_the_options_that_are_easily_wrong():

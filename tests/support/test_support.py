@@ -294,6 +294,7 @@ def test_names_are_shown_with_what_is_in_their_way():
         "\n### "
     )
     assert "transformer_lens 4.3.0 registers 4 names. 3 can be built here, and 1 of" in table
+    assert "Circuits are served in 1 of them: 1 families" in table
     assert "| AForCausalLM | refused | 2e-16 | yes | yes | no |" in table
     assert "- it has a state space: B (BMixer), C (CMixer).\n" in others
     assert "- transformers 5 has no class this name: D.\n" in others
