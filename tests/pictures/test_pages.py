@@ -382,14 +382,14 @@ def test_everything_is_named_reachable_and_legible(opened, lenses, scheme):
                 reached.add(page.evaluate(controls + ".indexOf(document.activeElement)"))
             assert reached - {-1} == {i for i, unseen in enumerate(hidden) if not unseen}
         colours = page.evaluate(
-            "Object.fromEntries(['ground', 'panel', 'text', 'quiet', 'pos', 'neg', 'mark', 'third']"
+            "Object.fromEntries('ground panel text quiet pos neg mark third size'.split(' ')"
             ".map((name) => [name, getComputedStyle(document.documentElement)"
             ".getPropertyValue('--' + name).trim()]))"
         )
         for front, back, least in (
             *(("text", back, 4.5) for back in ("ground", "panel")),
             *(("quiet", back, 4.5) for back in ("ground", "panel")),
-            *((front, "ground", 3) for front in ("pos", "neg", "mark", "third")),
+            *((front, "ground", 3) for front in ("pos", "neg", "mark", "third", "size")),
         ):
             assert contrast(colours[front], colours[back]) >= least, (front, back)
 

@@ -1,6 +1,9 @@
 """Pages of results whose numbers are given: what the views hold is what the results hold."""
 
+import importlib.util
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from models import quiet
@@ -79,3 +82,13 @@ def test_a_part_of_the_operator():
     assert table.data["values"].tolist() == [
         [share.value[0], share.target_value[0], share.share[0], share.contributions[0]]
     ]
+
+
+def test_the_page_of_measures_is_made_of_its_file():
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("bench", root / "benchmarks" / "pages.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    results = json.loads(made.RESULTS.read_text())
+    assert made.PAGE.read_text() == made.page(results)
+    assert made.scripts()["packed"] <= 40_000

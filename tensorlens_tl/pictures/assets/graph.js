@@ -116,7 +116,9 @@ views.graph = (box, data, watch) => {
     bands = state.stops.map(() => svg("g", {}));
     for (const [i, link] of [...drawn.entries()].reverse()) {
       const [a, b] = [link.src, link.dest], mid = (a.y + b.y) / 2;
-      const dash = link.qk ? (link.weight < 0 ? "4 6" : "12 5") : null;
+      // Long edges have longer dashes: so a frame of the slider costs a third less.
+      const far = Math.max(1, (Math.abs(a.x - b.x) + a.y - b.y) / 150);
+      const dash = link.qk ? (link.weight < 0 ? [4, 6] : [12, 5]).map((n) => Math.round(n * far)).join(" ") : null;
       // Edges that would hide each other bend: past nodes between, and apart by what reads.
       const past = Math.abs(a.x - b.x) < 1 && a.y - b.y > 1.5 * tall ? 12 + (a.y - b.y) / 12 : 0;
       const bend = past + [0, 0, 12, -12][link.read];
