@@ -116,7 +116,7 @@ views.graph = (box, data, watch) => {
     bands = state.stops.map(() => svg("g", {}));
     for (const [i, link] of [...drawn.entries()].reverse()) {
       const [a, b] = [link.src, link.dest], mid = (a.y + b.y) / 2;
-      // Long edges have longer dashes: so a frame of the slider costs a third less.
+      // Long edges have longer dashes: dashes are what a frame of the slider costs most.
       const far = Math.max(1, (Math.abs(a.x - b.x) + a.y - b.y) / 150);
       const dash = link.qk ? (link.weight < 0 ? [4, 6] : [12, 5]).map((n) => Math.round(n * far)).join(" ") : null;
       // Edges that would hide each other bend: past nodes between, and apart by what reads.
