@@ -116,7 +116,16 @@ def build_bridge(model: Any, build: Callable[[], Any]) -> Any:
         for module, training in kept:
             module.training = training
     vars(model)[BRIDGE], vars(model)[BEFORE] = bridge, before  # not among the submodules
+    vars(model)["save_pretrained"] = _no_saving
     return bridge
+
+
+def _no_saving(*args: Any, **kwargs: Any) -> None:
+    """Stand for ``save_pretrained`` until ``unwrap``: the Bridge renames what would be saved."""
+    raise ValueError(
+        "This model is inside a TransformerBridge, which has renamed its weights. Call "
+        "tensorlens_tl.unwrap(model) first; what it returns can be saved."
+    )
 
 
 def _probe_ids(model: Any) -> Tensor:

@@ -243,6 +243,8 @@ def test_unwrap_gives_the_model_back(family, tmp_path):
     _, lens = capture(model, tokens())
     bridge = tensorlens_tl.wrap(model)
     assert state(model) != before
+    with pytest.raises(ValueError, match=r"has renamed its weights. Call tensorlens_tl.unwrap"):
+        model.save_pretrained(tmp_path / "wrapped")
     assert tensorlens_tl.unwrap(bridge) is model
     assert state(model) == before
     assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
