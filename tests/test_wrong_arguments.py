@@ -239,6 +239,10 @@ WRONG = {
         lambda g: tl.faithfulness_of_many(g.model, [FRANCE], 3, [ITALY]),
         "circuits is an int, not a dictionary",
     ),
+    "all others": (
+        lambda g: g.lens.attribute("Paris", versus="all_others"),
+        r"versus='all_others' is for evaluate alone\. Pass of='logprob'",
+    ),
     # A table iterates over the names of its columns, which would be the prompts
     "a table": (
         lambda g: tl.discover(g.model, Table([FRANCE]), n_edges=5),

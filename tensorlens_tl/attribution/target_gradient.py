@@ -239,6 +239,9 @@ def resolve_prompts(
 
     Returns:
         The functional of each prompt's own target.
+
+    Raises:
+        ValueError: As :func:`resolve`; and if ``versus`` is "all_others".
     """
 
     def each(given: Any, name: str) -> Int[Tensor, " batch"] | None:
@@ -254,6 +257,11 @@ def resolve_prompts(
         ]
         return torch.tensor(ids, device=own.device)
 
+    if isinstance(versus, str) and versus == "all_others":
+        raise ValueError(
+            "versus='all_others' is for evaluate alone. Pass of='logprob', which sets a token "
+            "against all others, or name one token."
+        )
     first, second = each(target, "target"), each(versus, "versus")
     if first is not None:
         target, predicted = None, first
