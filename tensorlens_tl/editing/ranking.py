@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..attribution import Target, TargetGradient
 from ..checks import as_array, spelled
-from ..features import Reading, by_feature
+from ..features import Feature, Reading, by_feature
 from ..operator import Capture, FrozenTransformer
 from ..pictures import Page, Paged, Tabled, bars, cell_map, grid_view, table_view
 from ..sublayers import Experts
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 KINDS = ("site", "head", "neuron", "expert", "feature")
 """What edits can be ranked by."""
+
+REPLACED = ("zero", "mean", "resample")
+"""What the activations of features outside a circuit become."""
 
 
 @spelled
@@ -34,12 +37,14 @@ class EditRanking(Paged, Tabled):
         values: The predicted change in logits [batch, edit].
         by: What is ranked.
         what: What each edit is, in words.
+        every_feature: The feature of every edit; () where other parts are ranked.
     """
 
     labels: tuple[str, ...]
     values: Float[Tensor, "batch edit"]
     by: str
     what: str
+    every_feature: tuple[Feature, ...] = ()
 
     _COLUMNS = ("prompt", "label", "predicted")
 
@@ -61,8 +66,28 @@ class EditRanking(Paged, Tabled):
             Pairs of a name and a change in logits, largest |change| first.
         """
         mean = self.values.mean(0)
-        order = mean.abs().argsort(descending=True)[:k].tolist()
-        return [(self.labels[i], float(mean[i])) for i in order]
+        return [(self.labels[i], float(mean[i])) for i in self._order(k)]
+
+    def features(self, k: int = 10) -> list[Feature]:
+        """The features of the largest change, in the mean over the prompts, as a circuit's.
+
+        Args:
+            k: Number of features to return.
+
+        Returns:
+            The features, largest |change| first, for ``keep=`` of ``lens.feature_faithfulness``.
+
+        Raises:
+            ValueError: If other parts than features are ranked, or there are not so many.
+        """
+        if self.by != "feature":
+            raise ValueError(f"The edits are by {self.by}. Rank by='feature' with saes=.")
+        if not 0 <= k <= len(self.every_feature):
+            raise ValueError(f"k={k} features are not there. Pass up to {len(self.every_feature)}.")
+        return [self.every_feature[i] for i in self._order(k)]
+
+    def _order(self, k: int) -> list[int]:
+        return self.values.mean(0).abs().argsort(descending=True, stable=True)[:k].tolist()
 
     def plot(self, ax: Axes | None = None, top: int = 20) -> Axes:
         """Draw the changes with matplotlib, in the mean over the prompts.
@@ -120,6 +145,8 @@ def rank_edits(
     by: str,
     budget: int | float,
     readings: Sequence[Reading] = (),
+    ablation: str = "zero",
+    corrupted: Sequence[Reading] | None = None,
 ) -> EditRanking:
     """Predict many edits of a run from one sweep.
 
@@ -130,6 +157,8 @@ def rank_edits(
         by: "site", "head", "neuron", "expert" or "feature".
         budget: Size of the edit of a site, as a share of what stands there.
         readings: The features of every site, for "feature".
+        ablation: What replaces a feature's activations, one of :data:`REPLACED`.
+        corrupted: The features of every site in another run, for "resample".
 
     Returns:
         The predicted change of every edit.
@@ -143,6 +172,7 @@ def rank_edits(
     trace = gradient.trace
     labels: list[str] = []
     values: list[Tensor] = []
+    every: list[Feature] = []
     if by == "site":
         if not budget > 0:
             raise ValueError(f"budget={budget!r} is no share. Pass a number above 0, such as 0.1.")
@@ -153,12 +183,16 @@ def rank_edits(
             labels += [f"{step.site}{name}" for name in names]
         what = f"the best edit of {budget:.0%} of what stands there"
     elif by == "feature":
-        for reading in readings:
-            rows = by_feature(gradient, [reading]).sum("pos").select(kind="feature")
-            # Removing a feature takes away exactly what it adds.
-            values.append(-rows.values)
-            labels += rows.labels[0]
-        what = "each feature removed at all positions, the error kept"
+        others = replacements(readings, ablation, corrupted)
+        for reading, other in zip(readings, others, strict=True):
+            # For its warning: the edits keep the error, and it may be more than the features.
+            by_feature(gradient, [reading])
+            fires = (activations(reading) != 0) | (other != 0)  # in either run, at any position
+            there = fires.flatten(0, 1).any(0).nonzero()[:, 0]
+            values.append(feature_effects(gradient, reading, other)[:, there])
+            labels += [str(reading.node(i)) for i in there.tolist()]
+            every += [Feature(reading.dictionary, i) for i in there.tolist()]
+        what = f"each feature {_DONE[ablation]} at all positions, the error kept"
     else:
         for step, c in zip(operator.steps, trace.written, strict=True):
             for branch in step.branches:
@@ -183,4 +217,82 @@ def rank_edits(
         what = f"each {by} removed at all positions"
     if not values:
         raise ValueError(f"by={by!r} has nothing to rank here. Rank by='site' instead.")
-    return EditRanking(tuple(labels), torch.cat(values, -1), by, what)
+    return EditRanking(tuple(labels), torch.cat(values, -1), by, what, tuple(every))
+
+
+# --- Features replaced
+
+_DONE = {"zero": "removed", "mean": "at its mean", "resample": "as in the corrupted prompt"}
+
+
+def replacements(
+    readings: Sequence[Reading], ablation: str, corrupted: Sequence[Reading] | None
+) -> list[Float[Tensor, "batch pos _"]]:
+    """The activations that features get outside a circuit, for every site.
+
+    Args:
+        readings: The features of every site in the run.
+        ablation: What replaces the activations, one of :data:`REPLACED`.
+        corrupted: The features of every site in another run, for "resample".
+
+    Returns:
+        A number for every prompt, position and feature of each dictionary.
+
+    Raises:
+        ValueError: If the ablation does not exist, or does not go with ``corrupted``.
+    """
+    if ablation not in REPLACED:
+        raise ValueError(f"ablation={ablation!r} does not exist. Use one of {', '.join(REPLACED)}.")
+    if (ablation == "resample") != (corrupted is not None):
+        raise ValueError(
+            f"ablation={ablation!r} and corrupted= do not go together. Pass corrupted= with "
+            "ablation='resample', and only there."
+        )
+    if ablation == "resample":
+        for reading, other in zip(readings, corrupted or (), strict=True):
+            if other.error.shape != reading.error.shape:
+                raise ValueError(
+                    f"corrupted= has prompts of shape {list(other.error.shape[:2])}, and this lens "
+                    f"{list(reading.error.shape[:2])}. Pass prompts of the same lengths."
+                )
+        return [activations(other) for other in corrupted or ()]
+    found = [activations(reading) for reading in readings]
+    if ablation == "zero":
+        return [torch.zeros_like(z) for z in found]
+    # Over all real tokens, also those at which the feature is silent; padding is not counted.
+    means = [z.sum((0, 1)) / max(1, r.n_real) for z, r in zip(found, readings, strict=True)]
+    return [mean.expand_as(z) for mean, z in zip(means, found, strict=True)]
+
+
+def activations(reading: Reading) -> Float[Tensor, "batch pos d_sae"]:
+    """What every feature of a dictionary is in a run, at every position; 0 where it is silent.
+
+    Args:
+        reading: The features of one site.
+
+    Returns:
+        The activations, for every prompt.
+    """
+    batch, n_pos = reading.error.shape[:2]
+    z = reading.acts.new_zeros(batch * n_pos, reading.dictionary.d_sae)
+    z[reading.at, reading.features] = reading.acts
+    return z.view(batch, n_pos, -1)
+
+
+def feature_effects(
+    gradient: TargetGradient, reading: Reading, other: Float[Tensor, "batch pos d_sae"]
+) -> Float[Tensor, "batch d_sae"]:
+    """What the target is predicted to gain where a feature is replaced: Σ_pos (z′ − z) ⟨g, d⟩.
+
+    Args:
+        gradient: The target's covectors, which are held.
+        reading: The features of one site.
+        other: The activations z′ that replace z.
+
+    Returns:
+        The change of every prompt's target, feature by feature.
+    """
+    g, W = reading.place.covectors(gradient.trace), reading.dictionary.W_dec
+    moved = (other - activations(reading)) * (g @ W.to(g).T)
+    # What a dictionary gives back is in units of its own norm, position by position.
+    return (moved * reading.unscale.view(*moved.shape[:2], 1)).sum(1)

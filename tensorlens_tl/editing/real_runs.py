@@ -23,6 +23,7 @@ from ..readers import alone, is_spliced
 from ..recording import freeze
 from .goals import Goal
 from .places import Place
+from .ranking import feature_effects, replacements
 
 Hook = tuple[str, Callable[..., Tensor]]
 """A hook point of the host, and a function of its activation."""
@@ -251,9 +252,6 @@ def _divergences(plain: Tensor, edited: Tensor) -> Float[Tensor, "*shape"]:
 
 # --- Circuits of features
 
-REPLACED = ("zero", "mean", "resample")
-"""What the activations of features outside a circuit become."""
-
 
 @spelled
 def faithfulness_of_features(
@@ -284,15 +282,7 @@ def faithfulness_of_features(
     Raises:
         ValueError: If an argument does not fit.
     """
-    if ablation not in REPLACED:
-        raise ValueError(f"ablation={ablation!r} does not exist. Use one of {', '.join(REPLACED)}.")
-    if (ablation == "resample") != (corrupted is not None):
-        raise ValueError(
-            f"ablation={ablation!r} and corrupted= do not go together. Pass corrupted= with "
-            "ablation='resample', and only there."
-        )
-    others = corrupted or readings
-    replaced = [_replaced(r, o, ablation) for r, o in zip(readings, others, strict=True)]
+    replaced = replacements(readings, ablation, corrupted)
     if isinstance(kept, int):
         kept = _largest(kept, capture, goal, readings, replaced)
     sites = {reading.dictionary: set() for reading in readings}
@@ -346,39 +336,15 @@ def _largest(
     readings: Sequence[Reading],
     replaced: Sequence[Float[Tensor, "batch pos d_sae"]],
 ) -> list[Feature]:
-    """The features whose replacement moves the target most: Σ (z′ − z) ⟨g, d⟩, mean of prompts."""
-    trace = TargetGradient(capture, FrozenTransformer.of(capture), goal.on(capture)).trace
-    every: list[Feature] = []
-    effects: list[Tensor] = []
-    for reading, other in zip(readings, replaced, strict=True):
-        one, g = reading.dictionary, reading.place.covectors(trace)
-        # Resampled from itself: the activations of this run, laid out as a table.
-        moved = (other - _replaced(reading, reading, "resample")) * (g @ one.W_dec.to(g).T)
-        moved = moved.flatten(0, 1) * reading.unscale[:, None]
-        effects.append(moved.sum(0).abs())
-        every += [Feature(one, i) for i in range(one.d_sae)]
+    """The features whose replacement is predicted to move the target most, in the mean."""
+    gradient = TargetGradient(capture, FrozenTransformer.of(capture), goal.on(capture))
+    pairs = list(zip(readings, replaced, strict=True))
+    effects = [feature_effects(gradient, r, z).sum(0).abs() for r, z in pairs]
+    every = [Feature(r.dictionary, i) for r in readings for i in range(r.dictionary.d_sae)]
     if not 0 <= n <= len(every):
         raise ValueError(f"keep={n} is no number of features. Pass one up to {len(every)}.")
     order = torch.cat(effects).topk(n).indices.tolist()
     return [every[i] for i in order]
-
-
-def _replaced(reading: Reading, other: Reading, ablation: str) -> Float[Tensor, "batch pos d_sae"]:
-    """The activations that features get outside a circuit."""
-    batch, n_pos = reading.error.shape[:2]
-    d_sae = reading.dictionary.d_sae
-    z = reading.acts.new_zeros(batch * n_pos, d_sae)
-    if ablation != "zero":
-        if other.error.shape != reading.error.shape:
-            raise ValueError(
-                f"corrupted= has prompts of shape {list(other.error.shape[:2])}, and this lens "
-                f"{[batch, n_pos]}. Pass prompts of the same lengths."
-            )
-        z[other.at, other.features] = other.acts
-    if ablation == "mean":
-        # Over all real tokens, also those at which the feature is silent; padding is not counted.
-        z[:] = z.sum(0) / max(1, reading.n_real)
-    return z.view(batch, n_pos, d_sae)
 
 
 def _hooks(

@@ -303,6 +303,8 @@ class EditedRun(AttributedRun):
         by: str = "site",
         budget: int | float = 0.1,
         saes: SAEs = None,
+        ablation: str = "zero",
+        corrupted: EditedRun | None = None,
     ) -> EditRanking:
         """Rank edits by the change of a target that they predict, from one sweep.
 
@@ -315,6 +317,9 @@ class EditedRun(AttributedRun):
                 ``saes``.
             budget: Size of the edit of a site, as a share of what stands there.
             saes: SAEs of ``features.load``, for ``by="feature"``.
+            ablation: What the activations of a feature become: "zero", "mean" over all tokens of
+                this lens, or "resample" for those in ``corrupted``.
+            corrupted: The lens of prompts of the same lengths, for "resample".
 
         Returns:
             The predicted change of every edit.
@@ -334,8 +339,13 @@ class EditedRun(AttributedRun):
             raise ValueError(
                 f"by={by!r} and saes= do not go together. Pass by='feature' and saes=."
             )
+        if by != "feature" and (ablation != "zero" or corrupted is not None):
+            raise ValueError("ablation= and corrupted= are for by='feature'. Drop them.")
         readings = self._readings(saes) if by == "feature" else ()
-        return rank_edits(self.capture, self._operator, goal, by, budget, readings)
+        others = None if corrupted is None else corrupted._readings(saes)
+        return rank_edits(
+            self.capture, self._operator, goal, by, budget, readings, ablation, others
+        )
 
     def feature_faithfulness(
         self,

@@ -31,8 +31,9 @@ def test_removals_are_ranked_predicted_and_made(kind):
     lens, sae = lens_of(CASE), dictionary(kind, site=PRE)
     feature, rows = strongest(lens, sae)
     ranked = lens.rank_edits(3, by="feature", saes=sae)
-    assert_close(ranked.values, -rows.values, ROUNDING)
-    assert ranked.labels == tuple(str(source.node) for source in rows.sources)
+    names = [str(source.node) for source in rows.sources]
+    assert sorted(ranked.labels) == sorted(names)
+    assert_close(ranked.values, -rows.values[:, [names.index(n) for n in ranked.labels]], ROUNDING)
     edit = lens.edit(3, along=feature, activation=0, positions=None)
     at = ranked.labels.index(f"L1.preF{feature.index}")
     assert_close(edit.predicted, ranked.values[:, at], ORACLE)
@@ -110,9 +111,14 @@ def test_a_number_keeps_the_features_of_the_largest_predicted_effects(ablation):
     z, there = sae.encode(x), sae.encode(y)
     new = {"zero": 0 * z, "mean": z.mean((0, 1)).expand_as(z), "resample": there}[ablation]
     g = lens.covector(3, versus=5, site=PRE) * sae.normed(x).unscale
-    effects = torch.einsum("bpf,bpd,fd->f", new - z, g, sae.W_dec).abs()
-    kept = [sae.feature(int(i)) for i in effects.argsort(descending=True)[:9]]
+    effects = torch.einsum("bpf,bpd,fd->bf", new - z, g, sae.W_dec)
+    order = effects.sum(0).abs().argsort(descending=True)
+    kept = [sae.feature(int(i)) for i in order[:9]]
     options = {"ablation": ablation, "corrupted": corrupted}
+    ranked = lens.rank_edits(3, 5, by="feature", saes=sae, **options)
+    assert [one.index for one in ranked.features(9)] == order[:9].tolist()
+    assert_close(ranked.values, effects[:, [one.index for one in ranked.every_feature]], ORACLE)
+    assert ranked.top(1)[0][0] == f"L1.preF{int(order[0])}"
     ours = lens.feature_faithfulness(model, sae, 9, 3, 5, **options)
     theirs = lens.feature_faithfulness(model, sae, kept, 3, 5, **options)
     assert ours.n_edges == 9 and torch.equal(ours.circuit, theirs.circuit)
@@ -152,6 +158,10 @@ def test_what_does_not_fit_is_refused():
     refused("activation= needs along=", lens.edit, 3, site=1, activation=1.0)
     refused("do not go together", lens.rank_edits, 3, by="feature")
     refused("do not go together", lens.rank_edits, 3, by="head", saes=sae)
+    refused("for by='feature'", lens.rank_edits, 3, by="head", ablation="mean")
+    refused("does not exist", lens.rank_edits, 3, by="feature", saes=sae, ablation="noise")
+    refused("edits are by head", lens.rank_edits(3, by="head").features)
+    refused("features are not there", lens.rank_edits(3, by="feature", saes=sae).features, 999)
     ask = lens.feature_faithfulness
     refused("does not exist", ask, model, sae, [], 3, ablation="noise")
     refused("do not go together", ask, model, sae, [], 3, ablation="resample")
