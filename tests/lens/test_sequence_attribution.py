@@ -115,9 +115,9 @@ def test_forms_of_the_matrix(demo_model):
     value = float(found.target_value[0, 1])
     assert f"{value:+.4f}" in repr(found).splitlines()[-1]
     assert f"= {value:.4g}; off by at most" in found._repr_html_()
-    of_both = 'SequenceAttribution of the log-probabilities of "of"@5, "France"@6, <bos> added'
-    for shown in (repr(found), found._page().title):
-        assert shown.startswith(of_both)
+    of_both = 'Attribution of the log-probabilities of "of"@5, "France"@6, <bos> added'
+    assert repr(found).startswith("Sequence" + of_both)
+    assert found._page().title.startswith(of_both)
     one, long = lens.attribute_sequence(-1, of="logit"), lens.attribute_sequence(-5)
     assert repr(one).startswith('SequenceAttribution of the logit of "France"@6, <bos> added')
     assert repr(one).endswith("= logit") and ' of "is"@2 … "France"@6, 5 tokens, ' in repr(long)
