@@ -40,6 +40,7 @@ def page(r: dict[str, Any]) -> str:
     """The page."""
     study = study_of(r)
     splits = len({row.split for row in study.rows})
+    depths = ", ".join(f"{d:.0%}" for d in r["depths"])
     most = max(len(row.train) + row.n_test for row in study.rows)
     return f"""<!-- Made by benchmarks/real_page.py; do not edit. -->
 
@@ -48,9 +49,9 @@ def page(r: dict[str, Any]) -> str:
 [Relations, and local validity](relations.md) tells what is measured, on a small trained model. Here
 it is SmolLM2-135M, and relations that Hernandez et al. 2024 published. Only subjects that the model
 knows are used, at most {most} a relation: its own next token begins the object.
-{len(r["without"])} of the relations that were tried have too few of them, or too few different answers. {splits} draws a relation, seed
-{study.seed}. Layers to choose from lie at {", ".join(f"{d:.0%}" for d in r["depths"])} of the
-depth.
+{len(r["without"])} of the relations that were tried have too few of them, or too few
+different answers. {splits} draws a relation, seed {study.seed}.
+Layers to choose from lie at {depths} of the depth.
 `benchmarks/real_relations.py` measures, and goes on where it was stopped.
 
 ## Faithfulness: decoded to the model's own first token, in %
